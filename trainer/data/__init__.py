@@ -1,0 +1,1 @@
+"""From files to replica batches: records, class index, schedule, pipeline."""

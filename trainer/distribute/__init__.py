@@ -1,0 +1,1 @@
+"""Replicas: strategies and the collectives between them."""

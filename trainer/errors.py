@@ -1,0 +1,30 @@
+"""Errors that end a run, each with the exit status that tells a launcher what to do."""
+
+from __future__ import annotations
+
+DONE = 0
+FAILURE = 1
+
+
+class UserError(ValueError):
+  """The user's mistake: shown as one line, without a traceback."""
+
+  exit_status = 2
+
+
+class PreemptedError(RuntimeError):
+  """The run was told to stop and has saved; the same command continues it."""
+
+  exit_status = 3
+
+
+class StalledError(RuntimeError):
+  """A worker was lost or hung; the same command continues from the checkpoint."""
+
+  exit_status = 4
+
+
+class NotFiniteError(RuntimeError):
+  """The loss is not finite, and no update was made with it."""
+
+  exit_status = 5

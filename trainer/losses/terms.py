@@ -1,0 +1,73 @@
+"""What a loss takes and gives: local anchors, candidates, and sums yet to be divided.
+
+Shapes: A anchors (this replica's), C candidates (all replicas'), D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Optional, Union
+
+import tensorflow as tf
+
+
+class Anchors(NamedTuple):
+  """The examples of this replica, from which distances are taken.
+
+  Attributes:
+    embeddings: [A, D] float.
+    labels: [A] int32, or [A, L] bool for several labels an example.
+    weights: [A] float32 >= 0; 0 for a padding row.
+  """
+
+  embeddings: tf.Tensor
+  labels: tf.Tensor
+  weights: tf.Tensor
+
+
+class Candidates(NamedTuple):
+  """The examples to which distances are taken, the anchors among them.
+
+  Attributes:
+    embeddings: [C, D] float.
+    labels: [C] int32, or [C, L] bool.
+    is_valid: [C] bool; false for a padding row.
+    positions: [A] int32, where each anchor stands among the candidates.
+    is_relevant: [A, C] bool, which candidates are positives of which anchor; None to
+      compare labels.
+  """
+
+  embeddings: tf.Tensor
+  labels: tf.Tensor
+  is_valid: tf.Tensor
+  positions: tf.Tensor
+  is_relevant: Optional[tf.Tensor] = None
+
+
+class Ratio(NamedTuple):
+  """A statistic that adds up over steps and replicas; its value is total / count.
+
+  Attributes:
+    total: [] float32.
+    count: [] float32.
+  """
+
+  total: tf.Tensor
+  count: tf.Tensor
+
+
+Statistic = Union[Ratio, tf.Tensor]
+
+
+class LossTerms(NamedTuple):
+  """This replica's part of a loss; the loss is Σ total / Σ count over all replicas.
+
+  Attributes:
+    total: [] float32, differentiable.
+    count: [] float32, without gradient.
+    statistics: by metric name, each adding up over steps and replicas.
+  """
+
+  total: tf.Tensor
+  count: tf.Tensor
+  statistics: Mapping[str, Statistic]

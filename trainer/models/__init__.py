@@ -1,0 +1,1 @@
+"""Encoders: a backbone and the head that makes embeddings of its features."""

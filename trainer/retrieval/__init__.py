@@ -1,0 +1,1 @@
+"""Retrieval with a trained encoder: embed, search, measure."""
