@@ -1,0 +1,101 @@
+"""What replicas say to each other, behind one small interface.
+
+The step knows only this interface, so that the same function trains under every
+strategy, and can be exported without one.
+
+Shapes: N rows on each replica, R replicas.
+"""
+
+from __future__ import annotations
+
+import abc
+from typing import Any, Union
+
+import tensorflow as tf
+
+
+class Collectives(abc.ABC):
+  """Sums and gathers over all replicas, both differentiable."""
+
+  @property
+  @abc.abstractmethod
+  def num_replicas(self) -> int:
+    """R."""
+
+  @property
+  @abc.abstractmethod
+  def replica_id(self) -> Union[int, tf.Tensor]:
+    """This replica's number, [] int32 in 0…R−1."""
+
+  @abc.abstractmethod
+  def sum(self, values: Any) -> Any:
+    """Sums each tensor of a structure over the replicas.
+
+    Args:
+      values: structure of float tensors, alike on all replicas.
+
+    Returns:
+      The same structure, equal on all replicas. The gradient is the sum of the
+      replicas' gradients.
+    """
+
+  @abc.abstractmethod
+  def gather(self, rows: tf.Tensor) -> tf.Tensor:
+    """Stacks the rows of all replicas, in the order of their numbers.
+
+    Args:
+      rows: [N, ...] float32 or int32, of a static shape that is equal on all replicas.
+
+    Returns:
+      [R·N, ...], equal on all replicas. The gradient to a replica's rows is the sum
+      of all replicas' gradients to them.
+    """
+
+
+class OneReplica(Collectives):
+  """The collectives of a replica that is alone: nothing moves."""
+
+  num_replicas = 1
+  replica_id = 0
+
+  def sum(self, values):
+    """Returns the values as they are."""
+    return values
+
+  def gather(self, rows):
+    """Returns the rows as they are."""
+    return rows
+
+
+class StrategyCollectives(Collectives):
+  """The collectives of the `tf.distribute` replica context that it is made in."""
+
+  def __init__(self):
+    self._context = tf.distribute.get_replica_context()
+
+  @property
+  def num_replicas(self):
+    """R."""
+    return self._context.num_replicas_in_sync
+
+  @property
+  def replica_id(self):
+    """This replica's number in the global batch, [] int32."""
+    return self._context.replica_id_in_sync_group
+
+  def sum(self, values):
+    """Sums over replicas; all tensors in one collective where that helps."""
+    return self._context.all_reduce(tf.distribute.ReduceOp.SUM, values)
+
+  def gather(self, rows):
+    """Stacks the rows of all replicas."""
+    gathered = self._context.all_gather(rows, axis=0)
+    # all_gather forgets the static shape, which the losses and XLA need.
+    return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
+
+
+def current_collectives() -> Collectives:
+  """The collectives of the replica function that calls this."""
+  if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
+    return OneReplica()
+  return StrategyCollectives()

@@ -1,0 +1,100 @@
+"""What happens after each call of the inner loop: log, write, save.
+
+An action is called with a `Report`; the outer loop knows no more of it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Callable, NamedTuple
+
+import tensorflow as tf
+from absl import logging
+
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.metrics_file import MetricsFile
+
+
+class Report(NamedTuple):
+  """Where a run stands.
+
+  Attributes:
+    step: number of steps done.
+    num_steps: number of steps in all.
+    metrics: of the steps since the last report, by metric name.
+  """
+
+  step: int
+  num_steps: int
+  metrics: Mapping[str, float]
+
+
+Action = Callable[[Report], None]
+
+
+class ShowProgress:
+  """A progress line: in place on a terminal, one line a report elsewhere."""
+
+  def __call__(self, report: Report) -> None:
+    """Shows step, loss, active fraction, speed and time left."""
+    line = self._line(report)
+    if not sys.stderr.isatty():
+      logging.info("%s", line)
+      return
+    end = "\n" if report.step == report.num_steps else ""
+    sys.stderr.write(f"\r\x1b[K{line}{end}")
+    sys.stderr.flush()
+
+  def _line(self, report: Report) -> str:
+    metrics = report.metrics
+    parts = [f"step {report.step}/{report.num_steps}", f"loss {metrics['train/loss']:.5f}"]
+    if "mining/active_fraction" in metrics:
+      parts.append(f"active {metrics['mining/active_fraction']:.1%}")
+    parts.append(f"{metrics['train/images_per_second']:,.0f} images/s")
+    parts.append(f"{self._time_left(report)} left")
+    return "  ".join(parts)
+
+  def _time_left(self, report: Report) -> str:
+    seconds = (report.num_steps - report.step) * report.metrics["train/seconds_per_step"]
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class WriteMetrics:
+  """A row of `metrics.jsonl` a report."""
+
+  def __init__(self, file: MetricsFile):
+    self._file = file
+
+  def __call__(self, report: Report) -> None:
+    """Appends the report's metrics."""
+    self._file.append(report.step, report.metrics)
+
+
+class WriteEvents:
+  """TensorBoard events in the run's folder."""
+
+  def __init__(self, model_dir: str):
+    self._writer = tf.summary.create_file_writer(model_dir)
+
+  def __call__(self, report: Report) -> None:
+    """Writes each metric as a scalar."""
+    with self._writer.as_default(step=report.step):
+      for name, value in report.metrics.items():
+        tf.summary.scalar(name, value)
+    self._writer.flush()
+
+
+class SaveCheckpoint:
+  """A checkpoint every so many steps, and after the last."""
+
+  def __init__(self, checkpoints: Checkpoints, *, every_steps: int):
+    self._checkpoints = checkpoints
+    self._every_steps = every_steps
+
+  def __call__(self, report: Report) -> None:
+    """Saves if it is time."""
+    if report.step % self._every_steps == 0 or report.step == report.num_steps:
+      self._checkpoints.save(report.step)

@@ -1,0 +1,79 @@
+"""Checkpoints: what is saved, where, how many are kept."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+import tensorflow as tf
+from absl import logging
+
+from trainer.errors import UserError
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+  """The checkpoints of a run.
+
+  Args:
+    model_dir: folder of the run.
+    encoder: its variables exist.
+    loss: saved too where it is a `tf.Module` (a learned temperature).
+    optimizer: built; its `iterations` are the step. None to read encoders only.
+    num_kept: how many of the newest to keep.
+  """
+
+  def __init__(
+    self,
+    *,
+    model_dir: str,
+    encoder: tf.keras.Model,
+    loss: object = None,
+    optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
+    num_kept: int = 1,
+  ):
+    parts = {"encoder": encoder, "optimizer": optimizer, "loss": loss}
+    saved = {k: part for k, part in parts.items() if isinstance(part, tf.Module)}
+    self._is_whole = optimizer is not None
+    self._checkpoint = tf.train.Checkpoint(**saved)
+    self._manager = tf.train.CheckpointManager(
+      self._checkpoint, os.path.join(model_dir, FOLDER), max_to_keep=num_kept
+    )
+
+  @property
+  def latest_step(self) -> Optional[int]:
+    """Step of the newest checkpoint; None where there is none."""
+    path = self._manager.latest_checkpoint
+    return None if path is None else int(path.rsplit("-", 1)[1])
+
+  def save(self, step: int) -> None:
+    """Saves everything after that step, and prunes.
+
+    Args:
+      step: number of steps done.
+    """
+    self._manager.save(checkpoint_number=step)
+
+  def restore(self) -> Optional[int]:
+    """Restores the newest checkpoint.
+
+    Returns:
+      The number of steps done; None where there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint is of another encoder, loss or optimizer.
+    """
+    path = self._manager.latest_checkpoint
+    if path is None:
+      return None
+    try:
+      status = self._checkpoint.restore(path)
+      status.assert_existing_objects_matched()
+      if self._is_whole:
+        status.assert_consumed()
+    except (AssertionError, ValueError) as error:
+      reason = str(error).strip().splitlines()[0]
+      raise UserError(f"{path} does not fit this configuration: {reason}") from error
+    logging.info("Restored %s.", path)
+    return self.latest_step

@@ -1,0 +1,53 @@
+"""`metrics.jsonl`: one JSON object a logged step, readable without this package."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+
+FILE_NAME = "metrics.jsonl"
+
+
+class MetricsFile:
+  """Appends rows; after a resume, drops those that will be written again.
+
+  Args:
+    model_dir: folder of the run.
+  """
+
+  def __init__(self, model_dir: str):
+    self._path = os.path.join(model_dir, FILE_NAME)
+
+  def append(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Writes one row, whole, at once.
+
+    Args:
+      step: number of steps done.
+      metrics: by metric name.
+    """
+    row = {"step": step, "time": round(time.time(), 3), **metrics}
+    with open(self._path, "a", encoding="utf-8") as file:
+      file.write(json.dumps(row) + "\n")
+
+  def rows(self) -> Iterator[dict[str, float]]:
+    """The rows; a last line that a killed process left torn is passed over."""
+    if not os.path.exists(self._path):
+      return
+    with open(self._path, encoding="utf-8") as file:
+      for line in file:
+        if line.endswith("\n"):
+          yield json.loads(line)
+
+  def drop_after(self, step: int) -> None:
+    """Keeps the rows up to that step, so that each step is there once.
+
+    Args:
+      step: the last step to keep.
+    """
+    kept = [row for row in self.rows() if row["step"] <= step]
+    aside = self._path + ".new"
+    with open(aside, "w", encoding="utf-8") as file:
+      file.writelines(json.dumps(row) + "\n" for row in kept)
+    os.replace(aside, self._path)

@@ -1,0 +1,69 @@
+"""The folder of a run: made, checked against what it holds, and written to.
+
+Layout: `config.gin`, `operative_config.gin`, `metrics.jsonl`, TensorBoard events,
+`checkpoints/`, `eval/metrics.json`, `report.html`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+from absl import logging
+
+from trainer import config as config_lib
+from trainer.errors import UserError
+from trainer.run import Run
+
+
+def open_run_folder(run: Run) -> None:
+  """Makes the run's folder, or checks that it holds the same run.
+
+  Args:
+    run: its `model_dir` is made if it is missing.
+
+  Raises:
+    UserError: the folder can't be written to, or holds a run of another
+      configuration and `run.allow_config_change` is not set.
+  """
+  _check_writable(run.model_dir)
+  path = os.path.join(run.model_dir, config_lib.CONFIG_FILE)
+  if os.path.exists(path):
+    difference = config_lib.difference_from_file(run.config, path)
+    if difference and not run.allow_config_change:
+      raise UserError(
+        f"{run.model_dir} holds a run of another configuration ({difference}); take "
+        "another --model_dir, or --allow_config_change to go on with it."
+      )
+    if difference:
+      logging.warning("Going on in %s with a changed configuration: %s.", run.model_dir, difference)
+  config_lib.save(run.config, run.model_dir)
+
+
+def check_disk(model_dir: str, *, num_bytes: int) -> None:
+  """Checks that a run's checkpoints will fit.
+
+  Args:
+    model_dir: folder of the run.
+    num_bytes: what the run will write at most, besides logs.
+
+  Raises:
+    UserError: the disk has less.
+  """
+  free = shutil.disk_usage(model_dir).free
+  if free < num_bytes:
+    raise UserError(
+      f"{model_dir} has {free / 1e6:,.1f} MB free and the checkpoints need "
+      f"{num_bytes / 1e6:,.1f} MB; free some, or keep fewer "
+      "(LoopOptions.num_checkpoints_kept)."
+    )
+
+
+def _check_writable(folder: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      pass
+  except OSError as error:
+    raise UserError(f"--model_dir={folder} can't be written to: {error.strerror}.") from error

@@ -1,0 +1,55 @@
+"""Embeddings of records, computed on all replicas.
+
+Shapes: N records, D dimensions.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.dataset import Dataset
+from trainer.data.pipeline import Shard, make_dataset
+from trainer.data.schedule import SequentialSchedule
+
+
+def embed(
+  encoder: tf.keras.Model,
+  dataset: Dataset,
+  record_numbers: np.ndarray,
+  *,
+  strategy: tf.distribute.Strategy,
+  global_batch_size: int,
+) -> np.ndarray:
+  """Embeds records.
+
+  Args:
+    encoder: model from inputs to embeddings.
+    dataset: where the records are, and how they are decoded.
+    record_numbers: [N] int64.
+    strategy: the replicas that share the work.
+    global_batch_size: records a step, over all replicas; the last step is padded.
+
+  Returns:
+    [N, D] float32, in the order of the record numbers.
+  """
+  num_replicas = strategy.num_replicas_in_sync
+  schedule = SequentialSchedule(record_numbers, records_per_batch=global_batch_size)
+  batches = make_dataset(
+    dataset.index,
+    schedule,
+    dataset.decoder,
+    first_step=0,
+    num_steps=schedule.num_batches,
+    shard=Shard(0, num_replicas, num_replicas),
+  )
+
+  @tf.function
+  def embed_batch(batch):
+    return strategy.run(lambda batch: encoder(batch.inputs, training=False), (batch,))
+
+  rows = []
+  for batch in strategy.distribute_datasets_from_function(lambda _: batches):
+    local = strategy.experimental_local_results(embed_batch(batch))
+    rows.extend(part.numpy() for part in local)
+  return np.concatenate(rows)[: len(record_numbers)]
