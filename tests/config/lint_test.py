@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.config import toy_parts
+from trainer import config, errors
+
+GOOD = "toy_train.loss = @ToyLoss()\nToyLoss.margin = 0.5\n"
+
+
+@pytest.fixture
+def lint(tmp_path):
+  """Reads a text as `run.gin` and returns the refusal."""
+
+  def read(text: str) -> str:
+    (tmp_path / "run.gin").write_text(text)
+    with pytest.raises(errors.UserError) as refusal:
+      config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+    message = str(refusal.value)
+    assert "\n" not in message
+    return message.replace(f"{tmp_path}/", "")
+
+  return read
+
+
+REFUSALS = {
+  "unknown part": (
+    "ToyLos.margin = 1",
+    "run.gin:3: there is no 'ToyLos'",
+    "'ToyLoss'?",
+  ),
+  "unknown parameter": ("ToyLoss.margn = 1", "run.gin:3: ToyLoss has no", "'margin'?"),
+  "far parameter": ("ToyLoss.zzz = 1", "has no parameter 'zzz'.", "margin, squared"),
+  "parameter the caller supplies": ("toy_encoder.shape = 1", "has no", "It has: size"),
+  "unknown reference": (
+    "toy_train.data = @ToyPipline()",
+    "run.gin:3",
+    "'ToyPipeline'?",
+  ),
+  "nested reference": ("toy_train.actions = [(1, {2: @Toi})]", "run.gin:3", "'Toi'"),
+  "unset macro": ("MARGIN = 1\nToyLoss.squared = %MARGN", "run.gin:4", "'MARGIN'?"),
+  "unset macro alone": ("ToyLoss.squared = %ABC", "nothing sets %ABC", "add ABC = ..."),
+  "lower-case macro": ("steps = 5", "run.gin:3: 'steps' has no", "toy_train.steps ="),
+  "mixed-case macro": ("Height = 5", "a macro is UPPERCASE", "HEIGHT = ..."),
+  "unused binding": ("OtherToyLoss.scale = 2", "nothing uses OtherToyLoss.scale", "3:"),
+  "unused macro": ("MARGIN = 2", "run.gin:3: nothing uses MARGIN", "write %MARGIN"),
+  "unused scope": ("far/ToyLoss.margin = 2", "nothing uses far/ToyLoss.margin", "3:"),
+  "ambiguous": (
+    "toy_train.data = @Twin()",
+    "'Twin' is ambiguous",
+    "toy.first.Twin, toy",
+  ),
+  "foreign import": (
+    "import os",
+    "run.gin:3: import of 'os'",
+    "tensorflow_addons only",
+  ),
+  "failing import": ("import trainer.nowhere", "run.gin:3: cannot import", "nowhere"),
+  "itself": ("A = %B\nB = [%A]\nToyLoss.squared = %A", "run.gin:4: %A contains", "A"),
+  "required mark": (
+    "ToyLoss.margin = %gin.REQUIRED",
+    "ToyLoss.margin must be set",
+    "3:",
+  ),
+  "required part": (
+    "toy_train.data = @ToyPipeline()",
+    "ToyPipeline.index must be",
+    "3:",
+  ),
+  "required of a function": (
+    "toy_train.encoder = @toy_encoder",
+    "toy_encoder.size",
+    "3:",
+  ),
+  "required root": (
+    "toy_evaluate.ks = (1,)",
+    "toy_evaluate.data must be set",
+    "--gin_p",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_mistake_is_refused_in_one_line_with_its_place(lint, name):
+  text, *parts = REFUSALS[name]
+  message = lint(GOOD + text)
+  assert all(part in message for part in parts), message
+
+
+def test_several_unused_bindings_are_counted(lint):
+  message = lint(GOOD + "A = 1\nB = 2\nC = 3")
+  assert "nothing uses A" in message
+  assert "(and 2 more like it)" in message
+
+
+def test_part_that_contains_itself_is_refused(lint):
+  message = lint(
+    "toy_train.loss = @OtherToyLoss()\nOtherToyLoss.scale = @OtherToyLoss()"
+  )
+  assert "run.gin:2: OtherToyLoss contains itself" in message
+
+
+def test_missing_parameter_names_the_flag_that_sets_it(lint):
+  message = lint("toy_train.loss = @ToyLoss()")
+  assert "run.gin:1: ToyLoss.margin must be set" in message
+  assert "--gin_param='ToyLoss.margin=...'" in message
+
+
+def test_position_argument_of_an_uncalled_part_is_the_callers(tmp_path):
+  (tmp_path / "run.gin").write_text(GOOD + "toy_train.data = @ToyPipeline")
+  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+  assert read.values["toy_train.data"] == "@ToyPipeline"
+
+
+def test_import_of_the_package_is_followed(tmp_path):
+  (tmp_path / "run.gin").write_text("import trainer.errors\n" + GOOD)
+  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+  assert read.text.startswith("import trainer.errors  #")
+
+
+def test_silent_override_is_warned_of_with_both_places(tmp_path, caplog):
+  (tmp_path / "base.gin").write_text(GOOD)
+  (tmp_path / "run.gin").write_text("include 'base.gin'\ntoy.ToyLoss.margin = 0.7\n")
+  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+  assert read.values["toy_train.loss.margin"] == "0.7"
+  assert len(caplog.messages) == 1
+  assert "run.gin:2: toy.ToyLoss.margin = 0.7" in caplog.text
+  assert "base.gin:2" in caplog.text
+
+
+def test_override_by_flag_is_no_warning(tmp_path, caplog):
+  (tmp_path / "run.gin").write_text(GOOD)
+  params = ["ToyLoss.margin = 0.7", "ToyLoss.margin = 0.8"]
+  read = config.read([str(tmp_path / "run.gin")], params, roots=toy_parts.ROOTS)
+  assert read.values["toy_train.loss.margin"] == "0.8"
+  assert caplog.messages == []

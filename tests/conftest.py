@@ -1,0 +1,52 @@
+"""What every test gets: four CPU devices, a quiet TensorFlow and an empty gin."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import gin
+import pytest
+
+import trainer  # noqa: F401  Chooses Keras 2, before TensorFlow is imported.
+
+_NUM_CPU_DEVICES = 4
+_EXCUSES = ("GPU", "TPU")
+
+
+def pytest_configure(config):
+  """Divides the CPU before anything initialises TensorFlow."""
+  import tensorflow as tf
+
+  cpu = tf.config.list_physical_devices("CPU")[0]
+  tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * _NUM_CPU_DEVICES
+  )
+
+
+@pytest.fixture(autouse=True)
+def _gin_without_config():
+  gin.clear_config()
+  yield
+  gin.clear_config()
+
+
+def pytest_terminal_summary(terminalreporter):
+  for reason in _unexcused(terminalreporter):
+    terminalreporter.write_line(f"a skip that CI does not accept: {reason}", red=True)
+
+
+def pytest_sessionfinish(session):
+  """Under CI, a skip is a failure unless an accelerator is what lacks."""
+  reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+  if reporter and session.exitstatus == pytest.ExitCode.OK and _unexcused(reporter):
+    session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _unexcused(reporter):
+  """The reasons of the skips for which CI has no excuse."""
+  if os.environ.get("CI") != "true":
+    return []
+  reasons = [str(report.longrepr[-1]) for report in reporter.stats.get("skipped", [])]
+  return [reason for reason in reasons if not any(word in reason for word in _EXCUSES)]

@@ -1,0 +1,126 @@
+"""The configuration of a run: gin files and flags, linted, resolved and hashed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import gin
+
+from trainer import errors
+from trainer.config import lint, resolve, statements
+
+ROOTS = ("ingest", "train", "evaluate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is computed.
+
+  Attributes:
+    text: the whole config in gin's syntax, self-contained; each line with its origin.
+    values: what reaches the roots, by path, such as `train.loss.margin`: macros
+      substituted, and each value in one spelling.
+  """
+
+  text: str
+  values: Mapping[str, str]
+
+  @property
+  def hash(self) -> str:
+    """SHA-256 of `values`: equal for configs that compute the same."""
+    lines = [f"{path} = {value}\n" for path, value in sorted(self.values.items())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+  def binds(self, root: str) -> bool:
+    """Whether anything is set for this root."""
+    return any(path.startswith(f"{root}.") for path in self.values)
+
+
+def load(
+  gin_files: Sequence[str],
+  gin_params: Sequence[str] = (),
+  *,
+  needed: Sequence[str] = (),
+  roots: Sequence[str] = ROOTS,
+) -> Config:
+  """Reads, checks and hands a config to gin, in place of any it had.
+
+  Args: as `read`.
+
+  Raises:
+    UserError: as `read`.
+  """
+  config = read(gin_files, gin_params, needed=needed, roots=roots)
+  gin.clear_config()
+  gin.parse_config(config.text)
+  gin.finalize()
+  return config
+
+
+def read(
+  gin_files: Sequence[str],
+  gin_params: Sequence[str] = (),
+  *,
+  needed: Sequence[str] = (),
+  roots: Sequence[str] = ROOTS,
+) -> Config:
+  """Reads and checks a config and leaves gin as it is.
+
+  Args:
+    gin_files: paths of gin files, in the order they take effect.
+    gin_params: statements such as `X.y = 1`; they override the files'.
+    needed: the roots that will be called, which must have all they require.
+    roots: the configurables from which a binding must be reachable.
+
+  Raises:
+    UserError: a file is missing or does not parse; a name is unknown, a macro unset or
+      lower-case; a binding is of no use; something that must be set is not.
+  """
+  given = statements.read(gin_files, gin_params)
+  lint.import_modules(given)
+  bindings = [s for s in given if isinstance(s, statements.Binding)]
+  lint.check_names(bindings)
+  lint.warn_of_overrides(bindings)
+  in_effect = list({lint.identity(binding): binding for binding in bindings}.values())
+  resolved = resolve.resolve(in_effect, roots, needed)
+  _refuse_unused([b for b in in_effect if b not in resolved.used], roots)
+  if resolved.missing:
+    raise errors.UserError(_first_of(resolved.missing))
+  imports = [s for s in given if isinstance(s, statements.Import)]
+  return Config(_text([*imports, *in_effect]), resolved.values)
+
+
+def diff(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+  """In words, one line a path, in what the values of two configs differ."""
+  return [
+    f"{path}: {before.get(path, 'unset')} before, {after.get(path, 'unset')} now"
+    for path in sorted({*before, *after})
+    if before.get(path) != after.get(path)
+  ]
+
+
+def _refuse_unused(unused: Sequence[statements.Binding], roots: Sequence[str]) -> None:
+  """Refuses bindings and macros that reach no root."""
+  if unused:
+    messages = [
+      f"{binding.origin}: nothing uses {binding.key}"
+      + ("" if binding.parameter else f" (write %{binding.key} where it is meant)")
+      for binding in unused
+    ]
+    raise errors.UserError(
+      f"{_first_of(messages)}; {', '.join(roots)} reach no reference to it: "
+      "refer to it or remove the line."
+    )
+
+
+def _first_of(messages: Sequence[str]) -> str:
+  """The first message, and how many there are beside it."""
+  more = f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""
+  return f"{messages[0]}{more}"
+
+
+def _text(given: Sequence[statements.Statement]) -> str:
+  """The statements as one gin file, each with its origin as a comment."""
+  return "".join(f"{statement}  # {statement.origin}\n" for statement in given)

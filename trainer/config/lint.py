@@ -1,0 +1,137 @@
+"""What gin lets pass and a run must not: unknown, unset and lower-case names."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from absl import logging
+
+from trainer import errors
+from trainer.config import registry, suggest
+from trainer.config.statements import Binding, Import, Macro, Reference, Statement
+
+_MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_IMPORTABLE = ("trainer", "tensorflow", "tensorflow_addons")
+
+
+def import_modules(statements: Sequence[Statement]) -> None:
+  """Runs the import statements, so that the modules register their parts.
+
+  Raises:
+    UserError: the module is of another package, or cannot be imported.
+  """
+  for statement in statements:
+    if not isinstance(statement, Import):
+      continue
+    if statement.module.split(".")[0] not in _IMPORTABLE:
+      raise errors.UserError(
+        f"{statement.origin}: import of {statement.module!r}; a gin file may import "
+        f"from {', '.join(_IMPORTABLE)} only."
+      )
+    try:
+      importlib.import_module(statement.module)
+    except ImportError as error:
+      raise errors.UserError(
+        f"{statement.origin}: cannot import {statement.module!r}: {error}"
+      ) from error
+
+
+def check_names(bindings: Sequence[Binding]) -> None:
+  """Refuses names that stand for nothing.
+
+  Raises:
+    UserError: an unknown part, parameter or macro, or a lower-case macro.
+  """
+  macros = [binding.key for binding in bindings if not binding.parameter]
+  for binding in bindings:
+    if binding.parameter:
+      _check_parameter(binding)
+    elif not _MACRO_NAME.fullmatch(binding.name):
+      raise errors.UserError(_not_a_macro(binding))
+    for value in leaves(binding.value):
+      if isinstance(value, Reference):
+        known_part(value.name, binding.origin)
+      elif isinstance(value, Macro):
+        _check_macro(value, macros, binding.origin)
+
+
+def warn_of_overrides(bindings: Sequence[Binding]) -> None:
+  """Warns of each binding in a file that an earlier one in a file has already set."""
+  first: dict[tuple[str, str, str], Binding] = {}
+  for binding in bindings:
+    if binding.is_flag:
+      continue
+    earlier = first.setdefault(identity(binding), binding)
+    if earlier.origin != binding.origin:
+      logging.warning(
+        "%s: %s replaces the value %r of %s.",
+        *(binding.origin, binding, earlier.value, earlier.origin),
+      )
+    first[identity(binding)] = binding
+
+
+def identity(binding: Binding) -> tuple[str, str, str]:
+  """Scope, full name and parameter: equal for bindings that set the same."""
+  if not binding.parameter:
+    return binding.scope, binding.name, ""
+  part = known_part(binding.name, binding.origin)
+  return binding.scope, part.selector, binding.parameter
+
+
+def leaves(value: Any) -> Iterator[Any]:
+  """Every value inside nested lists, tuples and dicts, keys of dicts included."""
+  if isinstance(value, dict):
+    for item in value.items():
+      yield from leaves(item)
+  elif isinstance(value, (list, tuple)):
+    for item in value:
+      yield from leaves(item)
+  else:
+    yield value
+
+
+def known_part(name: str, origin: str) -> registry.Part:
+  """The part of this name; refuses an unknown one."""
+  part = registry.find(name, origin)
+  if part is None:
+    nearest = suggest.nearest(name, registry.names())
+    raise errors.UserError(f"{origin}: there is no {name!r} to configure{nearest}")
+  return part
+
+
+def _check_parameter(binding: Binding) -> None:
+  """Refuses a parameter that the part does not have."""
+  part = known_part(binding.name, binding.origin)
+  if not part.accepts(binding.parameter):
+    nearest = suggest.nearest(binding.parameter, part.parameters)
+    every = f" It has: {', '.join(sorted(part.parameters)) or 'none'}."
+    raise errors.UserError(
+      f"{binding.origin}: {binding.name} has no parameter {binding.parameter!r}"
+      f"{nearest or '.' + every}"
+    )
+
+
+def _check_macro(macro: Macro, macros: Sequence[str], origin: str) -> None:
+  """Refuses `%NAME` that neither a binding nor gin itself sets."""
+  if macro.name not in macros and not registry.is_constant(macro.name):
+    nearest = suggest.nearest(macro.name, macros)
+    raise errors.UserError(
+      f"{origin}: nothing sets %{macro.name}{nearest or f'; add {macro.name} = ...'}"
+    )
+
+
+def _not_a_macro(binding: Binding) -> str:
+  """The message for `name = value` whose name is not that of a macro."""
+  owners = [
+    f"{name}.{binding.name}"
+    for name in registry.names()
+    if binding.name in known_part(name, "").parameters
+  ]
+  example = owners[0] if owners else f"Part.{binding.name}"
+  return (
+    f"{binding.origin}: {binding.key!r} has no part before it, and a macro is "
+    f"UPPERCASE; write {example} = ... or {binding.name.upper()} = ..."
+  )

@@ -1,0 +1,72 @@
+"""The config that a run leaves in its folder, and the check against what it holds."""
+
+from __future__ import annotations
+
+import os
+from typing import Optional
+
+import gin
+import tensorflow as tf
+
+from trainer import config as config_lib
+from trainer import errors
+
+CONFIG = "config.gin"
+OPERATIVE_CONFIG = "operative_config.gin"
+_VALUE = "#   "
+_NUM_SHOWN = 5
+
+
+def save(config: config_lib.Config, model_dir: str) -> None:
+  """Writes the whole config; it is a gin file that gives the same config again.
+
+  The values are added as comments, so that a later version can tell what differs even
+  when it no longer knows every name.
+  """
+  values = [f"{_VALUE}{path} = {value}\n" for path, value in config.values.items()]
+  text = f"# Hash: {config.hash}\n{config.text}\n# Hashed values:\n{''.join(values)}"
+  _write(os.path.join(model_dir, CONFIG), text)
+
+
+def save_operative(model_dir: str) -> None:
+  """Writes what gin has handed out so far, defaults included: call after a step."""
+  _write(os.path.join(model_dir, OPERATIVE_CONFIG), gin.operative_config_str())
+
+
+def check_same(
+  config: config_lib.Config, model_dir: str, allow_change: bool = False
+) -> None:
+  """Refuses to go on in a folder that holds another config, unless that is allowed.
+
+  Raises:
+    UserError: what differs.
+  """
+  before = _saved_values(model_dir)
+  if allow_change or before is None or before == config.values:
+    return
+  lines = config_lib.diff(before, config.values)
+  more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
+  raise errors.UserError(
+    f"{model_dir} holds another config: {'; '.join(lines[:_NUM_SHOWN] + more)}. Take "
+    "another --model_dir, or continue in this one with --allow_config_change."
+  )
+
+
+def _saved_values(model_dir: str) -> Optional[dict[str, str]]:
+  """The values of the saved config, by path; None if there is none."""
+  path = os.path.join(model_dir, CONFIG)
+  if not tf.io.gfile.exists(path):
+    return None
+  with tf.io.gfile.GFile(path) as file:
+    lines = [line for line in file.read().splitlines() if line.startswith(_VALUE)]
+  pairs = (line[len(_VALUE) :].partition(" = ") for line in lines)
+  return {key: value for key, _, value in pairs}
+
+
+def _write(path: str, text: str) -> None:
+  """Writes a file so that no reader sees half of it."""
+  tf.io.gfile.makedirs(os.path.dirname(path))
+  temporary = f"{path}.tmp"
+  with tf.io.gfile.GFile(temporary, "w") as file:
+    file.write(text)
+  tf.io.gfile.rename(temporary, path, overwrite=True)

@@ -1,0 +1,182 @@
+"""The command line: flags to a `Run`, and errors to an exit status. No logic.
+
+Nothing heavy is imported before the mode is known to run, so that `--help` and a
+misspelt flag answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import flags, logging
+
+from trainer import errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+  """What `--mode` can name.
+
+  Attributes:
+    summary: one line for `--help`.
+    module: the module with `main(run)`.
+    roots: the gin roots it calls, which must have all they require.
+  """
+
+  summary: str
+  module: str
+  roots: Sequence[str]
+
+
+MODES = {
+  "ingest": Mode("Turn raw data into records.", "trainer.ingest", ("ingest",)),
+  "train": Mode("Train, or resume where it stopped.", "trainer.train", ("train",)),
+  "evaluate": Mode("Measure retrieval.", "trainer.evaluate", ("evaluate",)),
+  "train_and_evaluate": Mode(
+    "Ingest if needed, train, measure before and after.",
+    "trainer.train_and_evaluate",
+    ("train", "evaluate"),
+  ),
+}
+STRATEGIES = ("auto", "cpu", "mirrored", "multi_worker", "tpu")
+_RUN_ERRORS = (
+  errors.UserError,
+  errors.PreemptedError,
+  errors.StalledError,
+  errors.NotFiniteError,
+)
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line.
+
+  Args:
+    arguments: with the program's name first, as `sys.argv`.
+
+  Returns:
+    The exit status.
+  """
+  try:
+    if {"-h", "--help", "-help"} & set(arguments[1:]):
+      print(help_text())
+    else:
+      _run(_parse(arguments))
+  except _RUN_ERRORS as error:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return error.exit_status
+  except KeyboardInterrupt:
+    print("interrupted", file=sys.stderr)
+    return _INTERRUPTED
+  return errors.DONE
+
+
+def define_flags() -> dict[str, flags.FlagValues]:
+  """The flags by group, kept apart from those that absl's own modules define."""
+  what, where, hardware = (flags.FlagValues() for _ in range(3))
+  flags.DEFINE_enum("mode", None, list(MODES), "What to do.", flag_values=what)
+  flags.DEFINE_multi_string(
+    "gin_file", [], "What to compute (repeatable).", flag_values=what
+  )
+  flags.DEFINE_multi_string(
+    "gin_param", [], "Override, such as 'X.y = 1' (repeatable).", flag_values=what
+  )
+  flags.DEFINE_string(
+    "model_dir", None, "Folder of all that the run leaves.", flag_values=where
+  )
+  flags.DEFINE_bool(
+    "allow_config_change",
+    False,
+    "Go on in a model_dir that holds another config.",
+    flag_values=where,
+  )
+  flags.DEFINE_enum(
+    "strategy", "auto", STRATEGIES, "How replicas are made.", flag_values=hardware
+  )
+  flags.DEFINE_integer(
+    "num_virtual_replicas",
+    1,
+    "Replicas on one CPU.",
+    lower_bound=1,
+    flag_values=hardware,
+  )
+  flags.DEFINE_string("tpu", None, "Name or address of a TPU.", flag_values=hardware)
+  return {"what": what, "where": where, "hardware": hardware}
+
+
+def help_text() -> str:
+  """The whole of `--help`."""
+  groups = define_flags()
+  lines = [
+    "python -m trainer.task --mode=MODE --gin_file=RUN.gin --model_dir=DIR [flags]",
+    "\nModes:",
+    *(f"  {name:<24}{mode.summary}" for name, mode in MODES.items()),
+  ]
+  titles = {"what": "What", "where": "Where", "hardware": "Hardware"}
+  for group, title in titles.items():
+    lines.append(f"\n{title}:")
+    for name in groups[group]:
+      flag = groups[group][name]
+      default = "" if flag.default in (None, [], False) else f" [{flag.default}]"
+      lines.append(f"  --{name:<22}{_summary(flag)}{default}")
+  return "\n".join(lines)
+
+
+def _summary(flag: flags.Flag) -> str:
+  """The flag's help without what absl adds to that of a repeatable one."""
+  return str(flag.help).split(";\n", maxsplit=1)[0]
+
+
+def _parse(arguments: Sequence[str]) -> flags.FlagValues:
+  """The values of the flags.
+
+  Raises:
+    UserError: an unknown flag, a value that doesn't fit, or one that is missing.
+  """
+  values = flags.FlagValues()
+  for group in define_flags().values():
+    values.append_flag_values(group)
+  try:
+    rest = values(arguments)[1:]
+  except flags.Error as error:
+    raise errors.UserError(f"{str(error).rstrip('.')}. See --help.") from error
+  if rest:
+    raise errors.UserError(f"{rest[0]!r} is no flag. See --help.")
+  for name in ("mode", "gin_file", "model_dir"):
+    if not values[name].value:
+      raise errors.UserError(
+        f"--{name} is missing: {_summary(values[name])} See --help."
+      )
+  return values
+
+
+def _run(values: flags.FlagValues) -> None:
+  """Loads the config and calls the mode."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  from trainer import config, run  # Late: see the module's docstring.
+
+  importlib.import_module("trainer.parts")
+  mode = MODES[values.mode]
+  importlib.import_module(mode.module).main(
+    run.Run(
+      model_dir=values.model_dir,
+      config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
+      hardware=run.Hardware(values.strategy, values.num_virtual_replicas, values.tpu),
+      allow_config_change=values.allow_config_change,
+    )
+  )
+
+
+def _one_line(error: Exception) -> str:
+  """The message, without the calls that gin appends to every error passing through."""
+  return " ".join(str(error).split("\n  In call to configurable")[0].split())
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv))
