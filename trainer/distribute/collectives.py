@@ -91,7 +91,9 @@ class StrategyCollectives(Collectives):
     """Stacks the rows of all replicas."""
     gathered = self._context.all_gather(rows, axis=0)
     # all_gather forgets the static shape, which the losses and XLA need.
-    return tf.ensure_shape(gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]])
+    return tf.ensure_shape(
+      gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]]
+    )
 
 
 def current_collectives() -> Collectives:

@@ -2,37 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Optional
-
 import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
+from trainer.run import Hardware
 
 
-def make_strategy(
-  name: str, *, num_virtual_replicas: Optional[int] = None
-) -> tf.distribute.Strategy:
-  """The strategy of that name on this machine.
+def make_strategy(hardware: Hardware) -> tf.distribute.Strategy:
+  """The strategy that a run asks for, on this machine.
+
+  It must be made before TensorFlow has used a device.
 
   Args:
-    name: "cpu": one replica on the CPU. "mirrored": all local GPUs, or virtual
-      replicas. "auto": "mirrored" where there are GPUs or virtual replicas, else
-      "cpu".
-    num_virtual_replicas: how many replicas to make of the CPU; None for none.
+    hardware: its `strategy` is one of:
+      "cpu": one replica on the CPU;
+      "mirrored": all local GPUs, or virtual replicas of the CPU;
+      "auto": "mirrored" where there are GPUs or virtual replicas, else "cpu".
 
   Returns:
-    A strategy; it must be made before TensorFlow has used a device.
+    A strategy.
 
   Raises:
     UserError: the name is unknown, or doesn't fit what this machine has.
   """
+  name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
   if name not in ("auto", "cpu", "mirrored"):
     raise UserError(f"--strategy={name} is not one of auto, cpu, mirrored.")
-  if num_virtual_replicas is not None:
-    if name == "cpu":
-      raise UserError("--strategy=cpu is one replica; --num_virtual_replicas needs mirrored.")
-    return _mirrored_on_cpu(num_virtual_replicas)
+  if name == "cpu" and num_virtual > 1:
+    raise UserError(
+      f"--strategy=cpu is one replica; --num_virtual_replicas={num_virtual} needs mirrored."
+    )
+  if num_virtual > 1:
+    return _mirrored_on_cpu(num_virtual)
   gpus = tf.config.list_logical_devices("GPU")
   if name == "mirrored" and not gpus:
     raise UserError(
@@ -46,8 +48,6 @@ def make_strategy(
 
 
 def _mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
-  if num_replicas < 1:
-    raise UserError(f"--num_virtual_replicas={num_replicas} must be at least 1.")
   cpus = tf.config.list_physical_devices("CPU")
   devices = [tf.config.LogicalDeviceConfiguration()] * num_replicas
   if len(tf.config.get_logical_device_configuration(cpus[0]) or ()) < num_replicas:

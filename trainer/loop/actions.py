@@ -12,6 +12,7 @@ from typing import Callable, NamedTuple
 import tensorflow as tf
 from absl import logging
 
+from trainer.config import saved
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.metrics_file import MetricsFile
 
@@ -48,7 +49,10 @@ class ShowProgress:
 
   def _line(self, report: Report) -> str:
     metrics = report.metrics
-    parts = [f"step {report.step}/{report.num_steps}", f"loss {metrics['train/loss']:.5f}"]
+    parts = [
+      f"step {report.step}/{report.num_steps}",
+      f"loss {metrics['train/loss']:.5f}",
+    ]
     if "mining/active_fraction" in metrics:
       parts.append(f"active {metrics['mining/active_fraction']:.1%}")
     parts.append(f"{metrics['train/images_per_second']:,.0f} images/s")
@@ -56,7 +60,9 @@ class ShowProgress:
     return "  ".join(parts)
 
   def _time_left(self, report: Report) -> str:
-    seconds = (report.num_steps - report.step) * report.metrics["train/seconds_per_step"]
+    seconds = (report.num_steps - report.step) * report.metrics[
+      "train/seconds_per_step"
+    ]
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
@@ -85,6 +91,20 @@ class WriteEvents:
       for name, value in report.metrics.items():
         tf.summary.scalar(name, value)
     self._writer.flush()
+
+
+class SaveOperativeConfig:
+  """`operative_config.gin`, once, when the first steps have called all parts."""
+
+  def __init__(self, model_dir: str):
+    self._model_dir = model_dir
+    self._is_saved = False
+
+  def __call__(self, report: Report) -> None:
+    """Saves on the first report."""
+    if not self._is_saved:
+      saved.save_operative(self._model_dir)
+      self._is_saved = True
 
 
 class SaveCheckpoint:

@@ -33,13 +33,23 @@ class Checkpoints:
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
     num_kept: int = 1,
   ):
-    parts = {"encoder": encoder, "optimizer": optimizer, "loss": loss}
-    saved = {k: part for k, part in parts.items() if isinstance(part, tf.Module)}
-    self._is_whole = optimizer is not None
-    self._checkpoint = tf.train.Checkpoint(**saved)
+    self._encoder = encoder
+    self._optimizer = optimizer
+    parts = {"encoder": encoder}
+    if optimizer is not None:
+      parts["optimizer"] = optimizer
+    if isinstance(loss, tf.Module):
+      parts["loss"] = loss
+    self._checkpoint = tf.train.Checkpoint(**parts)
     self._manager = tf.train.CheckpointManager(
       self._checkpoint, os.path.join(model_dir, FOLDER), max_to_keep=num_kept
     )
+
+  @property
+  def num_bytes(self) -> int:
+    """Size of one checkpoint, without its index."""
+    variables = [*self._encoder.variables, *getattr(self._optimizer, "variables", ())]
+    return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
   @property
   def latest_step(self) -> Optional[int]:
@@ -70,7 +80,7 @@ class Checkpoints:
     try:
       status = self._checkpoint.restore(path)
       status.assert_existing_objects_matched()
-      if self._is_whole:
+      if self._optimizer is not None:
         status.assert_consumed()
     except (AssertionError, ValueError) as error:
       reason = str(error).strip().splitlines()[0]

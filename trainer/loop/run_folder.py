@@ -1,8 +1,4 @@
-"""The folder of a run: made, checked against what it holds, and written to.
-
-Layout: `config.gin`, `operative_config.gin`, `metrics.jsonl`, TensorBoard events,
-`checkpoints/`, `eval/metrics.json`, `report.html`.
-"""
+"""The folder of a run: made, and checked against what it holds."""
 
 from __future__ import annotations
 
@@ -10,11 +6,18 @@ import os
 import shutil
 import tempfile
 
-from absl import logging
-
-from trainer import config as config_lib
+from trainer.config import saved
 from trainer.errors import UserError
 from trainer.run import Run
+
+# What a run leaves, all readable without this package.
+CONTENTS = {
+  "eval/metrics.json": "results",
+  "report.html": "report",
+  "checkpoints": "checkpoints",
+  "metrics.jsonl": "metrics by step",
+  "config.gin": "configuration",
+}
 
 
 def open_run_folder(run: Run) -> None:
@@ -28,17 +31,8 @@ def open_run_folder(run: Run) -> None:
       configuration and `run.allow_config_change` is not set.
   """
   _check_writable(run.model_dir)
-  path = os.path.join(run.model_dir, config_lib.CONFIG_FILE)
-  if os.path.exists(path):
-    difference = config_lib.difference_from_file(run.config, path)
-    if difference and not run.allow_config_change:
-      raise UserError(
-        f"{run.model_dir} holds a run of another configuration ({difference}); take "
-        "another --model_dir, or --allow_config_change to go on with it."
-      )
-    if difference:
-      logging.warning("Going on in %s with a changed configuration: %s.", run.model_dir, difference)
-  config_lib.save(run.config, run.model_dir)
+  saved.check_same(run.config, run.model_dir, run.allow_config_change)
+  saved.save(run.config, run.model_dir)
 
 
 def check_disk(model_dir: str, *, num_bytes: int) -> None:
@@ -66,4 +60,6 @@ def _check_writable(folder: str) -> None:
     with tempfile.TemporaryFile(dir=folder):
       pass
   except OSError as error:
-    raise UserError(f"--model_dir={folder} can't be written to: {error.strerror}.") from error
+    raise UserError(
+      f"--model_dir={folder} can't be written to: {error.strerror}."
+    ) from error

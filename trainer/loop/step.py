@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import gin
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
@@ -13,11 +14,12 @@ from trainer.distribute.objective import Loss, ObjectiveFn, Share
 from trainer.losses.terms import Anchors, Ratio
 
 
+@gin.register
 class TrainStep:
   """Forward, loss, gradients, update, on one replica.
 
   Args:
-    encoder: model from inputs to embeddings; its variables exist.
+    encoder: model from inputs to embeddings.
     loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
       variables (a temperature), they are trained too.
     objective_fn: where the batch is mined.
@@ -32,15 +34,24 @@ class TrainStep:
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
   ):
-    self._encoder = encoder
-    self._loss = loss
+    self.encoder = encoder
+    self.loss = loss
+    self.optimizer = optimizer
     self._objective_fn = objective_fn
-    self._optimizer = optimizer
+    self._variables: list[tf.Variable] = []
+
+  def create_variables(self, input_shape: Sequence[int]) -> None:
+    """Creates the variables of encoder and optimizer.
+
+    Args:
+      input_shape: shape of one input.
+    """
+    self.encoder.create_variables(input_shape)
     self._variables = [
-      *encoder.trainable_variables,
-      *getattr(loss, "trainable_variables", ()),
+      *self.encoder.trainable_variables,
+      *getattr(self.loss, "trainable_variables", ()),
     ]
-    optimizer.build(self._variables)
+    self.optimizer.build(self._variables)
 
   def __call__(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
     """Updates the weights.
@@ -54,7 +65,7 @@ class TrainStep:
       among them.
     """
     share, gradients = self.gradients(batch, collectives)
-    self._optimizer.apply_gradients(
+    self.optimizer.apply_gradients(
       zip(gradients, self._variables), skip_gradients_aggregation=True
     )
     return self._with_loss(share, collectives.num_replicas)
@@ -72,9 +83,9 @@ class TrainStep:
       This replica's share of the loss, and the gradient to each trainable variable.
     """
     with tf.GradientTape() as tape:
-      embeddings = self._encoder(batch.inputs, training=True)
+      embeddings = self.encoder(batch.inputs, training=True)
       anchors = Anchors(embeddings, batch.labels, batch.weights)
-      share = self._objective_fn(self._loss, anchors, collectives)
+      share = self._objective_fn(self.loss, anchors, collectives)
     local = tape.gradient(
       share.loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
@@ -90,13 +101,13 @@ class TrainStep:
       What a step returns, every number 0.
     """
     num_examples = batch.labels.shape[0]
-    embeddings = tf.TensorSpec([num_examples, self._encoder.embedding_size])
+    embeddings = tf.TensorSpec([num_examples, self.encoder.embedding_size])
     labels = tf.TensorSpec(batch.labels.shape, batch.labels.dtype)
 
     @tf.function
     def loss_alone(embeddings, labels, weights):
       anchors = Anchors(embeddings, labels, weights)
-      share = self._objective_fn(self._loss, anchors, OneReplica())
+      share = self._objective_fn(self.loss, anchors, OneReplica())
       return self._with_loss(share, 1)
 
     outputs = loss_alone.get_concrete_function(

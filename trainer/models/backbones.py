@@ -52,12 +52,16 @@ class Perceptron(tf.keras.layers.Layer):
 
   def __init__(self, *, hidden_units: Sequence[int], dropout_rate: float = 0.0):
     super().__init__()
-    self._dense = [tf.keras.layers.Dense(num, activation="relu") for num in hidden_units]
+    self._dense = [
+      tf.keras.layers.Dense(num, activation="relu") for num in hidden_units
+    ]
     self._dropout = tf.keras.layers.Dropout(dropout_rate)
 
   def call(self, vectors, training=None):
     """[B, anything] float to [B, F] float."""
-    features = tf.reshape(vectors, [vectors.shape[0] or -1, vectors.shape[1:].num_elements()])
+    features = tf.reshape(
+      vectors, [vectors.shape[0] or -1, vectors.shape[1:].num_elements()]
+    )
     for dense in self._dense:
       features = self._dropout(dense(features), training=training)
     return features

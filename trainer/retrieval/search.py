@@ -14,7 +14,7 @@ import tensorflow as tf
 MAX_DISTANCES = 64_000_000
 
 
-def leave_one_out(
+def nearest_others(
   embeddings: np.ndarray, *, num_neighbours: int, max_distances: int = MAX_DISTANCES
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """For each item its nearest others, tile by tile.
@@ -35,12 +35,12 @@ def leave_one_out(
   gallery = tf.constant(embeddings)
   for start in range(0, num_items, tile):
     queries = tf.range(start, min(start + tile, num_items))
-    neighbours = _nearest_others(gallery, queries, tf.constant(num_neighbours))
+    neighbours = _nearest_to_queries(gallery, queries, tf.constant(num_neighbours))
     yield np.arange(start, start + len(queries)), neighbours.numpy()
 
 
 @tf.function(reduce_retracing=True)
-def _nearest_others(gallery, queries, num_neighbours):
+def _nearest_to_queries(gallery, queries, num_neighbours):
   # ‖q − g‖² orders as ‖g‖² / 2 − q·g does.
   half_norms = 0.5 * tf.reduce_sum(gallery**2, axis=1)
   closeness = tf.matmul(tf.gather(gallery, queries), gallery, transpose_b=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.retrieval import metrics
-from trainer.retrieval.search import leave_one_out
+from trainer.retrieval.search import nearest_others
 
 
 def evaluate_leave_one_out(
@@ -43,7 +43,7 @@ def evaluate_leave_one_out(
     raise UserError("Evaluation needs a class with at least two items.")
   depth = min(max(*recall_ks, num_relevant.max()), len(labels) - 1)
   sums = np.zeros(len(recall_ks) + 2)
-  for queries, neighbours in leave_one_out(embeddings, num_neighbours=depth):
+  for queries, neighbours in nearest_others(embeddings, num_neighbours=depth):
     has_relevant = num_relevant[queries] > 0
     queries, neighbours = queries[has_relevant], neighbours[has_relevant]
     is_relevant = labels[neighbours] == labels[queries, None]

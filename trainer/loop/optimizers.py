@@ -1,0 +1,84 @@
+"""Optimizers that gin can name.
+
+Clipping is the optimizer's (`global_clipnorm`), because gradients reach it summed over
+the replicas: clipped before, each replica would clip by its own norm.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+
+
+@gin.register
+def adam(
+  *,
+  learning_rate: float,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-7,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980).
+
+  Args:
+    learning_rate: step size, > 0.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  _check_learning_rate("adam", learning_rate)
+  return tf.keras.optimizers.Adam(
+    learning_rate,
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+@gin.register
+def sgd(
+  *,
+  learning_rate: float,
+  momentum: float = 0.0,
+  is_nesterov: bool = False,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Stochastic gradient descent, with momentum if wanted.
+
+  Args:
+    learning_rate: step size, > 0.
+    momentum: decay of the velocity, a step.
+    is_nesterov: whether momentum is Nesterov's.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  _check_learning_rate("sgd", learning_rate)
+  return tf.keras.optimizers.SGD(
+    learning_rate,
+    momentum=momentum,
+    nesterov=is_nesterov,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+def _check_learning_rate(name: str, learning_rate: float) -> None:
+  if learning_rate <= 0:
+    raise UserError(f"{name}.learning_rate={learning_rate} must be greater than 0.")

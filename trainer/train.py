@@ -1,0 +1,164 @@
+"""Mode `train`: builds the parts of a training, and runs it."""
+
+from __future__ import annotations
+
+from typing import Callable, NamedTuple
+
+import gin
+import tensorflow as tf
+from absl import logging
+
+from trainer import __version__
+from trainer.data.dataset import Dataset
+from trainer.data.pipeline import Shard, make_dataset
+from trainer.data.schedule import PKSchedule
+from trainer.distribute.strategy import make_strategy
+from trainer.errors import UserError
+from trainer.loop import actions
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.inner import InnerLoop
+from trainer.loop.loop import Loop, LoopOptions
+from trainer.loop.metrics_file import MetricsFile
+from trainer.loop.run_folder import check_disk, open_run_folder
+from trainer.loop.step import TrainStep
+from trainer.run import Run
+
+
+class Training(NamedTuple):
+  """A training that is ready to run.
+
+  Attributes:
+    loop: runs the steps that are left.
+    encoder: the encoder that it trains.
+    first_step: number of steps done before.
+    num_steps: number of steps in all.
+  """
+
+  loop: Loop
+  encoder: tf.keras.Model
+  first_step: int
+  num_steps: int
+
+
+def main(run: Run) -> None:
+  """Trains to the end, from the newest checkpoint if there is one."""
+  with make_strategy(run.hardware).scope():
+    train(run).loop.run()
+
+
+@gin.configurable
+def train(
+  run: Run,
+  *,
+  dataset: Dataset,
+  schedule_fn: Callable[..., PKSchedule],
+  step: TrainStep,
+  loop: LoopOptions,
+  seed: int,
+) -> Training:
+  """Builds a training, under the strategy in whose scope it is called.
+
+  Args:
+    run: where it lives.
+    dataset: records, classes and decoder.
+    schedule_fn: makes the schedule of the dataset's training classes.
+    step: one update; its encoder, loss and optimizer.
+    loop: how long, how often to log and to save.
+    seed: of the initial weights.
+
+  Returns:
+    A training, restored from the newest checkpoint of the run.
+
+  Raises:
+    UserError: parts that don't fit each other, the folder, or the replicas.
+  """
+  strategy = tf.distribute.get_strategy()
+  schedule = schedule_fn(dataset.index, classes=dataset.train_classes)
+  _check_batch(schedule, step, strategy.num_replicas_in_sync)
+  open_run_folder(run)
+  tf.keras.utils.set_random_seed(seed)
+  step.create_variables(dataset.decoder.shape)
+  checkpoints = Checkpoints(
+    model_dir=run.model_dir,
+    encoder=step.encoder,
+    loss=step.loss,
+    optimizer=step.optimizer,
+    num_kept=loop.num_checkpoints_kept,
+  )
+  # One more than are kept: the oldest goes after the newest is there.
+  num_checkpoints = loop.num_checkpoints_kept + 1
+  check_disk(run.model_dir, num_bytes=checkpoints.num_bytes * num_checkpoints)
+  first_step = checkpoints.restore() or 0
+  inner = _make_inner_loop(dataset, schedule, step, first_step)
+  metrics_file = MetricsFile(run.model_dir)
+  metrics_file.drop_after(first_step)
+  outer = Loop(
+    inner=inner,
+    optimizer=step.optimizer,
+    options=loop,
+    images_per_step=schedule.records_per_batch,
+    actions=[
+      actions.ShowProgress(),
+      actions.WriteMetrics(metrics_file),
+      actions.WriteEvents(run.model_dir),
+      actions.SaveOperativeConfig(run.model_dir),
+      actions.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
+    ],
+  )
+  _log_start(run, schedule, step, first_step)
+  return Training(outer, step.encoder, first_step, loop.num_steps)
+
+
+def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
+  num_classes = schedule.classes_per_batch
+  if num_classes % num_replicas:
+    multiple = -(-num_classes // num_replicas) * num_replicas
+    raise UserError(
+      f"PKSchedule.classes_per_batch={num_classes} does not split over {num_replicas} "
+      f"replicas; try {multiple}."
+    )
+  if step.loss.needs_positives and schedule.samples_per_class < 2:
+    raise UserError(
+      f"PKSchedule.samples_per_class={schedule.samples_per_class} leaves "
+      f"{type(step.loss).__name__} without positives; it needs at least 2."
+    )
+
+
+def _make_inner_loop(
+  dataset: Dataset, schedule: PKSchedule, step: TrainStep, first_step: int
+) -> InnerLoop:
+  strategy = tf.distribute.get_strategy()
+  num_replicas = strategy.num_replicas_in_sync
+  batches = make_dataset(
+    dataset.index,
+    schedule,
+    dataset.decoder,
+    first_step=first_step,
+    num_steps=None,
+    shard=Shard(0, num_replicas, num_replicas),
+  )
+  return InnerLoop(
+    step=step,
+    strategy=strategy,
+    batches=iter(strategy.distribute_datasets_from_function(lambda _: batches)),
+    zero_statistics=step.zero_statistics(batches.element_spec),
+  )
+
+
+def _log_start(
+  run: Run, schedule: PKSchedule, step: TrainStep, first_step: int
+) -> None:
+  strategy = tf.distribute.get_strategy()
+  num_replicas = strategy.num_replicas_in_sync
+  num_parameters = sum(v.shape.num_elements() for v in step.encoder.trainable_variables)
+  logging.info("trainer %s, TensorFlow %s.", __version__, tf.__version__)
+  logging.info(
+    "%d replicas; global batch %d = %d classes x %d samples, replica batch %d.",
+    num_replicas,
+    schedule.records_per_batch,
+    schedule.classes_per_batch,
+    schedule.samples_per_class,
+    schedule.records_per_batch // num_replicas,
+  )
+  logging.info("%s trainable parameters.", f"{num_parameters:,}")
+  logging.info("From step %d; writing to %s.", first_step, run.model_dir)
