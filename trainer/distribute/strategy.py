@@ -31,7 +31,8 @@ def make_strategy(hardware: Hardware) -> tf.distribute.Strategy:
     raise UserError(f"--strategy={name} is not one of auto, cpu, mirrored.")
   if name == "cpu" and num_virtual > 1:
     raise UserError(
-      f"--strategy=cpu is one replica; --num_virtual_replicas={num_virtual} needs mirrored."
+      f"--strategy=cpu is one replica; --num_virtual_replicas={num_virtual} needs "
+      "mirrored."
     )
   if num_virtual > 1:
     return _mirrored_on_cpu(num_virtual)
@@ -55,7 +56,8 @@ def _mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
       tf.config.set_logical_device_configuration(cpus[0], devices)
     except RuntimeError as error:
       raise UserError(
-        f"--num_virtual_replicas={num_replicas} must be set before TensorFlow uses a device."
+        f"--num_virtual_replicas={num_replicas} must be set before TensorFlow uses a "
+        "device."
       ) from error
   logging.info("Strategy: mirrored on %d virtual CPU replicas.", num_replicas)
   return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])

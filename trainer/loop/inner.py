@@ -48,7 +48,7 @@ class InnerLoop:
 
   @tf.function
   def _run(self, batches, num_steps):
-    # The loop is around strategy.run: all_gather raises in a loop of a replica function.
+    # The loop is around strategy.run: all_gather raises in a loop inside of it.
     totals = self._strategy.run(self._zeros)
     for _ in tf.range(num_steps):
       totals = self._strategy.run(self._step_and_add, args=(next(batches), totals))

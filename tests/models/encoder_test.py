@@ -1,0 +1,99 @@
+"""Encoders: what they accept, what they give, what they refuse."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.models.applications import KerasApplication
+from trainer.models.backbones import ConvNet, Perceptron
+from trainer.models.encoder import Encoder
+from trainer.models.pooling import POOLINGS, GeneralizedMean
+
+
+def _images(num_images, size, channels):
+  rng = np.random.default_rng(8)
+  return tf.constant(rng.random((num_images, size, size, channels)), tf.float32)
+
+
+@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+def test_convnet_gives_unit_embeddings_with_every_pooling(pooling):
+  encoder = Encoder(backbone=ConvNet(filters=(4, 6)), embedding_size=5, pooling=pooling)
+  embeddings = encoder(_images(3, 9, 1))
+  assert embeddings.shape == (3, 5)
+  np.testing.assert_allclose(np.linalg.norm(embeddings, axis=1), 1, rtol=1e-5)
+
+
+def test_without_normalization_lengths_differ():
+  encoder = Encoder(
+    backbone=ConvNet(filters=(4,)), embedding_size=5, is_normalized=False
+  )
+  norms = np.linalg.norm(encoder(_images(6, 8, 3)), axis=1)
+  assert np.ptp(norms) > 1e-3
+
+
+def test_perceptron_takes_vectors():
+  encoder = Encoder(backbone=Perceptron(hidden_units=(7,)), embedding_size=2)
+  assert encoder(tf.ones([4, 11])).shape == (4, 2)
+
+
+def test_dropout_is_for_training_only():
+  backbone = Perceptron(hidden_units=(50,), dropout_rate=0.5)
+  inputs = tf.ones([1, 4])
+  np.testing.assert_array_equal(backbone(inputs), backbone(inputs))
+  assert np.any(backbone(inputs, training=True) != backbone(inputs, training=True))
+
+
+def test_generalized_mean_of_power_one_is_the_average():
+  features = _images(2, 4, 3)
+  got = GeneralizedMean(initial_power=1.0)(features)
+  np.testing.assert_allclose(got, np.mean(features, axis=(1, 2)), rtol=1e-5)
+
+
+def test_keras_application_scales_images_as_it_was_trained():
+  encoder = Encoder(
+    backbone=KerasApplication(name="MobileNetV2"), embedding_size=8, pooling="average"
+  )
+  embeddings = encoder(_images(2, 32, 3))
+  assert embeddings.shape == (2, 8)
+  assert np.isfinite(embeddings).all()
+
+
+def test_keras_application_loads_its_weights_from_a_file(tmp_path):
+  network = tf.keras.applications.MobileNetV2(
+    include_top=False, weights=None, input_shape=(32, 32, 3)
+  )
+  path = str(tmp_path / "weights.h5")
+  network.save_weights(path)
+  images = _images(2, 32, 3)
+  got = KerasApplication(name="MobileNetV2", weights=path)(images)
+  expected = network(images * 2 - 1)  # MobileNetV2 was trained on [-1, 1].
+  np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_another_network_are_refused(tmp_path):
+  other = tf.keras.Sequential([tf.keras.layers.Dense(2, input_shape=(3,))])
+  path = str(tmp_path / "weights.h5")
+  other.save_weights(path)
+  with pytest.raises(UserError, match="does not fit MobileNetV2"):
+    KerasApplication(name="MobileNetV2", weights=path)(_images(1, 32, 3))
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: KerasApplication(name="MobilNetV2"), "did you mean 'MobileNetV2'"),
+    (lambda: KerasApplication(name="ResNet50", weights="no.h5"), "is not there"),
+    (lambda: ConvNet(filters=()), "needs one number"),
+    (lambda: Encoder(backbone=ConvNet(filters=(4,)), embedding_size=0), "at least 1"),
+    (
+      lambda: Encoder(backbone=ConvNet(filters=(4,)), embedding_size=1, pooling="sum"),
+      "choose from average",
+    ),
+  ],
+)
+def test_what_cannot_be_built_is_refused(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
