@@ -1,0 +1,94 @@
+"""The TFRecord format: each record framed by its length and two checksums.
+
+A frame is the length (8 bytes, little-endian), the masked CRC32C of the length
+(4 bytes), the data, and the masked CRC32C of the data (4 bytes). Source:
+tensorflow/core/lib/io/record_writer.h.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from typing import Optional
+
+import google_crc32c
+
+HEADER_BYTES = 12
+FOOTER_BYTES = 4
+OVERHEAD_BYTES = HEADER_BYTES + FOOTER_BYTES
+
+_HEADER = struct.Struct("<QI")
+_FOOTER = struct.Struct("<I")
+_MASK_DELTA = 0xA282EAD8
+
+
+class FramingError(ValueError):
+  """A frame that is cut short or whose checksum does not fit."""
+
+
+def masked_crc(data: bytes) -> int:
+  """CRC32C as TFRecord stores it: rotated, so that a CRC of CRCs is no special case."""
+  crc = google_crc32c.value(data)
+  return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame(data: bytes) -> bytes:
+  """The bytes that stand in a file for one record."""
+  length = struct.pack("<Q", len(data))
+  return b"".join(
+    (length, _FOOTER.pack(masked_crc(length)), data, _FOOTER.pack(masked_crc(data)))
+  )
+
+
+def unframe(framed: bytes, num_bytes: int) -> bytes:
+  """The data of a frame.
+
+  Args:
+    framed: what was read where the frame should be.
+    num_bytes: length of the data, as the index has it.
+
+  Returns:
+    The data, `num_bytes` long.
+
+  Raises:
+    FramingError: if the frame is cut short, or a length or checksum does not fit.
+  """
+  if len(framed) != num_bytes + OVERHEAD_BYTES:
+    raise FramingError("is cut short")
+  length, length_crc = _HEADER.unpack_from(framed)
+  if masked_crc(framed[:8]) != length_crc:
+    raise FramingError("has a corrupt length (checksum differs)")
+  if length != num_bytes:
+    raise FramingError(f"has {length} bytes where the index has {num_bytes}")
+  data = framed[HEADER_BYTES:-FOOTER_BYTES]
+  if masked_crc(data) != _FOOTER.unpack_from(framed, HEADER_BYTES + num_bytes)[0]:
+    raise FramingError("has corrupt data (checksum differs)")
+  return data
+
+
+def first_damage(path: str) -> Optional[tuple[int, str]]:
+  """The number of the first record of a file that is damaged, and what is wrong."""
+  number = 0
+  try:
+    for number, _ in enumerate(_scan(path), start=1):  # noqa: B007
+      pass
+  except FramingError as error:
+    return number, str(error)
+  return None
+
+
+def _scan(path: str) -> Iterator[bytes]:
+  """Reads a file's records in order, trusting no length before its checksum fits."""
+  with open(path, "rb") as file:
+    remaining = os.fstat(file.fileno()).st_size
+    while header := file.read(HEADER_BYTES):
+      if len(header) < HEADER_BYTES:
+        raise FramingError("is cut short")
+      length, length_crc = _HEADER.unpack(header)
+      if masked_crc(header[:8]) != length_crc:
+        raise FramingError("has a corrupt length (checksum differs)")
+      remaining -= OVERHEAD_BYTES + length
+      if remaining < 0:
+        raise FramingError("is cut short")
+      yield unframe(header + file.read(length + FOOTER_BYTES), length)

@@ -1,0 +1,148 @@
+"""Random access to the records of TFRecord shards through the index beside them.
+
+Shapes: N records, C classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from trainer.data import framing, index_arrays, manifest
+from trainer.data.class_names import ClassNames
+from trainer.data.members import MemberTable
+from trainer.errors import UserError
+
+# Well under the usual limit of 1,024 open files, for shards by the thousand.
+_MAX_OPEN_SHARDS = 256
+
+
+def locate(folder_or_pattern: str) -> tuple[str, str]:
+  """Where shards lie and where their index belongs.
+
+  Args:
+    folder_or_pattern: a folder, whose index is `index` in it, or a pattern such as
+      `data/train-*.tfrecord`, whose index is named after the pattern.
+
+  Returns:
+    The folder of the shards and the folder of the index, absolute.
+  """
+  path = os.path.abspath(os.path.expanduser(folder_or_pattern))
+  if not glob.has_magic(path):
+    return path, os.path.join(path, "index")
+  folder, pattern = os.path.split(path)
+  return folder, os.path.join(folder, re.sub(r"[^\w.-]+", "_", pattern) + ".index")
+
+
+class RecordIndex:
+  """Records by number, and classes with their members; all arrays are mapped.
+
+  Attributes:
+    labels: [N] int32, class id of each record.
+    member_table: which records belong to which class.
+    class_names: the name of each class.
+    manifest: what was indexed.
+  """
+
+  def __init__(
+    self,
+    folder: str,
+    description: manifest.Manifest,
+    arrays: index_arrays.IndexArrays,
+  ):
+    self.manifest = description
+    self.labels: np.ndarray = arrays.labels
+    self.member_table: MemberTable = arrays.member_table
+    self.class_names: ClassNames = arrays.class_names
+    self._arrays = arrays
+    self._paths = [os.path.join(folder, shard.name) for shard in description.shards]
+    firsts = np.cumsum([0] + [shard.num_records for shard in description.shards])
+    self._first_records: list[int] = firsts.tolist()
+    self._open_shard: Callable[[int], BinaryIO] = functools.lru_cache(
+      maxsize=_MAX_OPEN_SHARDS
+    )(self._open_uncached)
+
+  @classmethod
+  def open(cls, folder_or_pattern: str) -> RecordIndex:
+    """Opens the index of a folder of shards, or of the shards of a pattern.
+
+    Raises:
+      UserError: if there is no index, it is damaged, or a shard is missing or changed.
+    """
+    folder, index_folder = locate(folder_or_pattern)
+    description = manifest.read(index_folder)
+    if description is None:
+      raise UserError(f"{folder_or_pattern} has no index; run --mode=ingest first.")
+    manifest.check_shards(folder, description)
+    arrays = index_arrays.read(
+      index_folder,
+      num_records=description.num_records,
+      num_classes=description.num_classes,
+    )
+    return cls(folder, description, arrays)
+
+  @property
+  def num_records(self) -> int:
+    """N, over all shards."""
+    return len(self.labels)
+
+  @property
+  def num_classes(self) -> int:
+    """C."""
+    return self.member_table.num_classes
+
+  def members(self, class_id: int) -> np.ndarray:
+    """[n] int64, the numbers of the records of a class."""
+    return self.member_table.members(class_id)
+
+  def read(self, record_numbers: Sequence[int] | np.ndarray) -> list[bytes]:
+    """The data of records, each checked against its checksums.
+
+    Args:
+      record_numbers: [n] int64.
+
+    Returns:
+      n serialized examples, in the order of the numbers.
+
+    Raises:
+      UserError: naming file and record, if one is corrupt or cannot be read.
+    """
+    numbers = np.asarray(record_numbers, np.int64)
+    shards = self._arrays.shards[numbers].tolist()
+    offsets = self._arrays.offsets[numbers].tolist()
+    lengths = self._arrays.lengths[numbers].tolist()
+    return [
+      self._read_one(number, shard, offset, length)
+      for number, shard, offset, length in zip(
+        numbers.tolist(), shards, offsets, lengths
+      )
+    ]
+
+  def describe(self, record_number: int) -> str:
+    """Names a record for a message: its file and its number in that file."""
+    shard = int(self._arrays.shards[record_number])
+    return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
+
+  def _read_one(self, number: int, shard: int, offset: int, length: int) -> bytes:
+    try:
+      # The local name keeps the file open while it is read, whatever the cache drops.
+      file = self._open_shard(shard)
+      framed = os.pread(file.fileno(), length + framing.OVERHEAD_BYTES, offset)
+      return framing.unframe(framed, length)
+    except framing.FramingError as error:
+      raise UserError(
+        f"{self.describe(number)} {error}; restore the file, or ingest again."
+      ) from error
+    except OSError as error:
+      raise UserError(
+        f"{self.describe(number)} cannot be read: {error.strerror}."
+      ) from error
+
+  def _open_uncached(self, shard: int) -> BinaryIO:
+    return open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115

@@ -1,0 +1,171 @@
+"""Which records make a batch: pure functions of the step, without state.
+
+So resuming is exact and free, and the global batch does not depend on who computes it.
+
+Shapes: P classes and K samples a class in a batch, B records in a batch.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Protocol
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.data import distinct_stream, members, permutation
+from trainer.errors import UserError
+
+# What a hash is for, so that no two uses of one seed are alike.
+_CLASSES, _MEMBERS = 1, 2
+
+
+class Schedule(Protocol):
+  """What the pipeline must know of a schedule."""
+
+  def batch(self, step: int) -> np.ndarray:
+    """Record numbers of a step, [P, K] or [B] int64; −1 is a padding row."""
+
+
+@gin.register
+class PKSchedule:
+  """P classes of K samples each, classes and members balanced over time.
+
+  Every class comes once in an epoch of classes. Within a class no member comes again
+  before all have come. The P classes of a batch are distinct, and the K samples of a
+  class too if it has so many; otherwise each is repeated as equally often as possible.
+  """
+
+  def __init__(
+    self,
+    index: members.Classes,
+    *,
+    classes_per_batch: int,
+    samples_per_class: int,
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+    small_classes: str = "repeat",
+  ):
+    """Looks up what can be drawn.
+
+    Args:
+      index: knows classes and their members, such as a `RecordIndex`.
+      classes_per_batch: P.
+      samples_per_class: K.
+      seed: another seed, another order.
+      classes: int32 ids of the classes to draw from; None for all.
+      small_classes: "repeat" members of a class of fewer than K, or "leave_out" it.
+
+    Raises:
+      UserError: if P or K is below 1, or fewer than P classes can be drawn.
+    """
+    _check_at_least_one("classes_per_batch", classes_per_batch)
+    _check_at_least_one("samples_per_class", samples_per_class)
+    self._num_samples = samples_per_class
+    self._num_classes_drawn = classes_per_batch
+    self._seed = seed
+    self._table = members.of(index)
+    self._classes = _drawable(self._table, classes, samples_per_class, small_classes)
+    self.num_classes = (
+      self._table.num_classes if self._classes is None else len(self._classes)
+    )
+    if self.num_classes < classes_per_batch:
+      raise UserError(
+        f"classes_per_batch={classes_per_batch} but only {self.num_classes} classes "
+        f"can be drawn from; choose at most {self.num_classes}."
+      )
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(P, K)."""
+    return self._num_classes_drawn, self._num_samples
+
+  def batch(self, step: int) -> np.ndarray:
+    """[P, K] int64, the record numbers of a step."""
+    num_drawn = self._num_classes_drawn
+    ranks = distinct_stream.block(
+      np.array([step]),
+      np.array([self.num_classes]),
+      permutation.mix(self._seed, _CLASSES),
+      num_drawn,
+    )[0]
+    # A class comes once in an epoch, so the epoch counts how often it has come.
+    epochs = (step * num_drawn + np.arange(num_drawn)) // self.num_classes
+    class_ids = ranks if self._classes is None else self._classes[ranks]
+    starts = self._table.starts[class_ids]
+    sizes = self._table.starts[class_ids + 1] - starts
+    keys = permutation.mix(self._seed, _MEMBERS, class_ids)
+    places = distinct_stream.block(epochs, sizes, keys, self._num_samples)
+    return self._table.records[starts[:, None] + places]
+
+
+class SequentialSchedule:
+  """Given records once, in order; the last batch is filled up with −1."""
+
+  def __init__(self, record_numbers: np.ndarray, *, records_per_batch: int):
+    """Takes the records to go through.
+
+    Args:
+      record_numbers: [n] int64.
+      records_per_batch: B.
+
+    Raises:
+      UserError: if B is below 1.
+    """
+    _check_at_least_one("records_per_batch", records_per_batch)
+    self._records = np.asarray(record_numbers, np.int64)
+    self._size = records_per_batch
+
+  @property
+  def num_batches(self) -> int:
+    """Batches until every record has come once."""
+    return -(-len(self._records) // self._size)
+
+  @property
+  def shape(self) -> tuple[int]:
+    """(B,)."""
+    return (self._size,)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[B] int64, the record numbers of a step; −1 from the last record on."""
+    batch = np.full(self._size, -1, np.int64)
+    records = self._records[step * self._size : (step + 1) * self._size]
+    batch[: len(records)] = records
+    return batch
+
+
+def _drawable(
+  table: members.MemberTable,
+  classes: Optional[np.ndarray],
+  num_samples: int,
+  small_classes: str,
+) -> Optional[np.ndarray]:
+  """Ids of the classes to draw from; None for all, which takes no memory."""
+  if small_classes not in ("repeat", "leave_out"):
+    raise UserError(
+      f"small_classes={small_classes!r} is not known; choose 'repeat' or 'leave_out'."
+    )
+  sizes = np.diff(table.starts)
+  if classes is not None:
+    sizes = sizes[classes]
+  num_small = int(np.count_nonzero((sizes < num_samples) & (sizes > 0)))
+  if num_small:
+    logging.info(
+      "%d of %d classes have fewer than %d records: %s",
+      num_small,
+      len(sizes),
+      num_samples,
+      "their records are repeated"
+      if small_classes == "repeat"
+      else "they are left out",
+    )
+  is_drawn = sizes >= (1 if small_classes == "repeat" else num_samples)
+  if is_drawn.all():
+    return None if classes is None else np.asarray(classes, np.int32)
+  ids = np.arange(len(sizes)) if classes is None else classes
+  return np.asarray(ids, np.int32)[is_drawn]
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+  if value < 1:
+    raise UserError(f"{name}={value} is too small; it must be at least 1.")

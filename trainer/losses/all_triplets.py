@@ -1,0 +1,73 @@
+"""The sum over all triplets of each anchor, without a cube of triplets.
+
+Shapes: T anchors, C candidates.
+
+For each positive of an anchor, t = d_ap + margin is a threshold: the negatives below it
+are those it forms a triplet with. Their number is the gradient to d_ap; the number of
+thresholds above a negative is, negated, the gradient to d_an. So one positive costs a
+few [T, C] passes, and the k-th positive of all anchors is dealt with at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from trainer.losses.relevance import Relevance
+
+
+def all_triplets(
+  distances: tf.Tensor, pairs: Relevance, margin: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and how many are above 0.
+
+  Args:
+    distances: [T, C] float32.
+    pairs: which distances are to positives and which to negatives.
+    margin: in the distances' units.
+
+  Returns:
+    [T] float32 sums, differentiable, and [T] float32 counts.
+  """
+
+  @tf.custom_gradient
+  def sums(distances: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
+    total, num_active, slope = _sums_and_slope(distances, pairs, margin)
+
+    def gradient(upstream: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+      return upstream[:, None] * slope
+
+    return (total, num_active), gradient
+
+  return sums(distances)
+
+
+def _sums_and_slope(
+  distances: tf.Tensor, pairs: Relevance, margin: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """The sums and counts, both [T], and the sums' gradient to distances, [T, C]."""
+  num_positives = tf.reduce_sum(tf.cast(pairs.is_positive, tf.int32), 1)
+  columns = tf.argsort(
+    tf.cast(pairs.is_positive, tf.int32), direction="DESCENDING", stable=True
+  )
+  negatives = tf.where(pairs.is_negative, distances, float("inf"))
+  rows = tf.range(tf.shape(distances)[0])
+
+  def body(k, total, num_active, slope):  # type: ignore[no-untyped-def]
+    positive = tf.stack([rows, columns[:, k]], 1)
+    threshold = tf.gather_nd(distances, positive) + margin
+    threshold = tf.where(k < num_positives, threshold, -float("inf"))
+    hinge = tf.nn.relu(threshold[:, None] - negatives)
+    is_active = tf.sign(hinge)
+    count = tf.reduce_sum(is_active, 1)
+    slope = tf.tensor_scatter_nd_add(slope - is_active, positive, count)
+    return k + 1, total + tf.reduce_sum(hinge, 1), num_active + count, slope
+
+  zeros = tf.zeros_like(distances[:, 0])
+  _, total, num_active, slope = tf.while_loop(
+    lambda k, *_: k < tf.reduce_max(num_positives),
+    body,
+    (tf.constant(0), zeros, zeros, tf.zeros_like(distances)),
+  )
+  return total, num_active, slope
