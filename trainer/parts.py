@@ -1,1 +1,17 @@
 """Imports the modules that register parts with gin, so that configs can name them."""
+
+import trainer.data.dataset
+import trainer.data.decode
+import trainer.data.schedule
+import trainer.data.split
+import trainer.distribute.objective
+import trainer.evaluate
+import trainer.ingest
+import trainer.loop.loop
+import trainer.loop.optimizers
+import trainer.loop.step
+import trainer.losses
+import trainer.models.applications
+import trainer.models.backbones
+import trainer.models.encoder
+import trainer.train  # noqa: F401

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Callable, NamedTuple
 
 import gin
@@ -10,7 +11,7 @@ from absl import logging
 
 from trainer import __version__
 from trainer.data.dataset import Dataset
-from trainer.data.pipeline import Shard, make_dataset
+from trainer.data.pipeline import Batches, Shard
 from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.errors import UserError
@@ -89,14 +90,15 @@ def train(
   num_checkpoints = loop.num_checkpoints_kept + 1
   check_disk(run.model_dir, num_bytes=checkpoints.num_bytes * num_checkpoints)
   first_step = checkpoints.restore() or 0
-  inner = _make_inner_loop(dataset, schedule, step, first_step)
+  batches = Batches(dataset.index, schedule, dataset.decoder)
   metrics_file = MetricsFile(run.model_dir)
   metrics_file.drop_after(first_step)
   outer = Loop(
-    inner=inner,
+    inner=_make_inner_loop(batches, step, first_step),
+    naming_bad_records=batches.naming_bad_records,
     optimizer=step.optimizer,
     options=loop,
-    images_per_step=schedule.records_per_batch,
+    images_per_step=math.prod(schedule.shape),
     actions=[
       actions.ShowProgress(),
       actions.WriteMetrics(metrics_file),
@@ -110,38 +112,29 @@ def train(
 
 
 def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
-  num_classes = schedule.classes_per_batch
+  num_classes, num_samples = schedule.shape
   if num_classes % num_replicas:
     multiple = -(-num_classes // num_replicas) * num_replicas
     raise UserError(
       f"PKSchedule.classes_per_batch={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
     )
-  if step.loss.needs_positives and schedule.samples_per_class < 2:
+  if step.loss.needs_positives and num_samples < 2:
     raise UserError(
-      f"PKSchedule.samples_per_class={schedule.samples_per_class} leaves "
+      f"PKSchedule.samples_per_class={num_samples} leaves "
       f"{type(step.loss).__name__} without positives; it needs at least 2."
     )
 
 
-def _make_inner_loop(
-  dataset: Dataset, schedule: PKSchedule, step: TrainStep, first_step: int
-) -> InnerLoop:
+def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:
   strategy = tf.distribute.get_strategy()
   num_replicas = strategy.num_replicas_in_sync
-  batches = make_dataset(
-    dataset.index,
-    schedule,
-    dataset.decoder,
-    first_step=first_step,
-    num_steps=None,
-    shard=Shard(0, num_replicas, num_replicas),
-  )
+  dataset = batches.dataset(Shard(0, num_replicas, num_replicas), first_step=first_step)
   return InnerLoop(
     step=step,
     strategy=strategy,
-    batches=iter(strategy.distribute_datasets_from_function(lambda _: batches)),
-    zero_statistics=step.zero_statistics(batches.element_spec),
+    batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
+    zero_statistics=step.zero_statistics(dataset.element_spec),
   )
 
 
@@ -150,15 +143,16 @@ def _log_start(
 ) -> None:
   strategy = tf.distribute.get_strategy()
   num_replicas = strategy.num_replicas_in_sync
+  num_classes, num_samples = schedule.shape
   num_parameters = sum(v.shape.num_elements() for v in step.encoder.trainable_variables)
   logging.info("trainer %s, TensorFlow %s.", __version__, tf.__version__)
   logging.info(
     "%d replicas; global batch %d = %d classes x %d samples, replica batch %d.",
     num_replicas,
-    schedule.records_per_batch,
-    schedule.classes_per_batch,
-    schedule.samples_per_class,
-    schedule.records_per_batch // num_replicas,
+    num_classes * num_samples,
+    num_classes,
+    num_samples,
+    num_classes * num_samples // num_replicas,
   )
   logging.info("%s trainable parameters.", f"{num_parameters:,}")
   logging.info("From step %d; writing to %s.", first_step, run.model_dir)

@@ -145,4 +145,4 @@ class RecordIndex:
       ) from error
 
   def _open_uncached(self, shard: int) -> BinaryIO:
-    return open(self._paths[shard], "rb", buffering=0)  # noqa: SIM115
+    return open(self._paths[shard], "rb", buffering=0)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import gin
+import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.loop.actions import Action, Report
@@ -48,6 +50,7 @@ class Loop:
 
   Args:
     inner: several steps on all replicas.
+    naming_bad_records: context of steps (first, last) that names what can't be read.
     optimizer: its `iterations` are the step, its learning rate is logged.
     options: how long and how often.
     images_per_step: the global batch size.
@@ -58,12 +61,14 @@ class Loop:
     self,
     *,
     inner: InnerLoop,
-    optimizer,
+    naming_bad_records: Callable[[int, int], AbstractContextManager],
+    optimizer: tf.keras.optimizers.Optimizer,
     options: LoopOptions,
     images_per_step: int,
     actions: Sequence[Action],
   ):
     self._inner = inner
+    self._naming_bad_records = naming_bad_records
     self._optimizer = optimizer
     self._options = options
     self._images_per_step = images_per_step
@@ -80,7 +85,8 @@ class Loop:
     per_loop = self._options.steps_per_loop
     end = min((step // per_loop + 1) * per_loop, self._options.num_steps)
     start_s = time.monotonic()
-    statistics = self._inner.run(end - step)
+    with self._naming_bad_records(step, end):
+      statistics = self._inner.run(end - step)
     seconds_per_step = (time.monotonic() - start_s) / (end - step)
     metrics = {
       **summarize(statistics),

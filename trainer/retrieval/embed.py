@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.dataset import Dataset
-from trainer.data.pipeline import Shard, make_dataset
+from trainer.data.pipeline import Batches, Shard
 from trainer.data.schedule import SequentialSchedule
 
 
@@ -35,13 +35,9 @@ def embed(
   """
   num_replicas = strategy.num_replicas_in_sync
   schedule = SequentialSchedule(record_numbers, records_per_batch=global_batch_size)
-  batches = make_dataset(
-    dataset.index,
-    schedule,
-    dataset.decoder,
-    first_step=0,
-    num_steps=schedule.num_batches,
-    shard=Shard(0, num_replicas, num_replicas),
+  batches = Batches(dataset.index, schedule, dataset.decoder)
+  replica_batches = batches.dataset(
+    Shard(0, num_replicas, num_replicas), num_steps=schedule.num_batches
   )
 
   @tf.function
@@ -49,7 +45,8 @@ def embed(
     return strategy.run(lambda batch: encoder(batch.inputs, training=False), (batch,))
 
   rows = []
-  for batch in strategy.distribute_datasets_from_function(lambda _: batches):
-    local = strategy.experimental_local_results(embed_batch(batch))
-    rows.extend(part.numpy() for part in local)
+  with batches.naming_bad_records(0, schedule.num_batches - 1):
+    for batch in strategy.distribute_datasets_from_function(lambda _: replica_batches):
+      local = strategy.experimental_local_results(embed_batch(batch))
+      rows.extend(part.numpy() for part in local)
   return np.concatenate(rows)[: len(record_numbers)]

@@ -1,0 +1,166 @@
+"""From a schedule to replica batches: read, decode, cut, in the order of the steps.
+
+Nothing here has a state: batch n is what the schedule says for step n.
+
+Shapes: G examples of the global batch, L of this worker, B of a replica.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.decode import Decoder
+from trainer.data.records import RecordIndex
+from trainer.data.schedule import Schedule
+from trainer.errors import UserError
+
+# Worker batches that wait, ready, while the devices compute.
+_NUM_PREFETCHED = 2
+# More steps than tf.data works at before they are asked for.
+_NUM_READ_AHEAD = 64
+PADDING_LABEL = -1
+
+
+class Batch(NamedTuple):
+  """The examples of one replica.
+
+  Attributes:
+    inputs: [B, ...] float32.
+    labels: [B] int32, class ids; −1 for a padding row.
+    weights: [B] float32, 1; 0 for a padding row.
+  """
+
+  inputs: tf.Tensor
+  labels: tf.Tensor
+  weights: tf.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """The part of every global batch that one worker reads.
+
+  Attributes:
+    first_replica: number of its first replica.
+    num_local_replicas: how many replicas it has.
+    num_replicas: how many there are on all workers.
+  """
+
+  first_replica: int
+  num_local_replicas: int
+  num_replicas: int
+
+
+class Batches:
+  """The batches of a schedule.
+
+  Args:
+    index: gives the records by number.
+    schedule: gives the record numbers of each step.
+    decoder: makes inputs of records.
+  """
+
+  def __init__(self, index: RecordIndex, schedule: Schedule, decoder: Decoder):
+    self._index = index
+    self._schedule = schedule
+    self._decoder = decoder
+
+  def dataset(
+    self, shard: Shard, *, first_step: int = 0, num_steps: Optional[int] = None
+  ) -> tf.data.Dataset:
+    """Replica batches: for each step in order, one for each local replica in order.
+
+    Replica r of R gets rows [r·G/R, (r+1)·G/R) of the global batch; of P classes with
+    K samples these are whole classes.
+
+    Args:
+      shard: which replicas.
+      first_step: the step to begin with.
+      num_steps: how many steps; None for no end.
+
+    Returns:
+      Dataset of `Batch`, all shapes static.
+    """
+    end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
+    steps = tf.data.Dataset.range(first_step, end)
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = tf.data.AutoShardPolicy.OFF
+    return (
+      steps.map(lambda step: self._read(step, shard), tf.data.AUTOTUNE)
+      .map(lambda *read: self._decode(shard, *read), tf.data.AUTOTUNE)
+      .prefetch(_NUM_PREFETCHED)
+      .unbatch()
+      .with_options(options)
+    )
+
+  @contextlib.contextmanager
+  def naming_bad_records(self, first_step: int, last_step: int) -> Iterator[None]:
+    """Says which record it was when reading or decoding fails inside.
+
+    Args:
+      first_step: of the steps that run inside.
+      last_step: the last of them; those read ahead are looked at too.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      UserError: naming file and record.
+    """
+    try:
+      yield
+    except tf.errors.OpError:
+      for step in range(first_step, last_step + _NUM_READ_AHEAD):
+        for number in np.ravel(self._schedule.batch(step)):
+          if number >= 0:
+            self._check(int(number))
+      raise
+
+  def _check(self, number: int) -> None:
+    [record] = self._index.read([number])
+    try:
+      self._decoder(tf.constant([record]))
+    except tf.errors.OpError as error:
+      reason = error.message.splitlines()[0]
+      raise UserError(
+        f"{self._index.describe(number)} cannot be decoded: {reason}"
+      ) from error
+
+  def _read(self, step: tf.Tensor, shard: Shard) -> list[tf.Tensor]:
+    """Serialized examples, labels and weights of this worker's rows, each [L]."""
+
+    def read(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+      numbers = self._local_rows(int(step), shard)
+      is_real = numbers >= 0
+      # Padding rows hold any record: its label and weight say that it doesn't count.
+      records = self._index.read(np.where(is_real, numbers, 0))
+      labels = np.where(is_real, self._index.labels[numbers], PADDING_LABEL)
+      return (
+        np.array(records, object),
+        labels.astype(np.int32),
+        is_real.astype(np.float32),
+      )
+
+    num_local = len(self._local_rows(0, shard))
+    read_tensors = tf.numpy_function(read, [step], (tf.string, tf.int32, tf.float32))
+    return [tf.ensure_shape(each, [num_local]) for each in read_tensors]
+
+  def _local_rows(self, step: int, shard: Shard) -> np.ndarray:
+    """[L] int64 record numbers of this worker's part of a step."""
+    rows = self._schedule.batch(step).reshape(shard.num_replicas, -1)
+    first = shard.first_replica
+    return rows[first : first + shard.num_local_replicas].ravel()
+
+  def _decode(
+    self, shard: Shard, records: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
+  ) -> Batch:
+    """A `Batch` with a leading axis of local replicas."""
+    batch = Batch(self._decoder(records), labels, weights)
+    num_rows = labels.shape[0] // shard.num_local_replicas
+    per_replica = [shard.num_local_replicas, num_rows]
+    return Batch(*(tf.reshape(each, [*per_replica, *each.shape[1:]]) for each in batch))

@@ -1,0 +1,119 @@
+"""Which classes train and which evaluate: disjoint, and the same on every machine.
+
+Shapes: C classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import gin
+import numpy as np
+
+from trainer.data.class_names import ClassNames
+from trainer.data.permutation import mix
+from trainer.errors import UserError
+
+
+class ClassSplit(NamedTuple):
+  """Class ids of either side.
+
+  Attributes:
+    train: int32, ascending.
+    evaluation: int32, ascending; none of them in `train`.
+  """
+
+  train: np.ndarray
+  evaluation: np.ndarray
+
+
+class Split(Protocol):
+  """Divides the classes."""
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of training and of evaluation classes."""
+
+
+@gin.register
+class HashSplit:
+  """By a stable hash of the class name: a class stays where it is when others come.
+
+  Args:
+    evaluation_fraction: share of classes held out, about; 0 < share < 1.
+    salt: another number, another split.
+
+  Raises:
+    UserError: the share is not between 0 and 1.
+  """
+
+  def __init__(self, *, evaluation_fraction: float, salt: int = 0):
+    if not 0 < evaluation_fraction < 1:
+      raise UserError(
+        f"HashSplit.evaluation_fraction={evaluation_fraction} must be between 0 and 1."
+      )
+    self._fraction = evaluation_fraction
+    self._salt = salt
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of either side.
+
+    Args:
+      class_names: C names, by class id.
+
+    Returns:
+      Disjoint ids that together are all.
+
+    Raises:
+      UserError: a side would be empty.
+    """
+    hashes = mix(self._salt, ClassNames.of(class_names).hashes)
+    return _divide(hashes / 2.0**64 < self._fraction)
+
+
+@gin.register
+class ListSplit:
+  """By an explicit list.
+
+  Args:
+    evaluation_classes: names of the classes held out.
+  """
+
+  def __init__(self, *, evaluation_classes: Sequence[str]):
+    self._evaluation_classes = list(evaluation_classes)
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of either side.
+
+    Args:
+      class_names: C names, by class id.
+
+    Returns:
+      Disjoint ids that together are all.
+
+    Raises:
+      UserError: a name is no class, or a side would be empty.
+    """
+    ids = {name: class_id for class_id, name in enumerate(class_names)}
+    for name in self._evaluation_classes:
+      if name not in ids:
+        nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
+        raise UserError(
+          f"ListSplit.evaluation_classes names {name!r}, which is no class of the data; "
+          f"did you mean {nearest[0]!r}?"
+        )
+    is_held_out = np.zeros(len(ids), bool)
+    is_held_out[[ids[name] for name in self._evaluation_classes]] = True
+    return _divide(is_held_out)
+
+
+def _divide(is_held_out: np.ndarray) -> ClassSplit:
+  evaluation = np.flatnonzero(is_held_out).astype(np.int32)
+  train = np.flatnonzero(~is_held_out).astype(np.int32)
+  if not len(train) or not len(evaluation):
+    raise UserError(
+      f"The split of {len(is_held_out)} classes leaves {len(train)} to train and "
+      f"{len(evaluation)} to evaluate; both need some."
+    )
+  return ClassSplit(train, evaluation)
