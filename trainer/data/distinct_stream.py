@@ -6,13 +6,15 @@ and would then repeat what both have there. So
 
 - for n ≥ 2b, the first b values of the later permutation are put in another order:
   those that the block has already come last. Enough others are there to fill the block,
-  and the tail of a permutation is never part of its own first b values, so one step back
-  is all that must be known;
+  and the tail of a permutation is never part of its own first b values, so one step
+  back is all that must be known;
 - for n < 2b, the same permutation is repeated until it ends together with a block,
   after lcm(n, b) values: any n values in a row are then distinct, and for n < b a block
   has each value ⌊b/n⌋ or ⌈b/n⌉ times.
 
-Any block is computed by itself, for many rows at once. Shapes: R rows, b values a block.
+Any block is computed by itself, for many rows at once.
+
+Shapes: R rows, b values a block.
 """
 
 from __future__ import annotations

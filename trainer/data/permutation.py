@@ -92,7 +92,7 @@ def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Permutations of every small size, end to end.
 
   Returns:
-    uint32: the permutations; by size, where those of that size start; how many they are.
+    uint32: the permutations; by size, where those of that size start; how many.
   """
   blocks = [np.empty((0, 0), np.int64)]
   for size in range(1, _MAX_TABLED + 1):

@@ -100,8 +100,8 @@ class ListSplit:
       if name not in ids:
         nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
         raise UserError(
-          f"ListSplit.evaluation_classes names {name!r}, which is no class of the data; "
-          f"did you mean {nearest[0]!r}?"
+          f"ListSplit.evaluation_classes names {name!r}, which is no class of the "
+          f"data; did you mean {nearest[0]!r}?"
         )
     is_held_out = np.zeros(len(ids), bool)
     is_held_out[[ids[name] for name in self._evaluation_classes]] = True

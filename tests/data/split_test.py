@@ -1,0 +1,58 @@
+"""Class splits: disjoint, stable, and clear about mistakes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from trainer.data.split import HashSplit, ListSplit
+from trainer.errors import UserError
+
+_NAMES = [f"class {i}" for i in range(1000)]
+
+
+def test_sides_of_a_hash_split_are_disjoint_and_together_all():
+  train, evaluation = HashSplit(evaluation_fraction=0.3).split(_NAMES)
+  np.testing.assert_array_equal(
+    np.sort(np.concatenate([train, evaluation])), np.arange(1000)
+  )
+  assert 0.25 < len(evaluation) / 1000 < 0.35
+
+
+def test_a_class_keeps_its_side_when_others_come_and_order_changes():
+  split = HashSplit(evaluation_fraction=0.3)
+  before = {_NAMES[i] for i in split.split(_NAMES).evaluation}
+  more = [f"new {i}" for i in range(500)] + _NAMES[::-1]
+  after = {more[i] for i in split.split(more).evaluation}
+  assert before == {name for name in after if not name.startswith("new")}
+
+
+def test_the_hash_split_is_the_same_in_every_version():
+  held_out = HashSplit(evaluation_fraction=0.5, salt=1).split(list("abcdefgh"))
+  assert held_out.evaluation.tolist() == [0, 1, 4, 7]
+
+
+def test_another_salt_is_another_split():
+  one = HashSplit(evaluation_fraction=0.5, salt=1).split(_NAMES)
+  two = HashSplit(evaluation_fraction=0.5, salt=2).split(_NAMES)
+  assert set(one.evaluation) != set(two.evaluation)
+
+
+def test_a_list_split_holds_out_what_it_names():
+  train, evaluation = ListSplit(evaluation_classes=["b", "d"]).split(["a", "b", "c", "d"])
+  assert train.tolist() == [0, 2]
+  assert evaluation.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: HashSplit(evaluation_fraction=1.0), "between 0 and 1"),
+    (lambda: HashSplit(evaluation_fraction=0.5).split(["a"]), "both need some"),
+    (lambda: ListSplit(evaluation_classes=["cta"]).split(["cat", "dog"]), "'cat'"),
+    (lambda: ListSplit(evaluation_classes=["a"]).split(["a"]), "leaves 0 to train"),
+  ],
+)
+def test_mistakes_are_named(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
