@@ -3,6 +3,7 @@
 import trainer.data.dataset
 import trainer.data.decode
 import trainer.data.schedule
+import trainer.data.sources
 import trainer.data.split
 import trainer.distribute.objective
 import trainer.evaluate

@@ -7,10 +7,7 @@ tensorflow/core/lib/io/record_writer.h.
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterator
-from typing import Optional
 
 import google_crc32c
 
@@ -65,30 +62,3 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
   if masked_crc(data) != _FOOTER.unpack_from(framed, HEADER_BYTES + num_bytes)[0]:
     raise FramingError("has corrupt data (checksum differs)")
   return data
-
-
-def first_damage(path: str) -> Optional[tuple[int, str]]:
-  """The number of the first record of a file that is damaged, and what is wrong."""
-  number = 0
-  try:
-    for number, _ in enumerate(_scan(path), start=1):  # noqa: B007
-      pass
-  except FramingError as error:
-    return number, str(error)
-  return None
-
-
-def _scan(path: str) -> Iterator[bytes]:
-  """Reads a file's records in order, trusting no length before its checksum fits."""
-  with open(path, "rb") as file:
-    remaining = os.fstat(file.fileno()).st_size
-    while header := file.read(HEADER_BYTES):
-      if len(header) < HEADER_BYTES:
-        raise FramingError("is cut short")
-      length, length_crc = _HEADER.unpack(header)
-      if masked_crc(header[:8]) != length_crc:
-        raise FramingError("has a corrupt length (checksum differs)")
-      remaining -= OVERHEAD_BYTES + length
-      if remaining < 0:
-        raise FramingError("is cut short")
-      yield unframe(header + file.read(length + FOOTER_BYTES), length)

@@ -1,4 +1,4 @@
-"""Losses mined inside the batch: pure functions of tensors, no strategy, no gin call."""
+"""Losses mined inside the batch: pure functions of tensors, without a strategy."""
 
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss

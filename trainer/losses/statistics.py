@@ -5,6 +5,9 @@ Shapes: A anchors, C candidates, D dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import tensorflow as tf
 
 from trainer.losses.distances import euclidean
@@ -35,6 +38,22 @@ def mining_statistics(anchors: Anchors, candidates: Candidates) -> dict[str, Sta
       nearest, counts & (nearest < float("inf"))
     ),
     "mining/embedding_norm": _mean(tf.norm(embeddings, axis=1), counts),
+  }
+
+
+def summarize(statistics: Mapping[str, Any]) -> dict[str, float]:
+  """The values of statistics that were added up over steps and replicas.
+
+  Args:
+    statistics: by metric name, NumPy scalars.
+
+  Returns:
+    By metric name; those of which nothing was counted are left out.
+  """
+  return {
+    name: float(ratio.total / ratio.count)
+    for name, ratio in statistics.items()
+    if ratio.count > 0
   }
 
 
