@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging as python_logging
 import os
 import sys
 from collections.abc import Sequence
@@ -157,11 +158,15 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
   """Loads the config and calls the mode."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  # absl's own flags take their defaults, or it would warn at the first line logged.
+  flags.FLAGS(["trainer"])
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   from trainer import config, run  # Late: see the module's docstring.
 
   importlib.import_module("trainer.parts")
+  # TensorFlow logs every reduction of a value over replicas as information.
+  python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
   mode = MODES[values.mode]
   importlib.import_module(mode.module).main(
     run.Run(

@@ -16,9 +16,11 @@ from trainer.train import train
 
 def main(run: Run) -> None:
   """Ingests if the run names a source; then measures, trains and measures again."""
+  # The strategy first: ingest uses a device, and replicas must be made before that.
+  strategy = make_strategy(run.hardware)
   if run.config.binds("ingest"):
     ingest.main(run)
-  with make_strategy(run.hardware).scope():
+  with strategy.scope():
     training = train(run)
     evaluation = Evaluation(encoder=training.encoder)
     results = Results(run.model_dir)

@@ -76,7 +76,7 @@ class Loop:
 
   def run(self) -> None:
     """Runs the steps that are left."""
-    step = int(self._optimizer.iterations)
+    step = int(self._optimizer.iterations.numpy())
     while step < self._options.num_steps:
       step = self._run_once(step)
 
@@ -90,7 +90,7 @@ class Loop:
     seconds_per_step = (time.monotonic() - start_s) / (end - step)
     metrics = {
       **summarize(statistics),
-      "train/learning_rate": float(self._optimizer.learning_rate),
+      "train/learning_rate": float(self._optimizer.learning_rate.numpy()),
       "train/images_per_second": self._images_per_step / seconds_per_step,
       "train/seconds_per_step": seconds_per_step,
     }
