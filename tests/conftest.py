@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -23,6 +24,21 @@ def pytest_configure(config):
   tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * _NUM_CPU_DEVICES
   )
+
+
+@functools.lru_cache(maxsize=None)
+def _mirrored(num_replicas):
+  import tensorflow as tf
+
+  # Strategies of one process number their collectives alike, and would meet.
+  tf.distribute.MirroredStrategy._collective_key_base = 1_000_000 * num_replicas
+  return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+
+
+@pytest.fixture
+def mirrored():
+  """Makes the MirroredStrategy of so many virtual replicas, one for all tests."""
+  return _mirrored
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,9 @@ from trainer.errors import UserError
 
 
 def _table(sizes):
-  return from_labels(np.repeat(np.arange(len(sizes)), sizes).astype(np.int32), len(sizes))
+  return from_labels(
+    np.repeat(np.arange(len(sizes)), sizes).astype(np.int32), len(sizes)
+  )
 
 
 def _schedule(sizes, classes_per_batch, samples_per_class, **options):

@@ -39,7 +39,9 @@ def test_another_salt_is_another_split():
 
 
 def test_a_list_split_holds_out_what_it_names():
-  train, evaluation = ListSplit(evaluation_classes=["b", "d"]).split(["a", "b", "c", "d"])
+  train, evaluation = ListSplit(evaluation_classes=["b", "d"]).split(
+    ["a", "b", "c", "d"]
+  )
   assert train.tolist() == [0, 2]
   assert evaluation.tolist() == [1, 3]
 
