@@ -144,7 +144,7 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
   try:
     rest = values(arguments)[1:]
   except flags.Error as error:
-    raise errors.UserError(f"{str(error).rstrip('.')}. See --help.") from error
+    raise errors.UserError(f"{str(error).rstrip(' .?')}. See --help.") from error
   if rest:
     raise errors.UserError(f"{rest[0]!r} is no flag. See --help.")
   for name in ("mode", "gin_file", "model_dir"):

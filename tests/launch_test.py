@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# What the scripts call beside Python.
+_TOOLS = ("bash", "env", "dirname", "basename", "realpath", "cat", "cksum", "tr", "rm")
+_VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+@pytest.fixture
+def project(tmp_path):
+  """A copy of the launch scripts, beside what they look for."""
+  folder = tmp_path / "project"
+  shutil.copytree(ROOT / "launch", folder / "launch")
+  (folder / "configs" / "runs").mkdir(parents=True)
+  (folder / "configs" / "runs" / "digits.gin").write_text("")
+  (folder / "setup.py").write_text("")
+  return folder
+
+
+@pytest.fixture
+def bare(tmp_path):
+  """An environment without Python, where `bin` is the only place of programs."""
+  (tmp_path / "bin").mkdir()
+  for tool in (*_TOOLS, "touch", "sh"):
+    os.symlink(str(shutil.which(tool)), tmp_path / "bin" / tool)
+  return {"PATH": str(tmp_path / "bin"), "HOME": str(tmp_path)}
+
+
+def _program(path: pathlib.Path, text: str) -> None:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(f"#!/bin/sh\n{text}\n")
+  path.chmod(0o755)
+
+
+def _run(folder, *command, env=None):
+  """Runs a script with a closed standard input."""
+  return subprocess.run(
+    [str(part) for part in command],
+    cwd=folder,
+    env=env,
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+
+
+# Stands for a Python of any wanted version: tells it as such, makes an environment of
+# itself, and tells how pip and the task are called.
+_FAKE_PYTHON = """
+case "$1 $2" in
+  "--version ") echo "Python, a fake" ;;
+  "-m venv") rm -rf "$4"; "$MKDIR" -p "$4/bin"; cat "$0" > "$4/bin/python"
+    "$CHMOD" +x "$4/bin/python"; echo made ;;
+  "-m pip") [ -z "${PIP_FAILS:-}" ] || exit 7; echo installed ;;
+  "-m trainer.task") shift 2; printf '%s\\n' "$@" ;;
+esac
+"""
+
+
+@pytest.fixture
+def fake(bare):
+  """An environment whose only Python is a fake 3.11."""
+  _program(pathlib.Path(bare["PATH"]) / "python3.11", _FAKE_PYTHON)
+  tools = {name.upper(): str(shutil.which(name)) for name in ("mkdir", "chmod")}
+  return {**bare, **tools}
+
+
+@pytest.mark.main_job
+def test_without_arguments_digits_run_on_two_virtual_replicas(project, fake):
+  done = _run(project, "launch/local.sh", env=fake)
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.splitlines() == [
+    "made",
+    "installed",
+    "--mode=train_and_evaluate",
+    "--gin_file=configs/runs/digits.gin",
+    "--model_dir=runs/digits",
+    "--num_virtual_replicas=2",
+  ]
+
+
+@pytest.mark.main_job
+def test_second_call_starts_at_once_and_a_changed_setup_installs(project, fake):
+  _run(project, "launch/local.sh", env=fake)
+  second = _run(project, "launch/local.sh", env=fake)
+  (project / "setup.py").write_text("changed")
+  third = _run(project, "launch/local.sh", env=fake)
+  assert second.stdout.startswith("--mode")
+  assert second.stderr == ""
+  assert third.stdout.startswith("installed\n--mode")
+  assert "setup.py has changed" in third.stderr
+
+
+def test_interrupted_installation_is_made_anew(project, fake):
+  first = _run(project, "launch/local.sh", env={**fake, "PIP_FAILS": "yes"})
+  second = _run(project, "launch/local.sh", env=fake)
+  assert first.returncode == 7
+  assert first.stdout == "made\n"
+  assert second.stdout.startswith("made\ninstalled\n--mode")
+
+
+def test_interrupted_update_is_made_anew(project, fake):
+  _run(project, "launch/local.sh", env=fake)
+  (project / "setup.py").write_text("changed")
+  _run(project, "launch/local.sh", env={**fake, "PIP_FAILS": "yes"})
+  third = _run(project, "launch/local.sh", env=fake)
+  assert third.stdout.startswith("made\ninstalled\n--mode")
+
+
+def test_environment_of_a_moved_project_is_updated(project, fake, tmp_path):
+  _run(project, "launch/local.sh", env=fake)
+  project.rename(tmp_path / "elsewhere")
+  moved = _run(tmp_path / "elsewhere", "launch/local.sh", env=fake)
+  assert moved.stdout.startswith("installed\n--mode")
+
+
+def test_run_file_is_found_from_another_folder_and_flags_are_kept(
+  project, fake, tmp_path
+):
+  (tmp_path / "mine.gin").write_text("")
+  flags = ("--model_dir=out", "--gin_param=A.b = 'c d'")
+  done = _run(tmp_path, project / "launch/local.sh", "mine.gin", *flags, env=fake)
+  assert done.stdout.splitlines()[2:] == [
+    "--mode=train_and_evaluate",
+    f"--gin_file={tmp_path}/mine.gin",
+    "--model_dir=runs/mine",
+    *flags,
+  ]
+
+
+@pytest.mark.parametrize("flag", ["--strategy=cpu", "--num_virtual_replicas=4"])
+def test_replicas_that_the_user_chooses_have_no_default_beside(project, fake, flag):
+  done = _run(project, "launch/local.sh", flag, env=fake)
+  assert "--num_virtual_replicas=2" not in done.stdout
+  assert done.stdout.splitlines()[-1] == flag
+
+
+def test_run_file_that_is_not_there_is_refused_before_anything_is_made(project, fake):
+  done = _run(project, "launch/local.sh", "nowhere.gin", env=fake)
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert "no run file nowhere.gin" in line
+  assert not (project / ".venv").exists()
+
+
+@pytest.mark.main_job
+def test_machine_without_python_is_told_which_and_how(project, bare):
+  done = _run(project, "launch/local.sh", env=bare)
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert "no Python 3.11 3.10 3.9 3.12 3.13" in line
+  assert "apt-get install python3.11-venv" in line
+
+
+def test_shim_of_a_python_that_is_not_there_is_passed_over(project, bare):
+  _program(pathlib.Path(bare["PATH"]) / "python3.11", "exit 127")
+  real = pathlib.Path(bare["HOME"]) / f".pyenv/versions/{_VERSION}.1/bin/python"
+  _program(real, f'exec "{sys.executable}" "$@"')
+  find = f". launch/python.sh; find_python 3.8 {_VERSION}"
+  assert _run(project, "bash", "-c", find, env=bare).stdout == f"{real}\n"
+
+
+@pytest.mark.parametrize("flag", ["--pyton=3.12", "--python=3.8", "fast"])
+def test_check_refuses_a_flag_it_does_not_know(project, bare, flag):
+  done = _run(project, "launch/check.sh", flag, env=bare)
+  assert done.returncode == 2
+  assert len(done.stderr.splitlines()) == 1
+  assert flag in done.stderr
+
+
+def test_ci_runs_the_check_on_both_stacks_and_nothing_else():
+  lines = (ROOT / ".ci" / "run").read_text().splitlines()
+  assert [line for line in lines if "check.sh" in line] == [
+    "./launch/check.sh",
+    "./launch/check.sh --python=3.12 --short",
+  ]
+
+
+@pytest.mark.parametrize(
+  "path",
+  [".ci/run", "launch/local.sh", "launch/check.sh", "launch/data/fashion_mnist.sh"],
+)
+def test_script_can_be_executed(path):
+  assert os.access(ROOT / path, os.X_OK)
