@@ -1,0 +1,203 @@
+"""The main job from the command line: what it prints, leaves, resumes and refuses."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+_REPOSITORY = pathlib.Path(__file__).parents[1]
+_DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
+# Short, with several loops and checkpoints.
+_SHORT = ("NUM_STEPS = 12", "LoopOptions.steps_per_loop = 2")
+_SHORT += ("LoopOptions.checkpoint_every_steps = 4",)
+
+
+def _command(folder, model_dir, *flags, mode="train_and_evaluate", params=_SHORT):
+  params = [*params, f"DATA_DIR = '{folder / 'digits'}'"]
+  return [
+    *(sys.executable, "-m", "trainer.task", f"--mode={mode}", f"--gin_file={_DIGITS}"),
+    f"--model_dir={model_dir}",
+    *(f"--gin_param={param}" for param in params),
+    *flags,
+  ]
+
+
+def _run(*arguments, **options):
+  command = _command(*arguments, **options)
+  environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
+  return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def _rows(model_dir):
+  lines = (model_dir / "metrics.jsonl").read_text().splitlines()
+  return {row["step"]: row for row in map(json.loads, lines)}
+
+
+def _weights(model_dir):
+  reader = tf.train.load_checkpoint(str(model_dir / "checkpoints"))
+  names = sorted(n for n in reader.get_variable_to_shape_map() if "encoder" in n)
+  return {name: reader.get_tensor(name) for name in names}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("runs")
+
+
+@functools.lru_cache(maxsize=None)
+def _finished(folder, num_replicas):
+  """A run that went through, on so many virtual replicas."""
+  model_dir = folder / f"on_{num_replicas}"
+  done = _run(folder, model_dir, f"--num_virtual_replicas={num_replicas}")
+  assert done.returncode == 0, done.stderr
+  return model_dir, done
+
+
+@pytest.mark.main_job
+def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(folder):
+  model_dir, done = _finished(folder, 2)
+  head, *_ = done.stdout.splitlines()
+  assert head.split() == ["before", "training", "after", "training"]
+  for name in ("recall@1", "MAP@R"):
+    [row] = [line for line in done.stdout.splitlines() if line.startswith(f"{name} ")]
+    assert all(0 < float(value) <= 1 for value in row.split()[1:])
+  paths = [line.split()[-1] for line in done.stdout.splitlines() if "/on_2/" in line]
+  assert len(paths) == 5
+  assert all(os.path.exists(path) for path in paths)
+
+
+@pytest.mark.main_job
+def test_it_leaves_what_can_be_read_without_the_package(folder):
+  model_dir, _ = _finished(folder, 2)
+  names = {path.name for path in model_dir.iterdir()}
+  assert {"config.gin", "operative_config.gin", "report.html"} <= names
+  assert any("tfevents" in name for name in names)
+  results = json.loads((model_dir / "eval" / "metrics.json").read_text())
+  assert results["before_training"]["step"] == 0
+  assert results["latest"]["step"] == 12
+  rows = _rows(model_dir)
+  assert sorted(rows) == [2, 4, 6, 8, 10, 12]
+  expected = {
+    "train/loss",
+    "train/learning_rate",
+    "train/images_per_second",
+    "mining/active_fraction",
+    "mining/hardest_positive_distance",
+    "mining/hardest_negative_distance",
+    "mining/embedding_norm",
+  }
+  assert expected <= set(rows[2])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_the_same_losses_are_logged_on_any_number_of_replicas(folder, num_replicas):
+  one, many = (_rows(_finished(folder, num)[0]) for num in (1, num_replicas))
+  first = min(one)
+  assert many[first]["train/loss"] == pytest.approx(one[first]["train/loss"], rel=1e-5)
+  # Later a triplet that stands on the margin counts as active on one side of a rounding
+  # error and not on the other: the mean over the active ones jumps, and weights follow.
+  for step in one:
+    assert many[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-2)
+
+
+@pytest.mark.resume
+def test_a_killed_run_ends_as_one_that_was_not(folder):
+  whole, _ = _finished(folder, 2)
+  model_dir = folder / "killed"
+  environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
+  command = _command(folder, model_dir, "--num_virtual_replicas=2")
+  with subprocess.Popen(
+    command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+  ) as process:
+    deadline = time.monotonic() + 120
+    while not list(model_dir.glob("checkpoints/ckpt-4.index")):
+      assert process.poll() is None
+      assert time.monotonic() < deadline
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+  again = _run(folder, model_dir, "--num_virtual_replicas=2")
+  assert again.returncode == 0, again.stderr
+  assert "Restored" in again.stderr
+  expected, got = _weights(whole), _weights(model_dir)
+  assert expected.keys() == got.keys()
+  for name in expected:
+    np.testing.assert_array_equal(got[name], expected[name])
+  before, after = _rows(whole), _rows(model_dir)
+  assert [before[s]["train/loss"] for s in before] == [
+    after[s]["train/loss"] for s in after
+  ]
+
+
+def test_evaluate_measures_the_newest_checkpoint(folder):
+  model_dir, _ = _finished(folder, 2)
+  expected = json.loads((model_dir / "eval" / "metrics.json").read_text())["latest"]
+  done = _run(folder, model_dir, mode="evaluate")
+  assert done.returncode == 0, done.stderr
+  got = json.loads((model_dir / "eval" / "metrics.json").read_text())["latest"]
+  assert got == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.main_job
+def test_another_configuration_in_the_same_folder_is_refused_and_named(folder):
+  model_dir, _ = _finished(folder, 2)
+  done = _run(folder, model_dir, mode="train", params=(*_SHORT, "MARGIN = 0.7"))
+  assert done.returncode == 2
+  assert "0.7" in done.stderr.splitlines()[-1]
+  assert "--allow_config_change" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+  ("params", "flags", "message"),
+  [
+    ((), ("--num_virtual_replicas=3",), "does not split over 3 replicas; try 6"),
+    (("PKSchedule.samples_per_class = 1",), (), "without positives"),
+    (("MARGIN = 0.0",), (), "margin"),
+    (("NUM_STEPS = 0",), (), "must be at least 1"),
+    (("LoopOptions.checkpoint_every_steps = 3",), (), "multiple of steps_per_loop"),
+    (("PKSchedule.classes_per_batch = 8",), (), "only 6 classes"),
+  ],
+)
+def test_a_mistake_is_one_line_and_status_two(folder, params, flags, message):
+  _finished(folder, 1)  # The records are there.
+  done = _run(folder, folder / "refused", *flags, params=(*_SHORT, *params))
+  assert done.returncode == 2
+  assert message in done.stderr.splitlines()[-1]
+  assert "Traceback" not in done.stderr
+
+
+def test_a_model_dir_that_cannot_be_written_is_refused(folder):
+  _finished(folder, 1)
+  (folder / "a_file").write_text("")
+  done = _run(folder, folder / "a_file", mode="train")
+  assert done.returncode == 2
+  assert "can't be written to" in done.stderr.splitlines()[-1]
+
+
+def test_evaluate_without_a_checkpoint_is_refused(folder):
+  _finished(folder, 1)
+  done = _run(folder, folder / "empty", mode="evaluate")
+  assert done.returncode == 2
+  assert "has no checkpoint" in done.stderr.splitlines()[-1]
+
+
+def test_a_record_damaged_after_ingest_is_named(folder, tmp_path):
+  assert _run(tmp_path, tmp_path / "run", mode="ingest").returncode == 0
+  path = tmp_path / "digits" / "records-00000.tfrecord"
+  content = bytearray(path.read_bytes())
+  for position in range(3000, len(content), 3000):
+    content[position] ^= 1
+  path.write_bytes(content)
+  done = _run(tmp_path, tmp_path / "run", mode="train")
+  assert done.returncode == 2
+  assert "records-00000.tfrecord: record" in done.stderr.splitlines()[-1]
