@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.losses import golden
 from trainer import losses
 from trainer.errors import UserError
 
-_GOLDEN = np.load(pathlib.Path(__file__).parents[1] / "golden" / "triplet.npz")
-_KEYS = sorted(key[: -len("/loss")] for key in _GOLDEN if key.endswith("/loss"))
-
-
-def _keys(kind):
-  return [key for key in _KEYS if key.split("/")[1] == kind]
-
-
-def _value_and_gradient(loss_fn, key):
-  case, _, margin, squared = key.split("/")
-  labels = tf.constant(_GOLDEN[f"{case}/labels"])
-  embeddings = tf.constant(_GOLDEN[f"{case}/embeddings"])
-  with tf.GradientTape() as tape:
-    tape.watch(embeddings)
-    value = loss_fn(
-      labels, embeddings, float(margin.split("=")[1]), squared=squared.endswith("True")
-    )
-    loss = value[0] if isinstance(value, tuple) else value
-  return value, tape.gradient(loss, embeddings).numpy()
-
-
-def assert_close(value, expected):
-  """Within 1e-5 of the largest expected value; the seed rounds a gradient of 0 to 5e-8."""
-  scale = max(np.abs(expected).max(), 1e-2)
-  np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5 * scale)
-
 
 @pytest.mark.golden
-@pytest.mark.parametrize("key", _keys("batch_all"))
+@pytest.mark.parametrize("key", golden.keys("batch_all"))
 def test_batch_all_equals_the_seed(key):
-  (loss, fraction), gradient = _value_and_gradient(losses.batch_all_triplet_loss, key)
-  assert_close(loss, _GOLDEN[f"{key}/loss"])
-  assert_close(fraction, _GOLDEN[f"{key}/fraction_positive"])
-  assert_close(gradient, _GOLDEN[f"{key}/gradient"])
+  (loss, fraction), gradient = golden.value_and_gradient(
+    losses.batch_all_triplet_loss, key
+  )
+  golden.assert_value_equals(loss, f"{key}/loss")
+  golden.assert_value_equals(fraction, f"{key}/fraction_positive")
+  golden.assert_gradient_equals(gradient, key)
 
 
 @pytest.mark.golden
-@pytest.mark.parametrize("key", _keys("batch_hard"))
-def test_batch_hard_equals_the_seed(key):
-  loss, gradient = _value_and_gradient(losses.batch_hard_triplet_loss, key)
-  assert_close(loss, _GOLDEN[f"{key}/loss"])
-  assert_close(gradient, _GOLDEN[f"{key}/gradient"])
+@pytest.mark.parametrize("key", golden.keys("batch_hard") + golden.keys("tfa_hard"))
+def test_batch_hard_equals_the_seed_and_addons(key):
+  loss, gradient = golden.value_and_gradient(losses.batch_hard_triplet_loss, key)
+  golden.assert_value_equals(loss, f"{key}/loss")
+  golden.assert_gradient_equals(gradient, key)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize(
+  "key", [key for key in golden.keys("batch_all") if key.startswith("collapsed")]
+)
+def test_gradient_of_a_collapsed_batch_is_exactly_zero(key):
+  _, gradient = golden.value_and_gradient(losses.batch_all_triplet_loss, key)
+  assert not gradient.any()
 
 
 _FUNCTIONS = [losses.batch_all_triplet_loss, losses.batch_hard_triplet_loss]
@@ -85,8 +69,8 @@ def test_batch_of_unknown_size_is_traced_once(loss_fn):
       tf.TensorSpec([None, 6], tf.float32),
     ],
   )
-  labels = _GOLDEN["duplicates/labels"]
-  embeddings = _GOLDEN["duplicates/embeddings"]
+  labels = golden.VECTORS["duplicates/labels"]
+  embeddings = golden.VECTORS["duplicates/embeddings"]
   for size in (len(labels), 7):
     np.testing.assert_allclose(
       traced(labels[:size], embeddings[:size]),
