@@ -1,6 +1,6 @@
 """Losses and gradients recorded from the seed and from TensorFlow Addons.
 
-A key is CASE/KIND/margin=M/squared=S; see the arrays `VECTORS[key + "/loss"]` and so on.
+A key is CASE/KIND/margin=M/squared=S; it has `VECTORS[key + "/loss"]` and so on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,51 @@
+"""Batches to test losses with, and what a loss makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.losses.terms import Anchors, Candidates
+
+LABELS = {
+  "unbalanced": [3, 1, 3, 3, 1, 0, 7, 0, 3, 1, 3],
+  "balanced": [0, 0, 1, 1, 2, 2],
+  "extreme": [2**31 - 1, -(2**31), 2**31 - 1, 2**24, 2**24 + 1, 2**24],
+  "one_class": [4, 4, 4, 4],
+  "all_distinct": [0, 1, 2, 3, 4],
+  "single": [5],
+}
+
+
+def random_batch(name, num_dimensions=5):
+  """Embeddings of unequal norms, [B, D] float32, and labels [B] int32."""
+  labels = np.array(LABELS[name], np.int32)
+  random = np.random.default_rng(len(name))
+  embeddings = random.normal(size=(len(labels), num_dimensions))
+  return embeddings.astype(np.float32), labels
+
+
+def arguments(embeddings, labels, weights=None, rows=None):
+  """Anchors and candidates of one device; with `rows`, those anchors alone."""
+  embeddings = tf.convert_to_tensor(embeddings)
+  labels = tf.convert_to_tensor(labels)
+  weights = np.ones(len(labels), np.float32) if weights is None else weights
+  rows = np.arange(len(labels)) if rows is None else np.asarray(rows)
+  anchors = Anchors(
+    tf.gather(embeddings, rows), tf.gather(labels, rows), tf.constant(weights[rows])
+  )
+  positions = tf.constant(rows, tf.int32)
+  return anchors, Candidates(embeddings, labels, tf.constant(weights > 0), positions)
+
+
+def evaluate(loss, embeddings, labels, weights=None, rows=None):
+  """Total, count and the total's gradient to the embeddings, as float32 arrays."""
+  embeddings = tf.convert_to_tensor(embeddings)
+  with tf.GradientTape() as tape:
+    tape.watch(embeddings)
+    terms = loss(*arguments(embeddings, labels, weights, rows))
+  gradient = tape.gradient(
+    terms.total, embeddings, unconnected_gradients=tf.UnconnectedGradients.ZERO
+  )
+  gradient = tf.cast(tf.convert_to_tensor(gradient), tf.float32)
+  return terms.total.numpy(), terms.count.numpy(), gradient.numpy()

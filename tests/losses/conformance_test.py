@@ -1,0 +1,202 @@
+"""What is true of every loss, row by row of the table."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import batches, oracles
+from tests.losses.table import ROWS
+from trainer import losses
+from trainer.losses.anchorwise import AnchorwiseLoss
+
+_COUNT = {
+  "mean_active": lambda sums, weights: sums[1],
+  "mean_terms": lambda sums, weights: sums[2],
+  "mean_anchors": lambda sums, weights: weights.sum(),
+}
+
+each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+
+
+def _expected(row, embeddings, labels, weights=None):
+  weights = np.ones(len(labels)) if weights is None else weights
+  sums = oracles.loss_terms(
+    row.compare, row.terms, np.float64(embeddings), labels, weights
+  )
+  return sums[0], _COUNT[row.reduction](sums, weights)
+
+
+def _assert_same(one, other, tolerance=1e-5):
+  """Total, count and gradient agree, relative to their largest entries."""
+  for value, expected in zip(one, other):
+    atol = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(value, expected, rtol=0, atol=atol + 1e-6)
+
+
+def test_table_has_every_public_loss():
+  public = {
+    name
+    for name in losses.__all__
+    if isinstance(getattr(losses, name), type)
+    and issubclass(getattr(losses, name), AnchorwiseLoss)
+  }
+  assert public == {type(row.make()).__name__ for row in ROWS}
+
+
+@each_loss
+@pytest.mark.parametrize("batch", batches.LABELS)
+def test_total_and_count_are_those_of_the_definition(row, batch):
+  embeddings, labels = batches.random_batch(batch)
+  total, count, gradient = batches.evaluate(row.make(), embeddings, labels)
+  np.testing.assert_allclose(
+    (total, count), _expected(row, embeddings, labels), rtol=2e-5, atol=2e-5
+  )
+  assert np.isfinite(gradient).all()
+
+
+@each_loss
+def test_gradient_is_the_finite_difference_of_the_definition(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  _, _, gradient = batches.evaluate(row.make(), embeddings, labels)
+  points = np.float64(embeddings)
+
+  def total(moved):
+    weights = np.ones(len(labels))
+    return oracles.loss_terms(row.compare, row.terms, moved, labels, weights, points)[0]
+
+  expected = np.zeros_like(points)
+  for index in np.ndindex(*points.shape):
+    step = np.zeros_like(points)
+    step[index] = 1e-6
+    expected[index] = (total(points + step) - total(points - step)) / 2e-6
+  _assert_same([gradient], [expected], 1e-4)
+
+
+@each_loss
+def test_slices_of_the_anchors_add_up_to_the_whole(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  whole = batches.evaluate(row.make(), embeddings, labels)
+  parts = [
+    batches.evaluate(row.make(), embeddings, labels, rows=rows)
+    for rows in ([0, 1, 2, 3], [4], [5, 6, 7, 8, 9, 10])
+  ]
+  _assert_same([sum(values) for values in zip(*parts)], whole)
+
+
+@each_loss
+def test_tiles_add_up_to_the_whole(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  whole = batches.evaluate(row.make(), embeddings, labels)
+  _assert_same(batches.evaluate(row.make(rows_per_tile=4), embeddings, labels), whole)
+
+
+@each_loss
+def test_padding_rows_change_nothing(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  padded = np.concatenate([embeddings, embeddings[:3] + 0.1])
+  weights = np.r_[np.ones(len(labels)), np.zeros(3)].astype(np.float32)
+  total, count, gradient = batches.evaluate(
+    row.make(), padded, np.r_[labels, labels[:3]], weights
+  )
+  whole = batches.evaluate(row.make(), embeddings, labels)
+  _assert_same((total, count, gradient[: len(labels)]), whole)
+  assert not gradient[len(labels) :].any()
+
+
+@each_loss
+def test_terms_are_weighted_with_their_anchor(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  weights = np.linspace(0.5, 2, len(labels)).astype(np.float32)
+  total, count, _ = batches.evaluate(row.make(), embeddings, labels, weights)
+  expected = _expected(row, embeddings, labels, weights)
+  np.testing.assert_allclose((total, count), expected, rtol=2e-5)
+
+
+@each_loss
+def test_order_of_the_batch_does_not_matter(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  order = np.random.default_rng(0).permutation(len(labels))
+  total, count, gradient = batches.evaluate(row.make(), embeddings, labels)
+  permuted = batches.evaluate(row.make(), embeddings[order], labels[order])
+  _assert_same(permuted, (total, count, gradient[order]))
+
+
+@each_loss
+@pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
+def test_duplicates_have_finite_gradients(row, norm):
+  embeddings, labels = batches.random_batch("unbalanced")
+  embeddings[[0, 1, 2]] = embeddings[3]
+  total, _, gradient = batches.evaluate(row.make(), norm * embeddings, labels)
+  assert np.isfinite(total)
+  assert np.isfinite(gradient).all()
+
+
+@each_loss
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_collapsed_batch_has_finite_gradients(row, value):
+  embeddings, labels = batches.random_batch("unbalanced")
+  embeddings = np.full_like(embeddings, value)
+  total, _, gradient = batches.evaluate(row.make(), embeddings, labels)
+  assert np.isfinite(total)
+  assert np.isfinite(gradient).all()
+
+
+@each_loss
+def test_batch_of_padding_alone_is_zero(row):
+  embeddings, labels = batches.random_batch("balanced")
+  weights = np.zeros(len(labels), np.float32)
+  total, count, gradient = batches.evaluate(row.make(), embeddings, labels, weights)
+  assert (total, count) == (0, 0)
+  assert not gradient.any()
+
+
+@each_loss
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_half_precision_embeddings_are_mined_in_float32(row, dtype):
+  embeddings, labels = batches.random_batch("unbalanced")
+  halves = tf.cast(embeddings, dtype)
+  rounded = tf.cast(halves, tf.float32)
+  half = batches.evaluate(row.make(), halves, labels)
+  _assert_same(half, batches.evaluate(row.make(), rounded, labels), 2e-2)
+  np.testing.assert_equal(half[:2], batches.evaluate(row.make(), rounded, labels)[:2])
+
+
+@each_loss
+def test_xla_compiles_it_to_the_same_values(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  loss = row.make()
+  anchors, candidates = batches.arguments(embeddings, labels)
+
+  @tf.function(jit_compile=True)
+  def compiled(embeddings):
+    with tf.GradientTape() as tape:
+      tape.watch(embeddings)
+      terms = loss(
+        anchors._replace(embeddings=embeddings),
+        candidates._replace(embeddings=embeddings),
+      )
+    return terms.total, terms.count, tape.gradient(terms.total, embeddings)
+
+  _assert_same(compiled(embeddings), batches.evaluate(loss, embeddings, labels))
+
+
+@each_loss
+def test_several_labels_an_example_compare_like_classes(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  several = labels[:, None] == np.unique(labels)[None, :]
+  one = batches.evaluate(row.make(), embeddings, labels)
+  _assert_same(batches.evaluate(row.make(), embeddings, several), one)
+
+
+@each_loss
+def test_statistics_are_finite_and_named(row):
+  terms = row.make()(*batches.arguments(*batches.random_batch("unbalanced")))
+  assert set(terms.statistics) >= {
+    "mining/active_fraction",
+    "mining/hardest_positive_distance",
+    "mining/hardest_negative_distance",
+    "mining/embedding_norm",
+  }
+  assert np.isfinite(tf.nest.flatten(dict(terms.statistics))).all()
