@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import oracles
+from trainer.errors import UserError
+from trainer.losses import distances
+
+_FUNCTIONS = [
+  (distances.euclidean, oracles.euclidean),
+  (distances.squared_euclidean, oracles.squared_euclidean),
+  (distances.cosine, oracles.cosine),
+  (distances.cosine_similarity, oracles.cosine_similarity),
+]
+_each_function = pytest.mark.parametrize(
+  ("distance_fn", "oracle"), _FUNCTIONS, ids=[f.__name__ for f, _ in _FUNCTIONS]
+)
+
+
+def _vectors(num, seed, norm=1.0):
+  vectors = np.random.default_rng(seed).normal(size=(num, 7))
+  return (norm * vectors).astype(np.float32)
+
+
+@_each_function
+@pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
+def test_each_entry_is_the_distance_of_a_row_to_a_column(distance_fn, oracle, norm):
+  anchors, candidates = _vectors(3, 0, norm), _vectors(5, 1, norm)
+  expected = [
+    [oracle(np.float64(a), np.float64(c)) for c in candidates] for a in anchors
+  ]
+  np.testing.assert_allclose(
+    distance_fn(anchors, candidates), expected, rtol=1e-5, atol=1e-6 if norm == 1 else 0
+  )
+
+
+@_each_function
+def test_gradient_is_the_finite_difference(distance_fn, oracle):
+  anchors, candidates = _vectors(3, 0), _vectors(4, 1)
+  slopes = np.random.default_rng(2).normal(size=(3, 4))
+  variables = [tf.constant(anchors), tf.constant(candidates)]
+  with tf.GradientTape() as tape:
+    tape.watch(variables)
+    value = tf.reduce_sum(tf.cast(slopes, tf.float32) * distance_fn(*variables))
+  gradients = tape.gradient(value, variables)
+
+  def total(points):
+    left, right = points[:3], points[3:]
+    pairs = np.ndindex(3, 4)
+    return sum(slopes[i, j] * oracle(left[i], right[j]) for i, j in pairs)
+
+  points = np.float64(np.concatenate([anchors, candidates]))
+  expected = np.zeros_like(points)
+  for index in np.ndindex(*points.shape):
+    step = np.zeros_like(points)
+    step[index] = 1e-6
+    expected[index] = (total(points + step) - total(points - step)) / 2e-6
+  np.testing.assert_allclose(np.concatenate(gradients), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "distance_fn", [distances.euclidean, distances.squared_euclidean]
+)
+def test_duplicates_have_distance_zero_and_gradient_zero(distance_fn):
+  embeddings = tf.constant(np.repeat(_vectors(1, 0), 4, axis=0))
+  with tf.GradientTape() as tape:
+    tape.watch(embeddings)
+    values = distance_fn(embeddings, embeddings)
+  assert not values.numpy().any()
+  assert not tape.gradient(values, embeddings).numpy().any()
+
+
+@pytest.mark.parametrize("num_dimensions", [8, 128, 2048])
+def test_error_of_a_squared_distance_is_below_what_counts_as_duplicate(num_dimensions):
+  random = np.random.default_rng(num_dimensions)
+  anchors = random.normal(size=(64, num_dimensions)).astype(np.float32)
+  near = anchors + random.normal(size=anchors.shape, scale=1e-2).astype(np.float32)
+  expected = np.sum((np.float64(anchors) - near) ** 2, axis=1)
+  error = np.diag(distances.squared_euclidean(anchors, near)) - expected
+  bound = 2 * 8 * 2.0**-23 * np.sum(np.float64(anchors) ** 2, axis=1)
+  assert (np.abs(error) < bound).all()
+
+
+def test_zero_vector_has_cosine_similarity_zero():
+  assert (
+    not distances.cosine_similarity(np.zeros((1, 3)), _vectors(2, 0)[:, :3])
+    .numpy()
+    .any()
+  )
+
+
+def test_unknown_distance_is_refused():
+  with pytest.raises(UserError, match="manhattan"):
+    distances.distance_named("manhattan")
