@@ -13,6 +13,10 @@ VERSION = re.findall(r'^__version__ = "(.+)"$', _SOURCE, re.MULTILINE)[0]
 FULL = "python_version < '3.12'"
 # Current TensorFlow with Keras 2, without the two that no longer move.
 CURRENT = "python_version >= '3.12'"
+# The platforms for which the two have wheels; elsewhere what needs them says so.
+HAS_ADDONS = "(platform_machine == 'x86_64' or sys_platform == 'darwin')"
+HAS_IO = "sys_platform != 'win32'"
+HAS_CUDA = "sys_platform == 'linux' and platform_machine == 'x86_64'"
 
 setup(
   name="retrieval-trainer",
@@ -24,8 +28,8 @@ setup(
   python_requires=">=3.9,<3.14",
   install_requires=[
     f"tensorflow==2.15.*; {FULL}",
-    f"tensorflow-addons==0.23.*; {FULL}",
-    f"tensorflow-io==0.36.*; {FULL}",
+    f"tensorflow-addons==0.23.*; {FULL} and {HAS_ADDONS}",
+    f"tensorflow-io==0.36.*; {FULL} and {HAS_IO}",
     f"numpy<2; {FULL}",
     f"tensorflow>=2.19,<2.22; {CURRENT}",
     f"tf-keras>=2.19,<2.22; {CURRENT}",
@@ -37,6 +41,10 @@ setup(
     "scikit-learn",
   ],
   extras_require={
+    "cuda": [
+      f"tensorflow[and-cuda]==2.15.*; {FULL} and {HAS_CUDA}",
+      f"tensorflow[and-cuda]>=2.19,<2.22; {CURRENT} and {HAS_CUDA}",
+    ],
     "report": ["matplotlib>=3.7"],
     "search": ["faiss-cpu>=1.7"],
     "sweep": ["optuna>=3"],

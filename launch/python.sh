@@ -20,12 +20,18 @@ sys.exit('%d.%d' % sys.version_info[:2] != '$version')" >/dev/null 2>&1; then
   return 2
 }
 
+# has_gpu: whether NVIDIA's driver shows a GPU that may be used.
+has_gpu() {
+  [[ ${CUDA_VISIBLE_DEVICES-all} != "" && ${CUDA_VISIBLE_DEVICES-all} != -1 ]] &&
+    [[ $(nvidia-smi --list-gpus 2>/dev/null) == GPU* ]]
+}
+
 # make_environment FOLDER REQUIREMENT VERSION...: an environment with the package in it.
-# Does nothing where that is done, for this setup.py in this place.
+# Does nothing where that is done, for this setup.py and requirement in this place.
 make_environment() {
   local folder=$1 requirement=$2 python stamp
   shift 2
-  stamp=$folder/installed-$({ pwd && cat setup.py; } | cksum | tr ' ' '-')
+  stamp=$folder/installed-$({ pwd && echo "$requirement" && cat setup.py; } | cksum | tr ' ' '-')
   if [ -e "$stamp" ] && "$folder/bin/python" -c "" 2>/dev/null; then
     return
   fi
@@ -37,7 +43,7 @@ make_environment() {
     echo "Making $folder with $("$python" --version): two minutes, once." >&2
     "$python" -m venv --clear "$folder" || return
   else
-    echo "Updating $folder, because setup.py has changed." >&2
+    echo "Updating $folder, because setup.py or what is asked of it has changed." >&2
   fi
   rm -f "$folder"/installed-*
   "$folder/bin/python" -m pip install -qq --disable-pip-version-check \

@@ -26,7 +26,7 @@ def pytest_configure(config):
   )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _mirrored(num_replicas):
   import tensorflow as tf
 

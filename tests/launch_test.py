@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # What the scripts call beside Python.
-_TOOLS = ("bash", "env", "dirname", "basename", "realpath", "cat", "cksum", "tr", "rm")
+_TOOLS = ("bash", "env", "dirname", "basename", "cat", "cksum", "tr", "rm")
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -60,7 +60,8 @@ case "$1 $2" in
   "--version ") echo "Python, a fake" ;;
   "-m venv") rm -rf "$4"; "$MKDIR" -p "$4/bin"; cat "$0" > "$4/bin/python"
     "$CHMOD" +x "$4/bin/python"; echo made ;;
-  "-m pip") [ -z "${PIP_FAILS:-}" ] || exit 7; echo installed ;;
+  "-m pip") [ -z "${PIP_FAILS:-}" ] || exit 7
+    for last; do :; done; echo "installed $last" ;;
   "-m trainer.task") shift 2; printf '%s\\n' "$@" ;;
 esac
 """
@@ -80,7 +81,7 @@ def test_without_arguments_digits_run_on_two_virtual_replicas(project, fake):
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == [
     "made",
-    "installed",
+    "installed .",
     "--mode=train_and_evaluate",
     "--gin_file=configs/runs/digits.gin",
     "--model_dir=runs/digits",
@@ -96,8 +97,8 @@ def test_second_call_starts_at_once_and_a_changed_setup_installs(project, fake):
   third = _run(project, "launch/local.sh", env=fake)
   assert second.stdout.startswith("--mode")
   assert second.stderr == ""
-  assert third.stdout.startswith("installed\n--mode")
-  assert "setup.py has changed" in third.stderr
+  assert third.stdout.startswith("installed .\n--mode")
+  assert "setup.py or" in third.stderr
 
 
 def test_interrupted_installation_is_made_anew(project, fake):
@@ -105,7 +106,7 @@ def test_interrupted_installation_is_made_anew(project, fake):
   second = _run(project, "launch/local.sh", env=fake)
   assert first.returncode == 7
   assert first.stdout == "made\n"
-  assert second.stdout.startswith("made\ninstalled\n--mode")
+  assert second.stdout.startswith("made\ninstalled .\n--mode")
 
 
 def test_interrupted_update_is_made_anew(project, fake):
@@ -113,14 +114,14 @@ def test_interrupted_update_is_made_anew(project, fake):
   (project / "setup.py").write_text("changed")
   _run(project, "launch/local.sh", env={**fake, "PIP_FAILS": "yes"})
   third = _run(project, "launch/local.sh", env=fake)
-  assert third.stdout.startswith("made\ninstalled\n--mode")
+  assert third.stdout.startswith("made\ninstalled .\n--mode")
 
 
 def test_environment_of_a_moved_project_is_updated(project, fake, tmp_path):
   _run(project, "launch/local.sh", env=fake)
   project.rename(tmp_path / "elsewhere")
   moved = _run(tmp_path / "elsewhere", "launch/local.sh", env=fake)
-  assert moved.stdout.startswith("installed\n--mode")
+  assert moved.stdout.startswith("installed .\n--mode")
 
 
 def test_run_file_is_found_from_another_folder_and_flags_are_kept(
@@ -142,6 +143,16 @@ def test_replicas_that_the_user_chooses_have_no_default_beside(project, fake, fl
   done = _run(project, "launch/local.sh", flag, env=fake)
   assert "--num_virtual_replicas=2" not in done.stdout
   assert done.stdout.splitlines()[-1] == flag
+
+
+@pytest.mark.parametrize(
+  ("visible", "is_used"), [("0", True), ("", False), ("-1", False)]
+)
+def test_gpus_take_the_place_of_virtual_replicas(project, fake, visible, is_used):
+  _program(pathlib.Path(fake["PATH"]) / "nvidia-smi", "echo 'GPU 0: a fake'")
+  done = _run(project, "launch/local.sh", env={**fake, "CUDA_VISIBLE_DEVICES": visible})
+  assert ("installed .[cuda]" in done.stdout) is is_used
+  assert ("--num_virtual_replicas=2" not in done.stdout) is is_used
 
 
 def test_run_file_that_is_not_there_is_refused_before_anything_is_made(project, fake):

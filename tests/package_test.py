@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from packaging.requirements import Requirement
 
 import trainer
 
@@ -41,14 +42,19 @@ def metadata(wheel):
   return email.message_from_bytes(wheel.read(name))
 
 
-def _requirements(metadata, marker):
-  """Names and versions required where the marker, as written, holds."""
-  lines = [line.replace("'", '"') for line in metadata.get_all("Requires-Dist")]
-  ours = [line.partition(";")[0] for line in lines if line.endswith(marker)]
+def _requirements(metadata, python, machine="x86_64", platform="linux", extra=""):
+  """Names and versions that such a machine installs."""
+  lines = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
+  environment = {
+    "python_version": python,
+    "platform_machine": machine,
+    "sys_platform": platform,
+    "extra": extra,
+  }
   return {
-    match[1]: match[2].strip(" ()")
-    for match in (re.match(r"([\w-]+)(.*)", line) for line in ours)
-    if match
+    line.name: str(line.specifier)
+    for line in lines
+    if line.marker is None or line.marker.evaluate(environment)
   }
 
 
@@ -76,23 +82,43 @@ def test_python_is_bounded_by_what_the_stacks_run_on(metadata):
   assert bounds == {">=3.9", "<3.14"}
 
 
-def test_older_python_gets_the_full_stack(metadata):
-  full = _requirements(metadata, 'python_version < "3.12"')
-  assert full == {
-    "tensorflow": "==2.15.*",
-    "tensorflow-addons": "==0.23.*",
-    "tensorflow-io": "==0.36.*",
-    "numpy": "<2",
-  }
+@pytest.mark.parametrize("python", ["3.9", "3.10", "3.11"])
+def test_older_python_gets_the_full_stack(metadata, python):
+  required = _requirements(metadata, python)
+  assert required["tensorflow"] == "==2.15.*"
+  assert required["tensorflow-addons"] == "==0.23.*"
+  assert required["tensorflow-io"] == "==0.36.*"
+  assert required["numpy"] == "<2"
+  assert not {"tf-keras"} & set(required)
 
 
-def test_newer_python_gets_current_tensorflow_with_keras_2(metadata):
-  current = _requirements(metadata, 'python_version >= "3.12"')
-  assert set(current) == {"tensorflow", "tf-keras", "tensorboard"}
+@pytest.mark.parametrize("python", ["3.12", "3.13"])
+def test_newer_python_gets_current_tensorflow_with_keras_2(metadata, python):
+  required = _requirements(metadata, python)
+  assert required["tensorflow"] == required["tf-keras"] == "<2.22,>=2.19"
+  assert "tensorboard" in required
+  assert not {"tensorflow-addons", "tensorflow-io"} & set(required)
+
+
+@pytest.mark.parametrize(
+  ("machine", "platform", "present"),
+  [
+    ("aarch64", "linux", {"tensorflow-io"}),
+    ("arm64", "darwin", {"tensorflow-io", "tensorflow-addons"}),
+    ("AMD64", "win32", set()),
+  ],
+)
+def test_package_without_wheels_for_a_platform_is_not_required_there(
+  metadata, machine, platform, present
+):
+  required = _requirements(metadata, "3.11", machine, platform)
+  assert {"tensorflow-io", "tensorflow-addons"} & set(required) == present
+  assert "tensorflow" in required
 
 
 def test_what_a_training_job_does_not_need_is_an_extra(metadata):
   assert set(metadata.get_all("Provides-Extra")) == {
+    "cuda",
     "report",
     "search",
     "sweep",

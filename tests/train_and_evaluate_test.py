@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("runs")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _finished(folder, num_replicas):
   """A run that went through, on so many virtual replicas."""
   model_dir = folder / f"on_{num_replicas}"
@@ -65,7 +65,7 @@ def _finished(folder, num_replicas):
 
 @pytest.mark.main_job
 def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(folder):
-  model_dir, done = _finished(folder, 2)
+  _, done = _finished(folder, 2)
   head, *_ = done.stdout.splitlines()
   assert head.split() == ["before", "training", "after", "training"]
   for name in ("recall@1", "MAP@R"):
