@@ -37,7 +37,6 @@ setup(
     "absl-py",
     "gin-config>=0.5",
     "google-crc32c",
-    "pillow",
     "scikit-learn",
   ],
   extras_require={
@@ -52,6 +51,7 @@ setup(
       "build>=1",
       "hypothesis>=6",
       "mypy>=1.15",
+      "packaging>=23",
       "pytest>=8",
       "pytest-xdist>=3.5",
       "ruff==0.17.*",
