@@ -22,7 +22,7 @@ from trainer.run import Run
 def main(run: Run) -> None:
   """Evaluates the newest checkpoint of a run."""
   with make_strategy(run.hardware).scope():
-    evaluation = Evaluation()
+    evaluation = Evaluation()  # type: ignore[call-arg]  # The rest is gin's.
     step = evaluation.restore(run.model_dir)
     results = Results(run.model_dir)
     results.write_latest(step, evaluation.measure())

@@ -22,7 +22,8 @@ def main(run: Run) -> None:
     ingest.main(run)
   with strategy.scope():
     training = train(run)
-    evaluation = Evaluation(encoder=training.encoder)
+    # The dataset is gin's.
+    evaluation = Evaluation(encoder=training.encoder)  # type: ignore[call-arg]
     results = Results(run.model_dir)
     if training.first_step == 0:
       results.write_before_training(evaluation.measure())

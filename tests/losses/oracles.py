@@ -8,6 +8,8 @@ the anchor's terms, how many are above 0 and how many there are.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 
@@ -17,6 +19,10 @@ def euclidean(x, y):
 
 def squared_euclidean(x, y):
   return np.sum((x - y) ** 2)
+
+
+def normalized_euclidean(x, y):
+  return euclidean(x / np.sqrt(np.dot(x, x)), y / np.sqrt(np.dot(y, y)))
 
 
 def cosine(x, y):
@@ -60,5 +66,85 @@ def batch_hard(margin):
     farthest = max(positives, default=0)
     hinge = max(farthest - min(negatives, default=farthest) + margin, 0)
     return hinge, hinge > 0, 1
+
+  return terms
+
+
+def hinge(margin):
+  return lambda p, n: max(p - n + margin, 0)
+
+
+def soft(p, n):
+  return math.log1p(math.exp(p - n))
+
+
+def semi_hard_of_pair(p, positives, negatives):
+  del positives
+  return min((n for n in negatives if n > p), default=max(negatives))
+
+
+def semi_hard_of_anchor(p, positives, negatives):
+  return semi_hard_of_pair(max(positives), positives, negatives)
+
+
+def chosen(penalty, positives_of, negatives_of):
+  """Triplets of `positives_of(positives)`, each with `negatives_of(p, pos, neg)`."""
+
+  def terms(positives, negatives, at):
+    del at
+    if not positives or not negatives:
+      return 0, 0, 0
+    costs = [
+      penalty(p, n)
+      for p in positives_of(positives)
+      for n in negatives_of(p, positives, negatives)
+    ]
+    return sum(costs), sum(cost > 0 for cost in costs), len(costs)
+
+  return terms
+
+
+def semi_hard(margin):
+  """One triplet a positive pair; without a negative, its distance counts as 0."""
+
+  def terms(positives, negatives, at):
+    del at
+    costs = [
+      max(p - semi_hard_of_pair(p, positives, negatives or [0]) + margin, 0)
+      for p in positives
+    ]
+    return sum(costs), sum(cost > 0 for cost in costs), len(costs)
+
+  return terms
+
+
+def inside_margin(margin):
+  def terms(positives, negatives, at):
+    del at
+    pairs = [(p, n) for p in positives for n in negatives]
+    costs = [p - n + margin for p, n in pairs if p < n < p + margin]
+    return sum(costs), len(costs), len(pairs)
+
+  return terms
+
+
+def distance_weighted(margin, num_dimensions, nearest, farthest):
+  """All positives; negatives by the probabilities at the point."""
+
+  def terms(positives, negatives, at):
+    weights = []
+    for d in at[1]:
+      c = max(d, nearest)
+      density = c ** (num_dimensions - 2)
+      density *= (1 - c * c / 4) ** ((num_dimensions - 3) / 2)
+      weights.append(1 / density if d < farthest else 0)
+    if not positives or sum(weights) == 0:
+      return 0, 0, 0
+    sums = np.zeros(3)
+    for p in positives:
+      for n, weight in zip(negatives, weights):
+        cost = max(p - n + margin, 0)
+        sums += np.array([cost, cost > 0, 1]) * weight / sum(weights)
+    return sums
 
   return terms

@@ -28,8 +28,14 @@ class Row:
   reduction: str
 
 
+def _text(value):
+  return str(value) if isinstance(value, (str, float)) else type(value).__name__
+
+
 def _row(loss_class, compare, terms, reduction, /, **arguments):
-  name = "-".join([loss_class.__name__, *map(str, arguments.values())])
+  name = "-".join(
+    [loss_class.__name__, *(_text(value) for value in arguments.values())]
+  )
 
   def make(**more):
     return loss_class(**arguments, **more)
@@ -69,5 +75,89 @@ ROWS = [
     margin=0.3,
     distance="cosine",
     reduction="mean_active",
+  ),
+  _row(
+    losses.SemiHardTripletLoss,
+    oracles.euclidean,
+    oracles.semi_hard(0.7),
+    "mean_terms",
+    margin=0.7,
+  ),
+  _row(
+    losses.InsideMarginTripletLoss,
+    oracles.normalized_euclidean,
+    oracles.inside_margin(0.4),
+    "mean_active",
+    margin=0.4,
+    distance="normalized_euclidean",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.euclidean,
+    oracles.chosen(oracles.hinge(0.7), list, lambda p, pos, neg: neg),
+    "mean_active",
+    positives="all",
+    negatives="all",
+    margin=0.7,
+    reduction="mean_active",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.cosine,
+    oracles.chosen(
+      oracles.soft, lambda pos: [max(pos)], lambda p, pos, neg: [min(neg)]
+    ),
+    "mean_anchors",
+    positives="hardest",
+    negatives="hardest",
+    margin="soft",
+    reduction="mean_anchors",
+    distance="cosine",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.squared_euclidean,
+    oracles.chosen(oracles.hinge(1.5), lambda pos: [min(pos)], lambda p, pos, neg: neg),
+    "mean_terms",
+    positives="easiest",
+    negatives="all",
+    margin=1.5,
+    reduction="mean_terms",
+    distance="squared_euclidean",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.euclidean,
+    oracles.chosen(
+      oracles.hinge(0.7), list, lambda *d: [oracles.semi_hard_of_pair(*d)]
+    ),
+    "mean_active",
+    positives="all",
+    negatives="semi_hard_of_pair",
+    margin=0.7,
+    reduction="mean_active",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.euclidean,
+    oracles.chosen(
+      oracles.hinge(0.7), list, lambda *d: [oracles.semi_hard_of_anchor(*d)]
+    ),
+    "mean_terms",
+    positives="all",
+    negatives="semi_hard_of_anchor",
+    margin=0.7,
+    reduction="mean_terms",
+  ),
+  _row(
+    losses.TripletLoss,
+    oracles.normalized_euclidean,
+    oracles.distance_weighted(0.5, 5, 0.5, 1.4),
+    "mean_terms",
+    positives="all",
+    negatives=losses.DistanceWeightedNegatives(num_dimensions=5),
+    margin=0.5,
+    reduction="mean_terms",
+    distance="normalized_euclidean",
   ),
 ]

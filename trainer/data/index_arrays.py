@@ -51,24 +51,24 @@ class IndexArrays(NamedTuple):
     return ClassNames(self.name_text, self.name_starts, self.name_hashes)
 
 
-_DTYPES = IndexArrays(
-  offsets=np.int64,
-  lengths=np.uint32,
-  shards=np.int32,
-  labels=np.int32,
-  member_records=np.int64,
-  member_starts=np.int64,
-  name_text=np.uint8,
-  name_starts=np.int64,
-  name_hashes=np.uint64,
-)
+_DTYPES: dict[str, type[np.generic]] = {
+  "offsets": np.int64,
+  "lengths": np.uint32,
+  "shards": np.int32,
+  "labels": np.int32,
+  "member_records": np.int64,
+  "member_starts": np.int64,
+  "name_text": np.uint8,
+  "name_starts": np.int64,
+  "name_hashes": np.uint64,
+}
 
 
 def write(folder: str, arrays: IndexArrays) -> None:
   """Writes every array as a file of its own into an existing folder."""
   for name, array in arrays._asdict().items():
-    dtype = getattr(_DTYPES, name)
-    np.save(_path(folder, name), array.astype(dtype, copy=False), allow_pickle=False)
+    array = array.astype(_DTYPES[name], copy=False)
+    np.save(_path(folder, name), array, allow_pickle=False)
 
 
 def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
@@ -93,7 +93,7 @@ def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
       size = num_classes
     if name == "name_text":
       size = int(arrays.name_starts[-1]) if len(arrays.name_starts) else 0
-    if array.shape != (size,) or array.dtype != getattr(_DTYPES, name):
+    if array.shape != (size,) or array.dtype != _DTYPES[name]:
       raise _damaged(
         _path(folder, name), f"{array.dtype}{list(array.shape)} where [{size}] belongs"
       )

@@ -89,7 +89,8 @@ class Batches:
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     steps = tf.data.Dataset.range(first_step, end)
     options = tf.data.Options()
-    options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.OFF
+    no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # The schedule shards.
+    options.experimental_distribute.auto_shard_policy = no_sharding
     return (
       steps.map(lambda step: self._read(step, shard), tf.data.AUTOTUNE)
       .map(lambda *read: self._decode(shard, *read), tf.data.AUTOTUNE)

@@ -10,7 +10,7 @@ Shapes: B examples on each replica, D dimensions, R replicas.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Protocol
 
 import gin
 import tensorflow as tf
@@ -31,7 +31,15 @@ class Share(NamedTuple):
   statistics: Mapping[str, Any]
 
 
-Loss = Callable[[Anchors, Candidates], LossTerms]
+class Loss(Protocol):
+  """A loss of anchors against candidates."""
+
+  needs_positives: bool
+
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+    """This replica's sum, count and statistics."""
+
+
 ObjectiveFn = Callable[[Loss, Anchors, Collectives], Share]
 
 

@@ -42,6 +42,16 @@ def euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
   return _euclidean(_float32(anchors), _float32(candidates))
 
 
+def normalized_euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
+  """Euclidean distance of the vectors scaled to norm 1, [A, C] float32.
+
+  Args:
+    anchors: [A, D] float.
+    candidates: [C, D] float.
+  """
+  return _euclidean(_unit(anchors), _unit(candidates))
+
+
 def cosine(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
   """One minus the cosine similarity, [A, C] float32; 1 where a vector is zero.
 
@@ -65,6 +75,7 @@ def cosine_similarity(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
 DISTANCES: Mapping[str, DistanceFn] = {
   "euclidean": euclidean,
   "squared_euclidean": squared_euclidean,
+  "normalized_euclidean": normalized_euclidean,
   "cosine": cosine,
 }
 

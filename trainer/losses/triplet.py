@@ -11,11 +11,11 @@ from typing import Optional
 import gin
 import tensorflow as tf
 
-from trainer.errors import UserError
 from trainer.losses.all_triplets import all_triplets
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import distance_named
 from trainer.losses.hardest import farthest_positive, nearest_negative
+from trainer.losses.penalties import check_margin
 from trainer.losses.relevance import Relevance
 
 
@@ -30,8 +30,7 @@ class _TripletLoss(AnchorwiseLoss):
     reduction: str,
     rows_per_tile: Optional[int] = None,
   ):
-    if margin <= 0:
-      raise UserError(f"margin={margin} is not above 0; give a margin such as 0.2.")
+    check_margin(margin)
     super().__init__(
       compare_fn=distance_named(distance),
       reduction=reduction,

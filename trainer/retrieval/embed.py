@@ -44,7 +44,7 @@ def embed(
   def embed_batch(batch):
     return strategy.run(lambda batch: encoder(batch.inputs, training=False), (batch,))
 
-  rows = []
+  rows: list[np.ndarray] = []
   with batches.naming_bad_records(0, schedule.num_batches - 1):
     for batch in strategy.distribute_datasets_from_function(lambda _: replica_batches):
       local = strategy.experimental_local_results(embed_batch(batch))

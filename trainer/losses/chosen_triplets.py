@@ -1,0 +1,82 @@
+"""The sum over chosen triplets of each anchor, one positive of all anchors at a time.
+
+Shapes: T anchors, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import tensorflow as tf
+
+from trainer.losses.penalties import PenaltyFn
+
+# From [T, 1] distances to a positive, the [T, C] weights of the negatives it meets.
+ChooseFn = Callable[[tf.Tensor], tf.Tensor]
+
+
+def chosen_triplets(
+  distances: tf.Tensor,
+  positives: tf.Tensor,
+  choose_fn: ChooseFn,
+  penalty_fn: PenaltyFn,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Σ_pn w_p w_n penalty(d_ap, d_an) of each anchor.
+
+  Args:
+    distances: [T, C] float32.
+    positives: [T, C] float32 weights w_p, without gradient.
+    choose_fn: the weights w_n, without gradient.
+    penalty_fn: what a triplet costs.
+
+  Returns:
+    [T] float32 sums, differentiable; [T] float32 weights of the triplets that cost
+    something, and of all.
+  """
+
+  @tf.custom_gradient
+  def sums(distances: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable]:
+    *values, slope = _sums_and_slope(distances, positives, choose_fn, penalty_fn)
+
+    def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
+      return upstream[:, None] * slope
+
+    return tuple(values), gradient
+
+  return sums(distances)
+
+
+def _sums_and_slope(
+  distances: tf.Tensor,
+  positives: tf.Tensor,
+  choose_fn: ChooseFn,
+  penalty_fn: PenaltyFn,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Three [T] sums, and the gradient of the first to distances, [T, C]."""
+  is_positive = tf.cast(positives > 0.0, tf.int32)
+  most = tf.reduce_max(tf.reduce_sum(is_positive, 1))
+  columns = tf.argsort(is_positive, direction="DESCENDING", stable=True)
+  rows = tf.range(tf.shape(distances)[0])
+
+  def body(k, total, num_active, num_terms, slope):  # type: ignore[no-untyped-def]
+    place = tf.stack([rows, columns[:, k]], 1)
+    positive = tf.gather_nd(distances, place)[:, None]
+    # The weight is 0 where an anchor has fewer positives than others.
+    weights = tf.gather_nd(positives, place)[:, None] * choose_fn(positive)
+    cost, derivative = penalty_fn(positive, distances)
+    pull = weights * derivative
+    return (
+      k + 1,
+      total + tf.reduce_sum(weights * cost, 1),
+      num_active + tf.reduce_sum(weights * tf.sign(cost), 1),
+      num_terms + tf.reduce_sum(weights, 1),
+      tf.tensor_scatter_nd_add(slope - pull, place, tf.reduce_sum(pull, 1)),
+    )
+
+  zeros = tf.zeros_like(distances[:, 0])
+  _, *sums, slope = tf.while_loop(
+    lambda k, *_: k < most,
+    body,
+    (tf.constant(0), zeros, zeros, zeros, tf.zeros_like(distances)),
+  )
+  return (*sums, slope)

@@ -1,0 +1,201 @@
+"""Triplet losses of chosen positives and negatives.
+
+Shapes: T anchors, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Callable, Optional, TypeVar, Union
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
+from trainer.losses.chosen_triplets import chosen_triplets
+from trainer.losses.distances import distance_named
+from trainer.losses.penalties import (
+  Margin,
+  check_margin,
+  hinge,
+  hinge_of_semi_hard,
+  penalty_of,
+)
+from trainer.losses.relevance import Relevance
+from trainer.losses.selection import (
+  NEGATIVES,
+  POSITIVES,
+  NegativesFn,
+  semi_hard_of_pair,
+)
+
+
+@gin.register
+class TripletLoss(AnchorwiseLoss):
+  """The mean cost of the triplets that a choice of positives and negatives forms.
+
+  An anchor without a positive or without a negative forms none, and adds nothing to
+  the sum; only `reduction="mean_anchors"` counts it.
+
+  Args:
+    positives: "all", "hardest" (the farthest) or "easiest" (the nearest).
+    negatives: "all", "hardest" (the nearest), "semi_hard_of_pair" (the nearest beyond
+      the positive, else the farthest), "semi_hard_of_anchor" (the nearest beyond the
+      farthest positive, else the farthest), or `DistanceWeightedNegatives`.
+    margin: above 0 for max(d_ap − d_an + margin, 0), or "soft" for
+      log(1 + exp(d_ap − d_an)).
+    reduction: "mean_active" over triplets that cost something, "mean_terms" over all
+      that were formed, "mean_anchors".
+    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    rows_per_tile: anchors at a time; None to choose by size.
+
+  Raises:
+    UserError: a name is unknown, or the margin is not above 0.
+  """
+
+  def __init__(
+    self,
+    *,
+    positives: str,
+    negatives: Union[str, NegativesFn],
+    margin: Margin,
+    reduction: str,
+    distance: str = "euclidean",
+    rows_per_tile: Optional[int] = None,
+  ):
+    super().__init__(
+      compare_fn=distance_named(distance),
+      reduction=reduction,
+      rows_per_tile=rows_per_tile,
+    )
+    self._positives_fn = _named("positives", positives, POSITIVES)
+    self._negatives_fn = (
+      _named("negatives", negatives, NEGATIVES)
+      if isinstance(negatives, str)
+      else negatives
+    )
+    self._penalty_fn = penalty_of(margin)
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """The chosen triplets of each anchor; see the base class."""
+    fixed = tf.stop_gradient(compared)
+    return AnchorTerms(
+      *chosen_triplets(
+        compared,
+        self._positives_fn(fixed, pairs),
+        lambda positive: self._negatives_fn(fixed, pairs, positive),
+        self._penalty_fn,
+      )
+    )
+
+
+@gin.register
+class SemiHardTripletLoss(AnchorwiseLoss):
+  """The mean over positive pairs of max(d_ap − semi-hard d_an + margin, 0).
+
+  The semi-hard negative of a pair is the nearest beyond the positive, else the
+  farthest; an anchor without a negative has d_an = 0. These are the values of
+  TensorFlow Addons, but where no pair exists the loss is 0 with gradient 0, not NaN.
+
+  Args:
+    margin: above 0, in the distance's units.
+    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    reduction: as of `TripletLoss`.
+    rows_per_tile: anchors at a time; None to choose by size.
+
+  Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
+  """
+
+  def __init__(
+    self,
+    *,
+    margin: float,
+    distance: str = "euclidean",
+    reduction: str = "mean_terms",
+    rows_per_tile: Optional[int] = None,
+  ):
+    check_margin(margin)
+    super().__init__(
+      compare_fn=distance_named(distance),
+      reduction=reduction,
+      rows_per_tile=rows_per_tile,
+    )
+    self._margin = margin
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """One triplet a positive pair; see the base class."""
+    fixed = tf.stop_gradient(compared)
+    positives = tf.cast(pairs.is_positive, tf.float32)
+    total, num_active, num_terms = chosen_triplets(
+      compared,
+      positives,
+      lambda positive: semi_hard_of_pair(fixed, pairs, positive),
+      hinge(self._margin),
+    )
+    num_pairs = tf.reduce_sum(positives, 1)
+    alone = tf.reduce_sum(positives * (compared + self._margin), 1)
+    has_negative = tf.reduce_any(pairs.is_negative, 1)
+    return AnchorTerms(
+      tf.where(has_negative, total, alone),
+      tf.where(has_negative, num_active, num_pairs),
+      tf.where(has_negative, num_terms, num_pairs),
+    )
+
+
+@gin.register
+class InsideMarginTripletLoss(AnchorwiseLoss):
+  """The mean of d_ap − d_an + margin over triplets with d_ap < d_an < d_ap + margin.
+
+  All semi-hard triplets of the batch, without a fallback: what PyTorch Metric Learning
+  calls semi-hard.
+
+  Args:
+    margin: above 0, in the distance's units.
+    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    reduction: as of `TripletLoss`, where all triplets of the batch are formed.
+    rows_per_tile: anchors at a time; None to choose by size.
+  """
+
+  def __init__(
+    self,
+    *,
+    margin: float,
+    distance: str = "euclidean",
+    reduction: str = "mean_active",
+    rows_per_tile: Optional[int] = None,
+  ):
+    check_margin(margin)
+    super().__init__(
+      compare_fn=distance_named(distance),
+      reduction=reduction,
+      rows_per_tile=rows_per_tile,
+    )
+    self._penalty_fn = hinge_of_semi_hard(margin)
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """All semi-hard triplets of each anchor; see the base class."""
+    negatives = tf.cast(pairs.is_negative, tf.float32)
+    return AnchorTerms(
+      *chosen_triplets(
+        compared,
+        tf.cast(pairs.is_positive, tf.float32),
+        lambda positive: negatives,
+        self._penalty_fn,
+      )
+    )
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def _named(kind: str, name: str, functions: Mapping[str, _Function]) -> _Function:
+  if name not in functions:
+    raise UserError(f"{kind}={name!r} is unknown; use one of {sorted(functions)}.")
+  return functions[name]
