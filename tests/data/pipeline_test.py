@@ -1,0 +1,135 @@
+"""The pipeline: batches are what the schedule says, whole on every replica."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import writer
+from trainer.data.decode import ImageDecoder, VectorDecoder
+from trainer.data.pipeline import Batches, Shard
+from trainer.data.records import RecordIndex
+from trainer.data.schedule import PKSchedule, SequentialSchedule
+from trainer.data.sources import Item, encode_png
+from trainer.errors import UserError
+
+_NUM_CLASSES, _NUM_EACH = 6, 5
+_DECODER = ImageDecoder(height=4, width=3, channels=1)
+
+
+def _image(number):
+  """An image that tells its number: all its values are 5 · number."""
+  return np.full((4, 3), 5 * number, np.uint8)
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+  folder = str(tmp_path_factory.mktemp("records"))
+  items = [
+    Item(f"item {n}", f"class {n % _NUM_CLASSES}", encode_png(_image(n)))
+    for n in range(_NUM_CLASSES * _NUM_EACH)
+  ]
+  writer.write_records(items, folder, records_per_shard=7, fingerprint={})
+  return RecordIndex.open(folder)
+
+
+def _schedule(index):
+  return PKSchedule(index, classes_per_batch=4, samples_per_class=3, seed=0)
+
+
+def _take(dataset, num_batches):
+  return [tf.nest.map_structure(np.array, b) for b in dataset.take(num_batches)]
+
+
+def _numbers(batch):
+  return np.round(batch.inputs[:, 0, 0, 0] * 51).astype(int)
+
+
+def test_batches_are_those_of_the_schedule(index):
+  schedule = _schedule(index)
+  dataset = Batches(index, schedule, _DECODER).dataset(Shard(0, 1, 1), first_step=3)
+  for step, batch in enumerate(_take(dataset, 5), start=3):
+    numbers = schedule.batch(step).ravel()
+    np.testing.assert_array_equal(_numbers(batch), numbers)
+    np.testing.assert_array_equal(batch.labels, index.labels[numbers])
+    np.testing.assert_array_equal(batch.weights, np.ones(12))
+
+
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_replicas_together_have_the_global_batch_and_share_no_class(
+  index, num_replicas
+):
+  schedule = _schedule(index)
+  shard = Shard(0, num_replicas, num_replicas)
+  batches = _take(Batches(index, schedule, _DECODER).dataset(shard), num_replicas)
+  np.testing.assert_array_equal(
+    np.concatenate([_numbers(batch) for batch in batches]), schedule.batch(0).ravel()
+  )
+  classes = [set(batch.labels) for batch in batches]
+  assert sum(map(len, classes)) == len(set.union(*classes)) == 4
+
+
+def test_a_worker_reads_only_its_own_part(index):
+  schedule = _schedule(index)
+  dataset = Batches(index, schedule, _DECODER).dataset(Shard(2, 1, 4))
+  for step, batch in enumerate(_take(dataset, 3)):
+    np.testing.assert_array_equal(_numbers(batch), schedule.batch(step)[2])
+
+
+def test_padding_rows_have_weight_zero_and_no_class(index):
+  schedule = SequentialSchedule(np.arange(5), records_per_batch=4)
+  batches = Batches(index, schedule, _DECODER)
+  [_, last] = _take(batches.dataset(Shard(0, 1, 1), num_steps=2), 9)
+  assert last.weights.tolist() == [1, 0, 0, 0]
+  assert last.labels.tolist() == [4, -1, -1, -1]
+
+
+def test_shapes_are_static(index):
+  dataset = Batches(index, _schedule(index), _DECODER).dataset(Shard(0, 2, 2))
+  assert dataset.element_spec.inputs.shape == (6, 4, 3, 1)
+  assert dataset.element_spec.labels.shape == (6,)
+
+
+def test_an_image_of_another_size_and_colour_is_converted():
+  image = tf.io.encode_jpeg(np.full((20, 30, 3), 200, np.uint8)).numpy()
+  [got] = _DECODER(tf.constant([_example(image)]))
+  assert got.shape == (4, 3, 1)
+  np.testing.assert_allclose(got, 200 / 255, atol=0.02)
+
+
+def test_vectors_are_as_they_are():
+  feature = tf.train.Feature(float_list=tf.train.FloatList(value=[1.5, -2.0]))
+  features = tf.train.Features(feature={"vector": feature})
+  example = tf.train.Example(features=features).SerializeToString()
+  got = VectorDecoder(size=2)(tf.constant([example, example]))
+  np.testing.assert_array_equal(got, [[1.5, -2.0], [1.5, -2.0]])
+
+
+def _example(image):
+  feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[image]))
+  features = tf.train.Features(feature={"image": feature})
+  return tf.train.Example(features=features).SerializeToString()
+
+
+def test_a_record_that_does_not_decode_is_named(index):
+  schedule = _schedule(index)
+  batches = Batches(index, schedule, VectorDecoder(size=2))  # The records are images.
+  expected = pytest.raises(
+    UserError, match=r"records-0000\d\.tfrecord: record \d.* decoded"
+  )
+  with expected, batches.naming_bad_records(0, 0):
+    _take(batches.dataset(Shard(0, 1, 1)), 1)
+
+
+@pytest.mark.parametrize(
+  "make",
+  [
+    lambda: ImageDecoder(height=0, width=3, channels=1),
+    lambda: ImageDecoder(height=4, width=3, channels=2),
+    lambda: VectorDecoder(size=0),
+  ],
+)
+def test_sizes_that_are_not_possible_are_refused(make):
+  with pytest.raises(UserError, match="at least 1"):
+    make()

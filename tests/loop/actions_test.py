@@ -1,0 +1,44 @@
+"""Actions: the progress line."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+from trainer.loop.actions import Report, ShowProgress
+
+_METRICS = {
+  "train/loss": 0.125,
+  "mining/active_fraction": 0.5,
+  "train/images_per_second": 1234.0,
+  "train/seconds_per_step": 2.0,
+}
+
+
+class _Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+def test_progress_is_a_line_a_report_in_a_log(caplog):
+  with caplog.at_level("INFO", logger="absl"):
+    ShowProgress()(Report(40, 100, _METRICS))
+  assert caplog.messages == [
+    "step 40/100  loss 0.12500  active 50.0%  1,234 images/s  2:00 left"
+  ]
+
+
+def test_progress_is_in_place_on_a_terminal(monkeypatch):
+  terminal = _Terminal()
+  monkeypatch.setattr(sys, "stderr", terminal)
+  show = ShowProgress()
+  show(Report(40, 100, _METRICS))
+  show(Report(100, 100, _METRICS))
+  assert terminal.getvalue().count("\r") == 2
+  assert terminal.getvalue().endswith("0:00 left\n")
+
+
+def test_hours_are_told_as_hours(caplog):
+  with caplog.at_level("INFO", logger="absl"):
+    ShowProgress()(Report(0, 3600, _METRICS))
+  assert caplog.messages[0].endswith("2:00:00 left")
