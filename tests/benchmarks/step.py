@@ -1,7 +1,7 @@
 """What the trainer adds to a step: python -m tests.benchmarks.step [--image_size=8]
 
-The inner loop, with schedule, reading, decoding and statistics, against the same replica
-step called bare, again and again on one batch, in a loop of the same kind.
+The inner loop, with schedule, reading, decoding and statistics, against the same
+replica step called bare, again and again on one batch, in a loop of the same kind.
 """
 
 from __future__ import annotations
@@ -48,9 +48,7 @@ def main(_):
   whole_s, bare_s = (statistics.median(column) for column in zip(*pairs))
   ratio = statistics.median(a / b for a, b in pairs)
   print(f"{platform.machine()}, TensorFlow {tf.__version__}, Python {sys.version[:6]}")
-  print(
-    f"{_NUM_REPLICAS.value} replicas, {_IMAGE_SIZE.value} pixels, {_NUM_STEPS} steps, {_NUM_ROUNDS} rounds"
-  )
+  print(f"{_NUM_REPLICAS.value} replicas, {_IMAGE_SIZE.value} pixels")
   print(f"trainer's step {whole_s / _NUM_STEPS * 1e3:.2f} ms")
   print(f"bare step      {bare_s / _NUM_STEPS * 1e3:.2f} ms")
   print(f"ratio {ratio:.3f} (median of pairs; goal: at most 1.10)")
