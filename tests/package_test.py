@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import email
+import os
 import pathlib
 import re
 import shutil
@@ -65,6 +66,25 @@ def test_wheel_holds_every_module_of_the_package_and_no_other(wheel):
   }
   packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
   assert packed == modules
+
+
+@pytest.mark.main_job
+def test_wheel_works_from_another_folder_with_a_run_file_given_by_its_path(
+  wheel, tmp_path
+):
+  wheel.extractall(tmp_path / "installed")
+  shutil.copytree(ROOT / "configs", tmp_path / "mine")
+  (tmp_path / "elsewhere").mkdir()
+  command = [sys.executable, "-m", "trainer.task", "--mode=ingest", "--model_dir=run"]
+  done = subprocess.run(
+    [*command, "--gin_file=../mine/runs/digits.gin", "--gin_param=DATA_DIR = 'digits'"],
+    cwd=tmp_path / "elsewhere",
+    env={**os.environ, "PYTHONPATH": str(tmp_path / "installed")},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert list((tmp_path / "elsewhere" / "digits").glob("*.tfrecord"))
 
 
 def test_wheel_has_the_licence(wheel):
