@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import batches, golden
+from trainer import losses
+from trainer.errors import UserError
+
+
+def _mean(loss, embeddings, labels):
+  terms = loss(*batches.arguments(embeddings, labels))
+  return tf.math.divide_no_nan(terms.total, terms.count)
+
+
+def _addons(labels, embeddings, margin, squared):
+  distance = "squared_euclidean" if squared else "euclidean"
+  loss = losses.SemiHardTripletLoss(margin=margin, distance=distance)
+  return _mean(loss, embeddings, labels)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("key", golden.keys("tfa_semihard"))
+def test_semi_hard_equals_addons(key):
+  loss, gradient = golden.value_and_gradient(_addons, key)
+  golden.assert_value_equals(loss, f"{key}/loss")
+  golden.assert_gradient_equals(gradient, key)
+
+
+def test_semi_hard_is_zero_where_addons_is_nan():
+  total, count, gradient = batches.evaluate(
+    losses.SemiHardTripletLoss(margin=0.5), *batches.random_batch("all_distinct")
+  )
+  assert (total, count) == (0, 0)
+  assert not gradient.any()
+
+
+@pytest.mark.parametrize("batch", batches.LABELS)
+def test_all_positives_with_all_negatives_is_batch_all(batch):
+  embeddings, labels = batches.random_batch(batch)
+  chosen = losses.TripletLoss(
+    positives="all", negatives="all", margin=0.5, reduction="mean_active"
+  )
+  np.testing.assert_allclose(
+    _mean(chosen, embeddings, labels),
+    _mean(losses.BatchAllTripletLoss(margin=0.5), embeddings, labels),
+    rtol=1e-6,
+  )
+
+
+_CHOICES = {
+  "positives": "all",
+  "negatives": "hardest",
+  "margin": 0.2,
+  "reduction": "mean_active",
+}
+
+
+@pytest.mark.parametrize(
+  ("changed", "message"),
+  [
+    ({"positives": "farthest"}, "positives='farthest' is unknown"),
+    ({"negatives": "easy"}, "negatives='easy' is unknown"),
+    ({"margin": "hard"}, "margin='hard' is unknown"),
+    ({"margin": 0}, "margin=0 is not above 0"),
+    ({"reduction": "sum"}, "reduction='sum' is unknown"),
+    ({"distance": "manhattan"}, "distance='manhattan' is unknown"),
+  ],
+)
+def test_unknown_choice_is_refused(changed, message):
+  with pytest.raises(UserError, match=message):
+    losses.TripletLoss(**{**_CHOICES, **changed})
+
+
+@pytest.mark.parametrize(
+  "loss_class", [losses.SemiHardTripletLoss, losses.InsideMarginTripletLoss]
+)
+def test_margin_not_above_zero_is_refused(loss_class):
+  with pytest.raises(UserError, match="not above 0"):
+    loss_class(margin=-1.0)
