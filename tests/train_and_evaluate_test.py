@@ -121,7 +121,9 @@ def test_a_killed_run_ends_as_one_that_was_not(folder):
     command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
   ) as process:
     deadline = time.monotonic() + 120
-    while not list(model_dir.glob("checkpoints/ckpt-4.index")):
+    # TensorFlow's list of checkpoints is written last; until then there is none.
+    listed = model_dir / "checkpoints" / "checkpoint"
+    while not (listed.exists() and "ckpt-" in listed.read_text()):
       assert process.poll() is None
       assert time.monotonic() < deadline
       time.sleep(0.01)
