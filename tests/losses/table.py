@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Callable
 
-from tests.losses import oracles
+from tests.losses import oracles, pair_oracles
 from trainer import losses
 
 
@@ -159,5 +159,62 @@ ROWS = [
     margin=0.5,
     reduction="mean_terms",
     distance="normalized_euclidean",
+  ),
+  _row(
+    losses.ContrastiveLoss,
+    oracles.euclidean,
+    pair_oracles.contrastive(2.5),
+    "mean_terms",
+    margin=2.5,
+  ),
+  _row(
+    losses.LiftedStructureLoss,
+    oracles.euclidean,
+    pair_oracles.lifted_structure(1.0),
+    "mean_terms",
+    margin=1.0,
+  ),
+  _row(
+    losses.MultiSimilarityLoss,
+    oracles.cosine_similarity,
+    pair_oracles.multi_similarity(2, 10, 0.5, 0.1),
+    "mean_anchors",
+    negative_scale=10.0,
+    threshold=0.5,
+  ),
+  _row(
+    losses.CircleLoss,
+    oracles.cosine_similarity,
+    pair_oracles.circle(0.4, 8),
+    "mean_terms",
+    margin=0.4,
+    scale=8.0,
+  ),
+  _row(
+    losses.InfoNCELoss,
+    oracles.cosine_similarity,
+    pair_oracles.one_positive_softmax(0.5),
+    "mean_terms",
+    temperature=0.5,
+  ),
+  _row(
+    losses.NPairsLoss,
+    pair_oracles.inner_product,
+    pair_oracles.one_positive_softmax(1),
+    "mean_terms",
+  ),
+  _row(
+    losses.SupervisedContrastiveLoss,
+    oracles.cosine_similarity,
+    pair_oracles.supervised_contrastive(0.5),
+    "mean_terms",
+    temperature=0.5,
+  ),
+  _row(
+    losses.SoftNearestNeighbourLoss,
+    oracles.squared_euclidean,
+    pair_oracles.soft_nearest_neighbour(3),
+    "mean_terms",
+    temperature=3.0,
   ),
 ]

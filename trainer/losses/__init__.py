@@ -2,7 +2,20 @@
 
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss
+from trainer.losses.pairs import (
+  CircleLoss,
+  ContrastiveLoss,
+  LiftedStructureLoss,
+  MultiSimilarityLoss,
+)
 from trainer.losses.selection import DistanceWeightedNegatives
+from trainer.losses.softmax import (
+  InfoNCELoss,
+  NPairsLoss,
+  SoftNearestNeighbourLoss,
+  SupervisedContrastiveLoss,
+)
+from trainer.losses.temperature import LearnedTemperature
 from trainer.losses.triplet import BatchAllTripletLoss, BatchHardTripletLoss
 from trainer.losses.triplet_choices import (
   InsideMarginTripletLoss,
@@ -13,9 +26,18 @@ from trainer.losses.triplet_choices import (
 __all__ = [
   "BatchAllTripletLoss",
   "BatchHardTripletLoss",
+  "CircleLoss",
+  "ContrastiveLoss",
   "DistanceWeightedNegatives",
+  "InfoNCELoss",
   "InsideMarginTripletLoss",
+  "LearnedTemperature",
+  "LiftedStructureLoss",
+  "MultiSimilarityLoss",
+  "NPairsLoss",
   "SemiHardTripletLoss",
+  "SoftNearestNeighbourLoss",
+  "SupervisedContrastiveLoss",
   "TripletLoss",
   "batch_all_triplet_loss",
   "batch_hard_triplet_loss",
