@@ -24,7 +24,8 @@ class Encoder(tf.keras.Model):
     pooling: how a feature map becomes a vector: "average", "flatten",
       "generalized_mean" or "max".
     is_normalized: whether embeddings are scaled to length 1. Without it a batch_all
-      or batch_hard training can collapse for good (see docs/losses.md).
+      or batch_hard training can collapse for good: where all embeddings are equal the
+      gradient is 0.
 
   Raises:
     UserError: a size or the pooling is not possible.
