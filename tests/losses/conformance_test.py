@@ -93,6 +93,16 @@ def test_tiles_add_up_to_the_whole(row):
 
 
 @each_loss
+def test_statistics_of_tiles_add_up_to_those_of_the_whole(row):
+  arguments = batches.arguments(*batches.random_batch("unbalanced"))
+  whole = row.make()(*arguments).statistics
+  tiles = row.make(rows_per_tile=4)(*arguments).statistics
+  np.testing.assert_allclose(
+    tf.nest.flatten(dict(tiles)), tf.nest.flatten(dict(whole)), rtol=1e-5
+  )
+
+
+@each_loss
 def test_padding_rows_change_nothing(row):
   embeddings, labels = batches.random_batch("unbalanced")
   padded = np.concatenate([embeddings, embeddings[:3] + 0.1])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from tests.losses import batches
-from trainer.losses.statistics import mining_statistics, summarize
+from trainer.losses.relevance import relevance
+from trainer.losses.statistics import mining_sums, named, summarize
 from trainer.losses.terms import Ratio
 
 _POINTS = np.array([[0, 0], [3, 4], [0, 2], [6, 8]], np.float32)
@@ -12,7 +13,7 @@ _POINTS = np.array([[0, 0], [3, 4], [0, 2], [6, 8]], np.float32)
 
 def _summary(labels, weights=None):
   arguments = batches.arguments(_POINTS, np.array(labels), weights)
-  return summarize(mining_statistics(*arguments))
+  return summarize(named(mining_sums(*arguments, relevance(*arguments))))
 
 
 def test_hardest_distances_and_norm_are_means_over_anchors():

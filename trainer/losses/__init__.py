@@ -8,6 +8,15 @@ from trainer.losses.pairs import (
   LiftedStructureLoss,
   MultiSimilarityLoss,
 )
+from trainer.losses.presets import (
+  hermans_batch_hard,
+  pml_batch_all,
+  pml_batch_hard,
+  pml_semi_hard,
+  seed_batch_all,
+  seed_batch_hard,
+  tfa_semi_hard,
+)
 from trainer.losses.selection import DistanceWeightedNegatives
 from trainer.losses.softmax import (
   InfoNCELoss,
@@ -41,5 +50,12 @@ __all__ = [
   "TripletLoss",
   "batch_all_triplet_loss",
   "batch_hard_triplet_loss",
+  "hermans_batch_hard",
   "pairwise_distances",
+  "pml_batch_all",
+  "pml_batch_hard",
+  "pml_semi_hard",
+  "seed_batch_all",
+  "seed_batch_hard",
+  "tfa_semi_hard",
 ]

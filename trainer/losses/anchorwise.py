@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.relevance import Relevance, check_labels, relevance
-from trainer.losses.statistics import mining_statistics
+from trainer.losses.statistics import mining_sums, named
 from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio, Statistic
 from trainer.losses.tiles import Sums, sum_over_tiles
 
@@ -111,7 +111,7 @@ class AnchorwiseLoss(tf.Module):
     )
     statistics: dict[str, Statistic] = {
       "mining/active_fraction": Ratio(sums.num_active, sums.num_terms),
-      **mining_statistics(anchors, candidates),
+      **named(sums.mining),
     }
     count = tf.stop_gradient(self._reduction_fn(sums, anchors.weights))
     return LossTerms(sums.total, count, statistics)
@@ -125,4 +125,8 @@ class AnchorwiseLoss(tf.Module):
     compared = self._compare_fn(anchors.embeddings, candidates.embeddings)
     pairs = relevance(anchors, candidates)
     terms = self.anchor_terms(compared, pairs, parameters)
-    return Sums(*(tf.reduce_sum(anchors.weights * each) for each in terms))
+    total, num_active, num_terms = (
+      tf.reduce_sum(anchors.weights * each) for each in terms
+    )
+    mining = mining_sums(anchors, candidates, pairs)
+    return Sums(total, num_active, num_terms, mining)

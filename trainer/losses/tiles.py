@@ -15,7 +15,8 @@ from typing import NamedTuple, Optional
 
 import tensorflow as tf
 
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.statistics import MiningSums
+from trainer.losses.terms import Anchors, Candidates, Ratio
 
 # Pairs of one tile, when the number of rows is left to us: 16 MB a float32 matrix.
 PAIRS_PER_TILE = 2**22
@@ -28,11 +29,16 @@ class Sums(NamedTuple):
     total: [] float32, the numerator of the loss; the only one with a gradient.
     num_active: [] float32, terms that are not 0.
     num_terms: [] float32, terms that could be.
+    mining: statistics of the anchors.
   """
 
   total: tf.Tensor
   num_active: tf.Tensor
   num_terms: tf.Tensor
+  mining: MiningSums
+
+
+_STRUCTURE = Sums(0, 0, 0, MiningSums(Ratio(0, 0), Ratio(0, 0), Ratio(0, 0)))
 
 
 SumsFn = Callable[[Anchors, Candidates, Sequence[tf.Tensor]], Sums]
@@ -73,9 +79,10 @@ def sum_over_tiles(
     def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> list[tf.Tensor]:
       return [upstream * each for each in gradients]
 
-    return tuple(values), gradient
+    return tuple(tf.nest.flatten(values)), gradient
 
-  return Sums(*sums(anchors.embeddings, candidates.embeddings, *parameters))
+  flat = sums(anchors.embeddings, candidates.embeddings, *parameters)
+  return tf.nest.pack_sequence_as(_STRUCTURE, flat)
 
 
 def _num_rows(
@@ -142,7 +149,7 @@ def _loop(tile: _Tile, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
     values, (to_rows, *to_shared) = tile.rows(numbers)
     return (
       index + 1,
-      [old + new for old, new in zip(sums, values)],
+      [old + new for old, new in zip(sums, tf.nest.flatten(values))],
       [old + new for old, new in zip(shared, to_shared)],
       to_anchors.write(index, to_rows),
     )
@@ -153,11 +160,12 @@ def _loop(tile: _Tile, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
     body,
     (
       tf.constant(0),
-      [tf.zeros([]) for _ in Sums._fields],
+      [tf.zeros([]) for _ in tf.nest.flatten(_STRUCTURE)],
       [tf.zeros_like(each) for each in shared],
       tf.TensorArray(tf.float32, num_tiles, element_shape=[num_rows, num_dimensions]),
     ),
     parallel_iterations=1,
     maximum_iterations=num_tiles,
   )
-  return Sums(*sums), [to_anchors.concat()[:num_anchors], *shared]
+  values = tf.nest.pack_sequence_as(_STRUCTURE, sums)
+  return values, [to_anchors.concat()[:num_anchors], *shared]

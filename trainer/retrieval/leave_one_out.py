@@ -39,9 +39,10 @@ def evaluate_leave_one_out(
     raise UserError(f"{num_bad} of {len(embeddings)} embeddings are not finite.")
   _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   num_relevant = sizes[class_of] - 1
-  if num_relevant.max(initial=0) < 1:
+  most_relevant = int(np.max(num_relevant, initial=0))
+  if most_relevant < 1:
     raise UserError("Evaluation needs a class with at least two items.")
-  depth = min(max(*recall_ks, num_relevant.max()), len(labels) - 1)
+  depth = min(max(*recall_ks, most_relevant), len(labels) - 1)
   sums = np.zeros(len(recall_ks) + 2)
   for queries, neighbours in nearest_others(embeddings, num_neighbours=depth):
     has_relevant = num_relevant[queries] > 0

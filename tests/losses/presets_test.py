@@ -1,0 +1,95 @@
+"""Presets against their references, and the config file of each loss."""
+
+from __future__ import annotations
+
+import pathlib
+
+import gin
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import trainer.loop.step  # noqa: F401  Registers TrainStep.
+from tests.losses import batches, golden
+from trainer.losses import presets
+from trainer.losses.anchorwise import AnchorwiseLoss
+
+_CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs/losses").glob("*.gin"))
+
+
+def _mean(loss, embeddings, labels):
+  terms = loss(*batches.arguments(embeddings, labels))
+  return tf.math.divide_no_nan(terms.total, terms.count)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("margin", [0.2, 1.0])
+@pytest.mark.parametrize(
+  ("preset", "kind"),
+  [
+    (presets.seed_batch_all, "batch_all"),
+    (presets.seed_batch_hard, "batch_hard"),
+    (presets.seed_batch_hard, "tfa_hard"),
+    (presets.tfa_semi_hard, "tfa_semihard"),
+  ],
+)
+def test_preset_has_the_recorded_value(preset, kind, margin):
+  key = f"unbalanced/{kind}/margin={margin}/squared=False"
+  embeddings = golden.VECTORS["unbalanced/embeddings"]
+  labels = golden.VECTORS["unbalanced/labels"]
+  value = _mean(preset(margin=margin), embeddings, labels)
+  golden.assert_value_equals(value, f"{key}/loss")
+
+
+def _triplets():
+  embeddings, labels = batches.random_batch("unbalanced")
+  unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+  for a in range(len(labels)):
+    distances = np.linalg.norm(unit - unit[a], axis=1)
+    others = np.arange(len(labels)) != a
+    same = labels == labels[a]
+    yield distances[same & others], distances[~same]
+
+
+def _mean_of_non_zero(costs):
+  return np.mean([cost for cost in costs if cost > 0])
+
+
+def test_pml_batch_all_is_the_mean_of_non_zero_triplets_of_unit_vectors():
+  costs = [p - n + 0.05 for ps, ns in _triplets() for p in ps for n in ns]
+  value = _mean(presets.pml_batch_all(), *batches.random_batch("unbalanced"))
+  np.testing.assert_allclose(value, _mean_of_non_zero(costs), rtol=1e-5)
+
+
+def test_pml_batch_hard_drops_anchors_without_a_positive():
+  costs = [ps.max() - ns.min() + 0.05 for ps, ns in _triplets() if len(ps)]
+  value = _mean(presets.pml_batch_hard(), *batches.random_batch("unbalanced"))
+  np.testing.assert_allclose(value, _mean_of_non_zero(costs), rtol=1e-5)
+
+
+def test_pml_semi_hard_has_no_fallback():
+  pairs = [(p, n) for ps, ns in _triplets() for p in ps for n in ns]
+  costs = [p - n + 0.4 for p, n in pairs if n > p]
+  loss = presets.pml_semi_hard(margin=0.4)
+  value = _mean(loss, *batches.random_batch("unbalanced"))
+  np.testing.assert_allclose(value, _mean_of_non_zero(costs), rtol=1e-5)
+
+
+def test_hermans_batch_hard_is_the_soft_margin_of_the_hardest():
+  embeddings, labels = batches.random_batch("balanced")
+  distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
+  same = labels[:, None] == labels[None, :]
+  farthest = np.where(same, distances, -np.inf).max(1)
+  nearest = np.where(same, np.inf, distances).min(1)
+  value = _mean(presets.hermans_batch_hard(), embeddings, labels)
+  expected = np.log1p(np.exp(farthest - nearest)).mean()
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", _CONFIGS, ids=lambda path: path.stem)
+def test_config_file_builds_a_loss(path):
+  gin.parse_config_file(str(path))
+  loss = gin.query_parameter("TrainStep.loss").scoped_configurable_fn()
+  assert isinstance(loss, AnchorwiseLoss)
+  embeddings, labels = batches.random_batch("balanced")
+  assert np.isfinite(batches.evaluate(loss, embeddings, labels)[0])
