@@ -6,7 +6,7 @@ import gin
 from absl import logging
 
 from trainer.data import manifest
-from trainer.data.records import locate
+from trainer.data.records import RecordIndex, locate
 from trainer.data.sources import Source
 from trainer.errors import UserError
 from trainer.run import Run
@@ -35,12 +35,12 @@ def ingest(*, source: Source, folder: str, records_per_shard: int = 10_000) -> N
   _, index_folder = locate(folder)
   fingerprint = {**source.fingerprint(), "records_per_shard": records_per_shard}
   done = manifest.read(index_folder)
-  if done is not None:
-    if done.source != fingerprint:
-      raise UserError(
-        f"{folder} holds records of another source; choose another ingest.folder, or "
-        "delete that one."
-      )
+  if done is not None and done.source != fingerprint:
+    raise UserError(
+      f"{folder} holds records of another source; choose another ingest.folder, or "
+      "delete that one."
+    )
+  if done is not None and _is_whole(folder):
     logging.info("%s: %d records are there already.", folder, done.num_records)
     return
   from trainer.data import writer  # Late: TensorFlow isn't needed before.
@@ -62,3 +62,13 @@ def ingest(*, source: Source, folder: str, records_per_shard: int = 10_000) -> N
     largest[1],
     largest[0],
   )
+
+
+def _is_whole(folder: str) -> bool:
+  """Whether shards and index are as they were written; says what is not."""
+  try:
+    RecordIndex.open(folder)
+  except UserError as error:
+    logging.warning("%s Ingesting again.", error)
+    return False
+  return True

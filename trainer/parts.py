@@ -4,6 +4,8 @@ import trainer.data.dataset
 import trainer.data.decode
 import trainer.data.schedule
 import trainer.data.sources
+import trainer.data.sources_folder
+import trainer.data.sources_idx
 import trainer.data.split
 import trainer.distribute.objective
 import trainer.evaluate

@@ -3,37 +3,77 @@
 # (apt-get, 31 MB) or from a folder that has them: ./launch/data/fashion_mnist.sh [FOLDER]
 set -euo pipefail
 
-source=${1:+$(realpath -m -- "$1")}
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-target=data/fashion_mnist_idx
 names=(train-images-idx3-ubyte train-labels-idx1-ubyte
   t10k-images-idx3-ubyte t10k-labels-idx1-ubyte)
 
-if [ -z "$source" ]; then
-  if ! command -v apt-get dpkg >/dev/null; then
-    echo "error: this machine has no apt-get; give a folder with the four files." >&2
-    exit 2
-  fi
-  aside=$(mktemp -d)
-  trap 'rm -rf "$aside"' EXIT
-  if ! (cd "$aside" && apt-get download -qq dataset-fashion-mnist); then
-    echo "error: Debian's package dataset-fashion-mnist can't be fetched; try" \
-      "'apt-get update', or give a folder with the four files." >&2
-    exit 2
-  fi
-  dpkg -x "$aside"/*.deb "$aside/files"
-  source=$(dirname "$(find "$aside/files" -name "${names[0]}*" | head -n 1)")
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# The file of a name in a folder, plain or gzipped; nothing if there is none.
+find_file() {
+  local path
+  for path in "$1/$2" "$1/$2.gz"; do
+    if [ -f "$path" ]; then
+      echo "$path"
+      return
+    fi
+  done
+}
+
+has_all() {
+  local name
+  for name in "${names[@]}"; do
+    [ -n "$(find_file "$1" "$name")" ] || return 1
+  done
+}
+
+source=
+if [ $# -gt 0 ]; then
+  source=$(cd -- "$1" 2>/dev/null && pwd) || fail "$1 is no folder that can be read."
+fi
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+target=data/fashion_mnist_idx
+
+if [ -z "$source" ] && has_all "$target"; then
+  echo "Fashion-MNIST is in $target already."
+  exit 0
 fi
 
-mkdir -p "$target"
-for name in "${names[@]}"; do
-  if [ -f "$source/$name" ]; then
-    cp "$source/$name" "$target/$name"
-  elif [ -f "$source/$name.gz" ]; then
-    cp "$source/$name.gz" "$target/$name.gz"
-  else
-    echo "error: $source has neither $name nor $name.gz." >&2
-    exit 2
+mkdir -p "$target" 2>/dev/null || fail "$PWD/$target can't be made."
+aside=$(mktemp -d)
+trap 'rm -rf "$aside"' EXIT
+
+if [ -z "$source" ]; then
+  advice="give a folder that has the four files: $0 FOLDER"
+  for tool in apt-get dpkg; do
+    command -v "$tool" >/dev/null || fail "this machine has no $tool; $advice"
+  done
+  source=$aside/files
+  if ! (cd "$aside" && apt-get download -qq dataset-fashion-mnist) >"$aside/log" 2>&1; then
+    fail "dataset-fashion-mnist can't be fetched ($(tail -n 1 "$aside/log")); try apt-get update, or $advice"
   fi
+  dpkg -x "$aside"/dataset-fashion-mnist*.deb "$aside/package" 2>"$aside/log" ||
+    fail "the package can't be unpacked: $(tail -n 1 "$aside/log")"
+  mkdir "$source"
+  find "$aside/package" -type f -name '*-ubyte*' -exec mv {} "$source" \;
+fi
+
+for name in "${names[@]}"; do
+  [ -n "$(find_file "$source" "$name")" ] || fail "$source has neither $name nor $name.gz."
+done
+if [ "$source" -ef "$target" ]; then
+  echo "Fashion-MNIST is in $target already."
+  exit 0
+fi
+
+# Each is copied under another name first, so that a half copy is never taken for whole.
+for name in "${names[@]}"; do
+  file=$(find_file "$source" "$name")
+  cp -- "$file" "$target/.partial" 2>"$aside/log" ||
+    fail "$file can't be copied: $(tail -n 1 "$aside/log")"
+  rm -f "$target/$name" "$target/$name.gz"
+  mv "$target/.partial" "$target/$(basename "$file")"
 done
 echo "Fashion-MNIST is in $target."

@@ -137,7 +137,8 @@ class RecordIndex:
       return framing.unframe(framed, length)
     except framing.FramingError as error:
       raise UserError(
-        f"{self.describe(number)} {error}; restore the file, or ingest again."
+        f"{self.describe(number)} {error}; restore the file, or delete it and "
+        "ingest again."
       ) from error
     except OSError as error:
       raise UserError(

@@ -1,7 +1,7 @@
 """Writes items as TFRecord shards with their index, so that no half is taken for whole.
 
-Shards and index arrays come first; the manifest, without which a folder has no index,
-comes last.
+All is written into a folder aside. Then the shards are moved to their place, and last
+the whole index, without which nothing reads them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import collections
 import errno
 import os
-from collections.abc import Iterable
+import re
+import shutil
+from collections.abc import Iterable, Mapping
 from typing import BinaryIO, Optional
 
 import numpy as np
@@ -22,6 +24,9 @@ from trainer.data.sources import Item
 from trainer.errors import UserError
 
 LABEL_FEATURE = "label"
+_ASIDE = ".partial"
+# EFBIG: a limit on the size of files. None: NumPy's short writes carry no number.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 
 def write_records(
@@ -29,9 +34,9 @@ def write_records(
   folder: str,
   *,
   records_per_shard: int,
-  fingerprint: dict[str, object],
+  fingerprint: Mapping[str, object],
 ) -> collections.Counter[str]:
-  """Writes shards and index.
+  """Writes shards and index; one that is there already is replaced.
 
   Args:
     items: each is checked to decode.
@@ -43,24 +48,41 @@ def write_records(
     Number of records of each class.
 
   Raises:
-    UserError: an image doesn't decode, there are not two classes, or the disk is full.
+    UserError: an image doesn't decode, there are not two classes, or the folder can't
+      be written to.
   """
   folder, index_folder = locate(folder)
+  aside = os.path.join(folder, _ASIDE)
   try:
-    os.makedirs(index_folder, exist_ok=True)
-    writer = _ShardWriter(folder, records_per_shard)
+    shutil.rmtree(aside, ignore_errors=True)  # What a killed ingest left.
+    os.makedirs(os.path.join(aside, "index"))
+    writer = _ShardWriter(aside, records_per_shard)
     for item in items:
       writer.write(item)
     writer.finish()
     counts = collections.Counter(writer.labels)
     if len(counts) < 2:
       raise UserError(
-        f"The source has {len(counts)} class; retrieval needs at least two."
+        f"The source has {len(counts)} class ({', '.join(counts)}); retrieval needs at "
+        "least two."
       )
-    _write_index(index_folder, writer, fingerprint)
+    _write_index(os.path.join(aside, "index"), writer, fingerprint)
+    _publish(aside, folder, index_folder)
     return counts
   except OSError as error:
     raise UserError(_explain(error, folder)) from error
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(aside: str, folder: str, index_folder: str) -> None:
+  """Moves shards and then index to their place."""
+  if os.path.exists(index_folder):
+    shutil.rmtree(index_folder)
+  for name in sorted(os.listdir(aside)):
+    if name != "index":
+      os.replace(os.path.join(aside, name), os.path.join(folder, name))
+  os.replace(os.path.join(aside, "index"), index_folder)
 
 
 class _ShardWriter:
@@ -91,6 +113,8 @@ class _ShardWriter:
     """Closes the last shard."""
     if self._file is None:
       return
+    self._file.flush()
+    os.fsync(self._file.fileno())  # The index must not reach the disk before it.
     self._file.close()
     status = os.stat(self._file.name)
     num_before = sum(shard.num_records for shard in self.shards)
@@ -111,7 +135,7 @@ class _ShardWriter:
 
 
 def _write_index(
-  folder: str, writer: _ShardWriter, fingerprint: dict[str, object]
+  folder: str, writer: _ShardWriter, fingerprint: Mapping[str, object]
 ) -> None:
   class_names = sorted(set(writer.labels))
   ids = {name: class_id for class_id, name in enumerate(class_names)}
@@ -146,7 +170,7 @@ def _example(item: Item) -> tf.train.Example:
   values = {
     "image": item.image,
     LABEL_FEATURE: item.label.encode(),
-    "key": item.key.encode(),
+    "key": os.fsencode(item.key),
   }
   features = {
     name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
@@ -158,15 +182,14 @@ def _example(item: Item) -> tf.train.Example:
 def _check_decodes(item: Item) -> None:
   try:
     tf.io.decode_image(item.image, expand_animations=False)
-  except tf.errors.InvalidArgumentError as error:
-    size = len(item.image)
+  except tf.errors.OpError as error:
+    reason = re.sub(r"^{{.*?}} ?", "", error.message).splitlines()[0]
     raise UserError(
-      f"{item.key} is no image that can be decoded ({size} bytes): "
-      f"{error.message.splitlines()[0]}"
+      f"{item.key} is no image that can be decoded ({len(item.image)} bytes): {reason}"
     ) from error
 
 
 def _explain(error: OSError, folder: str) -> str:
-  if error.errno == errno.ENOSPC:
+  if error.errno in _NO_ROOM:
     return f"{folder}: the disk is full; free some space and run the ingest again."
   return f"{error.filename or folder} can't be written to: {error.strerror}."
