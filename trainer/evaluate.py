@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import gin
 import numpy as np
@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from trainer.data.dataset import Dataset
 from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import Workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.retrieval.embed import embed
@@ -21,12 +22,19 @@ from trainer.run import Run
 
 def main(run: Run) -> None:
   """Evaluates the newest checkpoint of a run."""
-  with make_strategy(run.hardware).scope():
+  with make_strategy(run.hardware, run.facts()).scope():
+    workers = Workers()
     evaluation = Evaluation()  # type: ignore[call-arg]  # The rest is gin's.
+    workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
-    results = Results(run.model_dir)
-    results.write_latest(step, evaluation.measure())
-    print(results.table())
+    metrics = evaluation.measure()
+    workers.chief_first(lambda: _report(run, step, metrics))
+
+
+def _report(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+  results = Results(run.model_dir)
+  results.write_latest(step, metrics)
+  print(results.table())
 
 
 @gin.configurable("evaluate")
@@ -37,7 +45,8 @@ class Evaluation:
   Attributes:
     encoder: the encoder to measure.
     dataset: records, classes and decoder.
-    global_batch_size: records embedded at once, over all replicas.
+    global_batch_size: records embedded at once, over all replicas; rounded up to a
+      multiple of their number.
     recall_ks: the k of recall@k.
   """
 
@@ -45,14 +54,6 @@ class Evaluation:
   dataset: Dataset
   global_batch_size: int = 256
   recall_ks: Sequence[int] = (1, 5, 10)
-
-  def __post_init__(self):
-    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if self.global_batch_size % num_replicas:
-      raise UserError(
-        f"evaluate.global_batch_size={self.global_batch_size} does not split over "
-        f"{num_replicas} replicas."
-      )
 
   def restore(self, model_dir: str) -> int:
     """Restores the encoder from the newest checkpoint of a run.
@@ -68,6 +69,7 @@ class Evaluation:
     """
     self.encoder.create_variables(self.dataset.decoder.shape)
     step = Checkpoints(model_dir=model_dir, encoder=self.encoder).restore()
+    Workers().agree({f"the step of the newest checkpoint in {model_dir}": step})
     if step is None:
       raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
     return step
@@ -84,12 +86,13 @@ class Evaluation:
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
     record_numbers = np.sort(np.concatenate(members))
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     embeddings = embed(
       self.encoder,
       self.dataset,
       record_numbers,
       strategy=tf.distribute.get_strategy(),
-      global_batch_size=self.global_batch_size,
+      global_batch_size=-(-self.global_batch_size // num_replicas) * num_replicas,
     )
     return evaluate_leave_one_out(
       embeddings, index.labels[record_numbers], recall_ks=self.recall_ks

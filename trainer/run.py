@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import platform
 from typing import Optional
 
+from trainer import __version__
 from trainer import config as config_lib
+
+# The distributions whose versions change what is computed.
+_DISTRIBUTIONS = ("tensorflow", "tf-keras", "tensorflow-addons", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +22,13 @@ class Hardware:
     strategy: "auto", "cpu", "mirrored", "multi_worker" or "tpu".
     num_virtual_replicas: >= 1; into how many replicas one CPU is divided.
     tpu: name or address of the TPU; None for the one that is attached.
+    worker_timeout_s: how long to wait at the start for the other workers, seconds.
   """
 
   strategy: str = "auto"
   num_virtual_replicas: int = 1
   tpu: Optional[str] = None
+  worker_timeout_s: float = 300.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,3 +46,19 @@ class Run:
   config: config_lib.Config
   hardware: Hardware
   allow_config_change: bool = False
+
+  def facts(self) -> dict[str, str]:
+    """What all workers of the run must have alike, by name."""
+    return {
+      "trainer": __version__,
+      "Python": platform.python_version(),
+      **{name: _version(name) for name in _DISTRIBUTIONS},
+      **self.config.values,
+    }
+
+
+def _version(distribution: str) -> str:
+  try:
+    return importlib.metadata.version(distribution)
+  except importlib.metadata.PackageNotFoundError:
+    return "not installed"

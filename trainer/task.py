@@ -106,6 +106,13 @@ def define_flags() -> dict[str, flags.FlagValues]:
     flag_values=hardware,
   )
   flags.DEFINE_string("tpu", None, "Name or address of a TPU.", flag_values=hardware)
+  flags.DEFINE_float(
+    "worker_timeout_s",
+    300.0,
+    "Seconds to wait for other workers.",
+    lower_bound=0.0,
+    flag_values=hardware,
+  )
   return {"what": what, "where": where, "hardware": hardware}
 
 
@@ -172,7 +179,12 @@ def _run(values: flags.FlagValues) -> None:
     run.Run(
       model_dir=values.model_dir,
       config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
-      hardware=run.Hardware(values.strategy, values.num_virtual_replicas, values.tpu),
+      hardware=run.Hardware(
+        values.strategy,
+        values.num_virtual_replicas,
+        values.tpu,
+        values.worker_timeout_s,
+      ),
       allow_config_change=values.allow_config_change,
     )
   )

@@ -11,9 +11,10 @@ from absl import logging
 
 from trainer import __version__
 from trainer.data.dataset import Dataset
-from trainer.data.pipeline import Batches, Shard
+from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import Workers
 from trainer.errors import UserError
 from trainer.loop import actions
 from trainer.loop.checkpoint import Checkpoints
@@ -43,8 +44,9 @@ class Training(NamedTuple):
 
 def main(run: Run) -> None:
   """Trains to the end, from the newest checkpoint if there is one."""
-  with make_strategy(run.hardware).scope():
+  with make_strategy(run.hardware, run.facts()).scope():
     train(run).loop.run()
+    Workers().wait()
 
 
 @gin.configurable
@@ -73,10 +75,11 @@ def train(
   Raises:
     UserError: parts that don't fit each other, the folder, or the replicas.
   """
-  strategy = tf.distribute.get_strategy()
+  workers = Workers()
+  workers.agree(dataset.index.facts())
   schedule = schedule_fn(dataset.index, classes=dataset.train_classes)
-  _check_batch(schedule, step, strategy.num_replicas_in_sync)
-  open_run_folder(run)
+  _check_batch(schedule, step, tf.distribute.get_strategy().num_replicas_in_sync)
+  workers.chief_first(lambda: open_run_folder(run))
   tf.keras.utils.set_random_seed(seed)
   step.create_variables(dataset.decoder.shape)
   checkpoints = Checkpoints(
@@ -85,14 +88,14 @@ def train(
     loss=step.loss,
     optimizer=step.optimizer,
     num_kept=loop.num_checkpoints_kept,
+    is_chief=workers.is_chief,
   )
   # One more than are kept: the oldest goes after the newest is there.
-  num_checkpoints = loop.num_checkpoints_kept + 1
-  check_disk(run.model_dir, num_bytes=checkpoints.num_bytes * num_checkpoints)
+  num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
+  workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
   first_step = checkpoints.restore() or 0
+  workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
   batches = Batches(dataset.index, schedule, dataset.decoder)
-  metrics_file = MetricsFile(run.model_dir)
-  metrics_file.drop_after(first_step)
   outer = Loop(
     inner=_make_inner_loop(batches, step, first_step),
     naming_bad_records=batches.naming_bad_records,
@@ -100,15 +103,23 @@ def train(
     options=loop,
     images_per_step=math.prod(schedule.shape),
     actions=[
-      actions.ShowProgress(),
-      actions.WriteMetrics(metrics_file),
-      actions.WriteEvents(run.model_dir),
-      actions.SaveOperativeConfig(run.model_dir),
+      *(_chief_actions(run, first_step) if workers.is_chief else ()),
       actions.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
     ],
   )
   _log_start(run, schedule, step, first_step)
   return Training(outer, step.encoder, first_step, loop.num_steps)
+
+
+def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
+  metrics_file = MetricsFile(run.model_dir)
+  metrics_file.drop_after(first_step)
+  return [
+    actions.ShowProgress(),
+    actions.WriteMetrics(metrics_file),
+    actions.WriteEvents(run.model_dir),
+    actions.SaveOperativeConfig(run.model_dir),
+  ]
 
 
 def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
@@ -128,8 +139,7 @@ def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> No
 
 def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:
   strategy = tf.distribute.get_strategy()
-  num_replicas = strategy.num_replicas_in_sync
-  dataset = batches.dataset(Shard(0, num_replicas, num_replicas), first_step=first_step)
+  dataset = batches.dataset(Workers().shard(), first_step=first_step)
   return InnerLoop(
     step=step,
     strategy=strategy,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import Workers
 from trainer.evaluate import Evaluation
 from trainer.loop import run_folder
 from trainer.retrieval import report
@@ -17,18 +19,27 @@ from trainer.train import train
 def main(run: Run) -> None:
   """Ingests if the run names a source; then measures, trains and measures again."""
   # The strategy first: ingest uses a device, and replicas must be made before that.
-  strategy = make_strategy(run.hardware)
-  if run.config.binds("ingest"):
-    ingest.main(run)
+  strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope():
+    workers = Workers()
+    if run.config.binds("ingest"):
+      workers.chief_first(lambda: ingest.main(run))
     training = train(run)
     # The dataset is gin's.
     evaluation = Evaluation(encoder=training.encoder)  # type: ignore[call-arg]
     results = Results(run.model_dir)
     if training.first_step == 0:
-      results.write_before_training(evaluation.measure())
+      before = evaluation.measure()
+      workers.chief_first(lambda: results.write_before_training(before))
     training.loop.run()
-    results.write_latest(training.num_steps, evaluation.measure())
+    after = evaluation.measure()
+    workers.chief_first(lambda: _report(run, results, training.num_steps, after))
+
+
+def _report(
+  run: Run, results: Results, num_steps: int, metrics: Mapping[str, float]
+) -> None:
+  results.write_latest(num_steps, metrics)
   report.write(run.model_dir)
   print(results.table())
   for path, content in run_folder.CONTENTS.items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -96,6 +97,17 @@ class RecordIndex:
   def num_classes(self) -> int:
     """C."""
     return self.member_table.num_classes
+
+  def facts(self) -> dict[str, str]:
+    """What tells this index from another, by name: for workers to compare."""
+    contents = hashlib.sha256()
+    for array in (self.labels, self._arrays.lengths, self.class_names.hashes):
+      contents.update(np.ascontiguousarray(array).data)
+    return {
+      "the number of records": str(self.num_records),
+      "the number of classes": str(self.num_classes),
+      "the hash of the index": contents.hexdigest()[:16],
+    }
 
   def members(self, class_id: int) -> np.ndarray:
     """[n] int64, the numbers of the records of a class."""

@@ -9,7 +9,7 @@ Shapes: N rows on each replica, R replicas.
 from __future__ import annotations
 
 import abc
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
@@ -72,6 +72,7 @@ class StrategyCollectives(Collectives):
 
   def __init__(self):
     self._context = tf.distribute.get_replica_context()
+    self._order: Optional[tf.Tensor] = None
 
   @property
   def num_replicas(self):
@@ -89,11 +90,37 @@ class StrategyCollectives(Collectives):
 
   def gather(self, rows):
     """Stacks the rows of all replicas."""
-    gathered = self._context.all_gather(rows, axis=0)
+    num_rows = rows.shape[0]
+
+    @tf.custom_gradient
+    def stack(rows):
+      def gradient(upstream):
+        first = self.replica_id * num_rows
+        return self.sum(upstream)[first : first + num_rows]
+
+      return self._stack(rows), gradient
+
+    return stack(rows) if rows.dtype.is_floating else self._stack(rows)
+
+  def _stack(self, rows):
+    """Without TensorFlow's gradient: it slices by number what is in another order."""
+    # The copy is on this replica's device, which all_gather wants to know.
+    gathered = self._context.all_gather(tf.identity(rows), axis=0)
     # all_gather forgets the static shape, which the losses and XLA need.
-    return tf.ensure_shape(
-      gathered, [self.num_replicas * rows.shape[0], *rows.shape[1:]]
-    )
+    shape = [self.num_replicas, rows.shape[0], *rows.shape[1:]]
+    by_rank = tf.reshape(gathered, shape)
+    return tf.reshape(self._by_number(by_rank), [shape[0] * shape[1], *shape[2:]])
+
+  def _by_number(self, by_rank):
+    """Several workers are ranked by name, where task 10 comes before task 2."""
+    if not isinstance(
+      self._context.strategy, tf.distribute.MultiWorkerMirroredStrategy
+    ):
+      return by_rank
+    if self._order is None:
+      number = tf.identity(tf.reshape(self.replica_id, [1]))
+      self._order = tf.argsort(self._context.all_gather(number, axis=0))
+    return tf.gather(by_rank, self._order)
 
 
 def current_collectives() -> Collectives:

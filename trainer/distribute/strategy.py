@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Optional
+
 import tensorflow as tf
 from absl import logging
 
+from trainer.distribute.cluster import find_cluster
+from trainer.distribute.rendezvous import meet
 from trainer.errors import UserError
 from trainer.run import Hardware
 
 
-def make_strategy(hardware: Hardware) -> tf.distribute.Strategy:
+def make_strategy(
+  hardware: Hardware, facts: Optional[Mapping[str, str]] = None
+) -> tf.distribute.Strategy:
   """The strategy that a run asks for, on this machine.
 
   It must be made before TensorFlow has used a device.
@@ -18,34 +27,89 @@ def make_strategy(hardware: Hardware) -> tf.distribute.Strategy:
     hardware: its `strategy` is one of:
       "cpu": one replica on the CPU;
       "mirrored": all local GPUs, or virtual replicas of the CPU;
-      "auto": "mirrored" where there are GPUs or virtual replicas, else "cpu".
+      "multi_worker": the local GPUs, or else the CPU, of every worker that `TF_CONFIG`
+        or Slurm names;
+      "auto": "multi_worker" where several workers are named, "mirrored" where there
+        are GPUs or virtual replicas, else "cpu".
+    facts: what all workers must have alike, by name.
 
   Returns:
     A strategy.
 
   Raises:
     UserError: the name is unknown, or doesn't fit what this machine has.
+    StalledError: a worker did not come.
   """
   name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
-  if name not in ("auto", "cpu", "mirrored"):
-    raise UserError(f"--strategy={name} is not one of auto, cpu, mirrored.")
-  if name == "cpu" and num_virtual > 1:
+  if name not in _MAKERS:
+    raise UserError(f"--strategy={name} is not one of {', '.join(_MAKERS)}.")
+  if name in ("cpu", "multi_worker") and num_virtual > 1:
     raise UserError(
-      f"--strategy=cpu is one replica; --num_virtual_replicas={num_virtual} needs "
-      "mirrored."
+      f"--strategy={name} has one replica a CPU; "
+      f"--num_virtual_replicas={num_virtual} needs mirrored."
     )
-  if num_virtual > 1:
-    return _mirrored_on_cpu(num_virtual)
+  return _MAKERS[name](hardware, facts or {})
+
+
+def _auto(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+  cluster = find_cluster(os.environ)
+  if cluster is not None and cluster.num_workers > 1:
+    logging.info("Strategy auto: %d workers are named.", cluster.num_workers)
+    return make_strategy(dataclasses.replace(hardware, strategy="multi_worker"), facts)
+  if hardware.num_virtual_replicas > 1 or tf.config.list_physical_devices("GPU"):
+    return _mirrored(hardware, facts)
+  logging.info("Strategy auto: no GPU and no other worker.")
+  return _cpu(hardware, facts)
+
+
+def _cpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+  del hardware, facts
+  logging.info("Strategy: one replica on the CPU.")
+  return tf.distribute.OneDeviceStrategy("CPU:0")
+
+
+def _mirrored(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+  del facts
+  if hardware.num_virtual_replicas > 1:
+    return _mirrored_on_cpu(hardware.num_virtual_replicas)
   gpus = tf.config.list_logical_devices("GPU")
-  if name == "mirrored" and not gpus:
+  if not gpus:
     raise UserError(
       "--strategy=mirrored found no GPU; use --num_virtual_replicas=N for CPU replicas."
     )
-  if gpus and name != "cpu":
-    logging.info("Strategy: mirrored on %d GPUs.", len(gpus))
-    return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
-  logging.info("Strategy: one replica on the CPU.")
-  return tf.distribute.OneDeviceStrategy("CPU:0")
+  logging.info("Strategy: mirrored on %d GPUs.", len(gpus))
+  return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
+
+
+def _multi_worker(
+  hardware: Hardware, facts: Mapping[str, str]
+) -> tf.distribute.Strategy:
+  cluster = find_cluster(os.environ)
+  if cluster is None:
+    raise UserError(
+      "--strategy=multi_worker needs TF_CONFIG, or to be started with Slurm's srun as "
+      "several tasks."
+    )
+  meet(cluster, facts, timeout_s=hardware.worker_timeout_s)
+  if cluster.index > 0:
+    logging.set_verbosity(logging.WARNING)  # The chief speaks for all.
+  strategy = tf.distribute.MultiWorkerMirroredStrategy(
+    tf.distribute.cluster_resolver.SimpleClusterResolver(
+      tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+      task_type="worker",
+      task_id=cluster.index,
+      rpc_layer="grpc",
+    )
+  )
+  # All workers have equally many batches, of static shapes: no need to ask each time.
+  strategy.extended.experimental_enable_get_next_as_optional = False
+  logging.info(
+    "Strategy: %d workers with %d replicas; this is %d.",
+    cluster.num_workers,
+    strategy.num_replicas_in_sync,
+    cluster.index,
+  )
+  return strategy
 
 
 def _mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
@@ -61,3 +125,11 @@ def _mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
       ) from error
   logging.info("Strategy: mirrored on %d virtual CPU replicas.", num_replicas)
   return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+
+
+_MAKERS = {
+  "auto": _auto,
+  "cpu": _cpu,
+  "mirrored": _mirrored,
+  "multi_worker": _multi_worker,
+}

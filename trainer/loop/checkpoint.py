@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from typing import Optional
 
 import tensorflow as tf
@@ -22,6 +23,9 @@ class Checkpoints:
     loss: saved too where it is a `tf.Module` (a learned temperature).
     optimizer: built; its `iterations` are the step. None to read encoders only.
     num_kept: how many of the newest to keep.
+    is_chief: whether this worker's checkpoints stay. All workers must save, because
+      reading a variable that is kept on each replica is a collective; the others'
+      go to a folder that is deleted.
   """
 
   def __init__(
@@ -32,6 +36,7 @@ class Checkpoints:
     loss: object = None,
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
     num_kept: int = 1,
+    is_chief: bool = True,
   ):
     self._encoder = encoder
     self._optimizer = optimizer
@@ -41,8 +46,12 @@ class Checkpoints:
     if isinstance(loss, tf.Module):
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
+    self._folder = os.path.join(model_dir, FOLDER)
+    self._aside = None if is_chief else tempfile.TemporaryDirectory()
     self._manager = tf.train.CheckpointManager(
-      self._checkpoint, os.path.join(model_dir, FOLDER), max_to_keep=num_kept
+      self._checkpoint,
+      self._aside.name if self._aside else self._folder,
+      max_to_keep=num_kept if is_chief else 1,
     )
 
   @property
@@ -54,7 +63,7 @@ class Checkpoints:
   @property
   def latest_step(self) -> Optional[int]:
     """Step of the newest checkpoint; None where there is none."""
-    path = self._manager.latest_checkpoint
+    path = tf.train.latest_checkpoint(self._folder)
     return None if path is None else int(path.rsplit("-", 1)[1])
 
   def save(self, step: int) -> None:
@@ -74,7 +83,7 @@ class Checkpoints:
     Raises:
       UserError: the checkpoint is of another encoder, loss or optimizer.
     """
-    path = self._manager.latest_checkpoint
+    path = tf.train.latest_checkpoint(self._folder)
     if path is None:
       return None
     try:

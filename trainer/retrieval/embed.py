@@ -9,8 +9,10 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.dataset import Dataset
-from trainer.data.pipeline import Batches, Shard
+from trainer.data.pipeline import Batches
 from trainer.data.schedule import SequentialSchedule
+from trainer.distribute.collectives import current_collectives
+from trainer.distribute.workers import Workers
 
 
 def embed(
@@ -33,20 +35,20 @@ def embed(
   Returns:
     [N, D] float32, in the order of the record numbers.
   """
-  num_replicas = strategy.num_replicas_in_sync
   schedule = SequentialSchedule(record_numbers, records_per_batch=global_batch_size)
   batches = Batches(dataset.index, schedule, dataset.decoder)
-  replica_batches = batches.dataset(
-    Shard(0, num_replicas, num_replicas), num_steps=schedule.num_batches
-  )
+  replica_batches = batches.dataset(Workers().shard(), num_steps=schedule.num_batches)
 
   @tf.function
   def embed_batch(batch):
-    return strategy.run(lambda batch: encoder(batch.inputs, training=False), (batch,))
+    return strategy.run(embed_replica, (batch,))
+
+  def embed_replica(batch):
+    # Gathered, so that every worker has the rows of all.
+    return current_collectives().gather(encoder(batch.inputs, training=False))
 
   rows: list[np.ndarray] = []
   with batches.naming_bad_records(0, schedule.num_batches - 1):
     for batch in strategy.distribute_datasets_from_function(lambda _: replica_batches):
-      local = strategy.experimental_local_results(embed_batch(batch))
-      rows.extend(part.numpy() for part in local)
+      rows.append(strategy.experimental_local_results(embed_batch(batch))[0].numpy())
   return np.concatenate(rows)[: len(record_numbers)]

@@ -1,0 +1,161 @@
+"""Several processes on loopback train from one command line as one process does."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.distribute.rendezvous_test import free_addresses
+
+_REPOSITORY = pathlib.Path(__file__).parents[2]
+_DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
+# A smooth loss, because a rounding error can tip a triplet over the margin, and SGD,
+# because Adam divides gradients that are rounding errors by their own size.
+_REPLACED = {
+  "batch_all.gin": "supervised_contrastive.gin",
+  "adam.gin": "sgd.gin",
+  "'../": f"'{_REPOSITORY}/configs/",
+}
+_PARAMS = (
+  "NUM_STEPS = 6",
+  "LoopOptions.steps_per_loop = 2",
+  "LoopOptions.checkpoint_every_steps = 4",
+  "PKSchedule.classes_per_batch = 6",
+)
+_TIMEOUT_S = 120
+
+
+def _command(folder, model_dir, *params, mode="train_and_evaluate"):
+  params = [*_PARAMS, f"DATA_DIR = '{folder / 'digits'}'", *params]
+  run_file = folder / "run.gin"
+  content = pathlib.Path(_DIGITS).read_text(encoding="utf-8")
+  for old, new in _REPLACED.items():
+    assert old in content
+    content = content.replace(old, new)
+  run_file.write_text(content)
+  return [
+    *(sys.executable, "-m", "trainer.task", f"--mode={mode}", f"--gin_file={run_file}"),
+    f"--model_dir={model_dir}",
+    "--worker_timeout_s=60",
+    *(f"--gin_param={param}" for param in params),
+  ]
+
+
+def _run_workers(commands):
+  """Runs a process for each command, and gives each its exit status and output."""
+  addresses = free_addresses(len(commands))
+  processes = []
+  for index, command in enumerate(commands):
+    cluster = {
+      "cluster": {"worker": addresses},
+      "task": {"type": "worker", "index": index},
+    }
+    environment = {
+      **os.environ,
+      "PYTHONPATH": str(_REPOSITORY),
+      "TF_CONFIG": json.dumps(cluster) if len(commands) > 1 else "",
+    }
+    processes.append(
+      subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+      )
+    )
+  try:
+    return [
+      (*process.communicate(timeout=_TIMEOUT_S), process.returncode)
+      for process in processes
+    ]
+  finally:
+    for process in processes:
+      process.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("workers")
+
+
+@functools.cache
+def _finished(folder, num_workers):
+  """The folder of a run of so many workers, and what each of them printed."""
+  model_dir = folder / f"of_{num_workers}"
+  done = _run_workers([_command(folder, model_dir)] * num_workers)
+  assert [status for *_, status in done] == [0] * num_workers, done
+  return model_dir, done
+
+
+def _weights(model_dir):
+  reader = tf.train.load_checkpoint(str(model_dir / "checkpoints"))
+  names = sorted(
+    name
+    for name in reader.get_variable_to_shape_map()
+    if name.startswith(("encoder", "loss")) and "OBJECT_GRAPH" not in name
+  )
+  assert names
+  return {name: reader.get_tensor(name) for name in names}
+
+
+def _rows(model_dir):
+  lines = (model_dir / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_end_with_the_weights_of_one_process(folder, num_workers):
+  one, many = (_weights(_finished(folder, num)[0]) for num in (1, num_workers))
+  assert one.keys() == many.keys()
+  for name, expected in one.items():
+    atol = 1e-5 * np.abs(expected).max()
+    np.testing.assert_allclose(many[name], expected, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_workers_log_and_measure_what_one_process_does(folder, num_workers):
+  one, many = (_finished(folder, num)[0] for num in (1, num_workers))
+  timed = ("time", "train/images_per_second", "train/seconds_per_step")
+  assert [row["step"] for row in _rows(many)] == [2, 4, 6]
+  for got, expected in zip(_rows(many), _rows(one)):
+    for name in expected.keys() - set(timed):
+      assert got[name] == pytest.approx(expected[name], rel=1e-4), name
+  results = [
+    json.loads((model_dir / "eval" / "metrics.json").read_text())["latest"]
+    for model_dir in (one, many)
+  ]
+  assert results[1] == pytest.approx(results[0], abs=2e-3)
+
+
+def test_the_chief_alone_writes(folder):
+  model_dir, done = _finished(folder, 3)
+  assert len(list(model_dir.glob("*tfevents*"))) == 1
+  kept = sorted(path.name for path in (model_dir / "checkpoints").glob("*.index"))
+  assert kept == ["ckpt-4.index", "ckpt-6.index"]
+  assert not list(model_dir.glob("**/*temp*"))
+  assert "recall@1" in done[0][0]
+  assert [out for out, _, _ in done[1:]] == ["", ""]
+
+
+def test_workers_of_different_configurations_are_refused(folder):
+  _finished(folder, 1)
+  model_dir = folder / "refused"
+  commands = [
+    _command(folder, model_dir, f"PKSchedule.samples_per_class = {num}", mode="train")
+    for num in (16, 8)
+  ]
+  for _, errors, status in _run_workers(commands):
+    assert status == 2
+    last = errors.splitlines()[-1]
+    assert "samples_per_class is 16 on worker 0, 8 on 1" in last
+  assert not model_dir.exists()
