@@ -38,6 +38,19 @@ class Config:
     return any(path.startswith(f"{root}.") for path in self.values)
 
 
+@dataclasses.dataclass(frozen=True)
+class Assembled:
+  """A config, and what was given beside it.
+
+  Attributes:
+    config: of the bindings that reach a root.
+    unused: those that reach none.
+  """
+
+  config: Config
+  unused: Sequence[statements.Binding]
+
+
 def load(
   gin_files: Sequence[str],
   gin_params: Sequence[str] = (),
@@ -78,18 +91,60 @@ def read(
     UserError: a file is missing or does not parse; a name is unknown, a macro unset or
       lower-case; a binding is of no use; something that must be set is not.
   """
-  given = statements.read(gin_files, gin_params)
+  assembled = assemble(
+    statements.read(gin_files, gin_params), needed=needed, roots=roots
+  )
+  if assembled.unused:
+    raise errors.UserError(unused_message(assembled.unused, roots))
+  return assembled.config
+
+
+def assemble(
+  given: Sequence[statements.Statement],
+  *,
+  needed: Sequence[str] = (),
+  roots: Sequence[str] = ROOTS,
+) -> Assembled:
+  """Checks statements and follows them from the roots; what is of no use is set apart.
+
+  Args:
+    given: in the order they take effect.
+    needed: the roots that will be called, which must have all they require.
+    roots: the configurables from which a binding must be reachable.
+
+  Raises:
+    UserError: a name is unknown, a macro unset or lower-case; something that must be
+      set is not.
+  """
   lint.import_modules(given)
   bindings = [s for s in given if isinstance(s, statements.Binding)]
   lint.check_names(bindings)
   lint.warn_of_overrides(bindings)
   in_effect = list({lint.identity(binding): binding for binding in bindings}.values())
   resolved = resolve.resolve(in_effect, roots, needed)
-  _refuse_unused([b for b in in_effect if b not in resolved.used], roots)
   if resolved.missing:
     raise errors.UserError(_first_of(resolved.missing))
   imports = [s for s in given if isinstance(s, statements.Import)]
-  return Config(_text([*imports, *in_effect]), resolved.values)
+  used = [b for b in in_effect if b in resolved.used]
+  return Assembled(
+    Config(_text([*imports, *used]), resolved.values),
+    [b for b in in_effect if b not in resolved.used],
+  )
+
+
+def unused_message(
+  unused: Sequence[statements.Binding], roots: Sequence[str] = ROOTS
+) -> str:
+  """What to tell of bindings and macros that reach no root."""
+  messages = [
+    f"{binding.origin}: nothing uses {binding.key}"
+    + ("" if binding.parameter else f" (write %{binding.key} where it is meant)")
+    for binding in unused
+  ]
+  return (
+    f"{_first_of(messages)}; {', '.join(roots)} reach no reference to it: "
+    "refer to it or remove the line."
+  )
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -99,20 +154,6 @@ def diff(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     for path in sorted({*before, *after})
     if before.get(path) != after.get(path)
   ]
-
-
-def _refuse_unused(unused: Sequence[statements.Binding], roots: Sequence[str]) -> None:
-  """Refuses bindings and macros that reach no root."""
-  if unused:
-    messages = [
-      f"{binding.origin}: nothing uses {binding.key}"
-      + ("" if binding.parameter else f" (write %{binding.key} where it is meant)")
-      for binding in unused
-    ]
-    raise errors.UserError(
-      f"{_first_of(messages)}; {', '.join(roots)} reach no reference to it: "
-      "refer to it or remove the line."
-    )
 
 
 def _first_of(messages: Sequence[str]) -> str:

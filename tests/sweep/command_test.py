@@ -1,0 +1,272 @@
+"""Whole sweeps with a task that only pretends, and one with the real one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from trainer.sweep import command
+
+ROOT = pathlib.Path(__file__).parents[2]
+_TWO = "choice/MARGIN = (0.1, 0.2)"
+
+
+def _table(folder, name="mine"):
+  with open(folder / "runs" / "sweeps" / name / "sweep.csv", newline="") as file:
+    return list(csv.DictReader(file))
+
+
+def _calls(folder, mode="train_and_evaluate"):
+  """Number of calls of the task, by the run's folder."""
+  found = {}
+  for path in sorted((folder / "runs" / "points").glob("*/calls.txt")):
+    calls = [line for line in path.read_text().splitlines() if line.startswith(mode)]
+    found[path.parent.name] = len([c for c in calls if c.split()[0] == mode])
+  return found
+
+
+def test_table_has_the_best_first_and_the_seeds_together(sweep, folder, capsys):
+  text = "choice/MARGIN = (0.2, 0.4, 0.3)\nsweep.seeds = (1, 2)"
+  assert sweep(text, "--num_parallel=2") == 0
+  head, best, *_ = capsys.readouterr().out.splitlines()
+  assert head.split() == ["MARGIN", "eval/map_at_r", "±", "seeds"]
+  assert best.split() == ["1", "0.4", "0.4000", "0.0000", "(2)"]
+  rows = _table(folder)
+  assert [(r["rank"], r["MARGIN"], r["seed"]) for r in rows[:3]] == [
+    ("1", "0.4", "1"),
+    ("1", "0.4", "2"),
+    ("2", "0.3", "1"),
+  ]
+  assert [r["eval/map_at_r"] for r in rows] == ["0.4"] * 2 + ["0.3"] * 2 + ["0.2"] * 2
+
+
+def test_page_has_a_link_to_each_report_and_needs_no_network(sweep, folder):
+  assert sweep(_TWO) == 0
+  sweep_dir = folder / "runs" / "sweeps" / "mine"
+  page = (sweep_dir / "sweep.html").read_text()
+  links = [part.split('"')[0] for part in page.split('href="')[1:]]
+  assert len(links) == 2
+  assert all((sweep_dir / link).exists() for link in links)
+  assert "http" not in page
+
+
+def test_second_call_and_second_sweep_run_nothing_twice(sweep, folder):
+  assert sweep(_TWO) == 0
+  assert sweep(_TWO) == 0
+  assert sweep("choice/MARGIN = (0.2, 0.3)", name="other") == 0
+  calls = _calls(folder)
+  assert len(calls) == 3
+  assert set(calls.values()) == {1}
+  assert {row["state"] for row in _table(folder, "other")} == {"finished"}
+
+
+def test_data_are_ingested_once_before_the_runs(sweep, folder):
+  assert sweep("choice/MARGIN = (0.1, 0.2, 0.3)", "--num_parallel=3") == 0
+  assert sum(_calls(folder, "ingest").values()) == 1
+
+
+def test_crashed_run_is_marked_and_the_others_go_on(sweep, folder, capsys, monkeypatch):
+  monkeypatch.setenv("CRASH_ABOVE", "0.2")
+  assert sweep("choice/MARGIN = (0.3, 0.1, 0.2)") == 1
+  states = {row["MARGIN"]: row for row in _table(folder)}
+  assert states["0.3"]["state"] == "failed"
+  assert states["0.3"]["note"] == "status 1: error: the margin is too much for me"
+  assert [states[m]["state"] for m in ("0.1", "0.2")] == ["finished"] * 2
+  assert "too much for me" in capsys.readouterr().out
+  page = folder / "runs" / "sweeps" / "mine" / "sweep.html"
+  assert "too much for me" in page.read_text()
+
+
+def test_failed_run_is_tried_again_only_when_asked_to(sweep, folder, monkeypatch):
+  monkeypatch.setenv("CRASH_ABOVE", "0.1")
+  assert sweep(_TWO) == 1
+  monkeypatch.delenv("CRASH_ABOVE")
+  assert sweep(_TWO) == 1
+  assert sorted(_calls(folder).values()) == [1, 1]
+  assert sweep(_TWO, "--retry") == 0
+  assert sorted(_calls(folder).values()) == [1, 2]
+
+
+@pytest.mark.parametrize("status", ["3", "4"])
+def test_run_that_asks_for_it_is_started_again(sweep, folder, monkeypatch, status):
+  monkeypatch.setenv("EXIT_STATUS", status)
+  assert sweep("choice/MARGIN = (0.1,)") == 0
+  assert list(_calls(folder).values()) == [2]
+
+
+@pytest.mark.parametrize("status", ["2", "5"])
+def test_run_that_would_fail_again_is_not(sweep, folder, monkeypatch, status):
+  monkeypatch.setenv("EXIT_STATUS", status)
+  assert sweep("choice/MARGIN = (0.1,)") == 1
+  assert list(_calls(folder).values()) == [1]
+
+
+def test_each_device_has_a_run_at_a_time(sweep, folder, monkeypatch):
+  monkeypatch.setenv("STEP_S", "0.05")
+  assert sweep("choice/MARGIN = (0.1, 0.2, 0.3, 0.4)", "--devices=5,7") == 0
+  lines = [
+    line.split()
+    for path in (folder / "runs" / "points").glob("*/calls.txt")
+    for line in path.read_text().splitlines()
+  ]
+  assert {line[2] for line in lines if line[0] != "ingest"} == {"5", "7"}
+
+
+def _start(folder, path, *flags, **environment):
+  """A sweep as a process of its own; its runs take the fake task."""
+  program = "import sys; sys.path[0] = sys.argv.pop(1); "
+  program += "from trainer.sweep import command; sys.exit(command.main(sys.argv))"
+  return subprocess.Popen(
+    [sys.executable, "-c", program, str(ROOT), path, *flags],
+    cwd=folder,
+    env={**os.environ, "PYTHONPATH": "", **environment},
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def _wait_for(condition_fn):
+  deadline = time.monotonic() + 60
+  while not condition_fn():
+    assert time.monotonic() < deadline
+    time.sleep(0.05)
+
+
+def _num_steps(folder):
+  files = (folder / "runs" / "points").glob("*/metrics.jsonl")
+  return sum(len(path.read_text().splitlines()) for path in files)
+
+
+@pytest.mark.parametrize(
+  ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 3)]
+)
+def test_stopped_sweep_ends_its_run_and_goes_on_where_it_was(
+  sweep, folder, sweep_file, number, status
+):
+  path = sweep_file(_TWO)
+  process = _start(folder, path, STEP_S="0.5")
+  _wait_for(lambda: _num_steps(folder) >= 2)
+  process.send_signal(number)
+  output, errors = process.communicate(timeout=30)
+  assert process.returncode == status, errors
+  assert errors.splitlines()[-1] == "stopped; the same command goes on."
+  assert "half done" in output
+  before = _num_steps(folder)
+  time.sleep(0.7)
+  assert _num_steps(folder) == before
+  assert sweep(_TWO) == 0
+  assert _num_steps(folder) == 10
+  assert sorted(_calls(folder).values()) == [1, 2]
+
+
+def test_two_sweeps_at_once_share_the_points(folder, sweep_file):
+  path = sweep_file("choice/MARGIN = (0.1, 0.2, 0.3, 0.4)")
+  both = [_start(folder, path, STEP_S="0.1") for _ in range(2)]
+  for process in both:
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+  assert list(_calls(folder).values()) == [1, 1, 1, 1]
+  assert {row["state"] for row in _table(folder)} == {"finished"}
+
+
+def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):
+  path = sweep_file("choice/MARGIN = (0.1,)")
+  process = _start(folder, path, STEP_S="0.5")
+  _wait_for(lambda: _num_steps(folder) >= 1)
+  process.kill()
+  process.communicate()
+  again = _start(folder, path)
+  again.communicate(timeout=30)
+  _wait_for(lambda: _num_steps(folder) == 5)
+  assert list(_calls(folder).values()) == [1]
+
+
+@pytest.mark.parametrize(
+  ("text", "flags", "words"),
+  [
+    ("choice/MARGN = (1, 2)", (), ["nothing uses MARGN"]),
+    (f"{_TWO}\nsweep.metric = 'eval/map_at_k'", (), ["did you mean 'eval/map_at_r'?"]),
+    (f"{_TWO}\nsweep.metric = 'loss'", (), ["does not measure 'loss'"]),
+    (_TWO, ("--num_paralel=2",), ["num_parallel"]),
+    (_TWO, ("--num_parallel=2", "--devices=0,1"), ["exclude each other"]),
+    (_TWO, ("--storage=sqlite:///x",), ["--storage is for sweep.method='tpe'"]),
+    (_TWO, ("--", "--model_dir=x"), ["'--model_dir=x' is no flag of hardware"]),
+    (_TWO, ("second.gin",), ["one sweep file is needed, 2 given"]),
+  ],
+)
+def test_mistake_is_one_line_before_anything_starts(refusal, text, flags, words):
+  line = refusal(text, *flags)
+  assert all(word in line for word in words)
+
+
+def test_sweep_file_that_is_not_there_is_refused(folder, capsys):
+  assert command.main(["sweep", "nowhere.gin"]) == 2
+  assert "nowhere.gin" in capsys.readouterr().err
+
+
+def test_folder_of_another_sweep_is_refused_and_what_differs_named(
+  sweep, folder, capsys
+):
+  assert sweep(_TWO) == 0
+  assert sweep("choice/MARGIN = (0.1, 0.9)") == 2
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "holds another sweep: MARGIN: Choice(values=[0.1, 0.2]) before" in line
+  assert len(_calls(folder)) == 2
+
+
+def test_logged_metric_that_never_appears_stops_the_sweep_at_its_first_row(
+  sweep, folder, capsys, monkeypatch
+):
+  monkeypatch.setenv("STEP_S", "0.3")
+  assert sweep(f"{_TWO}\nsweep.metric = 'train/los'\nsweep.mode = 'train'") == 2
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "nothing logs 'train/los'; did you mean 'train/loss'?" in line
+  assert len(_calls(folder, "train")) == 1
+
+
+def test_sweep_by_a_logged_metric_takes_its_last_value(sweep, folder):
+  text = f"{_TWO}\nsweep.metric = 'train/loss'\nsweep.goal = 'minimize'\n"
+  assert sweep(text + "sweep.mode = 'train'") == 0
+  rows = _table(folder)
+  assert [row["MARGIN"] for row in rows] == ["0.2", "0.1"]
+  assert float(rows[0]["train/loss"]) == pytest.approx(1 / (5 * 0.2))
+
+
+def test_dry_run_lists_the_points_and_makes_nothing(sweep, folder, capsys):
+  assert sweep(_TWO, "--dry_run") == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0] == "2 runs: 2 waiting"
+  assert [line.split("  ")[1] for line in lines[1:]] == ["MARGIN=0.1", "MARGIN=0.2"]
+  assert not (folder / "runs").exists()
+
+
+def test_help_names_every_flag():
+  text = command.help_text()
+  assert all(f"--{name} " in text for name in command.define_flags())
+
+
+def test_real_runs_are_made_and_measured(tmp_path, sweep_file):
+  path = sweep_file(f"{_TWO}\nDATA_DIR = '{tmp_path}/digits'\nSEED = 3")
+  folders = (f"--sweep_dir={tmp_path}/sweep", f"--runs_dir={tmp_path}/points")
+  done = subprocess.run(
+    [sys.executable, "-m", "trainer.sweep", path, *folders, "--num_parallel=2"],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+  )
+  assert done.returncode == 0, done.stderr
+  runs = [path.parent for path in (tmp_path / "points").glob("*/report.html")]
+  assert len(runs) == 2
+  for run in runs:
+    results = json.loads((run / "eval" / "metrics.json").read_text())
+    assert results["latest"]["step"] == 5

@@ -1,0 +1,193 @@
+"""Points of a sweep: a value for each swept name, and the config that they give."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional
+
+from trainer import config as config_lib
+from trainer.config import lint
+from trainer.config.statements import Binding
+from trainer.errors import UserError
+from trainer.sweep.spec import Spec
+
+_ROOTS = {"train": ("train",), "train_and_evaluate": ("train", "evaluate")}
+_MAX_POINTS = 10_000
+_TRIES_PER_POINT = 1000
+_ID_LENGTH = 16  # Hexadecimal digits: 64 bits, no two points of a study meet.
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+  """One run of a sweep.
+
+  Attributes:
+    settings: the swept values that reach it, as gin writes them, by gin name.
+    seed: None where the sweep repeats nothing.
+    config: what is computed.
+  """
+
+  settings: Mapping[str, str]
+  seed: Optional[int]
+  config: config_lib.Config
+
+  @property
+  def run_id(self) -> str:
+    """Name of its folder: equal for points that compute the same."""
+    return self.config.hash[:_ID_LENGTH]
+
+  @property
+  def num_steps(self) -> int:
+    """How many steps it trains."""
+    return int(self.config.values["train.loop.num_steps"])
+
+  def __str__(self):
+    seed = {} if self.seed is None else {"seed": self.seed}
+    return ", ".join(f"{k}={v}" for k, v in {**self.settings, **seed}.items())
+
+
+class PointBuilder:
+  """Turns values of the swept names into points; each is linted as a run's config is.
+
+  A binding of the sweep file that a point does not use is left out of it: the margin of
+  one loss where another was chosen. One that no point uses is refused.
+
+  Args:
+    spec: the sweep file.
+  """
+
+  def __init__(self, spec: Spec):
+    self._spec = spec
+    self._seen: dict[tuple[str, str, str], Binding] = {}
+    self._used: set[tuple[str, str, str]] = set()
+
+  def build(self, values: Mapping[str, Any], seed: Optional[int]) -> Point:
+    """The point of these values.
+
+    Args:
+      values: by swept name.
+      seed: for `sweep.seed_name`.
+
+    Raises:
+      UserError: the config is none that a run would accept.
+    """
+    options = self._spec.options
+    varied = [
+      dataclasses.replace(binding, value=values[name])
+      for name, binding in self._spec.swept.items()
+    ]
+    if seed is not None:
+      scope, _, name = options.seed_name.rpartition("/")
+      name, _, parameter = name.partition(".")
+      varied.append(Binding(scope, name, parameter, seed, "sweep.seeds"))
+    taken = {lint.identity(binding) for binding in varied}
+    kept = [
+      s
+      for s in self._spec.base
+      if not isinstance(s, Binding) or lint.identity(s) not in taken
+    ]
+    assembled = config_lib.assemble([*kept, *varied], needed=_ROOTS[options.mode])
+    unused = {lint.identity(binding) for binding in assembled.unused}
+    self._note([*kept, *varied], unused)
+    settings = {
+      binding.key: repr(binding.value)
+      for binding in varied
+      if lint.identity(binding) not in unused and binding.origin != "sweep.seeds"
+    }
+    return Point(settings, seed, assembled.config)
+
+  def refuse_unused(self) -> None:
+    """Refuses what no point so far has used.
+
+    Raises:
+      UserError: there is such a binding.
+    """
+    unused = [b for key, b in self._seen.items() if key not in self._used]
+    if unused:
+      raise UserError(config_lib.unused_message(unused))
+
+  def _note(self, statements: Iterable[Any], unused: set) -> None:
+    for statement in statements:
+      if isinstance(statement, Binding):
+        key = lint.identity(statement)
+        self._seen.setdefault(key, statement)
+        if key not in unused:
+          self._used.add(key)
+
+
+def listed(spec: Spec, builder: PointBuilder) -> list[Point]:
+  """All points of a grid or of a random search, seed by seed, each config once.
+
+  Raises:
+    UserError: there is none or no end of them, or one is no config.
+  """
+  is_grid = spec.options.method == "grid"
+  assignments = list(_grid(spec) if is_grid else _random(spec))
+  if not assignments:
+    raise UserError("the grid is empty: no point meets every one of sweep.constraints.")
+  seeds: Sequence[Optional[int]] = spec.options.seeds or (None,)
+  points = [builder.build(a, seed) for seed in seeds for a in assignments]
+  builder.refuse_unused()
+  return list({point.run_id: point for point in reversed(points)}.values())[::-1]
+
+
+def extremes(spec: Spec, builder: PointBuilder) -> list[Point]:
+  """Every choice and both ends of each range, the other names at their first.
+
+  Raises:
+    UserError: one of them is no config.
+  """
+  first = {name: domain.extremes()[0] for name, domain in spec.domains.items()}
+  seed = spec.options.seeds[0] if spec.options.seeds else None
+  points = [
+    builder.build({**first, name: value}, seed)
+    for name, domain in spec.domains.items()
+    for value in domain.extremes()
+  ]
+  builder.refuse_unused()
+  return points
+
+
+def meets_constraints(spec: Spec, values: Mapping[str, Any]) -> bool:
+  """Whether the values meet every constraint of the sweep."""
+  return all(constraint.holds(values) for constraint in spec.constraints)
+
+
+def _grid(spec: Spec) -> Iterator[Mapping[str, Any]]:
+  columns = []
+  for name, domain in spec.domains.items():
+    try:
+      columns.append(domain.grid())
+    except UserError as error:
+      raise UserError(f"{spec.swept[name].origin}: {name}: {error}.") from error
+  num_points = math.prod(len(column) for column in columns)
+  if num_points > _MAX_POINTS:
+    raise UserError(
+      f"the grid has {num_points:,} points and {_MAX_POINTS:,} are the most; use "
+      "sweep.method='random' with sweep.num_trials."
+    )
+  for values in itertools.product(*columns):
+    assignment = dict(zip(spec.domains, values))
+    if meets_constraints(spec, assignment):
+      yield assignment
+
+
+def _random(spec: Spec) -> Iterator[Mapping[str, Any]]:
+  generator = random.Random(spec.options.search_seed)
+  wanted = spec.options.num_trials or 0
+  seen: set[str] = set()
+  for _ in range(wanted * _TRIES_PER_POINT):
+    assignment = {n: domain.sample(generator) for n, domain in spec.domains.items()}
+    if repr(assignment) not in seen and meets_constraints(spec, assignment):
+      seen.add(repr(assignment))
+      yield assignment
+    if len(seen) == wanted:
+      return
+  raise UserError(
+    f"sweep.num_trials={wanted}: only {len(seen)} different points that meet "
+    "sweep.constraints were found; ask for fewer, or use a grid."
+  )

@@ -1,0 +1,132 @@
+"""The folder of one run of a sweep: how far it is, what came of it, who works on it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Optional
+
+from trainer.loop.metrics_file import MetricsFile
+from trainer.retrieval.results import Results
+from trainer.sweep.points import Point
+
+POINT_FILE = "point.gin"
+LOG_FILE = "log.txt"
+_FAILURE_FILE = "failure.json"
+_LOCK_FILE = "lock"
+
+
+class Failure(NamedTuple):
+  """Why a run ended without result.
+
+  Attributes:
+    exit_status: of the task; negative for a signal.
+    message: its last line.
+  """
+
+  exit_status: int
+  message: str
+
+
+class RunFolder:
+  """One point's folder; all sweeps that share the parent share it.
+
+  Args:
+    parent: folder of all runs.
+    point: what is run there.
+    mode: what is done there.
+  """
+
+  def __init__(self, parent: str, point: Point, mode: str):
+    self.path = os.path.join(parent, point.run_id)
+    self.log_path = os.path.join(self.path, LOG_FILE)
+    self._point = point
+    self._mode = mode
+
+  def prepare(self) -> str:
+    """Makes the folder, and writes the run file.
+
+    Returns:
+      Path of the run file.
+    """
+    os.makedirs(self.path, exist_ok=True)
+    path = os.path.join(self.path, POINT_FILE)
+    with open(path, "w", encoding="utf-8") as file:
+      file.write(f"# {self._point}\n{self._point.config.text}")
+    return path
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether the last step was made, and measured where the mode measures."""
+    if self._mode == "train":
+      return self.step == self._point.num_steps
+    latest = Results(self.path).by_moment.get("latest", {})
+    return latest.get("step") == self._point.num_steps
+
+  @property
+  def step(self) -> int:
+    """The last step logged; 0 before any."""
+    last = self.last_row()
+    return int(last["step"]) if last else 0
+
+  def rows(self) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`."""
+    return list(MetricsFile(self.path).rows())
+
+  def last_row(self) -> Optional[dict[str, float]]:
+    """The last row of `metrics.jsonl`; None before any."""
+    rows = self.rows()
+    return rows[-1] if rows else None
+
+  def metric(self, name: str) -> Optional[float]:
+    """The last value of a metric, measured or logged; None where there is none."""
+    measured: dict[str, Any] = Results(self.path).by_moment.get("latest", {})
+    value = measured.get(name, (self.last_row() or {}).get(name))
+    return None if value is None else float(value)
+
+  @property
+  def failure(self) -> Optional[Failure]:
+    """Why it failed; None if it did not."""
+    try:
+      with open(os.path.join(self.path, _FAILURE_FILE), encoding="utf-8") as file:
+        return Failure(**json.load(file))
+    except FileNotFoundError:
+      return None
+
+  def mark_failed(self, failure: Failure) -> None:
+    """Remembers why it failed."""
+    with open(os.path.join(self.path, _FAILURE_FILE), "w", encoding="utf-8") as file:
+      json.dump(failure._asdict(), file)
+
+  def forget_failure(self) -> None:
+    """Forgets a failure, since it is tried again."""
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(self.path, _FAILURE_FILE))
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[Optional[int]]:
+    """Keeps other sweeps, on this machine or another that shares the disk, off the run.
+
+    Yields:
+      The lock's file, for the run's process to inherit: should the sweep be killed, the
+      run that goes on still holds it. None if another holds it.
+    """
+    os.makedirs(self.path, exist_ok=True)
+    with open(os.path.join(self.path, _LOCK_FILE), "w", encoding="utf-8") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        yield None
+        return
+      yield file.fileno()
+
+  @property
+  def is_locked(self) -> bool:
+    """Whether some sweep works on it now."""
+    if not os.path.exists(os.path.join(self.path, _LOCK_FILE)):
+      return False
+    with self.lock() as held:
+      return held is None

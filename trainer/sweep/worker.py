@@ -1,0 +1,211 @@
+"""Runs trials side by side, one on each device, until none is left."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import fcntl
+import os
+import statistics
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Optional
+
+from absl import logging
+
+from trainer.config import suggest
+from trainer.errors import UserError
+from trainer.sweep import process
+from trainer.sweep.points import Point
+from trainer.sweep.process import Ending
+from trainer.sweep.run_folder import RunFolder
+from trainer.sweep.spec import Options
+from trainer.sweep.trials import Trial, Trials
+
+_BUSY_POLL_S = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+  """On what runs are made, and where they are put.
+
+  Attributes:
+    runs_dir: folder of all runs.
+    devices: values of `CUDA_VISIBLE_DEVICES`, a run at a time each; None leaves it.
+    task_flags: further flags of the task.
+    is_retrying: whether to try again what failed before.
+  """
+
+  runs_dir: str
+  devices: Sequence[Optional[str]] = (None,)
+  task_flags: Sequence[str] = ()
+  is_retrying: bool = False
+
+
+class Worker:
+  """Takes trials and runs their points.
+
+  Args:
+    trials: where they come from.
+    options: of the sweep.
+    machine: on what and where.
+  """
+
+  def __init__(self, trials: Trials, options: Options, machine: Machine):
+    self.stop = threading.Event()
+    self.running: set[str] = set()
+    self._trials = trials
+    self._options = options
+    self._machine = machine
+    self._ingested: set[str] = set()
+    self._ingest_lock = threading.Lock()
+
+  @property
+  def num_devices(self) -> int:
+    """How many runs are made at a time."""
+    return len(self._machine.devices)
+
+  def folder(self, point: Point) -> RunFolder:
+    """The folder of a point."""
+    return RunFolder(self._machine.runs_dir, point, self._options.mode)
+
+  def start(self, pool: concurrent.futures.Executor) -> list[concurrent.futures.Future]:
+    """Starts one thread a device; each ends when no trial is left or `stop` is set."""
+    return [pool.submit(self._work, device) for device in self._machine.devices]
+
+  def _work(self, device: Optional[str]) -> None:
+    try:
+      while not self.stop.is_set():
+        trial = self._trials.take()
+        if trial is None:
+          return
+        self._trials.finish(trial, *self._try(trial, device))
+    except BaseException:
+      self.stop.set()
+      raise
+
+  def _try(self, trial: Trial, device: Optional[str]) -> tuple[Ending, Optional[float]]:
+    """Runs the points of a trial; how it ended and the mean of its metric."""
+    values = []
+    for point in trial.points:
+      ending = self._run(point, trial, device)
+      if ending is not Ending.DONE:
+        return ending, None
+      value = self.folder(point).metric(self._options.metric)
+      if value is None:
+        return Ending.FAILED, None
+      values.append(value)
+    return Ending.DONE, statistics.fmean(values)
+
+  def _run(self, point: Point, trial: Trial, device: Optional[str]) -> Ending:
+    folder = self.folder(point)
+    while not self.stop.is_set():
+      with folder.lock() as lock:
+        if lock is not None:
+          return self._run_locked(point, trial, device, lock)
+      if not trial.is_waiting:
+        logging.info("%s: another sweep runs it.", point)
+        return Ending.STOPPED
+      self.stop.wait(_BUSY_POLL_S)
+    return Ending.STOPPED
+
+  def _run_locked(
+    self, point: Point, trial: Trial, device: Optional[str], lock: int
+  ) -> Ending:
+    folder = self.folder(point)
+    if folder.is_finished:
+      return Ending.DONE
+    if folder.failure and not self._machine.is_retrying:
+      return Ending.FAILED
+    folder.forget_failure()
+    gin_file = folder.prepare()
+    self.running.add(point.run_id)
+    try:
+      ending, status = self._ingest(point, gin_file, device)
+      if ending is Ending.DONE:
+        ending, status = self._call(
+          self._options.mode,
+          gin_file,
+          folder,
+          device,
+          [lock],
+          _Watch(self, point, trial),
+        )
+    finally:
+      self.running.discard(point.run_id)
+    if ending is Ending.DONE and not folder.is_finished:
+      ending = Ending.FAILED
+    if ending is Ending.FAILED:
+      folder.mark_failed(process.failure_of(status, folder.log_path))
+    return ending
+
+  def _ingest(
+    self, point: Point, gin_file: str, device: Optional[str]
+  ) -> tuple[Ending, int]:
+    """Ingests before the first run of these data: two at once would both do it."""
+    config = point.config
+    ours = {k: v for k, v in config.values.items() if k.startswith("ingest.")}
+    path = os.path.join(self._machine.runs_dir, "ingest.lock")
+    with self._ingest_lock, open(path, "w", encoding="utf-8") as file:
+      if not ours or repr(ours) in self._ingested:
+        return Ending.DONE, 0
+      fcntl.flock(file, fcntl.LOCK_EX)
+      ending = self._call(
+        "ingest", gin_file, self.folder(point), device, [], lambda: False
+      )
+      if ending[0] is Ending.DONE:
+        self._ingested.add(repr(ours))
+      return ending
+
+  def _call(self, mode, gin_file, folder, device, inherited, is_hopeless):
+    """One call of the task."""
+    command = [sys.executable, "-m", "trainer.task", f"--mode={mode}"]
+    command += [f"--gin_file={gin_file}", f"--model_dir={folder.path}"]
+    return process.run(
+      [*command, *self._machine.task_flags],
+      environment={**os.environ, **self._environment(device)},
+      log_path=folder.log_path,
+      inherited=inherited,
+      stop=self.stop,
+      is_hopeless=is_hopeless,
+    )
+
+  def _environment(self, device: Optional[str]) -> Mapping[str, str]:
+    num_runs = len(self._machine.devices)
+    # Runs side by side that each take all cores are slower than one after the other.
+    num_threads = max(1, (os.cpu_count() or 1) // num_runs)
+    threads = {"TF_NUM_INTRAOP_THREADS": str(num_threads)} if num_runs > 1 else {}
+    return threads if device is None else {**threads, "CUDA_VISIBLE_DEVICES": device}
+
+
+class _Watch:
+  """Looks at what a run logs: whether the metric is there, whether to prune."""
+
+  def __init__(self, worker: Worker, point: Point, trial: Trial):
+    self._options = worker._options
+    self._folder = worker.folder(point)
+    self._point = point
+    self._trial = trial
+    self._seen_step = 0
+
+  def __call__(self) -> bool:
+    """Whether the run is hopeless.
+
+    Raises:
+      UserError: a metric that was asked for is not among those logged.
+    """
+    last = self._folder.last_row()
+    if last is None or last["step"] == self._seen_step:
+      return False
+    self._seen_step = int(last["step"])
+    for name in (self._options.metric, self._options.prune_metric):
+      if name and not name.startswith("eval/") and name not in last:
+        nearest = (
+          suggest.nearest(name, last) or f"; there are {', '.join(sorted(last))}"
+        )
+        raise UserError(f"{self._point}: nothing logs {name!r}{nearest}")
+    name = self._options.prune_metric
+    return bool(name) and self._trial.is_hopeless(
+      self._point, self._seen_step, last[name or ""]
+    )
