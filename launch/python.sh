@@ -29,9 +29,10 @@ has_gpu() {
 # make_environment FOLDER REQUIREMENT VERSION...: an environment with the package in it.
 # Does nothing where that is done, for this setup.py and requirement in this place.
 make_environment() {
-  local folder=$1 requirement=$2 python stamp
+  local folder=$1 requirement=$2 python setup stamp stamps
   shift 2
-  stamp=$folder/installed-$({ pwd && echo "$requirement" && cat setup.py; } | cksum | tr ' ' '-')
+  setup=$folder/installed-$({ pwd && cat setup.py; } | cksum | tr ' ' '-')
+  stamp=$setup-${requirement//[^a-z]/_}
   if [ -e "$stamp" ] && "$folder/bin/python" -c "" 2>/dev/null; then
     return
   fi
@@ -45,8 +46,40 @@ make_environment() {
   else
     echo "Updating $folder, because setup.py or what is asked of it has changed." >&2
   fi
+  stamps=$(compgen -G "$setup-*" || true)
   rm -f "$folder"/installed-*
   "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
     --editable "$requirement" </dev/null || return
   touch "$stamp"
+  while read -r stamp; do
+    [ -z "$stamp" ] || touch "$stamp"
+  done <<<"$stamps"
+}
+
+# task_python [EXTRA]: sets `python` to $TRAINER_PYTHON, in which the package must be, or
+# to that of .venv, which is made where it is missing, with what the extra names.
+task_python() {
+  local extras=${1:-}
+  python=${TRAINER_PYTHON:-.venv/bin/python}
+  if [ -n "${TRAINER_PYTHON:-}" ]; then
+    return
+  fi
+  if has_gpu; then
+    extras=cuda${extras:+,$extras}
+  fi
+  make_environment .venv ".${extras:+[$extras]}" 3.11 3.10 3.9 3.12 3.13
+}
+
+# fail MESSAGE: the user's mistake, in one line.
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+# find_run FILE: prints the whole path of a run file, or of a sweep file.
+find_run() {
+  if [ ! -f "$1" ]; then
+    fail "there is no run file $1; those that come with this are in configs/runs."
+  fi
+  echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
 }

@@ -11,6 +11,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # What the scripts call beside Python.
 _TOOLS = ("bash", "env", "dirname", "basename", "cat", "cksum", "tr", "rm")
+_SCRIPTS = sorted(
+  str(path.relative_to(ROOT))
+  for path in (ROOT / "launch").glob("**/*.sh")
+  if path.name != "python.sh"  # Sourced by the others.
+)
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -63,6 +68,7 @@ case "$1 $2" in
   "-m pip") [ -z "${PIP_FAILS:-}" ] || exit 7
     for last; do :; done; echo "installed $last" ;;
   "-m trainer.task") shift 2; printf '%s\\n' "$@" ;;
+  "-m trainer.sweep") shift 2; printf '%s\\n' "-m trainer.sweep" "$@" ;;
 esac
 """
 
@@ -122,6 +128,29 @@ def test_environment_of_a_moved_project_is_updated(project, fake, tmp_path):
   project.rename(tmp_path / "elsewhere")
   moved = _run(tmp_path / "elsewhere", "launch/local.sh", env=fake)
   assert moved.stdout.startswith("installed .\n--mode")
+
+
+def test_sweep_adds_what_it_needs_once_and_takes_turns_with_local(project, fake):
+  (project / "configs" / "sweeps").mkdir()
+  (project / "configs" / "sweeps" / "a.gin").write_text("")
+  command = ("launch/sweep.sh", "configs/sweeps/a.gin", "--num_parallel=2")
+  _run(project, "launch/local.sh", env=fake)
+  second = _run(project, *command, env=fake)
+  assert second.stdout.splitlines() == [
+    "installed .[sweep]",
+    "-m trainer.sweep",
+    f"{project}/configs/sweeps/a.gin",
+    "--num_parallel=2",
+  ]
+  for again in (("launch/local.sh",), command):
+    assert "installed" not in _run(project, *again, env=fake).stdout
+
+
+def test_python_that_the_user_names_takes_the_place_of_the_environment(project, fake):
+  named = pathlib.Path(fake["PATH"]) / "python3.11"
+  done = _run(project, "launch/local.sh", env={**fake, "TRAINER_PYTHON": str(named)})
+  assert done.stdout.startswith("--mode=train_and_evaluate\n")
+  assert not (project / ".venv").exists()
 
 
 def test_run_file_is_found_from_another_folder_and_flags_are_kept(
@@ -196,9 +225,6 @@ def test_ci_runs_the_check_on_both_stacks_and_nothing_else():
   ]
 
 
-@pytest.mark.parametrize(
-  "path",
-  [".ci/run", "launch/local.sh", "launch/check.sh", "launch/data/fashion_mnist.sh"],
-)
+@pytest.mark.parametrize("path", [*_SCRIPTS, ".ci/run"])
 def test_script_can_be_executed(path):
   assert os.access(ROOT / path, os.X_OK)

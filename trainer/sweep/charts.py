@@ -28,8 +28,8 @@ def parallel_coordinates(rows: Sequence[Row], metric: str) -> str:
   axes.append(_Axis(metric, [f"{row.mean!r}" for row in finished]))
   width = _AXIS_WIDTH * len(axes)
   parts = [
-    f'<svg viewBox="0 0 {width} {_HEIGHT}" style="min-width:{width * 3 // 4}px" role="img" '
-    f'aria-label="Settings and {html.escape(metric)}">'
+    f'<svg viewBox="0 0 {width} {_HEIGHT}" style="min-width:{width * 3 // 4}px" '
+    f'role="img" aria-label="Settings and {html.escape(metric)}">'
   ]
   for row_number in reversed(range(len(finished))):
     points = " ".join(
