@@ -1,5 +1,6 @@
 """Imports the modules that register parts with gin, so that configs can name them."""
 
+import trainer.data.class_weights
 import trainer.data.dataset
 import trainer.data.decode
 import trainer.data.schedule

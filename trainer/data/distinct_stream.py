@@ -127,11 +127,22 @@ def _values(
   keys: np.ndarray, epochs: np.ndarray, positions: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
   """[R, b] int64, the raw permutations of epochs [R] or [R, b] at positions [R, b]."""
-  if epochs.ndim == 1:
-    epochs = epochs[:, None]
-  epoch_keys = permutation.mix(keys[:, None], epochs)
+  epoch_keys = _epoch_keys(keys, epochs if epochs.ndim == 2 else epochs[:, None])
   flat = (
     np.broadcast_to(each, positions.shape).ravel()
     for each in (positions, sizes[:, None], epoch_keys)
   )
   return permutation.permute(*flat).reshape(positions.shape)
+
+
+def _epoch_keys(keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+  """uint64 keys of epochs [R, 1] or [R, b]; a row has at most two, in order."""
+  first = permutation.mix(keys[:, None], epochs[:, :1])
+  rows = np.flatnonzero(epochs[:, -1] != epochs[:, 0])
+  if not len(rows):
+    return first
+  epoch_keys = np.repeat(first, epochs.shape[1], axis=1)
+  second = permutation.mix(keys[rows, None], epochs[rows, -1:])
+  is_second = epochs[rows] != epochs[rows, :1]
+  epoch_keys[rows] = np.where(is_second, second, epoch_keys[rows])
+  return epoch_keys

@@ -17,13 +17,18 @@ import tensorflow as tf
 
 from trainer.data.decode import Decoder
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import Schedule
+from trainer.data.schedule import Schedule, draw
 from trainer.errors import UserError
 
 # Worker batches that wait, ready, while the devices compute.
 _NUM_PREFETCHED = 2
+# Steps whose records are drawn by one call: the smaller a batch, the more a call costs
+# of it.
+_MAX_STEPS_DRAWN, _MAX_RECORDS_DRAWN = 64, 16_384
+# Calls of Python at once that read, which hold each other up more than files do.
+_NUM_READING = 2
 # More steps than tf.data works at before they are asked for.
-_NUM_READ_AHEAD = 64
+_NUM_READ_AHEAD = 2 * _MAX_STEPS_DRAWN
 PADDING_LABEL = -1
 
 
@@ -86,16 +91,17 @@ class Batches:
     Returns:
       Dataset of `Batch`, all shapes static.
     """
-    end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
-    steps = tf.data.Dataset.range(first_step, end)
     options = tf.data.Options()
     no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # The schedule shards.
     options.experimental_distribute.auto_shard_policy = no_sharding
+    worker_batches = (
+      self._record_numbers(shard, first_step, num_steps)
+      .map(self._read, _NUM_READING)
+      .map(self._decode, tf.data.AUTOTUNE)
+    )
     return (
-      steps.map(lambda step: self._read(step, shard), tf.data.AUTOTUNE)
-      .map(lambda *read: self._decode(shard, *read), tf.data.AUTOTUNE)
-      .prefetch(_NUM_PREFETCHED)
-      .unbatch()
+      _per_replica(worker_batches, shard.num_local_replicas)
+      .prefetch(_NUM_PREFETCHED * shard.num_local_replicas)
       .with_options(options)
     )
 
@@ -132,11 +138,31 @@ class Batches:
         f"{self._index.describe(number)} cannot be decoded: {reason}"
       ) from error
 
-  def _read(self, step: tf.Tensor, shard: Shard) -> list[tf.Tensor]:
-    """Serialized examples, labels and weights of this worker's rows, each [L]."""
+  def _record_numbers(
+    self, shard: Shard, first_step: int, num_steps: Optional[int]
+  ) -> tf.data.Dataset:
+    """Dataset of [L] int64: the numbers of this worker's rows, a step an element."""
+    num_rows = int(np.prod(self._schedule.shape))
+    num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
+    per_replica = num_rows // shard.num_replicas
+    first_row = shard.first_replica * per_replica
+    local = slice(first_row, first_row + shard.num_local_replicas * per_replica)
 
-    def read(step: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-      numbers = self._local_rows(int(step), shard)
+    def draw_local(steps: np.ndarray) -> np.ndarray:
+      return draw(self._schedule, steps).reshape(len(steps), -1)[:, local]
+
+    def draw_steps(steps: tf.Tensor) -> tf.Tensor:
+      numbers = tf.numpy_function(draw_local, [steps], tf.int64)
+      return tf.ensure_shape(numbers, [None, local.stop - local.start])
+
+    end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
+    steps = tf.data.Dataset.range(first_step, end).batch(num_abreast)
+    return steps.map(draw_steps, 1).prefetch(1).unbatch()
+
+  def _read(self, numbers: tf.Tensor) -> list[tf.Tensor]:
+    """Serialized examples, labels and weights of rows, each [L]."""
+
+    def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
       is_real = numbers >= 0
       # Padding rows hold any record: its label and weight say that it doesn't count.
       records = self._index.read(np.where(is_real, numbers, 0))
@@ -147,21 +173,24 @@ class Batches:
         is_real.astype(np.float32),
       )
 
-    num_local = len(self._local_rows(0, shard))
-    read_tensors = tf.numpy_function(read, [step], (tf.string, tf.int32, tf.float32))
-    return [tf.ensure_shape(each, [num_local]) for each in read_tensors]
+    read_tensors = tf.numpy_function(read, [numbers], (tf.string, tf.int32, tf.float32))
+    return [tf.ensure_shape(each, numbers.shape) for each in read_tensors]
 
-  def _local_rows(self, step: int, shard: Shard) -> np.ndarray:
-    """[L] int64 record numbers of this worker's part of a step."""
-    rows = self._schedule.batch(step).reshape(shard.num_replicas, -1)
-    first = shard.first_replica
-    return rows[first : first + shard.num_local_replicas].ravel()
+  def _decode(self, records: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Batch:
+    """The batch of this worker, [L] rows."""
+    return Batch(self._decoder(records), labels, weights)
 
-  def _decode(
-    self, shard: Shard, records: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor
-  ) -> Batch:
-    """A `Batch` with a leading axis of local replicas."""
-    batch = Batch(self._decoder(records), labels, weights)
-    num_rows = labels.shape[0] // shard.num_local_replicas
-    per_replica = [shard.num_local_replicas, num_rows]
-    return Batch(*(tf.reshape(each, [*per_replica, *each.shape[1:]]) for each in batch))
+
+def _per_replica(
+  worker_batches: tf.data.Dataset, num_local_replicas: int
+) -> tf.data.Dataset:
+  """Cuts each batch of a worker into those of its replicas, in order."""
+  if num_local_replicas == 1:
+    return worker_batches
+
+  def cut(batch: Batch) -> Batch:
+    rows = batch.labels.shape[0] // num_local_replicas
+    shape = [num_local_replicas, rows]
+    return Batch(*(tf.reshape(each, shape + each.shape[1:]) for each in batch))
+
+  return worker_batches.map(cut).unbatch()

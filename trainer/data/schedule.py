@@ -2,7 +2,7 @@
 
 So resuming is exact and free, and the global batch does not depend on who computes it.
 
-Shapes: P classes and K samples a class in a batch, B records in a batch.
+Shapes: S steps, P classes and K samples a class in a batch, B records in a batch.
 """
 
 from __future__ import annotations
@@ -14,26 +14,46 @@ import numpy as np
 from absl import logging
 
 from trainer.data import distinct_stream, members, permutation
+from trainer.data.class_stream import ClassStream, EqualClasses, WeightedClasses
+from trainer.data.class_weights import ClassWeights
 from trainer.errors import UserError
 
-# What a hash is for, so that no two uses of one seed are alike.
-_CLASSES, _MEMBERS = 1, 2
+# What a hash is for, so that no two uses of one seed are alike (1 and 3: the classes).
+_MEMBERS = 2
+# Sizes of classes are looked at so many at a time, to hold little of them.
+_CLASSES_AT_A_TIME = 1_000_000
 
 
 class Schedule(Protocol):
   """What the pipeline must know of a schedule."""
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(P, K) or (B,)."""
+
   def batch(self, step: int) -> np.ndarray:
     """Record numbers of a step, [P, K] or [B] int64; −1 is a padding row."""
+
+
+def draw(schedule: Schedule, steps: np.ndarray) -> np.ndarray:
+  """[S, P, K] or [S, B] int64, what a schedule draws in steps [S].
+
+  Many steps at once cost little more than one, where a schedule has `batches`.
+  """
+  batches = getattr(schedule, "batches", None)
+  if batches is not None:
+    return batches(steps)
+  return np.stack([schedule.batch(step) for step in steps.tolist()])
 
 
 @gin.register
 class PKSchedule:
   """P classes of K samples each, classes and members balanced over time.
 
-  Every class comes once in an epoch of classes. Within a class no member comes again
-  before all have come. The P classes of a batch are distinct, and the K samples of a
-  class too if it has so many; otherwise each is repeated as equally often as possible.
+  Every class comes once in an epoch of classes, or as often as its weight says. Within
+  a class no member comes again before all have come. The P classes of a batch are
+  distinct, and the K samples of a class too if it has so many; otherwise each is
+  repeated as equally often as possible.
   """
 
   def __init__(
@@ -45,6 +65,7 @@ class PKSchedule:
     seed: int,
     classes: Optional[np.ndarray] = None,
     small_classes: str = "repeat",
+    weights: Optional[ClassWeights] = None,
   ):
     """Looks up what can be drawn.
 
@@ -55,6 +76,7 @@ class PKSchedule:
       seed: another seed, another order.
       classes: int32 ids of the classes to draw from; None for all.
       small_classes: "repeat" members of a class of fewer than K, or "leave_out" it.
+      weights: how often each class comes; None for all equally often.
 
     Raises:
       UserError: if P or K is below 1, or fewer than P classes can be drawn.
@@ -74,6 +96,7 @@ class PKSchedule:
         f"classes_per_batch={classes_per_batch} but only {self.num_classes} classes "
         f"can be drawn from; choose at most {self.num_classes}."
       )
+    self._stream = self._make_stream(weights)
 
   @property
   def shape(self) -> tuple[int, int]:
@@ -82,21 +105,28 @@ class PKSchedule:
 
   def batch(self, step: int) -> np.ndarray:
     """[P, K] int64, the record numbers of a step."""
-    num_drawn = self._num_classes_drawn
-    ranks = distinct_stream.block(
-      np.array([step]),
-      np.array([self.num_classes]),
-      permutation.mix(self._seed, _CLASSES),
-      num_drawn,
-    )[0]
-    # A class comes once in an epoch, so the epoch counts how often it has come.
-    epochs = (step * num_drawn + np.arange(num_drawn)) // self.num_classes
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    draws = self._stream.draw(steps)
+    ranks, blocks = draws.classes.ravel(), draws.blocks.ravel()
     class_ids = ranks if self._classes is None else self._classes[ranks]
     starts = self._table.starts[class_ids]
     sizes = self._table.starts[class_ids + 1] - starts
     keys = permutation.mix(self._seed, _MEMBERS, class_ids)
-    places = distinct_stream.block(epochs, sizes, keys, self._num_samples)
-    return self._table.records[starts[:, None] + places]
+    places = distinct_stream.block(blocks, sizes, keys, self._num_samples)
+    records = self._table.records[starts[:, None] + places]
+    return records.reshape(len(steps), *self.shape)
+
+  def _make_stream(self, weights: Optional[ClassWeights]) -> ClassStream:
+    if weights is None:
+      return EqualClasses(self.num_classes, self._num_classes_drawn, self._seed)
+    sizes = np.diff(self._table.starts)
+    if self._classes is not None:
+      sizes = sizes[self._classes]
+    tickets = weights.num_tickets(sizes, self._num_samples)
+    return WeightedClasses(tickets, self._num_classes_drawn, self._seed)
 
 
 class SequentialSchedule:
@@ -128,10 +158,14 @@ class SequentialSchedule:
 
   def batch(self, step: int) -> np.ndarray:
     """[B] int64, the record numbers of a step; −1 from the last record on."""
-    batch = np.full(self._size, -1, np.int64)
-    records = self._records[step * self._size : (step + 1) * self._size]
-    batch[: len(records)] = records
-    return batch
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, B] int64, the record numbers of steps [S] int64."""
+    places = steps[:, None] * self._size + np.arange(self._size)
+    is_real = places < len(self._records)
+    records = self._records[np.where(is_real, places, 0)]
+    return np.where(is_real, records, -1)
 
 
 def _drawable(
@@ -145,25 +179,31 @@ def _drawable(
     raise UserError(
       f"small_classes={small_classes!r} is not known; choose 'repeat' or 'leave_out'."
     )
-  sizes = np.diff(table.starts)
-  if classes is not None:
-    sizes = sizes[classes]
-  num_small = int(np.count_nonzero((sizes < num_samples) & (sizes > 0)))
+  smallest = 1 if small_classes == "repeat" else num_samples
+  num_classes = table.num_classes if classes is None else len(classes)
+  is_drawn = np.empty(num_classes, bool)
+  num_small = 0
+  for first in range(0, num_classes, _CLASSES_AT_A_TIME):
+    part = slice(first, min(first + _CLASSES_AT_A_TIME, num_classes))
+    ids = np.arange(part.start, part.stop) if classes is None else classes[part]
+    sizes = table.starts[ids + 1] - table.starts[ids]
+    is_drawn[part] = sizes >= smallest
+    num_small += int(np.count_nonzero((sizes < num_samples) & (sizes > 0)))
   if num_small:
     logging.info(
       "%d of %d classes have fewer than %d records: %s",
       num_small,
-      len(sizes),
+      num_classes,
       num_samples,
       "their records are repeated"
       if small_classes == "repeat"
       else "they are left out",
     )
-  is_drawn = sizes >= (1 if small_classes == "repeat" else num_samples)
   if is_drawn.all():
     return None if classes is None else np.asarray(classes, np.int32)
-  ids = np.arange(len(sizes)) if classes is None else classes
-  return np.asarray(ids, np.int32)[is_drawn]
+  if classes is None:
+    return np.flatnonzero(is_drawn).astype(np.int32)
+  return np.asarray(classes, np.int32)[is_drawn]
 
 
 def _check_at_least_one(name: str, value: int) -> None:

@@ -1,0 +1,90 @@
+"""Weighted classes: each comes as often as it has tickets, and never twice a step."""
+
+from __future__ import annotations
+
+import collections
+
+import numpy as np
+import pytest
+
+from trainer.data.class_stream import EqualClasses, WeightedClasses
+from trainer.data.class_weights import SizeWeights
+from trainer.data.members import from_labels
+from trainer.data.schedule import PKSchedule
+from trainer.errors import UserError
+
+
+def test_a_class_comes_as_often_as_it_has_tickets():
+  tickets = np.random.default_rng(0).integers(1, 4, 300)
+  stream = WeightedClasses(tickets, 4, seed=5)
+  num_steps = int(tickets.sum())  # Four epochs.
+  drawn = stream.draw(np.arange(num_steps)).classes
+  counts = np.bincount(drawn.ravel(), minlength=300)
+  # What gives way to another class is about 1 in 80 here.
+  assert np.abs(counts - 4 * tickets).mean() < 0.3
+  assert np.corrcoef(counts, tickets)[0, 1] > 0.97
+
+
+def test_classes_of_a_step_differ_even_if_one_has_nearly_all_tickets():
+  stream = WeightedClasses(np.array([1000, 1, 1, 1, 1]), 4, seed=0)
+  classes = stream.draw(np.arange(200)).classes
+  assert all(len(set(row)) == 4 for row in classes.tolist())
+  assert (classes == 0).any(axis=1).mean() > 0.95
+
+
+def test_each_block_of_a_class_comes_once():
+  tickets = np.random.default_rng(1).integers(1, 6, 2000)
+  draws = WeightedClasses(tickets, 2, seed=1).draw(np.arange(int(tickets.sum())))
+  blocks = collections.Counter(zip(draws.classes.ravel(), draws.blocks.ravel()))
+  assert max(blocks.values()) == 1
+  in_two_epochs = sum(block < 2 * tickets[c] for c, block in blocks)
+  assert in_two_epochs > 0.99 * 2 * tickets.sum()
+
+
+@pytest.mark.parametrize(
+  "stream", [EqualClasses(7, 3, 2), WeightedClasses(np.arange(1, 8), 3, 2)]
+)
+def test_steps_drawn_together_are_those_drawn_alone(stream):
+  together = stream.draw(np.arange(5, 40))
+  for row, step in enumerate(range(5, 40)):
+    alone = stream.draw(np.array([step]))
+    np.testing.assert_array_equal(alone.classes[0], together.classes[row])
+    np.testing.assert_array_equal(alone.blocks[0], together.blocks[row])
+
+
+def test_with_power_one_an_epoch_has_every_record_once():
+  sizes = [4, 8, 16, 2, 40, 12]
+  table = from_labels(np.repeat(np.arange(6), sizes).astype(np.int32), 6)
+  schedule = PKSchedule(
+    table, classes_per_batch=1, samples_per_class=2, seed=0, weights=SizeWeights()
+  )
+  num_steps = sum(sizes) // 2
+  records = schedule.batches(np.arange(num_steps)).ravel()
+  assert sorted(records.tolist()) == list(range(sum(sizes)))
+
+
+@pytest.mark.parametrize(
+  ("options", "expected"),
+  [
+    ({}, [1, 1, 2, 25]),
+    ({"max_size": 10}, [1, 1, 2, 3]),
+    ({"power": 0.0}, [16, 16, 16, 16]),
+    ({"power": 0.5}, [8, 16, 23, 80]),
+  ],
+)
+def test_tickets_follow_the_size_of_a_class(options, expected):
+  tickets = SizeWeights(**options).num_tickets(np.array([1, 4, 8, 100]), 4)
+  assert tickets.tolist() == expected
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: SizeWeights(power=1.5), r"power=1\.5 must be between"),
+    (lambda: SizeWeights(max_size=0), "max_size=0 must be at least 1"),
+    (lambda: SizeWeights().num_tickets(np.array([2**32, 1]), 1), "at most 2,147,483"),
+  ],
+)
+def test_weights_that_are_not_possible_are_refused(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
