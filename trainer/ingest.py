@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Optional
+
 import gin
 from absl import logging
 
-from trainer.data import manifest
+from trainer.data import manifest, summary
+from trainer.data.in_place import RecordsInPlace, index_records
 from trainer.data.records import RecordIndex, locate
+from trainer.data.resize import Resize
 from trainer.data.sources import Source
 from trainer.errors import UserError
 from trainer.run import Run
@@ -19,49 +24,72 @@ def main(run: Run) -> None:
 
 
 @gin.configurable
-def ingest(*, source: Source, folder: str, records_per_shard: int = 10_000) -> None:
+def ingest(
+  *,
+  source: Source | RecordsInPlace,
+  folder: str,
+  records_per_shard: int = 10_000,
+  resize: Optional[Resize] = None,
+  unreadable: str = "refuse",
+  max_pixels: int = 100_000_000,
+  num_threads: Optional[int] = None,
+) -> None:
   """Writes the records and the index of a source, unless that is done already.
 
   Args:
-    source: raw data.
+    source: raw data; `RecordsInPlace` for shards that are there and only need an index.
     folder: of the shards; the index is in its folder `index`.
-    records_per_shard: records in a file.
+    records_per_shard: items that go into a file.
+    resize: makes images smaller once; None to keep their files byte for byte.
+    unreadable: "refuse" an item that can't be read, or "leave_out" and name it.
+    max_pixels: an image that declares more is refused before it is decoded.
+    num_threads: items at once; None for as many as there are cores.
 
   Raises:
     UserError: the source can't be read, or the folder holds another source's data.
   """
   if records_per_shard < 1:
     raise UserError(f"ingest.records_per_shard={records_per_shard} must be at least 1.")
-  _, index_folder = locate(folder)
+  if unreadable not in ("refuse", "leave_out"):
+    raise UserError(
+      f"ingest.unreadable={unreadable!r} is not known; choose 'refuse' or 'leave_out'."
+    )
+  if isinstance(source, RecordsInPlace):
+    index = index_records(folder, label_feature=source.label_feature)
+    logging.info("%s: %s", folder, summary.of_index(index).line())
+    return
   fingerprint = {**source.fingerprint(), "records_per_shard": records_per_shard}
+  if resize is not None:
+    fingerprint["resize"] = resize.describe()
+  if _is_done(folder, fingerprint):
+    return
+  from trainer.data import prepare, writer  # Late: TensorFlow isn't needed before.
+
+  record_writer = writer.RecordWriter(
+    prepare.Preparer(max_pixels=max_pixels, resize=resize),
+    records_per_shard=records_per_shard,
+    leave_out_unreadable=unreadable == "leave_out",
+    num_threads=num_threads,
+  )
+  written = summary.of_parts(record_writer.write(source.loaders(), folder, fingerprint))
+  summary.write(folder, written)
+  for line in (written.line(), *written.warnings()):
+    logging.info("%s: %s", folder, line)
+
+
+def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
+  """Whether the folder holds this source's records, whole."""
+  _, index_folder = locate(folder)
   done = manifest.read(index_folder)
   if done is not None and done.source != fingerprint:
     raise UserError(
       f"{folder} holds records of another source; choose another ingest.folder, or "
       "delete that one."
     )
-  if done is not None and _is_whole(folder):
-    logging.info("%s: %d records are there already.", folder, done.num_records)
-    return
-  from trainer.data import writer  # Late: TensorFlow isn't needed before.
-
-  counts = writer.write_records(
-    source.items(),
-    folder,
-    records_per_shard=records_per_shard,
-    fingerprint=fingerprint,
-  )
-  largest, *_, smallest = counts.most_common()
-  logging.info(
-    "%s: %d records of %d classes, from %d (%s) to %d (%s) a class.",
-    folder,
-    sum(counts.values()),
-    len(counts),
-    smallest[1],
-    smallest[0],
-    largest[1],
-    largest[0],
-  )
+  if done is None or not _is_whole(folder):
+    return False
+  logging.info("%s: %d records are there already.", folder, done.num_records)
+  return True
 
 
 def _is_whole(folder: str) -> bool:

@@ -3,6 +3,8 @@
 import trainer.data.class_weights
 import trainer.data.dataset
 import trainer.data.decode
+import trainer.data.in_place
+import trainer.data.resize
 import trainer.data.schedule
 import trainer.data.sources
 import trainer.data.sources_folder

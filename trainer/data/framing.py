@@ -7,7 +7,10 @@ tensorflow/core/lib/io/record_writer.h.
 
 from __future__ import annotations
 
+import functools
 import struct
+from collections.abc import Iterator
+from typing import IO
 
 import google_crc32c
 
@@ -21,7 +24,13 @@ _MASK_DELTA = 0xA282EAD8
 
 
 class FramingError(ValueError):
-  """A frame that is cut short or whose checksum does not fit."""
+  """A frame that is cut short or whose checksum does not fit.
+
+  Attributes:
+    number: of the record in its file, where records are read in order.
+  """
+
+  number: int = 0
 
 
 def masked_crc(data: bytes) -> int:
@@ -32,10 +41,13 @@ def masked_crc(data: bytes) -> int:
 
 def frame(data: bytes) -> bytes:
   """The bytes that stand in a file for one record."""
-  length = struct.pack("<Q", len(data))
-  return b"".join(
-    (length, _FOOTER.pack(masked_crc(length)), data, _FOOTER.pack(masked_crc(data)))
-  )
+  return b"".join((_header(len(data)), data, _FOOTER.pack(masked_crc(data))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(num_bytes: int) -> bytes:
+  length = struct.pack("<Q", num_bytes)
+  return length + _FOOTER.pack(masked_crc(length))
 
 
 def unframe(framed: bytes, num_bytes: int) -> bytes:
@@ -53,12 +65,33 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
   """
   if len(framed) != num_bytes + OVERHEAD_BYTES:
     raise FramingError("is cut short")
-  length, length_crc = _HEADER.unpack_from(framed)
-  if masked_crc(framed[:8]) != length_crc:
-    raise FramingError("has a corrupt length (checksum differs)")
-  if length != num_bytes:
+  if framed[:HEADER_BYTES] != _header(num_bytes):
+    length, length_crc = _HEADER.unpack_from(framed)
+    if masked_crc(framed[:8]) != length_crc:
+      raise FramingError("has a corrupt length (checksum differs)")
     raise FramingError(f"has {length} bytes where the index has {num_bytes}")
   data = framed[HEADER_BYTES:-FOOTER_BYTES]
   if masked_crc(data) != _FOOTER.unpack_from(framed, HEADER_BYTES + num_bytes)[0]:
     raise FramingError("has corrupt data (checksum differs)")
   return data
+
+
+def records(file: IO[bytes]) -> Iterator[bytes]:
+  """The data of all records of a file, in order.
+
+  Raises:
+    FramingError: with the number of the first record that is damaged.
+  """
+  number = 0
+  while header := file.read(HEADER_BYTES):
+    try:
+      if len(header) < HEADER_BYTES:
+        raise FramingError("is cut short")
+      num_bytes, length_crc = _HEADER.unpack(header)
+      if masked_crc(header[:8]) != length_crc:
+        raise FramingError("has a corrupt length (checksum differs)")
+      yield unframe(header + file.read(num_bytes + FOOTER_BYTES), num_bytes)
+    except FramingError as error:
+      error.number = number
+      raise
+    number += 1

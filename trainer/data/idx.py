@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 
+from trainer.data import paths
 from trainer.errors import UserError
 
 _MAGIC_BYTES = 4
@@ -52,7 +53,7 @@ def read(path: str, *, num_axes: int) -> np.ndarray:
 
 def _read_bytes(path: str) -> bytes:
   try:
-    with gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb") as file:
-      return file.read()
+    content = paths.read_bytes(path)
+    return gzip.decompress(content) if path.endswith(".gz") else content
   except (OSError, EOFError, zlib.error) as error:
     raise UserError(f"{path} can't be read: {error}.") from error

@@ -5,11 +5,14 @@ Shapes: N records, C classes, B bytes of all class names together.
 
 from __future__ import annotations
 
+import io
 import os
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data import paths
 from trainer.data.class_names import ClassNames
 from trainer.data.members import MemberTable
 from trainer.errors import UserError
@@ -68,7 +71,12 @@ def write(folder: str, arrays: IndexArrays) -> None:
   """Writes every array as a file of its own into an existing folder."""
   for name, array in arrays._asdict().items():
     array = array.astype(_DTYPES[name], copy=False)
-    np.save(_path(folder, name), array, allow_pickle=False)
+    if not paths.is_remote(folder):
+      np.save(_path(folder, name), array, allow_pickle=False)
+      continue
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    paths.write_bytes(_path(folder, name), content.getvalue())
 
 
 def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
@@ -103,7 +111,13 @@ def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
 def _map(folder: str, name: str) -> np.ndarray:
   path = _path(folder, name)
   try:
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+    if not paths.is_remote(path):
+      return np.load(path, mmap_mode="r", allow_pickle=False)
+    # Mapped from a copy, which has no name and goes with the mapping.
+    with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
+      copy.write(paths.read_bytes(path))
+      copy.flush()
+      return np.load(copy.name, mmap_mode="r", allow_pickle=False)
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error
   except (OSError, ValueError, EOFError) as error:

@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from trainer.data import framing, index_arrays, manifest
+from trainer.data import framing, index_arrays, manifest, paths, remote
 from trainer.data.class_names import ClassNames
 from trainer.data.members import MemberTable
 from trainer.errors import UserError
@@ -34,7 +34,7 @@ def locate(folder_or_pattern: str) -> tuple[str, str]:
   Returns:
     The folder of the shards and the folder of the index, absolute.
   """
-  path = os.path.abspath(os.path.expanduser(folder_or_pattern))
+  path = paths.absolute(folder_or_pattern)
   if not glob.has_magic(path):
     return path, os.path.join(path, "index")
   folder, pattern = os.path.split(path)
@@ -49,6 +49,7 @@ class RecordIndex:
     member_table: which records belong to which class.
     class_names: the name of each class.
     manifest: what was indexed.
+    arrays: all that is mapped.
   """
 
   def __init__(
@@ -61,8 +62,9 @@ class RecordIndex:
     self.labels: np.ndarray = arrays.labels
     self.member_table: MemberTable = arrays.member_table
     self.class_names: ClassNames = arrays.class_names
-    self._arrays = arrays
+    self.arrays = arrays
     self._paths = [os.path.join(folder, shard.name) for shard in description.shards]
+    self._is_remote = paths.is_remote(folder)
     firsts = np.cumsum([0] + [shard.num_records for shard in description.shards])
     self._first_records: list[int] = firsts.tolist()
     self._open_shard: Callable[[int], BinaryIO] = functools.lru_cache(
@@ -126,27 +128,24 @@ class RecordIndex:
       UserError: naming file and record, if one is corrupt or cannot be read.
     """
     numbers = np.asarray(record_numbers, np.int64)
-    shards = self._arrays.shards[numbers].tolist()
-    offsets = self._arrays.offsets[numbers].tolist()
-    lengths = self._arrays.lengths[numbers].tolist()
-    return [
-      self._read_one(number, shard, offset, length)
-      for number, shard, offset, length in zip(
-        numbers.tolist(), shards, offsets, lengths
-      )
-    ]
+    places = zip(
+      numbers.tolist(),
+      self.arrays.shards[numbers].tolist(),
+      self.arrays.offsets[numbers].tolist(),
+      self.arrays.lengths[numbers].tolist(),
+    )
+    if self._is_remote:
+      return remote.in_parallel(self._read_one, places)
+    return [self._read_one(*place) for place in places]
 
   def describe(self, record_number: int) -> str:
     """Names a record for a message: its file and its number in that file."""
-    shard = int(self._arrays.shards[record_number])
+    shard = int(self.arrays.shards[record_number])
     return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
 
   def _read_one(self, number: int, shard: int, offset: int, length: int) -> bytes:
     try:
-      # The local name keeps the file open while it is read, whatever the cache drops.
-      file = self._open_shard(shard)
-      framed = os.pread(file.fileno(), length + framing.OVERHEAD_BYTES, offset)
-      return framing.unframe(framed, length)
+      return framing.unframe(self._read_range(shard, offset, length), length)
     except framing.FramingError as error:
       raise UserError(
         f"{self.describe(number)} {error}; restore the file, or delete it and "
@@ -156,6 +155,14 @@ class RecordIndex:
       raise UserError(
         f"{self.describe(number)} cannot be read: {error.strerror}."
       ) from error
+
+  def _read_range(self, shard: int, offset: int, length: int) -> bytes:
+    num_bytes = length + framing.OVERHEAD_BYTES
+    if self._is_remote:
+      return remote.read_range(self._paths[shard], offset, num_bytes)
+    # The local name keeps the file open while it is read, whatever the cache drops.
+    file = self._open_shard(shard)
+    return os.pread(file.fileno(), num_bytes, offset)
 
   def _open_uncached(self, shard: int) -> BinaryIO:
     return open(self._paths[shard], "rb", buffering=0)

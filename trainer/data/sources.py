@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple, Protocol
+import abc
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Callable, NamedTuple, Optional, Union
 
 import gin
 import numpy as np
+
+from trainer.errors import UserError
+
+# What a feature of a record can hold.
+Value = Union[str, bytes, int, float, Sequence[int], Sequence[float], np.ndarray]
 
 
 class Item(NamedTuple):
@@ -15,33 +21,63 @@ class Item(NamedTuple):
   Attributes:
     key: its name in the source, unique.
     label: name of its class.
-    image: bytes of an image file.
+    image: bytes of an image file; None where it is no image.
+    features: further features by name, such as a text or a vector.
   """
 
   key: str
   label: str
-  image: bytes
+  image: Optional[bytes] = None
+  features: Mapping[str, Value] = {}
 
 
-class Source(Protocol):
+Loader = Callable[[], Item]
+
+
+class Source(abc.ABC):
   """A way to raw data."""
 
+  @abc.abstractmethod
   def fingerprint(self) -> Mapping[str, object]:
     """What tells this source's data from another's; plain values that JSON keeps."""
 
+  @abc.abstractmethod
+  def loaders(self) -> Iterator[Loader]:
+    """Gives every item by a function that loads it, always in the same order.
+
+    To go through them is cheap; the functions may be called side by side.
+    """
+
   def items(self) -> Iterator[Item]:
-    """Every item, always in the same order."""
+    """Every item, loaded one after the other."""
+    for load in self.loaders():
+      yield load()
+
+
+class ItemLoader:
+  """Gives an item that is loaded already.
+
+  Args:
+    item: what it gives.
+  """
+
+  def __init__(self, item: Item):
+    self._item = item
+
+  def __call__(self) -> Item:
+    """The item."""
+    return self._item
 
 
 @gin.register
-class DigitsSource:
+class DigitsSource(Source):
   """Scikit-learn's handwritten digits: 1,797 images of 8 × 8, ten classes."""
 
   def fingerprint(self) -> dict[str, object]:
     """The data set's name."""
     return {"source": "digits"}
 
-  def items(self) -> Iterator[Item]:
+  def loaders(self) -> Iterator[Loader]:
     """Every digit; its class is its numeral."""
     from sklearn import datasets  # Late: a second to import.
 
@@ -49,18 +85,27 @@ class DigitsSource:
     # Ink is 0…16 there; 15.9375 · 16 = 255.
     images = np.round(digits.images * 15.9375).astype(np.uint8)
     for number, (image, label) in enumerate(zip(images, digits.target)):
-      yield Item(f"digits/{number}", str(label), encode_png(image))
+      yield ItemLoader(Item(f"digits/{number}", str(label), encode_png(image)))
 
 
 def encode_png(image: np.ndarray) -> bytes:
-  """A grey image as PNG.
+  """An image as PNG.
 
   Args:
-    image: [H, W] uint8.
+    image: [H, W] or [H, W, 1] for grey, [H, W, 3] for colour; uint8.
 
   Returns:
     Bytes of the file.
+
+  Raises:
+    UserError: it has another shape or type.
   """
   import tensorflow as tf  # Late: looking at a finished ingest needs none.
 
-  return tf.io.encode_png(image[:, :, None]).numpy()
+  pixels = image[:, :, None] if image.ndim == 2 else image
+  if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+    raise UserError(
+      f"An image of type {image.dtype} and shape {image.shape} can't be kept; it must "
+      "be uint8 and [H, W], [H, W, 1] or [H, W, 3]."
+    )
+  return tf.io.encode_png(pixels).numpy()

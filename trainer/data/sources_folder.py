@@ -11,10 +11,11 @@ from typing import NamedTuple
 import gin
 from absl import logging
 
-from trainer.data.sources import Item
+from trainer.data import paths
+from trainer.data.sources import Item, Loader, Source
 from trainer.errors import UserError
 
-_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png")
+_IMAGE_ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 _NUM_NAMES_IN_LOG = 5
 
 
@@ -26,7 +27,7 @@ class _File(NamedTuple):
 
 
 @gin.register
-class ImageFolderSource:
+class ImageFolderSource(Source):
   """A folder of class folders of image files, which are kept byte for byte.
 
   Args:
@@ -35,7 +36,7 @@ class ImageFolderSource:
   """
 
   def __init__(self, *, folder: str):
-    self._folder = os.path.expanduser(folder)
+    self._folder = folder if paths.is_remote(folder) else os.path.expanduser(folder)
 
   def fingerprint(self) -> dict[str, object]:
     """Number of the files, and a digest of their names and sizes.
@@ -53,34 +54,36 @@ class ImageFolderSource:
       "digest": digest.hexdigest(),
     }
 
-  def items(self) -> Iterator[Item]:
+  def loaders(self) -> Iterator[Loader]:
     """Every image, classes and files in the order of their names.
 
     Yields:
-      Items whose key is the path within the folder.
+      Loaders of items whose key is the path within the folder; they raise a `UserError`
+      where the file can't be read.
 
     Raises:
-      UserError: as `fingerprint`, or a file can't be read.
+      UserError: as `fingerprint`.
     """
     for file in self._files:
-      try:
-        with open(os.path.join(self._folder, file.key), "rb") as image:
-          content = image.read()
-      except OSError as error:
-        raise _unreadable(error) from error
-      yield Item(file.key, file.label, content)
+      yield functools.partial(self._load, file)
+
+  def _load(self, file: _File) -> Item:
+    try:
+      content = paths.read_bytes(os.path.join(self._folder, file.key))
+    except OSError as error:
+      raise _unreadable(error) from error
+    return Item(file.key, file.label, content)
 
   def _size(self, file: _File) -> int:
     try:
-      return os.path.getsize(os.path.join(self._folder, file.key))
+      return paths.status(os.path.join(self._folder, file.key)).num_bytes
     except OSError as error:
       raise _unreadable(error) from error
 
   @functools.cached_property
   def _files(self) -> list[_File]:
     try:
-      with os.scandir(self._folder) as entries:
-        classes = sorted(e.name for e in entries if e.is_dir() and e.name[0] != ".")
+      classes = [n for n in paths.list_folders(self._folder) if not n.startswith(".")]
       by_class = {name: self._images_of(name) for name in classes}
     except OSError as error:
       raise _unreadable(error) from error
@@ -108,7 +111,7 @@ class ImageFolderSource:
       raise UserError(f"{folder!r}: a class needs a name in UTF-8; rename the folder.")
     return [
       _File(f"{class_name}/{name}", class_name)
-      for name in sorted(os.listdir(folder))
+      for name in paths.list_folder(folder)
       if name.lower().endswith(_IMAGE_ENDINGS) and not name.startswith(".")
     ]
 

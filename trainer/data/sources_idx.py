@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import gin
+import numpy as np
 
-from trainer.data import idx
-from trainer.data.sources import Item, encode_png
+from trainer.data import idx, paths
+from trainer.data.sources import Item, Loader, Source, encode_png
 from trainer.errors import UserError
 
 
 @gin.register
-class IdxSource:
+class IdxSource(Source):
   """Images and labels in idx files, plain or gzipped.
 
   Args:
@@ -41,7 +43,7 @@ class IdxSource:
       )
     if class_names is not None and len(set(class_names)) != len(class_names):
       raise UserError("IdxSource.class_names must be different names for each label.")
-    self._folder = os.path.expanduser(folder)
+    self._folder = paths.absolute(folder)
     self._pairs = pairs
     self._class_names = class_names
 
@@ -58,11 +60,11 @@ class IdxSource:
       "class_names": list(self._class_names or ()),
     }
 
-  def items(self) -> Iterator[Item]:
+  def loaders(self) -> Iterator[Loader]:
     """Every image of every pair.
 
     Yields:
-      Items whose key is the images file and the number in it.
+      Loaders of items whose key is the images file and the number in it.
 
     Raises:
       UserError: a file is missing, cut short or no idx file, a pair differs in length,
@@ -78,7 +80,7 @@ class IdxSource:
         )
       for number, (image, label) in enumerate(zip(images, labels)):
         name = self._class_name(int(label), labels_name, number)
-        yield Item(f"{images_name}/{number}", name, encode_png(image))
+        yield functools.partial(_load, f"{images_name}/{number}", name, image)
 
   def _class_name(self, label: int, file_name: str, number: int) -> str:
     if self._class_names is None:
@@ -94,14 +96,17 @@ class IdxSource:
     """The file, or its gzipped form where only that is there."""
     path = os.path.join(self._folder, name)
     for candidate in (path, path + ".gz"):
-      if os.path.isfile(candidate):
+      if paths.exists(candidate):
         return candidate
     raise UserError(f"{path} is not there, neither plain nor as .gz.")
 
 
+def _load(key: str, label: str, image: np.ndarray) -> Item:
+  return Item(key, label, encode_png(image))
+
+
 def _digest(path: str) -> str:
   try:
-    with open(path, "rb") as file:
-      return hashlib.sha256(file.read()).hexdigest()
+    return hashlib.sha256(paths.read_bytes(path)).hexdigest()
   except OSError as error:
     raise UserError(f"{path} can't be read: {error.strerror}.") from error

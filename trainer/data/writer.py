@@ -1,32 +1,41 @@
 """Writes items as TFRecord shards with their index, so that no half is taken for whole.
 
 All is written into a folder aside. Then the shards are moved to their place, and last
-the whole index, without which nothing reads them.
+the whole index, without which nothing reads them. What a killed run left aside is gone
+on from: shards that were finished are not made again.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import errno
+import fcntl
+import itertools
+import json
 import os
-import re
-import shutil
-from collections.abc import Iterable, Mapping
-from typing import BinaryIO, Optional
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import Callable, Optional, TypeVar
 
-import numpy as np
-import tensorflow as tf
+from absl import logging
 
-from trainer.data import framing, index_arrays, manifest, members
-from trainer.data.class_names import ClassNames
+from trainer.data import index_builder, paths, shard_file
+from trainer.data.prepare import LABEL_FEATURE, Prepared, Preparer
+from trainer.data.progress import Progress
 from trainer.data.records import locate
-from trainer.data.sources import Item
+from trainer.data.shard_file import Part, Unreadable
+from trainer.data.sources import Item, ItemLoader, Loader
 from trainer.errors import UserError
 
-LABEL_FEATURE = "label"
 _ASIDE = ".partial"
+_MAX_PIXELS = 100_000_000
+_ITEMS_AHEAD = 256
 # EFBIG: a limit on the size of files. None: NumPy's short writes carry no number.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def write_records(
@@ -36,7 +45,7 @@ def write_records(
   records_per_shard: int,
   fingerprint: Mapping[str, object],
 ) -> collections.Counter[str]:
-  """Writes shards and index; one that is there already is replaced.
+  """Writes items that are loaded already; all must be readable.
 
   Args:
     items: each is checked to decode.
@@ -48,145 +57,191 @@ def write_records(
     Number of records of each class.
 
   Raises:
-    UserError: an image doesn't decode, there are not two classes, or the folder can't
-      be written to.
+    UserError: as `RecordWriter.write`.
   """
-  folder, index_folder = locate(folder)
-  aside = os.path.join(folder, _ASIDE)
-  try:
-    shutil.rmtree(aside, ignore_errors=True)  # What a killed ingest left.
-    os.makedirs(os.path.join(aside, "index"))
-    writer = _ShardWriter(aside, records_per_shard)
-    for item in items:
-      writer.write(item)
-    writer.finish()
-    counts = collections.Counter(writer.labels)
-    if len(counts) < 2:
-      raise UserError(
-        f"The source has {len(counts)} class ({', '.join(counts)}); retrieval needs at "
-        "least two."
-      )
-    _write_index(os.path.join(aside, "index"), writer, fingerprint)
-    _publish(aside, folder, index_folder)
-    return counts
-  except OSError as error:
-    raise UserError(_explain(error, folder)) from error
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
+  writer = RecordWriter(
+    Preparer(max_pixels=_MAX_PIXELS), records_per_shard=records_per_shard
+  )
+  parts = writer.write(map(ItemLoader, items), folder, fingerprint)
+  return collections.Counter(label for part in parts for label in part.labels)
 
 
-def _publish(aside: str, folder: str, index_folder: str) -> None:
-  """Moves shards and then index to their place."""
-  if os.path.exists(index_folder):
-    shutil.rmtree(index_folder)
-  for name in sorted(os.listdir(aside)):
-    if name != "index":
-      os.replace(os.path.join(aside, name), os.path.join(folder, name))
-  os.replace(os.path.join(aside, "index"), index_folder)
+class RecordWriter:
+  """Loads, prepares and writes items, some side by side, in their order.
 
+  Args:
+    preparer: makes records of items.
+    records_per_shard: items that go into a shard; the last may have fewer.
+    leave_out_unreadable: whether an item that can't be read is left out and noted,
+      and not the end.
+    num_threads: items at once; None for as many as there are cores.
+  """
 
-class _ShardWriter:
-  """Records in shards, with what the index must know of each."""
-
-  def __init__(self, folder: str, records_per_shard: int):
-    self._folder = folder
+  def __init__(
+    self,
+    preparer: Preparer,
+    *,
+    records_per_shard: int,
+    leave_out_unreadable: bool = False,
+    num_threads: Optional[int] = None,
+  ):
+    self._preparer = preparer
     self._records_per_shard = records_per_shard
-    self._file: Optional[BinaryIO] = None
-    self.labels: list[str] = []
-    self.offsets: list[int] = []
-    self.lengths: list[int] = []
-    self.shards: list[manifest.Shard] = []
+    self._leave_out_unreadable = leave_out_unreadable
+    self._num_threads = num_threads or os.cpu_count() or 1
 
-  def write(self, item: Item) -> None:
-    """Appends a record."""
-    _check_decodes(item)
-    if len(self.labels) % self._records_per_shard == 0:
-      self._next_shard()
-    assert self._file is not None
-    data = _example(item).SerializeToString(deterministic=True)
-    self.offsets.append(self._file.tell())
-    self.lengths.append(len(data))
-    self.labels.append(item.label)
-    self._file.write(framing.frame(data))
+  def write(
+    self, loaders: Iterable[Loader], folder: str, fingerprint: Mapping[str, object]
+  ) -> list[Part]:
+    """Writes shards and index; one that is there already is replaced.
 
-  def finish(self) -> None:
-    """Closes the last shard."""
-    if self._file is None:
-      return
-    self._file.flush()
-    os.fsync(self._file.fileno())  # The index must not reach the disk before it.
-    self._file.close()
-    status = os.stat(self._file.name)
-    num_before = sum(shard.num_records for shard in self.shards)
-    self.shards.append(
-      manifest.Shard(
-        name=os.path.basename(self._file.name),
-        num_bytes=status.st_size,
-        num_records=len(self.labels) - num_before,
-        modified_ns=status.st_mtime_ns,
-      )
-    )
+    Args:
+      loaders: give the items, always in the same order.
+      folder: made if it is missing.
+      fingerprint: of the source.
 
-  def _next_shard(self) -> None:
-    self.finish()
-    name = f"records-{len(self.shards):05}.tfrecord"
-    path = os.path.join(self._folder, name)
-    self._file = open(path, "wb")  # noqa: SIM115  Open until the next shard.
+    Returns:
+      What was written, shard by shard.
 
+    Raises:
+      UserError: an item can't be read or kept, there are not two classes, the folder
+        can't be written to, or another process writes into it.
+    """
+    folder, index_folder = locate(folder)
+    aside = os.path.join(folder, _ASIDE)
+    try:
+      paths.make_folder(folder)
+      with _alone_in(folder):
+        try:
+          parts = self._write_shards(loaders, aside, fingerprint)
+          _check_classes(parts)
+          _publish(parts, aside, folder, index_folder, fingerprint)
+        except (OSError, UserError):
+          paths.remove_folder(aside)
+          raise
+        paths.remove_folder(aside)
+    except OSError as error:
+      raise UserError(_explain(error, folder)) from error
+    return parts
 
-def _write_index(
-  folder: str, writer: _ShardWriter, fingerprint: Mapping[str, object]
-) -> None:
-  class_names = sorted(set(writer.labels))
-  ids = {name: class_id for class_id, name in enumerate(class_names)}
-  labels = np.array([ids[label] for label in writer.labels], np.int32)
-  table = members.from_labels(labels, len(class_names))
-  names = ClassNames.of(class_names)
-  counts = [shard.num_records for shard in writer.shards]
-  arrays = index_arrays.IndexArrays(
-    offsets=np.array(writer.offsets),
-    lengths=np.array(writer.lengths),
-    shards=np.repeat(np.arange(len(counts)), counts),
-    labels=labels,
-    member_records=table.records,
-    member_starts=table.starts,
-    name_text=names.text,
-    name_starts=names.starts,
-    name_hashes=names.hashes,
-  )
-  index_arrays.write(folder, arrays)
-  manifest.write(
-    folder,
-    manifest.Manifest(
-      shards=tuple(writer.shards),
-      num_classes=len(class_names),
-      label_feature=LABEL_FEATURE,
-      source=fingerprint,
-    ),
-  )
+  def _write_shards(
+    self, loaders: Iterable[Loader], aside: str, fingerprint: Mapping[str, object]
+  ) -> list[Part]:
+    parts = _resume(aside, fingerprint)
+    num_done = sum(part.num_taken for part in parts)
+    rest = itertools.islice(loaders, num_done, None)
+    progress = Progress("ingesting", "items")
+    with futures.ThreadPoolExecutor(self._num_threads) as threads:
+      records = _in_order(threads, self._prepare, rest)
+      while shard := list(itertools.islice(records, self._records_per_shard)):
+        name = f"records-{len(parts):05}.tfrecord"
+        parts.append(shard_file.write(aside, name, shard))
+        progress.advance(len(shard))
+    progress.finish()
+    return parts
+
+  def _prepare(self, load: Loader) -> Prepared | Unreadable:
+    try:
+      return self._preparer(load())
+    except UserError as error:
+      if not self._leave_out_unreadable:
+        raise
+      logging.warning("%s Left out.", error)
+      return Unreadable(str(error))
 
 
-def _example(item: Item) -> tf.train.Example:
-  values = {
-    "image": item.image,
-    LABEL_FEATURE: item.label.encode(),
-    "key": os.fsencode(item.key),
-  }
-  features = {
-    name: tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-    for name, value in values.items()
-  }
-  return tf.train.Example(features=tf.train.Features(feature=features))
-
-
-def _check_decodes(item: Item) -> None:
+def _in_order(
+  threads: futures.Executor, work_fn: Callable[[_In], _Out], inputs: Iterable[_In]
+) -> Iterator[_Out]:
+  """As `map`, but takes few inputs ahead."""
+  waiting: collections.deque[futures.Future[_Out]] = collections.deque()
   try:
-    tf.io.decode_image(item.image, expand_animations=False)
-  except tf.errors.OpError as error:
-    reason = re.sub(r"^{{.*?}} ?", "", error.message).splitlines()[0]
+    for each in inputs:
+      waiting.append(threads.submit(work_fn, each))
+      if len(waiting) > _ITEMS_AHEAD:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    for future in waiting:
+      future.cancel()
+
+
+@contextlib.contextmanager
+def _alone_in(folder: str) -> Iterator[None]:
+  """Keeps other processes of this machine from writing into a folder.
+
+  Raises:
+    UserError: one does.
+  """
+  if paths.is_remote(folder):
+    yield
+    return
+  descriptor = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(
+        f"Another process is ingesting into {folder}; wait for it, or choose another "
+        "folder."
+      ) from error
+    except OSError as error:  # Some network file systems lock no folders.
+      logging.warning("%s can't be locked: %s.", folder, error.strerror)
+    yield
+  finally:
+    os.close(descriptor)
+
+
+def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[Part]:
+  """The shards that a killed run of the same source finished; otherwise starts anew."""
+  note = os.path.join(aside, "fingerprint.json")
+  content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
+  if paths.exists(note) and paths.read_bytes(note) == content:
+    parts = shard_file.read_parts(aside)
+    for part in parts:
+      moved = os.path.join(os.path.dirname(aside), part.name)
+      if not paths.exists(os.path.join(aside, part.name)) and paths.exists(moved):
+        paths.move(moved, os.path.join(aside, part.name))
+    if parts:
+      logging.info("Going on after %d shards that are finished.", len(parts))
+    return parts
+  paths.remove_folder(aside)
+  paths.make_folder(aside)
+  paths.write_bytes(note, content)
+  return []
+
+
+def _publish(
+  parts: list[Part],
+  aside: str,
+  folder: str,
+  index_folder: str,
+  fingerprint: Mapping[str, object],
+) -> None:
+  """Moves shards and then index to their place."""
+  index_aside = os.path.join(aside, "index")
+  paths.remove_folder(index_aside)
+  paths.make_folder(index_aside)
+  index_builder.write_index(
+    index_aside,
+    [part.index(aside) for part in parts],
+    label_feature=LABEL_FEATURE,
+    source=fingerprint,
+  )
+  paths.remove_folder(index_folder)
+  for part in parts:
+    paths.move(os.path.join(aside, part.name), os.path.join(folder, part.name))
+  index_builder.publish_index(index_aside, index_folder)
+
+
+def _check_classes(parts: list[Part]) -> None:
+  classes = sorted({label for part in parts for label in part.labels})
+  if len(classes) < 2:
     raise UserError(
-      f"{item.key} is no image that can be decoded ({len(item.image)} bytes): {reason}"
-    ) from error
+      f"The source has {len(classes)} class ({', '.join(classes)}); retrieval needs at "
+      "least two."
+    )
 
 
 def _explain(error: OSError, folder: str) -> str:

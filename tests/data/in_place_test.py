@@ -1,0 +1,227 @@
+"""Indexing TFRecords as they are: right, incremental, and exact about damage."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import in_place, scan
+from trainer.data.in_place import RecordsInPlace, index_records
+from trainer.data.records import RecordIndex
+from trainer.errors import UserError
+from trainer.ingest import ingest
+
+
+def _example(**features):
+  def feature(value):
+    if isinstance(value, bytes):
+      return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+    if isinstance(value, float):
+      return tf.train.Feature(float_list=tf.train.FloatList(value=[value]))
+    values = value if isinstance(value, list) else [value]
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
+
+  named = {name: feature(value) for name, value in features.items()}
+  return tf.train.Example(features=tf.train.Features(feature=named)).SerializeToString()
+
+
+def _write(path, records):
+  with tf.io.TFRecordWriter(str(path)) as file:
+    for record in records:
+      file.write(record)
+
+
+def _labelled(labels, first=0):
+  return [
+    _example(y=label, blob=os.urandom(1 + (first + n) % 40), number=first + n)
+    for n, label in enumerate(labels)
+  ]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Three shards of a user's own, with labels in a feature of the user's own."""
+  rng = np.random.default_rng(0)
+  for shard in range(3):
+    labels = [b"class %d" % n for n in rng.integers(0, 5, 20 + shard)]
+    _write(tmp_path / f"part {shard}.tfrecord", _labelled(labels, 100 * shard))
+  return tmp_path
+
+
+def _feature(record, name):
+  feature = tf.train.Example.FromString(record).features.feature[name]
+  return (feature.bytes_list.value or feature.int64_list.value)[0]
+
+
+def test_shards_are_indexed_as_they_are(folder):
+  before = {path: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord")}
+  index = index_records(str(folder), label_feature="y")
+  records = index.read(np.arange(index.num_records))
+  shards = sorted(map(str, folder.glob("*.tfrecord")))
+  assert records == [record.numpy() for record in tf.data.TFRecordDataset(shards)]
+  labels = [_feature(record, "y").decode() for record in records]
+  assert [index.class_names[label] for label in index.labels] == labels
+  assert list(index.class_names) == sorted(set(labels))
+  assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_a_pattern_names_the_shards(folder):
+  (folder / "part 2.tfrecord").rename(folder / "other-2.rec")
+  _write(folder / "other-1.rec", _labelled([b"x", b"y"]))
+  index = index_records(str(folder / "other-*"), label_feature="y")
+  assert [shard.name for shard in index.manifest.shards] == [
+    "other-1.rec",
+    "other-2.rec",
+  ]
+  again = index_records(str(folder / "other-*"), label_feature="y")
+  assert again.num_records == index.num_records == 24
+
+
+def test_the_mode_ingest_indexes_in_place(folder, caplog):
+  caplog.set_level("INFO")
+  ingest(source=RecordsInPlace(label_feature="y"), folder=str(folder))
+  assert RecordIndex.open(str(folder)).num_records == 63
+  assert "63 records of 5 classes" in caplog.text
+
+
+def test_integer_labels_name_their_classes_in_digits(tmp_path):
+  _write(tmp_path / "a.tfrecord", _labelled([7, -3, 7]))
+  index = index_records(str(tmp_path), label_feature="y")
+  assert list(index.class_names) == ["-3", "7"]
+  assert index.labels.tolist() == [1, 0, 1]
+
+
+def test_new_shards_are_added_without_reading_the_old(folder, monkeypatch):
+  old = index_records(str(folder), label_feature="y")
+  names = list(old.class_names)
+  _write(folder / "a first.tfrecord", _labelled([b"class 3", b"a new", b"class 1"]))
+  scanned = []
+  true_scan = scan.scan
+  monkeypatch.setattr(scan, "scan", lambda *a: scanned.append(a[1]) or true_scan(*a))
+  index = index_records(str(folder), label_feature="y")
+  assert scanned == ["a first.tfrecord"]
+  assert list(index.class_names) == [*names, "a new"]
+  np.testing.assert_array_equal(index.labels[:63], old.labels)
+  numbers = [_feature(record, "number") for record in index.read([0, 62, 63, 65])]
+  assert numbers == [0, 221, 0, 2]
+  for class_id in range(index.num_classes):
+    assert (index.labels[index.members(class_id)] == class_id).all()
+
+
+def test_an_index_that_is_whole_is_left(folder, monkeypatch):
+  index_records(str(folder), label_feature="y")
+  monkeypatch.setattr(in_place, "write_index", None)
+  assert index_records(str(folder), label_feature="y").num_records == 63
+
+
+def test_a_changed_shard_is_named_and_all_is_read_anew(folder, caplog):
+  index_records(str(folder), label_feature="y")
+  _write(folder / "part 1.tfrecord", _labelled([b"z"] * 9))
+  assert index_records(str(folder), label_feature="y").num_records == 51
+  assert "part 1.tfrecord has" in caplog.text
+  assert "when it was indexed" in caplog.text
+
+
+def test_a_missing_shard_is_named_and_all_is_read_anew(folder, caplog):
+  index_records(str(folder), label_feature="y")
+  (folder / "part 0.tfrecord").unlink()
+  assert index_records(str(folder), label_feature="y").num_records == 43
+  assert "part 0.tfrecord is in the index but cannot be read" in caplog.text
+
+
+def test_a_copy_with_another_time_is_the_same(folder):
+  index_records(str(folder), label_feature="y")
+  os.utime(folder / "part 1.tfrecord", (1, 1))
+  assert RecordIndex.open(str(folder)).num_records == 63
+
+
+def test_other_bytes_of_the_same_size_are_noticed(folder):
+  _write(folder / "part 1.tfrecord", [_example(y=b"aa"), _example(y=b"bb")] * 500)
+  index_records(str(folder), label_feature="y")
+  _write(folder / "part 1.tfrecord", [_example(y=b"bb"), _example(y=b"aa")] * 500)
+  os.utime(folder / "part 1.tfrecord", (1, 1))
+  with pytest.raises(UserError, match=r"part 1\.tfrecord has other bytes than when"):
+    RecordIndex.open(str(folder))
+
+
+def test_readers_of_the_old_index_go_on(folder):
+  old = index_records(str(folder), label_feature="y")
+  labels = np.array(old.labels)
+  _write(folder / "more.tfrecord", _labelled([b"a"] * 500))
+  index_records(str(folder), label_feature="y")
+  np.testing.assert_array_equal(old.labels, labels)
+  assert len(old.read(np.arange(63))) == 63
+
+
+def test_an_empty_shard_has_no_records(folder):
+  _write(folder / "empty.tfrecord", [])
+  assert index_records(str(folder), label_feature="y").num_records == 63
+
+
+def test_a_shard_cut_short_is_named(folder):
+  path = folder / "part 2.tfrecord"
+  path.write_bytes(path.read_bytes()[:-5])
+  with pytest.raises(UserError, match=r"part 2\.tfrecord: record 21 is cut short"):
+    index_records(str(folder), label_feature="y")
+  assert not (folder / "index").exists()
+
+
+@pytest.mark.parametrize(("position", "damage"), [(3, "length"), (-7, "data")])
+def test_a_flipped_byte_is_named(folder, position, damage):
+  path = folder / "part 1.tfrecord"
+  content = bytearray(path.read_bytes())
+  content[position] ^= 4
+  path.write_bytes(content)
+  number = 0 if damage == "length" else 20
+  with pytest.raises(
+    UserError, match=rf"part 1\.tfrecord: record {number} has .*corrupt {damage}"
+  ):
+    index_records(str(folder), label_feature="y")
+
+
+@pytest.mark.parametrize(
+  ("record", "message"),
+  [
+    (_example(blob=b"x"), "has no feature 'y'; it has blob"),
+    (_example(y=1.5), "has a label of type float_list in 'y'; it must be bytes or"),
+    (_example(y=[1, 2]), "has 2 labels in 'y'; it must have one"),
+    (_example(y=3), "has a label of another type than those before it"),
+    (b"\xff\xff", r"is no tf\.train\.Example"),
+  ],
+)
+def test_a_record_without_such_a_label_is_named(folder, record, message):
+  _write(folder / "part 1.tfrecord", [*_labelled([b"a", b"b"]), record])
+  with pytest.raises(UserError, match=rf"part 1\.tfrecord: record 2 {message}"):
+    index_records(str(folder), label_feature="y")
+
+
+def test_a_first_record_without_a_label_is_named(folder):
+  with pytest.raises(
+    UserError, match=r"record 0 has no feature 'label'; it has blob, n"
+  ):
+    index_records(str(folder), label_feature="label")
+
+
+def test_a_label_that_is_no_text_is_named(folder):
+  _write(folder / "part 1.tfrecord", [_example(y=b"\xff\xfe")])
+  with pytest.raises(UserError, match=r"part 1\.tfrecord has a label .* no UTF-8"):
+    index_records(str(folder), label_feature="y")
+
+
+def test_one_class_is_refused(tmp_path):
+  _write(tmp_path / "a.tfrecord", _labelled([b"only"] * 4))
+  with pytest.raises(UserError, match=r"has 1 class \(only\)"):
+    index_records(str(tmp_path), label_feature="y")
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+  with pytest.raises(UserError, match="has no shards; a folder needs files that end"):
+    index_records(str(tmp_path), label_feature="y")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+  with pytest.raises(UserError, match="gone can't be read: No such file"):
+    index_records(str(tmp_path / "gone"), label_feature="y")

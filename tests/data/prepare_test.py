@@ -1,0 +1,145 @@
+"""From items to records: images are checked by their head, decoded, resized."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import image_head
+from trainer.data.prepare import Preparer
+from trainer.data.resize import Resize
+from trainer.data.sources import Item, encode_png
+from trainer.errors import UserError
+
+
+def _image(height=60, width=40, channels=3):
+  shape = (height, width, channels)
+  return np.random.default_rng(1).integers(0, 256, shape).astype(np.uint8)
+
+
+def _encoded(format_name, image):
+  from PIL import Image
+
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, format_name, **_LOSSLESS.get(format_name, {}))
+  return file.getvalue()
+
+
+_LOSSLESS = {"webp": {"lossless": True}}
+
+
+def _bomb(width=20_000, height=20_000):
+  """A PNG of a few bytes that declares a large size."""
+  head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+  chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 1000)), (b"IEND", b"")]
+  return b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(data))
+    + name
+    + data
+    + struct.pack(">I", zlib.crc32(name + data))
+    for name, data in chunks
+  )
+
+
+def _prepared_image(item, **options):
+  record = Preparer(max_pixels=10_000, **options)(item)
+  features = tf.train.Example.FromString(record.data).features.feature
+  return features["image"].bytes_list.value[0]
+
+
+@pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
+def test_the_head_says_format_and_size(format_name):
+  file = _encoded(format_name, _image())
+  assert image_head.read(file) == image_head.Head(format_name, 40, 60)
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
+def test_the_head_of_each_kind_of_webp_says_the_size(options):
+  from PIL import Image
+
+  file = io.BytesIO()
+  Image.fromarray(_image()).save(file, "webp", **options)
+  assert image_head.read(file.getvalue()) == image_head.Head("webp", 40, 60)
+
+
+@pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
+def test_a_head_cut_anywhere_is_no_failure(format_name):
+  file = _encoded(format_name, _image())
+  for length in range(64):
+    head = image_head.read(file[:length])
+    assert head is None or (head.width, head.height) in ((40, 60), (0, 0))
+
+
+def test_a_decompression_bomb_is_refused_by_its_declared_size():
+  with pytest.raises(UserError, match=r"boom declares 20000 x 20000 pixels, more than"):
+    Preparer(max_pixels=100_000_000)(Item("boom", "a", _bomb()))
+
+
+def test_an_image_of_no_bytes_is_named():
+  with pytest.raises(UserError, match=r"empty is no image .* \(0 bytes\)"):
+    Preparer(max_pixels=10_000)(Item("empty", "a", b""))
+
+
+def test_webp_is_kept_as_png_with_the_same_pixels():
+  image = _image()
+  kept = _prepared_image(Item("w", "a", _encoded("webp", image)))
+  assert image_head.read(kept).format == "png"
+  np.testing.assert_array_equal(tf.io.decode_png(kept), image)
+
+
+def test_a_webp_cut_short_is_named():
+  file = _encoded("webp", _image())
+  with pytest.raises(UserError, match="w is no image that can be decoded"):
+    Preparer(max_pixels=10_000)(Item("w", "a", file[: len(file) // 2]))
+
+
+def test_images_are_made_smaller_keeping_their_proportions():
+  kept = _prepared_image(
+    Item("i", "a", encode_png(_image())), resize=Resize(longest_side=30)
+  )
+  assert image_head.read(kept) == image_head.Head("png", 20, 30)
+  expected = tf.image.resize(_image(), (30, 20), antialias=True)
+  np.testing.assert_allclose(tf.io.decode_png(kept), expected, atol=0.51)
+
+
+def test_images_can_be_kept_as_jpeg():
+  resize = Resize(longest_side=30, jpeg_quality=90)
+  kept = _prepared_image(Item("i", "a", encode_png(_image())), resize=resize)
+  assert image_head.read(kept) == image_head.Head("jpeg", 20, 30)
+
+
+def test_images_that_are_small_enough_are_kept_byte_for_byte():
+  file = encode_png(_image())
+  assert _prepared_image(Item("i", "a", file), resize=Resize(longest_side=60)) == file
+
+
+@pytest.mark.parametrize(
+  ("item", "message"),
+  [
+    (Item("k", "a"), "k has neither an image nor another feature"),
+    (Item("k", "a", features={"label": 3}), "feature 'label', a name that is taken"),
+    (Item("k", "a", features={"x": np.array([1j])}), "'x' of type complex128"),
+  ],
+)
+def test_what_makes_no_record_is_refused(item, message):
+  with pytest.raises(UserError, match=message):
+    Preparer(max_pixels=10_000)(item)
+
+
+@pytest.mark.parametrize(
+  "options", [{"longest_side": 0}, {"longest_side": 9, "jpeg_quality": 0}]
+)
+def test_sizes_that_are_not_possible_are_refused(options):
+  with pytest.raises(UserError, match="must be"):
+    Resize(**options)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 4, 2), (2, 4, 4, 3)])
+def test_arrays_that_are_no_images_are_refused(shape):
+  with pytest.raises(UserError, match="can't be kept; it must be uint8"):
+    encode_png(np.zeros(shape, np.uint8))

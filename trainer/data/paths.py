@@ -1,0 +1,170 @@
+"""Files and folders on this machine or elsewhere (gs://, s3://, az://, hdfs://, ram://).
+
+What is here goes straight to the system, which needs no TensorFlow; what is elsewhere
+goes through `tf.io.gfile`. Failures are an `OSError` on both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob as local_glob
+import os
+import shutil
+from collections.abc import Iterator
+from typing import IO, Any, NamedTuple
+
+_NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
+_REASONS = {"NotFoundError": errno.ENOENT, "PermissionDeniedError": errno.EACCES}
+
+
+class Status(NamedTuple):
+  """What tells a file from what it was.
+
+  Attributes:
+    num_bytes: its size.
+    modified_ns: time of its last change, nanoseconds since 1970.
+  """
+
+  num_bytes: int
+  modified_ns: int
+
+
+def is_remote(path: str) -> bool:
+  """Whether a path is not of this machine's file system."""
+  return "://" in path
+
+
+def absolute(path: str) -> str:
+  """The path from the root, with ~ resolved."""
+  return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def open_file(path: str, mode: str) -> IO[Any]:
+  """A file, opened as by `open`; text is UTF-8.
+
+  Raises:
+    OSError: it can't be opened; elsewhere some failures come on reading or closing.
+  """
+  if not is_remote(path):
+    return open(path, mode, encoding=None if "b" in mode else "utf-8")
+  with as_os_errors(path):
+    return gfile(path).GFile(path, mode)
+
+
+def read_bytes(path: str) -> bytes:
+  """The whole content of a file."""
+  with as_os_errors(path), open_file(path, "rb") as file:
+    return file.read()
+
+
+def write_bytes(path: str, content: bytes) -> None:
+  """Writes a file, and makes sure that it has reached the disk."""
+  with as_os_errors(path), open_file(path, "wb") as file:
+    file.write(content)
+    file.flush()
+    if not is_remote(path):
+      os.fsync(file.fileno())
+
+
+def status(path: str) -> Status:
+  """Size and time of a file."""
+  if not is_remote(path):
+    found = os.stat(path)
+    return Status(found.st_size, found.st_mtime_ns)
+  with as_os_errors(path):
+    found = gfile(path).stat(path)
+    return Status(found.length, found.mtime_nsec)
+
+
+def exists(path: str) -> bool:
+  """Whether there is such a file or folder."""
+  if not is_remote(path):
+    return os.path.exists(path)
+  with as_os_errors(path):
+    return gfile(path).exists(path)
+
+
+def list_folder(path: str) -> list[str]:
+  """The names in a folder, sorted."""
+  if not is_remote(path):
+    return sorted(os.listdir(path))
+  with as_os_errors(path):
+    return sorted(name.rstrip("/") for name in gfile(path).listdir(path))
+
+
+def list_folders(path: str) -> list[str]:
+  """The names of the folders in a folder, sorted."""
+  if not is_remote(path):
+    with os.scandir(path) as entries:
+      return sorted(entry.name for entry in entries if entry.is_dir())
+  with as_os_errors(path):
+    is_folder = gfile(path).isdir
+    return [n for n in list_folder(path) if is_folder(os.path.join(path, n))]
+
+
+def matching(pattern: str) -> list[str]:
+  """The paths that match a pattern, sorted."""
+  if not is_remote(pattern):
+    return sorted(local_glob.glob(pattern))
+  with as_os_errors(pattern):
+    return sorted(gfile(pattern).glob(pattern))
+
+
+def make_folder(path: str) -> None:
+  """Makes a folder and those above it; one that is there is left."""
+  if not is_remote(path):
+    try:
+      os.makedirs(path, exist_ok=True)
+    except FileExistsError as error:
+      reason = os.strerror(errno.ENOTDIR)
+      raise NotADirectoryError(errno.ENOTDIR, reason, path) from error
+    return
+  with as_os_errors(path):
+    gfile(path).makedirs(path)
+
+
+def move(source: str, target: str) -> None:
+  """Renames a file, over one that is there."""
+  if not is_remote(source):
+    os.replace(source, target)
+    return
+  with as_os_errors(source):
+    gfile(source).rename(source, target, overwrite=True)
+
+
+def remove_folder(path: str) -> None:
+  """Removes a folder with all in it, if it is there."""
+  if not is_remote(path):
+    shutil.rmtree(path, ignore_errors=True)
+    return
+  with as_os_errors(path):
+    if exists(path):
+      gfile(path).rmtree(path)
+
+
+def gfile(path: str) -> Any:
+  """`tf.io.gfile`, with the file systems that TensorFlow alone does not know."""
+  import tensorflow as tf  # Late: local paths need none.
+
+  if path.split("://", maxsplit=1)[0] in _NEEDS_TENSORFLOW_IO:
+    from trainer.data import tensorflow_io
+
+    tensorflow_io.load(f"paths such as {path}")
+  return tf.io.gfile
+
+
+@contextlib.contextmanager
+def as_os_errors(path: str) -> Iterator[None]:
+  """Failures of TensorFlow's file systems as `OSError`."""
+  if not is_remote(path):
+    yield
+    return
+  import tensorflow as tf
+
+  try:
+    yield
+  except tf.errors.OpError as error:
+    number = _REASONS.get(type(error).__name__, errno.EIO)
+    reason = os.strerror(number) if number != errno.EIO else error.message
+    raise OSError(number, reason, path) from error

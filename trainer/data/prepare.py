@@ -1,0 +1,131 @@
+"""From an item to the bytes of its record: images checked, and resized if wanted."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data import image_head, tensorflow_io
+from trainer.data.resize import Resize
+from trainer.data.sources import Item, Value
+from trainer.errors import UserError
+
+LABEL_FEATURE = "label"
+_RESERVED = ("image", LABEL_FEATURE, "key")
+
+
+class Prepared(NamedTuple):
+  """A record, ready to be written.
+
+  Attributes:
+    label: name of its class.
+    key: its name in the source.
+    data: the serialized `tf.train.Example`.
+    digest: 64-bit hash of what it holds besides key and label.
+  """
+
+  label: str
+  key: str
+  data: bytes
+  digest: int
+
+
+class Preparer:
+  """Makes records of items.
+
+  Args:
+    max_pixels: an image that declares more is refused before it is decoded.
+    resize: makes images smaller; None to keep files byte for byte.
+  """
+
+  def __init__(self, *, max_pixels: int, resize: Optional[Resize] = None):
+    self._max_pixels = max_pixels
+    self._resize = resize
+
+  def __call__(self, item: Item) -> Prepared:
+    """The record of an item.
+
+    Raises:
+      UserError: its image doesn't decode or is too large, or a feature can't be kept.
+    """
+    image = None if item.image is None else self._checked_image(item.key, item.image)
+    values: dict[str, Value] = dict(item.features)
+    for name in _RESERVED:
+      if name in values:
+        raise UserError(
+          f"{item.key} has a further feature {name!r}, a name that is taken; rename it."
+        )
+    if image is not None:
+      values["image"] = image
+    if not values:
+      raise UserError(f"{item.key} has neither an image nor another feature.")
+    content = _serialize(values, item.key)
+    values[LABEL_FEATURE] = item.label
+    values["key"] = item.key.encode("utf-8", "surrogateescape")
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return Prepared(item.label, item.key, _serialize(values, item.key), digest)
+
+  def _checked_image(self, key: str, file: bytes) -> bytes:
+    head = image_head.read(file)
+    if head is not None and head.width * head.height > self._max_pixels:
+      raise UserError(
+        f"{key} declares {head.width} x {head.height} pixels, more than the "
+        f"{self._max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
+      )
+    is_webp = head is not None and head.format == "webp"
+    pixels = _decode_webp(key, file) if is_webp else _decode(key, file)
+    smaller = None if self._resize is None else self._resize(pixels)
+    if smaller is not None:
+      return smaller
+    # The decoders of training know no WebP on every TensorFlow; nothing is lost.
+    return tf.io.encode_png(pixels).numpy() if is_webp else file
+
+
+def _decode(key: str, file: bytes) -> tf.Tensor:
+  try:
+    return tf.io.decode_image(file, expand_animations=False)
+  except tf.errors.OpError as error:
+    raise _no_image(key, file, error.message) from error
+
+
+def _decode_webp(key: str, file: bytes) -> tf.Tensor:
+  try:
+    if hasattr(tf.io, "decode_webp"):
+      return tf.io.decode_webp(file, channels=3)
+    pixels = tensorflow_io.load("WebP images").image.decode_webp(file)
+    return pixels[:, :, :3]
+  except tf.errors.OpError as error:
+    raise _no_image(key, file, error.message) from error
+
+
+def _no_image(key: str, file: bytes, message: str) -> UserError:
+  reason = re.sub(r"^{{.*?}} ?", "", message).splitlines()[0]
+  return UserError(
+    f"{key} is no image that can be decoded ({len(file)} bytes): {reason}"
+  )
+
+
+def _serialize(values: dict[str, Value], key: str) -> bytes:
+  features = {name: _feature(value, name, key) for name, value in values.items()}
+  example = tf.train.Example(features=tf.train.Features(feature=features))
+  return example.SerializeToString(deterministic=True)
+
+
+def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
+  if isinstance(value, str):
+    value = value.encode()
+  if isinstance(value, bytes):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+  array = np.asarray(value).ravel()
+  if array.dtype.kind in "iub":
+    return tf.train.Feature(int64_list=tf.train.Int64List(value=array.tolist()))
+  if array.dtype.kind == "f":
+    return tf.train.Feature(float_list=tf.train.FloatList(value=array.tolist()))
+  raise UserError(
+    f"{key} has a feature {name!r} of type {array.dtype}; it must be text, bytes, "
+    "integers or floats."
+  )

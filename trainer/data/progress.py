@@ -1,0 +1,65 @@
+"""A progress bar on a terminal, a line now and then in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Optional
+
+from absl import logging
+
+_TERMINAL_INTERVAL_S, _LOG_INTERVAL_S = 0.2, 10.0
+_BAR_WIDTH = 30
+
+
+class Progress:
+  """Shows how far a long work is.
+
+  Args:
+    title: what is done.
+    unit: what is counted, in the plural.
+    total: how many there are; None where that is not known.
+  """
+
+  def __init__(self, title: str, unit: str, total: Optional[int] = None):
+    self._title = title
+    self._unit = unit
+    self._total = total
+    self._done = 0
+    self._start_s = self._shown_s = time.monotonic()
+    self._is_terminal = sys.stderr.isatty()
+
+  def advance(self, count: int) -> None:
+    """Adds to what is done, and shows it if it is time."""
+    self._done += count
+    interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
+    if time.monotonic() - self._shown_s >= interval_s:
+      self._shown_s = time.monotonic()
+      self._show()
+
+  def finish(self) -> None:
+    """Clears the bar."""
+    if self._is_terminal:
+      sys.stderr.write("\r\x1b[K")
+      sys.stderr.flush()
+
+  def line(self) -> str:
+    """Title, bar, count, speed and time left."""
+    per_second = self._done / max(time.monotonic() - self._start_s, 1e-9)
+    speed = f"{per_second:,.0f} {self._unit}/s"
+    if not self._total:
+      return f"{self._title}  {self._done:,} {self._unit}  {speed}"
+    filled = _BAR_WIDTH * self._done // self._total
+    bar = "#" * filled + "." * (_BAR_WIDTH - filled)
+    left_s = (self._total - self._done) / max(per_second, 1e-9)
+    return (
+      f"{self._title}  [{bar}] {self._done:,}/{self._total:,} {self._unit}  "
+      f"{speed}  {left_s:.0f} s left"
+    )
+
+  def _show(self) -> None:
+    if self._is_terminal:
+      sys.stderr.write(f"\r\x1b[K{self.line()}")
+      sys.stderr.flush()
+    else:
+      logging.info("%s", self.line())

@@ -1,0 +1,104 @@
+"""One TFRecord file that is being written, and what the index must know of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.data import framing, manifest, paths
+from trainer.data.index_builder import Labels, ShardIndex
+from trainer.data.prepare import Prepared
+
+_ENDING = ".part.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+  """An item that was left out.
+
+  Attributes:
+    reason: names it and says why.
+  """
+
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """A shard that is done.
+
+  Attributes:
+    name: of its file.
+    num_taken: items of the source that went into it, unreadable ones included.
+    keys: of its records.
+    labels: of its records.
+    lengths: of its records' data, bytes.
+    digests: of what its records hold.
+    unreadable: why items were left out.
+  """
+
+  name: str
+  num_taken: int
+  keys: Sequence[str]
+  labels: Sequence[str]
+  lengths: Sequence[int]
+  digests: Sequence[int]
+  unreadable: Sequence[str]
+
+  def index(self, folder: str) -> ShardIndex:
+    """Its part of the index, of the file as it lies in a folder."""
+    lengths = np.array(self.lengths, np.int64)
+    ends = np.cumsum(lengths + framing.OVERHEAD_BYTES)
+    labels = Labels()
+    numbers = labels.numbers_of(self.labels)
+    return ShardIndex(
+      shard=manifest.describe_shard(folder, self.name, len(lengths)),
+      offsets=ends - lengths - framing.OVERHEAD_BYTES,
+      lengths=lengths.astype(np.uint32),
+      labels=numbers,
+      label_names=labels.names,
+    )
+
+
+def write(folder: str, name: str, records: Sequence[Prepared | Unreadable]) -> Part:
+  """Writes a shard, and then a note that it is whole.
+
+  Args:
+    folder: where.
+    name: of the shard's file.
+    records: those to write, and those that are left out.
+
+  Returns:
+    What the note says.
+
+  Raises:
+    OSError: it can't be written.
+  """
+  kept = [record for record in records if isinstance(record, Prepared)]
+  frames = b"".join(framing.frame(record.data) for record in kept)
+  paths.write_bytes(os.path.join(folder, name), frames)
+  part = Part(
+    name=name,
+    num_taken=len(records),
+    keys=[record.key for record in kept],
+    labels=[record.label for record in kept],
+    lengths=[len(record.data) for record in kept],
+    digests=[record.digest for record in kept],
+    unreadable=[each.reason for each in records if isinstance(each, Unreadable)],
+  )
+  note = os.path.join(folder, name + _ENDING)
+  content = json.dumps(dataclasses.asdict(part)).encode()
+  paths.write_bytes(note + ".new", content)
+  paths.move(note + ".new", note)
+  return part
+
+
+def read_parts(folder: str) -> list[Part]:
+  """What the notes in a folder say, in the order of the shards."""
+  names = [name for name in paths.list_folder(folder) if name.endswith(_ENDING)]
+  contents = (paths.read_bytes(os.path.join(folder, name)) for name in names)
+  return [Part(**json.loads(content)) for content in contents]
