@@ -103,7 +103,7 @@ class RecordIndex:
   def facts(self) -> dict[str, str]:
     """What tells this index from another, by name: for workers to compare."""
     contents = hashlib.sha256()
-    for array in (self.labels, self._arrays.lengths, self.class_names.hashes):
+    for array in (self.labels, self.arrays.lengths, self.class_names.hashes):
       contents.update(np.ascontiguousarray(array).data)
     return {
       "the number of records": str(self.num_records),
