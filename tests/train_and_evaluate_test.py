@@ -196,10 +196,12 @@ def test_evaluate_without_a_checkpoint_is_refused(folder):
 def test_a_record_damaged_after_ingest_is_named(folder, tmp_path):
   assert _run(tmp_path, tmp_path / "run", mode="ingest").returncode == 0
   path = tmp_path / "digits" / "records-00000.tfrecord"
+  times = path.stat().st_atime_ns, path.stat().st_mtime_ns
   content = bytearray(path.read_bytes())
   for position in range(3000, len(content), 3000):
     content[position] ^= 1
   path.write_bytes(content)
+  os.utime(path, ns=times)  # As of a disk that fails; a change by hand is seen before.
   done = _run(tmp_path, tmp_path / "run", mode="train")
   assert done.returncode == 2
   assert "records-00000.tfrecord: record" in done.stderr.splitlines()[-1]
