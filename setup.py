@@ -57,7 +57,8 @@ setup(
       "optuna>=4",
       "packaging>=23",
       "pillow>=9",
-      "pyarrow>=14",
+      f"pyarrow>=14,<20; {FULL}",  # The last that take NumPy 1.
+      f"pyarrow>=14; {CURRENT}",
       "pytest>=8",
       "pytest-xdist>=3.5",
       "ruff==0.17.*",

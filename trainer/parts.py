@@ -7,8 +7,11 @@ import trainer.data.in_place
 import trainer.data.resize
 import trainer.data.schedule
 import trainer.data.sources
+import trainer.data.sources_arrays
 import trainer.data.sources_folder
 import trainer.data.sources_idx
+import trainer.data.sources_manifest
+import trainer.data.sources_tables
 import trainer.data.split
 import trainer.distribute.objective
 import trainer.evaluate

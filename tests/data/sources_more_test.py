@@ -1,0 +1,366 @@
+"""Sources of listed, stored and packed items: what they yield, and what they refuse."""
+
+from __future__ import annotations
+
+import io
+
+import h5py
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import tensorflow_io, writer
+from trainer.data.records import RecordIndex
+from trainer.data.sources import Item, encode_png
+from trainer.data.sources_arrays import Hdf5Source, NumpySource
+from trainer.data.sources_folder import ImageFolderSource
+from trainer.data.sources_manifest import ManifestSource
+from trainer.data.sources_tables import LmdbSource, ParquetSource, TfRecordSource
+from trainer.errors import UserError
+from trainer.ingest import ingest
+
+_HAS_TENSORFLOW_IO = tf.__version__.startswith("2.15.")
+
+
+def _image(number):
+  return np.random.default_rng(number).integers(0, 256, (5, 4)).astype(np.uint8)
+
+
+@pytest.fixture
+def listed(tmp_path):
+  """Three images, and a list of them with a further column of each kind."""
+  for number in range(3):
+    (tmp_path / f"bild {number}.png").write_bytes(encode_png(_image(number)))
+  (tmp_path / "list.csv").write_text(
+    "path,label,title,year,price\n"
+    'bild 0.png,"a, b","Käse ""Brot""",1999,1.5\n'
+    "./bild 1.png,ö,two,2000,2\n"
+    "bild 2.png,ö,,2001,-1e3\n",
+    encoding="utf-8",
+  )
+  return tmp_path
+
+
+def _manifest(folder, **options):
+  options = {"number_columns": {"year": "int", "price": "float"}, **options}
+  return ManifestSource(path=str(folder / "list.csv"), **options)
+
+
+def test_further_columns_become_features(listed):
+  items = list(_manifest(listed).items())
+  assert [item.label for item in items] == ["a, b", "ö", "ö"]
+  assert [item.key for item in items] == [f"bild {n}.png" for n in range(3)]
+  assert items[0].features == {"title": 'Käse "Brot"', "year": 1999, "price": 1.5}
+  assert items[2].features == {"title": "", "year": 2001, "price": -1000.0}
+  assert items[1].image == encode_png(_image(1))
+
+
+def test_features_of_a_manifest_are_in_the_records(listed):
+  ingest(source=_manifest(listed), folder=str(listed / "records"))
+  [record] = RecordIndex.open(str(listed / "records")).read([0])
+  features = tf.train.Example.FromString(record).features.feature
+  assert features["title"].bytes_list.value[0].decode() == 'Käse "Brot"'
+  assert features["year"].int64_list.value == [1999]
+  assert features["price"].float_list.value == [1.5]
+
+
+def test_a_tsv_of_texts_needs_no_images(tmp_path):
+  (tmp_path / "texts.tsv").write_text("label\ttext\nx\tone, two\ny\tthree\n")
+  source = ManifestSource(path=str(tmp_path / "texts.tsv"), path_column=None)
+  items = list(source.items())
+  assert items[0] == Item("texts.tsv:2", "x", None, {"text": "one, two"})
+
+
+@pytest.mark.parametrize("path", ["../out.png", "/etc/passwd", "a/../../b", "", ".."])
+def test_a_path_outside_the_folder_is_refused(listed, path):
+  with open(listed / "list.csv", "a", encoding="utf-8") as file:
+    file.write(f"{path},ö,t,1,1\n")
+  with pytest.raises(UserError, match=r"list\.csv: line 5 has the path .* not inside"):
+    list(_manifest(listed).loaders())
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ("bild 0.png,,t,1,1", "line 5 has no label in column 'label'"),
+    ("bild 0.png,a", "line 5 has not as many fields"),
+    ("bild 0.png,a,t,1,1,1", "line 5 has not as many fields"),
+    ("bild 0.png,a,t,x,1", "line 5 has 'x' in column 'year', which is no int"),
+    ("gone.png,a,t,1,1", "gone.png can't be read: No such file"),
+    ('bild 0.png,"a"b,t,1,1', "after line 4: "),
+  ],
+)
+def test_a_damaged_row_is_named(listed, row, message):
+  with open(listed / "list.csv", "a", encoding="utf-8") as file:
+    file.write(row + "\n")
+  with pytest.raises(UserError, match=message):
+    list(_manifest(listed).items())
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"label_column": "class"}, "has no column 'class'; it has path, label, title"),
+    ({"number_columns": {"year": "date"}}, "'date' is not known; choose 'int'"),
+  ],
+)
+def test_columns_that_are_not_there_are_refused(listed, options, message):
+  with pytest.raises(UserError, match=message):
+    list(_manifest(listed, **options).loaders())
+
+
+def test_a_manifest_that_is_no_text_is_named(listed):
+  (listed / "list.csv").write_bytes(b"path,label\n\xff,\xfe\n")
+  with pytest.raises(UserError, match=r"list\.csv is not UTF-8 \(byte 11\)"):
+    list(_manifest(listed, number_columns={}).loaders())
+
+
+def test_a_link_to_itself_is_named(tmp_path):
+  for name in "ab":
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "0.png").write_bytes(encode_png(_image(0)))
+  (tmp_path / "b" / "1.png").symlink_to("1.png")
+  with pytest.raises(UserError, match=r"b/1\.png can't be read: Too many levels"):
+    ImageFolderSource(folder=str(tmp_path)).fingerprint()
+
+
+def test_a_class_folder_that_links_to_its_parent_ends(tmp_path):
+  for name in "ab":
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "0.png").write_bytes(encode_png(_image(0)))
+    (tmp_path / name / "up").symlink_to(tmp_path)
+  (tmp_path / "loop").symlink_to(tmp_path)
+  source = ImageFolderSource(folder=str(tmp_path))
+  assert [item.key for item in source.items()] == ["a/0.png", "b/0.png"]
+
+
+def _write_arrays(folder, kind, inputs, labels):
+  if kind == "npy":
+    np.save(folder / "inputs.npy", inputs)
+    np.save(folder / "labels.npy", labels)
+    names = str(folder / "inputs.npy"), str(folder / "labels.npy")
+    return NumpySource(inputs=names[0], labels=names[1])
+  if kind == "npz":
+    np.savez(folder / "both.npz", x=inputs, y=labels)
+    path = folder / "both.npz"
+    return NumpySource(inputs=f"{path}:x", labels=f"{path}:y")
+  with h5py.File(folder / "both.h5", "w") as file:
+    file["x"] = inputs
+    file["y"] = labels.astype(object) if labels.dtype.kind == "U" else labels
+  return Hdf5Source(path=str(folder / "both.h5"), inputs="x", labels="y")
+
+
+_KINDS = ("npy", "npz", "hdf5")
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("channels", [(), (1,), (3,)])
+def test_arrays_of_images_come_back_bit_for_bit(tmp_path, kind, channels):
+  images = np.random.default_rng(0).integers(0, 256, (4, 5, 6, *channels))
+  images = images.astype(np.uint8)
+  source = _write_arrays(tmp_path, kind, images, np.array([1, 0, 1, 2]))
+  items = list(source.items())
+  decoded = np.stack([tf.io.decode_png(item.image).numpy() for item in items])
+  np.testing.assert_array_equal(decoded.reshape(images.shape), images)
+  assert [item.label for item in items] == ["1", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_arrays_of_vectors_become_a_feature(tmp_path, kind):
+  vectors = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+  source = _write_arrays(tmp_path, kind, vectors, np.array(["b", "ä", "b"]))
+  items = list(source.items())
+  assert [item.label for item in items] == ["b", "ä", "b"]
+  assert all(item.image is None for item in items)
+  np.testing.assert_array_equal([item.features["vector"] for item in items], vectors)
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_other_arrays_have_another_fingerprint(tmp_path, kind):
+  vectors, labels = np.ones((4, 2), np.float32), np.arange(4)
+  before = _write_arrays(tmp_path, kind, vectors, labels).fingerprint()
+  assert _write_arrays(tmp_path, kind, 2 * vectors, labels).fingerprint() != before
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize(
+  ("inputs", "labels", "message"),
+  [
+    (np.zeros((4, 2)), np.zeros((4, 1), np.int64), "they must be .N. integers or text"),
+    (np.zeros((4, 2)), np.zeros((4, 3), np.int64), "they must be .N. integers or text"),
+    (np.zeros((4, 2)), np.zeros(4), "type float64 and shape"),
+    (np.zeros((4, 2)), np.zeros(3, np.int64), "has 4 items and 3 labels"),
+    (np.zeros((4, 2, 2)), np.zeros(4, np.int64), "images must be uint8"),
+  ],
+)
+def test_arrays_that_do_not_fit_are_refused(tmp_path, kind, inputs, labels, message):
+  with pytest.raises(UserError, match=message):
+    list(_write_arrays(tmp_path, kind, inputs, labels).loaders())
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_truncated_file_of_arrays_is_named(tmp_path, kind):
+  source = _write_arrays(tmp_path, kind, np.ones((400, 20)), np.arange(400))
+  for path in tmp_path.iterdir():
+    path.write_bytes(path.read_bytes()[:1000])
+  with pytest.raises(UserError, match="can't be read as"):
+    list(source.loaders())
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_a_missing_file_of_arrays_is_named(tmp_path, kind):
+  source = _write_arrays(tmp_path, kind, np.ones((4, 2)), np.arange(4))
+  for path in tmp_path.iterdir():
+    path.unlink()
+  with pytest.raises(UserError, match="can't be read"):
+    source.fingerprint()
+
+
+def test_an_array_that_is_not_in_the_file_is_named(tmp_path):
+  np.savez(tmp_path / "a.npz", x=np.zeros((2, 2)))
+  path = tmp_path / "a.npz"
+  with pytest.raises(UserError, match="has no array 'y'; it has x"):
+    list(NumpySource(inputs=f"{path}:x", labels=f"{path}:y").loaders())
+
+
+def test_a_data_set_that_is_not_in_the_file_is_named(tmp_path):
+  _write_arrays(tmp_path, "hdf5", np.zeros((2, 2)), np.arange(2))
+  source = Hdf5Source(path=str(tmp_path / "both.h5"), inputs="x", labels="z")
+  with pytest.raises(UserError, match="has no data set 'z'; it has x, y"):
+    list(source.loaders())
+
+
+def test_labels_of_arrays_get_their_names(tmp_path):
+  _write_arrays(tmp_path, "npy", np.zeros((3, 2)), np.array([0, 1, 2]))
+  names = {name: str(tmp_path / f"{name}.npy") for name in ("inputs", "labels")}
+  with pytest.raises(UserError, match="has label 2, but class_names names only 2"):
+    [load().label for load in NumpySource(**names, class_names=("a", "b")).loaders()]
+
+
+def _parquet(folder):
+  import pyarrow
+  from pyarrow import parquet
+
+  table = {
+    "image": [encode_png(_image(n)) for n in range(3)],
+    "label": ["x", "y", "ü"],
+    "year": [1, 2, 3],
+    "note": ["a", "", "c"],
+  }
+  parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
+  return folder / "rows.parquet"
+
+
+needs_tensorflow_io = pytest.mark.skipif(
+  not _HAS_TENSORFLOW_IO, reason="tensorflow-io has no release for this TensorFlow"
+)
+
+
+@needs_tensorflow_io
+def test_rows_of_parquet_become_items(tmp_path):
+  items = list(ParquetSource(pattern=str(_parquet(tmp_path))).items())
+  assert [item.label for item in items] == ["x", "y", "ü"]
+  assert items[2].image == encode_png(_image(2))
+  assert items[2].features == {"year": 3, "note": b"c"}
+  assert items[2].key == "rows.parquet/2"
+
+
+@needs_tensorflow_io
+def test_a_column_that_is_not_there_is_named(tmp_path):
+  source = ParquetSource(pattern=str(_parquet(tmp_path)), label_column="class")
+  with pytest.raises(UserError, match="has no column 'class'; it has"):
+    list(source.loaders())
+
+
+@needs_tensorflow_io
+def test_a_parquet_file_cut_short_is_named(tmp_path):
+  path = _parquet(tmp_path)
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(UserError, match=r"rows\.parquet can't be read"):
+    list(ParquetSource(pattern=str(path)).loaders())
+
+
+def _lmdb(folder):
+  import lmdb
+
+  environment = lmdb.open(str(folder / "db"), map_size=1 << 20)
+  with environment.begin(write=True) as transaction:
+    for number in range(3):
+      key = f"class {number % 2}/{number}".encode()
+      transaction.put(key, encode_png(_image(number)))
+  environment.close()
+  return str(folder / "db")
+
+
+@needs_tensorflow_io
+def test_entries_of_lmdb_become_items(tmp_path):
+  items = list(LmdbSource(path=_lmdb(tmp_path)).items())
+  assert [item.key for item in items] == ["class 0/0", "class 0/2", "class 1/1"]
+  assert [item.label for item in items] == ["class 0", "class 0", "class 1"]
+  assert items[1].image == encode_png(_image(2))
+
+
+@needs_tensorflow_io
+def test_a_key_without_a_class_is_named(tmp_path):
+  source = LmdbSource(path=_lmdb(tmp_path), label_pattern="^(x)")
+  with pytest.raises(UserError, match="the key 'class 0/0' has no class by"):
+    list(source.loaders())
+
+
+def test_what_needs_tensorflow_io_says_which_python_has_it(tmp_path, monkeypatch):
+  (tmp_path / "a.parquet").write_bytes(b"")
+  monkeypatch.setattr(tensorflow_io, "_import", lambda: (None, "No module named it"))
+  with pytest.raises(UserError, match=r"Parquet files need tensorflow-io.*3\.11"):
+    list(ParquetSource(pattern=str(tmp_path / "a.parquet")).loaders())
+
+
+def _records(folder):
+  items = [
+    Item(f"k{n}", f"c{n % 2}", encode_png(_image(n)), {"n": n, "v": [1.5, n]})
+    for n in range(4)
+  ]
+  writer.write_records(items, str(folder), records_per_shard=3, fingerprint={})
+  return str(folder / "*.tfrecord")
+
+
+def test_tfrecords_can_be_ingested_anew(tmp_path):
+  source = TfRecordSource(pattern=_records(tmp_path), features=("n", "v"))
+  items = list(source.items())
+  assert [item.label for item in items] == ["c0", "c1", "c0", "c1"]
+  assert items[3].key == "records-00001.tfrecord/0"
+  assert items[3].image == encode_png(_image(3))
+  assert items[3].features == {"n": 3, "v": [1.5, 3.0]}
+
+
+def test_damage_in_a_tfrecord_is_named(tmp_path):
+  pattern = _records(tmp_path)
+  path = tmp_path / "records-00000.tfrecord"
+  path.write_bytes(path.read_bytes()[:-3])
+  with pytest.raises(
+    UserError, match=r"records-00000\.tfrecord: record 2 is cut short"
+  ):
+    list(TfRecordSource(pattern=pattern).loaders())
+
+
+def test_a_feature_that_is_not_there_is_named(tmp_path):
+  source = TfRecordSource(pattern=_records(tmp_path), image_feature="jpg")
+  with pytest.raises(UserError, match="has no feature 'jpg'; it has"):
+    list(source.items())
+
+
+def test_a_pattern_without_files_is_named(tmp_path):
+  with pytest.raises(UserError, match="matches no file"):
+    TfRecordSource(pattern=str(tmp_path / "*.tfrecord")).fingerprint()
+
+
+def test_webp_and_the_other_formats_are_ingested_from_folders(tmp_path):
+  from PIL import Image
+
+  for number, ending in enumerate(("png", "jpeg", "gif", "bmp", "webp")):
+    (tmp_path / "images" / f"c{number}").mkdir(parents=True)
+    file = io.BytesIO()
+    Image.fromarray(_image(number)).save(file, ending)
+    (tmp_path / "images" / f"c{number}" / f"0.{ending}").write_bytes(file.getvalue())
+  source = ImageFolderSource(folder=str(tmp_path / "images"))
+  ingest(source=source, folder=str(tmp_path / "records"))
+  assert RecordIndex.open(str(tmp_path / "records")).num_records == 5
