@@ -8,15 +8,28 @@ from tests.losses import oracles
 from trainer.errors import UserError
 from trainer.losses import distances
 
-_FUNCTIONS = [
-  (distances.euclidean, oracles.euclidean),
-  (distances.squared_euclidean, oracles.squared_euclidean),
-  (distances.cosine, oracles.cosine),
+_ORACLES = {
+  "euclidean": oracles.euclidean,
+  "squared_euclidean": oracles.squared_euclidean,
+  "normalized_euclidean": oracles.normalized_euclidean,
+  "exact_euclidean": oracles.euclidean,
+  "exact_squared_euclidean": oracles.squared_euclidean,
+  "cosine": oracles.cosine,
+}
+_COMPARISONS = [
+  *((distances.DISTANCES[name], oracle) for name, oracle in _ORACLES.items()),
   (distances.cosine_similarity, oracles.cosine_similarity),
+  (distances.inner_product, np.dot),
 ]
 _each_function = pytest.mark.parametrize(
-  ("distance_fn", "oracle"), _FUNCTIONS, ids=[f.__name__ for f, _ in _FUNCTIONS]
+  ("distance_fn", "oracle"),
+  _COMPARISONS,
+  ids=[*_ORACLES, "cosine_similarity", "inner_product"],
 )
+
+
+def test_every_named_distance_has_an_oracle():
+  assert _ORACLES.keys() == distances.DISTANCES.keys()
 
 
 def _vectors(num, seed, norm=1.0):
@@ -61,7 +74,13 @@ def test_gradient_is_the_finite_difference(distance_fn, oracle):
 
 
 @pytest.mark.parametrize(
-  "distance_fn", [distances.euclidean, distances.squared_euclidean]
+  "distance_fn",
+  [
+    distances.euclidean,
+    distances.squared_euclidean,
+    distances.exact_euclidean,
+    distances.exact_squared_euclidean,
+  ],
 )
 def test_duplicates_have_distance_zero_and_gradient_zero(distance_fn):
   embeddings = tf.constant(np.repeat(_vectors(1, 0), 4, axis=0))
@@ -81,6 +100,17 @@ def test_error_of_a_squared_distance_is_below_what_counts_as_duplicate(num_dimen
   error = np.diag(distances.squared_euclidean(anchors, near)) - expected
   bound = 2 * 8 * 2.0**-23 * np.sum(np.float64(anchors) ** 2, axis=1)
   assert (np.abs(error) < bound).all()
+
+
+def test_exact_form_tells_small_distances_that_the_gram_form_takes_for_duplicates():
+  anchors = _vectors(64, 0)
+  anchors /= np.linalg.norm(anchors, axis=1, keepdims=True)
+  moved = anchors + 2e-4 * _vectors(64, 1)
+  expected = np.linalg.norm(np.float64(moved) - anchors, axis=1)
+  exact = np.diag(distances.exact_euclidean(anchors, moved))
+  gram = np.diag(distances.euclidean(anchors, moved))
+  np.testing.assert_allclose(exact, expected, rtol=1e-6)
+  assert (np.abs(gram - expected) > 0.1 * expected).any()
 
 
 def test_zero_vector_has_cosine_similarity_zero():

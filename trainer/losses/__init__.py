@@ -2,6 +2,8 @@
 
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss
+from trainer.losses.jitter import JitteredLoss
+from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.pairs import (
   CircleLoss,
   ContrastiveLoss,
@@ -40,8 +42,10 @@ __all__ = [
   "DistanceWeightedNegatives",
   "InfoNCELoss",
   "InsideMarginTripletLoss",
+  "JitteredLoss",
   "LearnedTemperature",
   "LiftedStructureLoss",
+  "MiningStatistics",
   "MultiSimilarityLoss",
   "NPairsLoss",
   "SemiHardTripletLoss",

@@ -24,7 +24,7 @@ def all_triplets(
 
   Args:
     distances: [T, C] float32.
-    pairs: which distances are to positives and which to negatives.
+    pairs: which distances are to positives, with their lists, and which to negatives.
     margin: in the distances' units.
 
   Returns:
@@ -47,26 +47,23 @@ def _sums_and_slope(
   distances: tf.Tensor, pairs: Relevance, margin: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
   """The sums and counts, both [T], and the sums' gradient to distances, [T, C]."""
-  num_positives = tf.reduce_sum(tf.cast(pairs.is_positive, tf.int32), 1)
-  columns = tf.argsort(
-    tf.cast(pairs.is_positive, tf.int32), direction="DESCENDING", stable=True
-  )
+  lists = pairs.lists
+  assert lists is not None
   negatives = tf.where(pairs.is_negative, distances, float("inf"))
-  rows = tf.range(tf.shape(distances)[0])
 
   def body(k, total, num_active, slope):  # type: ignore[no-untyped-def]
-    positive = tf.stack([rows, columns[:, k]], 1)
-    threshold = tf.gather_nd(distances, positive) + margin
-    threshold = tf.where(k < num_positives, threshold, -float("inf"))
-    hinge = tf.nn.relu(threshold[:, None] - negatives)
-    is_active = tf.sign(hinge)
+    places, is_positive = lists.places(k)
+    threshold = tf.gather_nd(distances, places) + margin
+    threshold = tf.where(is_positive, threshold, -float("inf"))[:, None]
+    is_active = tf.cast(threshold > negatives, tf.float32)
     count = tf.reduce_sum(is_active, 1)
-    slope = tf.tensor_scatter_nd_add(slope - is_active, positive, count)
-    return k + 1, total + tf.reduce_sum(hinge, 1), num_active + count, slope
+    hinge = tf.reduce_sum(tf.nn.relu(threshold - negatives), 1)
+    slope = tf.tensor_scatter_nd_add(slope - is_active, places, count)
+    return k + 1, total + hinge, num_active + count, slope
 
   zeros = tf.zeros_like(distances[:, 0])
   _, total, num_active, slope = tf.while_loop(
-    lambda k, *_: k < tf.reduce_max(num_positives),
+    lambda k, *_: k < tf.reduce_max(lists.sizes),
     body,
     (tf.constant(0), zeros, zeros, tf.zeros_like(distances)),
   )

@@ -5,16 +5,21 @@ Shapes: A anchors, T anchors of a tile, C candidates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses.relevance import Relevance, check_labels, relevance
-from trainer.losses.statistics import mining_sums, named
-from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio, Statistic
-from trainer.losses.tiles import Sums, sum_over_tiles
+from trainer.losses.distances import Comparison
+from trainer.losses.relevance import (
+  Relevance,
+  check_labels,
+  positive_lists,
+  relevance,
+)
+from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
+from trainer.losses.tiles import Pairs, Slopes, Sums, sum_over_tiles
 
 
 class AnchorTerms(NamedTuple):
@@ -57,15 +62,20 @@ class AnchorwiseLoss(tf.Module):
   count it is divided by. A mean over nothing is 0 with gradient 0.
 
   Attributes:
+    comparison: how an anchor and a candidate are compared.
+    margin: of its triplets, in units of the comparison; None where it has none.
     needs_positives: whether a batch without two examples of a class has no loss.
+    needs_lists: whether the terms are made of one positive after the other.
   """
 
+  margin: Optional[float] = None
   needs_positives = True
+  needs_lists = False
 
   def __init__(
     self,
     *,
-    compare_fn: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+    comparison: Comparison,
     reduction: str,
     rows_per_tile: Optional[int] = None,
   ):
@@ -74,9 +84,11 @@ class AnchorwiseLoss(tf.Module):
         f"reduction={reduction!r} is unknown; use one of {sorted(REDUCTIONS)}."
       )
     super().__init__()
-    self._compare_fn = compare_fn
+    self.comparison = comparison
     self._reduction_fn = REDUCTIONS[reduction]
     self._rows_per_tile = rows_per_tile
+    # Made once: a function made at each call would be compiled at each call.
+    self._pairs_fn = tf.function(self._sums_and_slopes, jit_compile=True)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -102,31 +114,36 @@ class AnchorwiseLoss(tf.Module):
     """
     check_labels(anchors.labels, anchors.embeddings.shape[0])
     check_labels(candidates.labels, candidates.embeddings.shape[0])
-    anchors = anchors._replace(embeddings=tf.cast(anchors.embeddings, tf.float32))
-    candidates = candidates._replace(
-      embeddings=tf.cast(candidates.embeddings, tf.float32)
-    )
+    vectors_fn = self.comparison.vectors_fn
     sums = sum_over_tiles(
-      self._tile_sums, anchors, candidates, self.parameters(), self._rows_per_tile
+      self._pairs_fn,
+      anchors._replace(embeddings=vectors_fn(anchors.embeddings)),
+      candidates._replace(embeddings=vectors_fn(candidates.embeddings)),
+      positive_lists(anchors, candidates) if self.needs_lists else None,
+      uses_norms=self.comparison.uses_norms,
+      parameters=self.parameters(),
+      rows_per_tile=self._rows_per_tile,
     )
-    statistics: dict[str, Statistic] = {
-      "mining/active_fraction": Ratio(sums.num_active, sums.num_terms),
-      **named(sums.mining),
-    }
     count = tf.stop_gradient(self._reduction_fn(sums, anchors.weights))
-    return LossTerms(sums.total, count, statistics)
+    active = Ratio(sums.num_active, sums.num_terms)
+    return LossTerms(sums.total, count, {"mining/active_fraction": active})
 
-  def _tile_sums(
-    self,
-    anchors: Anchors,
-    candidates: Candidates,
-    parameters: Sequence[tf.Tensor],
-  ) -> Sums:
-    compared = self._compare_fn(anchors.embeddings, candidates.embeddings)
-    pairs = relevance(anchors, candidates)
-    terms = self.anchor_terms(compared, pairs, parameters)
-    total, num_active, num_terms = (
-      tf.reduce_sum(anchors.weights * each) for each in terms
+  def _sums_and_slopes(
+    self, pairs: Pairs, parameters: Sequence[tf.Tensor]
+  ) -> tuple[Sums, Slopes]:
+    """The sums of a tile, and the gradients of its total."""
+    sources = [pairs.products, *parameters]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch(sources)
+      compared = self.comparison.compare_fn(
+        pairs.products, pairs.anchor_norms, pairs.candidate_norms
+      )
+      terms = self.anchor_terms(
+        compared, relevance(pairs.anchors, pairs.candidates, pairs.lists), parameters
+      )
+      sums = Sums(*(tf.reduce_sum(pairs.anchors.weights * each) for each in terms))
+    gradients = tape.gradient(
+      sums.total, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-    mining = mining_sums(anchors, candidates, pairs)
-    return Sums(total, num_active, num_terms, mining)
+    to_products, *to_parameters = gradients
+    return sums, Slopes(to_products, to_parameters)

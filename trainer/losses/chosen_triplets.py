@@ -6,10 +6,12 @@ Shapes: T anchors, C candidates.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Optional
 
 import tensorflow as tf
 
 from trainer.losses.penalties import PenaltyFn
+from trainer.losses.positive_lists import PositiveLists
 
 # From [T, 1] distances to a positive, the [T, C] weights of the negatives it meets.
 ChooseFn = Callable[[tf.Tensor], tf.Tensor]
@@ -17,6 +19,7 @@ ChooseFn = Callable[[tf.Tensor], tf.Tensor]
 
 def chosen_triplets(
   distances: tf.Tensor,
+  lists: Optional[PositiveLists],
   positives: tf.Tensor,
   choose_fn: ChooseFn,
   penalty_fn: PenaltyFn,
@@ -25,6 +28,7 @@ def chosen_triplets(
 
   Args:
     distances: [T, C] float32.
+    lists: the positives of each anchor.
     positives: [T, C] float32 weights w_p, without gradient.
     choose_fn: the weights w_n, without gradient.
     penalty_fn: what a triplet costs.
@@ -36,7 +40,7 @@ def chosen_triplets(
 
   @tf.custom_gradient
   def sums(distances: tf.Tensor) -> tuple[tuple[tf.Tensor, ...], Callable]:
-    *values, slope = _sums_and_slope(distances, positives, choose_fn, penalty_fn)
+    *values, slope = _sums_and_slope(distances, lists, positives, choose_fn, penalty_fn)
 
     def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> tf.Tensor:
       return upstream[:, None] * slope
@@ -48,21 +52,19 @@ def chosen_triplets(
 
 def _sums_and_slope(
   distances: tf.Tensor,
+  lists: Optional[PositiveLists],
   positives: tf.Tensor,
   choose_fn: ChooseFn,
   penalty_fn: PenaltyFn,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
   """Three [T] sums, and the gradient of the first to distances, [T, C]."""
-  is_positive = tf.cast(positives > 0.0, tf.int32)
-  most = tf.reduce_max(tf.reduce_sum(is_positive, 1))
-  columns = tf.argsort(is_positive, direction="DESCENDING", stable=True)
-  rows = tf.range(tf.shape(distances)[0])
+  assert lists is not None
 
   def body(k, total, num_active, num_terms, slope):  # type: ignore[no-untyped-def]
-    place = tf.stack([rows, columns[:, k]], 1)
-    positive = tf.gather_nd(distances, place)[:, None]
-    # The weight is 0 where an anchor has fewer positives than others.
-    weights = tf.gather_nd(positives, place)[:, None] * choose_fn(positive)
+    places, is_positive = lists.places(k)
+    positive = tf.gather_nd(distances, places)[:, None]
+    weight = tf.where(is_positive, tf.gather_nd(positives, places), 0.0)
+    weights = weight[:, None] * choose_fn(positive)
     cost, derivative = penalty_fn(positive, distances)
     pull = weights * derivative
     return (
@@ -70,12 +72,12 @@ def _sums_and_slope(
       total + tf.reduce_sum(weights * cost, 1),
       num_active + tf.reduce_sum(weights * tf.sign(cost), 1),
       num_terms + tf.reduce_sum(weights, 1),
-      tf.tensor_scatter_nd_add(slope - pull, place, tf.reduce_sum(pull, 1)),
+      tf.tensor_scatter_nd_add(slope - pull, places, tf.reduce_sum(pull, 1)),
     )
 
   zeros = tf.zeros_like(distances[:, 0])
   _, *sums, slope = tf.while_loop(
-    lambda k, *_: k < most,
+    lambda k, *_: k < tf.reduce_max(lists.sizes),
     body,
     (tf.constant(0), zeros, zeros, zeros, tf.zeros_like(distances)),
   )

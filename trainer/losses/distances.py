@@ -1,87 +1,141 @@
-"""Distances from anchors to candidates, from one matrix product.
+"""How two embeddings are compared, from their inner product and their norms.
 
 Shapes: A anchors, C candidates, D dimensions.
 
 The Gram form ‖a‖² − 2⟨a, c⟩ + ‖c‖² costs one matrix product and subtracts nearly equal
 numbers: in float32 a squared distance carries an error of up to about 5 ulp of
 ‖a‖² + ‖c‖². What is below that error is taken for a duplicate: its distance is exactly
-0, with gradient 0, on every device and for every split of the batch over replicas.
+0, with gradient 0, on every device and for every split of the batch over replicas. The
+exact forms take products in float64, whose error is 5e8 times smaller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from trainer.errors import UserError
 
 # Eight ulp of ‖a‖² + ‖c‖² ≈ 2‖a‖²; five is the most seen for 8 to 2,048 dimensions.
-_ROUNDING = 2 * 8 * 2.0**-23
+_DUPLICATE_ULPS = 2 * 8
+_ULP = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
 
-DistanceFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
+class Comparison(NamedTuple):
+  """A way to compare, split so that the matrix product stands alone.
 
-def squared_euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  """Squared Euclidean distance, [A, C] float32; 0 with gradient 0 for duplicates.
-
-  Args:
-    anchors: [A, D] float.
-    candidates: [C, D] float.
+  Attributes:
+    vectors_fn: from embeddings [N, D] float to the vectors whose products are taken.
+    compare_fn: from products [A, C], squared norms of anchors [A] and of candidates
+      [C] to distances or similarities [A, C] float32.
+    uses_norms: whether squared distances are compared, and not products alone.
+    distance_fn: from what is compared to distances: larger is farther.
   """
-  return _squared_euclidean(_float32(anchors), _float32(candidates))
+
+  vectors_fn: Callable[[tf.Tensor], tf.Tensor]
+  compare_fn: Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tf.Tensor]
+  uses_norms: bool
+  distance_fn: Callable[[tf.Tensor], tf.Tensor] = tf.identity
+
+  def __call__(self, anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
+    """Compares all anchors with all candidates.
+
+    Args:
+      anchors: [A, D] float.
+      candidates: [C, D] float.
+
+    Returns:
+      [A, C] float32.
+    """
+    left, right = self.vectors_fn(anchors), self.vectors_fn(candidates)
+    products = tf.matmul(left, right, transpose_b=True)
+    return self.compare_fn(products, squared_norms(left), squared_norms(right))
 
 
-def euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  """Euclidean distance, [A, C] float32; 0 with gradient 0 for duplicates.
-
-  Args:
-    anchors: [A, D] float.
-    candidates: [C, D] float.
-  """
-  return _euclidean(_float32(anchors), _float32(candidates))
+def squared_norms(vectors: tf.Tensor) -> tf.Tensor:
+  """Squared Euclidean norm of each row, [N] of [N, D]."""
+  return tf.reduce_sum(tf.square(vectors), 1)
 
 
-def normalized_euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  """Euclidean distance of the vectors scaled to norm 1, [A, C] float32.
-
-  Args:
-    anchors: [A, D] float.
-    candidates: [C, D] float.
-  """
-  return _euclidean(_unit(anchors), _unit(candidates))
+def _float32(embeddings: tf.Tensor) -> tf.Tensor:
+  return tf.cast(tf.convert_to_tensor(embeddings), tf.float32)
 
 
-def cosine(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  """One minus the cosine similarity, [A, C] float32; 1 where a vector is zero.
-
-  Args:
-    anchors: [A, D] float.
-    candidates: [C, D] float.
-  """
-  return 1.0 - cosine_similarity(anchors, candidates)
+def _float64(embeddings: tf.Tensor) -> tf.Tensor:
+  return tf.cast(tf.convert_to_tensor(embeddings), tf.float64)
 
 
-def cosine_similarity(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  """Cosine similarity, [A, C] float32; 0 with gradient 0 where a vector is zero.
-
-  Args:
-    anchors: [A, D] float.
-    candidates: [C, D] float.
-  """
-  return tf.matmul(_unit(anchors), _unit(candidates), transpose_b=True)
+def _unit(embeddings: tf.Tensor) -> tf.Tensor:
+  return tf.math.l2_normalize(_float32(embeddings), axis=1, epsilon=1e-30)
 
 
-DISTANCES: Mapping[str, DistanceFn] = {
+def _squared(
+  products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
+) -> tf.Tensor:
+  """[A, C] squared distances in the products' type; exactly 0 for duplicates."""
+  squared = anchor_norms[:, None] - 2.0 * products + candidate_norms[None, :]
+  bound = _DUPLICATE_ULPS * _ULP[products.dtype] * anchor_norms[:, None]
+  return tf.where(squared <= bound, tf.zeros_like(squared), squared)
+
+
+def _compare_squared(
+  products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
+) -> tf.Tensor:
+  return tf.cast(_squared(products, anchor_norms, candidate_norms), tf.float32)
+
+
+def _compare_euclidean(
+  products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
+) -> tf.Tensor:
+  squared = _squared(products, anchor_norms, candidate_norms)
+  is_apart = squared > 0.0
+  # Inside as well: the root's gradient at 0 is infinite, and masking it gives NaN.
+  roots = tf.sqrt(tf.where(is_apart, squared, tf.ones_like(squared)))
+  return tf.cast(tf.where(is_apart, roots, tf.zeros_like(roots)), tf.float32)
+
+
+def _compare_product(
+  products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
+) -> tf.Tensor:
+  del anchor_norms, candidate_norms
+  return products
+
+
+def _compare_cosine(
+  products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
+) -> tf.Tensor:
+  return 1.0 - _compare_product(products, anchor_norms, candidate_norms)
+
+
+euclidean = Comparison(_float32, _compare_euclidean, uses_norms=True)
+squared_euclidean = Comparison(_float32, _compare_squared, uses_norms=True)
+# Euclidean distance of the vectors scaled to norm 1.
+normalized_euclidean = Comparison(_unit, _compare_euclidean, uses_norms=True)
+exact_euclidean = Comparison(_float64, _compare_euclidean, uses_norms=True)
+exact_squared_euclidean = Comparison(_float64, _compare_squared, uses_norms=True)
+# One minus the cosine similarity; 1 where a vector is zero.
+cosine = Comparison(_unit, _compare_cosine, uses_norms=False)
+cosine_similarity = Comparison(
+  _unit, _compare_product, uses_norms=False, distance_fn=lambda s: 1.0 - s
+)
+inner_product = Comparison(
+  _float32, _compare_product, uses_norms=False, distance_fn=tf.negative
+)
+
+DISTANCES: Mapping[str, Comparison] = {
   "euclidean": euclidean,
   "squared_euclidean": squared_euclidean,
   "normalized_euclidean": normalized_euclidean,
+  "exact_euclidean": exact_euclidean,
+  "exact_squared_euclidean": exact_squared_euclidean,
   "cosine": cosine,
 }
 
 
-def distance_named(name: str) -> DistanceFn:
-  """The distance function of that name.
+def distance_named(name: str) -> Comparison:
+  """The distance of that name.
 
   Raises:
     UserError: no distance has that name.
@@ -99,71 +153,3 @@ def pairwise_distances(embeddings: tf.Tensor, squared: bool = False) -> tf.Tenso
     squared: squared instead of Euclidean distances.
   """
   return (squared_euclidean if squared else euclidean)(embeddings, embeddings)
-
-
-def _float32(embeddings: tf.Tensor) -> tf.Tensor:
-  return tf.cast(tf.convert_to_tensor(embeddings), tf.float32)
-
-
-def _unit(embeddings: tf.Tensor) -> tf.Tensor:
-  return tf.math.l2_normalize(_float32(embeddings), axis=1, epsilon=1e-30)
-
-
-def _gram_form(
-  anchors: tf.Tensor, candidates: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """Squared distances with rounding errors, [A, C], and their bound, [A, 1]."""
-  anchor_norms = tf.reduce_sum(tf.square(anchors), 1, keepdims=True)
-  candidate_norms = tf.reduce_sum(tf.square(candidates), 1, keepdims=True)
-  # The norms ride along as two more dimensions, which saves two [A, C] passes.
-  left = [-2.0 * anchors, anchor_norms, tf.ones_like(anchor_norms)]
-  right = [candidates, tf.ones_like(candidate_norms), candidate_norms]
-  squared = tf.matmul(tf.concat(left, 1), tf.concat(right, 1), transpose_b=True)
-  return squared, _ROUNDING * anchor_norms
-
-
-def _gradients(
-  slope: tf.Tensor, anchors: tf.Tensor, candidates: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """Σ s (a − c) over candidates and Σ s (c − a) over anchors, for slopes s [A, C]."""
-  return (
-    _pull(tf.matmul(slope, _with_one(candidates)), anchors),
-    _pull(tf.matmul(slope, _with_one(anchors), transpose_a=True), candidates),
-  )
-
-
-def _with_one(embeddings: tf.Tensor) -> tf.Tensor:
-  """One more dimension of ones: a product with it gives the row's sum as well."""
-  return tf.concat([embeddings, tf.ones_like(embeddings[:, :1])], 1)
-
-
-def _pull(products: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:
-  """Σ s (x − y), given x and the products Σ s y and Σ s."""
-  return products[:, -1:] * embeddings - products[:, :-1]
-
-
-@tf.custom_gradient
-def _squared_euclidean(
-  anchors: tf.Tensor, candidates: tf.Tensor
-) -> tuple[tf.Tensor, Callable]:
-  squared, bound = _gram_form(anchors, candidates)
-  is_duplicate = squared <= bound
-  distances = tf.where(is_duplicate, 0.0, squared)
-
-  def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    slope = tf.where(is_duplicate, 0.0, 2.0 * upstream)
-    return _gradients(slope, anchors, candidates)
-
-  return distances, gradient
-
-
-@tf.custom_gradient
-def _euclidean(anchors: tf.Tensor, candidates: tf.Tensor) -> tuple[tf.Tensor, Callable]:
-  squared, bound = _gram_form(anchors, candidates)
-  # 1 / distance, and 0 where the distance is 0.
-  inverse = tf.math.rsqrt(tf.where(squared <= bound, float("inf"), squared))
-
-  def gradient(upstream: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    return _gradients(upstream * inverse, anchors, candidates)
-
-  return squared * inverse, gradient

@@ -5,6 +5,8 @@ Shapes: B embeddings of one device, D dimensions.
 
 from __future__ import annotations
 
+import functools
+
 import tensorflow as tf
 
 from trainer.losses.relevance import check_labels
@@ -30,7 +32,7 @@ def batch_all_triplet_loss(
   Raises:
     UserError: the margin is not above 0, or labels are not one integer an embedding.
   """
-  loss = BatchAllTripletLoss(margin=margin, distance=_distance(squared))
+  loss = _loss(BatchAllTripletLoss, margin, squared)
   terms = _of_one_device(loss, labels, embeddings)
   active = terms.statistics["mining/active_fraction"]
   return (
@@ -56,13 +58,16 @@ def batch_hard_triplet_loss(
   Raises:
     UserError: the margin is not above 0, or labels are not one integer an embedding.
   """
-  loss = BatchHardTripletLoss(margin=margin, distance=_distance(squared))
+  loss = _loss(BatchHardTripletLoss, margin, squared)
   terms = _of_one_device(loss, labels, embeddings)
   return tf.math.divide_no_nan(terms.total, terms.count)
 
 
-def _distance(squared: bool) -> str:
-  return "squared_euclidean" if squared else "euclidean"
+@functools.lru_cache(maxsize=64)
+def _loss(loss_class, margin: float, squared: bool):  # type: ignore[no-untyped-def]
+  """The loss, kept: each new one is compiled anew."""
+  distance = "squared_euclidean" if squared else "euclidean"
+  return loss_class(margin=margin, distance=distance)
 
 
 def _of_one_device(loss, labels, embeddings) -> LossTerms:  # type: ignore[no-untyped-def]

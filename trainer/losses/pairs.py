@@ -43,7 +43,7 @@ class ContrastiveLoss(AnchorwiseLoss):
   ):
     check_margin(margin)
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction="mean_terms",
       rows_per_tile=rows_per_tile,
     )
@@ -58,7 +58,7 @@ class ContrastiveLoss(AnchorwiseLoss):
     return AnchorTerms(
       0.5 * tf.reduce_sum(tf.square(offence), 1),
       num_members(offence > 0.0),
-      num_members(tf.logical_or(*pairs)),
+      num_members(pairs.is_either),
     )
 
 
@@ -88,7 +88,7 @@ class LiftedStructureLoss(AnchorwiseLoss):
   ):
     check_margin(margin)
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction="mean_terms",
       rows_per_tile=rows_per_tile,
     )
@@ -102,7 +102,7 @@ class LiftedStructureLoss(AnchorwiseLoss):
       log_sum_exp(compared, pairs.is_positive)
       + log_sum_exp(self._margin - compared, pairs.is_negative)
     )
-    has_both = tf.cast(_has_both(pairs), tf.float32)
+    has_both = tf.cast(pairs.has_both, tf.float32)
     return AnchorTerms(costs, tf.sign(costs), has_both)
 
 
@@ -140,7 +140,7 @@ class MultiSimilarityLoss(AnchorwiseLoss):
         "both above 0; the paper has 2 and 50."
       )
     super().__init__(
-      compare_fn=cosine_similarity,
+      comparison=cosine_similarity,
       reduction="mean_anchors",
       rows_per_tile=rows_per_tile,
     )
@@ -202,7 +202,7 @@ class CircleLoss(AnchorwiseLoss):
     if scale <= 0:
       raise UserError(f"scale={scale} is not above 0; give one such as 80.")
     super().__init__(
-      compare_fn=cosine_similarity, reduction="mean_terms", rows_per_tile=rows_per_tile
+      comparison=cosine_similarity, reduction="mean_terms", rows_per_tile=rows_per_tile
     )
     self._margin = margin
     self._scale = scale
@@ -216,12 +216,6 @@ class CircleLoss(AnchorwiseLoss):
     pull = self._scale * tf.nn.relu(1.0 + self._margin - fixed)
     negative = log_sum_exp(push * (compared - self._margin), pairs.is_negative)
     positive = log_sum_exp(-pull * (compared - 1.0 + self._margin), pairs.is_positive)
-    has_both = tf.cast(_has_both(pairs), tf.float32)
+    has_both = tf.cast(pairs.has_both, tf.float32)
     costs = has_both * tf.nn.softplus(negative + positive)
     return AnchorTerms(costs, tf.cast(costs > 0.0, tf.float32), has_both)
-
-
-def _has_both(pairs: Relevance) -> tf.Tensor:
-  return tf.logical_and(
-    tf.reduce_any(pairs.is_positive, 1), tf.reduce_any(pairs.is_negative, 1)
-  )

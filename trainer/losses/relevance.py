@@ -10,6 +10,11 @@ from typing import NamedTuple, Optional
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.losses.positive_lists import (
+  PositiveLists,
+  lists_of_classes,
+  lists_of_pairs,
+)
 from trainer.losses.terms import Anchors, Candidates
 
 
@@ -19,10 +24,24 @@ class Relevance(NamedTuple):
   Attributes:
     is_positive: [A, C] bool.
     is_negative: [A, C] bool.
+    lists: the positives by anchor, for losses that take one after the other.
   """
 
   is_positive: tf.Tensor
   is_negative: tf.Tensor
+  lists: Optional[PositiveLists] = None
+
+  @property
+  def is_either(self) -> tf.Tensor:
+    """[A, C] bool."""
+    return tf.logical_or(self.is_positive, self.is_negative)
+
+  @property
+  def has_both(self) -> tf.Tensor:
+    """[A] bool, whether an anchor has a positive and a negative."""
+    return tf.logical_and(
+      tf.reduce_any(self.is_positive, 1), tf.reduce_any(self.is_negative, 1)
+    )
 
 
 def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
@@ -46,7 +65,16 @@ def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
     )
 
 
-def relevance(anchors: Anchors, candidates: Candidates) -> Relevance:
+def positive_lists(anchors: Anchors, candidates: Candidates) -> PositiveLists:
+  """The positives of each anchor one after the other; see `relevance`."""
+  if candidates.is_relevant is None and candidates.labels.dtype != tf.bool:
+    return lists_of_classes(anchors, candidates)
+  return lists_of_pairs(relevance(anchors, candidates).is_positive)
+
+
+def relevance(
+  anchors: Anchors, candidates: Candidates, lists: Optional[PositiveLists] = None
+) -> Relevance:
   """Positives share a label with the anchor, or are given; the rest are negatives."""
   is_self = tf.equal(
     candidates.positions[:, None], tf.range(tf.shape(candidates.is_valid)[0])[None, :]
@@ -56,6 +84,7 @@ def relevance(anchors: Anchors, candidates: Candidates) -> Relevance:
   return Relevance(
     is_positive=tf.logical_and(is_relevant, is_eligible),
     is_negative=tf.logical_and(~is_relevant, is_eligible),
+    lists=lists,
   )
 
 

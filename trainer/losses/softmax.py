@@ -12,7 +12,12 @@ import gin
 import tensorflow as tf
 
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
-from trainer.losses.distances import DistanceFn, cosine_similarity, squared_euclidean
+from trainer.losses.distances import (
+  Comparison,
+  cosine_similarity,
+  inner_product,
+  squared_euclidean,
+)
 from trainer.losses.masked import log_sum_exp, num_members
 from trainer.losses.relevance import Relevance
 from trainer.losses.temperature import (
@@ -30,13 +35,13 @@ class _SoftmaxLoss(AnchorwiseLoss):
     self,
     *,
     temperature: Temperature,
-    compare_fn: DistanceFn,
+    comparison: Comparison,
     rows_per_tile: Optional[int],
   ):
     if not isinstance(temperature, LearnedTemperature):
       check_temperature(temperature)
     super().__init__(
-      compare_fn=compare_fn, reduction="mean_terms", rows_per_tile=rows_per_tile
+      comparison=comparison, reduction="mean_terms", rows_per_tile=rows_per_tile
     )
     self._temperature = temperature
 
@@ -63,7 +68,7 @@ class InfoNCELoss(_SoftmaxLoss):
   def __init__(self, *, temperature: Temperature, rows_per_tile: Optional[int] = None):
     super().__init__(
       temperature=temperature,
-      compare_fn=cosine_similarity,
+      comparison=cosine_similarity,
       rows_per_tile=rows_per_tile,
     )
 
@@ -90,7 +95,7 @@ class NPairsLoss(AnchorwiseLoss):
 
   def __init__(self, *, rows_per_tile: Optional[int] = None):
     super().__init__(
-      compare_fn=_inner_product, reduction="mean_terms", rows_per_tile=rows_per_tile
+      comparison=inner_product, reduction="mean_terms", rows_per_tile=rows_per_tile
     )
 
   def anchor_terms(
@@ -117,7 +122,7 @@ class SupervisedContrastiveLoss(_SoftmaxLoss):
   def __init__(self, *, temperature: Temperature, rows_per_tile: Optional[int] = None):
     super().__init__(
       temperature=temperature,
-      compare_fn=cosine_similarity,
+      comparison=cosine_similarity,
       rows_per_tile=rows_per_tile,
     )
 
@@ -127,7 +132,7 @@ class SupervisedContrastiveLoss(_SoftmaxLoss):
     """One term an anchor; see the base class."""
     (temperature,) = parameters
     logits = compared / temperature
-    everyone = log_sum_exp(logits, tf.logical_or(*pairs))
+    everyone = log_sum_exp(logits, pairs.is_either)
     own = tf.reduce_sum(tf.where(pairs.is_positive, logits, 0.0), 1)
     num_positives = num_members(pairs.is_positive)
     mean = tf.math.divide_no_nan(own, num_positives)
@@ -150,7 +155,7 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
   def __init__(self, *, temperature: Temperature, rows_per_tile: Optional[int] = None):
     super().__init__(
       temperature=temperature,
-      compare_fn=squared_euclidean,
+      comparison=squared_euclidean,
       rows_per_tile=rows_per_tile,
     )
 
@@ -185,7 +190,3 @@ def _of_anchors(costs: tf.Tensor, is_counted: tf.Tensor) -> AnchorTerms:
   return AnchorTerms(
     costs, tf.cast(costs > 0.0, tf.float32), tf.cast(is_counted, tf.float32)
   )
-
-
-def _inner_product(anchors: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
-  return tf.matmul(anchors, candidates, transpose_b=True)

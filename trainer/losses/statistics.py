@@ -1,79 +1,166 @@
-"""What a person needs to see whether mining works, as sums over anchors.
+"""Statistics that add up over steps and replicas, and the metrics they become.
 
-Shapes: A anchors, C candidates, D dimensions.
+Whatever is logged is kept as sums on the devices, added up over the steps of a loop,
+reduced over the replicas once a loop, and only then divided. So it does not depend on
+how a batch was split.
+
+Shapes: H bins of a histogram, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
-from trainer.losses.distances import euclidean
-from trainer.losses.relevance import Relevance
-from trainer.losses.terms import Anchors, Candidates, Ratio, Statistic
+from trainer.losses.terms import Ratio
+
+# Bins of a histogram: 16 an octave, from 2^-20 to 2^20. Values beyond are counted in
+# the last bin on their side; a quantile is right to half a bin, 2 %.
+_BINS_PER_OCTAVE = 16
+_NUM_OCTAVES_BELOW_ONE = 20
+NUM_BINS = 2 * _NUM_OCTAVES_BELOW_ONE * _BINS_PER_OCTAVE
+QUANTILES = (5, 50, 95)
 
 
-class MiningSums(NamedTuple):
-  """Statistics of some anchors, without gradient, which add up over tiles.
+class Moments(NamedTuple):
+  """Mean and standard deviation of numbers.
 
   Attributes:
-    hardest_positive_distance: Euclidean, over the anchors that have a positive.
-    hardest_negative_distance: Euclidean, over the anchors that have a negative.
-    embedding_norm: over all anchors.
+    total: [] float32.
+    squares: [] float32, the total of the squares.
+    count: [] float32.
   """
 
-  hardest_positive_distance: Ratio
-  hardest_negative_distance: Ratio
-  embedding_norm: Ratio
+  total: tf.Tensor
+  squares: tf.Tensor
+  count: tf.Tensor
 
 
-def mining_sums(
-  anchors: Anchors, candidates: Candidates, pairs: Relevance
-) -> MiningSums:
-  """The statistics of these anchors.
+class Histogram(NamedTuple):
+  """How many positive numbers fell in each bin; see `bins_of`.
 
-  Args:
-    anchors: A of them; those of weight 0 are left out.
-    candidates: C of them.
-    pairs: [A, C], which candidates are positives and which negatives.
+  Attributes:
+    counts: [H] float32.
   """
-  embeddings = tf.stop_gradient(anchors.embeddings)
-  distances = euclidean(embeddings, tf.stop_gradient(candidates.embeddings))
-  counts = anchors.weights > 0.0
-  farthest = tf.reduce_max(tf.where(pairs.is_positive, distances, -1.0), 1)
-  nearest = tf.reduce_min(tf.where(pairs.is_negative, distances, float("inf")), 1)
-  return MiningSums(
-    _mean(farthest, counts & (farthest >= 0.0)),
-    _mean(nearest, counts & (nearest < float("inf"))),
-    _mean(tf.norm(embeddings, axis=1), counts),
+
+  counts: tf.Tensor
+
+
+class Covariance(NamedTuple):
+  """Second moments of vectors.
+
+  Attributes:
+    products: [D, D] float32, the total of x xᵀ.
+    total: [D] float32, the total of x.
+    count: [] float32.
+  """
+
+  products: tf.Tensor
+  total: tf.Tensor
+  count: tf.Tensor
+
+
+def ratio(values: tf.Tensor, is_counted: tf.Tensor) -> Ratio:
+  """The mean of values, [N] float32, where they count, [N] bool."""
+  return Ratio(
+    tf.reduce_sum(tf.where(is_counted, values, 0.0)),
+    tf.reduce_sum(tf.cast(is_counted, tf.float32)),
   )
 
 
-def named(sums: MiningSums) -> dict[str, Statistic]:
-  """The statistics by metric name."""
-  return {f"mining/{name}": value for name, value in sums._asdict().items()}
+def moments(values: tf.Tensor, is_counted: tf.Tensor) -> Moments:
+  """Mean and deviation of values, [N] float32, where they count, [N] bool."""
+  total, count = ratio(values, is_counted)
+  return Moments(total, ratio(tf.square(values), is_counted).total, count)
+
+
+def covariance(vectors: tf.Tensor, is_counted: tf.Tensor) -> Covariance:
+  """Second moments of vectors, [N, D] float32, that count, [N] bool."""
+  counted = tf.where(is_counted[:, None], vectors, 0.0)
+  return Covariance(
+    tf.matmul(counted, counted, transpose_a=True),
+    tf.reduce_sum(counted, 0),
+    tf.reduce_sum(tf.cast(is_counted, tf.float32)),
+  )
+
+
+def bins_of(values: tf.Tensor) -> tf.Tensor:
+  """The bin of each value, int32 in 0…H−1; that of 0 is the first.
+
+  Args:
+    values: float32 >= 0, of any shape.
+  """
+  tiny = 2.0**-_NUM_OCTAVES_BELOW_ONE
+  octaves = tf.math.log(tf.maximum(values, tiny)) / np.log(2.0)
+  bins = tf.floor((octaves + _NUM_OCTAVES_BELOW_ONE) * _BINS_PER_OCTAVE)
+  return tf.cast(tf.clip_by_value(bins, 0.0, NUM_BINS - 1.0), tf.int32)
 
 
 def summarize(statistics: Mapping[str, Any]) -> dict[str, float]:
-  """The values of statistics that were added up over steps and replicas.
+  """The metrics of statistics that were added up over steps and replicas.
 
   Args:
-    statistics: by metric name, NumPy scalars.
+    statistics: by metric name, of NumPy values.
 
   Returns:
-    By metric name; those of which nothing was counted are left out.
+    By metric name. `Moments` add a metric with `_std`; a `Histogram` becomes one for
+    each quantile, with `_p05` and so on; a `Covariance` becomes `_spread` and `_rank`.
+    Those of which nothing was counted are left out.
   """
   return {
-    name: float(ratio.total / ratio.count)
-    for name, ratio in statistics.items()
-    if ratio.count > 0
+    name + suffix: float(value)
+    for name, statistic in statistics.items()
+    for suffix, value in _metrics(statistic)
   }
 
 
-def _mean(values: tf.Tensor, counts: tf.Tensor) -> Ratio:
-  return Ratio(
-    tf.reduce_sum(tf.where(counts, values, 0.0)),
-    tf.reduce_sum(tf.cast(counts, tf.float32)),
-  )
+def _metrics(statistic: Any) -> Iterator[tuple[str, float]]:
+  """What one statistic becomes: suffixes of its name, each with a value."""
+  if isinstance(statistic, Histogram):
+    yield from _quantiles(np.asarray(statistic.counts, np.float64))
+  elif statistic.count > 0 and isinstance(statistic, Covariance):
+    yield from _shape(statistic)
+  elif statistic.count > 0:
+    mean = float(statistic.total) / float(statistic.count)
+    yield "", mean
+    if isinstance(statistic, Moments):
+      variance = float(statistic.squares) / float(statistic.count) - mean**2
+      yield "_std", max(variance, 0.0) ** 0.5
+
+
+def _quantiles(counts: np.ndarray) -> Iterator[tuple[str, float]]:
+  total = counts.sum()
+  if total == 0:
+    return
+  cumulative = np.concatenate([[0], np.cumsum(counts)]) / total
+  edges = np.arange(NUM_BINS + 1) / _BINS_PER_OCTAVE - _NUM_OCTAVES_BELOW_ONE
+  for percent in QUANTILES:
+    # Linear within the bin that the quantile falls in.
+    last = np.searchsorted(cumulative, percent / 100)
+    position = np.interp(
+      percent / 100, cumulative[last - 1 : last + 1], edges[last - 1 : last + 1]
+    )
+    yield f"_p{percent:02}", 2.0**position
+
+
+def _shape(statistic: Covariance) -> Iterator[tuple[str, float]]:
+  """Relative spread, and effective rank, of a cloud of vectors.
+
+  The spread is the root of the variance over all dimensions, in units of the root mean
+  squared norm: 1 for a cloud around 0, 0 where all vectors are equal. The effective
+  rank is the exponential of the entropy of the covariance's eigenvalues (Roy and
+  Vetterli 2007, https://doi.org/10.5281/zenodo.40328): between 1 and D.
+  """
+  mean = np.float64(statistic.total) / statistic.count
+  second = np.float64(statistic.products) / statistic.count
+  squared_norm = np.trace(second)
+  eigenvalues = np.linalg.eigvalsh(second - np.outer(mean, mean)).clip(min=0)
+  variance = eigenvalues.sum()
+  # Below float32's rounding of the sums, what is left of the variance is noise.
+  is_spread = variance > 1e-6 * squared_norm
+  yield "_spread", float(np.sqrt(variance / squared_norm)) if is_spread else 0.0
+  shares = eigenvalues[eigenvalues > 0] / variance if is_spread else np.ones(1)
+  yield "_rank", float(np.exp(-(shares * np.log(shares)).sum()))

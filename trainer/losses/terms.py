@@ -6,7 +6,7 @@ Shapes: A anchors (this replica's), C candidates (all replicas'), D dimensions.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
@@ -56,18 +56,16 @@ class Ratio(NamedTuple):
   count: tf.Tensor
 
 
-Statistic = Union[Ratio, tf.Tensor]
-
-
 class LossTerms(NamedTuple):
   """This replica's part of a loss; the loss is Σ total / Σ count over all replicas.
 
   Attributes:
     total: [] float32, differentiable.
     count: [] float32, without gradient.
-    statistics: by metric name, each adding up over steps and replicas.
+    statistics: by metric name, each a `Ratio` or another structure of sums, which add
+      up over steps and replicas; see `trainer.losses.statistics`.
   """
 
   total: tf.Tensor
   count: tf.Tensor
-  statistics: Mapping[str, Statistic]
+  statistics: Mapping[str, Any]

@@ -6,6 +6,9 @@ A tile's gradient is formed as soon as its value, while its [T, C] matrices are 
 in the cache, and kept as the [A, D] and [C, D] sums it adds to. So the backward pass
 has only to scale them, and nothing of size A × C outlives its tile. One tile that
 holds all anchors is the full form: same code, same values.
+
+Between the matrix products of a tile everything is one function of the products, which
+XLA compiles into a few passes over them.
 """
 
 from __future__ import annotations
@@ -15,11 +18,15 @@ from typing import NamedTuple, Optional
 
 import tensorflow as tf
 
-from trainer.losses.statistics import MiningSums
-from trainer.losses.terms import Anchors, Candidates, Ratio
+from trainer.losses.distances import squared_norms
+from trainer.losses.positive_lists import PositiveLists
+from trainer.losses.terms import Anchors, Candidates
 
-# Pairs of one tile, when the number of rows is left to us: 16 MB a float32 matrix.
-PAIRS_PER_TILE = 2**22
+# Pairs of one tile, when the number of rows is left to us. A float32 matrix of the
+# first has 2 MB, about what a core's caches hold; an accelerator wants few launches.
+_PAIRS_PER_TILE = {"CPU": 2**19, "accelerator": 2**24}
+# Fewer rows would leave the matrix products short of work.
+_MIN_ROWS = 128
 
 
 class Sums(NamedTuple):
@@ -29,60 +36,94 @@ class Sums(NamedTuple):
     total: [] float32, the numerator of the loss; the only one with a gradient.
     num_active: [] float32, terms that are not 0.
     num_terms: [] float32, terms that could be.
-    mining: statistics of the anchors.
   """
 
   total: tf.Tensor
   num_active: tf.Tensor
   num_terms: tf.Tensor
-  mining: MiningSums
 
 
-_STRUCTURE = Sums(0, 0, 0, MiningSums(Ratio(0, 0), Ratio(0, 0), Ratio(0, 0)))
+class Pairs(NamedTuple):
+  """Some anchors against all candidates: what their terms are made of.
+
+  Attributes:
+    products: [T, C] inner products of the vectors.
+    anchor_norms: [T] squared norms of the vectors.
+    candidate_norms: [C] squared norms of the vectors.
+    anchors: T of them; their embeddings are the vectors.
+    candidates: C of them; their embeddings are the vectors.
+    lists: positives of the anchors; None where the loss needs none.
+  """
+
+  products: tf.Tensor
+  anchor_norms: tf.Tensor
+  candidate_norms: tf.Tensor
+  anchors: Anchors
+  candidates: Candidates
+  lists: Optional[PositiveLists]
 
 
-SumsFn = Callable[[Anchors, Candidates, Sequence[tf.Tensor]], Sums]
+class Slopes(NamedTuple):
+  """Gradients of a tile's total.
+
+  Attributes:
+    products: [T, C]. Norms count in squared distances alone, ‖a‖² − 2⟨a, c⟩ + ‖c‖², so
+      that their gradients are −½ of the sums of these.
+    parameters: one for each parameter.
+  """
+
+  products: tf.Tensor
+  parameters: Sequence[tf.Tensor]
+
+
+PairsFn = Callable[[Pairs, Sequence[tf.Tensor]], tuple[Sums, Slopes]]
 
 
 def sum_over_tiles(
-  sums_fn: SumsFn,
+  pairs_fn: PairsFn,
   anchors: Anchors,
   candidates: Candidates,
+  lists: Optional[PositiveLists],
+  *,
+  uses_norms: bool,
   parameters: Sequence[tf.Tensor] = (),
   rows_per_tile: Optional[int] = None,
 ) -> Sums:
-  """The sum of what `sums_fn` returns for each tile of anchors.
+  """The sum of what `pairs_fn` returns for each tile of anchors.
 
   Args:
-    sums_fn: given some anchors, all candidates and the parameters, returns their sums.
-      An anchor of weight 0 must add nothing.
-    anchors: A of them; a static number, or else one tile is made of all.
-    candidates: C of them.
+    pairs_fn: sums and slopes of a tile; an anchor of weight 0 must add nothing.
+    anchors: A of them, with vectors for embeddings; a static number, or else one tile
+      is made of all.
+    candidates: C of them, with vectors for embeddings.
+    lists: positives of the anchors, if the loss needs them.
+    uses_norms: whether squared distances are compared, and not products alone.
     parameters: further tensors that the total has a gradient to.
-    rows_per_tile: T; None for as many as `PAIRS_PER_TILE` allows.
+    rows_per_tile: T; None to choose by the number of candidates and the device.
   """
   num_rows = _num_rows(anchors, candidates, rows_per_tile)
 
   @tf.custom_gradient
   def sums(
-    embeddings: tf.Tensor, candidate_embeddings: tf.Tensor, *parameters: tf.Tensor
+    vectors: tf.Tensor, candidate_vectors: tf.Tensor, *parameters: tf.Tensor
   ) -> tuple[tuple[tf.Tensor, ...], Callable]:
     # An outer tape must not record the tiles: it would keep all of them.
-    tile = _Tile(
-      sums_fn,
-      anchors._replace(embeddings=tf.stop_gradient(embeddings)),
-      candidates._replace(embeddings=tf.stop_gradient(candidate_embeddings)),
+    tiles = _Tiles(
+      pairs_fn,
+      anchors._replace(embeddings=tf.stop_gradient(vectors)),
+      candidates._replace(embeddings=tf.stop_gradient(candidate_vectors)),
+      lists,
+      uses_norms,
       [tf.stop_gradient(parameter) for parameter in parameters],
     )
-    values, gradients = tile.whole() if num_rows is None else _loop(tile, num_rows)
+    values, gradients = tiles.whole() if num_rows is None else tiles.loop(num_rows)
 
     def gradient(upstream: tf.Tensor, *_: tf.Tensor) -> list[tf.Tensor]:
-      return [upstream * each for each in gradients]
+      return [tf.cast(upstream, each.dtype) * each for each in gradients]
 
-    return tuple(tf.nest.flatten(values)), gradient
+    return tuple(values), gradient
 
-  flat = sums(anchors.embeddings, candidates.embeddings, *parameters)
-  return tf.nest.pack_sequence_as(_STRUCTURE, flat)
+  return Sums(*sums(anchors.embeddings, candidates.embeddings, *parameters))
 
 
 def _num_rows(
@@ -94,28 +135,109 @@ def _num_rows(
   if num_anchors is None or num_candidates is None:
     return None
   if rows_per_tile is None:
-    rows_per_tile = max(1, PAIRS_PER_TILE // max(1, num_candidates))
+    on_cpu = not tf.config.list_physical_devices("GPU")
+    num_pairs = _PAIRS_PER_TILE["CPU" if on_cpu else "accelerator"]
+    rows_per_tile = max(_MIN_ROWS, num_pairs // max(1, num_candidates))
   return rows_per_tile if rows_per_tile < num_anchors else None
 
 
-class _Tile(NamedTuple):
-  """The value and the gradients of any part of the anchors."""
+class _Tiles(NamedTuple):
+  """The sums and the gradients of any part of the anchors."""
 
-  sums_fn: SumsFn
+  pairs_fn: PairsFn
   anchors: Anchors
   candidates: Candidates
+  lists: Optional[PositiveLists]
+  uses_norms: bool
   parameters: Sequence[tf.Tensor]
 
   def whole(self) -> tuple[Sums, list[tf.Tensor]]:
     """The sums, and gradients to anchors, candidates and parameters, of all."""
-    return self._sums_and_gradients(self.anchors, self.candidates)
+    norms = squared_norms(self.candidates.embeddings)
+    sums, to_anchors, slopes = self._tile(
+      self.anchors, self.candidates, self.lists, norms
+    )
+    to_candidates = self._with_norms(slopes[0], slopes[1], self.candidates.embeddings)
+    return sums, [to_anchors, to_candidates, *slopes[2:]]
 
-  def rows(self, numbers: tf.Tensor) -> tuple[Sums, list[tf.Tensor]]:
-    """The same of the anchors with these numbers, [T]; past the last is padding."""
+  def loop(self, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
+    """The same, `num_rows` anchors at a time."""
+    num_anchors, num_dimensions = self.anchors.embeddings.shape
+    num_tiles = -(-num_anchors // num_rows)
+    vectors = self.candidates.embeddings
+    norms = squared_norms(vectors)
+
+    def body(index, sums, shared, to_anchors):  # type: ignore[no-untyped-def]
+      numbers = index * num_rows + tf.range(num_rows)
+      values, to_rows, slopes = self._tile(*self._rows(numbers), norms)
+      return (
+        index + 1,
+        Sums(*(old + new for old, new in zip(sums, values))),
+        [old + new for old, new in zip(shared, slopes)],
+        to_anchors.write(index, to_rows),
+      )
+
+    shared = [tf.zeros_like(each) for each in (vectors, norms, *self.parameters)]
+    gradients = tf.TensorArray(
+      vectors.dtype, num_tiles, element_shape=[num_rows, num_dimensions]
+    )
+    _, sums, shared, gradients = tf.while_loop(
+      lambda index, *_: index < num_tiles,
+      body,
+      (tf.constant(0), Sums(*(tf.zeros([]) for _ in Sums._fields)), shared, gradients),
+      parallel_iterations=2,  # The products of one while another's terms are summed.
+      maximum_iterations=num_tiles,
+    )
+    to_candidates = self._with_norms(shared[0], shared[1], vectors)
+    return sums, [gradients.concat()[:num_anchors], to_candidates, *shared[2:]]
+
+  def _tile(
+    self,
+    anchors: Anchors,
+    candidates: Candidates,
+    lists: Optional[PositiveLists],
+    candidate_norms: tf.Tensor,
+  ) -> tuple[Sums, tf.Tensor, list[tf.Tensor]]:
+    """Of some anchors: sums, gradient to their vectors [T, D], and shared slopes.
+
+    Those are the slopes' products with the anchors [C, D], their sums [C], and the
+    gradients to the parameters.
+    """
+    vectors, others = anchors.embeddings, candidates.embeddings
+    norms = squared_norms(vectors)
+    products = tf.matmul(vectors, others, transpose_b=True)
+    sums, slopes = self.pairs_fn(
+      Pairs(products, norms, candidate_norms, anchors, candidates, lists),
+      self.parameters,
+    )
+    slope = slopes.products
+    to_anchors = self._with_norms(
+      tf.matmul(slope, others), tf.reduce_sum(slope, 1), vectors
+    )
+    to_candidates = tf.matmul(slope, vectors, transpose_a=True)
+    return (
+      sums,
+      to_anchors,
+      [to_candidates, tf.reduce_sum(slope, 0), *slopes.parameters],
+    )
+
+  def _with_norms(
+    self, by_products: tf.Tensor, slope_sums: tf.Tensor, vectors: tf.Tensor
+  ) -> tf.Tensor:
+    """A gradient by the products, and by the vectors' own norms where they count."""
+    return (
+      by_products - slope_sums[:, None] * vectors if self.uses_norms else by_products
+    )
+
+  def _rows(
+    self, numbers: tf.Tensor
+  ) -> tuple[Anchors, Candidates, Optional[PositiveLists]]:
+    """The anchors with these numbers, [T]; past the last is padding."""
     last = self.anchors.weights.shape[0] - 1
     is_padding = numbers > last
     numbers = tf.minimum(numbers, last)
     anchors = Anchors(*(tf.gather(each, numbers) for each in self.anchors))
+    anchors = anchors._replace(weights=tf.where(is_padding, 0.0, anchors.weights))
     candidates = self.candidates._replace(
       positions=tf.gather(self.candidates.positions, numbers)
     )
@@ -123,49 +245,5 @@ class _Tile(NamedTuple):
       candidates = candidates._replace(
         is_relevant=tf.gather(candidates.is_relevant, numbers)
       )
-    weights = tf.where(is_padding, 0.0, anchors.weights)
-    return self._sums_and_gradients(anchors._replace(weights=weights), candidates)
-
-  def _sums_and_gradients(
-    self, anchors: Anchors, candidates: Candidates
-  ) -> tuple[Sums, list[tf.Tensor]]:
-    sources = [anchors.embeddings, candidates.embeddings, *self.parameters]
-    with tf.GradientTape(watch_accessed_variables=False) as tape:
-      tape.watch(sources)
-      sums = self.sums_fn(anchors, candidates, self.parameters)
-    gradients = tape.gradient(
-      sums.total, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
-    return sums, gradients
-
-
-def _loop(tile: _Tile, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
-  """The sums and gradients of all anchors, `num_rows` at a time."""
-  num_anchors, num_dimensions = tile.anchors.embeddings.shape
-  num_tiles = -(-num_anchors // num_rows)
-
-  def body(index, sums, shared, to_anchors):  # type: ignore[no-untyped-def]
-    numbers = index * num_rows + tf.range(num_rows)
-    values, (to_rows, *to_shared) = tile.rows(numbers)
-    return (
-      index + 1,
-      [old + new for old, new in zip(sums, tf.nest.flatten(values))],
-      [old + new for old, new in zip(shared, to_shared)],
-      to_anchors.write(index, to_rows),
-    )
-
-  shared = [tile.candidates.embeddings, *tile.parameters]
-  _, sums, shared, to_anchors = tf.while_loop(
-    lambda index, *_: index < num_tiles,
-    body,
-    (
-      tf.constant(0),
-      [tf.zeros([]) for _ in tf.nest.flatten(_STRUCTURE)],
-      [tf.zeros_like(each) for each in shared],
-      tf.TensorArray(tf.float32, num_tiles, element_shape=[num_rows, num_dimensions]),
-    ),
-    parallel_iterations=1,
-    maximum_iterations=num_tiles,
-  )
-  values = tf.nest.pack_sequence_as(_STRUCTURE, sums)
-  return values, [to_anchors.concat()[:num_anchors], *shared]
+    lists = None if self.lists is None else self.lists.rows(numbers)
+    return anchors, candidates, lists

@@ -22,6 +22,8 @@ from trainer.losses.relevance import Relevance
 class _TripletLoss(AnchorwiseLoss):
   """Base of the triplet losses: a margin and a distance."""
 
+  margin: float
+
   def __init__(
     self,
     *,
@@ -32,11 +34,11 @@ class _TripletLoss(AnchorwiseLoss):
   ):
     check_margin(margin)
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
-    self._margin = margin
+    self.margin = margin
 
 
 @gin.register
@@ -46,6 +48,8 @@ class BatchAllTripletLoss(_TripletLoss):
   By default the mean is over the triplets that are above 0, as Hermans et al. 2017,
   https://arxiv.org/abs/1703.07737, propose; `reduction="mean_terms"` divides by all.
   """
+
+  needs_lists = True
 
   def __init__(
     self,
@@ -63,7 +67,7 @@ class BatchAllTripletLoss(_TripletLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """All triplets of each anchor; see the base class."""
-    total, num_active = all_triplets(compared, pairs, self._margin)
+    total, num_active = all_triplets(compared, pairs, self.margin)
     return AnchorTerms(
       total, num_active, _num(pairs.is_positive) * _num(pairs.is_negative)
     )
@@ -97,7 +101,7 @@ class BatchHardTripletLoss(_TripletLoss):
     """One triplet an anchor; see the base class."""
     positive = farthest_positive(compared, pairs.is_positive)
     negative = nearest_negative(compared, pairs)
-    hinge = tf.nn.relu(positive - negative + self._margin)
+    hinge = tf.nn.relu(positive - negative + self.margin)
     return AnchorTerms(hinge, tf.sign(hinge), tf.ones_like(hinge))
 
 

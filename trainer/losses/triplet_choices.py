@@ -54,6 +54,8 @@ class TripletLoss(AnchorwiseLoss):
     UserError: a name is unknown, or the margin is not above 0.
   """
 
+  needs_lists = True
+
   def __init__(
     self,
     *,
@@ -65,7 +67,7 @@ class TripletLoss(AnchorwiseLoss):
     rows_per_tile: Optional[int] = None,
   ):
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
@@ -76,6 +78,7 @@ class TripletLoss(AnchorwiseLoss):
       else negatives
     )
     self._penalty_fn = penalty_of(margin)
+    self.margin = None if isinstance(margin, str) else margin
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -85,6 +88,7 @@ class TripletLoss(AnchorwiseLoss):
     return AnchorTerms(
       *chosen_triplets(
         compared,
+        pairs.lists,
         self._positives_fn(fixed, pairs),
         lambda positive: self._negatives_fn(fixed, pairs, positive),
         self._penalty_fn,
@@ -109,6 +113,9 @@ class SemiHardTripletLoss(AnchorwiseLoss):
   Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
   """
 
+  margin: float
+  needs_lists = True
+
   def __init__(
     self,
     *,
@@ -119,11 +126,11 @@ class SemiHardTripletLoss(AnchorwiseLoss):
   ):
     check_margin(margin)
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
-    self._margin = margin
+    self.margin = margin
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -133,12 +140,13 @@ class SemiHardTripletLoss(AnchorwiseLoss):
     positives = tf.cast(pairs.is_positive, tf.float32)
     total, num_active, num_terms = chosen_triplets(
       compared,
+      pairs.lists,
       positives,
       lambda positive: semi_hard_of_pair(fixed, pairs, positive),
-      hinge(self._margin),
+      hinge(self.margin),
     )
     num_pairs = tf.reduce_sum(positives, 1)
-    alone = tf.reduce_sum(positives * (compared + self._margin), 1)
+    alone = tf.reduce_sum(positives * (compared + self.margin), 1)
     has_negative = tf.reduce_any(pairs.is_negative, 1)
     return AnchorTerms(
       tf.where(has_negative, total, alone),
@@ -161,6 +169,8 @@ class InsideMarginTripletLoss(AnchorwiseLoss):
     rows_per_tile: anchors at a time; None to choose by size.
   """
 
+  needs_lists = True
+
   def __init__(
     self,
     *,
@@ -171,11 +181,12 @@ class InsideMarginTripletLoss(AnchorwiseLoss):
   ):
     check_margin(margin)
     super().__init__(
-      compare_fn=distance_named(distance),
+      comparison=distance_named(distance),
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
     self._penalty_fn = hinge_of_semi_hard(margin)
+    self.margin = margin
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -185,6 +196,7 @@ class InsideMarginTripletLoss(AnchorwiseLoss):
     return AnchorTerms(
       *chosen_triplets(
         compared,
+        pairs.lists,
         tf.cast(pairs.is_positive, tf.float32),
         lambda positive: negatives,
         self._penalty_fn,

@@ -1,0 +1,70 @@
+"""A way out of collapse: embeddings a little apart, so that distances have a direction.
+
+Shapes: A anchors, C candidates, D dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.losses.distances import Comparison
+from trainer.losses.terms import Anchors, Candidates, LossTerms
+
+_SEED = (20_260, 1_124)
+
+
+@gin.register
+class JitteredLoss(tf.Module):
+  """A loss of embeddings that are each moved by a small vector of their own.
+
+  Where all embeddings are equal, every distance is 0 and so is its gradient: a loss of
+  distances never leaves that state. Moved apart, they have directions to be pushed in.
+  An example is moved by where it stands in the global batch, so that any number of
+  replicas gives the same. The price is that much noise in every distance.
+
+  Args:
+    loss: any of this package.
+    scale: length of the vectors, in units of the embeddings; about 1 % of their norm.
+
+  Raises:
+    UserError: the scale is not above 0.
+  """
+
+  def __init__(self, *, loss: Any, scale: float = 0.01):
+    if not scale > 0:
+      raise UserError(f"JitteredLoss.scale={scale} is not above 0; try 0.01.")
+    super().__init__()
+    self._loss = loss
+    self._scale = scale
+
+  @property
+  def needs_positives(self) -> bool:
+    """As of the loss."""
+    return self._loss.needs_positives
+
+  @property
+  def comparison(self) -> Comparison:
+    """As of the loss."""
+    return self._loss.comparison
+
+  @property
+  def margin(self) -> Optional[float]:
+    """As of the loss."""
+    return self._loss.margin
+
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+    """The loss of the moved embeddings; gradients reach the embeddings themselves."""
+    embeddings = tf.cast(candidates.embeddings, tf.float32)
+    shape = tf.shape(embeddings)
+    directions = tf.random.stateless_normal(shape, _SEED)
+    lengths = tf.sqrt(tf.cast(shape[1], tf.float32))
+    moves = tf.ensure_shape(self._scale * directions / lengths, embeddings.shape)
+    own = tf.gather(moves, candidates.positions)
+    return self._loss(
+      anchors._replace(embeddings=tf.cast(anchors.embeddings, tf.float32) + own),
+      candidates._replace(embeddings=embeddings + moves),
+    )

@@ -1,0 +1,226 @@
+"""What a person needs to see whether mining works, for any loss.
+
+Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Optional, Protocol
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.losses import statistics
+from trainer.losses.distances import Comparison, euclidean
+from trainer.losses.relevance import Relevance, positive_lists, relevance
+from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
+
+# Positives and negatives share a histogram of this many bins, and a rest that is none.
+_NUM_SEGMENTS = 2 * statistics.NUM_BINS + 1
+
+LossFn = Callable[[Anchors, Candidates], LossTerms]
+
+
+class MinedLoss(Protocol):
+  """What must be known of a loss to tell how it mines.
+
+  Attributes:
+    comparison: how it compares an anchor and a candidate.
+    margin: of its triplets, in units of the comparison; None where it has none.
+  """
+
+  comparison: Comparison
+  margin: Optional[float]
+
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+    """The loss."""
+
+
+@gin.register
+class MiningStatistics:
+  """Statistics of anchors taken at equal distances from the global batch.
+
+  Which anchors are taken depends on the number of candidates alone, so that any number
+  of replicas logs the same. Distances are Euclidean, between the embeddings as they
+  are; only what compares a positive with a negative goes by the loss's own comparison.
+
+  Args:
+    num_anchors: how many of the global batch, about; all of a smaller one.
+
+  Raises:
+    UserError: that is not at least 1.
+  """
+
+  def __init__(self, *, num_anchors: int = 64):
+    if num_anchors < 1:
+      raise UserError(
+        f"MiningStatistics.num_anchors={num_anchors} is below 1; for no statistics set "
+        "TrainStep.mining_statistics = None."
+      )
+    self._num_anchors = num_anchors
+    self._summed = tf.function(_sums, jit_compile=True)
+
+  def observing(self, loss: MinedLoss) -> LossFn:
+    """The loss, with these statistics added to its own.
+
+    Args:
+      loss: any of this package.
+    """
+
+    def observed(anchors: Anchors, candidates: Candidates) -> LossTerms:
+      terms = loss(anchors, candidates)
+      more = self(loss, anchors, candidates)
+      return terms._replace(statistics={**terms.statistics, **more})
+
+    return observed
+
+  def __call__(
+    self, loss: MinedLoss, anchors: Anchors, candidates: Candidates
+  ) -> Mapping[str, Any]:
+    """The statistics, by metric name, without gradient.
+
+    Args:
+      loss: how it compares, and its margin.
+      anchors: A of them, in a row among the candidates; padding is left out.
+      candidates: C of them.
+    """
+    anchors = anchors._replace(embeddings=_fixed(anchors.embeddings))
+    candidates = candidates._replace(embeddings=_fixed(candidates.embeddings))
+    sample, candidates = self._sample(anchors, candidates)
+    sums, segments = self._summed(
+      sample,
+      candidates,
+      comparison=loss.comparison,
+      margin=loss.margin,
+      lists=positive_lists(sample, candidates),
+    )
+    # XLA on a CPU scatters one by one, so this stands outside what it compiles.
+    counts = tf.math.unsorted_segment_sum(
+      tf.ones_like(segments, tf.float32), segments, _NUM_SEGMENTS
+    )
+    positive, negative, _ = tf.split(counts, [statistics.NUM_BINS] * 2 + [1])
+    norms = tf.norm(anchors.embeddings, axis=1)
+    return {
+      **sums,
+      "mining/embedding_norm": statistics.moments(norms, anchors.weights > 0.0),
+      "mining/positive_distance": statistics.Histogram(positive),
+      "mining/negative_distance": statistics.Histogram(negative),
+    }
+
+  def _sample(
+    self, anchors: Anchors, candidates: Candidates
+  ) -> tuple[Anchors, Candidates]:
+    """Every n-th of the global batch that is here; the rest of N are of weight 0."""
+    num_anchors, num_candidates = anchors.labels.shape[0], candidates.labels.shape[0]
+    stride = -(-num_candidates // min(self._num_anchors, num_candidates))
+    first = -candidates.positions[0] % stride
+    rows = first + stride * tf.range(-(-num_anchors // stride))
+    is_here = rows < num_anchors
+    rows = tf.minimum(rows, num_anchors - 1)
+    sample = Anchors(*(tf.gather(each, rows) for each in anchors))
+    candidates = candidates._replace(positions=tf.gather(candidates.positions, rows))
+    if candidates.is_relevant is not None:
+      candidates = candidates._replace(
+        is_relevant=tf.gather(candidates.is_relevant, rows)
+      )
+    return sample._replace(weights=tf.where(is_here, sample.weights, 0.0)), candidates
+
+
+def _fixed(embeddings: tf.Tensor) -> tf.Tensor:
+  return tf.stop_gradient(tf.cast(embeddings, tf.float32))
+
+
+def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no-untyped-def]
+  """Sums over [N] anchors, and the histogram's bin of each of their N · C pairs."""
+  pairs = relevance(anchors, candidates, lists)
+  counts = anchors.weights > 0.0
+  pairs = pairs._replace(
+    is_positive=tf.logical_and(pairs.is_positive, counts[:, None]),
+    is_negative=tf.logical_and(pairs.is_negative, counts[:, None]),
+  )
+  distances = euclidean(anchors.embeddings, candidates.embeddings)
+  compared = comparison.distance_fn(
+    comparison(anchors.embeddings, candidates.embeddings)
+  )
+  sums = {
+    **_of_distances(distances, pairs, counts),
+    **_of_triplets(compared, pairs, margin),
+    "mining/embedding": statistics.covariance(anchors.embeddings, counts),
+  }
+  return sums, _segments(distances, pairs)
+
+
+def _of_distances(
+  distances: tf.Tensor, pairs: Relevance, counts: tf.Tensor
+) -> dict[str, Ratio]:
+  """Of [N, C] distances and [N] anchors that count."""
+  is_pair = tf.reshape(pairs.is_either, [-1])
+  is_duplicate = tf.cast(tf.reshape(distances, [-1]) <= 0.0, tf.float32)
+  farthest = tf.reduce_max(tf.where(pairs.is_positive, distances, -1.0), 1)
+  nearest = tf.reduce_min(tf.where(pairs.is_negative, distances, float("inf")), 1)
+  has_none = tf.cast(farthest < 0.0, tf.float32)
+  return {
+    "mining/hardest_positive_distance": statistics.ratio(farthest, farthest >= 0.0),
+    "mining/hardest_negative_distance": statistics.ratio(
+      nearest, nearest < float("inf")
+    ),
+    "mining/duplicate_fraction": statistics.ratio(is_duplicate, is_pair),
+    "mining/anchors_without_positive": statistics.ratio(has_none, counts),
+  }
+
+
+def _of_triplets(
+  compared: tf.Tensor, pairs: Relevance, margin: Optional[float]
+) -> dict[str, Ratio]:
+  """Shares of triplets by hardness, and of anchors with a violated margin."""
+  infinity = float("inf")
+  negatives = tf.where(pairs.is_negative, compared, infinity)
+  hard = _num_below(negatives, compared, pairs, 0.0)
+  num_negatives = tf.reduce_sum(tf.cast(pairs.is_negative, tf.float32), 1)
+  num_positives = tf.reduce_sum(tf.cast(pairs.is_positive, tf.float32), 1)
+  total = tf.reduce_sum(num_positives * num_negatives)
+  shares = {"mining/hard_fraction": Ratio(hard, total)}
+  if margin is None:
+    return shares
+  violated = _num_below(negatives, compared, pairs, margin)
+  farthest = tf.reduce_max(tf.where(pairs.is_positive, compared, -infinity), 1)
+  is_violated = farthest + margin > tf.reduce_min(negatives, 1)
+  return {
+    **shares,
+    "mining/semi_hard_fraction": Ratio(violated - hard, total),
+    "mining/easy_fraction": Ratio(total - violated, total),
+    "mining/margin_violations": statistics.ratio(
+      tf.cast(is_violated, tf.float32), pairs.has_both
+    ),
+  }
+
+
+def _num_below(
+  negatives: tf.Tensor, compared: tf.Tensor, pairs: Relevance, margin: float
+) -> tf.Tensor:
+  """How many triplets have d_an < d_ap + margin, [] float32."""
+  lists = pairs.lists
+  assert lists is not None
+
+  def body(k: tf.Tensor, num: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    places, is_positive = lists.places(k)
+    threshold = tf.where(
+      is_positive, tf.gather_nd(compared, places) + margin, -float("inf")
+    )
+    is_below = tf.cast(negatives < threshold[:, None], tf.float32)
+    return k + 1, num + tf.reduce_sum(is_below)
+
+  return tf.while_loop(
+    lambda k, _: k < tf.reduce_max(lists.sizes), body, (tf.constant(0), tf.zeros([]))
+  )[1]
+
+
+def _segments(distances: tf.Tensor, pairs: Relevance) -> tf.Tensor:
+  """[N · C] int32: the bin of a positive, H + that of a negative, 2 H of neither."""
+  bins = statistics.bins_of(distances)
+  of_negatives = tf.where(
+    pairs.is_negative, bins + statistics.NUM_BINS, 2 * statistics.NUM_BINS
+  )
+  return tf.reshape(tf.where(pairs.is_positive, bins, of_negatives), [-1])
