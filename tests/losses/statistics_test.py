@@ -1,45 +1,110 @@
+"""Sums that become metrics, against NumPy on the numbers themselves."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from tests.losses import batches
-from trainer.losses.relevance import relevance
-from trainer.losses.statistics import mining_sums, named, summarize
+from trainer.losses import statistics
 from trainer.losses.terms import Ratio
 
-_POINTS = np.array([[0, 0], [3, 4], [0, 2], [6, 8]], np.float32)
+_COUNTED = np.array([1, 1, 0, 1, 1, 1], bool)
 
 
-def _summary(labels, weights=None):
-  arguments = batches.arguments(_POINTS, np.array(labels), weights)
-  return summarize(named(mining_sums(*arguments, relevance(*arguments))))
-
-
-def test_hardest_distances_and_norm_are_means_over_anchors():
-  summary = _summary([0, 0, 1, 1])
-  # Positives: 5, 5, √72, √72. Nearest negatives: 2, √13, 2, 5.
-  assert summary["mining/hardest_positive_distance"] == pytest.approx(
-    (10 + 2 * 72**0.5) / 4
+def _summary(statistic):
+  return statistics.summarize(
+    {"a": tf.nest.map_structure(lambda each: each.numpy(), statistic)}
   )
-  assert summary["mining/hardest_negative_distance"] == pytest.approx((9 + 13**0.5) / 4)
-  assert summary["mining/embedding_norm"] == pytest.approx((0 + 5 + 2 + 10) / 4)
 
 
-def test_anchor_without_a_positive_is_left_out():
-  summary = _summary([0, 0, 1, 2])
-  assert summary["mining/hardest_positive_distance"] == pytest.approx(5)
+def _numbers(seed=0):
+  return np.random.default_rng(seed).gamma(2, 3, 6).astype(np.float32)
 
 
-def test_padding_is_left_out():
-  summary = _summary([0, 0, 1, 1], np.array([1, 1, 1, 0], np.float32))
-  assert summary["mining/embedding_norm"] == pytest.approx(7 / 3)
-  assert summary["mining/hardest_positive_distance"] == pytest.approx(5)
+def test_ratio_is_the_mean_of_what_counts():
+  numbers = _numbers()
+  summary = _summary(statistics.ratio(tf.constant(numbers), tf.constant(_COUNTED)))
+  assert summary == {"a": pytest.approx(numbers[_COUNTED].mean(), rel=1e-6)}
+
+
+def test_moments_are_mean_and_standard_deviation():
+  numbers = _numbers()
+  summary = _summary(statistics.moments(tf.constant(numbers), tf.constant(_COUNTED)))
+  assert summary["a"] == pytest.approx(numbers[_COUNTED].mean(), rel=1e-6)
+  assert summary["a_std"] == pytest.approx(numbers[_COUNTED].std(), rel=1e-5)
+
+
+def _histogram(numbers):
+  lower, share = statistics.bins_of(tf.constant(numbers, tf.float32))
+  counts = np.zeros(statistics.NUM_BINS, np.float32)
+  np.add.at(counts, lower.numpy(), 1 - share.numpy())
+  np.add.at(counts, lower.numpy() + 1, share.numpy())
+  return statistics.Histogram(tf.constant(counts))
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
+def test_quantiles_are_right_to_half_a_bin(scale):
+  numbers = scale * np.random.default_rng(1).gamma(2, 1, 5000)
+  summary = _summary(_histogram(numbers))
+  for percent in statistics.QUANTILES:
+    expected = np.percentile(numbers, percent)
+    assert summary[f"a_p{percent:02}"] == pytest.approx(expected, rel=0.022)
+
+
+def test_a_number_that_crosses_into_a_bin_hardly_moves_the_sums():
+  near = [_histogram([2.0**3 * (1 + delta)]).counts for delta in (-1e-6, 1e-6)]
+  np.testing.assert_allclose(*near, atol=1e-4)
+
+
+def test_numbers_beyond_the_histogram_are_in_its_last_bins():
+  counts = _histogram([0.0, 1e-30, 1e30]).counts.numpy()
+  assert (counts[0], counts[-1]) == (2, 1)
+
+
+def _covariance(vectors, is_counted=None):
+  counted = np.ones(len(vectors), bool) if is_counted is None else is_counted
+  return statistics.covariance(tf.constant(vectors, tf.float32), tf.constant(counted))
+
+
+def test_effective_rank_is_the_entropy_of_the_eigenvalues():
+  vectors = np.random.default_rng(2).normal(size=(500, 6)) * [4, 3, 2, 1, 1, 0] + 3
+  eigenvalues = np.linalg.eigvalsh(np.cov(vectors.T, bias=True))[1:]
+  shares = eigenvalues / eigenvalues.sum()
+  summary = _summary(_covariance(vectors))
+  assert summary["a_rank"] == pytest.approx(
+    np.exp(-(shares * np.log(shares)).sum()), rel=1e-3
+  )
+  norms = np.mean(np.sum(vectors**2, axis=1))
+  assert summary["a_spread"] == pytest.approx(
+    np.sqrt(eigenvalues.sum() / norms), rel=1e-3
+  )
+
+
+def test_equal_vectors_have_spread_zero_and_rank_one():
+  summary = _summary(_covariance(np.full((50, 4), 0.3)))
+  assert (summary["a_spread"], summary["a_rank"]) == (0, 1)
+
+
+def test_vectors_that_do_not_count_change_nothing():
+  vectors = np.random.default_rng(3).normal(size=(6, 2))
+  assert _summary(_covariance(vectors, _COUNTED)) == pytest.approx(
+    _summary(_covariance(vectors[_COUNTED]))
+  )
 
 
 def test_summary_divides_what_was_added_up():
-  assert summarize({"a": Ratio(np.float32(6), np.float32(4))}) == {"a": 1.5}
+  assert statistics.summarize({"a": Ratio(np.float32(6), np.float32(4))}) == {"a": 1.5}
 
 
-def test_statistic_of_nothing_is_left_out():
-  assert "mining/hardest_positive_distance" not in _summary([0, 1, 2, 3])
+@pytest.mark.parametrize(
+  "nothing",
+  [
+    statistics.ratio(tf.zeros([2]), tf.zeros([2], tf.bool)),
+    statistics.moments(tf.zeros([2]), tf.zeros([2], tf.bool)),
+    _histogram(np.zeros(0)),
+    _covariance(np.zeros((3, 2)), np.zeros(3, bool)),
+  ],
+)
+def test_statistic_of_nothing_is_left_out(nothing):
+  assert _summary(nothing) == {}

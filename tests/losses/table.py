@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Callable
 
 from tests.losses import oracles, pair_oracles
@@ -37,6 +38,7 @@ def _row(loss_class, compare, terms, reduction, /, **arguments):
     [loss_class.__name__, *(_text(value) for value in arguments.values())]
   )
 
+  @functools.cache  # Each new loss is compiled anew.
   def make(**more):
     return loss_class(**arguments, **more)
 

@@ -16,7 +16,8 @@ import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
-from trainer.losses.terms import Anchors, Candidates, LossTerms
+from trainer.losses.mining_statistics import MinedLoss
+from trainer.losses.terms import Anchors, Candidates, LossFn
 
 
 class Share(NamedTuple):
@@ -31,20 +32,21 @@ class Share(NamedTuple):
   statistics: Mapping[str, Any]
 
 
-class Loss(Protocol):
-  """A loss of anchors against candidates."""
+class Loss(MinedLoss, Protocol):
+  """What a training asks of a loss.
+
+  Attributes:
+    needs_positives: whether a batch without two examples of a class has no loss.
+  """
 
   needs_positives: bool
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
-    """This replica's sum, count and statistics."""
 
-
-ObjectiveFn = Callable[[Loss, Anchors, Collectives], Share]
+ObjectiveFn = Callable[[LossFn, Anchors, Collectives], Share]
 
 
 @gin.register
-def across_replicas(loss: Loss, anchors: Anchors, collectives: Collectives) -> Share:
+def across_replicas(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
   """Local anchors against the candidates of all replicas.
 
   L = Σ_r total_r / Σ_r count_r. The value, and every gradient, is that of one
@@ -72,7 +74,7 @@ def across_replicas(loss: Loss, anchors: Anchors, collectives: Collectives) -> S
 
 
 @gin.register
-def per_replica(loss: Loss, anchors: Anchors, collectives: Collectives) -> Share:
+def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
   """Each replica's anchors against its own batch; nothing is gathered.
 
   L = 1/R Σ_r total_r / count_r, the mean of the replicas' losses. It depends on R:

@@ -15,6 +15,7 @@ from absl import logging
 from trainer.config import saved
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.metrics_file import MetricsFile
+from trainer.losses.collapse import ADVICE, describe_collapse
 
 
 class Report(NamedTuple):
@@ -66,6 +67,20 @@ class ShowProgress:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class WarnOfCollapse:
+  """Says in words, once, that the embeddings have collapsed, and what to try."""
+
+  def __init__(self):
+    self._is_said = False
+
+  def __call__(self, report: Report) -> None:
+    """Warns where the mining statistics tell of it."""
+    collapse = describe_collapse(report.metrics)
+    if collapse and not self._is_said:
+      logging.warning("Step %d: collapse: %s; %s.", report.step, collapse, ADVICE)
+      self._is_said = True
 
 
 class WriteMetrics:

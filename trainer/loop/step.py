@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Optional
 
 import gin
 import tensorflow as tf
@@ -11,7 +11,10 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import Collectives, OneReplica
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
+from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.terms import Anchors, Ratio
+
+_MINING_STATISTICS = MiningStatistics()
 
 
 @gin.register
@@ -24,6 +27,7 @@ class TrainStep:
       variables (a temperature), they are trained too.
     objective_fn: where the batch is mined.
     optimizer: Keras optimizer.
+    mining_statistics: what is logged of the mining beside the loss; None for nothing.
   """
 
   def __init__(
@@ -33,9 +37,13 @@ class TrainStep:
     loss: Loss,
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
+    mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
   ):
     self.encoder = encoder
     self.loss = loss
+    self._observed_loss = (
+      mining_statistics.observing(loss) if mining_statistics else loss
+    )
     self.optimizer = optimizer
     self._objective_fn = objective_fn
     self._variables: list[tf.Variable] = []
@@ -85,7 +93,7 @@ class TrainStep:
     with tf.GradientTape() as tape:
       embeddings = self.encoder(batch.inputs, training=True)
       anchors = Anchors(embeddings, batch.labels, batch.weights)
-      share = self._objective_fn(self.loss, anchors, collectives)
+      share = self._objective_fn(self._observed_loss, anchors, collectives)
     local = tape.gradient(
       share.loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
@@ -107,7 +115,7 @@ class TrainStep:
     @tf.function
     def loss_alone(embeddings, labels, weights):
       anchors = Anchors(embeddings, labels, weights)
-      share = self._objective_fn(self.loss, anchors, OneReplica())
+      share = self._objective_fn(self._observed_loss, anchors, OneReplica())
       return self._with_loss(share, 1)
 
     outputs = loss_alone.get_concrete_function(

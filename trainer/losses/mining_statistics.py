@@ -5,7 +5,7 @@ Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Optional, Protocol
 
 import gin
@@ -15,12 +15,10 @@ from trainer.errors import UserError
 from trainer.losses import statistics
 from trainer.losses.distances import Comparison, euclidean
 from trainer.losses.relevance import Relevance, positive_lists, relevance
-from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
+from trainer.losses.terms import Anchors, Candidates, LossFn, LossTerms, Ratio
 
 # Positives and negatives share a histogram of this many bins, and a rest that is none.
 _NUM_SEGMENTS = 2 * statistics.NUM_BINS + 1
-
-LossFn = Callable[[Anchors, Candidates], LossTerms]
 
 
 class MinedLoss(Protocol):
@@ -89,7 +87,7 @@ class MiningStatistics:
     anchors = anchors._replace(embeddings=_fixed(anchors.embeddings))
     candidates = candidates._replace(embeddings=_fixed(candidates.embeddings))
     sample, candidates = self._sample(anchors, candidates)
-    sums, segments = self._summed(
+    sums, segments, shares = self._summed(
       sample,
       candidates,
       comparison=loss.comparison,
@@ -97,9 +95,7 @@ class MiningStatistics:
       lists=positive_lists(sample, candidates),
     )
     # XLA on a CPU scatters one by one, so this stands outside what it compiles.
-    counts = tf.math.unsorted_segment_sum(
-      tf.ones_like(segments, tf.float32), segments, _NUM_SEGMENTS
-    )
+    counts = tf.math.unsorted_segment_sum(shares, segments, _NUM_SEGMENTS)
     positive, negative, _ = tf.split(counts, [statistics.NUM_BINS] * 2 + [1])
     norms = tf.norm(anchors.embeddings, axis=1)
     return {
@@ -133,7 +129,7 @@ def _fixed(embeddings: tf.Tensor) -> tf.Tensor:
 
 
 def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no-untyped-def]
-  """Sums over [N] anchors, and the histogram's bin of each of their N · C pairs."""
+  """Sums over [N] anchors, and where their N · C pairs are in the histograms."""
   pairs = relevance(anchors, candidates, lists)
   counts = anchors.weights > 0.0
   pairs = pairs._replace(
@@ -149,7 +145,7 @@ def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no
     **_of_triplets(compared, pairs, margin),
     "mining/embedding": statistics.covariance(anchors.embeddings, counts),
   }
-  return sums, _segments(distances, pairs)
+  return sums, *_places(distances, pairs)
 
 
 def _of_distances(
@@ -217,10 +213,13 @@ def _num_below(
   )[1]
 
 
-def _segments(distances: tf.Tensor, pairs: Relevance) -> tf.Tensor:
-  """[N · C] int32: the bin of a positive, H + that of a negative, 2 H of neither."""
-  bins = statistics.bins_of(distances)
-  of_negatives = tf.where(
-    pairs.is_negative, bins + statistics.NUM_BINS, 2 * statistics.NUM_BINS
-  )
-  return tf.reshape(tf.where(pairs.is_positive, bins, of_negatives), [-1])
+def _places(distances: tf.Tensor, pairs: Relevance) -> tuple[tf.Tensor, tf.Tensor]:
+  """Bins [2 · N · C] int32, and what to add there, float32: two of each pair.
+
+  Bins of positives come first, then those of negatives, then the rest.
+  """
+  lower, share = statistics.bins_of(distances)
+  first = tf.where(pairs.is_negative, statistics.NUM_BINS, 0) + lower
+  rest = 2 * statistics.NUM_BINS
+  bins = [tf.where(pairs.is_either, first + upper, rest) for upper in (0, 1)]
+  return tf.reshape(bins, [-1]), tf.reshape([1.0 - share, share], [-1])

@@ -17,11 +17,13 @@ import tensorflow as tf
 
 from trainer.losses.terms import Ratio
 
-# Bins of a histogram: 16 an octave, from 2^-20 to 2^20. Values beyond are counted in
-# the last bin on their side; a quantile is right to half a bin, 2 %.
+# Bins of a histogram: 16 an octave, from 2^-20 to 2^20; values beyond are counted in
+# the last bin on their side. A value between the centres of two bins counts in both, by
+# how near it is: so sums don't jump where a value crosses from one into the other.
 _BINS_PER_OCTAVE = 16
 _NUM_OCTAVES_BELOW_ONE = 20
-NUM_BINS = 2 * _NUM_OCTAVES_BELOW_ONE * _BINS_PER_OCTAVE
+_BINS_ABOVE_ONE = _NUM_OCTAVES_BELOW_ONE * _BINS_PER_OCTAVE
+NUM_BINS = 2 * _BINS_ABOVE_ONE
 QUANTILES = (5, 50, 95)
 
 
@@ -40,7 +42,7 @@ class Moments(NamedTuple):
 
 
 class Histogram(NamedTuple):
-  """How many positive numbers fell in each bin; see `bins_of`.
+  """How many numbers >= 0 are in each bin; see `bins_of`.
 
   Attributes:
     counts: [H] float32.
@@ -87,16 +89,20 @@ def covariance(vectors: tf.Tensor, is_counted: tf.Tensor) -> Covariance:
   )
 
 
-def bins_of(values: tf.Tensor) -> tf.Tensor:
-  """The bin of each value, int32 in 0…H−1; that of 0 is the first.
+def bins_of(values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  """Between which bins a value is.
 
   Args:
     values: float32 >= 0, of any shape.
+
+  Returns:
+    int32 in 0…H−2, the lower bin; and float32 in [0, 1], the share of the upper.
   """
-  tiny = 2.0**-_NUM_OCTAVES_BELOW_ONE
-  octaves = tf.math.log(tf.maximum(values, tiny)) / np.log(2.0)
-  bins = tf.floor((octaves + _NUM_OCTAVES_BELOW_ONE) * _BINS_PER_OCTAVE)
-  return tf.cast(tf.clip_by_value(bins, 0.0, NUM_BINS - 1.0), tf.int32)
+  octaves = tf.math.log(tf.maximum(values, 2.0**-_NUM_OCTAVES_BELOW_ONE)) / np.log(2.0)
+  places = tf.minimum(octaves * _BINS_PER_OCTAVE, _BINS_ABOVE_ONE - 1.0)
+  lower = tf.minimum(tf.floor(places), _BINS_ABOVE_ONE - 2.0)
+  # Counted from 1, where most distances are and float32 is finest, and then moved.
+  return tf.cast(lower, tf.int32) + _BINS_ABOVE_ONE, places - lower
 
 
 def summarize(statistics: Mapping[str, Any]) -> dict[str, float]:
@@ -136,14 +142,14 @@ def _quantiles(counts: np.ndarray) -> Iterator[tuple[str, float]]:
   if total == 0:
     return
   cumulative = np.concatenate([[0], np.cumsum(counts)]) / total
-  edges = np.arange(NUM_BINS + 1) / _BINS_PER_OCTAVE - _NUM_OCTAVES_BELOW_ONE
+  edges = (np.arange(NUM_BINS + 1) - 0.5) / _BINS_PER_OCTAVE - _NUM_OCTAVES_BELOW_ONE
   for percent in QUANTILES:
     # Linear within the bin that the quantile falls in.
     last = np.searchsorted(cumulative, percent / 100)
     position = np.interp(
       percent / 100, cumulative[last - 1 : last + 1], edges[last - 1 : last + 1]
     )
-    yield f"_p{percent:02}", 2.0**position
+    yield f"_p{percent:02}", float(2.0**position)
 
 
 def _shape(statistic: Covariance) -> Iterator[tuple[str, float]]:

@@ -5,7 +5,7 @@ Shapes: A anchors (this replica's), C candidates (all replicas'), D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -69,3 +69,6 @@ class LossTerms(NamedTuple):
   total: tf.Tensor
   count: tf.Tensor
   statistics: Mapping[str, Any]
+
+
+LossFn = Callable[[Anchors, Candidates], LossTerms]
