@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses import statistics
-from trainer.losses.distances import Comparison, euclidean
+from trainer.losses.distances import Comparison, exact_euclidean
 from trainer.losses.relevance import Relevance, positive_lists, relevance
 from trainer.losses.terms import Anchors, Candidates, LossFn, LossTerms, Ratio
 
@@ -136,7 +136,7 @@ def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no
     is_positive=tf.logical_and(pairs.is_positive, counts[:, None]),
     is_negative=tf.logical_and(pairs.is_negative, counts[:, None]),
   )
-  distances = euclidean(anchors.embeddings, candidates.embeddings)
+  distances = exact_euclidean(anchors.embeddings, candidates.embeddings)
   compared = comparison.distance_fn(
     comparison(anchors.embeddings, candidates.embeddings)
   )

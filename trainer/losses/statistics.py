@@ -52,11 +52,11 @@ class Histogram(NamedTuple):
 
 
 class Covariance(NamedTuple):
-  """Second moments of vectors.
+  """Second moments of vectors, in float64: variances are small differences of them.
 
   Attributes:
-    products: [D, D] float32, the total of x xᵀ.
-    total: [D] float32, the total of x.
+    products: [D, D] float64, the total of x xᵀ.
+    total: [D] float64, the total of x.
     count: [] float32.
   """
 
@@ -81,7 +81,7 @@ def moments(values: tf.Tensor, is_counted: tf.Tensor) -> Moments:
 
 def covariance(vectors: tf.Tensor, is_counted: tf.Tensor) -> Covariance:
   """Second moments of vectors, [N, D] float32, that count, [N] bool."""
-  counted = tf.where(is_counted[:, None], vectors, 0.0)
+  counted = tf.cast(tf.where(is_counted[:, None], vectors, 0.0), tf.float64)
   return Covariance(
     tf.matmul(counted, counted, transpose_a=True),
     tf.reduce_sum(counted, 0),
@@ -165,8 +165,8 @@ def _shape(statistic: Covariance) -> Iterator[tuple[str, float]]:
   squared_norm = np.trace(second)
   eigenvalues = np.linalg.eigvalsh(second - np.outer(mean, mean)).clip(min=0)
   variance = eigenvalues.sum()
-  # Below float32's rounding of the sums, what is left of the variance is noise.
-  is_spread = variance > 1e-6 * squared_norm
+  # Below float32's rounding of the vectors, what is left of the variance is noise.
+  is_spread = variance > 1e-12 * squared_norm
   yield "_spread", float(np.sqrt(variance / squared_norm)) if is_spread else 0.0
   shares = eigenvalues[eigenvalues > 0] / variance if is_spread else np.ones(1)
   yield "_rank", float(np.exp(-(shares * np.log(shares)).sum()))
