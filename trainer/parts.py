@@ -1,5 +1,7 @@
 """Imports the modules that register parts with gin, so that configs can name them."""
 
+import trainer.data.augment
+import trainer.data.augment_geometry
 import trainer.data.class_weights
 import trainer.data.dataset
 import trainer.data.decode
@@ -23,4 +25,5 @@ import trainer.losses
 import trainer.models.applications
 import trainer.models.backbones
 import trainer.models.encoder
-import trainer.train  # noqa: F401
+import trainer.train
+import trainer.validate  # noqa: F401

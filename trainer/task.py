@@ -35,6 +35,7 @@ class Mode:
 
 MODES = {
   "ingest": Mode("Turn raw data into records.", "trainer.ingest", ("ingest",)),
+  "validate": Mode("Look at data before training.", "trainer.validate", ("validate",)),
   "train": Mode("Train, or resume where it stopped.", "trainer.train", ("train",)),
   "evaluate": Mode("Measure retrieval.", "trainer.evaluate", ("evaluate",)),
   "train_and_evaluate": Mode(

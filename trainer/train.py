@@ -95,7 +95,7 @@ def train(
   workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
   first_step = checkpoints.restore() or 0
   workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
-  batches = Batches(dataset.index, schedule, dataset.decoder)
+  batches = dataset.training_batches(schedule)
   outer = Loop(
     inner=_make_inner_loop(batches, step, first_step),
     naming_bad_records=batches.naming_bad_records,

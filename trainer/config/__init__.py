@@ -11,7 +11,7 @@ import gin
 from trainer import errors
 from trainer.config import lint, resolve, statements
 
-ROOTS = ("ingest", "train", "evaluate")
+ROOTS = ("ingest", "validate", "train", "evaluate")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,11 @@ from typing import NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
+from trainer.data.augment import Augmentation
+from trainer.data.bad_records import Replacements, reason_of
 from trainer.data.decode import Decoder
 from trainer.data.records import RecordIndex
+from trainer.data.row_random import RowRandom
 from trainer.data.schedule import Schedule, draw
 from trainer.errors import UserError
 
@@ -68,12 +71,24 @@ class Batches:
     index: gives the records by number.
     schedule: gives the record numbers of each step.
     decoder: makes inputs of records.
+    augmentation: changes inputs at random; None for no change.
+    replacements: puts others in the place of bad records; None to refuse them.
   """
 
-  def __init__(self, index: RecordIndex, schedule: Schedule, decoder: Decoder):
+  def __init__(
+    self,
+    index: RecordIndex,
+    schedule: Schedule,
+    decoder: Decoder,
+    *,
+    augmentation: Optional[Augmentation] = None,
+    replacements: Optional[Replacements] = None,
+  ):
     self._index = index
     self._schedule = schedule
     self._decoder = decoder
+    self._augmentation = augmentation
+    self._replacements = replacements
 
   def dataset(
     self, shard: Shard, *, first_step: int = 0, num_steps: Optional[int] = None
@@ -97,7 +112,7 @@ class Batches:
     worker_batches = (
       self._record_numbers(shard, first_step, num_steps)
       .map(self._read, _NUM_READING)
-      .map(self._decode, tf.data.AUTOTUNE)
+      .map(lambda step, *read: self._decode(step, shard, *read), tf.data.AUTOTUNE)
     )
     return (
       _per_replica(worker_batches, shard.num_local_replicas)
@@ -125,60 +140,77 @@ class Batches:
       for step in range(first_step, last_step + _NUM_READ_AHEAD):
         for number in np.ravel(self._schedule.batch(step)):
           if number >= 0:
-            self._check(int(number))
+            reason = reason_of(self._index, self._decoder, int(number))
+            if reason is not None:
+              raise UserError(reason) from None
       raise
-
-  def _check(self, number: int) -> None:
-    [record] = self._index.read([number])
-    try:
-      self._decoder(tf.constant([record]))
-    except tf.errors.OpError as error:
-      reason = error.message.splitlines()[0]
-      raise UserError(
-        f"{self._index.describe(number)} cannot be decoded: {reason}"
-      ) from error
 
   def _record_numbers(
     self, shard: Shard, first_step: int, num_steps: Optional[int]
   ) -> tf.data.Dataset:
-    """Dataset of [L] int64: the numbers of this worker's rows, a step an element."""
+    """Dataset of a step and the numbers of this worker's rows in it, [L] int64."""
     num_rows = int(np.prod(self._schedule.shape))
     num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
-    per_replica = num_rows // shard.num_replicas
-    first_row = shard.first_replica * per_replica
-    local = slice(first_row, first_row + shard.num_local_replicas * per_replica)
+    local = _local_rows(shard, num_rows)
 
     def draw_local(steps: np.ndarray) -> np.ndarray:
       return draw(self._schedule, steps).reshape(len(steps), -1)[:, local]
 
-    def draw_steps(steps: tf.Tensor) -> tf.Tensor:
+    def draw_steps(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       numbers = tf.numpy_function(draw_local, [steps], tf.int64)
-      return tf.ensure_shape(numbers, [None, local.stop - local.start])
+      return steps, tf.ensure_shape(numbers, [None, local.stop - local.start])
 
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     steps = tf.data.Dataset.range(first_step, end).batch(num_abreast)
     return steps.map(draw_steps, 1).prefetch(1).unbatch()
 
-  def _read(self, numbers: tf.Tensor) -> list[tf.Tensor]:
-    """Serialized examples, labels and weights of rows, each [L]."""
+  def _read(self, step: tf.Tensor, numbers: tf.Tensor) -> list[tf.Tensor]:
+    """The step; serialized examples, labels and weights of its rows, each [L]."""
 
     def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
       is_real = numbers >= 0
       # Padding rows hold any record: its label and weight say that it doesn't count.
-      records = self._index.read(np.where(is_real, numbers, 0))
+      numbers = np.where(is_real, numbers, 0)
+      if self._replacements is not None:
+        numbers = self._replacements.replace(numbers)
       labels = np.where(is_real, self._index.labels[numbers], PADDING_LABEL)
       return (
-        np.array(records, object),
+        np.array(self._index.read(numbers), object),
         labels.astype(np.int32),
         is_real.astype(np.float32),
       )
 
     read_tensors = tf.numpy_function(read, [numbers], (tf.string, tf.int32, tf.float32))
-    return [tf.ensure_shape(each, numbers.shape) for each in read_tensors]
+    return [step, *(tf.ensure_shape(each, numbers.shape) for each in read_tensors)]
 
-  def _decode(self, records: tf.Tensor, labels: tf.Tensor, weights: tf.Tensor) -> Batch:
+  def _decode(
+    self,
+    step: tf.Tensor,
+    shard: Shard,
+    records: tf.Tensor,
+    labels: tf.Tensor,
+    weights: tf.Tensor,
+  ) -> Batch:
     """The batch of this worker, [L] rows."""
-    return Batch(self._decoder(records), labels, weights)
+    inputs = self._decoder(records)
+    if self._augmentation is not None:
+      num_rows = int(np.prod(self._schedule.shape))
+      random = RowRandom(
+        self._augmentation.seed,
+        step,
+        num_rows=num_rows,
+        first_row=_local_rows(shard, num_rows).start,
+        num_local_rows=records.shape[0],
+      )
+      inputs = self._augmentation(inputs, random)
+    return Batch(inputs, labels, weights)
+
+
+def _local_rows(shard: Shard, num_rows: int) -> slice:
+  """This worker's rows of a global batch."""
+  per_replica = num_rows // shard.num_replicas
+  first = shard.first_replica * per_replica
+  return slice(first, first + shard.num_local_replicas * per_replica)
 
 
 def _per_replica(
