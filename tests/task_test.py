@@ -66,7 +66,7 @@ def test_module_run_as_a_program_exits_with_the_status():
   ("flags", "words"),
   [
     (["--gin_fil=x"], ["'gin_fil'", "gin_file"]),
-    (["--mode=trian"], ["trian", "<ingest|train|evaluate|train_and_evaluate>"]),
+    (["--mode=trian"], ["trian", "<ingest|validate|train|evaluate|"]),
     (["--num_virtual_replicas=0"], ["num_virtual_replicas", "not a positive"]),
     (["--num_virtual_replicas=two"], ["num_virtual_replicas", "two"]),
     (["train"], ["'train' is no flag"]),
