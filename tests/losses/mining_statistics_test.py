@@ -133,11 +133,27 @@ def test_loss_without_margin_has_no_share_of_semi_hard_triplets():
   assert "mining/semi_hard_fraction" not in summary
 
 
-def test_observed_loss_is_the_loss_with_more_statistics():
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_observed_loss_looks_at_one_of_so_many_steps(is_traced):
+  statistics = losses.MiningStatistics(every_steps=3)
   arguments = batches.arguments(*batches.random_batch("unbalanced"))
-  plain, observed = _LOSS(*arguments), _ALL.observing(_LOSS)(*arguments)
-  assert observed.total == plain.total
-  assert observed.statistics.keys() > plain.statistics.keys()
+  step = tf.Variable(0)
+  observed = statistics.observing(_LOSS, lambda: step)
+  call = (
+    tf.function(lambda: observed(*arguments))
+    if is_traced
+    else (lambda: observed(*arguments))
+  )
+  plain = _LOSS(*arguments)
+  expected = statistics(_LOSS, *arguments)["mining/hardest_positive_distance"]
+  for number in range(5):
+    step.assign(number)
+    terms = call()
+    assert terms.total == plain.total
+    assert terms.statistics.keys() > plain.statistics.keys()
+    got = terms.statistics["mining/hardest_positive_distance"]
+    wanted = expected if number % 3 == 0 else (0, 0)
+    np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
 def test_statistics_have_no_gradient():
@@ -148,6 +164,7 @@ def test_statistics_have_no_gradient():
   assert tape.gradient(tf.nest.flatten(dict(sums)), anchors.embeddings) is None
 
 
-def test_no_anchors_are_refused():
+@pytest.mark.parametrize("options", [{"num_anchors": 0}, {"every_steps": 0}])
+def test_no_anchors_and_no_steps_are_refused(options):
   with pytest.raises(UserError, match="no statistics set TrainStep"):
-    losses.MiningStatistics(num_anchors=0)
+    losses.MiningStatistics(**options)

@@ -42,7 +42,9 @@ class TrainStep:
     self.encoder = encoder
     self.loss = loss
     self._observed_loss = (
-      mining_statistics.observing(loss) if mining_statistics else loss
+      mining_statistics.observing(loss, lambda: self.optimizer.iterations)
+      if mining_statistics
+      else loss
     )
     self.optimizer = optimizer
     self._objective_fn = objective_fn

@@ -5,7 +5,7 @@ Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Optional, Protocol
 
 import gin
@@ -46,30 +46,42 @@ class MiningStatistics:
 
   Args:
     num_anchors: how many of the global batch, about; all of a smaller one.
+    every_steps: of how many steps one is looked at, the first of each so many.
 
   Raises:
-    UserError: that is not at least 1.
+    UserError: one of them is not at least 1.
   """
 
-  def __init__(self, *, num_anchors: int = 64):
-    if num_anchors < 1:
+  def __init__(self, *, num_anchors: int = 32, every_steps: int = 10):
+    if num_anchors < 1 or every_steps < 1:
       raise UserError(
-        f"MiningStatistics.num_anchors={num_anchors} is below 1; for no statistics set "
-        "TrainStep.mining_statistics = None."
+        f"MiningStatistics.num_anchors={num_anchors} and every_steps={every_steps} "
+        "must be at least 1; for no statistics set TrainStep.mining_statistics = None."
       )
     self._num_anchors = num_anchors
+    self._every_steps = every_steps
     self._summed = tf.function(_sums, jit_compile=True)
 
-  def observing(self, loss: MinedLoss) -> LossFn:
-    """The loss, with these statistics added to its own.
+  def observing(self, loss: MinedLoss, step_fn: Callable[[], tf.Tensor]) -> LossFn:
+    """The loss, with these statistics added to its own; of other steps, nothing.
 
     Args:
       loss: any of this package.
+      step_fn: gives the number of steps done, [] integer.
     """
 
     def observed(anchors: Anchors, candidates: Candidates) -> LossTerms:
       terms = loss(anchors, candidates)
-      more = self(loss, anchors, candidates)
+      look = tf.function(lambda: self(loss, anchors, candidates))
+      like = look.get_concrete_function().structured_outputs
+
+      def pass_over() -> Mapping[str, Any]:
+        return tf.nest.map_structure(
+          lambda each: tf.zeros(each.shape, each.dtype), like
+        )
+
+      is_due = tf.equal(step_fn() % self._every_steps, 0)
+      more = tf.cond(is_due, look, pass_over)
       return terms._replace(statistics={**terms.statistics, **more})
 
     return observed
