@@ -1,219 +1,239 @@
 """Time and memory of the losses, as ratios measured in one run.
 
-  python -m tests.benchmarks.losses [--large]
+  python -m tests.benchmarks.losses [--only=NAME,...] [--picture=FILE.png]
 
-Balanced batches, K = 4, D = 128, loss and gradient on the CPU. `--large` adds
-B = 32,768, which takes minutes.
+D = 128, K = 4 where nothing else is said, classes in random order, loss and gradient
+on the CPU. Beside it, where they are installed: TensorFlow Addons, and PyTorch with
+PyTorch Metric Learning. Nothing else should run meanwhile.
 """
 
 from __future__ import annotations
 
 import argparse
-import pathlib
+import functools
+import os
 import platform
-import time
+import sys
 
 import numpy as np
 import tensorflow as tf
 
+from tests.benchmarks import measure, references
 from trainer import losses
 from trainer.losses.terms import Anchors, Candidates
 
-_SAMPLES_PER_CLASS = 4
 _NUM_DIMENSIONS = 128
 _MARGIN = 0.2
+_GROWTH = (512, 1024, 2048, 4096, 8192, 16_384)
 
 
-def _batch(size, samples_per_class=_SAMPLES_PER_CLASS):
+def _vectors(size):
+  vectors = np.random.default_rng(size).normal(size=(size, _NUM_DIMENSIONS))
+  return tf.constant(
+    vectors / np.linalg.norm(vectors, axis=1, keepdims=True), tf.float32
+  )
+
+
+def _balanced(size, samples_per_class=4):
+  labels = np.arange(size, dtype=np.int32) // samples_per_class
+  return np.random.default_rng(size).permutation(labels)
+
+
+def _unbalanced(size):
+  """Classes of 1 to 7, 4 on average, in random order."""
   random = np.random.default_rng(size)
-  vectors = random.normal(size=(size, _NUM_DIMENSIONS)).astype(np.float32)
-  labels = random.permutation(np.arange(size, dtype=np.int32) // samples_per_class)
-  return tf.constant(vectors / np.linalg.norm(vectors, axis=1, keepdims=True)), labels
+  sizes = random.integers(1, 8, size)
+  return random.permutation(np.repeat(np.arange(size, dtype=np.int32), sizes)[:size])
 
 
-def _with_gradient(loss_fn, embeddings):
-  """A function that runs loss and gradient, traced already."""
+def _loss_of(loss_fn, labels):
+  """The mean loss, as a function of embeddings."""
+
+  def mean(embeddings):
+    num = embeddings.shape[0]
+    anchors = Anchors(embeddings, tf.constant(labels), tf.ones([num]))
+    everything = tf.ones([num], tf.bool)
+    terms = loss_fn(
+      anchors, Candidates(embeddings, anchors.labels, everything, tf.range(num))
+    )
+    return terms.total / terms.count, terms.statistics
+
+  return mean
+
+
+def _with_gradient(mean_fn, embeddings):
+  """A call of the mean, its gradient and whatever it returns beside."""
 
   @tf.function
   def run():
     with tf.GradientTape() as tape:
       tape.watch(embeddings)
-      loss = loss_fn(embeddings)
-    return loss, tape.gradient(loss, embeddings)
+      loss, more = mean_fn(embeddings)
+    return loss, tape.gradient(loss, embeddings), tf.nest.flatten(more)
 
-  run.get_concrete_function()
   return run
 
 
-def _ours(loss, labels):
-  def loss_fn(embeddings):
-    num = embeddings.shape[0]
-    anchors = Anchors(embeddings, tf.constant(labels), tf.ones([num]))
-    everything = tf.ones([num], tf.bool)
-    candidates = Candidates(embeddings, anchors.labels, everything, tf.range(num))
-    terms = loss(anchors, candidates)
-    return terms.total / terms.count
-
-  return loss_fn
+def _ours(loss, size, labels=None):
+  labels = _balanced(size) if labels is None else labels
+  return _with_gradient(_loss_of(loss, labels), _vectors(size))
 
 
-def _cube(labels):
-  """Batch all from its formula, with a [B, B, B] tensor of triplets."""
-
-  def loss_fn(embeddings):
-    distances = losses.pairwise_distances(embeddings)
-    same = tf.equal(labels[:, None], labels[None, :])
-    positive = tf.logical_and(same, ~tf.eye(len(labels), dtype=tf.bool))
-    valid = tf.logical_and(positive[:, :, None], ~same[:, None, :])
-    hinge = tf.nn.relu(distances[:, :, None] - distances[:, None, :] + _MARGIN)
-    hinge = tf.where(valid, hinge, 0.0)
-    return tf.reduce_sum(hinge) / tf.reduce_sum(tf.sign(hinge))
-
-  return loss_fn
-
-
-def _matrix(embeddings):
-  return tf.reduce_mean(losses.pairwise_distances(embeddings))
-
-
-def _matrix_products(rows_per_tile):
-  """The three products of each tile, one forward and two back, and nothing else."""
-
-  def run(embeddings):
-    total = tf.zeros([])
-    for first in tf.range(0, embeddings.shape[0], rows_per_tile):
-      rows = embeddings[first : first + rows_per_tile]
-      product = tf.matmul(rows, embeddings, transpose_b=True)
-      total += tf.reduce_sum(tf.matmul(product, embeddings))
-      total += tf.reduce_sum(tf.matmul(product, rows, transpose_a=True))
-    return total
-
-  return tf.function(run)
-
-
-def _peak_megabytes():
-  status = pathlib.Path("/proc/self/status").read_text()
-  return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-
-def _measure(runs, num_rounds):
-  """Best seconds and peak megabytes above the start of each, taken in turns."""
-  seconds = dict.fromkeys(runs, np.inf)
-  megabytes = dict.fromkeys(runs, 0.0)
-  for _ in range(num_rounds):
-    for name, run in runs.items():
-      pathlib.Path("/proc/self/clear_refs").write_text("5")
-      before = _peak_megabytes()
-      start = time.perf_counter()
-      tf.nest.map_structure(lambda each: each.numpy(), run())
-      seconds[name] = min(seconds[name], time.perf_counter() - start)
-      megabytes[name] = max(megabytes[name], _peak_megabytes() - before)
-  return seconds, megabytes
-
-
-def _report(title, runs, floor, num_rounds=5):
-  seconds, megabytes = _measure(runs, num_rounds)
-  print(f"\n{title}")
-  for name in runs:
-    ratio = seconds[name] / seconds[floor]
-    print(
-      f"  {name:34} {1e3 * seconds[name]:10.1f} ms {megabytes[name]:8.0f} MB"
-      f" {ratio:8.2f} x {floor}"
-    )
-  return seconds
-
-
-def _cube_against_ours():
-  embeddings, labels = _batch(512)
-  batch_all = losses.BatchAllTripletLoss(margin=_MARGIN)
-  _report(
-    "batch_all, B = 512",
-    {
-      "batch_all": _with_gradient(_ours(batch_all, labels), embeddings),
-      "cube": _with_gradient(_cube(labels), embeddings),
-    },
-    "batch_all",
-    3,
+def _matrix(size):
+  return _with_gradient(
+    lambda e: (tf.reduce_mean(references.distance_matrix(e)), ()), _vectors(size)
   )
 
 
-def _every_loss_against_the_matrix(size):
-  embeddings, labels = _batch(size)
+@functools.cache
+def _batch_all(**options):
+  return losses.BatchAllTripletLoss(margin=_MARGIN, **options)
+
+
+def cube():
+  """batch_all against the formula with all triplets, at B = 512."""
+  labels, vectors = _balanced(512), _vectors(512)
+  runs = {
+    "cube": _with_gradient(
+      lambda e: (references.cube(labels, e, _MARGIN), ()), vectors
+    ),
+    "batch_all": _ours(_batch_all(), 512),
+  }
+  found = measure.compare(runs, num_rounds=3)
+  measure.show("batch_all, B = 512", found, "batch_all")
+  time_ratio, memory_ratio = found["cube"].over(found["batch_all"])
+  print(
+    f"  {time_ratio:.0f} x faster (goal 60), memory 1/{memory_ratio:.0f} (goal 1/5)"
+  )
+
+
+def matrix():
+  """Each loss against the distance matrix with its gradient, at B = 4,096."""
   mined = {
-    "batch_all": losses.BatchAllTripletLoss(margin=_MARGIN),
+    "batch_all": _batch_all(),
     "batch_hard": losses.BatchHardTripletLoss(margin=_MARGIN),
     "semi_hard": losses.SemiHardTripletLoss(margin=_MARGIN),
     "multi_similarity": losses.MultiSimilarityLoss(),
     "info_nce": losses.InfoNCELoss(temperature=0.1),
+    "supervised_contrastive": losses.SupervisedContrastiveLoss(temperature=0.1),
   }
-  runs = {
-    name: _with_gradient(_ours(f, labels), embeddings) for name, f in mined.items()
-  }
-  runs["distance matrix"] = _with_gradient(_matrix, embeddings)
-  _report(f"B = {size}", runs, "distance matrix")
-
-
-def _semi_hard_against_addons():
-  try:
-    from tensorflow_addons.losses import triplet_semihard_loss
-  except ImportError:
-    print("\nsemi_hard beside TensorFlow Addons: it is not installed")
-    return
-  embeddings, labels = _batch(512)
-  loss = losses.SemiHardTripletLoss(margin=_MARGIN)
-
-  def addons(embeddings):
-    return triplet_semihard_loss(labels, embeddings, margin=_MARGIN)
-
-  _report(
-    "semi_hard, B = 512",
-    {
-      "semi_hard": _with_gradient(_ours(loss, labels), embeddings),
-      "addons": _with_gradient(addons, embeddings),
-    },
-    "semi_hard",
-    2,
+  runs = {"distance matrix": _matrix(4096)}
+  runs.update({name: _ours(loss, 4096) for name, loss in mined.items()})
+  measure.show(
+    "B = 4096 (goal of batch_all: 1.4)", measure.compare(runs, 7), "distance matrix"
   )
 
 
-def _growth():
-  sizes = [512, 1024, 2048, 4096, 8192]
-  loss = losses.BatchAllTripletLoss(margin=_MARGIN)
-  seconds = []
-  for size in sizes:
-    embeddings, labels = _batch(size)
-    run = _with_gradient(_ours(loss, labels), embeddings)
-    seconds.append(_measure({"batch_all": run}, 2)[0]["batch_all"])
-  exponent = np.polyfit(np.log(sizes), np.log(seconds), 1)[0]
-  print(f"\nbatch_all grows as B^{exponent:.2f} from {sizes[0]} to {sizes[-1]}")
-
-
-def _streaming():
-  size = 32_768
-  embeddings, labels = _batch(size)
-  loss = losses.BatchAllTripletLoss(margin=_MARGIN)
-  products = _matrix_products(128)
-  products.get_concrete_function(embeddings)
+def classes():
+  """batch_all by the sizes of the classes, at B = 4,096."""
   runs = {
-    "batch_all": _with_gradient(_ours(loss, labels), embeddings),
-    "products": lambda: products(embeddings),
+    "4 each": _ours(_batch_all(), 4096),
+    "1 to 7": _ours(_batch_all(), 4096, _unbalanced(4096)),
+    "16 each": _ours(_batch_all(), 4096, _balanced(4096, 16)),
+    "64 each": _ours(_batch_all(), 4096, _balanced(4096, 64)),
   }
-  _report(f"streaming, B = {size}", runs, "products", 1)
+  measure.show(
+    "batch_all, B = 4096, by class size (goal of 1 to 7: 1.5)",
+    measure.compare(runs, 5),
+    "4 each",
+  )
+
+
+def addons():
+  """Semi-hard against TensorFlow Addons, at B = 1,024; takes 20 GB."""
+  reference = references.addons_semi_hard(_balanced(1024), _MARGIN)
+  if reference is None:
+    print("\nTensorFlow Addons is not installed.")
+    return
+  runs = {
+    "addons": _with_gradient(lambda e: (reference(e), ()), _vectors(1024)),
+    "semi_hard": _ours(losses.SemiHardTripletLoss(margin=_MARGIN), 1024),
+  }
+  found = measure.compare(runs, num_rounds=1)
+  measure.show("semi_hard, B = 1024", found, "semi_hard")
+  time_ratio, memory_ratio = found["addons"].over(found["semi_hard"])
+  print(
+    f"  {time_ratio:.0f} x faster (goal 100), memory 1/{memory_ratio:.0f} (goal 1/20)"
+  )
+
+
+def pml():
+  """batch_all against PyTorch Metric Learning, at B = 512."""
+  reference = references.pml_batch_all(_balanced(512), _vectors(512).numpy(), _MARGIN)
+  if reference is None:
+    print("\nPyTorch Metric Learning is not installed.")
+    return
+  runs = {"pml": reference, "batch_all": _ours(_batch_all(), 512)}
+  measure.show("batch_all, B = 512", measure.compare(runs, 3), "batch_all")
+
+
+def statistics():
+  """What mining statistics add to batch_all, over ten steps."""
+  for size in (512, 1024, 4096):
+    step = tf.Variable(0)
+    observed = losses.MiningStatistics().observing(
+      _batch_all(), lambda step=step: step.assign_add(1)
+    )
+    runs = {
+      "without": measure.repeated(_ours(_batch_all(), size), 10),
+      "with": measure.repeated(_ours(observed, size), 10),
+    }
+    title = f"mining statistics, B = {size} (goal: 1.10)"
+    measure.show(title, measure.compare(runs, 5), "without")
+
+
+def streaming():
+  """batch_all at B = 32,768, against the matrix products of its tiles alone."""
+  size = 32_768
+  runs = {
+    "products": references.tile_products(_vectors(size), rows_per_tile=128),
+    "batch_all": _ours(_batch_all(), size),
+  }
+  found = measure.compare(runs, num_rounds=1)
+  measure.show(f"streaming, B = {size} (goals: 3, 1,500 MB)", found, "products")
+
+
+def growth(picture=None):
+  """How batch_all grows with B, and a picture of it."""
+  found = {}
+  for size in _GROWTH:
+    runs = {"batch_all": _ours(_batch_all(), size), "distance matrix": _matrix(size)}
+    if size <= 512:
+      labels = _balanced(size)
+      runs["cube"] = _with_gradient(
+        lambda e, labels=labels: (references.cube(labels, e, _MARGIN), ()),
+        _vectors(size),
+      )
+    if size > 8192:
+      del runs["distance matrix"]  # 16 GB.
+    found[size] = measure.compare(runs, 3)
+  seconds = [found[size]["batch_all"].seconds for size in _GROWTH]
+  exponent = np.polyfit(np.log(_GROWTH), np.log(seconds), 1)[0]
+  print(
+    f"\nbatch_all grows as B^{exponent:.2f}, {_GROWTH[0]} to {_GROWTH[-1]} (goal 2.1)"
+  )
+  if picture:
+    measure.draw(found, picture)
+    print(f"  drawn in {picture}")
+
+
+PARTS = (cube, matrix, classes, addons, pml, statistics, growth, streaming)
 
 
 def main():
   """Prints all ratios."""
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--large", action="store_true", help="B = 32,768 as well")
+  names = [part.__name__ for part in PARTS]
+  parser.add_argument("--only", default=",".join(names), help=f"some of {names}")
+  parser.add_argument("--picture", help="where to draw time and memory against B")
   arguments = parser.parse_args()
-  print(f"{platform.processor() or platform.machine()}, TensorFlow {tf.__version__}")
-  _cube_against_ours()
-  _semi_hard_against_addons()
-  _every_loss_against_the_matrix(1024)
-  _every_loss_against_the_matrix(4096)
-  _growth()
-  if arguments.large:
-    _streaming()
+  print(
+    f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+    f"Python {sys.version.split()[0]}, TensorFlow {tf.__version__}"
+  )
+  for part in PARTS:
+    if part.__name__ in arguments.only.split(","):
+      part(arguments.picture) if part is growth else part()
 
 
 if __name__ == "__main__":
