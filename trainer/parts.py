@@ -3,6 +3,7 @@
 import trainer.data.augment
 import trainer.data.augment_geometry
 import trainer.data.class_weights
+import trainer.data.compositions
 import trainer.data.dataset
 import trainer.data.decode
 import trainer.data.in_place

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from absl import flags, logging
 
 from trainer import errors
+from trainer.data import tensorflow_io
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,4 +198,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv))
+  tensorflow_io.leave(main(sys.argv))

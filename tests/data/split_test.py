@@ -58,3 +58,22 @@ def test_a_list_split_holds_out_what_it_names():
 def test_mistakes_are_named(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+def test_a_list_can_name_the_classes_to_train_on():
+  names = ["a", "b", "c", "d"]
+  split = ListSplit(evaluation_classes=["b"], train_classes=["d", "a"]).split(names)
+  assert split.train.tolist() == [0, 3]
+  assert split.evaluation.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+  ("train_classes", "message"),
+  [
+    (["a", "b"], "has 'b' in evaluation_classes and in"),
+    (["az"], "names 'az', which is"),
+  ],
+)
+def test_classes_to_train_on_must_be_others_that_exist(train_classes, message):
+  with pytest.raises(UserError, match=message):
+    ListSplit(evaluation_classes=["b"], train_classes=train_classes).split(["a", "b"])

@@ -60,6 +60,8 @@ def read_bytes(path: str) -> bytes:
 
 def write_bytes(path: str, content: bytes) -> None:
   """Writes a file, and makes sure that it has reached the disk."""
+  if path.startswith("ram://") and exists(path):
+    gfile(path).remove(path)  # Or it would be written on at its end.
   with as_os_errors(path), open_file(path, "wb") as file:
     file.write(content)
     file.flush()
@@ -138,9 +140,8 @@ def remove_folder(path: str) -> None:
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
     return
-  with as_os_errors(path):
-    if exists(path):
-      gfile(path).rmtree(path)
+  with contextlib.suppress(FileNotFoundError), as_os_errors(path):
+    gfile(path).rmtree(path)
 
 
 def gfile(path: str) -> Any:

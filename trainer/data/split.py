@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Optional, Protocol
 
 import gin
 import numpy as np
@@ -74,14 +74,30 @@ class HashSplit:
 
 @gin.register
 class ListSplit:
-  """By an explicit list.
+  """By explicit lists.
 
   Args:
     evaluation_classes: names of the classes held out.
+    train_classes: names of the classes to train on; None for all others.
+
+  Raises:
+    UserError: a name is in both.
   """
 
-  def __init__(self, *, evaluation_classes: Sequence[str]):
+  def __init__(
+    self,
+    *,
+    evaluation_classes: Sequence[str],
+    train_classes: Optional[Sequence[str]] = None,
+  ):
     self._evaluation_classes = list(evaluation_classes)
+    self._train_classes = None if train_classes is None else list(train_classes)
+    in_both = sorted({*self._evaluation_classes} & {*(self._train_classes or ())})
+    if in_both:
+      raise UserError(
+        f"ListSplit has {in_both[0]!r} in evaluation_classes and in train_classes; "
+        "the two must be disjoint."
+      )
 
   def split(self, class_names: Sequence[str]) -> ClassSplit:
     """The ids of either side.
@@ -90,22 +106,32 @@ class ListSplit:
       class_names: C names, by class id.
 
     Returns:
-      Disjoint ids that together are all.
+      Disjoint ids; together they are all, unless `train_classes` says otherwise.
 
     Raises:
       UserError: a name is no class, or a side would be empty.
     """
     ids = {name: class_id for class_id, name in enumerate(class_names)}
-    for name in self._evaluation_classes:
-      if name not in ids:
-        nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
-        raise UserError(
-          f"ListSplit.evaluation_classes names {name!r}, which is no class of the "
-          f"data; did you mean {nearest[0]!r}?"
-        )
-    is_held_out = np.zeros(len(ids), bool)
-    is_held_out[[ids[name] for name in self._evaluation_classes]] = True
-    return _divide(is_held_out)
+    is_held_out = _chosen(ids, "evaluation_classes", self._evaluation_classes)
+    split = _divide(is_held_out)
+    if self._train_classes is None:
+      return split
+    chosen = _chosen(ids, "train_classes", self._train_classes)
+    return split._replace(train=np.flatnonzero(chosen).astype(np.int32))
+
+
+def _chosen(ids: dict[str, int], argument: str, names: Sequence[str]) -> np.ndarray:
+  """[C] bool, which classes are named."""
+  is_chosen = np.zeros(len(ids), bool)
+  for name in names:
+    if name not in ids:
+      nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
+      raise UserError(
+        f"ListSplit.{argument} names {name!r}, which is no class of the data; did you "
+        f"mean {nearest[0]!r}?"
+      )
+    is_chosen[ids[name]] = True
+  return is_chosen
 
 
 def _divide(is_held_out: np.ndarray) -> ClassSplit:

@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# Makes data/emoji_arrays: emoji of eleven npm packages (31 MB), or of a folder that has
+# each one's icons.json in a folder of its own: ./launch/data/emoji.sh [ICONS_FOLDER]
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/python.sh
+. "$here/../python.sh"
+
+packages=(twemoji openmoji noto noto-v1 fluent-emoji fluent-emoji-flat
+  fluent-emoji-high-contrast emojione emojione-v1 emojione-monotone fxemoji)
+
+icons=
+if [ $# -gt 0 ]; then
+  icons=$(cd -- "$1" 2>/dev/null && pwd) || fail "$1 is no folder that can be read."
+fi
+cd "$here/../.."
+target=data/emoji_arrays
+if [ -e "$target/labels.npy" ]; then
+  echo "The emoji are in $target already."
+  exit 0
+fi
+task_python datasets
+
+aside=$(mktemp -d)
+trap 'rm -rf "$aside"' EXIT
+if [ -z "$icons" ]; then
+  advice="give a folder that has the icons: $0 ICONS_FOLDER"
+  command -v npm >/dev/null || fail "this machine has no npm; $advice"
+  icons=$aside/icons
+  echo "Fetching ${#packages[@]} packages of emoji."
+  for package in "${packages[@]}"; do
+    archive=$(cd "$aside" && npm pack --silent "@iconify-json/$package" 2>"$aside/log") ||
+      fail "@iconify-json/$package can't be fetched ($(tail -n 1 "$aside/log")); $advice"
+    mkdir -p "$icons/$package"
+    tar -xzf "$aside/$archive" -C "$icons/$package" package/icons.json 2>"$aside/log" ||
+      fail "@iconify-json/$package can't be unpacked: $(tail -n 1 "$aside/log")"
+  done
+fi
+echo "Drawing: half a minute on two cores."
+"$python" launch/data/emoji.py "$icons" "$target"

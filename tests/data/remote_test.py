@@ -1,0 +1,209 @@
+"""Paths elsewhere: the same data, read by ranges; in memory, and by S3's protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import in_place, paths, remote
+from trainer.data.decode import ImageDecoder
+from trainer.data.pipeline import Batches, Shard
+from trainer.data.records import RecordIndex
+from trainer.data.schedule import PKSchedule
+from trainer.data.sources import encode_png
+from trainer.data.sources_folder import ImageFolderSource
+from trainer.data.sources_manifest import ManifestSource
+from trainer.errors import UserError
+from trainer.ingest import ingest
+
+_FOLDER_VARIABLE = "REMOTE_TEST_FOLDER"
+_START_S = 60
+
+
+def _image(number):
+  return np.random.default_rng(number).integers(0, 256, (6, 6)).astype(np.uint8)
+
+
+@pytest.fixture
+def elsewhere(request):
+  """A folder of its own that is not of this machine's file system."""
+  name = re.sub("[^a-z0-9]+", "-", request.node.name)
+  return os.environ.get(_FOLDER_VARIABLE, "ram://") + name
+
+
+@contextlib.contextmanager
+def _s3_server():
+  """A server of S3's protocol on this machine: the environment that leads to it."""
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  address = f"http://127.0.0.1:{port}"
+  command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+  server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+  try:
+    _make_bucket(address)
+    yield {
+      "AWS_ACCESS_KEY_ID": "test",
+      "AWS_SECRET_ACCESS_KEY": "test",
+      "AWS_REGION": "us-east-1",
+      "S3_ENDPOINT": address,
+      "S3_USE_HTTPS": "0",
+      "S3_VERIFY_SSL": "0",
+    }
+  finally:
+    server.terminate()
+    server.wait()
+
+
+def _make_bucket(address):
+  end_s = time.monotonic() + _START_S
+  while True:
+    request = urllib.request.Request(f"{address}/bucket", method="PUT")
+    try:
+      with urllib.request.urlopen(request, timeout=5):
+        return
+    except OSError:
+      assert time.monotonic() < end_s, "the server takes no bucket"
+      time.sleep(0.2)
+
+
+# After S3 was used, tensorflow-io aborts while Python ends: see `tensorflow_io.leave`.
+_ALL_BY_S3 = """
+import os, sys, pytest
+status = pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]])
+sys.stdout.flush()
+os._exit(status)
+"""
+
+
+@pytest.mark.skipif(
+  not tf.__version__.startswith("2.15."),
+  reason="tensorflow-io has no release for this TensorFlow",
+)
+@pytest.mark.skipif(_FOLDER_VARIABLE in os.environ, reason="this is it")
+def test_all_of_this_file_holds_by_s3s_protocol():
+  with _s3_server() as variables:
+    done = subprocess.run(
+      [sys.executable, "-c", _ALL_BY_S3, __file__],
+      env={**os.environ, **variables, _FOLDER_VARIABLE: "s3://bucket/", "CI": ""},
+      capture_output=True,
+      text=True,
+    )
+  assert done.returncode == 0, done.stdout[-3000:]
+  assert re.search(r"^9 passed, 1 skipped", done.stdout, re.MULTILINE), done.stdout
+
+
+def _write_images(folder):
+  for label in ("a", "b ü"):
+    paths.make_folder(f"{folder}/{label}")
+    for number in range(4):
+      path = f"{folder}/{label}/{number}.png"
+      paths.write_bytes(path, encode_png(_image(number + 4 * (label != "a"))))
+
+
+def _ingested(folder):
+  _write_images(f"{folder}/images")
+  ingest(
+    source=ImageFolderSource(folder=f"{folder}/images"),
+    folder=f"{folder}/records",
+    records_per_shard=3,
+  )
+  return RecordIndex.open(f"{folder}/records")
+
+
+def test_files_come_back_as_they_were_written(elsewhere):
+  path = f"{elsewhere}/deep/file"
+  paths.make_folder(f"{elsewhere}/deep")
+  paths.write_bytes(path, bytes(range(256)) * 40)
+  assert paths.read_bytes(path) == bytes(range(256)) * 40
+  assert paths.status(path).num_bytes == 256 * 40
+  assert remote.read_range(path, 255, 4) == b"\xff\x00\x01\x02"
+  assert remote.read_range(path, 256 * 40 - 2, 9) == b"\xfe\xff"
+  paths.move(path, path + "2")
+  assert paths.list_folder(f"{elsewhere}/deep") == ["file2"]
+  assert paths.matching(f"{elsewhere}/deep/f*") == [path + "2"]
+
+
+def test_a_missing_file_is_an_os_error(elsewhere):
+  with pytest.raises(OSError, match="No such file"):
+    paths.read_bytes(f"{elsewhere}/gone")
+  with pytest.raises(OSError, match="No such file"):
+    remote.read_range(f"{elsewhere}/gone", 0, 9)
+  assert not paths.exists(f"{elsewhere}/gone")
+
+
+def test_images_are_ingested_and_read_elsewhere(elsewhere):
+  index = _ingested(elsewhere)
+  assert list(index.class_names) == ["a", "b ü"]
+  decoder = ImageDecoder(height=6, width=6, channels=1)
+  images = decoder(tf.constant(index.read(np.arange(8)[::-1]))).numpy()[..., 0] * 255
+  np.testing.assert_allclose(images, [_image(n) for n in reversed(range(8))], atol=1e-3)
+
+
+def test_batches_are_those_of_the_schedule(elsewhere):
+  index = _ingested(elsewhere)
+  schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  decoder = ImageDecoder(height=6, width=6, channels=1)
+  dataset = Batches(index, schedule, decoder).dataset(Shard(0, 1, 1), num_steps=3)
+  for step, batch in enumerate(dataset):
+    expected = [_image(number) / 255 for number in schedule.batch(step).ravel()]
+    np.testing.assert_allclose(batch.inputs[..., 0], expected, atol=1e-6)
+
+
+def test_a_finished_ingest_is_left_as_it_is(elsewhere):
+  before = _ingested(elsewhere).manifest
+  assert _ingested(elsewhere).manifest == before
+
+
+def test_shards_elsewhere_are_indexed_in_place(elsewhere):
+  _ingested(elsewhere)
+  paths.remove_folder(f"{elsewhere}/records/index")
+  index = in_place.index_records(f"{elsewhere}/records", label_feature="label")
+  assert index.num_records == len(index.read(np.arange(8))) == 8
+
+
+def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
+  index = _ingested(elsewhere)
+  path = f"{elsewhere}/records/records-00001.tfrecord"
+  paths.write_bytes(path, paths.read_bytes(path)[:-7])
+  with pytest.raises(
+    UserError, match=r"records-00001\.tfrecord: record 2 is cut short"
+  ):
+    index.read([5])
+  with pytest.raises(UserError, match=r"records-00001\.tfrecord has \d+ bytes but had"):
+    RecordIndex.open(f"{elsewhere}/records")
+
+
+def test_a_list_elsewhere_names_its_images(elsewhere):
+  _write_images(f"{elsewhere}/images")
+  text = "path,label\na/1.png,x\nb ü/0.png,y\n"
+  paths.write_bytes(f"{elsewhere}/images/list.csv", text.encode())
+  items = list(ManifestSource(path=f"{elsewhere}/images/list.csv").items())
+  assert [item.label for item in items] == ["x", "y"]
+  assert items[1].image == encode_png(_image(4))
+
+
+def test_ranged_reads_ask_for_the_record_and_no_more(elsewhere, monkeypatch):
+  from tensorflow.python.lib.io import _pywrap_file_io
+
+  index = _ingested(elsewhere)
+  asked = []
+  stream = _pywrap_file_io.BufferedInputStream
+
+  def counted(path, num_bytes):
+    asked.append(num_bytes)
+    return stream(path, num_bytes)
+
+  monkeypatch.setattr(_pywrap_file_io, "BufferedInputStream", counted)
+  records = index.read([1, 5])
+  assert sorted(asked) == sorted(len(record) + 16 for record in records)
