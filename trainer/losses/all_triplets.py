@@ -4,8 +4,8 @@ Shapes: T anchors, C candidates.
 
 For each positive of an anchor, t = d_ap + margin is a threshold: the negatives below it
 are those it forms a triplet with. Their number is the gradient to d_ap; the number of
-thresholds above a negative is, negated, the gradient to d_an. So one positive costs a
-few [T, C] passes, and the k-th positive of all anchors is dealt with at once.
+thresholds above a negative is, negated, the gradient to d_an. So a positive costs a few
+[T, C] passes, and the k-th positive of all anchors is dealt with at once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from trainer.losses.relevance import Relevance
+
+# Positives of an anchor that share the passes over its negatives: with 64 samples a
+# class, four at once take a quarter less time than one by one, and eight no less.
+_POSITIVES_AT_ONCE = 4
 
 
 def all_triplets(
@@ -52,14 +56,24 @@ def _sums_and_slope(
   negatives = tf.where(pairs.is_negative, distances, float("inf"))
 
   def body(k, total, num_active, slope):  # type: ignore[no-untyped-def]
-    places, is_positive = lists.places(k)
-    threshold = tf.gather_nd(distances, places) + margin
-    threshold = tf.where(is_positive, threshold, -float("inf"))[:, None]
-    is_active = tf.cast(threshold > negatives, tf.float32)
-    count = tf.reduce_sum(is_active, 1)
-    hinge = tf.reduce_sum(tf.nn.relu(threshold - negatives), 1)
-    slope = tf.tensor_scatter_nd_add(slope - is_active, places, count)
-    return k + 1, total + hinge, num_active + count, slope
+    found = [lists.places(k + number) for number in range(_POSITIVES_AT_ONCE)]
+    thresholds = [
+      tf.where(is_positive, tf.gather_nd(distances, places) + margin, -float("inf"))
+      for places, is_positive in found
+    ]
+    is_active = [tf.cast(t[:, None] > negatives, tf.float32) for t in thresholds]
+    counts = [tf.reduce_sum(each, 1) for each in is_active]
+    hinges = tf.add_n([tf.nn.relu(t[:, None] - negatives) for t in thresholds])
+    positives = tf.concat([places for places, _ in found], 0)
+    slope = tf.tensor_scatter_nd_add(
+      slope - tf.add_n(is_active), positives, tf.concat(counts, 0)
+    )
+    return (
+      k + _POSITIVES_AT_ONCE,
+      total + tf.reduce_sum(hinges, 1),
+      num_active + tf.add_n(counts),
+      slope,
+    )
 
   zeros = tf.zeros_like(distances[:, 0])
   _, total, num_active, slope = tf.while_loop(
