@@ -116,6 +116,7 @@ def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
   metrics_file.drop_after(first_step)
   return [
     actions.ShowProgress(),
+    actions.WarnOfCollapse(),
     actions.WriteMetrics(metrics_file),
     actions.WriteEvents(run.model_dir),
     actions.SaveOperativeConfig(run.model_dir),

@@ -42,3 +42,14 @@ def test_hours_are_told_as_hours(caplog):
   with caplog.at_level("INFO", logger="absl"):
     ShowProgress()(Report(0, 3600, _METRICS))
   assert caplog.messages[0].endswith("2:00:00 left")
+
+
+def test_collapse_is_said_once_with_what_to_try(caplog):
+  warn = actions.WarnOfCollapse()
+  healthy = {"mining/duplicate_fraction": 0.0, "mining/embedding_spread": 0.9}
+  for step, spread in ((10, 0.9), (20, 1e-4), (30, 1e-5)):
+    warn(actions.Report(step, 30, {**healthy, "mining/embedding_spread": spread}))
+  [record] = caplog.records
+  assert record.levelname == "WARNING"
+  assert "Step 20: collapse" in record.getMessage()
+  assert "JitteredLoss" in record.getMessage()
