@@ -1,11 +1,11 @@
-"""Actions: the progress line."""
+"""Actions: the progress line, and the warning of collapse."""
 
 from __future__ import annotations
 
 import io
 import sys
 
-from trainer.loop.actions import Report, ShowProgress
+from trainer.loop.actions import Report, ShowProgress, WarnOfCollapse
 
 _METRICS = {
   "train/loss": 0.125,
@@ -45,10 +45,10 @@ def test_hours_are_told_as_hours(caplog):
 
 
 def test_collapse_is_said_once_with_what_to_try(caplog):
-  warn = actions.WarnOfCollapse()
+  warn = WarnOfCollapse()
   healthy = {"mining/duplicate_fraction": 0.0, "mining/embedding_spread": 0.9}
   for step, spread in ((10, 0.9), (20, 1e-4), (30, 1e-5)):
-    warn(actions.Report(step, 30, {**healthy, "mining/embedding_spread": spread}))
+    warn(Report(step, 30, {**healthy, "mining/embedding_spread": spread}))
   [record] = caplog.records
   assert record.levelname == "WARNING"
   assert "Step 20: collapse" in record.getMessage()
