@@ -28,11 +28,9 @@ def pytest_configure(config):
 
 @functools.cache
 def _mirrored(num_replicas):
-  import tensorflow as tf
+  from trainer.distribute.strategy import mirrored_on_cpu
 
-  # Strategies of one process number their collectives alike, and would meet.
-  tf.distribute.MirroredStrategy._collective_key_base = 1_000_000 * num_replicas
-  return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
+  return mirrored_on_cpu(num_replicas)
 
 
 @pytest.fixture

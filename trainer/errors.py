@@ -6,6 +6,12 @@ DONE = 0
 FAILURE = 1
 
 
+class CheckFailedError(RuntimeError):
+  """What was checked is not as it should be."""
+
+  exit_status = FAILURE
+
+
 class UserError(ValueError):
   """The user's mistake: shown as one line, without a traceback."""
 

@@ -21,6 +21,8 @@ import trainer.evaluate
 import trainer.ingest
 import trainer.loop.loop
 import trainer.loop.optimizers
+import trainer.loop.per_part
+import trainer.loop.schedules
 import trainer.loop.step
 import trainer.losses
 import trainer.models.applications

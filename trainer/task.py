@@ -44,9 +44,13 @@ MODES = {
     "trainer.train_and_evaluate",
     ("train", "evaluate"),
   ),
+  "check": Mode(
+    "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.check", ("train",)
+  ),
 }
 STRATEGIES = ("auto", "cpu", "mirrored", "multi_worker", "tpu")
 _RUN_ERRORS = (
+  errors.CheckFailedError,
   errors.UserError,
   errors.PreemptedError,
   errors.StalledError,

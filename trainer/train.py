@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Callable, NamedTuple
 
@@ -16,7 +17,7 @@ from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import Workers
 from trainer.errors import UserError
-from trainer.loop import actions
+from trainer.loop import actions, micro_batches
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inner import InnerLoop
 from trainer.loop.loop import Loop, LoopOptions
@@ -26,18 +27,48 @@ from trainer.loop.step import TrainStep
 from trainer.run import Run
 
 
+@gin.configurable("train")
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a training is made of.
+
+  Attributes:
+    dataset: records, classes and decoder.
+    schedule_fn: makes the schedule of the dataset's training classes.
+    step: one update; its encoder, loss and optimizer.
+    loop: how long, how often to log and to save.
+    seed: of the initial weights.
+  """
+
+  dataset: Dataset
+  schedule_fn: Callable[..., PKSchedule]
+  step: TrainStep
+  loop: LoopOptions
+  seed: int
+
+  def make_schedule(self) -> PKSchedule:
+    """The schedule of the training classes."""
+    dataset = self.dataset
+    return self.schedule_fn(dataset.index, classes=dataset.train_classes)
+
+  def create_variables(self) -> None:
+    """Creates the variables of the step, from the seed."""
+    tf.keras.utils.set_random_seed(self.seed)
+    self.step.create_variables(self.dataset.decoder.shape)
+
+
 class Training(NamedTuple):
   """A training that is ready to run.
 
   Attributes:
     loop: runs the steps that are left.
-    encoder: the encoder that it trains.
+    step: what it runs.
     first_step: number of steps done before.
     num_steps: number of steps in all.
   """
 
   loop: Loop
-  encoder: tf.keras.Model
+  step: TrainStep
   first_step: int
   num_steps: int
 
@@ -49,25 +80,11 @@ def main(run: Run) -> None:
     Workers().wait()
 
 
-@gin.configurable
-def train(
-  run: Run,
-  *,
-  dataset: Dataset,
-  schedule_fn: Callable[..., PKSchedule],
-  step: TrainStep,
-  loop: LoopOptions,
-  seed: int,
-) -> Training:
+def train(run: Run) -> Training:
   """Builds a training, under the strategy in whose scope it is called.
 
   Args:
     run: where it lives.
-    dataset: records, classes and decoder.
-    schedule_fn: makes the schedule of the dataset's training classes.
-    step: one update; its encoder, loss and optimizer.
-    loop: how long, how often to log and to save.
-    seed: of the initial weights.
 
   Returns:
     A training, restored from the newest checkpoint of the run.
@@ -75,18 +92,20 @@ def train(
   Raises:
     UserError: parts that don't fit each other, the folder, or the replicas.
   """
+  parts = Parts()  # type: ignore[call-arg]  # They are gin's.
+  dataset, step, loop = parts.dataset, parts.step, parts.loop
   workers = Workers()
   workers.agree(dataset.index.facts())
-  schedule = schedule_fn(dataset.index, classes=dataset.train_classes)
-  _check_batch(schedule, step, tf.distribute.get_strategy().num_replicas_in_sync)
+  schedule = parts.make_schedule()
+  check_batch(schedule, step, tf.distribute.get_strategy().num_replicas_in_sync)
   workers.chief_first(lambda: open_run_folder(run))
-  tf.keras.utils.set_random_seed(seed)
-  step.create_variables(dataset.decoder.shape)
+  parts.create_variables()
   checkpoints = Checkpoints(
     model_dir=run.model_dir,
     encoder=step.encoder,
     loss=step.loss,
     optimizer=step.optimizer,
+    averages=step.averages,
     num_kept=loop.num_checkpoints_kept,
     is_chief=workers.is_chief,
   )
@@ -108,7 +127,7 @@ def train(
     ],
   )
   _log_start(run, schedule, step, first_step)
-  return Training(outer, step.encoder, first_step, loop.num_steps)
+  return Training(outer, step, first_step, loop.num_steps)
 
 
 def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
@@ -123,7 +142,17 @@ def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
   ]
 
 
-def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
+def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
+  """Checks that a batch fits the replicas, the loss and the micro-batches.
+
+  Args:
+    schedule: of P classes and K samples.
+    step: its loss may need positives, its micro-batches a batch that they divide.
+    num_replicas: among which the classes are divided.
+
+  Raises:
+    UserError: it does not.
+  """
   num_classes, num_samples = schedule.shape
   if num_classes % num_replicas:
     multiple = -(-num_classes // num_replicas) * num_replicas
@@ -136,6 +165,8 @@ def _check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> No
       f"PKSchedule.samples_per_class={num_samples} leaves "
       f"{type(step.loss).__name__} without positives; it needs at least 2."
     )
+  size = num_classes * num_samples // num_replicas
+  micro_batches.check_size(step.num_micro_batches, size)
 
 
 def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:

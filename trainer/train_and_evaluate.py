@@ -26,13 +26,14 @@ def main(run: Run) -> None:
       workers.chief_first(lambda: ingest.main(run))
     training = train(run)
     # The dataset is gin's.
-    evaluation = Evaluation(encoder=training.encoder)  # type: ignore[call-arg]
+    evaluation = Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
     results = Results(run.model_dir)
     if training.first_step == 0:
       before = evaluation.measure()
       workers.chief_first(lambda: results.write_before_training(before))
     training.loop.run()
-    after = evaluation.measure()
+    with training.step.weights_for_evaluation():
+      after = evaluation.measure()
     workers.chief_first(lambda: _report(run, results, training.num_steps, after))
 
 

@@ -1,139 +1,182 @@
-"""N replicas train as one: the same loss, gradients and weights from the same batch."""
+"""N replicas train as one: every loss, mined across replicas and on each alone.
+
+On 2 replicas the optimizer is SGD with clipping, on 4 it is Adam, and a last example of
+padding makes the replicas' counts unequal. All combinations of all losses take minutes:
+python -m tests.distribute.parity_table.
+"""
 
 from __future__ import annotations
+
+import functools
+import inspect
+import itertools
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data.pipeline import Batch
-from trainer.distribute.collectives import OneReplica, current_collectives
+from tests.losses.table import ROWS
+from trainer import losses
+from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.objective import across_replicas, per_replica
+from trainer.loop import parity
 from trainer.loop.step import TrainStep
-from trainer.losses import BatchAllTripletLoss, BatchHardTripletLoss
-from trainer.losses.statistics import summarize
-from trainer.models.backbones import ConvNet
+from trainer.losses import LearnedTemperature
+from trainer.losses.anchorwise import AnchorwiseLoss
+from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 
 pytestmark = pytest.mark.parity
 
-_NUM_CLASSES, _NUM_SAMPLES, _IMAGE_SHAPE = 8, 3, (8, 8, 1)
-_LOSSES = {
-  "batch_all": lambda: BatchAllTripletLoss(margin=0.3),
-  "batch_hard": lambda: BatchHardTripletLoss(margin=0.3),
-}
+_NUM_CLASSES, _NUM_SAMPLES, _INPUT_SIZE = 8, 3, 10
 _OPTIMIZERS = {
-  "adam": lambda: tf.keras.optimizers.Adam(1e-3),
   "sgd": lambda: tf.keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5),
+  "adam": lambda: tf.keras.optimizers.Adam(1e-3),
 }
+_OPTIMIZER_OF = {1: "sgd", 2: "sgd", 4: "adam"}
+_THOROUGH = ("BatchAllTripletLoss-0.7", "InfoNCELoss-learned")
+_OBJECTIVES = {"gathered": across_replicas, "alone": per_replica}
 
 
-def _global_batch(seed):
-  rng = np.random.default_rng(seed)
+def _learning(loss_class):
+  return lambda **more: loss_class(temperature=LearnedTemperature(initial=0.5), **more)
+
+
+_LEARNING = {
+  f"{loss_class.__name__}-learned": _learning(loss_class)
+  for loss_class in vars(losses).values()
+  if inspect.isclass(loss_class)
+  and "temperature" in inspect.signature(loss_class).parameters
+}
+ALL = list(itertools.product(("gathered", "alone"), ("plain", "streaming"), (1, 2, 4)))
+LOSSES = {**{row.name: row.make for row in ROWS}, **_LEARNING}
+
+
+@functools.cache
+def _batches(num_steps=3):
+  rng = np.random.default_rng(3)
   labels = np.repeat(np.arange(_NUM_CLASSES, dtype=np.int32), _NUM_SAMPLES)
-  centres = rng.random((_NUM_CLASSES, *_IMAGE_SHAPE))
-  images = centres[labels] + 0.5 * rng.random((len(labels), *_IMAGE_SHAPE))
-  return Batch(images.astype(np.float32), labels, np.ones(len(labels), np.float32))
+  labels[-1] = PADDING_LABEL
+  weights = (labels != PADDING_LABEL).astype(np.float32)
+  centres = rng.normal(size=(_NUM_CLASSES, _INPUT_SIZE))
+  batches = []
+  for _ in range(num_steps):
+    inputs = centres[labels] + rng.normal(size=(len(labels), _INPUT_SIZE))
+    batches.append(Batch(inputs.astype(np.float32), labels, weights))
+  return batches
 
 
-def _make_step(loss, objective_fn, optimizer):
-  tf.keras.utils.set_random_seed(11)
-  encoder = Encoder(backbone=ConvNet(filters=(4, 8)), embedding_size=6)
-  step = TrainStep(
-    encoder=encoder,
-    loss=_LOSSES[loss](),
-    objective_fn=objective_fn,
-    optimizer=_OPTIMIZERS[optimizer](),
-  )
-  step.create_variables(_IMAGE_SHAPE)
-  return step
-
-
-def _parts(strategy, batch):
-  """The global batch, a part for each replica."""
-  num_replicas = strategy.num_replicas_in_sync
-
-  def part(context):
-    rows = np.split(np.arange(len(batch.labels)), num_replicas)
-    mine = rows[context.replica_id_in_sync_group]
-    return Batch(*(tf.constant(each[mine]) for each in batch))
-
-  return strategy.experimental_distribute_values_from_function(part)
-
-
-def _results(strategy, loss, objective_fn, optimizer, num_steps=3):
-  """Gradients of the first batch, and metrics and weights after some steps."""
-  with strategy.scope():
-    step = _make_step(loss, objective_fn, optimizer)
-
-  @tf.function
-  def gradients(batch):
-    return strategy.run(lambda b: step.gradients(b, current_collectives())[1], (batch,))
-
-  @tf.function
-  def update(batch):
-    statistics = strategy.run(lambda b: step(b, current_collectives()), (batch,))
-    return tf.nest.map_structure(
-      lambda value: strategy.reduce("SUM", value, axis=None), statistics
+def _maker(make_loss, objective, optimizer, *, dropout_rate=0.0, **options):
+  def make_step():
+    tf.keras.utils.set_random_seed(11)
+    backbone = Perceptron(hidden_units=(16,), dropout_rate=dropout_rate)
+    step = TrainStep(
+      encoder=Encoder(backbone=backbone, embedding_size=6),
+      loss=make_loss(),
+      objective_fn=_OBJECTIVES[objective],
+      optimizer=_OPTIMIZERS[optimizer](),
+      **options,
     )
+    step.create_variables((_INPUT_SIZE,))
+    return step
 
-  first = gradients(_parts(strategy, _global_batch(0)))
-  local = [strategy.experimental_local_results(gradient) for gradient in first]
-  metrics = [update(_parts(strategy, _global_batch(seed))) for seed in range(num_steps)]
-  return {
-    "gradients": [[part.numpy() for part in parts] for parts in local],
-    "metrics": [
-      summarize(tf.nest.map_structure(lambda v: v.numpy(), m)) for m in metrics
-    ],
-    "weights": [variable.numpy() for variable in step.encoder.trainable_variables],
+  return make_step
+
+
+@functools.cache
+def _expected(loss, objective, optimizer, num_replicas):
+  make_step = _maker(LOSSES[loss], objective, optimizer)
+  return parity.expected(make_step, _batches(), num_replicas)
+
+
+def test_the_table_has_every_public_loss_and_every_learned_temperature():
+  public = {
+    each
+    for name, each in vars(losses).items()
+    if name in losses.__all__
+    and inspect.isclass(each)
+    and issubclass(each, AnchorwiseLoss)
   }
+  assert {type(make()) for make in LOSSES.values()} == public
+  assert len(_LEARNING) >= 3
 
 
-def _assert_close(got, expected):
-  """Within 1e-5, relative to the largest number of the tensor."""
-  np.testing.assert_allclose(
-    got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+def _cases():
+  """(loss, objective, form, replicas): all of two losses, three of each other."""
+  some = [("gathered", "plain", 2), ("gathered", "streaming", 4)]
+  some += [("alone", "streaming", 2)]
+  for loss in sorted(LOSSES):
+    yield from ((loss, *case) for case in (ALL if loss in _THOROUGH else some))
+
+
+def errors_of(mirrored, loss, objective, form, num_replicas):
+  """The errors of one case, by quantity."""
+  optimizer = _OPTIMIZER_OF[num_replicas]
+  options = {} if form == "plain" else {"rows_per_tile": 4}
+  # What is expected has neither replicas nor tiles.
+  num_parts = 1 if objective == "gathered" else num_replicas
+  wanted = _expected(loss, objective, optimizer, num_parts)
+  make_loss = functools.partial(LOSSES[loss], **options)
+  make_step = _maker(make_loss, objective, optimizer)
+  got = parity.trained(mirrored(num_replicas), make_step, _batches())
+  return parity.errors(got, wanted)
+
+
+@pytest.mark.parametrize(("loss", "objective", "form", "num_replicas"), _cases())
+def test_replicas_come_to_what_one_does(mirrored, loss, objective, form, num_replicas):
+  found = errors_of(mirrored, loss, objective, form, num_replicas)
+  assert parity.is_equal(found), parity.table([(loss, found)])
+
+
+def test_gathering_and_not_gathering_differ():
+  # The table would pass for a gather that does nothing, if they didn't.
+  one = _expected("BatchHardTripletLoss-0.7", "gathered", "sgd", 1)
+  other = _expected("BatchHardTripletLoss-0.7", "alone", "sgd", 2)
+  assert min(parity.errors(other, one).values()) > 1e-3
+
+
+@pytest.mark.parametrize("quantity", parity.QUANTITIES)
+def test_an_error_in_any_quantity_is_found(quantity):
+  one = _expected("BatchHardTripletLoss-0.7", "gathered", "sgd", 1)
+  value = getattr(one, quantity)
+  wrong = (
+    {name: 1.001 * each for name, each in value.items()}
+    if isinstance(value, dict)
+    else [1.001 * each for each in value]
   )
+  found = parity.errors(one._replace(**{quantity: wrong}), one)
+  assert [name for name in found if found[name] > parity.TOLERANCE] == [quantity]
+  assert "FAILS" in parity.table([("wrong", found)])
 
 
-@pytest.mark.parametrize("optimizer", sorted(_OPTIMIZERS))
-@pytest.mark.parametrize("loss", sorted(_LOSSES))
-def test_replicas_give_the_gradients_metrics_and_weights_of_one(
-  mirrored, loss, optimizer
+def test_a_number_that_is_none_is_not_equal():
+  assert not parity.is_equal({"loss": float("nan")})
+
+
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_dropout_is_the_same_on_any_number_of_replicas(mirrored, num_replicas):
+  make_step = _maker(LOSSES["NPairsLoss"], "gathered", "sgd", dropout_rate=0.5)
+  wanted = parity.expected(make_step, _batches(), 1)
+  got = parity.trained(mirrored(num_replicas), make_step, _batches())
+  assert parity.is_equal(parity.errors(got, wanted))
+  without = parity.expected(
+    _maker(LOSSES["NPairsLoss"], "gathered", "sgd"), _batches(), 1
+  )
+  assert parity.errors(without, wanted)["gradients"] > 1e-2
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_micro_batches", [3, 12])
+def test_micro_batches_with_dropout_come_to_the_plain_step(
+  mirrored, num_micro_batches, num_replicas
 ):
-  one = _results(mirrored(1), loss, across_replicas, optimizer)
-  for num_replicas in (2, 4):
-    many = _results(mirrored(num_replicas), loss, across_replicas, optimizer)
-    for parts, [expected] in zip(many["gradients"], one["gradients"]):
-      for part in parts:
-        _assert_close(part, expected)
-    for got, expected in zip(many["metrics"], one["metrics"]):
-      assert got.keys() == expected.keys()
-      for name in expected:
-        assert got[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7)
-    for got, expected in zip(many["weights"], one["weights"]):
-      _assert_close(got, expected)
-
-
-@pytest.mark.parametrize("loss", sorted(_LOSSES))
-def test_without_gathering_the_loss_is_the_mean_of_the_replicas_losses(mirrored, loss):
-  batch, num_replicas = _global_batch(0), 2
-  got = _results(mirrored(num_replicas), loss, per_replica, "sgd", num_steps=1)
-  step = _make_step(loss, per_replica, "sgd")
-  alone = []
-  for rows in np.split(np.arange(len(batch.labels)), num_replicas):
-    part = Batch(*(tf.constant(each[rows]) for each in batch))
-    share, gradients = step.gradients(part, OneReplica())
-    alone.append((share.loss.numpy(), [g.numpy() for g in gradients]))
-  mean_loss = np.mean([loss for loss, _ in alone])
-  assert got["metrics"][0]["train/loss"] == pytest.approx(mean_loss, rel=1e-5)
-  for parts, *grads in zip(got["gradients"], *(grads for _, grads in alone)):
-    _assert_close(parts[0], np.mean(grads, axis=0))
-
-
-def test_gathering_and_not_gathering_differ(mirrored):
-  # The table above would pass for a gather that does nothing, if they didn't.
-  gathered = _results(mirrored(2), "batch_hard", across_replicas, "sgd", num_steps=1)
-  alone = _results(mirrored(2), "batch_hard", per_replica, "sgd", num_steps=1)
-  losses = [each["metrics"][0]["train/loss"] for each in (gathered, alone)]
-  assert abs(losses[0] - losses[1]) > 1e-3
+  make_loss, options = LOSSES["InfoNCELoss-learned"], {"dropout_rate": 0.3}
+  wanted = parity.expected(
+    _maker(make_loss, "gathered", "sgd", **options), _batches(), 1
+  )
+  make_step = _maker(
+    make_loss, "gathered", "sgd", num_micro_batches=num_micro_batches, **options
+  )
+  got = parity.trained(mirrored(num_replicas), make_step, _batches())
+  found = parity.errors(got, wanted)
+  assert parity.is_equal(found), parity.table([("micro-batches", found)])

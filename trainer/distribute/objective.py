@@ -9,6 +9,7 @@ Shapes: B examples on each replica, D dimensions, R replicas.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Callable, NamedTuple, Protocol
 
@@ -97,3 +98,8 @@ def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Sha
   terms = loss(anchors, candidates)
   count = tf.stop_gradient(terms.count) * collectives.num_replicas
   return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+
+
+def mines_across_replicas(objective_fn: ObjectiveFn) -> bool:
+  """Whether it is `across_replicas`, also as gin hands it out."""
+  return inspect.unwrap(objective_fn) is across_replicas

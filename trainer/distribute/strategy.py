@@ -15,6 +15,8 @@ from trainer.distribute.rendezvous import meet
 from trainer.errors import UserError
 from trainer.run import Hardware
 
+_KEYS_PER_STRATEGY = 1_000_000
+
 
 def make_strategy(
   hardware: Hardware, facts: Optional[Mapping[str, str]] = None
@@ -71,7 +73,11 @@ def _cpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy
 def _mirrored(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
   del facts
   if hardware.num_virtual_replicas > 1:
-    return _mirrored_on_cpu(hardware.num_virtual_replicas)
+    divide_cpu(hardware.num_virtual_replicas)
+    logging.info(
+      "Strategy: mirrored on %d virtual CPU replicas.", hardware.num_virtual_replicas
+    )
+    return mirrored_on_cpu(hardware.num_virtual_replicas)
   gpus = tf.config.list_logical_devices("GPU")
   if not gpus:
     raise UserError(
@@ -112,18 +118,37 @@ def _multi_worker(
   return strategy
 
 
-def _mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
-  cpus = tf.config.list_physical_devices("CPU")
-  devices = [tf.config.LogicalDeviceConfiguration()] * num_replicas
-  if len(tf.config.get_logical_device_configuration(cpus[0]) or ()) < num_replicas:
+def divide_cpu(num_devices: int) -> None:
+  """Makes several devices of the CPU, for virtual replicas.
+
+  Args:
+    num_devices: at least how many.
+
+  Raises:
+    UserError: TensorFlow has used the CPU as fewer already.
+  """
+  cpu = tf.config.list_physical_devices("CPU")[0]
+  devices = [tf.config.LogicalDeviceConfiguration()] * num_devices
+  if len(tf.config.get_logical_device_configuration(cpu) or ()) < num_devices:
     try:
-      tf.config.set_logical_device_configuration(cpus[0], devices)
+      tf.config.set_logical_device_configuration(cpu, devices)
     except RuntimeError as error:
       raise UserError(
-        f"--num_virtual_replicas={num_replicas} must be set before TensorFlow uses a "
+        f"--num_virtual_replicas={num_devices} must be set before TensorFlow uses a "
         "device."
       ) from error
-  logging.info("Strategy: mirrored on %d virtual CPU replicas.", num_replicas)
+
+
+def mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
+  """A strategy of virtual replicas, on devices that `divide_cpu` made.
+
+  Args:
+    num_replicas: how many.
+  """
+  # Strategies of one process number their collectives alike, and would meet.
+  tf.distribute.MirroredStrategy._collective_key_base = (
+    _KEYS_PER_STRATEGY * num_replicas
+  )
   return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
 
 

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
+from trainer.loop.averages import AveragedWeights
 
 FOLDER = "checkpoints"
 
@@ -22,6 +23,7 @@ class Checkpoints:
     encoder: its variables exist.
     loss: saved too where it is a `tf.Module` (a learned temperature).
     optimizer: built; its `iterations` are the step. None to read encoders only.
+    averages: of the encoder's weights, if there are any.
     num_kept: how many of the newest to keep.
     is_chief: whether this worker's checkpoints stay. All workers must save, because
       reading a variable that is kept on each replica is a collective; the others'
@@ -35,14 +37,18 @@ class Checkpoints:
     encoder: tf.keras.Model,
     loss: object = None,
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
+    averages: Optional[AveragedWeights] = None,
     num_kept: int = 1,
     is_chief: bool = True,
   ):
     self._encoder = encoder
     self._optimizer = optimizer
+    self._averages = averages
     parts = {"encoder": encoder}
     if optimizer is not None:
       parts["optimizer"] = optimizer
+    if averages is not None:
+      parts["averages"] = averages
     if isinstance(loss, tf.Module):
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
@@ -57,7 +63,11 @@ class Checkpoints:
   @property
   def num_bytes(self) -> int:
     """Size of one checkpoint, without its index."""
-    variables = [*self._encoder.variables, *getattr(self._optimizer, "variables", ())]
+    variables = [
+      *self._encoder.variables,
+      *getattr(self._optimizer, "variables", ()),
+      *getattr(self._averages, "averages", ()),
+    ]
     return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
   @property
@@ -77,6 +87,8 @@ class Checkpoints:
   def restore(self) -> Optional[int]:
     """Restores the newest checkpoint.
 
+    To an encoder alone its averaged weights are given, where the checkpoint has them.
+
     Returns:
       The number of steps done; None where there is no checkpoint.
 
@@ -91,8 +103,18 @@ class Checkpoints:
       status.assert_existing_objects_matched()
       if self._optimizer is not None:
         status.assert_consumed()
+      else:
+        _assign_averages(self._encoder, path)
     except (AssertionError, ValueError) as error:
       reason = str(error).strip().splitlines()[0]
       raise UserError(f"{path} does not fit this configuration: {reason}") from error
     logging.info("Restored %s.", path)
     return self.latest_step
+
+
+def _assign_averages(encoder: tf.keras.Model, path: str) -> None:
+  reader = tf.train.load_checkpoint(path)
+  for number, weight in enumerate(encoder.trainable_variables):
+    name = f"averages/averages/{number}/.ATTRIBUTES/VARIABLE_VALUE"
+    if reader.has_tensor(name):
+      weight.assign(reader.get_tensor(name))

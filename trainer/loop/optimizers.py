@@ -11,13 +11,14 @@ from typing import Optional
 import gin
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer.loop.lamb import Lamb
+from trainer.loop.schedules import LearningRate, check_learning_rate
 
 
 @gin.register
 def adam(
   *,
-  learning_rate: float,
+  learning_rate: LearningRate,
   beta_1: float = 0.9,
   beta_2: float = 0.999,
   epsilon: float = 1e-7,
@@ -26,7 +27,7 @@ def adam(
   """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980).
 
   Args:
-    learning_rate: step size, > 0.
+    learning_rate: step size, > 0, or a schedule.
     beta_1: decay of the mean of gradients, a step.
     beta_2: decay of the mean of squared gradients, a step.
     epsilon: added to the root of the latter.
@@ -38,7 +39,7 @@ def adam(
   Raises:
     UserError: the learning rate is not positive.
   """
-  _check_learning_rate("adam", learning_rate)
+  check_learning_rate("adam", learning_rate)
   return tf.keras.optimizers.Adam(
     learning_rate,
     beta_1=beta_1,
@@ -51,7 +52,7 @@ def adam(
 @gin.register
 def sgd(
   *,
-  learning_rate: float,
+  learning_rate: LearningRate,
   momentum: float = 0.0,
   is_nesterov: bool = False,
   global_clipnorm: Optional[float] = None,
@@ -59,7 +60,7 @@ def sgd(
   """Stochastic gradient descent, with momentum if wanted.
 
   Args:
-    learning_rate: step size, > 0.
+    learning_rate: step size, > 0, or a schedule.
     momentum: decay of the velocity, a step.
     is_nesterov: whether momentum is Nesterov's.
     global_clipnorm: greatest norm of all gradients together; None for no clipping.
@@ -70,7 +71,7 @@ def sgd(
   Raises:
     UserError: the learning rate is not positive.
   """
-  _check_learning_rate("sgd", learning_rate)
+  check_learning_rate("sgd", learning_rate)
   return tf.keras.optimizers.SGD(
     learning_rate,
     momentum=momentum,
@@ -79,6 +80,77 @@ def sgd(
   )
 
 
-def _check_learning_rate(name: str, learning_rate: float) -> None:
-  if learning_rate <= 0:
-    raise UserError(f"{name}.learning_rate={learning_rate} must be greater than 0.")
+@gin.register
+def adamw(
+  *,
+  learning_rate: LearningRate,
+  weight_decay: float,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-7,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Adam with decoupled weight decay, w ← w − η·λ·w.
+
+  Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay: λ.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  check_learning_rate("adamw", learning_rate)
+  return tf.keras.optimizers.AdamW(
+    learning_rate,
+    weight_decay=weight_decay,
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+@gin.register
+def lamb(
+  *,
+  learning_rate: LearningRate,
+  weight_decay_rate: float = 0.0,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-6,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """LAMB, for large batches; see `trainer.loop.lamb`.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay_rate: λ; biases and scales are not decayed.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  check_learning_rate("lamb", learning_rate)
+  return Lamb(
+    learning_rate,
+    weight_decay_rate=weight_decay_rate,
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
@@ -11,10 +12,17 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import Collectives, OneReplica
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
+from trainer.errors import UserError
+from trainer.loop import gradients as gradients_lib
+from trainer.loop import micro_batches
+from trainer.loop.averages import AveragedWeights
+from trainer.loop.per_part import PerPart
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.terms import Anchors, Ratio
+from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
+COMPILED = ("nothing", "encoder", "step")
 
 
 @gin.register
@@ -26,8 +34,17 @@ class TrainStep:
     loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
       variables (a temperature), they are trained too.
     objective_fn: where the batch is mined.
-    optimizer: Keras optimizer.
+    optimizer: Keras optimizer, or `PerPart`.
     mining_statistics: what is logged of the mining beside the loss; None for nothing.
+    num_micro_batches: in how many parts a replica's batch is embedded; more take less
+      memory, and one forward pass more.
+    averaging_decay: of an average of the weights, a step, e.g. 0.999; then evaluation
+      uses it. None for no average.
+    compiled: what XLA compiles: "nothing"; "encoder"; "step", the whole of it, which
+      works on one replica only.
+
+  Raises:
+    UserError: options that don't exist or don't fit each other.
   """
 
   def __init__(
@@ -38,7 +55,12 @@ class TrainStep:
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
     mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
+    num_micro_batches: int = 1,
+    averaging_decay: Optional[float] = None,
+    compiled: str = "nothing",
   ):
+    if compiled not in COMPILED:
+      raise UserError(f"TrainStep.compiled={compiled!r} is none of {COMPILED}.")
     self.encoder = encoder
     self.loss = loss
     self._observed_loss = (
@@ -46,22 +68,42 @@ class TrainStep:
       if mining_statistics
       else loss
     )
-    self.optimizer = optimizer
-    self._objective_fn = objective_fn
+    self.objective_fn = objective_fn
+    self.optimizer = self._with_loss_scale(optimizer)
+    self.num_micro_batches = num_micro_batches
+    self.averages: Optional[AveragedWeights] = None
+    self._averaging_decay = averaging_decay
+    self._is_compiled = compiled == "step"
+    self._update_fn = tf.function(self._update, jit_compile=True)
+    self._encode_fn = self._encode
+    if compiled == "encoder":
+      self._encode_fn = tf.function(self._encode, jit_compile=True)
     self._variables: list[tf.Variable] = []
 
   def create_variables(self, input_shape: Sequence[int]) -> None:
-    """Creates the variables of encoder and optimizer.
+    """Creates the variables of encoder, optimizer and averages.
 
     Args:
       input_shape: shape of one input.
+
+    Raises:
+      UserError: the encoder can't be embedded in micro-batches.
     """
     self.encoder.create_variables(input_shape)
-    self._variables = [
-      *self.encoder.trainable_variables,
-      *getattr(self.loss, "trainable_variables", ()),
-    ]
+    if self.num_micro_batches != 1:
+      micro_batches.check_encoder(self.encoder)
+    weights = self.encoder.trainable_variables
+    self._variables = [*weights, *getattr(self.loss, "trainable_variables", ())]
+    if isinstance(self.optimizer, PerPart):
+      self.optimizer.divide(self.encoder.backbone_variables)
     self.optimizer.build(self._variables)
+    if self._averaging_decay is not None:
+      self.averages = AveragedWeights(weights, decay=self._averaging_decay)
+
+  @property
+  def trainable_variables(self) -> list[tf.Variable]:
+    """What a step updates; the gradients are in the same order."""
+    return self._variables
 
   def __call__(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
     """Updates the weights.
@@ -73,12 +115,35 @@ class TrainStep:
     Returns:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
+
+    Raises:
+      UserError: it is compiled as a whole, and there are several replicas.
     """
+    if not self._is_compiled:
+      return self._update(batch, collectives)
+    if collectives.num_replicas > 1:
+      raise UserError(
+        f"TrainStep.compiled='step' can't compile what {collectives.num_replicas} "
+        "replicas say to each other; use 'encoder', or one replica."
+      )
+    return self._update_fn(batch, collectives)
+
+  def _update(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
     share, gradients = self.gradients(batch, collectives)
+    self.apply(gradients)
+    return self._with_loss(share, collectives.num_replicas)
+
+  def apply(self, gradients: Sequence[tf.Tensor]) -> None:
+    """Updates the weights, and their averages.
+
+    Args:
+      gradients: of the global loss, to each trainable variable.
+    """
     self.optimizer.apply_gradients(
       zip(gradients, self._variables), skip_gradients_aggregation=True
     )
-    return self._with_loss(share, collectives.num_replicas)
+    if self.averages is not None:
+      self.averages.update(self.optimizer.iterations)
 
   def gradients(
     self, batch: Batch, collectives: Collectives
@@ -92,14 +157,31 @@ class TrainStep:
     Returns:
       This replica's share of the loss, and the gradient to each trainable variable.
     """
-    with tf.GradientTape() as tape:
-      embeddings = self.encoder(batch.inputs, training=True)
+    num_examples = batch.labels.shape[0]
+    first_of_replica = collectives.replica_id * num_examples
+
+    def encode(inputs, first):
+      step = tf.cast(self.optimizer.iterations, tf.int32)
+      return self._encode_fn(inputs, step, first_of_replica + first)
+
+    def share(embeddings):
       anchors = Anchors(embeddings, batch.labels, batch.weights)
-      share = self._objective_fn(self._observed_loss, anchors, collectives)
-    local = tape.gradient(
-      share.loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
-    return share, collectives.sum(local)
+      value = self.objective_fn(self._observed_loss, anchors, collectives)
+      return value, self._scaled(value.loss)
+
+    arguments = (encode, share, batch.inputs, self._variables)
+    if self.num_micro_batches == 1:
+      value, local = gradients_lib.of_whole_batch(*arguments)
+    else:
+      micro_batches.check_size(self.num_micro_batches, num_examples)
+      value, local = gradients_lib.of_micro_batches(*arguments, self.num_micro_batches)
+    return value, self._unscaled(collectives.sum(local))
+
+  def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
+    """A block in which the encoder has its averaged weights, if it has any."""
+    if self.averages is None:
+      return contextlib.nullcontext()
+    return self.averages.in_use()
 
   def zero_statistics(self, batch: Batch) -> Mapping[str, Any]:
     """Zeros in the structure that a step returns, to add up from.
@@ -117,13 +199,35 @@ class TrainStep:
     @tf.function
     def loss_alone(embeddings, labels, weights):
       anchors = Anchors(embeddings, labels, weights)
-      share = self._objective_fn(self._observed_loss, anchors, OneReplica())
+      share = self.objective_fn(self._observed_loss, anchors, OneReplica())
       return self._with_loss(share, 1)
 
     outputs = loss_alone.get_concrete_function(
       embeddings, labels, tf.TensorSpec([num_examples])
     ).structured_outputs
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
+
+  def _encode(self, inputs, step, first_example):
+    with examples_at(step, first_example):
+      return self.encoder(inputs, training=True)
+
+  def _with_loss_scale(self, optimizer):
+    if getattr(self.encoder, "precision", None) != "mixed_float16":
+      return optimizer
+    if isinstance(optimizer, PerPart):
+      raise UserError(
+        "PerPart can't scale the loss of mixed_float16; use mixed_bfloat16, or one "
+        "optimizer."
+      )
+    return tf.keras.mixed_precision.LossScaleOptimizer(optimizer)
+
+  def _scaled(self, loss):
+    scale = getattr(self.optimizer, "get_scaled_loss", None)
+    return loss if scale is None else scale(loss)
+
+  def _unscaled(self, gradients):
+    unscale = getattr(self.optimizer, "get_unscaled_gradients", None)
+    return gradients if unscale is None else unscale(gradients)
 
   def _with_loss(self, share: Share, num_replicas: int) -> Mapping[str, Any]:
     # Losses add up over replicas, so each replica counts as its part of one step.

@@ -10,6 +10,8 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.models.dropout import Dropout
+from trainer.models.precision import precision_of
 
 
 def _modules() -> dict[str, types.ModuleType]:
@@ -37,12 +39,20 @@ class KerasApplication(tf.keras.layers.Layer):
     name: e.g. "MobileNetV2", "ResNet50", "EfficientNetB0".
     weights: path of a weights file of that network without its top; None for random
       weights. Nothing is downloaded.
+    is_batch_norm_synchronized: whether batch normalisation is over the batch of all
+      replicas.
 
   Raises:
     UserError: the name is unknown, or the file is missing or doesn't fit.
   """
 
-  def __init__(self, *, name: str, weights: Optional[str] = None):
+  def __init__(
+    self,
+    *,
+    name: str,
+    weights: Optional[str] = None,
+    is_batch_norm_synchronized: bool = False,
+  ):
     super().__init__()
     modules = _modules()
     if name not in modules:
@@ -56,16 +66,30 @@ class KerasApplication(tf.keras.layers.Layer):
     self._application_name = name
     self._module = modules[name]
     self._weights_file = weights
+    self._is_synchronized = is_batch_norm_synchronized
 
   def build(self, input_shape):
     """Builds the network for [B, H, W, C] images, and loads its weights."""
     make_network = getattr(self._module, self._application_name)
-    self._network = make_network(
-      include_top=False, weights=None, input_shape=tuple(input_shape[1:])
-    )
+    with precision_of(self):
+      network = make_network(
+        include_top=False, weights=None, input_shape=tuple(input_shape[1:])
+      )
+      self._network = tf.keras.models.clone_model(
+        network, clone_function=self._clone_layer
+      )
     if self._weights_file is not None:
       self._load_weights()
     super().build(input_shape)
+
+  def _clone_layer(self, layer):
+    """Ours for Keras' layers that replicas or micro-batches would compute otherwise."""
+    config = layer.get_config()
+    if isinstance(layer, tf.keras.layers.Dropout):
+      return Dropout(layer.rate, layer.noise_shape, name=layer.name)
+    if isinstance(layer, tf.keras.layers.BatchNormalization):
+      config["synchronized"] = self._is_synchronized
+    return layer.__class__.from_config(config)
 
   def _load_weights(self):
     try:

@@ -5,12 +5,21 @@ Shapes: B examples, H × W pixels, C channels, F features.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.models.dropout import Dropout
+
+_BatchNorm = tf.keras.layers.BatchNormalization
+_NORMALIZATIONS = {
+  "none": lambda: tf.keras.layers.Activation("linear"),
+  "batch": _BatchNorm,
+  "synchronized_batch": functools.partial(_BatchNorm, synchronized=True),
+}
 
 
 @gin.register
@@ -20,24 +29,37 @@ class ConvNet(tf.keras.layers.Layer):
   Args:
     filters: number of filters of each block, e.g. (32, 64).
     kernel_size: width of the convolutions, pixels.
+    normalization: after each convolution: "none"; "batch", over the replica's batch;
+      "synchronized_batch", over that of all replicas.
   """
 
-  def __init__(self, *, filters: Sequence[int], kernel_size: int = 3):
+  def __init__(
+    self,
+    *,
+    filters: Sequence[int],
+    kernel_size: int = 3,
+    normalization: str = "none",
+  ):
     super().__init__()
+    if normalization not in _NORMALIZATIONS:
+      raise UserError(
+        f"ConvNet.normalization={normalization!r} is unknown; choose from "
+        f"{', '.join(_NORMALIZATIONS)}."
+      )
     if not filters or min(filters) < 1:
       raise UserError(f"ConvNet.filters={filters!r} needs one number >= 1 a block.")
     self._convolutions = [
       tf.keras.layers.Conv2D(num, kernel_size, padding="same", activation="relu")
       for num in filters
     ]
+    self._norms = [_NORMALIZATIONS[normalization]() for _ in filters]
     self._shrink = tf.keras.layers.MaxPool2D(2, padding="same")
 
   def call(self, images, training=None):
     """[B, H, W, C] float to [B, H / 2^blocks, W / 2^blocks, F] float."""
-    del training  # Nothing here differs between training and inference.
     features = images
-    for convolution in self._convolutions:
-      features = self._shrink(convolution(features))
+    for convolution, norm in zip(self._convolutions, self._norms):
+      features = self._shrink(norm(convolution(features), training=training))
     return features
 
 
@@ -55,13 +77,13 @@ class Perceptron(tf.keras.layers.Layer):
     self._dense = [
       tf.keras.layers.Dense(num, activation="relu") for num in hidden_units
     ]
-    self._dropout = tf.keras.layers.Dropout(dropout_rate)
+    self._dropouts = [Dropout(dropout_rate) for _ in hidden_units]
 
   def call(self, vectors, training=None):
     """[B, anything] float to [B, F] float."""
     features = tf.reshape(
       vectors, [vectors.shape[0] or -1, vectors.shape[1:].num_elements()]
     )
-    for dense in self._dense:
-      features = self._dropout(dense(features), training=training)
+    for dense, dropout in zip(self._dense, self._dropouts):
+      features = dropout(dense(features), training=training)
     return features

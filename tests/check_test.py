@@ -1,0 +1,64 @@
+"""Mode `check`: what it prints, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+_REPOSITORY = pathlib.Path(__file__).parents[1]
+_DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
+# Each replica normalises by its own batch: then N replicas don't train as one.
+_BATCH_NORM = "ConvNet.normalization = 'batch'"
+
+
+@pytest.fixture(scope="module")
+def check(tmp_path_factory):
+  """Runs a mode on the digits."""
+  folder = tmp_path_factory.mktemp("check")
+
+  def run(*params, mode="check"):
+    params = (f"DATA_DIR = '{folder / 'digits'}'", *params)
+    command = [sys.executable, "-m", "trainer.task", f"--mode={mode}"]
+    command += [f"--gin_file={_DIGITS}", f"--model_dir={folder / 'run'}"]
+    command += [f"--gin_param={param}" for param in params]
+    environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert not (folder / "run").exists()
+    return done
+
+  assert run(mode="ingest").returncode == 0
+  return run
+
+
+def _verdicts(done):
+  rows = [line.split() for line in done.stdout.splitlines()]
+  return {int(row[0]): row[-1] for row in rows if row[1:2] == ["replicas"]}
+
+
+@pytest.mark.parity
+def test_a_run_that_any_number_of_replicas_trains_alike_passes(check):
+  done = check()
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert _verdicts(done) == {1: "ok", 2: "ok", 4: "ok"}
+  head, columns, *_ = done.stdout.splitlines()
+  assert "one replica with the whole batch" in head
+  assert columns.split() == ["loss", "gradients", "weights", "statistics"]
+
+
+def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
+  done = check(_BATCH_NORM)
+  assert done.returncode == 1
+  assert _verdicts(done) == {1: "ok", 2: "FAILS", 4: "FAILS"}
+  assert "Traceback" not in done.stderr
+  assert done.stderr.splitlines()[-1].startswith("error: replicas differ")
+
+
+def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
+  done = check("PKSchedule.classes_per_batch = 6", "TrainStep.num_micro_batches = 4")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert _verdicts(done) == {1: "ok", 2: "ok"}
+  assert "4 replicas are left out" in done.stderr

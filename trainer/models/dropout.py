@@ -1,0 +1,110 @@
+"""Dropout whose mask is a pure function of step, layer and example.
+
+An example has the same mask wherever it stands in the global batch's parts: on any
+number of replicas, in any micro-batch, and when it is computed a second time.
+
+Shapes: B examples, F features of an example.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
+
+import tensorflow as tf
+
+
+class _Place(NamedTuple):
+  """Where the examples stand that pass now.
+
+  Attributes:
+    step: [] integer.
+    first_example: [] int32, number of the first in the global batch.
+  """
+
+  step: tf.Tensor
+  first_example: tf.Tensor
+
+
+_places: list[_Place] = []
+
+
+@contextlib.contextmanager
+def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
+  """Says, while a function is traced, which examples pass.
+
+  Args:
+    step: [] integer, another one, another mask.
+    first_example: [] int32, number of the first example in the global batch.
+
+  Yields:
+    Nothing.
+  """
+  _places.append(_Place(step, first_example))
+  try:
+    yield
+  finally:
+    _places.pop()
+
+
+class Dropout(tf.keras.layers.Layer):
+  """Sets a share of the features to 0 in training, and scales up the others.
+
+  Outside of `examples_at` the mask is any.
+
+  Args:
+    rate: share of the features that is dropped, in [0, 1).
+    noise_shape: as in Keras; 1 for an axis along which features fall together.
+
+  Attributes:
+    number: of this layer in its encoder, so that no two have the same masks.
+  """
+
+  def __init__(self, rate: float, noise_shape: Optional[tuple] = None, **options):
+    super().__init__(**options)
+    self.number = 0
+    self._rate = rate
+    self._noise_shape = noise_shape
+
+  def call(self, features, training=None):
+    """[B, ...] float to the same."""
+    if not training or self._rate == 0:
+      return features
+    shape = list(features.shape)
+    for axis, size in enumerate(self._noise_shape or ()):
+      shape[axis] = shape[axis] if size is None else size
+    uniform = _uniform(shape, self.number) if _places else tf.random.uniform(shape)
+    scaled = features / tf.cast(1.0 - self._rate, features.dtype)
+    return tf.where(uniform >= self._rate, scaled, tf.zeros_like(features))
+
+  def get_config(self):
+    """What Keras needs to copy the layer."""
+    return {
+      **super().get_config(),
+      "rate": self._rate,
+      "noise_shape": self._noise_shape,
+    }
+
+
+def _uniform(shape: list[int], layer_number: int) -> tf.Tensor:
+  """[B, ...] float32 in [0, 1), from the place of each example and feature."""
+  place = _places[-1]
+  num_features = tf.TensorShape(shape[1:]).num_elements()
+  step = _mix(tf.cast(place.step, tf.uint32) + tf.constant(1, tf.uint32))
+  seed = _mix(step + tf.constant(layer_number, tf.uint32))
+  examples = tf.cast(place.first_example + tf.range(shape[0]), tf.uint32)
+  rows = _mix(seed + examples)
+  features = tf.range(num_features, dtype=tf.int32)
+  bits = _mix(rows[:, None] + _mix(tf.cast(features, tf.uint32))[None, :])
+  # A float32 has 24 bits.
+  top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.float32)
+  return tf.reshape(top * 2.0**-24, shape)
+
+
+def _mix(values: tf.Tensor) -> tf.Tensor:
+  """The finalizer of MurmurHash3: uint32 to uint32, every bit from every bit."""
+  for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+    shifted = tf.bitwise.right_shift(values, tf.constant(shift, tf.uint32))
+    values = tf.bitwise.bitwise_xor(values, shifted) * tf.constant(factor, tf.uint32)
+  return values
