@@ -87,8 +87,10 @@ class TrainStep:
       input_shape: shape of one input.
 
     Raises:
-      UserError: the encoder can't be embedded in micro-batches.
+      UserError: the encoder can't be embedded in micro-batches, or the step not be
+        compiled for these replicas.
     """
+    self._check_compiled(tf.distribute.get_strategy().num_replicas_in_sync)
     self.encoder.create_variables(input_shape)
     if self.num_micro_batches != 1:
       micro_batches.check_encoder(self.encoder)
@@ -115,17 +117,9 @@ class TrainStep:
     Returns:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
-
-    Raises:
-      UserError: it is compiled as a whole, and there are several replicas.
     """
     if not self._is_compiled:
       return self._update(batch, collectives)
-    if collectives.num_replicas > 1:
-      raise UserError(
-        f"TrainStep.compiled='step' can't compile what {collectives.num_replicas} "
-        "replicas say to each other; use 'encoder', or one replica."
-      )
     return self._update_fn(batch, collectives)
 
   def _update(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
@@ -210,6 +204,13 @@ class TrainStep:
   def _encode(self, inputs, step, first_example):
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
+
+  def _check_compiled(self, num_replicas: int) -> None:
+    if self._is_compiled and num_replicas > 1:
+      raise UserError(
+        f"TrainStep.compiled='step' can't compile what {num_replicas} replicas say to "
+        "each other; use 'encoder', or one replica."
+      )
 
   def _with_loss_scale(self, optimizer):
     if getattr(self.encoder, "precision", None) != "mixed_float16":

@@ -1,0 +1,238 @@
+"""The step's options: precision, compilation, averages, micro-batches, clipping."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data.pipeline import Batch
+from trainer.distribute.collectives import OneReplica, current_collectives
+from trainer.distribute.objective import across_replicas
+from trainer.errors import UserError
+from trainer.loop import micro_batches
+from trainer.loop.per_part import PerPart
+from trainer.loop.step import TrainStep
+from trainer.losses import SupervisedContrastiveLoss
+from trainer.models.backbones import ConvNet, Perceptron
+from trainer.models.encoder import Encoder
+
+
+def _batch():
+  rng = np.random.default_rng(6)
+  labels = np.repeat(np.arange(4, dtype=np.int32), 3)
+  images = rng.random((4, 8, 8, 1))[labels] + rng.random((12, 8, 8, 1))
+  return Batch(
+    tf.constant(images, tf.float32), tf.constant(labels), tf.ones([len(labels)])
+  )
+
+
+def _step(*, normalization="none", precision="float32", optimizer=None, **options):
+  tf.keras.utils.set_random_seed(1)
+  encoder = Encoder(
+    backbone=ConvNet(filters=(4, 6), normalization=normalization),
+    embedding_size=5,
+    precision=precision,
+  )
+  step = TrainStep(
+    encoder=encoder,
+    loss=SupervisedContrastiveLoss(temperature=0.2),
+    objective_fn=across_replicas,
+    optimizer=optimizer or tf.keras.optimizers.SGD(0.02),
+    **options,
+  )
+  step.create_variables((8, 8, 1))
+  return step
+
+
+def _loss_of_steps(step, num_steps=5, strategy=None):
+  """The loss of each step, on one replica or those of a strategy."""
+
+  def on_replica(batch):
+    collectives = current_collectives() if strategy else OneReplica()
+    num_rows = len(batch.labels) // collectives.num_replicas
+    first = collectives.replica_id * num_rows
+    part = (each[first : first + num_rows] for each in batch)
+    part = (tf.ensure_shape(each, [num_rows, *each.shape[1:]]) for each in part)
+    return step(Batch(*part), collectives)["train/loss"].total
+
+  @tf.function
+  def update(batch):
+    if strategy is None:
+      return on_replica(batch)
+    return strategy.reduce("SUM", strategy.run(on_replica, (batch,)), axis=None)
+
+  return [float(update(_batch())) for _ in range(num_steps)]
+
+
+@pytest.mark.parametrize("compiled", ["encoder", "step"])
+def test_compiled_steps_train_as_others(compiled):
+  expected = _loss_of_steps(_step())
+  assert _loss_of_steps(_step(compiled=compiled)) == pytest.approx(expected, rel=1e-5)
+  assert expected[-1] < expected[0]
+
+
+def test_an_encoder_is_compiled_on_several_replicas_too(mirrored):
+  with mirrored(2).scope():
+    steps = [_step(compiled=compiled) for compiled in ("nothing", "encoder")]
+  expected, got = (_loss_of_steps(step, strategy=mirrored(2)) for step in steps)
+  assert got == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_compiled_whole_is_refused_on_several_replicas(mirrored):
+  with mirrored(2).scope(), pytest.raises(UserError, match="or one replica"):
+    _step(compiled="step")
+
+
+# The embeddings of an untrained network lie close together, so that differences between
+# them have few of the 8 bits that bfloat16 keeps; float16 keeps 11.
+@pytest.mark.parametrize(
+  ("precision", "tolerance"), [("mixed_bfloat16", 0.2), ("mixed_float16", 0.03)]
+)
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+def test_half_precision_has_nearly_the_gradients_of_single(
+  precision, tolerance, num_micro_batches
+):
+  step = _step(precision=precision, num_micro_batches=num_micro_batches)
+  if precision == "mixed_float16":
+    step.optimizer._loss_scale._current_loss_scale.assign(256.0)
+  (share, got), (single_share, expected) = (
+    each.gradients(_batch(), OneReplica()) for each in (step, _step())
+  )
+  assert float(share.loss) == pytest.approx(float(single_share.loss), rel=2e-2)
+  got, expected = (
+    np.concatenate([np.ravel(g) for g in each]) for each in (got, expected)
+  )
+  error = np.linalg.norm(got - expected) / np.linalg.norm(expected)
+  assert 1e-6 < error < tolerance
+  features = step.encoder._backbone(_batch().inputs)
+  assert features.dtype == precision.replace("mixed_", "")
+  assert step.encoder(_batch().inputs).dtype == tf.float32
+  assert {v.dtype for v in step.trainable_variables} == {tf.float32}
+
+
+def test_float16_scales_the_loss_so_that_small_gradients_are_not_lost(mirrored):
+  with mirrored(2).scope():
+    step = _step(precision="mixed_float16")
+  assert float(step.optimizer.loss_scale) > 1000
+  # The first scale is too large, and halved until the gradients are finite.
+  losses = _loss_of_steps(step, num_steps=12, strategy=mirrored(2))
+  assert losses[-1] < losses[0]
+
+
+def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
+  step = _step(precision="mixed_float16")
+  before = [v.numpy() for v in step.trainable_variables]
+  scale = float(step.optimizer.loss_scale)
+  step.apply([tf.fill(v.shape, np.inf) for v in step.trainable_variables])
+  assert float(step.optimizer.loss_scale) == scale / 2
+  assert int(step.optimizer.iterations) == 1
+  for variable, value in zip(step.trainable_variables, before):
+    np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_clipping_is_of_the_gradients_of_all_replicas_together(mirrored):
+  def moved(strategy):
+    with strategy.scope():
+      optimizer = tf.keras.optimizers.SGD(1.0, global_clipnorm=1e-2)
+      step = _step(optimizer=optimizer)
+    before = [v.numpy() for v in step.trainable_variables]
+    _loss_of_steps(step, num_steps=1, strategy=strategy)
+    steps = [old - v.numpy() for old, v in zip(before, step.trainable_variables)]
+    return np.concatenate([each.ravel() for each in steps])
+
+  clipped = moved(mirrored(2))
+  assert np.linalg.norm(clipped) == pytest.approx(1e-2, rel=1e-3)
+  np.testing.assert_allclose(clipped, moved(mirrored(1)), rtol=1e-3, atol=1e-6)
+
+
+def test_evaluation_has_the_averages():
+  step = _step(averaging_decay=0.9)
+  initial = step.trainable_variables[0].numpy()
+  _loss_of_steps(step)
+  trained = step.trainable_variables[0].numpy()
+  with step.weights_for_evaluation():
+    averaged = step.trainable_variables[0].numpy()
+  assert 0 < np.abs(averaged - initial).max() < np.abs(trained - initial).max()
+  np.testing.assert_array_equal(step.trainable_variables[0].numpy(), trained)
+
+
+def test_averages_are_the_same_on_two_replicas(mirrored):
+  averages = []
+  for number in (1, 2):
+    with mirrored(number).scope():
+      step = _step(averaging_decay=0.9)
+    _loss_of_steps(step, strategy=mirrored(number))
+    with step.weights_for_evaluation():
+      averages.append(step.trainable_variables[0].numpy())
+  np.testing.assert_allclose(*averages, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_say_what_batch_normalisation_makes_of_them(caplog):
+  _step(normalization="batch", num_micro_batches=2)
+  assert "mean and variance of each micro-batch" in caplog.text
+
+
+def test_micro_batches_and_synchronised_normalisation_are_refused():
+  with pytest.raises(UserError, match="exclude each other"):
+    _step(normalization="synchronized_batch", num_micro_batches=2)
+
+
+def test_a_layer_that_draws_other_numbers_the_second_time_is_refused():
+  backbone = Perceptron(hidden_units=())
+  backbone.noise = tf.keras.layers.GaussianNoise(0.1)
+  with pytest.raises(UserError, match="GaussianNoise would draw other numbers"):
+    micro_batches.check_encoder(Encoder(backbone=backbone, embedding_size=2))
+
+
+def test_micro_batches_that_do_not_divide_the_batch_are_refused():
+  with pytest.raises(UserError, match="replica batch of 12 examples; try 4"):
+    _step(num_micro_batches=5).gradients(_batch(), OneReplica())
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"compiled": "all"}, "is none of"),
+    ({"averaging_decay": 0.0}, "must be between 0 and 1"),
+    ({"precision": "float16"}, "choose from float32"),
+    ({"normalization": "layer"}, "choose from none"),
+    (
+      {
+        "precision": "mixed_float16",
+        "optimizer": PerPart(
+          backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
+        ),
+      },
+      "can't scale the loss",
+    ),
+  ],
+)
+def test_options_that_do_not_fit_are_refused(options, message):
+  with pytest.raises(UserError, match=message):
+    _step(**options)
+
+
+def test_synchronised_normalisation_sees_the_batch_of_all_replicas(mirrored):
+  images = _batch().inputs
+
+  def means(normalization):
+    with mirrored(2).scope():
+      backbone = ConvNet(filters=(3,), normalization=normalization)
+      backbone(images)
+
+    @tf.function
+    def run():
+      def on_replica():
+        number = current_collectives().replica_id
+        rows = tf.ensure_shape(images[6 * number : 6 * number + 6], [6, 8, 8, 1])
+        return backbone(rows, training=True)
+
+      return mirrored(2).run(on_replica)
+
+    parts = mirrored(2).experimental_local_results(run())
+    return [np.mean(part, axis=(0, 1, 2)) for part in parts], backbone
+
+  apart, _ = means("batch")
+  together, _ = means("synchronized_batch")
+  assert np.abs(apart[0] - apart[1]).max() < np.abs(together[0] - together[1]).max()
