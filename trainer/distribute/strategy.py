@@ -31,8 +31,9 @@ def make_strategy(
       "mirrored": all local GPUs, or virtual replicas of the CPU;
       "multi_worker": the local GPUs, or else the CPU, of every worker that `TF_CONFIG`
         or Slurm names;
-      "auto": "multi_worker" where several workers are named, "mirrored" where there
-        are GPUs or virtual replicas, else "cpu".
+      "tpu": the TPU that `tpu` names, or that is attached;
+      "auto": "tpu" where one is named, "multi_worker" where several workers are,
+        "mirrored" where there are GPUs or virtual replicas, else "cpu".
     facts: what all workers must have alike, by name.
 
   Returns:
@@ -45,15 +46,18 @@ def make_strategy(
   name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
   if name not in _MAKERS:
     raise UserError(f"--strategy={name} is not one of {', '.join(_MAKERS)}.")
-  if name in ("cpu", "multi_worker") and num_virtual > 1:
+  if name in ("cpu", "multi_worker", "tpu") and num_virtual > 1:
     raise UserError(
-      f"--strategy={name} has one replica a CPU; "
-      f"--num_virtual_replicas={num_virtual} needs mirrored."
+      f"--strategy={name} divides no CPU; --num_virtual_replicas={num_virtual} needs "
+      "mirrored."
     )
   return _MAKERS[name](hardware, facts or {})
 
 
 def _auto(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+  if hardware.tpu is not None:
+    logging.info("Strategy auto: a TPU is named.")
+    return _tpu(hardware, facts)
   cluster = find_cluster(os.environ)
   if cluster is not None and cluster.num_workers > 1:
     logging.info("Strategy auto: %d workers are named.", cluster.num_workers)
@@ -118,6 +122,26 @@ def _multi_worker(
   return strategy
 
 
+def _tpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+  """Resolver, connection, initialisation, strategy: in TensorFlow's order."""
+  del facts
+  name = hardware.tpu or "local"
+  try:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
+    if name != "local":
+      tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+  except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"--tpu={name} can't be had ({reason[:200]}); give the name or the grpc:// "
+      "address of a TPU, or nothing for the one that is attached."
+    ) from error
+  strategy = tf.distribute.TPUStrategy(resolver)
+  logging.info("Strategy: TPU %s, %d cores.", name, strategy.num_replicas_in_sync)
+  return strategy
+
+
 def divide_cpu(num_devices: int) -> None:
   """Makes several devices of the CPU, for virtual replicas.
 
@@ -157,4 +181,5 @@ _MAKERS = {
   "cpu": _cpu,
   "mirrored": _mirrored,
   "multi_worker": _multi_worker,
+  "tpu": _tpu,
 }

@@ -1,0 +1,117 @@
+"""Strategies: what is chosen from what is there, and how a TPU is set up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tensorflow as tf
+
+from tests.distribute.rendezvous_test import free_addresses
+from trainer.distribute import strategy as strategy_lib
+from trainer.distribute.strategy import make_strategy
+from trainer.errors import StalledError, UserError
+from trainer.run import Hardware
+
+
+@pytest.fixture
+def calls(monkeypatch):
+  """The calls by which a TPU is set up, in their order, without one."""
+  calls = []
+
+  def record(name):
+    def call(*arguments, **options):
+      calls.append((name, *arguments, *options.values()))
+      return name
+
+    return call
+
+  cluster = tf.distribute.cluster_resolver
+  monkeypatch.setattr(cluster, "TPUClusterResolver", record("resolver"))
+  monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", record("connect"))
+  monkeypatch.setattr(
+    tf.tpu.experimental, "initialize_tpu_system", record("initialize")
+  )
+
+  class Strategy:
+    num_replicas_in_sync = 8
+
+    def __init__(self, resolver):
+      calls.append(("strategy", resolver))
+
+  monkeypatch.setattr(tf.distribute, "TPUStrategy", Strategy)
+  return calls
+
+
+@pytest.mark.parametrize("strategy", ["tpu", "auto"])
+def test_a_named_tpu_is_connected_and_initialised_before_its_strategy(calls, strategy):
+  assert make_strategy(Hardware(strategy, tpu="pod")).num_replicas_in_sync == 8
+  assert calls == [
+    ("resolver", "pod"),
+    ("connect", "resolver"),
+    ("initialize", "resolver"),
+    ("strategy", "resolver"),
+  ]
+
+
+def test_an_attached_tpu_needs_no_connection(calls):
+  make_strategy(Hardware("tpu"))
+  assert [name for name, *_ in calls] == ["resolver", "initialize", "strategy"]
+  assert calls[0] == ("resolver", "local")
+
+
+@pytest.mark.parametrize(
+  ("name", "error"),
+  [
+    ("nosuch", OSError("Name or service not known")),
+    ("nosuch", ValueError("Could not lookup TPU metadata")),
+    (None, tf.errors.NotFoundError(None, None, "TPUs not found in the cluster.")),
+  ],
+)
+def test_a_tpu_that_is_not_there_is_named(monkeypatch, name, error):
+  def fail(*_, **__):
+    raise error
+
+  cluster = tf.distribute.cluster_resolver
+  monkeypatch.setattr(cluster, "TPUClusterResolver", fail)
+  with pytest.raises(UserError, match=f"--tpu={name or 'local'} can't be had"):
+    make_strategy(Hardware("tpu", tpu=name))
+
+
+def test_multi_worker_without_a_cluster_is_refused(monkeypatch):
+  monkeypatch.delenv("TF_CONFIG", raising=False)
+  monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+  with pytest.raises(UserError, match="needs TF_CONFIG"):
+    make_strategy(Hardware("multi_worker"))
+
+
+@pytest.mark.parametrize("strategy", ["multi_worker", "auto"])
+def test_workers_that_do_not_come_are_named_in_time(monkeypatch, strategy):
+  addresses = free_addresses(2)
+  content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
+  monkeypatch.setenv("TF_CONFIG", json.dumps(content))
+  with pytest.raises(StalledError, match=r"worker 1 .* did not come within 0.2 s"):
+    make_strategy(Hardware(strategy, worker_timeout_s=0.2))
+
+
+def test_one_worker_in_tf_config_is_a_run_of_one_process(monkeypatch):
+  content = {"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}
+  monkeypatch.setenv("TF_CONFIG", json.dumps(content))
+  assert make_strategy(Hardware("auto")).num_replicas_in_sync == 1
+
+
+@pytest.mark.parametrize("strategy", ["cpu", "multi_worker", "tpu"])
+def test_virtual_replicas_of_what_divides_no_cpu_are_refused(strategy):
+  with pytest.raises(UserError, match="needs mirrored"):
+    make_strategy(Hardware(strategy, 2))
+
+
+def test_an_unknown_strategy_is_refused_with_what_there_is():
+  with pytest.raises(UserError, match="auto, cpu, mirrored, multi_worker, tpu"):
+    make_strategy(Hardware("horovod"))
+
+
+def test_every_strategy_of_the_command_line_has_a_maker():
+  from trainer import task
+
+  assert set(task.STRATEGIES) == set(strategy_lib._MAKERS)
