@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # What the scripts call beside Python.
 _TOOLS = ("bash", "env", "dirname", "basename", "cat", "cksum", "tr", "rm")
 _SCRIPTS = sorted(
