@@ -1,6 +1,7 @@
 """Checks a run's flags and config as the task would: python launch/lint.py FLAGS.
 
-A misspelt name costs a second here, and a night in a queue.
+A misspelt name costs a second here, and a night in a queue. Prints the whole config, as
+one gin file without includes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from trainer import config, errors, task
 
 
 def main(arguments) -> int:
-  """Reads the flags and the config, and runs nothing."""
+  """Reads the flags and the config, and prints the config."""
   values = flags.FlagValues()
   for group in task.define_flags().values():
     values.append_flag_values(group)
@@ -28,7 +29,7 @@ def main(arguments) -> int:
     logging.set_verbosity(logging.ERROR)
     importlib.import_module("trainer.parts")
     needed = task.MODES[values.mode].roots
-    config.read(values.gin_file, values.gin_param, needed=needed)
+    print(config.read(values.gin_file, values.gin_param, needed=needed).text, end="")
   except (flags.Error, errors.UserError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

@@ -71,7 +71,7 @@ $(printf '%s\n' ${asked[@]+"${asked[@]}"} ${array:+"#SBATCH --array=0-$((array -
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@$warn_s
-cd $(printf %q "$PWD")
+cd $(printf %q "$PWD") || exit
 # An array's last element has the array's own number: only this name means it alone.
 id=\${SLURM_ARRAY_JOB_ID:+\${SLURM_ARRAY_JOB_ID}_\$SLURM_ARRAY_TASK_ID}
 id=\${id:-\$SLURM_JOB_ID}

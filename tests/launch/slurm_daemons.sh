@@ -16,7 +16,7 @@ SlurmctldPort=$2
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$1/munge/socket,cred_expire=3
+AuthInfo=socket=$1/munge/socket,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$1/state
 SlurmdSpoolDir=$1/spool/%n
@@ -45,7 +45,10 @@ END
 munged -F --key-file munge/key --socket munge/socket --pid-file munge/pid \
   --log-file munge/log --seed-file munge/seed >/dev/null 2>&1 &
 pids=($!)
-until [ -S munge/socket ]; do sleep 0.1; done
+for _ in $(seq 50); do
+  [ ! -S munge/socket ] || break
+  sleep 0.1
+done
 slurmctld -D >/dev/null 2>&1 &
 pids+=($!)
 for node in "$host" node2; do
@@ -59,6 +62,7 @@ for _ in $(seq 150); do
   fi
   sleep 0.2
 done
+exec >/dev/null
 cat >/dev/null
 scancel --user=root
 # A step's daemon ends only when it has told the controller that the step did.

@@ -9,6 +9,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from tests.launch import debian
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "slurm.sh")
+_DAEMONS = pathlib.Path(__file__).with_name("slurm_daemons.sh")
 DIGITS = str(ROOT / "configs" / "runs" / "digits.gin")
 SWEEP = str(ROOT / "configs" / "sweeps" / "digits.gin")
 # The fake fails as told in a job's first life: FIRST is "RANK STATUS" or "hang".
@@ -45,7 +47,7 @@ def _free_ports(number):
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
+def cluster():
   """A running Slurm; its environment."""
   debian.need(
     ["slurmctld", "slurmd", "sbatch", "munged"],
@@ -53,24 +55,23 @@ def cluster(tmp_path_factory):
   )
   if os.geteuid() != 0:
     pytest.skip("Slurm's daemons are started as root")
-  folder = tmp_path_factory.mktemp("slurm")
-  for parent in (folder, *folder.parents):
-    if parent.stat().st_mode & 0o005 != 0o005 and parent.owner() == "root":
-      parent.chmod(parent.stat().st_mode | 0o055)
-  daemons = subprocess.Popen(
-    [str(pathlib.Path(__file__).with_name("slurm_daemons.sh")), str(folder)]
-    + _free_ports(3),
-    env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,
-    start_new_session=True,
-    text=True,
-  )
-  assert daemons.stdout.readline() == "ready\n", (folder / "log").exists()
-  yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
-  daemons.stdin.close()
-  daemons.wait(timeout=60)
+  # Munge wants every user to reach its socket, so pytest's own folders won't do.
+  with tempfile.TemporaryDirectory(dir="/tmp", prefix="slurm-") as folder:
+    daemons = subprocess.Popen(
+      [str(_DAEMONS), folder, *_free_ports(3)],
+      env={**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"},
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.DEVNULL,
+      start_new_session=True,
+      text=True,
+    )
+    try:
+      assert daemons.stdout.readline() == "ready\n"
+      yield {**os.environ, "SLURM_CONF": f"{folder}/slurm.conf"}
+    finally:
+      daemons.stdin.close()
+      daemons.wait(timeout=60)
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_job_that_the_user_cancels_is_not_queued_again(fake, tmp_path):
   _wait_for(lambda: _calls(tmp_path, "cancel"))
   subprocess.run(["scancel", job], env=fake, check=True)
   _wait_for(lambda: _is_over(fake, job))
-  time.sleep(5)  # As long as a requeued job waits.
+  time.sleep(8)  # Longer than a requeued job waits.
   assert _is_over(fake, job)
   assert _calls(tmp_path, "cancel") == ["none 0 0"]
 
