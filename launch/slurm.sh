@@ -3,7 +3,7 @@
 # or a sweep, whose workers share its points: ./launch/slurm.sh --array=8 --sweep SWEEP.gin
 # Options: --nodes=N (1), --tasks_per_node=N (1), --gpus_per_node=N, --cpus_per_task=N,
 # --partition=P, --account=A, --time=T, --warn_s=S (120): so long before the time is over
-# the run saves and is queued again, --max_restarts=N (20), --wait for the end, --dry_run to
+# the run must save, and is queued again, --max_restarts=N (20), --wait for the end, --dry_run to
 # print the script. Other flags are the task's, or the sweep's. The folder must be on a
 # disk that all nodes see.
 set -euo pipefail
@@ -78,17 +78,24 @@ id=\${id:-\$SLURM_JOB_ID}
 # The first task that fails writes why; those that Slurm then ends do not.
 export STATUS_FILE=$(printf %q "$folder")/slurm-status-\$id
 rm -f "\$STATUS_FILE"
-# Slurm warns this shell, which asks the tasks to save.
-is_warned=
-trap 'is_warned=yes; scancel --signal=TERM "\$id"' TERM
-srun --label --kill-on-bad-exit=1 --distribution=block bash -c 'trap : TERM
-"\$@" || { status=\$?; set -o noclobber; echo \$status 2>/dev/null >"\$STATUS_FILE"; exit \$status; }' task \\
+# Slurm warns this shell, which asks the tasks to save. What a user cancels takes no more
+# signals, and stays cancelled.
+is_told='' is_warned=''
+trap 'is_told=yes; ! scancel --signal=TERM "\$id" 2>/dev/null || is_warned=yes' TERM
+# A task that has not ended by three quarters of the warning's time is ended.
+srun --label --kill-on-bad-exit=1 --distribution=block bash -c '
+trap "(sleep $((warn_s * 3 / 4)); kill -KILL \\\$task) &" TERM
+"\$@" & task=\$!
+until wait \$task; status=\$?; ! kill -0 \$task 2>/dev/null; do :; done
+set -o noclobber
+[ \$status = 0 ] || echo \$status 2>/dev/null >"\$STATUS_FILE"
+exit \$status' task \
   $(printf ' %q' "${command[@]}") &
-until wait \$!; status=\$?; ! kill -0 \$! 2>/dev/null; do :; done
+step=\$!
+until wait \$step; status=\$?; ! kill -0 \$step 2>/dev/null; do :; done
 [ ! -s "\$STATUS_FILE" ] || status=\$(<"\$STATUS_FILE")
 rm -f "\$STATUS_FILE"
-# What a user cancelled stays so.
-! scontrol show job "\$id" | grep -q JobState=CANCELLED || exit
+[ "\$is_told" = "\$is_warned" ] || exit "\$status"
 # 3: saved; 4: a worker was lost, as it is when a signal ended one.
 if [[ \$status == [34] ]] || ((status > 128)); then
   if ((\${SLURM_RESTART_COUNT:-0} < $max_restarts)); then
