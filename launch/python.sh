@@ -1,4 +1,5 @@
-# Sourced by the launch scripts: finds a fitting Python, and makes environments.
+# Sourced by the launch scripts: refuses, finds files and a fitting Python, and makes
+# environments.
 # shellcheck shell=bash
 
 # find_python VERSION...: prints the path of the first of the versions that runs here.
@@ -82,4 +83,14 @@ find_run() {
     fail "there is no run file $1; those that come with this are in configs/runs."
   fi
   echo "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")"
+}
+
+# do_it COMMAND...: runs it, or with `is_dry` prints it as it would be typed.
+do_it() {
+  if [ -n "${is_dry:-}" ]; then
+    printf '%q ' "$@" | sed 's/ $//'
+    echo
+  else
+    "$@"
+  fi
 }

@@ -48,15 +48,6 @@ if [[ $action == run || $action == resume ]]; then
 fi
 [ -n "$is_dry" ] || command -v gcloud >/dev/null || fail "there is no gcloud here; install Google's command line."
 
-# do_it COMMAND...: runs it, or prints it as it would be typed.
-do_it() {
-  if [ -n "$is_dry" ]; then
-    printf '%q ' "$@" | sed 's/ $//'
-    echo
-  else
-    "$@"
-  fi
-}
 tpu() { do_it gcloud compute tpus tpu-vm "$1" "$name" "${place[@]}" "${@:2}"; }
 queued() { do_it gcloud compute tpus queued-resources "$1" "$name" "${place[@]}" "${@:2}"; }
 state() { [ -n "$is_dry" ] || gcloud compute tpus "$1" describe "$name" "${place[@]}" --format="value($2)" 2>/dev/null || true; }

@@ -44,16 +44,6 @@ version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' trainer/__init__.py)
 package=retrieval_trainer-$version.tar.gz
 [ -n "$is_dry" ] || command -v gcloud >/dev/null || fail "there is no gcloud here; install Google's command line."
 
-# do_it COMMAND...: runs it, or prints it as it would be typed.
-do_it() {
-  if [ -n "$is_dry" ]; then
-    printf '%q ' "$@" | sed 's/ $//'
-    echo
-  else
-    "$@"
-  fi
-}
-
 # The overrides become part of the config, and the other flags are the job's.
 params=() flags=()
 for word in ${rest[@]+"${rest[@]}"}; do

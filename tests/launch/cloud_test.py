@@ -111,7 +111,6 @@ def test_preempted_tpu_is_made_anew_and_a_healthy_one_left(gcloud, tmp_path):
 def test_vertex_gets_a_source_distribution_and_the_whole_config(gcloud, tmp_path):
   done = _run(*_real("vertex"), **gcloud, STATE="", TMPDIR=str(tmp_path))
   assert done.returncode == 0, done.stderr
-  shutil.rmtree(ROOT / "retrieval_trainer.egg-info", ignore_errors=True)
   copy, create = (shlex.split(call) for call in _calls(tmp_path))
   assert copy[3].endswith(".tar.gz")
   assert f"--python-package-uris=gs://mine/runs/digits/{os.path.basename(copy[3])}" in (
