@@ -164,10 +164,14 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   short = ("NUM_STEPS = 600", "LoopOptions.steps_per_loop = 10")
   short += ("LoopOptions.checkpoint_every_steps = 10", f"DATA_DIR = '{tmp_path}/data'")
   run = tmp_path / "run"
+  task = [sys.executable, "-m", "trainer.task", f"--model_dir={run}"]
+  params = [f"--gin_param={param}" for param in short]
+  ingest = [*task, f"--gin_file={DIGITS}", *params, "--mode=ingest"]
+  subprocess.run(ingest, cwd=ROOT, check=True, capture_output=True)
   done = _submit(
     {**cluster, "TRAINER_PYTHON": sys.executable},
     *("--tasks_per_node=2", "--warn_s=2", DIGITS, f"--model_dir={run}"),
-    *(f"--gin_param={param}" for param in short),
+    *(*params, "--mode=train"),
   )
   assert done.returncode == 0, done.stderr
   job = done.stdout.strip()
@@ -181,8 +185,6 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   assert "2 replicas" in log
   [restored] = re.findall(r"From step (\d+)", log)[1:]
   assert int(restored) >= 10
-  results = json.loads((run / "eval" / "metrics.json").read_text())
-  assert results["latest"]["step"] == 600
   steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").open()]
   assert steps == list(range(10, 601, 10))
 
