@@ -70,7 +70,8 @@ def _schedule():
       print(
         f"schedule, {num_classes:,} classes, {len(table.records):,} records, 512 x 4: "
         f"{statistics.median(times_ms):.3f} ms a batch, "
-        f"{statistics.median(cpu_ms):.3f} ms of the processor (goal: at most {goal_ms}); "
+        f"{statistics.median(cpu_ms):.3f} ms of the processor "
+        f"(goal: at most {goal_ms}); "
         f"{held:.0f} MB held above the mapped index (goal: under 64)"
       )
 
