@@ -128,15 +128,16 @@ class RecordIndex:
       UserError: naming file and record, if one is corrupt or cannot be read.
     """
     numbers = np.asarray(record_numbers, np.int64)
-    places = zip(
-      numbers.tolist(),
-      self.arrays.shards[numbers].tolist(),
-      self.arrays.offsets[numbers].tolist(),
-      self.arrays.lengths[numbers].tolist(),
+    places = list(
+      zip(
+        numbers.tolist(),
+        self.arrays.shards[numbers].tolist(),
+        self.arrays.offsets[numbers].tolist(),
+        self.arrays.lengths[numbers].tolist(),
+      )
     )
     if self._is_remote:
       return remote.in_parallel(self._read_one, places)
-    places = list(places)
     try:
       return self._read_local(places)
     except (framing.FramingError, OSError):
