@@ -252,17 +252,18 @@ def test_hosts_are_reached_by_ssh_and_one_failure_ends_all(launch, tmp_path, ssh
 def test_two_real_workers_train_as_one_run(tmp_path):
   short = ("NUM_STEPS = 4", "LoopOptions.steps_per_loop = 2")
   short += ("LoopOptions.checkpoint_every_steps = 4", f"DATA_DIR = '{tmp_path}/digits'")
+  params = [f"--gin_param={param}" for param in short]
+  params.append(f"--model_dir={tmp_path}/run")
+  ingest = [sys.executable, "-m", "trainer.task", f"--gin_file={DIGITS}", *params]
+  subprocess.run([*ingest, "--mode=ingest"], cwd=ROOT, check=True, capture_output=True)
   done = subprocess.run(
-    [
-      *(SCRIPT, DIGITS, "--num_workers=2", f"--model_dir={tmp_path}/run"),
-      *(f"--gin_param={param}" for param in short),
-    ],
+    [SCRIPT, DIGITS, "--num_workers=2", "--mode=train", *params],
     env={**os.environ, "TRAINER_PYTHON": sys.executable},
     capture_output=True,
     text=True,
     timeout=200,
   )
   assert done.returncode == 0, done.stdout
-  results = json.loads((tmp_path / "run" / "eval" / "metrics.json").read_text())
-  assert results["latest"]["step"] == 4
-  assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+  rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+  assert [json.loads(row)["step"] for row in rows] == [2, 4]
+  assert "Strategy: 2 workers with 2 replicas; this is 0." in done.stdout
