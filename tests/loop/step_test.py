@@ -39,6 +39,7 @@ def _step(*, normalization="none", precision="float32", optimizer=None, **option
     loss=SupervisedContrastiveLoss(temperature=0.2),
     objective_fn=across_replicas,
     optimizer=optimizer or tf.keras.optimizers.SGD(0.02),
+    mining_statistics=None,  # They take long to compile.
     **options,
   )
   step.create_variables((8, 8, 1))
