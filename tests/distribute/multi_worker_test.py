@@ -29,8 +29,9 @@ _PARAMS = (
   "LoopOptions.steps_per_loop = 2",
   "LoopOptions.checkpoint_every_steps = 4",
   "PKSchedule.classes_per_batch = 6",
+  "TrainStep.mining_statistics = None",  # They take long to compile.
 )
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300
 
 
 def _command(folder, model_dir, *params, mode="train_and_evaluate"):
@@ -44,7 +45,7 @@ def _command(folder, model_dir, *params, mode="train_and_evaluate"):
   return [
     *(sys.executable, "-m", "trainer.task", f"--mode={mode}", f"--gin_file={run_file}"),
     f"--model_dir={model_dir}",
-    "--worker_timeout_s=60",
+    "--worker_timeout_s=200",
     *(f"--gin_param={param}" for param in params),
   ]
 
