@@ -7,11 +7,12 @@ import tensorflow as tf
 
 from trainer.losses.terms import Anchors, Candidates
 
+# Few sizes: a loss is compiled for each.
 LABELS = {
-  "unbalanced": [3, 1, 3, 3, 1, 0, 7, 0, 3, 1, 3],
-  "balanced": [0, 0, 1, 1, 2, 2],
-  "extreme": [2**31 - 1, -(2**31), 2**31 - 1, 2**24, 2**24 + 1, 2**24],
-  "one_class": [4, 4, 4, 4],
+  "unbalanced": [3, 1, 3, 3, 1, 0, 7, 0, 3, 1, 3, 0],
+  "balanced": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
+  "extreme": [2**31 - 1, -(2**31), 2**31 - 1, 2**24, 2**24 + 1, 2**24, *range(-3, 3)],
+  "one_class": [4] * 12,
   "all_distinct": [0, 1, 2, 3, 4],
   "single": [5],
 }
@@ -25,8 +26,11 @@ def random_batch(name, num_dimensions=5):
   return embeddings.astype(np.float32), labels
 
 
-def arguments(embeddings, labels, weights=None, rows=None):
-  """Anchors and candidates of one device; with `rows`, those anchors alone."""
+def arguments(embeddings, labels, weights=None, rows=None, is_relevant=None):
+  """Anchors and candidates of one device; with `rows`, those anchors alone.
+
+  `is_relevant` is [B, B], of all anchors.
+  """
   embeddings = tf.convert_to_tensor(embeddings)
   labels = tf.convert_to_tensor(labels)
   weights = np.ones(len(labels), np.float32) if weights is None else weights
@@ -34,16 +38,20 @@ def arguments(embeddings, labels, weights=None, rows=None):
   anchors = Anchors(
     tf.gather(embeddings, rows), tf.gather(labels, rows), tf.constant(weights[rows])
   )
-  positions = tf.constant(rows, tf.int32)
-  return anchors, Candidates(embeddings, labels, tf.constant(weights > 0), positions)
+  candidates = Candidates(
+    embeddings, labels, tf.constant(weights > 0), tf.constant(rows, tf.int32)
+  )
+  if is_relevant is not None:
+    candidates = candidates._replace(is_relevant=tf.constant(is_relevant[rows]))
+  return anchors, candidates
 
 
-def evaluate(loss, embeddings, labels, weights=None, rows=None):
+def evaluate(loss, embeddings, labels, *options, **named_options):
   """Total, count and the total's gradient to the embeddings, as float32 arrays."""
   embeddings = tf.convert_to_tensor(embeddings)
   with tf.GradientTape() as tape:
     tape.watch(embeddings)
-    terms = loss(*arguments(embeddings, labels, weights, rows))
+    terms = loss(*arguments(embeddings, labels, *options, **named_options))
   gradient = tape.gradient(
     terms.total, embeddings, unconnected_gradients=tf.UnconnectedGradients.ZERO
   )

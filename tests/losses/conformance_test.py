@@ -6,26 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.losses import batches, oracles
+from tests.losses import batches, definition, oracles
 from tests.losses.table import ROWS
 from trainer import losses
 from trainer.losses.anchorwise import AnchorwiseLoss
 
-_COUNT = {
-  "mean_active": lambda sums, weights: sums[1],
-  "mean_terms": lambda sums, weights: sums[2],
-  "mean_anchors": lambda sums, weights: weights.sum(),
-}
-
 each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-
-
-def _expected(row, embeddings, labels, weights=None):
-  weights = np.ones(len(labels)) if weights is None else weights
-  sums = oracles.loss_terms(
-    row.compare, row.terms, np.float64(embeddings), labels, weights
-  )
-  return sums[0], _COUNT[row.reduction](sums, weights)
 
 
 def _assert_same(one, other, tolerance=1e-5):
@@ -33,6 +19,12 @@ def _assert_same(one, other, tolerance=1e-5):
   for value, expected in zip(one, other):
     atol = tolerance * np.abs(expected).max()
     np.testing.assert_allclose(value, expected, rtol=0, atol=atol + 1e-6)
+
+
+def _related(name="unbalanced"):
+  """Embeddings, labels and which examples share one."""
+  embeddings, labels = batches.random_batch(name)
+  return embeddings, labels, np.array(oracles.relevance(labels))
 
 
 def test_table_has_every_public_loss():
@@ -48,30 +40,44 @@ def test_table_has_every_public_loss():
 @each_loss
 @pytest.mark.parametrize("batch", batches.LABELS)
 def test_total_and_count_are_those_of_the_definition(row, batch):
-  embeddings, labels = batches.random_batch(batch)
+  embeddings, labels, related = _related(batch)
   total, count, gradient = batches.evaluate(row.make(), embeddings, labels)
-  np.testing.assert_allclose(
-    (total, count), _expected(row, embeddings, labels), rtol=2e-5, atol=2e-5
-  )
+  expected = definition.total_and_count(row, embeddings, related)
+  np.testing.assert_allclose((total, count), expected, rtol=2e-5, atol=2e-5)
   assert np.isfinite(gradient).all()
 
 
 @each_loss
 def test_gradient_is_the_finite_difference_of_the_definition(row):
-  embeddings, labels = batches.random_batch("unbalanced")
+  embeddings, labels, related = _related()
   _, _, gradient = batches.evaluate(row.make(), embeddings, labels)
-  points = np.float64(embeddings)
+  _assert_same([gradient], [definition.gradient(row, embeddings, related)], 1e-4)
 
-  def total(moved):
-    weights = np.ones(len(labels))
-    return oracles.loss_terms(row.compare, row.terms, moved, labels, weights, points)[0]
 
-  expected = np.zeros_like(points)
-  for index in np.ndindex(*points.shape):
-    step = np.zeros_like(points)
-    step[index] = 1e-6
-    expected[index] = (total(points + step) - total(points - step)) / 2e-6
-  _assert_same([gradient], [expected], 1e-4)
+@each_loss
+def test_several_labels_an_example_give_what_the_definition_does(row):
+  embeddings, _ = batches.random_batch("unbalanced")
+  several = np.random.default_rng(3).random((12, 8)) < 0.2
+  _assert_defined(row, embeddings, several, np.array(oracles.relevance(several)))
+
+
+@each_loss
+def test_given_relevance_gives_what_the_definition_does(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  given = np.random.default_rng(4).random((12, 12)) < 0.3
+  _assert_defined(row, embeddings, labels, given, is_relevant=given)
+
+
+def _assert_defined(row, embeddings, labels, related, **options):
+  """Value and gradient, in one piece and in tiles, with weights and padding."""
+  weights = np.linspace(0.5, 2, 12).astype(np.float32)
+  weights[[2, 9]] = 0
+  expected = definition.total_and_count(row, embeddings, related, weights)
+  slopes = definition.gradient(row, embeddings, related, weights)
+  for loss in (row.make(), row.make(rows_per_tile=5)):
+    *values, gradient = batches.evaluate(loss, embeddings, labels, weights, **options)
+    np.testing.assert_allclose(values, expected, rtol=2e-5, atol=2e-5)
+    _assert_same([gradient], [slopes], 1e-4)
 
 
 @each_loss
@@ -80,7 +86,7 @@ def test_slices_of_the_anchors_add_up_to_the_whole(row):
   whole = batches.evaluate(row.make(), embeddings, labels)
   parts = [
     batches.evaluate(row.make(), embeddings, labels, rows=rows)
-    for rows in ([0, 1, 2, 3], [4], [5, 6, 7, 8, 9, 10])
+    for rows in ([7, 0, 3, 9], [4, 11, 2, 6], [10, 5, 8, 1])
   ]
   _assert_same([sum(values) for values in zip(*parts)], whole)
 
@@ -89,14 +95,14 @@ def test_slices_of_the_anchors_add_up_to_the_whole(row):
 def test_tiles_add_up_to_the_whole(row):
   embeddings, labels = batches.random_batch("unbalanced")
   whole = batches.evaluate(row.make(), embeddings, labels)
-  _assert_same(batches.evaluate(row.make(rows_per_tile=4), embeddings, labels), whole)
+  _assert_same(batches.evaluate(row.make(rows_per_tile=5), embeddings, labels), whole)
 
 
 @each_loss
 def test_statistics_of_tiles_add_up_to_those_of_the_whole(row):
   arguments = batches.arguments(*batches.random_batch("unbalanced"))
   whole = row.make()(*arguments).statistics
-  tiles = row.make(rows_per_tile=4)(*arguments).statistics
+  tiles = row.make(rows_per_tile=5)(*arguments).statistics
   np.testing.assert_allclose(
     tf.nest.flatten(dict(tiles)), tf.nest.flatten(dict(whole)), rtol=1e-5
   )
@@ -105,22 +111,19 @@ def test_statistics_of_tiles_add_up_to_those_of_the_whole(row):
 @each_loss
 def test_padding_rows_change_nothing(row):
   embeddings, labels = batches.random_batch("unbalanced")
-  padded = np.concatenate([embeddings, embeddings[:3] + 0.1])
-  weights = np.r_[np.ones(len(labels)), np.zeros(3)].astype(np.float32)
-  total, count, gradient = batches.evaluate(
-    row.make(), padded, np.r_[labels, labels[:3]], weights
-  )
-  whole = batches.evaluate(row.make(), embeddings, labels)
-  _assert_same((total, count, gradient[: len(labels)]), whole)
-  assert not gradient[len(labels) :].any()
+  weights = np.r_[np.ones(5), np.zeros(7)].astype(np.float32)
+  total, count, gradient = batches.evaluate(row.make(), embeddings, labels, weights)
+  whole = batches.evaluate(row.make(), embeddings[:5], labels[:5])
+  _assert_same((total, count, gradient[:5]), whole)
+  assert not gradient[5:].any()
 
 
 @each_loss
 def test_terms_are_weighted_with_their_anchor(row):
-  embeddings, labels = batches.random_batch("unbalanced")
+  embeddings, labels, related = _related()
   weights = np.linspace(0.5, 2, len(labels)).astype(np.float32)
   total, count, _ = batches.evaluate(row.make(), embeddings, labels, weights)
-  expected = _expected(row, embeddings, labels, weights)
+  expected = definition.total_and_count(row, embeddings, related, weights)
   np.testing.assert_allclose((total, count), expected, rtol=2e-5)
 
 
@@ -193,20 +196,9 @@ def test_xla_compiles_it_to_the_same_values(row):
 
 
 @each_loss
-def test_several_labels_an_example_compare_like_classes(row):
-  embeddings, labels = batches.random_batch("unbalanced")
-  several = labels[:, None] == np.unique(labels)[None, :]
-  one = batches.evaluate(row.make(), embeddings, labels)
-  _assert_same(batches.evaluate(row.make(), embeddings, several), one)
-
-
-@each_loss
 def test_share_of_active_terms_is_that_of_the_definition(row):
-  embeddings, labels = batches.random_batch("unbalanced")
+  embeddings, labels, related = _related()
   terms = row.make()(*batches.arguments(embeddings, labels))
   active = terms.statistics["mining/active_fraction"]
-  ones = np.ones(len(labels))
-  sums = oracles.loss_terms(
-    row.compare, row.terms, np.float64(embeddings), labels, ones
-  )
+  sums = definition.sums(row, np.float64(embeddings), related)
   np.testing.assert_allclose((active.total, active.count), sums[1:], rtol=1e-5)

@@ -33,14 +33,21 @@ def cosine_similarity(x, y):
   return np.dot(x, y) / np.sqrt(np.dot(x, x) * np.dot(y, y))
 
 
-def loss_terms(compare, terms, embeddings, labels, weights, at=None):
+def relevance(labels):
+  """Which of all examples share a label, for [B] classes or [B, L] several labels."""
+  if np.ndim(labels) == 1:
+    return [[one == other for other in labels] for one in labels]
+  return [[bool(np.any(one & other)) for other in labels] for one in labels]
+
+
+def loss_terms(compare, terms, embeddings, is_relevant, weights, at=None):
   """Sums over anchors of weight × (total, number active, number of terms)."""
   at = embeddings if at is None else at
   sums = np.zeros(3)
-  for a in range(len(labels)):
-    others = [c for c in range(len(labels)) if c != a and weights[c] > 0]
-    positives = [c for c in others if labels[c] == labels[a]]
-    negatives = [c for c in others if labels[c] != labels[a]]
+  for a in range(len(weights)):
+    others = [c for c in range(len(weights)) if c != a and weights[c] > 0]
+    positives = [c for c in others if is_relevant[a][c]]
+    negatives = [c for c in others if not is_relevant[a][c]]
     if weights[a] > 0:
       values = [
         [compare(points[a], points[c]) for c in members]

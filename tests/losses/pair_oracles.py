@@ -11,6 +11,12 @@ def inner_product(x, y):
   return np.dot(x, y)
 
 
+def log_sum_exp(values):
+  """Log of Σ exp(value), of which no part overflows."""
+  largest = max(values)
+  return largest + math.log(sum(math.exp(value - largest) for value in values))
+
+
 def contrastive(margin):
   def terms(positives, negatives, at):
     del at
@@ -26,8 +32,8 @@ def lifted_structure(margin):
     del at
     if not positives or not negatives:
       return 0, 0, 0
-    pull = math.log(sum(math.exp(d) for d in positives))
-    push = math.log(sum(math.exp(margin - d) for d in negatives))
+    pull = log_sum_exp(positives)
+    push = log_sum_exp([margin - d for d in negatives])
     cost = max(pull + push, 0)
     return cost, cost > 0, 1
 
@@ -73,11 +79,8 @@ def one_positive_softmax(temperature):
 
   def terms(positives, negatives, at):
     del at
-    rest = sum(math.exp(s / temperature) for s in negatives)
-    costs = []
-    for s in positives:
-      own = math.exp(s / temperature)
-      costs.append(-math.log(own / (own + rest)))
+    logits = [s / temperature for s in negatives]
+    costs = [log_sum_exp([p, *logits]) - p for p in np.divide(positives, temperature)]
     return sum(costs), sum(cost > 0 for cost in costs), len(costs)
 
   return terms
@@ -100,8 +103,8 @@ def soft_nearest_neighbour(temperature):
     del at
     if not positives:
       return 0, 0, 0
-    own = sum(math.exp(-d / temperature) for d in positives)
-    rest = sum(math.exp(-d / temperature) for d in negatives)
-    return -math.log(own / (own + rest)), 1, 1
+    own = log_sum_exp([-d / temperature for d in positives])
+    everyone = log_sum_exp([-d / temperature for d in positives + negatives])
+    return everyone - own, 1, 1
 
   return terms

@@ -33,7 +33,7 @@ def test_lists_hold_the_positives_of_each_anchor_once(batch):
 
 def test_padding_is_in_no_list():
   embeddings, labels = batches.random_batch("unbalanced")
-  weights = np.float32([1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1])
+  weights = np.float32([1, 1, 0, 1, 0, 1, 1, 1, 1, 0, 1, 1])
   anchors, candidates = batches.arguments(embeddings, labels, weights)
   got = _columns(positive_lists(anchors, candidates))
   expected = _expected(anchors, candidates)

@@ -42,8 +42,8 @@ def test_learned_temperature_has_the_gradient_of_the_definition(
 
   def expected_total(logarithm):
     terms = oracle(np.exp(logarithm))
-    ones = np.ones(len(labels))
-    return oracles.loss_terms(compare, terms, np.float64(embeddings), labels, ones)[0]
+    ones, related = np.ones(len(labels)), oracles.relevance(labels)
+    return oracles.loss_terms(compare, terms, np.float64(embeddings), related, ones)[0]
 
   start = np.log(0.5)
   slope = (expected_total(start + 1e-6) - expected_total(start - 1e-6)) / 2e-6

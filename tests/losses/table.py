@@ -16,47 +16,72 @@ class Row:
 
   Attributes:
     name: of the test.
-    make: the loss, with `rows_per_tile` for the streaming form.
+    make: the loss, with `rows_per_tile` for the streaming form, and with its constant
+      times `unit`.
     compare: oracle of what is compared.
-    terms: oracle of an anchor's terms.
+    terms_of: oracle of an anchor's terms, with its constant times the given unit.
     reduction: what the sum is divided by, as in trainer/losses/anchorwise.py.
   """
 
   name: str
   make: Callable
   compare: Callable
-  terms: Callable
+  terms_of: Callable
   reduction: str
+
+  @property
+  def terms(self):
+    """Oracle of an anchor's terms."""
+    return self.terms_of(1.0)
+
+  def unit(self, norm):
+    """What the constant is multiplied with where embeddings have such norms."""
+    return norm ** _DEGREES.get(self.compare, 0)
+
+
+# Powers of the embeddings' norm by which what is compared grows, where a constant has
+# to grow with it.
+_DEGREES = {oracles.euclidean: 1, oracles.squared_euclidean: 2}
+# Arguments in units of what is compared.
+_CONSTANTS = ("margin", "temperature")
 
 
 def _text(value):
   return str(value) if isinstance(value, (str, float)) else type(value).__name__
 
 
-def _row(loss_class, compare, terms, reduction, /, **arguments):
+def _row(loss_class, compare, terms_of, reduction, /, **arguments):
   name = "-".join(
     [loss_class.__name__, *(_text(value) for value in arguments.values())]
   )
 
   @functools.cache  # Each new loss is compiled anew.
-  def make(**more):
-    return loss_class(**arguments, **more)
+  def make(unit=1.0, **more):
+    scaled = {
+      key: unit * value if key in _CONSTANTS and value != "soft" else value
+      for key, value in arguments.items()
+    }
+    return loss_class(**scaled, **more)
 
-  return Row(name, make, compare, terms, reduction)
+  return Row(name, make, compare, terms_of, reduction)
+
+
+def _all(positive, positives, negatives):
+  return negatives
 
 
 ROWS = [
   _row(
     losses.BatchAllTripletLoss,
     oracles.euclidean,
-    oracles.batch_all(0.7),
+    lambda unit: oracles.batch_all(0.7 * unit),
     "mean_active",
     margin=0.7,
   ),
   _row(
     losses.BatchAllTripletLoss,
     oracles.squared_euclidean,
-    oracles.batch_all(1.5),
+    lambda unit: oracles.batch_all(1.5 * unit),
     "mean_terms",
     margin=1.5,
     distance="squared_euclidean",
@@ -65,14 +90,14 @@ ROWS = [
   _row(
     losses.BatchHardTripletLoss,
     oracles.euclidean,
-    oracles.batch_hard(0.7),
+    lambda unit: oracles.batch_hard(0.7 * unit),
     "mean_anchors",
     margin=0.7,
   ),
   _row(
     losses.BatchHardTripletLoss,
     oracles.cosine,
-    oracles.batch_hard(0.3),
+    lambda unit: oracles.batch_hard(0.3),
     "mean_active",
     margin=0.3,
     distance="cosine",
@@ -81,14 +106,14 @@ ROWS = [
   _row(
     losses.SemiHardTripletLoss,
     oracles.euclidean,
-    oracles.semi_hard(0.7),
+    lambda unit: oracles.semi_hard(0.7 * unit),
     "mean_terms",
     margin=0.7,
   ),
   _row(
     losses.InsideMarginTripletLoss,
     oracles.normalized_euclidean,
-    oracles.inside_margin(0.4),
+    lambda unit: oracles.inside_margin(0.4),
     "mean_active",
     margin=0.4,
     distance="normalized_euclidean",
@@ -96,7 +121,7 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.euclidean,
-    oracles.chosen(oracles.hinge(0.7), list, lambda p, pos, neg: neg),
+    lambda unit: oracles.chosen(oracles.hinge(0.7 * unit), list, _all),
     "mean_active",
     positives="all",
     negatives="all",
@@ -106,7 +131,7 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.cosine,
-    oracles.chosen(
+    lambda unit: oracles.chosen(
       oracles.soft, lambda pos: [max(pos)], lambda p, pos, neg: [min(neg)]
     ),
     "mean_anchors",
@@ -119,7 +144,9 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.squared_euclidean,
-    oracles.chosen(oracles.hinge(1.5), lambda pos: [min(pos)], lambda p, pos, neg: neg),
+    lambda unit: oracles.chosen(
+      oracles.hinge(1.5 * unit), lambda pos: [min(pos)], _all
+    ),
     "mean_terms",
     positives="easiest",
     negatives="all",
@@ -130,8 +157,8 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.euclidean,
-    oracles.chosen(
-      oracles.hinge(0.7), list, lambda *d: [oracles.semi_hard_of_pair(*d)]
+    lambda unit: oracles.chosen(
+      oracles.hinge(0.7 * unit), list, lambda *d: [oracles.semi_hard_of_pair(*d)]
     ),
     "mean_active",
     positives="all",
@@ -142,8 +169,8 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.euclidean,
-    oracles.chosen(
-      oracles.hinge(0.7), list, lambda *d: [oracles.semi_hard_of_anchor(*d)]
+    lambda unit: oracles.chosen(
+      oracles.hinge(0.7 * unit), list, lambda *d: [oracles.semi_hard_of_anchor(*d)]
     ),
     "mean_terms",
     positives="all",
@@ -154,7 +181,7 @@ ROWS = [
   _row(
     losses.TripletLoss,
     oracles.normalized_euclidean,
-    oracles.distance_weighted(0.5, 5, 0.5, 1.4),
+    lambda unit: oracles.distance_weighted(0.5, 5, 0.5, 1.4),
     "mean_terms",
     positives="all",
     negatives=losses.DistanceWeightedNegatives(num_dimensions=5),
@@ -165,21 +192,21 @@ ROWS = [
   _row(
     losses.ContrastiveLoss,
     oracles.euclidean,
-    pair_oracles.contrastive(2.5),
+    lambda unit: pair_oracles.contrastive(2.5 * unit),
     "mean_terms",
     margin=2.5,
   ),
   _row(
     losses.LiftedStructureLoss,
     oracles.euclidean,
-    pair_oracles.lifted_structure(1.0),
+    lambda unit: pair_oracles.lifted_structure(unit),
     "mean_terms",
     margin=1.0,
   ),
   _row(
     losses.MultiSimilarityLoss,
     oracles.cosine_similarity,
-    pair_oracles.multi_similarity(2, 10, 0.5, 0.1),
+    lambda unit: pair_oracles.multi_similarity(2, 10, 0.5, 0.1),
     "mean_anchors",
     negative_scale=10.0,
     threshold=0.5,
@@ -187,7 +214,7 @@ ROWS = [
   _row(
     losses.CircleLoss,
     oracles.cosine_similarity,
-    pair_oracles.circle(0.4, 8),
+    lambda unit: pair_oracles.circle(0.4, 8),
     "mean_terms",
     margin=0.4,
     scale=8.0,
@@ -195,27 +222,27 @@ ROWS = [
   _row(
     losses.InfoNCELoss,
     oracles.cosine_similarity,
-    pair_oracles.one_positive_softmax(0.5),
+    lambda unit: pair_oracles.one_positive_softmax(0.5),
     "mean_terms",
     temperature=0.5,
   ),
   _row(
     losses.NPairsLoss,
     pair_oracles.inner_product,
-    pair_oracles.one_positive_softmax(1),
+    lambda unit: pair_oracles.one_positive_softmax(1),
     "mean_terms",
   ),
   _row(
     losses.SupervisedContrastiveLoss,
     oracles.cosine_similarity,
-    pair_oracles.supervised_contrastive(0.5),
+    lambda unit: pair_oracles.supervised_contrastive(0.5),
     "mean_terms",
     temperature=0.5,
   ),
   _row(
     losses.SoftNearestNeighbourLoss,
     oracles.squared_euclidean,
-    pair_oracles.soft_nearest_neighbour(3),
+    lambda unit: pair_oracles.soft_nearest_neighbour(3 * unit),
     "mean_terms",
     temperature=3.0,
   ),
