@@ -72,13 +72,10 @@ def _batches(num_steps=3):
 def _maker(make_loss, objective, optimizer, *, dropout_rate=0.0, **options):
   def make_step():
     tf.keras.utils.set_random_seed(11)
-    loss = make_loss()
-    if "mining_statistics" in options:
-      loss._pairs_fn = loss._sums_and_slopes
     backbone = Perceptron(hidden_units=(16,), dropout_rate=dropout_rate)
     step = TrainStep(
       encoder=Encoder(backbone=backbone, embedding_size=6),
-      loss=loss,
+      loss=make_loss(),
       objective_fn=_OBJECTIVES[objective],
       optimizer=_OPTIMIZERS[optimizer](),
       **options,

@@ -55,6 +55,21 @@ def test_gradient_is_the_finite_difference_of_the_definition(row):
 
 
 @each_loss
+def test_large_batch_is_compiled_to_the_sum_of_its_small_parts(row):
+  random = np.random.default_rng(4)
+  embeddings = random.normal(size=(260, 5)).astype(np.float32)
+  labels = random.integers(0, 60, 260).astype(np.int32)
+  loss = row.make()
+  whole = batches.evaluate(loss, embeddings, labels)
+  assert loss._compiled_fn.experimental_get_tracing_count() > 0
+  parts = [
+    batches.evaluate(loss, embeddings, labels, rows=rows)
+    for rows in np.split(np.arange(260), 2)
+  ]
+  _assert_same([sum(values) for values in zip(*parts)], whole)
+
+
+@each_loss
 def test_several_labels_an_example_give_what_the_definition_does(row):
   embeddings, _ = batches.random_batch("unbalanced")
   several = np.random.default_rng(3).random((12, 8)) < 0.2

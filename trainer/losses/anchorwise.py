@@ -19,7 +19,14 @@ from trainer.losses.relevance import (
   relevance,
 )
 from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
-from trainer.losses.tiles import Pairs, Slopes, Sums, sum_over_tiles
+from trainer.losses.tiles import (
+  MIN_PAIRS_TO_COMPILE,
+  Pairs,
+  Slopes,
+  Sums,
+  num_pairs,
+  sum_over_tiles,
+)
 
 
 class AnchorTerms(NamedTuple):
@@ -88,7 +95,7 @@ class AnchorwiseLoss(tf.Module):
     self._reduction_fn = REDUCTIONS[reduction]
     self._rows_per_tile = rows_per_tile
     # Made once: a function made at each call would be compiled at each call.
-    self._pairs_fn = tf.function(self._sums_and_slopes, jit_compile=True)
+    self._compiled_fn = tf.function(self._sums_and_slopes, jit_compile=True)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -115,8 +122,9 @@ class AnchorwiseLoss(tf.Module):
     check_labels(anchors.labels, anchors.embeddings.shape[0])
     check_labels(candidates.labels, candidates.embeddings.shape[0])
     vectors_fn = self.comparison.vectors_fn
+    is_large = (num_pairs(anchors, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
     sums = sum_over_tiles(
-      self._pairs_fn,
+      self._compiled_fn if is_large else self._sums_and_slopes,
       anchors._replace(embeddings=vectors_fn(anchors.embeddings)),
       candidates._replace(embeddings=vectors_fn(candidates.embeddings)),
       positive_lists(anchors, candidates) if self.needs_lists else None,

@@ -16,6 +16,7 @@ from trainer.losses import statistics
 from trainer.losses.distances import Comparison, exact_euclidean
 from trainer.losses.relevance import Relevance, positive_lists, relevance
 from trainer.losses.terms import Anchors, Candidates, LossFn, LossTerms, Ratio
+from trainer.losses.tiles import MIN_PAIRS_TO_COMPILE, num_pairs
 
 # Positives and negatives share a histogram of this many bins, and a rest that is none.
 _NUM_SEGMENTS = 2 * statistics.NUM_BINS + 1
@@ -60,7 +61,7 @@ class MiningStatistics:
       )
     self._num_anchors = num_anchors
     self._every_steps = every_steps
-    self._summed = tf.function(_sums, jit_compile=True)
+    self._compiled_fn = tf.function(_sums, jit_compile=True)
 
   def observing(self, loss: MinedLoss, step_fn: Callable[[], tf.Tensor]) -> LossFn:
     """The loss, with these statistics added to its own; of other steps, nothing.
@@ -99,7 +100,8 @@ class MiningStatistics:
     anchors = anchors._replace(embeddings=_fixed(anchors.embeddings))
     candidates = candidates._replace(embeddings=_fixed(candidates.embeddings))
     sample, candidates = self._sample(anchors, candidates)
-    sums, segments, shares = self._summed(
+    is_large = (num_pairs(sample, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
+    sums, segments, shares = (self._compiled_fn if is_large else _sums)(
       sample,
       candidates,
       comparison=loss.comparison,

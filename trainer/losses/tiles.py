@@ -7,8 +7,9 @@ in the cache, and kept as the [A, D] and [C, D] sums it adds to. So the backward
 has only to scale them, and nothing of size A × C outlives its tile. One tile that
 holds all anchors is the full form: same code, same values.
 
-Between the matrix products of a tile everything is one function of the products, which
-XLA compiles into a few passes over them.
+Between the matrix products of a tile everything is one function of the products. In
+large batches XLA compiles it into a few passes over them; in small ones the second that
+this takes, on each replica, would not come back.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from trainer.losses.terms import Anchors, Candidates
 _PAIRS_PER_TILE = {"CPU": 2**19, "accelerator": 2**24}
 # Fewer rows would leave the matrix products short of work.
 _MIN_ROWS = 128
+
+MIN_PAIRS_TO_COMPILE = 2**16
 
 
 class Sums(NamedTuple):
@@ -126,19 +129,25 @@ def sum_over_tiles(
   return Sums(*sums(anchors.embeddings, candidates.embeddings, *parameters))
 
 
+def num_pairs(anchors: Anchors, candidates: Candidates) -> Optional[int]:
+  """A × C; None where it is not known when the step is traced."""
+  num_anchors, num_candidates = anchors.labels.shape[0], candidates.labels.shape[0]
+  if num_anchors is None or num_candidates is None:
+    return None
+  return num_anchors * num_candidates
+
+
 def _num_rows(
   anchors: Anchors, candidates: Candidates, rows_per_tile: Optional[int]
 ) -> Optional[int]:
   """T, or None where one tile holds all anchors."""
-  num_anchors = anchors.embeddings.shape[0]
-  num_candidates = candidates.embeddings.shape[0]
-  if num_anchors is None or num_candidates is None:
+  if num_pairs(anchors, candidates) is None:
     return None
   if rows_per_tile is None:
     on_cpu = not tf.config.list_physical_devices("GPU")
-    num_pairs = _PAIRS_PER_TILE["CPU" if on_cpu else "accelerator"]
-    rows_per_tile = max(_MIN_ROWS, num_pairs // max(1, num_candidates))
-  return rows_per_tile if rows_per_tile < num_anchors else None
+    pairs_per_tile = _PAIRS_PER_TILE["CPU" if on_cpu else "accelerator"]
+    rows_per_tile = max(_MIN_ROWS, pairs_per_tile // max(1, candidates.labels.shape[0]))
+  return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
 
 
 class _Tiles(NamedTuple):
