@@ -81,6 +81,7 @@ def test_it_leaves_what_can_be_read_without_the_package(folder):
   model_dir, _ = _finished(folder, 2)
   names = {path.name for path in model_dir.iterdir()}
   assert {"config.gin", "operative_config.gin", "report.html"} <= names
+  assert "step 12/12" in (model_dir / "log.txt").read_text()
   assert any("tfevents" in name for name in names)
   results = json.loads((model_dir / "eval" / "metrics.json").read_text())
   assert results["before_training"]["step"] == 0

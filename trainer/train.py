@@ -17,7 +17,7 @@ from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import Workers
 from trainer.errors import UserError
-from trainer.loop import actions, micro_batches
+from trainer.loop import actions, log_file, micro_batches
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inner import InnerLoop
 from trainer.loop.loop import Loop, LoopOptions
@@ -131,6 +131,7 @@ def train(run: Run) -> Training:
 
 
 def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
+  log_file.keep_log(run.model_dir)
   metrics_file = MetricsFile(run.model_dir)
   metrics_file.drop_after(first_step)
   return [

@@ -115,3 +115,9 @@ def test_every_strategy_of_the_command_line_has_a_maker():
   from trainer import task
 
   assert set(task.STRATEGIES) == set(strategy_lib._MAKERS)
+
+
+def test_products_are_exact_in_float32():
+  tf.config.experimental.enable_tensor_float_32_execution(True)
+  make_strategy(Hardware("cpu"))
+  assert not tf.config.experimental.tensor_float_32_execution_enabled()

@@ -36,14 +36,20 @@ Action = Callable[[Report], None]
 
 
 class ShowProgress:
-  """A progress line: in place on a terminal, one line a report elsewhere."""
+  """A progress line: in place on a terminal, one line a report in logs."""
+
+  def __init__(self):
+    self._is_terminal = sys.stderr.isatty()
+    if self._is_terminal:
+      logging.get_absl_handler().addFilter(lambda r: not hasattr(r, "is_in_place"))
 
   def __call__(self, report: Report) -> None:
     """Shows step, loss, active fraction, speed and time left."""
     line = self._line(report)
-    if not sys.stderr.isatty():
+    if not self._is_terminal:
       logging.info("%s", line)
       return
+    logging.get_absl_logger().info("%s", line, extra={"is_in_place": True})
     end = "\n" if report.step == report.num_steps else ""
     sys.stderr.write(f"\r\x1b[K{line}{end}")
     sys.stderr.flush()

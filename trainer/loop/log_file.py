@@ -1,0 +1,22 @@
+"""`log.txt`: what a run says, kept in its folder beside what the terminal shows."""
+
+from __future__ import annotations
+
+import logging as python_logging
+import os
+
+from absl import logging
+
+FILE_NAME = "log.txt"
+
+
+def keep_log(model_dir: str) -> None:
+  """Appends every line that is logged from now on to the run's log.
+
+  Args:
+    model_dir: folder of the run, which exists.
+  """
+  path = os.path.join(model_dir, FILE_NAME)
+  handler = python_logging.FileHandler(path, encoding="utf-8")
+  handler.setFormatter(logging.PythonFormatter())
+  logging.get_absl_logger().addHandler(handler)
