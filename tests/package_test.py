@@ -139,6 +139,7 @@ def test_package_without_wheels_for_a_platform_is_not_required_there(
 def test_what_a_training_job_does_not_need_is_an_extra(metadata):
   assert set(metadata.get_all("Provides-Extra")) == {
     "cuda",
+    "datasets",
     "report",
     "search",
     "sweep",

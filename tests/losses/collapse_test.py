@@ -38,7 +38,7 @@ def _random(seed=0):
     (np.full((24, 5), 0.7), "100% of the pairs"),
     (np.zeros((24, 5)), "100% of the pairs"),
     (1e3 + 2.5 * _random(), "differ by .* of their norm"),
-    (np.outer(np.arange(24), np.ones(5)), "on one line"),
+    (np.outer(_random()[:, 0], np.ones(5)), "on one line"),
   ],
 )
 def test_collapse_is_told_in_words(embeddings, words):
@@ -47,6 +47,16 @@ def test_collapse_is_told_in_words(embeddings, words):
 
 def test_embeddings_apart_are_no_collapse():
   assert describe_collapse(_metrics(_random())) is None
+
+
+def test_two_classes_well_apart_are_no_collapse():
+  labels = np.arange(24, dtype=np.int32) % 2
+  apart = np.where(labels[:, None] == 0, 1.0, -1.0) * np.ones(5) + 1e-3 * _random()
+  arguments = batches.arguments(np.float32(apart), labels)
+  sums = _STATISTICS(_PLAIN["batch_all"], *arguments)
+  metrics = summarize(tf.nest.map_structure(lambda each: each.numpy(), dict(sums)))
+  assert metrics["mining/embedding_rank"] < 1.2
+  assert describe_collapse(metrics) is None
 
 
 def test_without_mining_statistics_nothing_is_told():

@@ -134,6 +134,29 @@ def test_padding_rows_change_nothing(row):
 
 
 @each_loss
+@pytest.mark.parametrize("rows_per_tile", [None, 4])
+def test_padding_may_hold_anything(row, rows_per_tile):
+  embeddings, labels = batches.random_batch("unbalanced")
+  weights = np.ones(len(labels), np.float32)
+  weights[[2, 7]] = 0
+  loss = row.make(rows_per_tile=rows_per_tile)
+  expected = batches.evaluate(loss, embeddings, labels, weights)
+  embeddings = embeddings.copy()
+  embeddings[2], embeddings[7] = np.nan, np.inf
+  _assert_same(batches.evaluate(loss, embeddings, labels, weights), expected)
+
+
+@each_loss
+def test_embedding_of_zero_has_a_gradient_of_ordinary_size(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  _, _, ordinary = batches.evaluate(row.make(), embeddings, labels)
+  embeddings = embeddings.copy()
+  embeddings[3] = 0
+  _, _, gradient = batches.evaluate(row.make(), embeddings, labels)
+  assert np.abs(gradient).max() < 20 * np.abs(ordinary).max()
+
+
+@each_loss
 def test_terms_are_weighted_with_their_anchor(row):
   embeddings, labels, related = _related()
   weights = np.linspace(0.5, 2, len(labels)).astype(np.float32)

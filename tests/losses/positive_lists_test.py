@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.losses import batches
+from trainer.losses.positive_lists import lists_of_pairs
 from trainer.losses.relevance import positive_lists, relevance
 
 
@@ -51,7 +52,9 @@ def test_anchors_that_are_some_of_the_candidates_have_their_own_lists():
 def test_several_labels_an_example_have_lists_too():
   labels = np.random.default_rng(0).random((9, 4)) < 0.4
   arguments = batches.arguments(np.zeros((9, 2), np.float32), labels)
-  assert _columns(positive_lists(*arguments)) == _expected(*arguments)
+  assert positive_lists(*arguments) is None
+  lists = lists_of_pairs(relevance(*arguments).is_positive)
+  assert _columns(lists) == _expected(*arguments)
 
 
 def test_rows_of_lists_are_those_of_the_anchors():

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer.errors import UserError
-from trainer.losses.relevance import check_labels, relevance
+from trainer.losses.relevance import check_batch, check_labels, relevance
 
 _EMBEDDINGS = np.zeros((3, 2), np.float32)
 
@@ -54,3 +54,21 @@ def test_labels_of_another_kind_are_refused(labels):
 def test_another_number_of_labels_is_refused():
   with pytest.raises(UserError, match="2 labels were given for 3 embeddings"):
     check_labels(tf.constant([1, 2]), 3)
+
+
+@pytest.mark.parametrize(
+  ("part", "changed", "message"),
+  [
+    (0, {"weights": tf.ones([3, 1])}, "weights have shape"),
+    (1, {"is_valid": tf.ones([3, 1], tf.bool)}, "is_valid have shape"),
+    (1, {"positions": tf.zeros([1], tf.int32)}, "positions have shape"),
+    (1, {"is_relevant": tf.ones([1, 3], tf.bool)}, r"needed is \(3, 3\)"),
+    (1, {"labels": tf.ones([3, 2], tf.bool)}, "of different kinds"),
+  ],
+)
+def test_what_would_broadcast_to_nonsense_is_refused(part, changed, message):
+  batch = list(batches.arguments(_EMBEDDINGS, np.array([1, 1, 2])))
+  check_batch(*batch)
+  batch[part] = batch[part]._replace(**changed)
+  with pytest.raises(UserError, match=message):
+    check_batch(*batch)

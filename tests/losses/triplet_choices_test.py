@@ -75,6 +75,10 @@ _CHOICES = {
     ({"margin": 0}, "margin=0 is not above 0"),
     ({"reduction": "sum"}, "reduction='sum' is unknown"),
     ({"distance": "manhattan"}, "distance='manhattan' is unknown"),
+    (
+      {"negatives": losses.DistanceWeightedNegatives(num_dimensions=8)},
+      "distance='euclidean' does not fit DistanceWeightedNegatives",
+    ),
   ],
 )
 def test_unknown_choice_is_refused(changed, message):

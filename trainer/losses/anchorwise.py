@@ -5,6 +5,7 @@ Shapes: A anchors, T anchors of a tile, C candidates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Optional
 
@@ -12,9 +13,10 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.distances import Comparison
+from trainer.losses.positive_lists import lists_of_pairs
 from trainer.losses.relevance import (
   Relevance,
-  check_labels,
+  check_batch,
   positive_lists,
   relevance,
 )
@@ -22,6 +24,7 @@ from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
 from trainer.losses.tiles import (
   MIN_PAIRS_TO_COMPILE,
   Pairs,
+  PairsFn,
   Slopes,
   Sums,
   num_pairs,
@@ -71,7 +74,8 @@ class AnchorwiseLoss(tf.Module):
   Attributes:
     comparison: how an anchor and a candidate are compared.
     margin: of its triplets, in units of the comparison; None where it has none.
-    needs_positives: whether a batch without two examples of a class has no loss.
+    needs_positives: whether nothing is learned from a batch in which no class comes
+      twice.
     needs_lists: whether the terms are made of one positive after the other.
   """
 
@@ -117,17 +121,19 @@ class AnchorwiseLoss(tf.Module):
     """This replica's sum, count and statistics.
 
     Raises:
-      UserError: the labels are not one integer, or several bools, an embedding.
+      UserError: as `check_batch`.
     """
-    check_labels(anchors.labels, anchors.embeddings.shape[0])
-    check_labels(candidates.labels, candidates.embeddings.shape[0])
+    check_batch(anchors, candidates)
+    lists = positive_lists(anchors, candidates) if self.needs_lists else None
+    # What padding holds may be anything, and 0 times NaN is NaN.
     vectors_fn = self.comparison.vectors_fn
-    is_large = (num_pairs(anchors, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
+    own = _zero_unless(anchors.weights > 0.0, anchors.embeddings)
+    others = _zero_unless(candidates.is_valid, candidates.embeddings)
     sums = sum_over_tiles(
-      self._compiled_fn if is_large else self._sums_and_slopes,
-      anchors._replace(embeddings=vectors_fn(anchors.embeddings)),
-      candidates._replace(embeddings=vectors_fn(candidates.embeddings)),
-      positive_lists(anchors, candidates) if self.needs_lists else None,
+      functools.partial(self._tile, self._pairs_fn(anchors, candidates)),
+      anchors._replace(embeddings=vectors_fn(own)),
+      candidates._replace(embeddings=vectors_fn(others)),
+      lists,
       uses_norms=self.comparison.uses_norms,
       parameters=self.parameters(),
       rows_per_tile=self._rows_per_tile,
@@ -135,6 +141,19 @@ class AnchorwiseLoss(tf.Module):
     count = tf.stop_gradient(self._reduction_fn(sums, anchors.weights))
     active = Ratio(sums.num_active, sums.num_terms)
     return LossTerms(sums.total, count, {"mining/active_fraction": active})
+
+  def _pairs_fn(self, anchors: Anchors, candidates: Candidates) -> PairsFn:
+    is_large = (num_pairs(anchors, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
+    return self._compiled_fn if is_large else self._sums_and_slopes
+
+  def _tile(
+    self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
+  ) -> tuple[Sums, Slopes]:
+    """The same, given lists where labels gave none; outside of what XLA compiles."""
+    if self.needs_lists and pairs.lists is None:
+      is_positive = relevance(pairs.anchors, pairs.candidates).is_positive
+      pairs = pairs._replace(lists=lists_of_pairs(is_positive))
+    return pairs_fn(pairs, parameters)
 
   def _sums_and_slopes(
     self, pairs: Pairs, parameters: Sequence[tf.Tensor]
@@ -155,3 +174,8 @@ class AnchorwiseLoss(tf.Module):
     )
     to_products, *to_parameters = gradients
     return sums, Slopes(to_products, to_parameters)
+
+
+def _zero_unless(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:
+  embeddings = tf.convert_to_tensor(embeddings)
+  return tf.where(is_real[:, None], embeddings, tf.zeros_like(embeddings))

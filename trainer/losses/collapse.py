@@ -9,8 +9,9 @@ from typing import Optional
 _DUPLICATE_FRACTION = 0.5
 # A cloud that small beside its distance from 0 is near the rounding of its distances.
 _SPREAD = 5e-3
-# All embeddings nearly on one line.
+# All embeddings nearly on one line, and not because two classes are well apart.
 _RANK = 1.2
+_HARD_FRACTION = 0.1
 
 ADVICE = (
   "try Encoder.is_normalized = True, a lower learning rate or a warm-up, "
@@ -32,6 +33,6 @@ def describe_collapse(metrics: Mapping[str, float]) -> Optional[str]:
   if spread < _SPREAD:
     return f"the embeddings differ by {spread:.1e} of their norm"
   rank = metrics.get("mining/embedding_rank", 2.0)
-  if rank < _RANK:
+  if rank < _RANK and metrics.get("mining/hard_fraction", 0.0) > _HARD_FRACTION:
     return f"the embeddings lie on one line (effective rank {rank:.2f})"
   return None

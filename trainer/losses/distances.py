@@ -5,8 +5,9 @@ Shapes: A anchors, C candidates, D dimensions.
 The Gram form ‖a‖² − 2⟨a, c⟩ + ‖c‖² costs one matrix product and subtracts nearly equal
 numbers: in float32 a squared distance carries an error of up to about 5 ulp of
 ‖a‖² + ‖c‖². What is below that error is taken for a duplicate: its distance is exactly
-0, with gradient 0, on every device and for every split of the batch over replicas. The
-exact forms take products in float64, whose error is 5e8 times smaller.
+0, with gradient 0, for every split of the batch over replicas. Where products are not
+float32 but TensorFloat-32, as GPUs may take them, that fails: `make_strategy` turns it
+off. The exact forms take products in float64, whose error is 5e8 times smaller.
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ def _float64(embeddings: tf.Tensor) -> tf.Tensor:
 
 
 def _unit(embeddings: tf.Tensor) -> tf.Tensor:
-  return tf.math.l2_normalize(_float32(embeddings), axis=1, epsilon=1e-30)
+  """Rows scaled to norm 1; one of a norm below 1e-6 becomes 0, with gradient 0."""
+  vectors = _float32(embeddings)
+  squared = squared_norms(vectors)[:, None]
+  is_zero = squared < 1e-12
+  inverse = tf.math.rsqrt(tf.where(is_zero, 1.0, squared))
+  return tf.where(is_zero, 0.0, vectors * inverse)
 
 
 def _squared(
@@ -106,7 +112,8 @@ def _compare_product(
 def _compare_cosine(
   products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
 ) -> tf.Tensor:
-  return 1.0 - _compare_product(products, anchor_norms, candidate_norms)
+  del anchor_norms, candidate_norms
+  return 1.0 - products
 
 
 euclidean = Comparison(_float32, _compare_euclidean, uses_norms=True)

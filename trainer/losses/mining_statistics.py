@@ -14,6 +14,7 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.losses import statistics
 from trainer.losses.distances import Comparison, exact_euclidean
+from trainer.losses.positive_lists import lists_of_pairs
 from trainer.losses.relevance import Relevance, positive_lists, relevance
 from trainer.losses.terms import Anchors, Candidates, LossFn, LossTerms, Ratio
 from trainer.losses.tiles import MIN_PAIRS_TO_COMPILE, num_pairs
@@ -97,16 +98,22 @@ class MiningStatistics:
       anchors: A of them, in a row among the candidates; padding is left out.
       candidates: C of them.
     """
-    anchors = anchors._replace(embeddings=_fixed(anchors.embeddings))
-    candidates = candidates._replace(embeddings=_fixed(candidates.embeddings))
+    is_real = anchors.weights > 0.0
+    anchors = anchors._replace(embeddings=_fixed(is_real, anchors.embeddings))
+    candidates = candidates._replace(
+      embeddings=_fixed(candidates.is_valid, candidates.embeddings)
+    )
     sample, candidates = self._sample(anchors, candidates)
+    lists = positive_lists(sample, candidates)
+    if lists is None:
+      lists = lists_of_pairs(relevance(sample, candidates).is_positive)
     is_large = (num_pairs(sample, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
     sums, segments, shares = (self._compiled_fn if is_large else _sums)(
       sample,
       candidates,
       comparison=loss.comparison,
       margin=loss.margin,
-      lists=positive_lists(sample, candidates),
+      lists=lists,
     )
     # XLA on a CPU scatters one by one, so this stands outside what it compiles.
     counts = tf.math.unsorted_segment_sum(shares, segments, _NUM_SEGMENTS)
@@ -114,7 +121,7 @@ class MiningStatistics:
     norms = tf.norm(anchors.embeddings, axis=1)
     return {
       **sums,
-      "mining/embedding_norm": statistics.moments(norms, anchors.weights > 0.0),
+      "mining/embedding_norm": statistics.moments(norms, is_real),
       "mining/positive_distance": statistics.Histogram(positive),
       "mining/negative_distance": statistics.Histogram(negative),
     }
@@ -138,8 +145,10 @@ class MiningStatistics:
     return sample._replace(weights=tf.where(is_here, sample.weights, 0.0)), candidates
 
 
-def _fixed(embeddings: tf.Tensor) -> tf.Tensor:
-  return tf.stop_gradient(tf.cast(embeddings, tf.float32))
+def _fixed(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:
+  """Embeddings without gradient, and 0 for padding, which may hold anything."""
+  embeddings = tf.stop_gradient(tf.cast(embeddings, tf.float32))
+  return tf.where(is_real[:, None], embeddings, 0.0)
 
 
 def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no-untyped-def]

@@ -27,7 +27,7 @@ class ContrastiveLoss(AnchorwiseLoss):
 
   Args:
     margin: above 0, in the distance's units.
-    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    distance: one of `trainer.losses.distances.DISTANCES`.
     rows_per_tile: anchors at a time; None to choose by size.
 
   Source: Hadsell et al. 2006, Dimensionality Reduction by Learning an Invariant Mapping
@@ -72,7 +72,7 @@ class LiftedStructureLoss(AnchorwiseLoss):
 
   Args:
     margin: above 0, in the distance's units.
-    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    distance: one of `trainer.losses.distances.DISTANCES`.
     rows_per_tile: anchors at a time; None to choose by size.
 
   Source: Song et al. 2016, https://arxiv.org/abs/1511.06452, as generalised by Hermans

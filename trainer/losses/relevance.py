@@ -13,7 +13,6 @@ from trainer.errors import UserError
 from trainer.losses.positive_lists import (
   PositiveLists,
   lists_of_classes,
-  lists_of_pairs,
 )
 from trainer.losses.terms import Anchors, Candidates
 
@@ -44,6 +43,36 @@ class Relevance(NamedTuple):
     )
 
 
+def check_batch(anchors: Anchors, candidates: Candidates) -> None:
+  """Refuses what would silently broadcast to nonsense, when traced.
+
+  Args:
+    anchors: A of them.
+    candidates: C of them.
+
+  Raises:
+    UserError: labels are neither [B] integer nor [B, L] bool, or not of one kind;
+      weights, validity, positions or relevance have another shape than they need.
+  """
+  num_anchors, num_candidates = (
+    each.embeddings.shape[0] for each in (anchors, candidates)
+  )
+  check_labels(anchors.labels, num_anchors)
+  check_labels(candidates.labels, num_candidates)
+  if anchors.labels.shape.rank != candidates.labels.shape.rank:
+    raise UserError("anchors and candidates have labels of different kinds.")
+  _check_shape("weights", anchors.weights, [num_anchors])
+  _check_shape("is_valid", candidates.is_valid, [num_candidates])
+  _check_shape("positions", candidates.positions, [num_anchors])
+  if candidates.is_relevant is not None:
+    _check_shape("is_relevant", candidates.is_relevant, [num_anchors, num_candidates])
+
+
+def _check_shape(name: str, tensor: tf.Tensor, shape: list[Optional[int]]) -> None:
+  if not tensor.shape.is_compatible_with(shape):
+    raise UserError(f"{name} have shape {tensor.shape}; needed is {tuple(shape)}.")
+
+
 def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
   """Refuses labels that would silently broadcast to nonsense, when traced.
 
@@ -65,11 +94,20 @@ def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
     )
 
 
-def positive_lists(anchors: Anchors, candidates: Candidates) -> PositiveLists:
-  """The positives of each anchor one after the other; see `relevance`."""
-  if candidates.is_relevant is None and candidates.labels.dtype != tf.bool:
-    return lists_of_classes(anchors, candidates)
-  return lists_of_pairs(relevance(anchors, candidates).is_positive)
+def positive_lists(anchors: Anchors, candidates: Candidates) -> Optional[PositiveLists]:
+  """The positives of each anchor by one sort of all labels.
+
+  Args:
+    anchors: A of them.
+    candidates: C of them.
+
+  Returns:
+    None where an example has several labels or the relevance is given: then a sort of
+    every row is needed, which is for a tile to do, by `lists_of_pairs`.
+  """
+  if candidates.is_relevant is not None or candidates.labels.dtype == tf.bool:
+    return None
+  return lists_of_classes(anchors, candidates)
 
 
 def relevance(

@@ -23,9 +23,10 @@ from trainer.losses.distances import squared_norms
 from trainer.losses.positive_lists import PositiveLists
 from trainer.losses.terms import Anchors, Candidates
 
-# Pairs of one tile, when the number of rows is left to us. A float32 matrix of the
-# first has 2 MB, about what a core's caches hold; an accelerator wants few launches.
-_PAIRS_PER_TILE = {"CPU": 2**19, "accelerator": 2**24}
+# Pairs of one tile, without and with an accelerator, when the number of rows is left to
+# us. A float32 matrix of the first has 2 MB, about what a core's caches hold; an
+# accelerator wants few launches.
+_PAIRS_PER_TILE = {False: 2**19, True: 2**24}
 # Fewer rows would leave the matrix products short of work.
 _MIN_ROWS = 128
 
@@ -144,10 +145,13 @@ def _num_rows(
   if num_pairs(anchors, candidates) is None:
     return None
   if rows_per_tile is None:
-    on_cpu = not tf.config.list_physical_devices("GPU")
-    pairs_per_tile = _PAIRS_PER_TILE["CPU" if on_cpu else "accelerator"]
+    pairs_per_tile = _PAIRS_PER_TILE[_is_accelerated()]
     rows_per_tile = max(_MIN_ROWS, pairs_per_tile // max(1, candidates.labels.shape[0]))
   return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
+
+
+def _is_accelerated() -> bool:
+  return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
 class _Tiles(NamedTuple):

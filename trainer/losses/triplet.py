@@ -15,34 +15,47 @@ from trainer.losses.all_triplets import all_triplets
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import distance_named
 from trainer.losses.hardest import farthest_positive, nearest_negative
+from trainer.losses.masked import num_members
 from trainer.losses.penalties import check_margin
 from trainer.losses.relevance import Relevance
 
 
-class _TripletLoss(AnchorwiseLoss):
-  """Base of the triplet losses: a margin and a distance."""
+class MarginTripletLoss(AnchorwiseLoss):
+  """Base of the triplet losses that have a margin and a distance.
+
+  Args:
+    margin: above 0, in the distance's units.
+    distance: one of `trainer.losses.distances.DISTANCES`.
+    reduction: "mean_active" over the terms above 0, "mean_terms" over all that could
+      be, "mean_anchors"; None for the loss's own, which is what it is known by.
+    rows_per_tile: anchors at a time; None to choose by size.
+
+  Raises:
+    UserError: a name is unknown, or the margin is not above 0.
+  """
 
   margin: float
+  own_reduction: str
 
   def __init__(
     self,
     *,
     margin: float,
     distance: str = "euclidean",
-    reduction: str,
+    reduction: Optional[str] = None,
     rows_per_tile: Optional[int] = None,
   ):
     check_margin(margin)
     super().__init__(
       comparison=distance_named(distance),
-      reduction=reduction,
+      reduction=reduction or self.own_reduction,
       rows_per_tile=rows_per_tile,
     )
     self.margin = margin
 
 
 @gin.register
-class BatchAllTripletLoss(_TripletLoss):
+class BatchAllTripletLoss(MarginTripletLoss):
   """The mean of max(d_ap − d_an + margin, 0) over all triplets of the batch.
 
   By default the mean is over the triplets that are above 0, as Hermans et al. 2017,
@@ -50,18 +63,7 @@ class BatchAllTripletLoss(_TripletLoss):
   """
 
   needs_lists = True
-
-  def __init__(
-    self,
-    *,
-    margin: float,
-    distance: str = "euclidean",
-    reduction: str = "mean_active",
-    rows_per_tile: Optional[int] = None,
-  ):
-    super().__init__(
-      margin=margin, distance=distance, reduction=reduction, rows_per_tile=rows_per_tile
-    )
+  own_reduction = "mean_active"
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -69,12 +71,12 @@ class BatchAllTripletLoss(_TripletLoss):
     """All triplets of each anchor; see the base class."""
     total, num_active = all_triplets(compared, pairs, self.margin)
     return AnchorTerms(
-      total, num_active, _num(pairs.is_positive) * _num(pairs.is_negative)
+      total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
     )
 
 
 @gin.register
-class BatchHardTripletLoss(_TripletLoss):
+class BatchHardTripletLoss(MarginTripletLoss):
   """The mean of max(hardest d_ap − hardest d_an + margin, 0) over all anchors.
 
   An anchor without a positive has d_ap = 0; one without a negative has for d_an the
@@ -83,17 +85,7 @@ class BatchHardTripletLoss(_TripletLoss):
   Source: Hermans et al. 2017, https://arxiv.org/abs/1703.07737.
   """
 
-  def __init__(
-    self,
-    *,
-    margin: float,
-    distance: str = "euclidean",
-    reduction: str = "mean_anchors",
-    rows_per_tile: Optional[int] = None,
-  ):
-    super().__init__(
-      margin=margin, distance=distance, reduction=reduction, rows_per_tile=rows_per_tile
-    )
+  own_reduction = "mean_anchors"
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -103,7 +95,3 @@ class BatchHardTripletLoss(_TripletLoss):
     negative = nearest_negative(compared, pairs)
     hinge = tf.nn.relu(positive - negative + self.margin)
     return AnchorTerms(hinge, tf.sign(hinge), tf.ones_like(hinge))
-
-
-def _num(is_pair: tf.Tensor) -> tf.Tensor:
-  return tf.reduce_sum(tf.cast(is_pair, tf.float32), 1)

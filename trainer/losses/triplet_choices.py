@@ -17,7 +17,6 @@ from trainer.losses.chosen_triplets import chosen_triplets
 from trainer.losses.distances import distance_named
 from trainer.losses.penalties import (
   Margin,
-  check_margin,
   hinge,
   hinge_of_semi_hard,
   penalty_of,
@@ -26,9 +25,11 @@ from trainer.losses.relevance import Relevance
 from trainer.losses.selection import (
   NEGATIVES,
   POSITIVES,
+  DistanceWeightedNegatives,
   NegativesFn,
   semi_hard_of_pair,
 )
+from trainer.losses.triplet import MarginTripletLoss
 
 
 @gin.register
@@ -47,7 +48,7 @@ class TripletLoss(AnchorwiseLoss):
       log(1 + exp(d_ap − d_an)).
     reduction: "mean_active" over triplets that cost something, "mean_terms" over all
       that were formed, "mean_anchors".
-    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
+    distance: one of `trainer.losses.distances.DISTANCES`.
     rows_per_tile: anchors at a time; None to choose by size.
 
   Raises:
@@ -71,6 +72,13 @@ class TripletLoss(AnchorwiseLoss):
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
+    if (
+      isinstance(negatives, DistanceWeightedNegatives) and "normalized" not in distance
+    ):
+      raise UserError(
+        f"distance={distance!r} does not fit DistanceWeightedNegatives, which weigh "
+        'points of the unit sphere; use "normalized_euclidean".'
+      )
     self._positives_fn = _named("positives", positives, POSITIVES)
     self._negatives_fn = (
       _named("negatives", negatives, NEGATIVES)
@@ -97,40 +105,18 @@ class TripletLoss(AnchorwiseLoss):
 
 
 @gin.register
-class SemiHardTripletLoss(AnchorwiseLoss):
+class SemiHardTripletLoss(MarginTripletLoss):
   """The mean over positive pairs of max(d_ap − semi-hard d_an + margin, 0).
 
   The semi-hard negative of a pair is the nearest beyond the positive, else the
   farthest; an anchor without a negative has d_an = 0. These are the values of
   TensorFlow Addons, but where no pair exists the loss is 0 with gradient 0, not NaN.
 
-  Args:
-    margin: above 0, in the distance's units.
-    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
-    reduction: as of `TripletLoss`.
-    rows_per_tile: anchors at a time; None to choose by size.
-
   Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
   """
 
-  margin: float
   needs_lists = True
-
-  def __init__(
-    self,
-    *,
-    margin: float,
-    distance: str = "euclidean",
-    reduction: str = "mean_terms",
-    rows_per_tile: Optional[int] = None,
-  ):
-    check_margin(margin)
-    super().__init__(
-      comparison=distance_named(distance),
-      reduction=reduction,
-      rows_per_tile=rows_per_tile,
-    )
-    self.margin = margin
+  own_reduction = "mean_terms"
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -156,37 +142,15 @@ class SemiHardTripletLoss(AnchorwiseLoss):
 
 
 @gin.register
-class InsideMarginTripletLoss(AnchorwiseLoss):
+class InsideMarginTripletLoss(MarginTripletLoss):
   """The mean of d_ap − d_an + margin over triplets with d_ap < d_an < d_ap + margin.
 
   All semi-hard triplets of the batch, without a fallback: what PyTorch Metric Learning
   calls semi-hard.
-
-  Args:
-    margin: above 0, in the distance's units.
-    distance: "euclidean", "squared_euclidean", "normalized_euclidean" or "cosine".
-    reduction: as of `TripletLoss`, where all triplets of the batch are formed.
-    rows_per_tile: anchors at a time; None to choose by size.
   """
 
   needs_lists = True
-
-  def __init__(
-    self,
-    *,
-    margin: float,
-    distance: str = "euclidean",
-    reduction: str = "mean_active",
-    rows_per_tile: Optional[int] = None,
-  ):
-    check_margin(margin)
-    super().__init__(
-      comparison=distance_named(distance),
-      reduction=reduction,
-      rows_per_tile=rows_per_tile,
-    )
-    self._penalty_fn = hinge_of_semi_hard(margin)
-    self.margin = margin
+  own_reduction = "mean_active"
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -199,7 +163,7 @@ class InsideMarginTripletLoss(AnchorwiseLoss):
         pairs.lists,
         tf.cast(pairs.is_positive, tf.float32),
         lambda positive: negatives,
-        self._penalty_fn,
+        hinge_of_semi_hard(self.margin),
       )
     )
 
