@@ -97,3 +97,18 @@ def test_weights_of_another_network_are_refused(tmp_path):
 def test_what_cannot_be_built_is_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+def test_training_changes_nothing_in_a_frozen_keras_application():
+  encoder = Encoder(
+    backbone=KerasApplication(name="MobileNetV2"),
+    embedding_size=4,
+    pooling="average",
+    is_backbone_frozen=True,
+  )
+  encoder.create_variables((32, 32, 3))
+  before = [variable.numpy() for variable in encoder.variables]
+  encoder(_images(2, 32, 3), training=True)
+  assert len(encoder.trainable_variables) == 2
+  for variable, value in zip(encoder.variables, before):
+    np.testing.assert_array_equal(variable.numpy(), value)

@@ -80,6 +80,8 @@ class KerasApplication(tf.keras.layers.Layer):
       )
     if self._weights_file is not None:
       self._load_weights()
+    # A backbone is frozen before these layers are there, and they would not know of it.
+    self._network.trainable = self.trainable
     super().build(input_shape)
 
   def _clone_layer(self, layer):
