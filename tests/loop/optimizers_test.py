@@ -90,10 +90,29 @@ def test_lamb_trains_a_weight_that_starts_at_zero():
 
 
 def test_adamw_shrinks_weights_that_have_no_gradient():
-  variable = tf.Variable([1.0])
+  variable = tf.Variable([[1.0]])
   optimizer = optimizers.adamw(learning_rate=0.1, weight_decay=0.5)
-  optimizer.apply_gradients([(tf.constant([0.0]), variable)])
-  np.testing.assert_allclose(variable, [0.95])
+  optimizer.apply_gradients([(tf.constant([[0.0]]), variable)])
+  np.testing.assert_allclose(variable, [[0.95]])
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_adamw_decays_neither_biases_nor_scales(mirrored, num_replicas):
+  with mirrored(num_replicas).scope():
+    variables = [tf.Variable(np.ones(shape)) for shape in ((2, 2), (2,), ())]
+    optimizer = optimizers.adamw(learning_rate=0.1, weight_decay=0.5)
+    optimizer.build(variables)
+  pairs = [(tf.zeros_like(variable), variable) for variable in variables]
+
+  @tf.function
+  def update():
+    mirrored(num_replicas).run(
+      lambda: optimizer.apply_gradients(pairs, skip_gradients_aggregation=True)
+    )
+
+  update()
+  got = [float(np.max(variable.numpy())) for variable in variables]
+  assert got == pytest.approx([0.95, 1.0, 1.0])
 
 
 def _rates(schedule, steps):

@@ -80,6 +80,16 @@ def sgd(
   )
 
 
+class _AdamW(tf.keras.optimizers.AdamW):
+  """AdamW that decays neither biases nor scales."""
+
+  def build(self, var_list):
+    """Creates the moments of each variable."""
+    if not getattr(self, "_built", False):
+      self.exclude_from_weight_decay([v for v in var_list if v.shape.rank <= 1])
+    super().build(var_list)
+
+
 @gin.register
 def adamw(
   *,
@@ -91,6 +101,8 @@ def adamw(
   global_clipnorm: Optional[float] = None,
 ) -> tf.keras.optimizers.Optimizer:
   """Adam with decoupled weight decay, w ← w − η·λ·w.
+
+  Variables of one axis or none (biases, scales, a learned temperature) are not decayed.
 
   Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 
@@ -109,7 +121,7 @@ def adamw(
     UserError: the learning rate is not positive.
   """
   check_learning_rate("adamw", learning_rate)
-  return tf.keras.optimizers.AdamW(
+  return _AdamW(
     learning_rate,
     weight_decay=weight_decay,
     beta_1=beta_1,
