@@ -73,3 +73,46 @@ def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
   checkpoints.save(1)
   data = next((tmp_path / "checkpoints").glob("*.data*")).stat().st_size
   assert checkpoints.num_bytes == pytest.approx(data, rel=0.1)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "damage"),
+  [
+    ("*.data*", lambda content: b""),
+    ("*.data*", lambda content: content[:100]),
+    ("*.data*", lambda content: bytes(len(content))),
+    ("*.index", lambda content: content[:100]),
+  ],
+)
+def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, pattern, damage):
+  checkpoints = _checkpoints(tmp_path, _encoder())
+  checkpoints.save(3)
+  file = next((tmp_path / "checkpoints").glob(pattern))
+  file.write_bytes(damage(file.read_bytes()))
+  with pytest.raises(UserError, match="ckpt-3 can't be read") as caught:
+    checkpoints.restore()
+  assert "\n" not in str(caught.value)
+  with pytest.raises(UserError, match="ckpt-3 can't be read"):
+    Checkpoints(model_dir=str(tmp_path), encoder=_encoder()).restore()
+
+
+@pytest.mark.parametrize(
+  ("pattern", "message"),
+  [("*.index", r"ckpt-3.index is missing"), ("*.data*", "ckpt-3 can't be read")],
+)
+def test_a_file_that_is_missing_is_named_and_the_run_not_begun_again(
+  tmp_path, pattern, message
+):
+  checkpoints = _checkpoints(tmp_path, _encoder())
+  checkpoints.save(3)
+  next((tmp_path / "checkpoints").glob(pattern)).unlink()
+  with pytest.raises(UserError, match=message):
+    checkpoints.restore()
+
+
+def test_a_damaged_list_of_checkpoints_is_named(tmp_path):
+  _checkpoints(tmp_path, _encoder()).save(3)
+  for content in ("", "{"):
+    (tmp_path / "checkpoints" / "checkpoint").write_text(content)
+    with pytest.raises(UserError, match="checkpoints/checkpoint can't be read"):
+      _checkpoints(tmp_path, _encoder()).restore()

@@ -13,6 +13,8 @@ from trainer.errors import UserError
 from trainer.loop.averages import AveragedWeights
 
 FOLDER = "checkpoints"
+# TensorFlow's reader raises the last two for a file that is short or damaged.
+_UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
 
 
 class Checkpoints:
@@ -53,6 +55,7 @@ class Checkpoints:
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
     self._folder = os.path.join(model_dir, FOLDER)
+    _listed(self._folder)  # The manager would raise what is no user's error.
     self._aside = None if is_chief else tempfile.TemporaryDirectory()
     self._manager = tf.train.CheckpointManager(
       self._checkpoint,
@@ -73,7 +76,7 @@ class Checkpoints:
   @property
   def latest_step(self) -> Optional[int]:
     """Step of the newest checkpoint; None where there is none."""
-    path = tf.train.latest_checkpoint(self._folder)
+    path = self._latest_path()
     return None if path is None else int(path.rsplit("-", 1)[1])
 
   def save(self, step: int) -> None:
@@ -93,9 +96,10 @@ class Checkpoints:
       The number of steps done; None where there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint is of another encoder, loss or optimizer.
+      UserError: the checkpoint is of another encoder, loss or optimizer, or its files
+        are missing or damaged.
     """
-    path = tf.train.latest_checkpoint(self._folder)
+    path = self._latest_path()
     if path is None:
       return None
     try:
@@ -106,10 +110,52 @@ class Checkpoints:
       else:
         _assign_averages(self._encoder, path)
     except (AssertionError, ValueError) as error:
-      reason = str(error).strip().splitlines()[0]
-      raise UserError(f"{path} does not fit this configuration: {reason}") from error
+      raise UserError(
+        f"{path} does not fit this configuration: {_first_line(error)}"
+      ) from error
+    except _UNREADABLE as error:
+      raise UserError(
+        f"{path} can't be read ({_first_line(error)}); copy it here again, or name an "
+        f"older one in {os.path.join(self._folder, 'checkpoint')}."
+      ) from error
     logging.info("Restored %s.", path)
     return self.latest_step
+
+  def _latest_path(self) -> Optional[str]:
+    """The newest checkpoint that the folder's list names; None where there is none.
+
+    TensorFlow's own answer is None too where the files of the newest are missing, and
+    the run would start again at its first step.
+    """
+    path = _listed(self._folder)
+    if path is not None and not tf.io.gfile.exists(f"{path}.index"):
+      raise UserError(
+        f"{path}.index is missing, which {os.path.join(self._folder, 'checkpoint')} "
+        "names as the newest; copy it here again, or name an older one there."
+      )
+    return path
+
+
+def _listed(folder: str) -> Optional[str]:
+  """What the folder's list names as the newest; None where there is no list.
+
+  Raises:
+    UserError: the list is damaged.
+  """
+  path = os.path.join(folder, "checkpoint")
+  try:
+    state = tf.train.get_checkpoint_state(folder)
+  except ValueError:
+    state = None
+  if state is None and tf.io.gfile.exists(path):
+    raise UserError(
+      f"{path} can't be read; write 'model_checkpoint_path: \"ckpt-STEP\"' into it."
+    )
+  return state.model_checkpoint_path if state else None
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _assign_averages(encoder: tf.keras.Model, path: str) -> None:
