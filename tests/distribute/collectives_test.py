@@ -7,8 +7,10 @@ import pytest
 import tensorflow as tf
 
 from trainer.distribute.collectives import OneReplica, current_collectives
+from trainer.distribute.objective import across_replicas
 from trainer.distribute.strategy import make_strategy
 from trainer.errors import UserError
+from trainer.losses.terms import Anchors, LossTerms
 from trainer.run import Hardware
 
 
@@ -55,6 +57,27 @@ def test_gather_keeps_the_static_shape(mirrored):
 
   _on_replicas(mirrored(2), record)
   assert shapes[0] == (6, 5)
+
+
+def test_labels_of_several_classes_are_gathered(mirrored):
+  labels = np.array([[1, 0, 1], [0, 1, 1], [1, 1, 0], [0, 0, 1]], bool)
+  seen = []
+
+  def loss(anchors, candidates):
+    seen.append(candidates.labels.dtype)
+    total = tf.reduce_sum(anchors.embeddings)
+    return LossTerms(total, tf.constant(2.0), {"labels": candidates.labels})
+
+  def on_replica():
+    collectives = current_collectives()
+    first = 2 * collectives.replica_id
+    rows = tf.ensure_shape(tf.constant(labels)[first : first + 2], [2, 3])
+    anchors = Anchors(tf.ones([2, 4]), rows, tf.ones([2]))
+    return (across_replicas(loss, anchors, collectives).statistics["labels"],)
+
+  for (gathered,) in _on_replicas(mirrored(2), on_replica):
+    np.testing.assert_array_equal(gathered, labels)
+  assert set(seen) == {tf.bool}
 
 
 def test_sum_adds_over_replicas_and_so_does_its_gradient(mirrored):

@@ -44,7 +44,8 @@ class Collectives(abc.ABC):
     """Stacks the rows of all replicas, in the order of their numbers.
 
     Args:
-      rows: [N, ...] float32 or int32, of a static shape that is equal on all replicas.
+      rows: [N, ...] float32, int32 or bool, of a static shape that is equal on all
+        replicas.
 
     Returns:
       [R·N, ...], equal on all replicas. The gradient to a replica's rows is the sum
@@ -90,6 +91,8 @@ class StrategyCollectives(Collectives):
 
   def gather(self, rows):
     """Stacks the rows of all replicas."""
+    if rows.dtype == tf.bool:  # The CPU's collectives have no bool.
+      return tf.cast(self._stack(tf.cast(rows, tf.int32)), tf.bool)
     num_rows = rows.shape[0]
 
     @tf.custom_gradient

@@ -54,6 +54,8 @@ class XlaCollectives(Collectives):
 
     A NaN in one row is one in that row of the result, as the others add 0 to it.
     """
+    if rows.dtype == tf.bool:
+      return tf.cast(self.gather(tf.cast(rows, tf.int32)), tf.bool)
     zeros = tf.zeros([self._num_replicas, *rows.shape], rows.dtype)
     is_mine = tf.equal(tf.range(self._num_replicas), self.replica_id)
     is_mine = tf.reshape(is_mine, [-1, *[1] * rows.shape.rank])
