@@ -46,6 +46,13 @@ def _unbalanced(size):
   return random.permutation(np.repeat(np.arange(size, dtype=np.int32), sizes)[:size])
 
 
+def _one_large(size, largest):
+  """Classes of 4, and one of many more."""
+  labels = _balanced(size)
+  labels[:largest] = -1
+  return np.random.default_rng(size).permutation(labels)
+
+
 def _loss_of(loss_fn, labels):
   """The mean loss, as a function of embeddings."""
 
@@ -108,11 +115,17 @@ def cube():
 
 
 def matrix():
-  """Each loss against the distance matrix with its gradient, at B = 4,096."""
+  """Each loss against the distance matrix with its gradient, at B = 4,096.
+
+  The distance matrix is as plain TensorFlow has it, one operation after the other: what
+  somebody would write who wants nothing but distances.
+  """
   mined = {
     "batch_all": _batch_all(),
     "batch_hard": losses.BatchHardTripletLoss(margin=_MARGIN),
+    "hermans_batch_hard": losses.hermans_batch_hard(),
     "semi_hard": losses.SemiHardTripletLoss(margin=_MARGIN),
+    "batch_all, exact_euclidean": _batch_all(distance="exact_euclidean"),
     "multi_similarity": losses.MultiSimilarityLoss(),
     "info_nce": losses.InfoNCELoss(temperature=0.1),
     "supervised_contrastive": losses.SupervisedContrastiveLoss(temperature=0.1),
@@ -131,6 +144,7 @@ def classes():
     "1 to 7": _ours(_batch_all(), 4096, _unbalanced(4096)),
     "16 each": _ours(_batch_all(), 4096, _balanced(4096, 16)),
     "64 each": _ours(_batch_all(), 4096, _balanced(4096, 64)),
+    "one of 1,024": _ours(_batch_all(), 4096, _one_large(4096, 1024)),
   }
   measure.show(
     "batch_all, B = 4096, by class size (goal of 1 to 7: 1.5)",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import os
 import pathlib
 import time
 
@@ -92,7 +93,7 @@ def draw(costs_by_size, path) -> None:
     axis.minorticks_off()
     axis.grid(alpha=0.3)
     axis.legend()
-  figure.suptitle("Loss and gradient, D = 128, K = 4, two cores")
+  figure.suptitle(f"Loss and gradient, D = 128, K = 4, {os.cpu_count()} cores")
   figure.savefig(path, dpi=150)
 
 

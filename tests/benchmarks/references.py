@@ -7,7 +7,7 @@ import tensorflow as tf
 
 @tf.custom_gradient
 def distance_matrix(embeddings):
-  """[B, B] Euclidean distances and their gradient, with no pass that could be saved."""
+  """[B, B] Euclidean distances and their gradient, in few operations of TensorFlow."""
   norms = tf.reduce_sum(tf.square(embeddings), 1, keepdims=True)
   ones = tf.ones_like(norms)
   left = tf.concat([-2.0 * embeddings, norms, ones], 1)

@@ -1,4 +1,4 @@
-"""The sum over chosen triplets of each anchor, one positive of all anchors at a time.
+"""The sum over chosen triplets of each anchor, of one of its positives or of them all.
 
 Shapes: T anchors, C candidates.
 """
@@ -17,7 +17,40 @@ from trainer.losses.positive_lists import PositiveLists
 ChooseFn = Callable[[tf.Tensor], tf.Tensor]
 
 
-def chosen_triplets(
+def triplets_of_one_positive(
+  distances: tf.Tensor,
+  positives: tf.Tensor,
+  choose_fn: ChooseFn,
+  penalty_fn: PenaltyFn,
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Σ_n w_n penalty(d_ap, d_an) of each anchor, which has one positive p.
+
+  Args:
+    distances: [T, C] float32.
+    positives: [T, C] float32, above 0 on the positive, and on others as far.
+    choose_fn: the weights w_n, without gradient.
+    penalty_fn: what a triplet costs.
+
+  Returns:
+    As `triplets_of_all_positives`.
+  """
+  is_positive = positives > 0.0
+  has_positive = tf.reduce_any(is_positive, 1, keepdims=True)
+  # The gradient of a maximum goes to what is as large in equal parts.
+  farthest = tf.reduce_max(
+    tf.where(is_positive, distances, -float("inf")), 1, keepdims=True
+  )
+  positive = tf.where(has_positive, farthest, 0.0)
+  weights = tf.cast(has_positive, tf.float32) * choose_fn(tf.stop_gradient(positive))
+  cost, _ = penalty_fn(positive, distances)
+  return (
+    tf.reduce_sum(weights * cost, 1),
+    tf.reduce_sum(weights * tf.sign(cost), 1),
+    tf.reduce_sum(weights, 1),
+  )
+
+
+def triplets_of_all_positives(
   distances: tf.Tensor,
   lists: Optional[PositiveLists],
   positives: tf.Tensor,

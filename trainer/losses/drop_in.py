@@ -1,5 +1,8 @@
 """The functions of omoindrot/tensorflow-triplet-loss: same names, same values.
 
+On a GPU call tf.config.experimental.enable_tensor_float_32_execution(False) first, as a
+training of this package does: TensorFloat-32 has distances right to a hundredth only.
+
 Shapes: B embeddings of one device, D dimensions.
 """
 

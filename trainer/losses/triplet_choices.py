@@ -13,7 +13,10 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
-from trainer.losses.chosen_triplets import chosen_triplets
+from trainer.losses.chosen_triplets import (
+  triplets_of_all_positives,
+  triplets_of_one_positive,
+)
 from trainer.losses.distances import distance_named
 from trainer.losses.penalties import (
   Margin,
@@ -55,8 +58,6 @@ class TripletLoss(AnchorwiseLoss):
     UserError: a name is unknown, or the margin is not above 0.
   """
 
-  needs_lists = True
-
   def __init__(
     self,
     *,
@@ -80,6 +81,7 @@ class TripletLoss(AnchorwiseLoss):
         'points of the unit sphere; use "normalized_euclidean".'
       )
     self._positives_fn = _named("positives", positives, POSITIVES)
+    self.needs_lists = positives == "all"
     self._negatives_fn = (
       _named("negatives", negatives, NEGATIVES)
       if isinstance(negatives, str)
@@ -93,15 +95,14 @@ class TripletLoss(AnchorwiseLoss):
   ) -> AnchorTerms:
     """The chosen triplets of each anchor; see the base class."""
     fixed = tf.stop_gradient(compared)
-    return AnchorTerms(
-      *chosen_triplets(
-        compared,
-        pairs.lists,
-        self._positives_fn(fixed, pairs),
-        lambda positive: self._negatives_fn(fixed, pairs, positive),
-        self._penalty_fn,
-      )
+    arguments = (
+      self._positives_fn(fixed, pairs),
+      lambda positive: self._negatives_fn(fixed, pairs, positive),
+      self._penalty_fn,
     )
+    if self.needs_lists:
+      return AnchorTerms(*triplets_of_all_positives(compared, pairs.lists, *arguments))
+    return AnchorTerms(*triplets_of_one_positive(compared, *arguments))
 
 
 @gin.register
@@ -124,7 +125,7 @@ class SemiHardTripletLoss(MarginTripletLoss):
     """One triplet a positive pair; see the base class."""
     fixed = tf.stop_gradient(compared)
     positives = tf.cast(pairs.is_positive, tf.float32)
-    total, num_active, num_terms = chosen_triplets(
+    total, num_active, num_terms = triplets_of_all_positives(
       compared,
       pairs.lists,
       positives,
@@ -158,7 +159,7 @@ class InsideMarginTripletLoss(MarginTripletLoss):
     """All semi-hard triplets of each anchor; see the base class."""
     negatives = tf.cast(pairs.is_negative, tf.float32)
     return AnchorTerms(
-      *chosen_triplets(
+      *triplets_of_all_positives(
         compared,
         pairs.lists,
         tf.cast(pairs.is_positive, tf.float32),
