@@ -10,7 +10,7 @@ from absl import logging
 
 from trainer.data import manifest, summary
 from trainer.data.in_place import RecordsInPlace, index_records
-from trainer.data.records import RecordIndex, locate
+from trainer.data.records import RecordIndex, locate_folder
 from trainer.data.resize import Resize
 from trainer.data.sources import Source
 from trainer.errors import UserError
@@ -72,14 +72,13 @@ def ingest(
     num_threads=num_threads,
   )
   written = summary.of_parts(record_writer.write(source.loaders(), folder, fingerprint))
-  summary.write(folder, written)
   for line in (written.line(), *written.warnings()):
     logging.info("%s: %s", folder, line)
 
 
 def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
   """Whether the folder holds this source's records, whole."""
-  _, index_folder = locate(folder)
+  _, index_folder = locate_folder(folder)
   done = manifest.read(index_folder)
   if done is not None and done.source != fingerprint:
     raise UserError(

@@ -131,9 +131,9 @@ def _check_records(index: RecordIndex, decoder: Any, numbers: np.ndarray) -> lis
 
 def _write(model_dir: str, report: dict[str, Any]) -> None:
   path = os.path.join(model_dir, FILE_NAME)
-  content = json.dumps(report, indent=1, ensure_ascii=False).encode()
+  content = json.dumps(report, indent=1, ensure_ascii=False)
   try:
     paths.make_folder(model_dir)
-    paths.write_bytes(path, content)
+    paths.write_bytes(path, content.encode(errors="backslashreplace"))
   except OSError as error:
     raise UserError(f"{path} can't be written to: {error.strerror}.") from error

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import in_place, scan
+from trainer.data import folder_lock, in_place, scan
 from trainer.data.in_place import RecordsInPlace, index_records
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
@@ -225,3 +225,38 @@ def test_a_folder_without_shards_is_refused(tmp_path):
 def test_a_missing_folder_is_named(tmp_path):
   with pytest.raises(UserError, match="gone can't be read: No such file"):
     index_records(str(tmp_path / "gone"), label_feature="y")
+
+
+def test_the_second_process_that_indexes_is_told(folder):
+  with (
+    folder_lock.alone_in(str(folder)),
+    pytest.raises(UserError, match="Another process is ingesting into"),
+  ):
+    index_records(str(folder), label_feature="y")
+
+
+def test_the_old_index_is_there_until_the_new_one_is(folder, monkeypatch):
+  old = index_records(str(folder), label_feature="y").num_records
+  _write(folder / "more.tfrecord", _labelled([b"a"] * 5))
+  true_replace = os.replace
+
+  def stop(source, target):
+    if source.endswith("index.partial"):
+      raise KeyboardInterrupt
+    true_replace(source, target)
+
+  monkeypatch.setattr(os, "replace", stop)
+  with pytest.raises(KeyboardInterrupt):
+    index_records(str(folder), label_feature="y")
+  monkeypatch.undo()
+  assert (folder / "index.old" / "labels.npy").exists()
+  assert index_records(str(folder), label_feature="y").num_records == old + 5
+
+
+def test_a_pattern_in_a_folder_with_brackets_names_its_own_shards(folder):
+  (folder / "set[1]").mkdir()
+  (folder / "set1").mkdir()
+  _write(folder / "set[1]" / "a-1", _labelled([b"x", b"y"]))
+  _write(folder / "set1" / "a-2", _labelled([b"x", b"y"]))
+  index = index_records(str(folder / "set[1]" / "a-*"), label_feature="y")
+  assert [shard.name for shard in index.manifest.shards] == ["a-1"]

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import paths, summary, writer
+from trainer.data import (
+  in_place,
+  index_builder,
+  manifest,
+  paths,
+  publishing,
+  summary,
+  writer,
+)
 from trainer.data.prepare import Preparer
 from trainer.data.records import RecordIndex
 from trainer.data.sources import Item, ItemLoader
@@ -83,7 +91,7 @@ def test_an_ingest_stopped_while_it_is_published_goes_on(
 
   if stop_at == 20:  # After all shards, before the index.
     monkeypatch.setattr(
-      writer.index_builder, "publish_index", lambda *_: stop_it_there()
+      publishing.index_builder, "publish_index", lambda *_: stop_it_there()
     )
   else:
     monkeypatch.setattr(paths, "move", stop)
@@ -167,7 +175,6 @@ def test_a_summary_says_the_ends_of_the_sizes(tmp_path):
   line = "7 records of 2 classes, from 2 (a) to 5 (b) a class."
   assert written.line() == line
   assert summary.of_index(RecordIndex.open(str(tmp_path))).line() == line
-  summary.write(str(tmp_path), written)
   assert '"num_records": 7' in (tmp_path / "index" / "summary.json").read_text()
 
 
@@ -178,3 +185,96 @@ def test_vectors_are_kept_to_the_bit(tmp_path):
   [record] = RecordIndex.open(str(tmp_path)).read([3])
   values = tf.train.Example.FromString(record).features.feature["vector"].float_list
   np.testing.assert_array_equal(np.float32(values.value), vector * 3)
+
+
+def test_a_file_of_the_users_own_is_not_written_over(tmp_path):
+  (tmp_path / "records-00000.tfrecord").write_bytes(b"mine")
+  loaded: list[int] = []
+  with pytest.raises(UserError, match=r"records-00000\.tfrecord is there already"):
+    _writer().write(_loaders(loaded), str(tmp_path), {})
+  assert (tmp_path / "records-00000.tfrecord").read_bytes() == b"mine"
+  assert loaded == []
+
+
+def test_shards_indexed_in_place_are_not_written_over(tmp_path, whole):
+  shard = tmp_path / "records-00000.tfrecord"
+  shard.write_bytes(whole[shard.relative_to(tmp_path)])
+  in_place.index_records(str(tmp_path), label_feature="label")
+  with pytest.raises(UserError, match=r"records-00000\.tfrecord is there already"):
+    _writer().write(_loaders([]), str(tmp_path), {})
+  assert shard.read_bytes() == whole[shard.relative_to(tmp_path)]
+
+
+def test_a_later_shard_in_the_way_is_left(tmp_path):
+  (tmp_path / "records-00003.tfrecord").write_bytes(b"mine")
+  with pytest.raises(UserError, match=r"records-00003\.tfrecord is there already"):
+    _writer().write(_loaders([]), str(tmp_path), {})
+  assert [path.name for path in tmp_path.iterdir()] == ["records-00003.tfrecord"]
+
+
+def test_an_ingest_replaces_its_own_shards(tmp_path, whole):
+  for _ in range(2):
+    _writer().write(_loaders([]), str(tmp_path), {"source": "a"})
+  assert _files(tmp_path) == whole
+
+
+def test_an_ingest_killed_while_it_replaces_its_own_shards_goes_on(
+  tmp_path, whole, monkeypatch
+):
+  _writer().write(_loaders([]), str(tmp_path), {"source": "a"})
+
+  def stop(source, target):
+    if target.endswith("records-00004.tfrecord"):
+      raise KeyboardInterrupt
+    os.replace(source, target)
+
+  monkeypatch.setattr(paths, "move", stop)
+  with pytest.raises(KeyboardInterrupt):
+    _writer().write(_loaders([]), str(tmp_path), {"source": "a"})
+  monkeypatch.undo()
+  assert manifest.read(str(tmp_path / "index")) is None
+  _writer().write(_loaders([]), str(tmp_path), {"source": "b"})
+  assert _files(tmp_path) == whole
+
+
+def test_folders_with_brackets_in_their_names_are_folders(tmp_path):
+  for number in (1, 2):
+    (tmp_path / f"set[{number}]").mkdir()
+    _writer().write(_loaders([]), str(tmp_path / f"set[{number}]"), {"number": number})
+  for number in (1, 2):
+    index = RecordIndex.open(str(tmp_path / f"set[{number}]"))
+    assert index.manifest.source == {"number": number}
+  assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_pattern_is_no_folder_to_write_into(tmp_path):
+  with pytest.raises(UserError, match="is a pattern, and records are written into a"):
+    _writer().write(_loaders([]), str(tmp_path / "set-*"), {})
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_an_index_that_was_out_of_the_way_is_put_back(tmp_path):
+  (tmp_path / "index.old").mkdir()
+  (tmp_path / "index.old" / "labels.npy").write_bytes(b"old")
+  index_builder.recover_index(str(tmp_path / "index"))
+  assert (tmp_path / "index" / "labels.npy").read_bytes() == b"old"
+  assert not (tmp_path / "index.old").exists()
+
+
+def test_a_name_that_is_no_utf8_is_shown_escaped_in_the_summary(tmp_path):
+  items = [Item(f"k\udcff{n}", f"c{n % 2}", features={"x": 1}) for n in range(4)]
+  _writer().write(map(ItemLoader, items), str(tmp_path), {"file": "\udcff"})
+  text = (tmp_path / "index" / "summary.json").read_text()
+  assert "k\\udcff0" in text
+
+
+def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
+  def fail(source, target):
+    if os.path.dirname(target) == str(tmp_path) and target.endswith("3.tfrecord"):
+      raise PermissionError(13, "Permission denied", target)
+    os.replace(source, target)
+
+  monkeypatch.setattr(paths, "move", fail)
+  with pytest.raises(UserError, match="can't be written to: Permission denied"):
+    _writer().write(_loaders([]), str(tmp_path), {})
+  assert list(tmp_path.iterdir()) == []

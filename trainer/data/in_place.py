@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Sequence
 from concurrent import futures
@@ -12,7 +13,13 @@ import numpy as np
 from absl import logging
 
 from trainer.data import manifest, paths
-from trainer.data.index_builder import ShardIndex, publish_index, write_index
+from trainer.data.folder_lock import alone_in
+from trainer.data.index_builder import (
+  ShardIndex,
+  publish_index,
+  recover_index,
+  write_index,
+)
 from trainer.data.progress import Progress
 from trainer.data.records import RecordIndex, locate
 from trainer.errors import UserError
@@ -50,6 +57,17 @@ def index_records(folder_or_pattern: str, *, label_feature: str) -> RecordIndex:
     UserError: naming what can't be read or written.
   """
   folder, index_folder = locate(folder_or_pattern)
+  try:
+    with alone_in(folder):
+      recover_index(index_folder)
+      return _index(folder_or_pattern, folder, index_folder, label_feature)
+  except OSError as error:
+    raise UserError(f"{folder} can't be read: {error.strerror}.") from error
+
+
+def _index(
+  folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
+) -> RecordIndex:
   names = _shard_names(folder_or_pattern, folder)
   old = _reusable(folder_or_pattern, folder, index_folder, label_feature)
   old_parts = [] if old is None else _parts_of(old)
@@ -81,8 +99,8 @@ def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
     if paths.absolute(folder_or_pattern) == folder:
       names = [n for n in paths.list_folder(folder) if n.endswith(_ENDINGS)]
     else:
-      found = paths.matching(paths.absolute(folder_or_pattern))
-      beside = (".index", ".index.partial")
+      found = paths.matching(_in_folder(paths.absolute(folder_or_pattern)))
+      beside = (".index", ".index.partial", ".index.old")
       names = [os.path.basename(p) for p in found if not p.endswith(beside)]
   except OSError as error:
     raise UserError(f"{folder} can't be read: {error.strerror}.") from error
@@ -92,6 +110,14 @@ def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
       f"{' or '.join(_ENDINGS)}, or give a pattern such as 'data/train-*'."
     )
   return names
+
+
+def _in_folder(pattern: str) -> str:
+  """The pattern, whose folder is a name and no pattern, whatever is in it."""
+  if paths.is_remote(pattern):
+    return pattern
+  folder, names = os.path.split(pattern)
+  return os.path.join(glob.escape(folder), names)
 
 
 def _reusable(

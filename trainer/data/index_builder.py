@@ -14,6 +14,8 @@ import numpy as np
 from trainer.data import index_arrays, manifest, members, paths
 from trainer.data.class_names import ClassNames
 
+_OLD = ".old"
+
 
 class ShardIndex(NamedTuple):
   """Where the records of a shard lie, and what they are.
@@ -106,14 +108,28 @@ def publish_index(aside: str, folder: str) -> None:
     aside: where it was written.
     folder: where it belongs.
   """
-  paths.remove_folder(folder)
   if not paths.is_remote(folder):
+    old = folder + _OLD
+    paths.remove_folder(old)
+    if paths.exists(folder):
+      os.replace(folder, old)
     os.replace(aside, folder)
+    paths.remove_folder(old)
     return
+  paths.remove_folder(folder)
   paths.make_folder(folder)
   names = paths.list_folder(aside)
   for name in sorted(names, key=lambda name: name == manifest.FILE_NAME):
     paths.move(os.path.join(aside, name), os.path.join(folder, name))
+
+
+def recover_index(folder: str) -> None:
+  """Puts back the index that `publish_index`, killed, had moved out of the way."""
+  if paths.is_remote(folder):
+    return
+  if not paths.exists(folder) and paths.exists(folder + _OLD):
+    os.replace(folder + _OLD, folder)
+  paths.remove_folder(folder + _OLD)
 
 
 def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.ndarray:

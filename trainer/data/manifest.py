@@ -19,6 +19,7 @@ from trainer.data import paths
 from trainer.errors import UserError
 
 FILE_NAME = "manifest.json"
+_RETIRED_NAME = FILE_NAME + ".retired"
 _VERSION = 1
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
@@ -86,13 +87,34 @@ def write(folder: str, manifest: Manifest) -> None:
   path = os.path.join(folder, FILE_NAME)
   content = {"version": _VERSION, **dataclasses.asdict(manifest)}
   text = json.dumps(content, indent=1, ensure_ascii=False)
-  paths.write_bytes(path + ".partial", text.encode())
+  paths.write_bytes(path + ".partial", text.encode(errors="backslashreplace"))
   paths.move(path + ".partial", path)
 
 
-def read(folder: str) -> Optional[Manifest]:
-  """The manifest of an index folder, or None if there is none."""
+def retire(folder: str) -> None:
+  """Has nothing read an index any more, whose shards are about to be replaced."""
   path = os.path.join(folder, FILE_NAME)
+  if paths.exists(path):
+    paths.move(path, os.path.join(folder, _RETIRED_NAME))
+
+
+def ingested_names(folder: str) -> set[str]:
+  """Names of the shards that an ingest wrote, by its manifest or one retired since."""
+  found = (read(folder), _read(os.path.join(folder, _RETIRED_NAME)))
+  ingested = (each for each in found if each is not None and each.source is not None)
+  return {shard.name for each in ingested for shard in each.shards}
+
+
+def read(folder: str) -> Optional[Manifest]:
+  """The manifest of an index folder, or None if there is none.
+
+  Raises:
+    UserError: it can't be read, is damaged, or is of another version.
+  """
+  return _read(os.path.join(folder, FILE_NAME))
+
+
+def _read(path: str) -> Optional[Manifest]:
   try:
     content = json.loads(paths.read_bytes(path).decode())
     version = content.pop("version")

@@ -87,6 +87,14 @@ def exists(path: str) -> bool:
     return gfile(path).exists(path)
 
 
+def is_folder(path: str) -> bool:
+  """Whether there is a folder of that name."""
+  if not is_remote(path):
+    return os.path.isdir(path)
+  with as_os_errors(path):
+    return gfile(path).isdir(path)
+
+
 def list_folder(path: str) -> list[str]:
   """The names in a folder, sorted."""
   if not is_remote(path):

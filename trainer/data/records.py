@@ -35,10 +35,25 @@ def locate(folder_or_pattern: str) -> tuple[str, str]:
     The folder of the shards and the folder of the index, absolute.
   """
   path = paths.absolute(folder_or_pattern)
-  if not glob.has_magic(path):
+  if not glob.has_magic(path) or paths.is_folder(path):
     return path, os.path.join(path, "index")
   folder, pattern = os.path.split(path)
   return folder, os.path.join(folder, re.sub(r"[^\w.-]+", "_", pattern) + ".index")
+
+
+def locate_folder(folder: str) -> tuple[str, str]:
+  """As `locate`, for a folder that is written into and may not be there yet.
+
+  Raises:
+    UserError: it is a pattern, and there is no folder of that name.
+  """
+  path = paths.absolute(folder)
+  if glob.has_magic(path) and not paths.is_folder(path):
+    raise UserError(
+      f"{folder} is a pattern, and records are written into a folder; name one, or "
+      "make one of this very name first."
+    )
+  return path, os.path.join(path, "index")
 
 
 class RecordIndex:

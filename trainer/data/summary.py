@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.data import paths
-from trainer.data.records import RecordIndex, locate
+from trainer.data.records import RecordIndex
 from trainer.data.shard_file import Part
 
 FILE_NAME = "summary.json"
@@ -104,8 +104,9 @@ def of_index(index: RecordIndex) -> Summary:
   )
 
 
-def write(folder: str, summary: Summary) -> None:
-  """Writes `summary.json` into the index of a folder."""
-  _, index_folder = locate(folder)
+def write(index_folder: str, summary: Summary) -> None:
+  """Writes `summary.json` into the folder of an index."""
   content = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False)
-  paths.write_bytes(os.path.join(index_folder, FILE_NAME), content.encode())
+  # A name that is no UTF-8 is shown escaped.
+  encoded = content.encode(errors="backslashreplace")
+  paths.write_bytes(os.path.join(index_folder, FILE_NAME), encoded)

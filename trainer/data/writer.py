@@ -8,9 +8,7 @@ on from: shards that were finished are not made again.
 from __future__ import annotations
 
 import collections
-import contextlib
 import errno
-import fcntl
 import itertools
 import json
 import os
@@ -20,10 +18,11 @@ from typing import Callable, Optional, TypeVar
 
 from absl import logging
 
-from trainer.data import index_builder, paths, shard_file
-from trainer.data.prepare import LABEL_FEATURE, Prepared, Preparer
+from trainer.data import index_builder, paths, publishing, shard_file
+from trainer.data.folder_lock import alone_in
+from trainer.data.prepare import Prepared, Preparer
 from trainer.data.progress import Progress
-from trainer.data.records import locate
+from trainer.data.records import locate_folder
 from trainer.data.shard_file import Part, Unreadable
 from trainer.data.sources import Item, ItemLoader, Loader
 from trainer.errors import UserError
@@ -105,19 +104,23 @@ class RecordWriter:
 
     Raises:
       UserError: an item can't be read or kept, there are not two classes, the folder
-        can't be written to, or another process writes into it.
+        can't be written to, a file of the user's own is where a shard belongs, or
+        another process writes into it.
     """
-    folder, index_folder = locate(folder)
+    folder, index_folder = locate_folder(folder)
     aside = os.path.join(folder, _ASIDE)
     try:
       paths.make_folder(folder)
-      with _alone_in(folder):
+      with alone_in(folder):
+        index_builder.recover_index(index_folder)
         try:
-          parts = self._write_shards(loaders, aside, fingerprint)
+          parts = _resume(aside, fingerprint)
+          publishing.check_free(folder, index_folder, [_shard_name(0)])
+          self._write_shards(loaders, aside, parts)
           _check_classes(parts)
-          _publish(parts, aside, folder, index_folder, fingerprint)
+          publishing.publish(parts, aside, folder, index_folder, fingerprint)
         except (OSError, UserError):
-          paths.remove_folder(aside)
+          publishing.withdraw(aside)
           raise
         paths.remove_folder(aside)
     except OSError as error:
@@ -125,20 +128,18 @@ class RecordWriter:
     return parts
 
   def _write_shards(
-    self, loaders: Iterable[Loader], aside: str, fingerprint: Mapping[str, object]
-  ) -> list[Part]:
-    parts = _resume(aside, fingerprint)
+    self, loaders: Iterable[Loader], aside: str, parts: list[Part]
+  ) -> None:
+    """Writes those that come after the parts there are, and adds them."""
     num_done = sum(part.num_taken for part in parts)
     rest = itertools.islice(loaders, num_done, None)
     progress = Progress("ingesting", "items")
     with futures.ThreadPoolExecutor(self._num_threads) as threads:
       records = _in_order(threads, self._prepare, rest)
       while shard := list(itertools.islice(records, self._records_per_shard)):
-        name = f"records-{len(parts):05}.tfrecord"
-        parts.append(shard_file.write(aside, name, shard))
+        parts.append(shard_file.write(aside, _shard_name(len(parts)), shard))
         progress.advance(len(shard))
     progress.finish()
-    return parts
 
   def _prepare(self, load: Loader) -> Prepared | Unreadable:
     try:
@@ -148,6 +149,10 @@ class RecordWriter:
         raise
       logging.warning("%s Left out.", error)
       return Unreadable(str(error))
+
+
+def _shard_name(number: int) -> str:
+  return f"records-{number:05}.tfrecord"
 
 
 def _in_order(
@@ -167,42 +172,12 @@ def _in_order(
       future.cancel()
 
 
-@contextlib.contextmanager
-def _alone_in(folder: str) -> Iterator[None]:
-  """Keeps other processes of this machine from writing into a folder.
-
-  Raises:
-    UserError: one does.
-  """
-  if paths.is_remote(folder):
-    yield
-    return
-  descriptor = os.open(folder, os.O_RDONLY)
-  try:
-    try:
-      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise UserError(
-        f"Another process is ingesting into {folder}; wait for it, or choose another "
-        "folder."
-      ) from error
-    except OSError as error:  # Some network file systems lock no folders.
-      logging.warning("%s can't be locked: %s.", folder, error.strerror)
-    yield
-  finally:
-    os.close(descriptor)
-
-
 def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[Part]:
   """The shards that a killed run of the same source finished; otherwise starts anew."""
   note = os.path.join(aside, "fingerprint.json")
   content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
+  parts = publishing.take_back(aside) if paths.exists(aside) else []
   if paths.exists(note) and paths.read_bytes(note) == content:
-    parts = shard_file.read_parts(aside)
-    for part in parts:
-      moved = os.path.join(os.path.dirname(aside), part.name)
-      if not paths.exists(os.path.join(aside, part.name)) and paths.exists(moved):
-        paths.move(moved, os.path.join(aside, part.name))
     if parts:
       logging.info("Going on after %d shards that are finished.", len(parts))
     return parts
@@ -210,29 +185,6 @@ def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[Part]:
   paths.make_folder(aside)
   paths.write_bytes(note, content)
   return []
-
-
-def _publish(
-  parts: list[Part],
-  aside: str,
-  folder: str,
-  index_folder: str,
-  fingerprint: Mapping[str, object],
-) -> None:
-  """Moves shards and then index to their place."""
-  index_aside = os.path.join(aside, "index")
-  paths.remove_folder(index_aside)
-  paths.make_folder(index_aside)
-  index_builder.write_index(
-    index_aside,
-    [part.index(aside) for part in parts],
-    label_feature=LABEL_FEATURE,
-    source=fingerprint,
-  )
-  paths.remove_folder(index_folder)
-  for part in parts:
-    paths.move(os.path.join(aside, part.name), os.path.join(folder, part.name))
-  index_builder.publish_index(index_aside, index_folder)
 
 
 def _check_classes(parts: list[Part]) -> None:
