@@ -10,7 +10,7 @@ from trainer.data import writer
 from trainer.data.bad_records import Replacements, reason_of
 from trainer.data.dataset import Dataset
 from trainer.data.decode import ImageDecoder
-from trainer.data.pipeline import Shard
+from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
 from trainer.data.schedule import PKSchedule
 from trainer.data.sources import Item, encode_png
@@ -135,3 +135,30 @@ def test_a_decoder_of_tensors_still_takes_many_at_once():
   example = tf.train.Example(features=tf.train.Features(feature={"image": feature}))
   many = tf.constant([example.SerializeToString()] * 131)  # A prime: a loop of one.
   np.testing.assert_allclose(_DECODER(many), np.full((131, 4, 4, 1), 0.2), atol=1e-6)
+
+
+def test_records_that_are_replaced_are_not_blamed_for_other_failures(folder):
+  index = RecordIndex.open(str(folder))
+  schedule = PKSchedule(index, classes_per_batch=3, samples_per_class=10, seed=0)
+  batches = Batches(
+    index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
+  )
+  expected = pytest.raises(tf.errors.InvalidArgumentError, match="loss is no number")
+  with expected, batches.naming_bad_records(0, 0):
+    raise tf.errors.InvalidArgumentError(None, None, "loss is no number")
+
+
+def test_a_class_without_any_good_record_is_named_from_within_the_pipeline(tmp_path):
+  items = [
+    Item(str(n), "ab"[n % 2], encode_png(np.eye(4, dtype=np.uint8))) for n in range(6)
+  ]
+  items[1::2] = [Item(str(n), "b", features={"x": 1}) for n in range(3)]
+  writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+  index = RecordIndex.open(str(tmp_path))
+  schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  batches = Batches(
+    index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
+  )
+  expected = pytest.raises(UserError, match="Class 'b' has no record that can be read")
+  with expected, batches.naming_bad_records(0, 0):
+    list(batches.dataset(Shard(0, 1, 1), num_steps=1))

@@ -260,3 +260,32 @@ def test_a_pattern_in_a_folder_with_brackets_names_its_own_shards(folder):
   _write(folder / "set1" / "a-2", _labelled([b"x", b"y"]))
   index = index_records(str(folder / "set[1]" / "a-*"), label_feature="y")
   assert [shard.name for shard in index.manifest.shards] == ["a-1"]
+
+
+def test_labels_changed_where_nothing_is_sampled_are_read_again(folder, monkeypatch):
+  monkeypatch.setattr("trainer.data.manifest._NUM_SAMPLES", 2)
+  path = folder / "part 1.tfrecord"
+  around = [_example(y=b"class 0", blob=b"x" * 5000)]
+  _write(path, [*around, _example(y=b"class 1"), *around])
+  before = index_records(str(folder), label_feature="y")
+  _write(path, [*around, _example(y=b"class 2"), *around])
+  os.utime(path, (1, 1))
+  index = index_records(str(folder), label_feature="y")
+  assert index.class_names[before.labels[21]] == "class 1"
+  assert index.class_names[index.labels[21]] == "class 2"
+  np.testing.assert_array_equal(
+    np.delete(index.labels, 21), np.delete(before.labels, 21)
+  )
+
+
+def test_only_a_shard_with_another_time_is_read_again(folder, monkeypatch):
+  before = index_records(str(folder), label_feature="y")
+  os.utime(folder / "part 1.tfrecord", (1, 1))
+  scanned = []
+  true_scan = scan.scan
+  monkeypatch.setattr(scan, "scan", lambda *a: scanned.append(a[1]) or true_scan(*a))
+  for _ in range(2):
+    index = index_records(str(folder), label_feature="y")
+  assert scanned == ["part 1.tfrecord"]
+  np.testing.assert_array_equal(index.labels, before.labels)
+  np.testing.assert_array_equal(index.arrays.offsets, before.arrays.offsets)

@@ -133,3 +133,27 @@ def test_a_record_that_does_not_decode_is_named(index):
 def test_sizes_that_are_not_possible_are_refused(make):
   with pytest.raises(UserError, match="at least 1"):
     make()
+
+
+@pytest.mark.parametrize(
+  ("first_replica", "expected"), [(0, [8, 9, 9, 9]), (1, [9, 9, 9, 9])]
+)
+def test_padding_rows_read_no_record_that_is_not_drawn(
+  index, monkeypatch, first_replica, expected
+):
+  schedule = SequentialSchedule(np.array([8, 9]), records_per_batch=8)
+  read, true_read = [], index.read
+  monkeypatch.setattr(index, "read", lambda n: read.append(n.tolist()) or true_read(n))
+  dataset = Batches(index, schedule, _DECODER).dataset(
+    Shard(first_replica, 1, 2), num_steps=1
+  )
+  [batch] = _take(dataset, 1)
+  assert read == [expected]
+  assert batch.weights.tolist() == ([1, 1, 0, 0] if first_replica == 0 else [0] * 4)
+
+
+@pytest.mark.parametrize("error", [tf.errors.UnavailableError, tf.errors.AbortedError])
+def test_failures_that_no_record_causes_pass(index, error):
+  batches = Batches(index, _schedule(index), VectorDecoder(size=2))
+  with pytest.raises(error), batches.naming_bad_records(0, 0):
+    raise error(None, None, "a worker is gone")

@@ -42,8 +42,9 @@ class RecordsInPlace:
 def index_records(folder_or_pattern: str, *, label_feature: str) -> RecordIndex:
   """Writes the index of shards, or adds to it those that are new.
 
-  Shards that are in the index already are not read again; their records and classes
-  keep their numbers. Where one of them is missing or has changed, all is read anew.
+  Shards that are in the index already are not read again, unless their time of change
+  is another; their records and classes keep their numbers. Where one of them is missing
+  or has other bytes, all is read anew.
 
   Args:
     folder_or_pattern: a folder, of which files ending in .tfrecord or .tfrecords are
@@ -71,12 +72,19 @@ def _index(
   names = _shard_names(folder_or_pattern, folder)
   old = _reusable(folder_or_pattern, folder, index_folder, label_feature)
   old_parts = [] if old is None else _parts_of(old)
-  known = {part.shard.name for part in old_parts}
-  new_names = [name for name in names if name not in known]
-  if old is not None and not new_names:
+  # Of those with another time only samples were compared, which labels may escape.
+  known = {
+    part.shard.name for part in old_parts if manifest.has_time_of(folder, part.shard)
+  }
+  names_to_scan = [name for name in names if name not in known]
+  if old is not None and not names_to_scan:
     logging.info("%s: all %d shards are indexed already.", folder, len(names))
     return old
-  parts = [*old_parts, *_scan_all(folder, new_names, label_feature)]
+  scanned = {
+    part.shard.name: part for part in _scan_all(folder, names_to_scan, label_feature)
+  }
+  kept = [scanned.pop(part.shard.name, part) for part in old_parts]
+  parts = [*kept, *scanned.values()]
   _check_classes(folder_or_pattern, parts)
   aside = index_folder + ".partial"
   try:

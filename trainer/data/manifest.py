@@ -173,6 +173,12 @@ def change_of(folder: str, shard: Shard) -> str:
   return ""
 
 
+def has_time_of(folder: str, shard: Shard) -> bool:
+  """Whether a file's time of change is that of the shard that was indexed."""
+  status = paths.status(os.path.join(folder, shard.name))
+  return status.modified_ns == shard.modified_ns
+
+
 def _sample(path: str, num_bytes: int) -> str:
   digest = hashlib.blake2b(digest_size=8)
   last = max(0, num_bytes - _SAMPLE_BYTES)

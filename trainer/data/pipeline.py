@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Optional
 
 import numpy as np
@@ -89,6 +89,7 @@ class Batches:
     self._decoder = decoder
     self._augmentation = augmentation
     self._replacements = replacements
+    self._failure: Optional[UserError] = None
 
   def dataset(
     self, shard: Shard, *, first_step: int = 0, num_steps: Optional[int] = None
@@ -124,6 +125,8 @@ class Batches:
   def naming_bad_records(self, first_step: int, last_step: int) -> Iterator[None]:
     """Says which record it was when reading or decoding fails inside.
 
+    Failures that no record can cause, such as a worker that is gone, pass as they are.
+
     Args:
       first_step: of the steps that run inside.
       last_step: the last of them; those read ahead are looked at too.
@@ -136,52 +139,67 @@ class Batches:
     """
     try:
       yield
-    except tf.errors.OpError:
-      for step in range(first_step, last_step + _NUM_READ_AHEAD):
-        for number in np.ravel(self._schedule.batch(step)):
-          if number >= 0:
-            reason = reason_of(self._index, self._decoder, int(number))
-            if reason is not None:
-              raise UserError(reason) from None
+    except (tf.errors.InvalidArgumentError, tf.errors.DataLossError):
+      if self._failure is not None:
+        raise self._failure from None
+      if self._replacements is None:  # Or those that are bad are tolerated.
+        self._raise_first_bad(range(first_step, last_step + _NUM_READ_AHEAD))
       raise
+
+  def _raise_first_bad(self, steps: Iterable[int]) -> None:
+    for step in steps:
+      for number in np.ravel(self._schedule.batch(step)):
+        if number >= 0:
+          reason = reason_of(self._index, self._decoder, int(number))
+          if reason is not None:
+            raise UserError(reason) from None
 
   def _record_numbers(
     self, shard: Shard, first_step: int, num_steps: Optional[int]
   ) -> tf.data.Dataset:
-    """Dataset of a step and the numbers of this worker's rows in it, [L] int64."""
+    """Dataset of steps with this worker's rows: numbers [L] int64, reality [L] bool."""
     num_rows = int(np.prod(self._schedule.shape))
     num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
     local = _local_rows(shard, num_rows)
 
-    def draw_local(steps: np.ndarray) -> np.ndarray:
-      return draw(self._schedule, steps).reshape(len(steps), -1)[:, local]
+    def draw_local(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+      return _fill_padding(draw(self._schedule, steps).reshape(len(steps), -1), local)
 
-    def draw_steps(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-      numbers = tf.numpy_function(draw_local, [steps], tf.int64)
-      return steps, tf.ensure_shape(numbers, [None, local.stop - local.start])
+    def draw_steps(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+      drawn = tf.numpy_function(draw_local, [steps], (tf.int64, tf.bool))
+      shape = [None, local.stop - local.start]
+      numbers, is_real = (tf.ensure_shape(each, shape) for each in drawn)
+      return steps, numbers, is_real
 
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     steps = tf.data.Dataset.range(first_step, end).batch(num_abreast)
     return steps.map(draw_steps, 1).prefetch(1).unbatch()
 
-  def _read(self, step: tf.Tensor, numbers: tf.Tensor) -> list[tf.Tensor]:
+  def _read(
+    self, step: tf.Tensor, numbers: tf.Tensor, is_real: tf.Tensor
+  ) -> list[tf.Tensor]:
     """The step; serialized examples, labels and weights of its rows, each [L]."""
+    read_tensors = tf.numpy_function(
+      self._read_rows, [numbers, is_real], (tf.string, tf.int32, tf.float32)
+    )
+    return [step, *(tf.ensure_shape(each, numbers.shape) for each in read_tensors)]
 
-    def read(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-      is_real = numbers >= 0
-      # Padding rows hold any record: its label and weight say that it doesn't count.
-      numbers = np.where(is_real, numbers, 0)
+  def _read_rows(
+    self, numbers: np.ndarray, is_real: np.ndarray
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    try:
       if self._replacements is not None:
         numbers = self._replacements.replace(numbers)
-      labels = np.where(is_real, self._index.labels[numbers], PADDING_LABEL)
-      return (
-        np.array(self._index.read(numbers), object),
-        labels.astype(np.int32),
-        is_real.astype(np.float32),
-      )
-
-    read_tensors = tf.numpy_function(read, [numbers], (tf.string, tf.int32, tf.float32))
-    return [step, *(tf.ensure_shape(each, numbers.shape) for each in read_tensors)]
+      records = self._index.read(numbers)
+    except UserError as error:
+      self._failure = error  # TensorFlow passes on no more than its text.
+      raise
+    labels = np.where(is_real, self._index.labels[numbers], PADDING_LABEL)
+    return (
+      np.array(records, object),
+      labels.astype(np.int32),
+      is_real.astype(np.float32),
+    )
 
   def _decode(
     self,
@@ -204,6 +222,24 @@ class Batches:
       )
       inputs = self._augmentation(inputs, random)
     return Batch(inputs, labels, weights)
+
+
+def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.ndarray]:
+  """Local rows with a record in each: padding rows take one that is read anyway.
+
+  Args:
+    numbers: [S, G] int64, record numbers of S steps; −1 for padding.
+    local: this worker's rows.
+
+  Returns:
+    [S, L] int64, where padding has the largest number of the worker's own rows, or of
+    all rows where it has none; and [S, L] bool, which are no padding.
+  """
+  own = numbers[:, local]
+  largest = own.max(axis=1, keepdims=True)
+  filling = np.where(largest >= 0, largest, numbers.max(axis=1, keepdims=True))
+  is_real = own >= 0
+  return np.where(is_real, own, filling), is_real
 
 
 def _local_rows(shard: Shard, num_rows: int) -> slice:
