@@ -85,6 +85,13 @@ def test_a_step_compiled_whole_is_refused_on_several_replicas(mirrored):
     _step(compiled="step")
 
 
+def test_a_compiled_encoder_in_which_replicas_speak_is_refused(mirrored):
+  options = {"normalization": "synchronized_batch", "compiled": "encoder"}
+  with mirrored(2).scope(), pytest.raises(UserError, match="use 'nothing', or one"):
+    _step(**options)
+  _step(**options)
+
+
 # The embeddings of an untrained network lie close together, so that differences between
 # them have few of the 8 bits that bfloat16 keeps; float16 keeps 11.
 @pytest.mark.parametrize(

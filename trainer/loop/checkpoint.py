@@ -11,6 +11,7 @@ from absl import logging
 
 from trainer.errors import UserError
 from trainer.loop.averages import AveragedWeights
+from trainer.models.batch_norms import make_replicas_equal
 
 FOLDER = "checkpoints"
 # TensorFlow's reader raises the last two for a file that is short or damaged.
@@ -82,9 +83,12 @@ class Checkpoints:
   def save(self, step: int) -> None:
     """Saves everything after that step, and prunes.
 
+    Where replicas have moving averages of their own, all go on with what is saved.
+
     Args:
       step: number of steps done.
     """
+    make_replicas_equal(self._encoder)
     self._manager.save(checkpoint_number=step)
 
   def restore(self) -> Optional[int]:

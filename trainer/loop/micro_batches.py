@@ -6,8 +6,8 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
+from trainer.models.batch_norms import batch_norms, has_synchronized
 
-_BatchNorm = tf.keras.layers.BatchNormalization
 _Random = tf.keras.__internal__.layers.BaseRandomLayer
 
 
@@ -18,21 +18,18 @@ def check_encoder(encoder: tf.keras.Model) -> None:
     UserError: a layer draws random numbers that can't be drawn again, or speaks to
       other replicas.
   """
-  layers = [
-    each for each in encoder.submodules if isinstance(each, tf.keras.layers.Layer)
-  ]
-  for layer in layers:
+  for layer in encoder.submodules:
     if isinstance(layer, _Random):
       raise UserError(
         f"TrainStep.num_micro_batches embeds twice, and {type(layer).__name__} would "
         "draw other numbers the second time; use trainer.models.dropout.Dropout."
       )
-  norms = [each for each in layers if isinstance(each, _BatchNorm) and each.trainable]
-  if any(getattr(each, "synchronized", False) for each in norms):
+  if has_synchronized(encoder):
     raise UserError(
       "TrainStep.num_micro_batches and synchronised batch normalisation exclude each "
       "other: replicas can't speak inside of a loop over micro-batches."
     )
+  norms = batch_norms(encoder)
   if norms:
     logging.warning(
       "%d batch normalisations take mean and variance of each micro-batch, not of the "

@@ -19,6 +19,7 @@ from trainer.loop.averages import AveragedWeights
 from trainer.loop.per_part import PerPart
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.terms import Anchors, Ratio
+from trainer.models.batch_norms import has_synchronized
 from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
@@ -73,7 +74,7 @@ class TrainStep:
     self.num_micro_batches = num_micro_batches
     self.averages: Optional[AveragedWeights] = None
     self._averaging_decay = averaging_decay
-    self._is_compiled = compiled == "step"
+    self._compiled = compiled
     self._update_fn = tf.function(self._update, jit_compile=True)
     self._encode_fn = self._encode
     if compiled == "encoder":
@@ -90,8 +91,8 @@ class TrainStep:
       UserError: the encoder can't be embedded in micro-batches, or the step not be
         compiled for these replicas.
     """
-    self._check_compiled(tf.distribute.get_strategy().num_replicas_in_sync)
     self.encoder.create_variables(input_shape)
+    self._check_compiled(tf.distribute.get_strategy().num_replicas_in_sync)
     if self.num_micro_batches != 1:
       micro_batches.check_encoder(self.encoder)
     weights = self.encoder.trainable_variables
@@ -118,7 +119,7 @@ class TrainStep:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
     """
-    if not self._is_compiled:
+    if self._compiled != "step":
       return self._update(batch, collectives)
     return self._update_fn(batch, collectives)
 
@@ -206,10 +207,18 @@ class TrainStep:
       return self.encoder(inputs, training=True)
 
   def _check_compiled(self, num_replicas: int) -> None:
-    if self._is_compiled and num_replicas > 1:
+    if num_replicas == 1:
+      return
+    if self._compiled == "step":
       raise UserError(
         f"TrainStep.compiled='step' can't compile what {num_replicas} replicas say to "
         "each other; use 'encoder', or one replica."
+      )
+    if self._compiled == "encoder" and has_synchronized(self.encoder):
+      raise UserError(
+        f"TrainStep.compiled='encoder' can't compile what {num_replicas} replicas say "
+        "to each other in synchronised batch normalisation; use 'nothing', or one "
+        "replica."
       )
 
   def _with_loss_scale(self, optimizer):
