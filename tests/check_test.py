@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from trainer import check as check_mode
+from trainer.errors import UserError
+from trainer.run import Hardware, Run
+
 _REPOSITORY = pathlib.Path(__file__).parents[1]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Each replica normalises by its own batch: then N replicas don't train as one.
@@ -61,4 +65,37 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   done = check("PKSchedule.classes_per_batch = 6", "TrainStep.num_micro_batches = 4")
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
-  assert "4 replicas are left out" in done.stderr
+  assert "4 replicas are left out: PKSchedule.classes_per_batch=6" in done.stderr
+
+
+@pytest.mark.parametrize(
+  ("params", "reason"),
+  [
+    (("TrainStep.num_micro_batches = 60",), "num_micro_batches=60 does not divide"),
+    (
+      ("TrainStep.compiled = 'step'", "TrainStep.mining_statistics = None"),
+      "compiled='step' can't compile",
+    ),
+  ],
+)
+def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reason):
+  size = ("PKSchedule.classes_per_batch = 4", "PKSchedule.samples_per_class = 15")
+  done = check(*size, *params)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert _verdicts(done) == {1: "ok"}
+  for num_replicas in (2, 4):
+    line = next(x for x in done.stderr.splitlines() if f"{num_replicas} replicas" in x)
+    assert reason in line
+
+
+@pytest.mark.parametrize(
+  ("hardware", "flag"),
+  [
+    (Hardware("tpu"), "--strategy=tpu"),
+    (Hardware("multi_worker"), "--strategy=multi_worker"),
+    (Hardware(tpu="pod"), "--tpu=pod"),
+  ],
+)
+def test_other_devices_than_the_cpu_are_refused(hardware, flag):
+  with pytest.raises(UserError, match=f"of this machine's CPU, not {flag}; leave"):
+    check_mode.main(Run("nowhere", config=None, hardware=hardware))

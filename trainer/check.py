@@ -2,37 +2,47 @@
 
 from __future__ import annotations
 
+import tensorflow as tf
 from absl import logging
 
-from trainer.data.pipeline import Batch, Batches, Shard
+from trainer.data.pipeline import Batch, Shard
+from trainer.data.schedule import PKSchedule
 from trainer.distribute.objective import mines_across_replicas
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
-from trainer.errors import CheckFailedError
+from trainer.errors import CheckFailedError, UserError
 from trainer.loop import parity
 from trainer.loop.step import TrainStep
-from trainer.run import Run
+from trainer.run import Hardware, Run
 from trainer.train import Parts, check_batch
 
 _NUM_STEPS = 3
 _NUM_REPLICAS = (1, 2, 4)
+_STRATEGIES = ("auto", "cpu", "mirrored")
 
 
 def main(run: Run) -> None:
   """Trains a few steps on 1, 2 and 4 virtual replicas, and prints how far they differ.
 
   Raises:
-    UserError: the run's parts don't fit each other.
+    UserError: the run's parts don't fit each other, or the flags a check.
     CheckFailedError: a row of the table is not within the tolerance.
   """
-  del run  # Its configuration is gin's, and nothing is written.
-  divide_cpu(max(_NUM_REPLICAS))
+  # The rest of the run is gin's, and nothing is written.
+  _use_cpu_alone(run.hardware)
   parts = Parts()  # type: ignore[call-arg]  # They are gin's.
-  batches = _batches(parts)
+  schedule = parts.make_schedule()
+  batches = _batches(parts, schedule)
   rows = []
-  for num_replicas in _numbers_of_replicas(parts):
-    wanted = parity.expected(_make_step, batches, num_replicas)
-    got = parity.trained(mirrored_on_cpu(num_replicas), _make_step, batches)
-    rows.append((f"{num_replicas} replicas", parity.errors(got, wanted)))
+  for num_replicas in _NUM_REPLICAS:
+    try:
+      check_batch(schedule, parts.step, num_replicas)
+      found = _differences(batches, num_replicas)
+    except UserError as error:
+      if num_replicas == 1:
+        raise
+      logging.warning("%d replicas are left out: %s", num_replicas, error)
+    else:
+      rows.append((f"{num_replicas} replicas", found))
   print(_heading(parts.step))
   print(parity.table(rows))
   if not all(parity.is_equal(found) for _, found in rows):
@@ -41,31 +51,42 @@ def main(run: Run) -> None:
     )
 
 
+def _use_cpu_alone(hardware: Hardware) -> None:
+  """Divides the CPU, and hides what rounds otherwise.
+
+  Raises:
+    UserError: the flags ask for other devices.
+  """
+  if hardware.strategy not in _STRATEGIES or hardware.tpu is not None:
+    asked = (
+      f"--tpu={hardware.tpu}" if hardware.tpu else f"--strategy={hardware.strategy}"
+    )
+    raise UserError(
+      f"--mode=check compares virtual replicas of this machine's CPU, not {asked}; "
+      "leave it out."
+    )
+  tf.config.set_visible_devices([], "GPU")
+  tf.config.experimental.enable_tensor_float_32_execution(False)
+  divide_cpu(max(_NUM_REPLICAS))
+
+
+def _differences(batches: list[Batch], num_replicas: int) -> dict[str, float]:
+  wanted = parity.expected(_make_step, batches, num_replicas)
+  got = parity.trained(mirrored_on_cpu(num_replicas), _make_step, batches)
+  return parity.errors(got, wanted)
+
+
 def _make_step() -> TrainStep:
   parts = Parts()  # type: ignore[call-arg]
   parts.create_variables()
   return parts.step
 
 
-def _batches(parts: Parts) -> list[Batch]:
+def _batches(parts: Parts, schedule: PKSchedule) -> list[Batch]:
   """The global batches of the first steps."""
-  schedule = parts.make_schedule()
-  check_batch(schedule, parts.step, 1)
-  batches = Batches(parts.dataset.index, schedule, parts.dataset.decoder)
+  batches = parts.dataset.training_batches(schedule)
   with batches.naming_bad_records(0, _NUM_STEPS - 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=_NUM_STEPS))
-
-
-def _numbers_of_replicas(parts: Parts) -> list[int]:
-  num_classes, _ = parts.make_schedule().shape
-  for num_replicas in _NUM_REPLICAS:
-    if num_classes % num_replicas:
-      logging.warning(
-        "%d replicas are left out: they don't divide PKSchedule.classes_per_batch=%d.",
-        num_replicas,
-        num_classes,
-      )
-  return [num for num in _NUM_REPLICAS if num_classes % num == 0]
 
 
 def _heading(step: TrainStep) -> str:
