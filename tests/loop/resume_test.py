@@ -1,4 +1,4 @@
-"""2·N steps are N steps, a checkpoint, and N steps more: bit for bit, on two replicas."""
+"""2·N steps are N steps, a checkpoint, and N steps more: bit for bit, on 2 replicas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The batch normalisations of an encoder: what they are, what they know of each other."""
+"""The batch normalisations of an encoder: which there are, and what replicas share."""
 
 from __future__ import annotations
 
