@@ -115,6 +115,18 @@ def test_something_else_that_knocks_is_passed_over():
     assert chief.exception() is None
 
 
+def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 0.2)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]):
+      start_s = time.monotonic()
+      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+      assert time.monotonic() - start_s < 10
+    assert chief.exception() is None
+
+
 def test_a_port_in_use_is_named(monkeypatch):
   monkeypatch.setattr("trainer.distribute.rendezvous._PORT_PATIENCE_S", 0.0)
   with socket.create_server(("", 0)) as taken:

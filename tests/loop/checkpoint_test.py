@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -66,6 +68,19 @@ def test_a_checkpoint_of_another_encoder_is_refused(tmp_path):
 def test_too_little_disk_is_said_before_the_run(tmp_path):
   with pytest.raises(UserError, match="MB free and the checkpoints need"):
     run_folder.check_disk(str(tmp_path), num_bytes=10**18)
+
+
+def test_a_resume_needs_no_room_for_the_checkpoints_that_are_there(
+  tmp_path, monkeypatch
+):
+  _checkpoints(tmp_path, _encoder(embedding_size=4000)).save(1)
+  monkeypatch.setattr(
+    "shutil.disk_usage", lambda _: types.SimpleNamespace(free=1_000_000)
+  )
+  there = sum(f.stat().st_size for f in (tmp_path / "checkpoints").iterdir())
+  run_folder.check_disk(str(tmp_path), num_bytes=there + 900_000)
+  with pytest.raises(UserError, match="1.0 MB free and the checkpoints need 1.1 MB"):
+    run_folder.check_disk(str(tmp_path), num_bytes=there + 1_100_000)
 
 
 def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):

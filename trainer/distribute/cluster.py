@@ -18,6 +18,7 @@ from trainer.errors import UserError
 
 # Below the ports that Linux hands out by itself, 32768 on; a block of 32 for each job.
 _FIRST_PORT, _NUM_BLOCKS, _BLOCK = 15000, 500, 32
+_LAST_PORT = 65_535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +78,7 @@ def from_tf_config(text: str) -> Cluster:
   try:
     content = json.loads(text)
     jobs, task = dict(content["cluster"]), content["task"]
-    kind, index = task["type"], int(task["index"])
+    kind, index = str(task["type"]), int(task["index"])
   except (ValueError, KeyError, TypeError) as error:
     raise UserError(
       f"TF_CONFIG={text!r} is malformed ({type(error).__name__}: {error}); it needs "
@@ -100,13 +101,18 @@ def _addresses(jobs: Mapping[str, Any], kind: str) -> list[str]:
   addresses = jobs.get(kind, [])
   is_list = isinstance(addresses, (list, tuple))
   for address in addresses if is_list else [addresses]:
-    if not (is_list and re.fullmatch(r"\S+:\d{1,5}", str(address))):
+    if not (is_list and _is_address(address)):
       raise UserError(f"TF_CONFIG's {kind} has {address!r}, which is no 'host:port'.")
-  everyone = [address for each in jobs.values() for address in each]
+  everyone = [address for each in jobs.values() for address in each or ()]
   twice = [address for address in addresses if everyone.count(address) > 1]
   if twice:
     raise UserError(f"TF_CONFIG names {twice[0]} twice; give each worker its own port.")
   return list(addresses)
+
+
+def _is_address(address: Any) -> bool:
+  match = re.fullmatch(r"\S+:(\d{1,5})", str(address))
+  return match is not None and 0 < int(match[1]) <= _LAST_PORT
 
 
 def from_slurm(

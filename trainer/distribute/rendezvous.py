@@ -23,6 +23,8 @@ from trainer.errors import StalledError, UserError
 _RETRY_S = 0.2
 # A process that was killed may hold its port for a moment.
 _PORT_PATIENCE_S = 10.0
+# A worker speaks as soon as it is connected; who is silent must not hold up the others.
+_SPEECH_S = 5.0
 _NUM_SHOWN = 3
 Facts = Mapping[str, str]
 
@@ -126,7 +128,7 @@ def _accept(listener, connections, deadline):
     listener.settimeout(left_s)
     try:
       connection, _ = listener.accept()
-      connection.settimeout(max(left_s, _RETRY_S))
+      connection.settimeout(_SPEECH_S)
       connections.enter_context(connection)
       stream = connections.enter_context(connection.makefile("rw", encoding="utf-8"))
       content = json.loads(stream.readline())

@@ -142,6 +142,11 @@ def _tpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy
       "address of a TPU, or nothing for the one that is attached."
     ) from error
   strategy = tf.distribute.TPUStrategy(resolver)
+  if strategy.extended.num_hosts > 1:
+    raise UserError(
+      f"--tpu={name} has {strategy.extended.num_hosts} hosts; the batches are read by "
+      "Python on one: use a TPU of one host."
+    )
   logging.info("Strategy: TPU %s, %d cores.", name, strategy.num_replicas_in_sync)
   return strategy
 

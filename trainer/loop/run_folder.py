@@ -40,18 +40,28 @@ def check_disk(model_dir: str, *, num_bytes: int) -> None:
 
   Args:
     model_dir: folder of the run.
-    num_bytes: what the run will write at most, besides logs.
+    num_bytes: size of all checkpoints that will be there at once. Those that are there
+      already need no more room.
 
   Raises:
     UserError: the disk has less.
   """
   free = shutil.disk_usage(model_dir).free
-  if free < num_bytes:
+  needed = num_bytes - _size(os.path.join(model_dir, "checkpoints"))
+  if free < needed:
     raise UserError(
       f"{model_dir} has {free / 1e6:,.1f} MB free and the checkpoints need "
-      f"{num_bytes / 1e6:,.1f} MB; free some, or keep fewer "
+      f"{needed / 1e6:,.1f} MB more; free some, or keep fewer "
       "(LoopOptions.num_checkpoints_kept)."
     )
+
+
+def _size(folder: str) -> int:
+  """Bytes of the files of a folder; 0 where there is none."""
+  if not os.path.isdir(folder):
+    return 0
+  with os.scandir(folder) as entries:
+    return sum(entry.stat().st_size for entry in entries)
 
 
 def _check_writable(folder: str) -> None:
