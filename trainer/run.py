@@ -21,7 +21,8 @@ class Hardware:
   Attributes:
     strategy: "auto", "cpu", "mirrored", "multi_worker" or "tpu".
     num_virtual_replicas: >= 1; into how many replicas one CPU is divided.
-    tpu: name or address of the TPU; None for the one that is attached.
+    tpu: "local", the TPU that is attached; None for the same where `strategy` is
+      "tpu".
     worker_timeout_s: how long to wait at the start for the other workers, seconds.
   """
 

@@ -111,7 +111,9 @@ def define_flags() -> dict[str, flags.FlagValues]:
     lower_bound=1,
     flag_values=hardware,
   )
-  flags.DEFINE_string("tpu", None, "Name or address of a TPU.", flag_values=hardware)
+  flags.DEFINE_string(
+    "tpu", None, "'local': the TPU that is attached.", flag_values=hardware
+  )
   flags.DEFINE_float(
     "worker_timeout_s",
     300.0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 
 import pytest
 import tensorflow as tf
@@ -28,13 +29,13 @@ def calls(monkeypatch):
 
   cluster = tf.distribute.cluster_resolver
   monkeypatch.setattr(cluster, "TPUClusterResolver", record("resolver"))
-  monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", record("connect"))
   monkeypatch.setattr(
     tf.tpu.experimental, "initialize_tpu_system", record("initialize")
   )
 
   class Strategy:
     num_replicas_in_sync = 8
+    extended = types.SimpleNamespace(num_hosts=1)
 
     def __init__(self, resolver):
       calls.append(("strategy", resolver))
@@ -43,39 +44,46 @@ def calls(monkeypatch):
   return calls
 
 
-@pytest.mark.parametrize("strategy", ["tpu", "auto"])
-def test_a_named_tpu_is_connected_and_initialised_before_its_strategy(calls, strategy):
-  assert make_strategy(Hardware(strategy, tpu="pod")).num_replicas_in_sync == 8
+@pytest.mark.parametrize(
+  "hardware", [Hardware("tpu"), Hardware("tpu", tpu="local"), Hardware(tpu="local")]
+)
+def test_an_attached_tpu_is_initialised_before_its_strategy(calls, hardware):
+  assert make_strategy(hardware).num_replicas_in_sync == 8
   assert calls == [
-    ("resolver", "pod"),
-    ("connect", "resolver"),
+    ("resolver", "local"),
     ("initialize", "resolver"),
     ("strategy", "resolver"),
   ]
 
 
-def test_an_attached_tpu_needs_no_connection(calls):
-  make_strategy(Hardware("tpu"))
-  assert [name for name, *_ in calls] == ["resolver", "initialize", "strategy"]
-  assert calls[0] == ("resolver", "local")
+def test_a_tpu_of_several_hosts_is_refused(calls, monkeypatch):
+  monkeypatch.setattr(tf.distribute.TPUStrategy.extended, "num_hosts", 4)
+  with pytest.raises(UserError, match=r"has 4 hosts; .* use a TPU of one host"):
+    make_strategy(Hardware("tpu"))
+
+
+def test_a_tpu_of_another_machine_is_refused(calls):
+  with pytest.raises(UserError, match="--tpu=pod is another machine"):
+    make_strategy(Hardware("auto", tpu="pod"))
+  assert calls == []
 
 
 @pytest.mark.parametrize(
-  ("name", "error"),
+  "error",
   [
-    ("nosuch", OSError("Name or service not known")),
-    ("nosuch", ValueError("Could not lookup TPU metadata")),
-    (None, tf.errors.NotFoundError(None, None, "TPUs not found in the cluster.")),
+    OSError("Name or service not known"),
+    ValueError("Could not lookup TPU metadata"),
+    tf.errors.NotFoundError(None, None, "TPUs not found in the cluster."),
   ],
 )
-def test_a_tpu_that_is_not_there_is_named(monkeypatch, name, error):
+def test_a_tpu_that_is_not_there_is_said(monkeypatch, error):
   def fail(*_, **__):
     raise error
 
   cluster = tf.distribute.cluster_resolver
   monkeypatch.setattr(cluster, "TPUClusterResolver", fail)
-  with pytest.raises(UserError, match=f"--tpu={name or 'local'} can't be had"):
-    make_strategy(Hardware("tpu", tpu=name))
+  with pytest.raises(UserError, match="--tpu=local can't be had"):
+    make_strategy(Hardware("tpu"))
 
 
 def test_multi_worker_without_a_cluster_is_refused(monkeypatch):

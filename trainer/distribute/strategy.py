@@ -31,7 +31,7 @@ def make_strategy(
       "mirrored": all local GPUs, or virtual replicas of the CPU;
       "multi_worker": the local GPUs, or else the CPU, of every worker that `TF_CONFIG`
         or Slurm names;
-      "tpu": the TPU that `tpu` names, or that is attached;
+      "tpu": the TPU that is attached, of one host;
       "auto": "tpu" where one is named, "multi_worker" where several workers are,
         "mirrored" where there are GPUs or virtual replicas, else "cpu".
     facts: what all workers must have alike, by name.
@@ -127,19 +127,22 @@ def _multi_worker(
 
 
 def _tpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
-  """Resolver, connection, initialisation, strategy: in TensorFlow's order."""
+  """Resolver, initialisation, strategy: in TensorFlow's order."""
   del facts
   name = hardware.tpu or "local"
+  if name != "local":
+    raise UserError(
+      f"--tpu={name} is another machine, and the batches are read by Python on the "
+      "TPU's own: run there, with --tpu=local."
+    )
   try:
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
-    if name != "local":
-      tf.config.experimental_connect_to_cluster(resolver)
     tf.tpu.experimental.initialize_tpu_system(resolver)
   except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"--tpu={name} can't be had ({reason[:200]}); give the name or the grpc:// "
-      "address of a TPU, or nothing for the one that is attached."
+      f"--tpu={name} can't be had ({reason[:200]}); run on a machine that a TPU is "
+      "attached to."
     ) from error
   strategy = tf.distribute.TPUStrategy(resolver)
   if strategy.extended.num_hosts > 1:
