@@ -24,6 +24,7 @@ from trainer.loop.loop import Loop, LoopOptions
 from trainer.loop.metrics_file import MetricsFile
 from trainer.loop.run_folder import check_disk, open_run_folder
 from trainer.loop.step import TrainStep
+from trainer.models.dropout import set_seed
 from trainer.run import Run
 
 
@@ -37,7 +38,7 @@ class Parts:
     schedule_fn: makes the schedule of the dataset's training classes.
     step: one update; its encoder, loss and optimizer.
     loop: how long, how often to log and to save.
-    seed: of the initial weights.
+    seed: of the initial weights and of dropout.
   """
 
   dataset: Dataset
@@ -55,6 +56,7 @@ class Parts:
     """Creates the variables of the step, from the seed."""
     tf.keras.utils.set_random_seed(self.seed)
     self.step.create_variables(self.dataset.decoder.shape)
+    set_seed(self.step.encoder, self.seed)
 
 
 class Training(NamedTuple):

@@ -79,7 +79,7 @@ def test_a_resume_needs_no_room_for_the_checkpoints_that_are_there(
   )
   there = sum(f.stat().st_size for f in (tmp_path / "checkpoints").iterdir())
   run_folder.check_disk(str(tmp_path), num_bytes=there + 900_000)
-  with pytest.raises(UserError, match="1.0 MB free and the checkpoints need 1.1 MB"):
+  with pytest.raises(UserError, match=r"1\.0 MB free and the checkpoints need 1\.1 MB"):
     run_folder.check_disk(str(tmp_path), num_bytes=there + 1_100_000)
 
 

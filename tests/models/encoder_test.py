@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer import train
 from trainer.errors import UserError
 from trainer.models.applications import KerasApplication
 from trainer.models.backbones import ConvNet, Perceptron
+from trainer.models.dropout import examples_at
 from trainer.models.encoder import Encoder
 from trainer.models.pooling import POOLINGS, GeneralizedMean
 
@@ -112,3 +116,26 @@ def test_training_changes_nothing_in_a_frozen_keras_application():
   assert len(encoder.trainable_variables) == 2
   for variable, value in zip(encoder.variables, before):
     np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def test_dropout_has_other_masks_with_another_seed():
+  encoder = Encoder(
+    backbone=Perceptron(hidden_units=(50,), dropout_rate=0.5), embedding_size=4
+  )
+  step = types.SimpleNamespace(
+    encoder=encoder, create_variables=encoder.create_variables
+  )
+  dataset = types.SimpleNamespace(decoder=types.SimpleNamespace(shape=(6,)))
+  options = {"dataset": dataset, "schedule_fn": None, "step": step, "loop": None}
+  train.Parts(**options, seed=0).create_variables()
+  weights = encoder.get_weights()
+
+  def embeddings(seed):
+    train.Parts(**options, seed=seed).create_variables()
+    encoder.set_weights(weights)
+    with examples_at(tf.constant(3), tf.constant(0)):
+      return encoder(tf.ones([2, 6]), training=True).numpy()
+
+  np.testing.assert_array_equal(embeddings(1), embeddings(1))
+  assert np.any(embeddings(1) != embeddings(2))
+  assert np.any(embeddings(1) != embeddings(2**31))

@@ -48,6 +48,18 @@ def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
     _places.pop()
 
 
+def set_seed(encoder: tf.keras.Model, seed: int) -> None:
+  """Gives the encoder's dropout the seed of the run.
+
+  Args:
+    encoder: with its layers made.
+    seed: another one, other masks.
+  """
+  for layer in encoder.submodules:
+    if isinstance(layer, Dropout):
+      layer.seed = seed % 2**32
+
+
 class Dropout(tf.keras.layers.Layer):
   """Sets a share of the features to 0 in training, and scales up the others.
 
@@ -59,11 +71,13 @@ class Dropout(tf.keras.layers.Layer):
 
   Attributes:
     number: of this layer in its encoder, so that no two have the same masks.
+    seed: of the run, another one, other masks; in 0…2³²−1.
   """
 
   def __init__(self, rate: float, noise_shape: Optional[tuple] = None, **options):
     super().__init__(**options)
     self.number = 0
+    self.seed = 0
     self._rate = rate
     self._noise_shape = noise_shape
 
@@ -74,7 +88,7 @@ class Dropout(tf.keras.layers.Layer):
     shape = list(features.shape)
     for axis, size in enumerate(self._noise_shape or ()):
       shape[axis] = shape[axis] if size is None else size
-    uniform = _uniform(shape, self.number) if _places else tf.random.uniform(shape)
+    uniform = self._uniform(shape) if _places else tf.random.uniform(shape)
     scaled = features / tf.cast(1.0 - self._rate, features.dtype)
     return tf.where(uniform >= self._rate, scaled, tf.zeros_like(features))
 
@@ -86,14 +100,18 @@ class Dropout(tf.keras.layers.Layer):
       "noise_shape": self._noise_shape,
     }
 
+  def _uniform(self, shape: list[int]) -> tf.Tensor:
+    """[B, ...] float32 in [0, 1), from the place of each example and feature."""
+    layer = _mix(
+      _mix(tf.constant(self.seed, tf.uint32)) + tf.constant(self.number, tf.uint32)
+    )
+    step = _mix(tf.cast(_places[-1].step, tf.uint32) + tf.constant(1, tf.uint32))
+    return _uniform(shape, _mix(step + layer), _places[-1].first_example)
 
-def _uniform(shape: list[int], layer_number: int) -> tf.Tensor:
-  """[B, ...] float32 in [0, 1), from the place of each example and feature."""
-  place = _places[-1]
+
+def _uniform(shape: list[int], seed: tf.Tensor, first_example: tf.Tensor) -> tf.Tensor:
   num_features = tf.TensorShape(shape[1:]).num_elements()
-  step = _mix(tf.cast(place.step, tf.uint32) + tf.constant(1, tf.uint32))
-  seed = _mix(step + tf.constant(layer_number, tf.uint32))
-  examples = tf.cast(place.first_example + tf.range(shape[0]), tf.uint32)
+  examples = tf.cast(first_example + tf.range(shape[0]), tf.uint32)
   rows = _mix(seed + examples)
   features = tf.range(num_features, dtype=tf.int32)
   bits = _mix(rows[:, None] + _mix(tf.cast(features, tf.uint32))[None, :])
