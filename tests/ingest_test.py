@@ -167,6 +167,14 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
   assert (tmp_path / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("option", [{"unreadable": "leave_out"}, {"max_pixels": 99}])
+def test_what_is_left_out_by_other_rules_is_another_ingest(idx_folder, option):
+  target = str(idx_folder / "records")
+  ingest(source=_idx_source(idx_folder), folder=target)
+  with pytest.raises(UserError, match="records of another source"):
+    ingest(source=_idx_source(idx_folder), folder=target, **option)
+
+
 # One red pixel, by hand: TensorFlow writes neither of the two.
 _GIF = bytes.fromhex(
   "47494638396101000100800000ff00000000002c000000000100010000020244" + "01003b"

@@ -58,7 +58,12 @@ def ingest(
     index = index_records(folder, label_feature=source.label_feature)
     logging.info("%s: %s", folder, summary.of_index(index).line())
     return
-  fingerprint = {**source.fingerprint(), "records_per_shard": records_per_shard}
+  fingerprint = {
+    **source.fingerprint(),
+    "records_per_shard": records_per_shard,
+    "max_pixels": max_pixels,
+    "unreadable": unreadable,
+  }
   if resize is not None:
     fingerprint["resize"] = resize.describe()
   if _is_done(folder, fingerprint):

@@ -37,7 +37,7 @@ def _hard(index, **options):
   return with_hard_classes(
     index,
     schedule_fn=_schedule_fn(),
-    hard_classes=["class 1", "class 5", "class 7", "of other data"],
+    hard_classes=["class 1", "class 5", "class 7"],
     num_hard=2,
     num_others=4,
     **options,
@@ -65,6 +65,22 @@ def test_hard_classes_of_the_other_side_are_passed_over():
 def test_too_few_hard_classes_are_refused():
   with pytest.raises(UserError, match="classes_per_batch=2 but only 1 classes"):
     _hard(_Index([4] * 20), classes=np.arange(5, dtype=np.int32))
+
+
+def test_a_hard_class_that_the_data_have_not_is_named():
+  options = {"schedule_fn": _schedule_fn, "num_hard": 1, "num_others": 1}
+  with pytest.raises(
+    UserError, match="hard_classes names clas 1, and the data have no"
+  ):
+    with_hard_classes(_Index([3] * 4), hard_classes=["class 2", "clas 1"], **options)
+
+
+@pytest.mark.parametrize(
+  ("pattern", "message"), [("(a", "is no regular expression"), ("^a/", "has no group")]
+)
+def test_a_group_pattern_that_is_none_is_refused(pattern, message):
+  with pytest.raises(UserError, match=message):
+    _grouped(_Index([3] * 4), group_pattern=pattern)
 
 
 def _lone(index, num_lone_rows):

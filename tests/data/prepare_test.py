@@ -143,3 +143,9 @@ def test_sizes_that_are_not_possible_are_refused(options):
 def test_arrays_that_are_no_images_are_refused(shape):
   with pytest.raises(UserError, match="can't be kept; it must be uint8"):
     encode_png(np.zeros(shape, np.uint8))
+
+
+def test_an_integer_beyond_those_of_records_is_named():
+  item = Item("k", "a", features={"x": 2**63})
+  with pytest.raises(UserError, match="k has 9223372036854775808 in the feature 'x'"):
+    Preparer(max_pixels=10)(item)

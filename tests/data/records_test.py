@@ -181,3 +181,10 @@ def test_a_place_without_index_is_named(folder, name):
   (folder / "index").rename(folder / "elsewhere")
   with pytest.raises(UserError, match="has no index; run --mode=ingest first"):
     RecordIndex.open(str(folder / name))
+
+
+@pytest.mark.parametrize("content", ["null", "[]", '{"version": 1, "shards": 3}'])
+def test_a_manifest_of_another_shape_is_named(folder, content):
+  (folder / "index" / "manifest.json").write_text(content)
+  with pytest.raises(UserError, match=r"manifest\.json is damaged"):
+    RecordIndex.open(str(folder))

@@ -112,3 +112,43 @@ def test_labels_of_arrays_get_their_names(tmp_path):
   names = {name: str(tmp_path / f"{name}.npy") for name in ("inputs", "labels")}
   with pytest.raises(UserError, match="has label 2, but class_names names only 2"):
     [load().label for load in NumpySource(**names, class_names=("a", "b")).loaders()]
+
+
+def test_a_npz_file_without_the_name_of_an_array_is_refused(tmp_path):
+  np.savez(tmp_path / "both.npz", x=np.ones((4, 2)), y=np.arange(4))
+  path = str(tmp_path / "both.npz")
+  with pytest.raises(UserError, match=r"is a \.npz file; name one of its arrays, x, y"):
+    list(NumpySource(inputs=path, labels=path).loaders())
+
+
+def test_a_damaged_compressed_npz_is_named(tmp_path):
+  path = tmp_path / "both.npz"
+  np.savez_compressed(path, x=np.arange(9000.0).reshape(-1, 2), y=np.arange(4500))
+  content = bytearray(path.read_bytes())
+  content[60:4000] = b"\xff" * 3940
+  path.write_bytes(content)
+  source = NumpySource(inputs=f"{path}:x", labels=f"{path}:y")
+  with pytest.raises(UserError, match=r"both\.npz can't be read as a NumPy file"):
+    list(source.loaders())
+
+
+def test_images_without_pixels_are_refused(tmp_path):
+  source = _write_arrays(tmp_path, "npy", np.zeros((2, 0, 3), np.uint8), np.arange(2))
+  with pytest.raises(UserError, match=r"shape \(0, 3\) can't be kept"):
+    list(source.items())
+
+
+@pytest.mark.parametrize("kind", ["npy", "hdf5"])
+def test_labels_that_are_no_utf8_are_refused(tmp_path, kind):
+  labels = np.array([b"a", b"\xff\xfe"])
+  source = _write_arrays(tmp_path, kind, np.ones((2, 2), np.float32), labels)
+  with pytest.raises(UserError, match=r"has a label .*that is no UTF-8"):
+    list(source.items())
+
+
+def test_a_group_of_hdf5_is_no_data_set(tmp_path):
+  with h5py.File(tmp_path / "a.h5", "w") as file:
+    file.create_group("x")
+    file["y"] = np.arange(3)
+  with pytest.raises(UserError, match="has no data set 'x'"):
+    list(Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y").loaders())

@@ -259,3 +259,47 @@ def test_webp_and_the_other_formats_are_ingested_from_folders(tmp_path):
   source = ImageFolderSource(folder=str(tmp_path / "images"))
   ingest(source=source, folder=str(tmp_path / "records"))
   assert RecordIndex.open(str(tmp_path / "records")).num_records == 5
+
+
+def test_a_broken_link_among_the_files_of_a_pattern_is_named(tmp_path):
+  (tmp_path / "a.tfrecord").symlink_to(tmp_path / "gone")
+  with pytest.raises(UserError, match=r"a\.tfrecord can't be read: No such file"):
+    TfRecordSource(pattern=str(tmp_path / "*.tfrecord")).fingerprint()
+
+
+def test_a_label_of_a_tfrecord_that_is_no_utf8_is_named(tmp_path):
+  feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"\xff"]))
+  example = tf.train.Example(features=tf.train.Features(feature={"label": feature}))
+  with tf.io.TFRecordWriter(str(tmp_path / "a")) as file:
+    file.write(example.SerializeToString())
+  source = TfRecordSource(pattern=str(tmp_path / "a"), image_feature=None)
+  with pytest.raises(UserError, match=r"a/0 has a label b'\\xff' that is no UTF-8"):
+    list(source.items())
+
+
+@pytest.mark.skipif(not _HAS_TENSORFLOW_IO, reason="needs tensorflow-io")
+def test_a_folder_is_no_parquet_file(tmp_path):
+  (tmp_path / "a.parquet").mkdir()
+  with pytest.raises(UserError, match=r"a\.parquet can't be read: Is a directory"):
+    list(ParquetSource(pattern=str(tmp_path / "*.parquet")).loaders())
+
+
+@pytest.mark.parametrize(
+  ("pattern", "message"), [("(a", "is no regular expression"), ("^a/", "has no group")]
+)
+def test_a_label_pattern_that_is_none_is_refused(pattern, message):
+  with pytest.raises(UserError, match=rf"LmdbSource\.label_pattern=.* {message}"):
+    LmdbSource(path="a", label_pattern=pattern)
+
+
+def test_a_path_with_a_nul_is_refused(tmp_path):
+  (tmp_path / "list.csv").write_text("path,label\na.png,x\n")
+  source = ManifestSource(path=str(tmp_path / "list.csv"))
+  with pytest.raises(UserError, match=r"has the path 'a\\x00b', which is not inside"):
+    source._inside("a\0b", "line 2")
+
+
+def test_another_folder_of_the_images_is_another_fingerprint(listed):
+  path = str(listed / "list.csv")
+  there = ManifestSource(path=path, folder=str(listed / "elsewhere"))
+  assert there.fingerprint() != ManifestSource(path=path).fingerprint()

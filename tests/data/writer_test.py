@@ -278,3 +278,16 @@ def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
   with pytest.raises(UserError, match="can't be written to: Permission denied"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  "error", [ValueError("odd"), tf.errors.InternalError(None, None, "odd")]
+)
+def test_whatever_an_item_can_not_be_kept_for_names_it(tmp_path, error):
+  class Failing(Preparer):
+    def __call__(self, item):
+      raise error
+
+  odd = writer.RecordWriter(Failing(max_pixels=1), records_per_shard=9)
+  with pytest.raises(UserError, match="key 0 can't be kept: odd"):
+    odd.write(map(ItemLoader, _items()), str(tmp_path), {})

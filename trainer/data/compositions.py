@@ -7,7 +7,6 @@ Shapes: S steps, P classes and K samples a class in a batch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Callable, Optional, Protocol
 
@@ -15,6 +14,7 @@ import gin
 import numpy as np
 
 from trainer.data import distinct_stream, members, permutation
+from trainer.data.name_pattern import NamePattern
 from trainer.data.schedule import PKSchedule, Schedule, draw
 from trainer.errors import UserError
 
@@ -79,11 +79,20 @@ def with_hard_classes(
     A schedule of num_hard + num_others classes.
 
   Raises:
-    UserError: a part has not enough classes.
+    UserError: no class has one of the names, or a part has not enough classes.
   """
   ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
   wanted = set(hard_classes)
-  is_hard = np.array([index.class_names[class_id] in wanted for class_id in ids], bool)
+  names = [index.class_names[class_id] for class_id in ids]
+  is_hard = np.array([name in wanted for name in names], bool)
+  unknown = wanted.difference(names)
+  if unknown:  # Others are of the other side of a split.
+    unknown.difference_update(index.class_names)
+  if unknown:
+    raise UserError(
+      f"with_hard_classes.hard_classes names {', '.join(sorted(unknown))}, "
+      "and the data have no such class."
+    )
   parts = [
     schedule_fn(index, classes=ids[chosen], classes_per_batch=num)
     for chosen, num in ((is_hard, num_hard), (~is_hard, num_others))
@@ -156,7 +165,8 @@ class OneGroupSchedule:
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: a name has no group, or a group has too few classes for a batch.
+    UserError: the pattern is none, a name has no group, or a group has too few classes
+      for a batch.
   """
 
   def __init__(
@@ -169,10 +179,17 @@ class OneGroupSchedule:
     classes: Optional[np.ndarray] = None,
   ):
     ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
+    pattern = NamePattern(group_pattern, "OneGroupSchedule.group_pattern")
     groups: dict[str, list[int]] = {}
     for class_id in ids.tolist():
       name = index.class_names[class_id]
-      groups.setdefault(_group_of(name, group_pattern), []).append(class_id)
+      group = pattern.part_of(name)
+      if group is None:
+        raise UserError(
+          f"The class {name!r} has no group by "
+          f"OneGroupSchedule.group_pattern={group_pattern!r}."
+        )
+      groups.setdefault(group, []).append(class_id)
     self._schedules = [
       _schedule_of(index, schedule_fn, name, groups[name]) for name in sorted(groups)
     ]
@@ -199,15 +216,6 @@ class OneGroupSchedule:
       rows = np.flatnonzero(groups == group)
       records[rows] = draw(self._schedules[group], own_steps[rows])
     return records
-
-
-def _group_of(name: str, pattern: str) -> str:
-  found = re.search(pattern, name)
-  if found is None:
-    raise UserError(
-      f"The class {name!r} has no group by OneGroupSchedule.group_pattern={pattern!r}."
-    )
-  return found[1]
 
 
 def _schedule_of(

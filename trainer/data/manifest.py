@@ -125,11 +125,14 @@ def _read(path: str) -> Optional[Manifest]:
       )
     shards = tuple(Shard(**shard) for shard in content.pop("shards"))
     return Manifest(shards=shards, **content)
+  except UserError:
+    raise
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-  except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+  # AttributeError: it is JSON, and no object.
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f"{path} is damaged ({error}); delete the index and make it again with "
       "--mode=ingest."

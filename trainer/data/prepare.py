@@ -15,6 +15,7 @@ from trainer.data.sources import Item, Value
 from trainer.errors import UserError
 
 LABEL_FEATURE = "label"
+_LARGEST_INTEGER = np.iinfo(np.int64).max
 _RESERVED = ("image", LABEL_FEATURE, "key")
 
 
@@ -121,6 +122,11 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
   if isinstance(value, bytes):
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
   array = np.asarray(value).ravel()
+  if array.dtype.kind == "u" and array.size and array.max() > _LARGEST_INTEGER:
+    raise UserError(
+      f"{key} has {array.max()} in the feature {name!r}; records keep integers up to "
+      f"{_LARGEST_INTEGER}."
+    )
   if array.dtype.kind in "iub":
     return tf.train.Feature(int64_list=tf.train.Int64List(value=array.tolist()))
   if array.dtype.kind == "f":

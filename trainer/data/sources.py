@@ -88,6 +88,24 @@ class DigitsSource(Source):
       yield ItemLoader(Item(f"digits/{number}", str(label), encode_png(image)))
 
 
+def text_of(value: object, where: str) -> str:
+  """A label as text.
+
+  Args:
+    value: text, bytes in UTF-8, or a number.
+    where: names it in the message.
+
+  Raises:
+    UserError: its bytes are no UTF-8.
+  """
+  if not isinstance(value, bytes):
+    return str(value)
+  try:
+    return value.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(f"{where} has a label {value!r} that is no UTF-8.") from error
+
+
 def encode_png(image: np.ndarray) -> bytes:
   """An image as PNG.
 
@@ -103,9 +121,10 @@ def encode_png(image: np.ndarray) -> bytes:
   import tensorflow as tf  # Late: looking at a finished ingest needs none.
 
   pixels = image[:, :, None] if image.ndim == 2 else image
-  if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+  is_image = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size > 0
+  if not is_image or pixels.shape[2] not in (1, 3):
     raise UserError(
       f"An image of type {image.dtype} and shape {image.shape} can't be kept; it must "
-      "be uint8 and [H, W], [H, W, 1] or [H, W, 3]."
+      "be uint8 and [H, W], [H, W, 1] or [H, W, 3], and not empty."
     )
   return tf.io.encode_png(pixels).numpy()

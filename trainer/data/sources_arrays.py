@@ -9,6 +9,7 @@ import functools
 import hashlib
 import io
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
@@ -16,9 +17,18 @@ import gin
 import numpy as np
 
 from trainer.data import paths
-from trainer.data.sources import Item, Loader, Source, encode_png
+from trainer.data.sources import Item, Loader, Source, encode_png, text_of
 from trainer.errors import UserError
 
+# RuntimeError: a .npz file that is encrypted, or compressed by other means.
+_NO_NUMPY_FILE = (
+  OSError,
+  ValueError,
+  EOFError,
+  RuntimeError,
+  zipfile.BadZipFile,
+  zlib.error,
+)
 _CHUNK_BYTES = 16 << 20
 
 
@@ -104,16 +114,18 @@ class Hdf5Source(Source):
     try:
       with h5py.File(self._path, "r") as file:
         for name in self._names:
-          if name not in file:
+          if not isinstance(file.get(name), h5py.Dataset):
             raise UserError(
               f"{self._path} has no data set {name!r}; it has {', '.join(file)}."
             )
         inputs, labels = (file[name] for name in self._names)
         if h5py.check_string_dtype(labels.dtype):
           labels = labels.asstr()
-        for load in _loaders(self._names[0], inputs, labels[:], self._class_names):
+        for load in _loaders(self._names[0], inputs, labels[()], self._class_names):
           item = load()  # HDF5 does not read side by side.
           yield functools.partial(_give, item)
+    except UnicodeDecodeError as error:
+      raise UserError(f"{self._path} has a label that is no UTF-8.") from error
     except OSError as error:
       raise UserError(f"{self._path} can't be read as HDF5: {error}.") from error
 
@@ -155,7 +167,7 @@ def _load(key: str, label: str, inputs: Any, number: int, is_image: bool) -> Ite
 
 def _class_name(label: Any, class_names: Optional[Sequence[str]], key: str) -> str:
   if isinstance(label, bytes):
-    return label.decode()
+    return text_of(label, key)
   if isinstance(label, str) or class_names is None:
     return str(label)
   if not 0 <= label < len(class_names):
@@ -177,16 +189,22 @@ def _load_array(name: str) -> np.ndarray:
   path, array = _file_of(name)
   try:
     if array is None and not paths.is_remote(path):
-      return np.load(path, mmap_mode="r", allow_pickle=False)
-    loaded = np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
+      loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+    else:
+      loaded = np.load(io.BytesIO(paths.read_bytes(path)), allow_pickle=False)
+    if array is None and isinstance(loaded, np.lib.npyio.NpzFile):
+      raise UserError(
+        f"{path} is a .npz file; name one of its arrays, {', '.join(loaded)}, as in "
+        "'file.npz:name'."
+      )
     if array is None:
       return loaded
     _check_has(path, loaded, array)
     return loaded[array]
   except UserError:
     raise
-  except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+  except _NO_NUMPY_FILE as error:
+    reason = getattr(error, "strerror", None) or f"{error}".partition("\n")[0]
     raise UserError(f"{path} can't be read as a NumPy file: {reason}.") from error
 
 

@@ -66,6 +66,7 @@ class ManifestSource(Source):
     return {
       "source": "manifest",
       "digest": hashlib.sha256(self._content()).hexdigest(),
+      "folder": self._folder,
       "columns": [self._label_column, self._path_column, self._number_columns],
     }
 
@@ -126,8 +127,8 @@ class ManifestSource(Source):
 
   def _inside(self, path: str, where: str) -> str:
     """The path relative to the folder, which it must not leave."""
-    relative = os.path.normpath(path)
-    if not path or os.path.isabs(path) or paths.is_remote(path):
+    relative = os.path.normpath(path.replace("\0", ""))
+    if not path or "\0" in path or os.path.isabs(path) or paths.is_remote(path):
       relative = ".."
     if relative == ".." or relative.startswith("../"):
       raise UserError(

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 import gin
 
 from trainer.data import paths
-from trainer.data.sources import Item, Loader, Source, Value
+from trainer.data.name_pattern import NamePattern
+from trainer.data.sources import Item, Loader, Source, Value, text_of
 from trainer.errors import UserError
 
 _PARQUET_MAGIC = b"PAR1"
@@ -61,7 +61,7 @@ class ParquetSource(Source):
     for name in (self._label_column, self._image_column):
       if name is not None and name not in row:
         raise UserError(f"{path} has no column {name!r}; it has {', '.join(row)}.")
-    label = _text(row.pop(self._label_column))
+    label = text_of(row.pop(self._label_column), key)
     image = None if self._image_column is None else row.pop(self._image_column)
     return Item(key, label, image, row)
 
@@ -74,11 +74,15 @@ class LmdbSource(Source):
     path: the database's folder, or its file.
     label_pattern: regular expression whose first group is the class, searched in the
       key; as it stands, what is before the last slash.
+
+  Raises:
+    UserError: the expression is none, or has no group.
   """
 
   def __init__(self, *, path: str, label_pattern: str = r"^(.+)/"):
     self._path = paths.absolute(path)
     self._label_pattern = label_pattern
+    self._label = NamePattern(label_pattern, "LmdbSource.label_pattern")
 
   def fingerprint(self) -> dict[str, object]:
     """Name, size and time of the file."""
@@ -99,13 +103,13 @@ class LmdbSource(Source):
     lmdb = tensorflow_io.load("LMDB files").IODataset.from_lmdb(self._file())
     for key, value in _read_all(lmdb, self._file()):
       name = key.numpy().decode("utf-8", "surrogateescape")
-      found = re.search(self._label_pattern, name)
-      if found is None:
+      label = self._label.part_of(name)
+      if label is None:
         raise UserError(
           f"{self._path}: the key {name!r} has no class by "
           f"LmdbSource.label_pattern={self._label_pattern!r}."
         )
-      yield functools.partial(_give, Item(name, found[1], value.numpy()))
+      yield functools.partial(_give, Item(name, label, value.numpy()))
 
   def _file(self) -> str:
     inside = os.path.join(self._path, "data.mdb")
@@ -172,7 +176,7 @@ class TfRecordSource(Source):
     for name in names:
       if name is not None and name not in values:
         raise UserError(f"{key} has no feature {name!r}; it has {', '.join(values)}.")
-    label = _text(_only(values[self._label_feature], key, self._label_feature))
+    label = text_of(_only(values[self._label_feature], key, self._label_feature), key)
     image = None
     if self._image_feature is not None:
       image = _only(values[self._image_feature], key, self._image_feature)
@@ -194,26 +198,25 @@ def _give(item: Item) -> Item:
   return item
 
 
-def _text(label: Any) -> str:
-  return label.decode() if isinstance(label, bytes) else str(label)
-
-
 def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
   from trainer.data import tensorflow_io
 
   files = tensorflow_io.load("Parquet files").IODataset
   _check_parquet(path)
   for row in _read_all(lambda: files.from_parquet(path), path):
-    yield {_text(name): value.numpy() for name, value in row.items()}
+    yield {text_of(name, path): value.numpy() for name, value in row.items()}
 
 
 def _check_parquet(path: str) -> None:
   """Refuses what tensorflow-io would crash on: a file without its end."""
-  size = paths.status(path).num_bytes
-  with paths.open_file(path, "rb") as file:
-    head = file.read(len(_PARQUET_MAGIC))
-    file.seek(max(0, size - len(_PARQUET_MAGIC)))
-    tail = file.read(len(_PARQUET_MAGIC))
+  try:
+    size = paths.status(path).num_bytes
+    with paths.open_file(path, "rb") as file:
+      head = file.read(len(_PARQUET_MAGIC))
+      file.seek(max(0, size - len(_PARQUET_MAGIC)))
+      tail = file.read(len(_PARQUET_MAGIC))
+  except OSError as error:
+    raise UserError(f"{path} can't be read: {error.strerror}.") from error
   if head != _PARQUET_MAGIC or tail != _PARQUET_MAGIC:
     raise UserError(f"{path} can't be read: it is no whole Parquet file.")
 
@@ -242,6 +245,9 @@ def _matching(pattern: str) -> list[str]:
 def _states(pattern: str) -> list[Mapping[str, object]]:
   states: list[Mapping[str, object]] = []
   for path in _matching(pattern):
-    status = paths.status(path)
+    try:
+      status = paths.status(path)
+    except OSError as error:
+      raise UserError(f"{path} can't be read: {error.strerror}.") from error
     states.append({"name": path, **status._asdict()})
   return states

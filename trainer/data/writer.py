@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent import futures
 from typing import Callable, Optional, TypeVar
 
+import tensorflow as tf
 from absl import logging
 
 from trainer.data import index_builder, paths, publishing, shard_file
@@ -143,12 +144,25 @@ class RecordWriter:
 
   def _prepare(self, load: Loader) -> Prepared | Unreadable:
     try:
-      return self._preparer(load())
+      return self._prepare_or_refuse(load)
     except UserError as error:
       if not self._leave_out_unreadable:
         raise
       logging.warning("%s Left out.", error)
       return Unreadable(str(error))
+
+  def _prepare_or_refuse(self, load: Loader) -> Prepared:
+    """The record of an item; whatever is wrong with the item is a `UserError`."""
+    key = "An item"
+    try:
+      item = load()
+      key = item.key
+      return self._preparer(item)
+    except UserError:
+      raise
+    except (ValueError, tf.errors.OpError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise UserError(f"{key} can't be kept: {reason}") from error
 
 
 def _shard_name(number: int) -> str:
