@@ -21,6 +21,8 @@ _CURVES = {
   "mining/active_fraction": "Active fraction",
   "mining/hardest_positive_distance": "Mean distance of the hardest positive",
   "mining/hardest_negative_distance": "Mean distance of the hardest negative",
+  "mining/hard_fraction": "Share of hard triplets",
+  "mining/embedding_rank": "Effective rank of the embeddings",
   "mining/embedding_norm": "Mean norm of the embeddings",
   "train/learning_rate": "Learning rate",
   "train/images_per_second": "Images per second",
