@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import struct
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import folder_lock, in_place, scan
+from trainer.data import folder_lock, framing, in_place, scan
 from trainer.data.in_place import RecordsInPlace, index_records
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
@@ -289,3 +290,41 @@ def test_only_a_shard_with_another_time_is_read_again(folder, monkeypatch):
   assert scanned == ["part 1.tfrecord"]
   np.testing.assert_array_equal(index.labels, before.labels)
   np.testing.assert_array_equal(index.arrays.offsets, before.arrays.offsets)
+
+
+def _forged(num_bytes):
+  length = struct.pack("<Q", num_bytes)
+  return length + struct.pack("<I", framing.masked_crc(length)) + b"1234"
+
+
+@pytest.mark.parametrize("num_bytes", [1, 2**45, 2**64 - 1])
+def test_a_forged_length_is_named(folder, num_bytes):
+  with (folder / "part 1.tfrecord").open("ab") as file:
+    file.write(_forged(num_bytes))
+  with pytest.raises(UserError, match=r"part 1\.tfrecord: record 21 is cut short"):
+    index_records(str(folder), label_feature="y")
+
+
+def test_a_forged_length_is_named_in_a_plain_pass(tmp_path):
+  (tmp_path / "a").write_bytes(framing.frame(b"x") + _forged(2**45))
+  caught = pytest.raises(framing.FramingError, match="is cut short")
+  with (tmp_path / "a").open("rb") as file, caught as damage:
+    list(framing.records(file))
+  assert damage.value.number == 1
+
+
+def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
+  expected = index_records(str(folder), label_feature="y")
+  os.utime(folder / "part 1.tfrecord", (1, 1))
+  monkeypatch.setattr(scan, "_BATCH_BYTES", 100)
+  sizes = []
+  true_numbers_of = scan.Labels.numbers_of
+  monkeypatch.setattr(
+    scan.Labels,
+    "numbers_of",
+    lambda self, names: sizes.append(len(names)) or true_numbers_of(self, names),
+  )
+  index = index_records(str(folder), label_feature="y")
+  assert sum(sizes) == 21
+  assert max(sizes) <= 3
+  np.testing.assert_array_equal(index.labels, expected.labels)

@@ -149,3 +149,21 @@ def test_an_integer_beyond_those_of_records_is_named():
   item = Item("k", "a", features={"x": 2**63})
   with pytest.raises(UserError, match="k has 9223372036854775808 in the feature 'x'"):
     Preparer(max_pixels=10)(item)
+
+
+def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
+  file = _encoded("jpeg", _image())
+  start = 4 + int.from_bytes(file[4:6], "big")
+  odd = file[:start] + b"\0" + file[start:]
+  assert tf.io.decode_jpeg(odd).shape == (60, 40, 3)
+  assert image_head.read(odd) == image_head.Head("jpeg", 40, 60)
+  with pytest.raises(UserError, match="declares 40 x 60 pixels, more than"):
+    Preparer(max_pixels=2000)(Item("odd", "a", odd))
+
+
+@pytest.mark.parametrize(
+  "file", [b"\xff\xd8\xff\xd9" + b"\0" * 40, b"BM" + b"\xff" * 40]
+)
+def test_an_image_whose_size_is_not_found_is_refused(file):
+  with pytest.raises(UserError, match=r"odd is no image .* its size is not found"):
+    Preparer(max_pixels=2000)(Item("odd", "a", file))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -188,3 +190,24 @@ def test_a_manifest_of_another_shape_is_named(folder, content):
   (folder / "index" / "manifest.json").write_text(content)
   with pytest.raises(UserError, match=r"manifest\.json is damaged"):
     RecordIndex.open(str(folder))
+
+
+def test_few_shards_are_open_however_many_a_batch_has(folder, monkeypatch):
+  monkeypatch.setattr("trainer.data.records._MAX_OPEN_SHARDS", 1)
+  opened: weakref.WeakSet = weakref.WeakSet()
+  num_open = []
+  true_open = RecordIndex._open_uncached
+
+  def counted(self, shard):
+    file = true_open(self, shard)
+    opened.add(file)
+    num_open.append(len(opened))
+    return file
+
+  monkeypatch.setattr(RecordIndex, "_open_uncached", counted)
+  index = RecordIndex.open(str(folder))
+  numbers = np.random.default_rng(0).permutation(_NUM_RECORDS)
+  expected = _plain_pass(folder)
+  assert index.read(numbers) == [expected[number] for number in numbers]
+  assert len(num_open) == 5
+  assert max(num_open) <= 2

@@ -291,3 +291,18 @@ def test_whatever_an_item_can_not_be_kept_for_names_it(tmp_path, error):
   odd = writer.RecordWriter(Failing(max_pixels=1), records_per_shard=9)
   with pytest.raises(UserError, match="key 0 can't be kept: odd"):
     odd.write(map(ItemLoader, _items()), str(tmp_path), {})
+
+
+def test_records_are_written_one_by_one(tmp_path, monkeypatch):
+  sizes = []
+  true_write = paths.write_parts
+
+  def watched(path, parts):
+    parts = list(parts) if path.endswith(".json.new") else parts
+    true_write(path, (sizes.append(len(part)) or part for part in parts))
+
+  monkeypatch.setattr(paths, "write_parts", watched)
+  _writer().write(_loaders([]), str(tmp_path), {})
+  lengths = RecordIndex.open(str(tmp_path)).arrays.lengths
+  assert set(lengths + 16) <= set(sizes)
+  assert len(sizes) > _NUM_ITEMS

@@ -8,6 +8,8 @@ tensorflow/core/lib/io/record_writer.h.
 from __future__ import annotations
 
 import functools
+import mmap
+import os
 import struct
 from collections.abc import Iterator
 from typing import IO
@@ -18,6 +20,7 @@ HEADER_BYTES = 12
 FOOTER_BYTES = 4
 OVERHEAD_BYTES = HEADER_BYTES + FOOTER_BYTES
 
+_LENGTH = struct.Struct("<Q")
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
@@ -78,6 +81,36 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
   return data
 
 
+def _size(file: IO[bytes]) -> int:
+  start = file.tell()
+  file.seek(0, os.SEEK_END)
+  end = file.tell()
+  file.seek(start)
+  return end
+
+
+def lengths_fit(path: str) -> bool:
+  """Whether the lengths of all records of a local file together are its size.
+
+  Only the lengths are looked at, and no checksum.
+
+  Raises:
+    OSError: it can't be read.
+  """
+  end = os.path.getsize(path)
+  if not end:
+    return True
+  with (
+    open(path, "rb") as file,
+    mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+  ):
+    position, last = 0, end - OVERHEAD_BYTES
+    length_at = _LENGTH.unpack_from
+    while position <= last:
+      position += length_at(mapped, position)[0] + OVERHEAD_BYTES
+  return position == end
+
+
 def records(file: IO[bytes]) -> Iterator[bytes]:
   """The data of all records of a file, in order.
 
@@ -85,6 +118,7 @@ def records(file: IO[bytes]) -> Iterator[bytes]:
     FramingError: with the number of the first record that is damaged.
   """
   number = 0
+  end = _size(file)
   while header := file.read(HEADER_BYTES):
     try:
       if len(header) < HEADER_BYTES:
@@ -92,6 +126,8 @@ def records(file: IO[bytes]) -> Iterator[bytes]:
       num_bytes, length_crc = _HEADER.unpack(header)
       if masked_crc(header[:8]) != length_crc:
         raise FramingError("has a corrupt length (checksum differs)")
+      if num_bytes > end - file.tell():  # Before memory for it is asked for.
+        raise FramingError("is cut short")
       yield unframe(header + file.read(num_bytes + FOOTER_BYTES), num_bytes)
     except FramingError as error:
       error.number = number

@@ -11,6 +11,8 @@ from typing import NamedTuple, Optional
 # JPEG's start-of-frame markers: C4, C8 and CC are something else.
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
+_START_OF_SCAN = 0xDA
+
 
 class Head(NamedTuple):
   """What an image file says of itself.
@@ -50,18 +52,22 @@ def read(file: bytes) -> Optional[Head]:
 
 
 def _jpeg_size(file: bytes) -> tuple[int, int]:
-  position = 2
-  while position + 9 <= len(file):
+  # Bytes between segments are skipped, as libjpeg does.
+  position = file.find(b"\xff", 2)
+  while 0 <= position <= len(file) - 9:
     marker = file[position + 1]
-    if file[position] != 0xFF:
-      break
     if marker in _FRAME_MARKERS:
       height, width = struct.unpack_from(">HH", file, position + 5)
       return width, height
-    if marker == 0xFF or marker == 0x01 or 0xD0 <= marker <= 0xD8:
-      position += 1 if marker == 0xFF else 2
-      continue
-    position += 2 + struct.unpack_from(">H", file, position + 2)[0]
+    if marker == _START_OF_SCAN:
+      break
+    if marker == 0xFF:
+      position += 1
+    elif marker <= 0x01 or 0xD0 <= marker <= 0xD8:
+      position += 2
+    else:
+      position += 2 + struct.unpack_from(">H", file, position + 2)[0]
+    position = file.find(b"\xff", position)
   return 0, 0
 
 

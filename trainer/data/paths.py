@@ -11,7 +11,7 @@ import errno
 import glob as local_glob
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
 _NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
@@ -60,10 +60,16 @@ def read_bytes(path: str) -> bytes:
 
 def write_bytes(path: str, content: bytes) -> None:
   """Writes a file, and makes sure that it has reached the disk."""
+  write_parts(path, (content,))
+
+
+def write_parts(path: str, parts: Iterable[bytes]) -> None:
+  """As `write_bytes`, of parts that are made while it is written."""
   if path.startswith("ram://") and exists(path):
     gfile(path).remove(path)  # Or it would be written on at its end.
   with as_os_errors(path), open_file(path, "wb") as file:
-    file.write(content)
+    for part in parts:
+      file.write(part)
     file.flush()
     if not is_remote(path):
       os.fsync(file.fileno())

@@ -72,6 +72,8 @@ class Preparer:
 
   def _checked_image(self, key: str, file: bytes) -> bytes:
     head = image_head.read(file)
+    if head is not None and min(head.width, head.height) < 1:
+      raise _no_image(key, file, f"it is {head.format}, and its size is not found.")
     if head is not None and head.width * head.height > self._max_pixels:
       raise UserError(
         f"{key} declares {head.width} x {head.height} pixels, more than the "

@@ -143,36 +143,37 @@ class RecordIndex:
       UserError: naming file and record, if one is corrupt or cannot be read.
     """
     numbers = np.asarray(record_numbers, np.int64)
-    places = list(
-      zip(
-        numbers.tolist(),
-        self.arrays.shards[numbers].tolist(),
-        self.arrays.offsets[numbers].tolist(),
-        self.arrays.lengths[numbers].tolist(),
-      )
-    )
     if self._is_remote:
-      return remote.in_parallel(self._read_one, places)
+      return remote.in_parallel(self._read_one, self._places(numbers))
     try:
-      return self._read_local(places)
-    except (framing.FramingError, OSError):
-      return [self._read_one(*place) for place in places]  # Names the bad one.
+      return self._read_local(numbers)
+    except (framing.FramingError, OSError):  # Names the bad one.
+      return [self._read_one(*place) for place in self._places(numbers)]
 
   def describe(self, record_number: int) -> str:
     """Names a record for a message: its file and its number in that file."""
     shard = int(self.arrays.shards[record_number])
     return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
 
-  def _read_local(self, places: Sequence[tuple[int, int, int, int]]) -> list[bytes]:
-    # All that is the same for many records is looked up once: a call costs as much as
-    # reading a record.
-    files = {shard: self._open_shard(shard) for shard in {place[1] for place in places}}
-    numbers = {shard: file.fileno() for shard, file in files.items()}
+  def _places(self, numbers: np.ndarray) -> list[tuple[int, int, int, int]]:
+    """Number, shard, offset and length of records [n]."""
+    columns = (self.arrays.shards, self.arrays.offsets, self.arrays.lengths)
+    return list(zip(numbers.tolist(), *(each[numbers].tolist() for each in columns)))
+
+  def _read_local(self, numbers: np.ndarray) -> list[bytes]:
+    # Shard by shard, of which one is held open. All that is the same for many records
+    # is looked up once: a call costs as much as reading a record.
+    order = np.argsort(self.arrays.shards[numbers], kind="stable")
     pread, unframe, overhead = os.pread, framing.unframe, framing.OVERHEAD_BYTES
-    return [
-      unframe(pread(numbers[shard], length + overhead, offset), length)
-      for _, shard, offset, length in places
-    ]
+    records = [b""] * len(numbers)
+    open_shard = -1
+    for row, place in zip(order.tolist(), self._places(numbers[order])):
+      _, shard, offset, length = place
+      if shard != open_shard:
+        file = self._open_shard(shard)
+        descriptor, open_shard = file.fileno(), shard
+      records[row] = unframe(pread(descriptor, length + overhead, offset), length)
+    return records
 
   def _read_one(self, number: int, shard: int, offset: int, length: int) -> bytes:
     try:

@@ -18,7 +18,8 @@ from trainer.data import framing, manifest, paths
 from trainer.data.index_builder import Labels, ShardIndex
 from trainer.errors import UserError
 
-_RECORDS_AT_A_TIME = 4096
+# Read at a time: as many as the bytes hold, by the size of the first.
+_MAX_RECORDS, _BATCH_BYTES = 4096, 32 << 20
 _BUFFER_BYTES = 8 << 20
 
 
@@ -41,6 +42,9 @@ def scan(folder: str, name: str, label_feature: str) -> ShardIndex:
   numbers: list[np.ndarray] = []
   labels = Labels()
   try:
+    # TensorFlow asks for as much memory as a length says, and dies where none is left.
+    if not paths.is_remote(path) and not framing.lengths_fit(path):
+      _explain(path, label_feature, ValueError("its lengths are not its size."))
     for some_lengths, some_labels in _dataset(path, label_feature):
       lengths.append(some_lengths.numpy().astype(np.uint32))
       numbers.append(labels.numbers_of(some_labels.numpy().tolist()))
@@ -65,22 +69,26 @@ def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
 def _dataset(path: str, label_feature: str) -> tf.data.Dataset:
   """Lengths and labels of some records at a time."""
   records = tf.data.TFRecordDataset(path, buffer_size=_BUFFER_BYTES)
-  label_dtype = _label_dtype(path, records, label_feature)
+  label_dtype, num_bytes = _first(path, records, label_feature)
   features = {label_feature: tf.io.FixedLenFeature([], label_dtype)}
 
   def read(some: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     label = tf.io.parse_example(some, features)[label_feature]
     return tf.strings.length(some), label
 
-  batches = records.batch(_RECORDS_AT_A_TIME)
+  batches = records.batch(max(1, min(_MAX_RECORDS, _BATCH_BYTES // (num_bytes + 1))))
   return batches.map(read, tf.data.AUTOTUNE).prefetch(2)
 
 
-def _label_dtype(path: str, records: tf.data.Dataset, label_feature: str) -> tf.DType:
-  """Type of the first record's label; of an empty file, any."""
+def _first(
+  path: str, records: tf.data.Dataset, label_feature: str
+) -> tuple[tf.DType, int]:
+  """Type of the first record's label, and its size in bytes; of an empty file, any."""
   for record in records.take(1):
-    return tf.string if _kind(path, 0, record.numpy(), label_feature) else tf.int64
-  return tf.string
+    content = record.numpy()
+    is_bytes = _kind(path, 0, content, label_feature)
+    return (tf.string if is_bytes else tf.int64), len(content)
+  return tf.string, 0
 
 
 def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -64,13 +64,13 @@ class Part:
     )
 
 
-def write(folder: str, name: str, records: Sequence[Prepared | Unreadable]) -> Part:
+def write(folder: str, name: str, records: Iterable[Prepared | Unreadable]) -> Part:
   """Writes a shard, and then a note that it is whole.
 
   Args:
     folder: where.
     name: of the shard's file.
-    records: those to write, and those that are left out.
+    records: those to write, and those that are left out; one is held at a time.
 
   Returns:
     What the note says.
@@ -78,17 +78,26 @@ def write(folder: str, name: str, records: Sequence[Prepared | Unreadable]) -> P
   Raises:
     OSError: it can't be written.
   """
-  kept = [record for record in records if isinstance(record, Prepared)]
-  frames = b"".join(framing.frame(record.data) for record in kept)
-  paths.write_bytes(os.path.join(folder, name), frames)
+  kept: list[tuple[str, str, int, int]] = []
+  unreadable: list[str] = []
+
+  def frames() -> Iterator[bytes]:
+    for record in records:
+      if isinstance(record, Unreadable):
+        unreadable.append(record.reason)
+        continue
+      kept.append((record.key, record.label, len(record.data), record.digest))
+      yield framing.frame(record.data)
+
+  paths.write_parts(os.path.join(folder, name), frames())
   part = Part(
     name=name,
-    num_taken=len(records),
-    keys=[record.key for record in kept],
-    labels=[record.label for record in kept],
-    lengths=[len(record.data) for record in kept],
-    digests=[record.digest for record in kept],
-    unreadable=[each.reason for each in records if isinstance(each, Unreadable)],
+    num_taken=len(kept) + len(unreadable),
+    keys=[key for key, *_ in kept],
+    labels=[label for _, label, *_ in kept],
+    lengths=[length for *_, length, _ in kept],
+    digests=[digest for *_, digest in kept],
+    unreadable=unreadable,
   )
   note = os.path.join(folder, name + _ENDING)
   content = json.dumps(dataclasses.asdict(part)).encode()

@@ -137,9 +137,11 @@ class RecordWriter:
     progress = Progress("ingesting", "items")
     with futures.ThreadPoolExecutor(self._num_threads) as threads:
       records = _in_order(threads, self._prepare, rest)
-      while shard := list(itertools.islice(records, self._records_per_shard)):
+      for first in records:
+        others = itertools.islice(records, self._records_per_shard - 1)
+        shard = itertools.chain((first,), others)
         parts.append(shard_file.write(aside, _shard_name(len(parts)), shard))
-        progress.advance(len(shard))
+        progress.advance(parts[-1].num_taken)
     progress.finish()
 
   def _prepare(self, load: Loader) -> Prepared | Unreadable:
