@@ -149,11 +149,15 @@ class AnchorwiseLoss(tf.Module):
   def _tile(
     self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, Slopes]:
-    """The same, given lists where labels gave none; outside of what XLA compiles."""
-    if self.needs_lists and pairs.lists is None:
-      is_positive = relevance(pairs.anchors, pairs.candidates).is_positive
-      pairs = pairs._replace(lists=lists_of_pairs(is_positive))
-    return pairs_fn(pairs, parameters)
+    """The sums and slopes of a tile; around what XLA compiles."""
+    return pairs_fn(self._with_lists(pairs), parameters)
+
+  def _with_lists(self, pairs: Pairs) -> Pairs:
+    """The same, with lists where they are needed and labels gave none."""
+    if not self.needs_lists or pairs.lists is not None:
+      return pairs
+    is_positive = relevance(pairs.anchors, pairs.candidates).is_positive
+    return pairs._replace(lists=lists_of_pairs(is_positive))
 
   def _sums_and_slopes(
     self, pairs: Pairs, parameters: Sequence[tf.Tensor]

@@ -18,6 +18,12 @@ from trainer.losses.hardest import farthest_positive, nearest_negative
 from trainer.losses.masked import num_members
 from trainer.losses.penalties import check_margin
 from trainer.losses.relevance import Relevance
+from trainer.losses.sorted_triplets import sorted_triplets
+from trainer.losses.tiles import Pairs, PairsFn, Slopes, Sums
+
+# Beyond so many positives of an anchor sorting is the faster way: on a CPU, at 4,096
+# candidates, the loop takes 6 ms a positive, and sorting 1.8 s.
+MAX_POSITIVES_OF_LOOP = 256
 
 
 class MarginTripletLoss(AnchorwiseLoss):
@@ -69,9 +75,23 @@ class BatchAllTripletLoss(MarginTripletLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """All triplets of each anchor; see the base class."""
-    total, num_active = all_triplets(compared, pairs, self.margin)
+    triplets_fn = sorted_triplets if pairs.lists is None else all_triplets
+    total, num_active = triplets_fn(compared, pairs, self.margin)
     return AnchorTerms(
       total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
+    )
+
+  def _tile(
+    self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
+  ) -> tuple[Sums, Slopes]:
+    """By a loop over positives, or by sorting where an anchor has very many."""
+    pairs = self._with_lists(pairs)
+    assert pairs.lists is not None
+    without_lists = pairs._replace(lists=None)
+    return tf.cond(
+      tf.reduce_max(pairs.lists.sizes) > MAX_POSITIVES_OF_LOOP,
+      lambda: self._sums_and_slopes(without_lists, parameters),
+      lambda: pairs_fn(pairs, parameters),
     )
 
 

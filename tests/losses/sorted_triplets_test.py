@@ -1,0 +1,88 @@
+"""The sorted form gives what the loop over positives gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import batches
+from trainer import losses
+from trainer.losses import triplet
+from trainer.losses.all_triplets import all_triplets
+from trainer.losses.positive_lists import lists_of_pairs
+from trainer.losses.relevance import Relevance
+from trainer.losses.sorted_triplets import sorted_triplets
+
+
+def _random_pairs(seed, num_kinds=3):
+  """Distances, some of them tied, and pairs that are positive, negative or neither."""
+  random = np.random.default_rng(seed)
+  distances = np.round(random.gamma(2, 0.5, (12, 40)), 1 if seed % 2 else 6)
+  kinds = random.integers(0, num_kinds, distances.shape)
+  is_positive, is_negative = (tf.constant(kinds == kind) for kind in (0, 1))
+  pairs = Relevance(is_positive, is_negative, lists_of_pairs(is_positive))
+  return tf.constant(distances, tf.float32), pairs
+
+
+def _evaluate(triplets_fn, distances, pairs, margin=0.25):
+  with tf.GradientTape() as tape:
+    tape.watch(distances)
+    total, num_active = triplets_fn(distances, pairs, margin)
+  return total, num_active, tape.gradient(total, distances)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("num_kinds", [1, 2, 3])
+def test_sums_counts_and_slopes_are_those_of_the_loop(seed, num_kinds):
+  distances, pairs = _random_pairs(seed, num_kinds)
+  got = _evaluate(sorted_triplets, distances, pairs)
+  expected = _evaluate(all_triplets, distances, pairs)
+  np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(got[1], expected[1])
+  np.testing.assert_array_equal(got[2], expected[2])
+
+
+def test_small_hinges_are_not_lost_in_large_distances():
+  distances = tf.constant([[1000.0, 1000.0625, 1000.125, 5000.0]])
+  is_positive = tf.constant([[True, False, False, False]])
+  pairs = Relevance(is_positive, ~is_positive)
+  total, num_active = sorted_triplets(distances, pairs, 0.25)
+  assert total.numpy() == pytest.approx(0.1875 + 0.125)
+  assert num_active.numpy() == 2
+
+
+def test_batch_all_is_the_same_by_sorting_whole_and_in_tiles(
+  monkeypatch,
+):
+  embeddings, labels = batches.random_batch("unbalanced")
+  looped = batches.evaluate(losses.BatchAllTripletLoss(margin=0.7), embeddings, labels)
+  monkeypatch.setattr(triplet, "MAX_POSITIVES_OF_LOOP", 0)
+  loss = losses.BatchAllTripletLoss(margin=0.7)
+  found = batches.evaluate(loss, embeddings, labels)
+  for got, expected in zip(found, looped):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+  in_tiles = batches.evaluate(
+    losses.BatchAllTripletLoss(margin=0.7, rows_per_tile=4), embeddings, labels
+  )
+  for got, expected in zip(in_tiles, looped):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_large_class_takes_the_sorted_form(monkeypatch):
+  calls = []
+
+  def counted(*arguments):
+    calls.append(arguments)
+    return sorted_triplets(*arguments)
+
+  monkeypatch.setattr(triplet, "sorted_triplets", counted)
+  embeddings = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
+  labels = np.repeat(np.arange(2, dtype=np.int32), [270, 30])
+  total, count, gradient = batches.evaluate(
+    losses.BatchAllTripletLoss(margin=0.5), embeddings, labels
+  )
+  assert len(calls) == 1
+  assert count > 0
+  assert np.isfinite(gradient).all()
+  assert np.isfinite(total)
