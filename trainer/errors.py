@@ -12,6 +12,12 @@ class CheckFailedError(RuntimeError):
   exit_status = FAILURE
 
 
+class WorkerFailedError(RuntimeError):
+  """Another worker of this run failed, which shows a traceback of its own."""
+
+  exit_status = FAILURE
+
+
 class UserError(ValueError):
   """The user's mistake: shown as one line, without a traceback."""
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from trainer.data.dataset import Dataset
 from trainer.distribute.strategy import make_strategy
-from trainer.distribute.workers import Workers
+from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.retrieval.embed import embed
@@ -23,8 +23,8 @@ from trainer.run import Run
 def main(run: Run) -> None:
   """Evaluates the newest checkpoint of a run."""
   with make_strategy(run.hardware, run.facts()).scope():
-    workers = Workers()
-    evaluation = Evaluation()  # type: ignore[call-arg]  # The rest is gin's.
+    workers = current_workers()
+    evaluation = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
     workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
     metrics = evaluation.measure()
@@ -68,8 +68,11 @@ class Evaluation:
       UserError: there is no checkpoint, or it is of another encoder.
     """
     self.encoder.create_variables(self.dataset.decoder.shape)
-    step = Checkpoints(model_dir=model_dir, encoder=self.encoder).restore()
-    Workers().agree({f"the step of the newest checkpoint in {model_dir}": step})
+    workers = current_workers()
+    step = workers.together(
+      lambda: Checkpoints(model_dir=model_dir, encoder=self.encoder).restore()
+    )
+    workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
     if step is None:
       raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
     return step

@@ -55,6 +55,7 @@ _RUN_ERRORS = (
   errors.PreemptedError,
   errors.StalledError,
   errors.NotFiniteError,
+  errors.WorkerFailedError,
 )
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
@@ -178,24 +179,25 @@ def _run(values: flags.FlagValues) -> None:
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   from trainer import config, run  # Late: see the module's docstring.
+  from trainer.distribute import lost_workers
 
   importlib.import_module("trainer.parts")
   # TensorFlow logs every reduction of a value over replicas as information.
   python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
   mode = MODES[values.mode]
-  importlib.import_module(mode.module).main(
-    run.Run(
-      model_dir=values.model_dir,
-      config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
-      hardware=run.Hardware(
-        values.strategy,
-        values.num_virtual_replicas,
-        values.tpu,
-        values.worker_timeout_s,
-      ),
-      allow_config_change=values.allow_config_change,
-    )
+  module = importlib.import_module(mode.module)
+  hardware = run.Hardware(
+    values.strategy, values.num_virtual_replicas, values.tpu, values.worker_timeout_s
   )
+  with lost_workers.naming_lost_workers():
+    module.main(
+      run.Run(
+        model_dir=values.model_dir,
+        config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
+        hardware=hardware,
+        allow_config_change=values.allow_config_change,
+      )
+    )
 
 
 def _one_line(error: Exception) -> str:

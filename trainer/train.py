@@ -15,7 +15,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
-from trainer.distribute.workers import Workers
+from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop import actions, log_file, micro_batches
 from trainer.loop.checkpoint import Checkpoints
@@ -79,7 +79,7 @@ def main(run: Run) -> None:
   """Trains to the end, from the newest checkpoint if there is one."""
   with make_strategy(run.hardware, run.facts()).scope():
     train(run).loop.run()
-    Workers().wait()
+    current_workers().wait()
 
 
 def train(run: Run) -> Training:
@@ -94,27 +94,17 @@ def train(run: Run) -> Training:
   Raises:
     UserError: parts that don't fit each other, the folder, or the replicas.
   """
-  parts = Parts()  # type: ignore[call-arg]  # They are gin's.
+  workers = current_workers()
+  parts, schedule = workers.together(_make_parts)
   dataset, step, loop = parts.dataset, parts.step, parts.loop
-  workers = Workers()
   workers.agree(dataset.index.facts())
-  schedule = parts.make_schedule()
-  check_batch(schedule, step, tf.distribute.get_strategy().num_replicas_in_sync)
   workers.chief_first(lambda: open_run_folder(run))
   parts.create_variables()
-  checkpoints = Checkpoints(
-    model_dir=run.model_dir,
-    encoder=step.encoder,
-    loss=step.loss,
-    optimizer=step.optimizer,
-    averages=step.averages,
-    num_kept=loop.num_checkpoints_kept,
-    is_chief=workers.is_chief,
-  )
+  checkpoints = workers.together(lambda: _make_checkpoints(run, parts))
   # One more than are kept: the oldest goes after the newest is there.
   num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
   workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
-  first_step = checkpoints.restore() or 0
+  first_step = workers.together(checkpoints.restore) or 0
   workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
   batches = dataset.training_batches(schedule)
   outer = Loop(
@@ -130,6 +120,27 @@ def train(run: Run) -> Training:
   )
   _log_start(run, schedule, step, first_step)
   return Training(outer, step, first_step, loop.num_steps)
+
+
+def _make_parts() -> tuple[Parts, PKSchedule]:
+  parts = Parts()  # type: ignore[call-arg]  # They are gin's.
+  schedule = parts.make_schedule()
+  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  check_batch(schedule, parts.step, num_replicas)
+  return parts, schedule
+
+
+def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
+  step = parts.step
+  return Checkpoints(
+    model_dir=run.model_dir,
+    encoder=step.encoder,
+    loss=step.loss,
+    optimizer=step.optimizer,
+    averages=step.averages,
+    num_kept=parts.loop.num_checkpoints_kept,
+    is_chief=current_workers().is_chief,
+  )
 
 
 def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
@@ -174,7 +185,7 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
 
 def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:
   strategy = tf.distribute.get_strategy()
-  dataset = batches.dataset(Workers().shard(), first_step=first_step)
+  dataset = batches.dataset(current_workers().shard(), first_step=first_step)
   return InnerLoop(
     step=step,
     strategy=strategy,

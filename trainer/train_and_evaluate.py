@@ -7,13 +7,13 @@ from collections.abc import Mapping
 
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
-from trainer.distribute.workers import Workers
+from trainer.distribute.workers import current_workers
 from trainer.evaluate import Evaluation
 from trainer.loop import run_folder
 from trainer.retrieval import report
 from trainer.retrieval.results import Results
 from trainer.run import Run
-from trainer.train import train
+from trainer.train import Training, train
 
 
 def main(run: Run) -> None:
@@ -21,12 +21,11 @@ def main(run: Run) -> None:
   # The strategy first: ingest uses a device, and replicas must be made before that.
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope():
-    workers = Workers()
+    workers = current_workers()
     if run.config.binds("ingest"):
       workers.chief_first(lambda: ingest.main(run))
     training = train(run)
-    # The dataset is gin's.
-    evaluation = Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
+    evaluation = workers.together(lambda: _evaluation(training))
     results = Results(run.model_dir)
     if training.first_step == 0:
       before = evaluation.measure()
@@ -35,6 +34,11 @@ def main(run: Run) -> None:
     with training.step.weights_for_evaluation():
       after = evaluation.measure()
     workers.chief_first(lambda: _report(run, results, training.num_steps, after))
+
+
+def _evaluation(training: Training) -> Evaluation:
+  # The dataset is gin's.
+  return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
 
 
 def _report(

@@ -148,6 +148,22 @@ def test_the_chief_alone_writes(folder):
   assert [out for out, _, _ in done[1:]] == ["", ""]
 
 
+def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
+  _finished(folder, 1)
+  commands = [
+    _command(folder, folder / f"own_{index}", mode="train") for index in range(2)
+  ]
+  damaged = folder / "own_1" / "checkpoints"
+  damaged.mkdir(parents=True)
+  (damaged / "checkpoint").write_text("{")
+  for _, errors, status in _run_workers(commands):
+    assert status == 2, errors
+    assert "Traceback" not in errors
+    assert "eagerly" not in errors and "retracing" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: worker 1: ") and "can't be read" in last
+
+
 def test_workers_of_different_configurations_are_refused(folder):
   _finished(folder, 1)
   model_dir = folder / "refused"

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
-from typing import Callable
+from typing import Callable, Optional, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -12,7 +13,11 @@ import tensorflow as tf
 from trainer.data.pipeline import Shard
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.rendezvous import differences
-from trainer.errors import UserError
+from trainer.errors import UserError, WorkerFailedError
+
+# One size of all that is gathered, for one trace.
+_ROW_SIZE = 1024
+_Made = TypeVar("_Made")
 
 
 class Workers:
@@ -33,6 +38,8 @@ class Workers:
       resolver.cluster_spec().num_tasks(resolver.task_type) if is_many else 1
     )
     self.num_local_replicas = self._strategy.num_replicas_in_sync // self.num_workers
+    # Kept: run without a function, a strategy traces each call, and warns of it.
+    self._gather_fn = tf.function(self._gather_on_replicas)
 
   @property
   def is_chief(self) -> bool:
@@ -56,8 +63,11 @@ class Workers:
     if self.num_workers == 1:
       return [text]
     content = np.frombuffer(text.encode(), np.uint8).astype(np.int32)
-    sizes = self._gather(np.array([len(content)], np.int32))[:, 0]
-    rows = self._gather(np.pad(content, (0, max(1, sizes.max()) - len(content))))
+    sizes = self._gather(np.full([_ROW_SIZE], len(content), np.int32))[:, 0]
+    num_rows = max(1, -(-sizes.max() // _ROW_SIZE))
+    padded = np.pad(content, (0, num_rows * _ROW_SIZE - len(content)))
+    parts = [self._gather(part) for part in np.split(padded, num_rows)]
+    rows = np.concatenate(parts, axis=1)
     return [
       row[:size].astype(np.uint8).tobytes().decode() for row, size in zip(rows, sizes)
     ]
@@ -84,27 +94,71 @@ class Workers:
 
     Raises:
       UserError: it raised one on the chief; then on every worker.
+      WorkerFailedError: it raised another error on the chief; then on the others.
     """
-    mistake = ""
-    if self.is_chief:
-      try:
-        act()
-      except UserError as error:
-        if self.num_workers == 1:
-          raise
-        mistake = str(error)
-    mistake = self.exchange(mistake)[0]
-    if mistake:
-      raise UserError(mistake)
+    self.together(act if self.is_chief else lambda: None)
+
+  def together(self, make: Callable[[], _Made]) -> _Made:
+    """Lets each worker make something; where one can't, none goes on.
+
+    Args:
+      make: it must not speak to the other workers itself.
+
+    Returns:
+      What this worker made.
+
+    Raises:
+      UserError: it raised one on some worker; then on every worker.
+      WorkerFailedError: it raised another error elsewhere.
+    """
+    if self.num_workers == 1:
+      return make()
+    try:
+      made = make()
+    except Exception as error:
+      self._raise_first(error)
+      raise
+    self._raise_first(None)
+    return made
+
+  def _raise_first(self, error: Optional[Exception]) -> None:
+    """Raises what the first worker with an error tells, unless ours is no UserError."""
+    own = error and [isinstance(error, UserError), _in_words(error)]
+    told = [json.loads(each) for each in self.exchange(json.dumps(own))]
+    index = next((i for i, each in enumerate(told) if each), None)
+    if index is None or (own and not own[0]):
+      return
+    is_mistake, text = told[index]
+    kind = UserError if is_mistake else WorkerFailedError
+    raise kind(
+      text if told.count(told[index]) == len(told) else f"worker {index}: {text}"
+    )
 
   def wait(self) -> None:
     """Waits for all workers: where one that ends would take its part from others."""
     self.exchange("")
 
+  def _gather_on_replicas(self, rows):
+    return self._strategy.run(lambda rows: current_collectives().gather(rows), (rows,))
+
   def _gather(self, row: np.ndarray) -> np.ndarray:
-    """[n] int32 of each worker to [num_workers, n]."""
-    gathered = self._strategy.run(
-      lambda: current_collectives().gather(tf.constant(row[None]))
-    )
+    """[_ROW_SIZE] int32 of each worker to [num_workers, _ROW_SIZE]."""
+    gathered = self._gather_fn(tf.constant(row[None]))
     rows = self._strategy.experimental_local_results(gathered)[0].numpy()
     return rows[:: self.num_local_replicas]
+
+
+@functools.cache
+def _workers_of(strategy: tf.distribute.Strategy) -> Workers:
+  with strategy.scope():
+    return Workers()
+
+
+def current_workers() -> Workers:
+  """The workers of the strategy in whose scope this is called."""
+  return _workers_of(tf.distribute.get_strategy())
+
+
+def _in_words(error: Exception) -> str:
+  is_mistake = isinstance(error, UserError)
+  return str(error) if is_mistake else f"{type(error).__name__}: {error}"

@@ -12,7 +12,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import SequentialSchedule
 from trainer.distribute.collectives import current_collectives
-from trainer.distribute.workers import Workers
+from trainer.distribute.workers import current_workers
 
 
 def embed(
@@ -37,7 +37,9 @@ def embed(
   """
   schedule = SequentialSchedule(record_numbers, records_per_batch=global_batch_size)
   batches = Batches(dataset.index, schedule, dataset.decoder)
-  replica_batches = batches.dataset(Workers().shard(), num_steps=schedule.num_batches)
+  replica_batches = batches.dataset(
+    current_workers().shard(), num_steps=schedule.num_batches
+  )
 
   @tf.function
   def embed_batch(batch):

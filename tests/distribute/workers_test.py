@@ -1,0 +1,53 @@
+"""How an error of one worker reaches the others."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer.distribute.workers import Workers, current_workers
+from trainer.errors import UserError, WorkerFailedError
+
+
+def _fail(error):
+  def act():
+    raise error
+
+  return act
+
+
+def _two_workers(index, told_by_other):
+  workers = Workers()
+  workers.index, workers.num_workers = index, 2
+  workers.exchange = lambda own: (
+    [own, told_by_other] if index == 0 else [told_by_other, own]
+  )
+  return workers
+
+
+def test_workers_that_all_made_theirs_go_on():
+  assert _two_workers(1, "null").together(lambda: 5) == 5
+
+
+def test_a_mistake_is_raised_where_it_was_made_and_elsewhere():
+  with pytest.raises(UserError, match=r"^worker 0: no such file$"):
+    _two_workers(1, '[true, "no such file"]').together(lambda: 5)
+  with pytest.raises(UserError, match=r"^worker 0: no such file$"):
+    _two_workers(0, "null").together(_fail(UserError("no such file")))
+
+
+def test_a_mistake_of_all_workers_is_nobodys_own():
+  with pytest.raises(UserError, match=r"^no$"):
+    _two_workers(0, '[true, "no"]').together(_fail(UserError("no")))
+
+
+def test_another_error_of_the_chief_ends_the_others_in_one_line():
+  with pytest.raises(ZeroDivisionError):
+    _two_workers(0, "null").chief_first(_fail(ZeroDivisionError("by zero")))
+  with pytest.raises(WorkerFailedError, match="worker 0: ZeroDivisionError: by zero"):
+    _two_workers(1, '[false, "ZeroDivisionError: by zero"]').chief_first(lambda: None)
+
+
+def test_the_workers_of_a_strategy_are_made_once(mirrored):
+  with mirrored(2).scope():
+    assert current_workers() is current_workers()
+    assert current_workers().num_local_replicas == 2
