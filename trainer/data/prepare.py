@@ -98,7 +98,8 @@ def _decode(key: str, file: bytes) -> tf.Tensor:
 def _decode_webp(key: str, file: bytes) -> tf.Tensor:
   try:
     if hasattr(tf.io, "decode_webp"):
-      return tf.io.decode_webp(file, channels=3)
+      pixels = tf.io.decode_webp(file, channels=3)
+      return pixels[0] if pixels.shape.rank == 4 else pixels  # Of several pictures.
     pixels = tensorflow_io.load("WebP images").image.decode_webp(file)
     return pixels[:, :, :3]
   except tf.errors.OpError as error:
