@@ -1,6 +1,6 @@
 """Time and memory of the losses, as ratios measured in one run.
 
-  python -m tests.benchmarks.losses [--only=NAME,...] [--picture=FILE.png]
+  python -m tests.benchmarks.losses [--only=NAME,...] [--picture=runs/losses.png]
 
 D = 128, K = 4 where nothing else is said, classes in random order, loss and gradient
 on the CPU. Beside it, where they are installed: TensorFlow Addons, and PyTorch with
@@ -231,7 +231,7 @@ def _cost(name, size):
   return measure.compare({name: _run_of(name, size)}, 3)[name]
 
 
-def growth(picture=None):
+def growth(picture):
   """How batch_all grows with B, and a picture of it."""
   largest = {"batch_all": 16_384, "distance matrix": 8192, "cube": 512}
   found = {
@@ -244,9 +244,7 @@ def growth(picture=None):
   print(f"\nbatch_all grows as B^{exponent:.2f}, {first} to {last} (goal 2.1)")
   for name, cost in found[last].items():
     print(f"  {name}, B = {last}: {cost.megabytes:.0f} MB")
-  if picture:
-    measure.draw(found, picture)
-    print(f"  drawn in {picture}")
+  measure.draw(found, picture)
 
 
 PARTS = (cube, matrix, classes, addons, pml, statistics, growth, streaming)
@@ -257,7 +255,9 @@ def main():
   parser = argparse.ArgumentParser(description=__doc__)
   names = [part.__name__ for part in PARTS]
   parser.add_argument("--only", default=",".join(names), help=f"some of {names}")
-  parser.add_argument("--picture", help="where to draw time and memory against B")
+  parser.add_argument(
+    "--picture", default="runs/losses.png", help="time and memory against B"
+  )
   arguments = parser.parse_args()
   print(
     f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "

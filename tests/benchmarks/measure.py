@@ -74,8 +74,11 @@ def show(title, costs, unit) -> None:
 
 def draw(costs_by_size, path) -> None:
   """Time and memory against the batch size, both axes logarithmic."""
-  import matplotlib
-
+  try:
+    import matplotlib
+  except ImportError:
+    print("  no picture: matplotlib is not installed")
+    return
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
@@ -94,7 +97,9 @@ def draw(costs_by_size, path) -> None:
     axis.grid(alpha=0.3)
     axis.legend()
   figure.suptitle(f"Loss and gradient, D = 128, K = 4, {os.cpu_count()} cores")
+  os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
   figure.savefig(path, dpi=150)
+  print(f"  drawn in {path}")
 
 
 def _finish(outputs) -> None:
