@@ -8,11 +8,10 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer import losses
-from trainer.losses import triplet
+from trainer.losses import sorted_triplets, triplet
 from trainer.losses.all_triplets import all_triplets
 from trainer.losses.positive_lists import lists_of_pairs
 from trainer.losses.relevance import Relevance
-from trainer.losses.sorted_triplets import sorted_triplets
 
 
 def _random_pairs(seed, num_kinds=3):
@@ -25,10 +24,10 @@ def _random_pairs(seed, num_kinds=3):
   return tf.constant(distances, tf.float32), pairs
 
 
-def _evaluate(triplets_fn, distances, pairs, margin=0.25):
+def _evaluate(distances, pairs, margin=0.25):
   with tf.GradientTape() as tape:
     tape.watch(distances)
-    total, num_active = triplets_fn(distances, pairs, margin)
+    total, num_active = all_triplets(distances, pairs, margin)
   return total, num_active, tape.gradient(total, distances)
 
 
@@ -36,8 +35,8 @@ def _evaluate(triplets_fn, distances, pairs, margin=0.25):
 @pytest.mark.parametrize("num_kinds", [1, 2, 3])
 def test_sums_counts_and_slopes_are_those_of_the_loop(seed, num_kinds):
   distances, pairs = _random_pairs(seed, num_kinds)
-  got = _evaluate(sorted_triplets, distances, pairs)
-  expected = _evaluate(all_triplets, distances, pairs)
+  got = _evaluate(distances, pairs._replace(lists=None))
+  expected = _evaluate(distances, pairs)
   np.testing.assert_allclose(got[0], expected[0], rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(got[1], expected[1])
   np.testing.assert_array_equal(got[2], expected[2])
@@ -47,7 +46,7 @@ def test_small_hinges_are_not_lost_in_large_distances():
   distances = tf.constant([[1000.0, 1000.0625, 1000.125, 5000.0]])
   is_positive = tf.constant([[True, False, False, False]])
   pairs = Relevance(is_positive, ~is_positive)
-  total, num_active = sorted_triplets(distances, pairs, 0.25)
+  total, num_active = all_triplets(distances, pairs, 0.25)
   assert total.numpy() == pytest.approx(0.1875 + 0.125)
   assert num_active.numpy() == 2
 
@@ -70,13 +69,13 @@ def test_batch_all_is_the_same_by_sorting_whole_and_in_tiles(
 
 
 def test_a_large_class_takes_the_sorted_form(monkeypatch):
-  calls = []
+  calls, plain = [], sorted_triplets.sums_and_slope
 
   def counted(*arguments):
     calls.append(arguments)
-    return sorted_triplets(*arguments)
+    return plain(*arguments)
 
-  monkeypatch.setattr(triplet, "sorted_triplets", counted)
+  monkeypatch.setattr(sorted_triplets, "sums_and_slope", counted)
   embeddings = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
   labels = np.repeat(np.arange(2, dtype=np.int32), [270, 30])
   total, count, gradient = batches.evaluate(

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from trainer.losses import sorted_triplets
 from trainer.losses.relevance import Relevance
 
 # Positives of an anchor that share the passes over its negatives: with 64 samples a
@@ -28,7 +29,8 @@ def all_triplets(
 
   Args:
     distances: [T, C] float32.
-    pairs: which distances are to positives, with their lists, and which to negatives.
+    pairs: which distances are to positives and which to negatives; with lists of the
+      positives to go through them, without to sort.
     margin: in the distances' units.
 
   Returns:
@@ -37,7 +39,8 @@ def all_triplets(
 
   @tf.custom_gradient
   def sums(distances: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
-    total, num_active, slope = _sums_and_slope(distances, pairs, margin)
+    by = sorted_triplets.sums_and_slope if pairs.lists is None else _sums_and_slope
+    total, num_active, slope = by(distances, pairs, margin)
 
     def gradient(upstream: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
       return upstream[:, None] * slope

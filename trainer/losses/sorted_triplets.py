@@ -10,8 +10,6 @@ O(C log C), however large the classes, where `all_triplets` takes O(C) for a pos
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import tensorflow as tf
 
 from trainer.losses.relevance import Relevance
@@ -19,10 +17,10 @@ from trainer.losses.relevance import Relevance
 _INFINITY = float("inf")
 
 
-def sorted_triplets(
+def sums_and_slope(
   distances: tf.Tensor, pairs: Relevance, margin: float
-) -> tuple[tf.Tensor, tf.Tensor]:
-  """Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and how many are above 0.
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and its gradient.
 
   Args:
     distances: [T, C] float32.
@@ -30,25 +28,9 @@ def sorted_triplets(
     margin: in the distances' units.
 
   Returns:
-    [T] float32 sums, differentiable, and [T] float32 counts.
+    [T] float32 sums, [T] float32 counts of the terms above 0, and the sums' gradient to
+    distances, [T, C].
   """
-
-  @tf.custom_gradient
-  def sums(distances: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
-    total, num_active, slope = _sums_and_slope(distances, pairs, margin)
-
-    def gradient(upstream: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-      return upstream[:, None] * slope
-
-    return (total, num_active), gradient
-
-  return sums(distances)
-
-
-def _sums_and_slope(
-  distances: tf.Tensor, pairs: Relevance, margin: float
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """The sums and counts, both [T], and the sums' gradient to distances, [T, C]."""
   thresholds = tf.where(pairs.is_positive, distances + margin, -_INFINITY)
   negatives = tf.sort(tf.where(pairs.is_negative, distances, _INFINITY), 1)
   num_below = tf.searchsorted(negatives, thresholds)

@@ -18,7 +18,6 @@ from trainer.losses.hardest import farthest_positive, nearest_negative
 from trainer.losses.masked import num_members
 from trainer.losses.penalties import check_margin
 from trainer.losses.relevance import Relevance
-from trainer.losses.sorted_triplets import sorted_triplets
 from trainer.losses.tiles import Pairs, PairsFn, Slopes, Sums
 
 # Beyond so many positives of an anchor sorting is the faster way: on a CPU, at 4,096
@@ -75,8 +74,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """All triplets of each anchor; see the base class."""
-    triplets_fn = sorted_triplets if pairs.lists is None else all_triplets
-    total, num_active = triplets_fn(compared, pairs, self.margin)
+    total, num_active = all_triplets(compared, pairs, self.margin)
     return AnchorTerms(
       total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
     )
