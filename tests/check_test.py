@@ -62,7 +62,7 @@ def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
 
 
 def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
-  done = check("PKSchedule.classes_per_batch = 6", "TrainStep.num_micro_batches = 4")
+  done = check("PKSchedule.classes_per_batch = 6", "StepOptions.num_micro_batches = 4")
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
   assert "4 replicas are left out: PKSchedule.classes_per_batch=6" in done.stderr
@@ -71,9 +71,9 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
 @pytest.mark.parametrize(
   ("params", "reason"),
   [
-    (("TrainStep.num_micro_batches = 60",), "num_micro_batches=60 does not divide"),
+    (("StepOptions.num_micro_batches = 60",), "num_micro_batches=60 does not divide"),
     (
-      ("TrainStep.compiled = 'step'", "TrainStep.mining_statistics = None"),
+      ("StepOptions.compiled = 'step'", "TrainStep.mining_statistics = None"),
       "compiled='step' can't compile",
     ),
   ],

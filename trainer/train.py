@@ -180,7 +180,7 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
       f"{type(step.loss).__name__} without positives; it needs at least 2."
     )
   size = num_classes * num_samples // num_replicas
-  micro_batches.check_size(step.num_micro_batches, size)
+  micro_batches.check_size(step.options.num_micro_batches, size)
 
 
 def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:

@@ -21,6 +21,7 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.distribute.objective import across_replicas
 from trainer.loop.step import TrainStep
+from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
@@ -56,7 +57,7 @@ def _step_fn(num_micro_batches):
     loss=SupervisedContrastiveLoss(temperature=0.1),
     objective_fn=across_replicas,
     optimizer=tf.keras.optimizers.SGD(1e-3),
-    num_micro_batches=num_micro_batches,
+    options=StepOptions(num_micro_batches=num_micro_batches),
   )
   step.create_variables((size, size, 3))
   labels = np.repeat(np.arange(_BATCH_SIZE.value // 4, dtype=np.int32), 4)

@@ -21,6 +21,7 @@ from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.objective import across_replicas, per_replica
 from trainer.loop import parity
 from trainer.loop.step import TrainStep
+from trainer.loop.step_options import StepOptions
 from trainer.losses import LearnedTemperature
 from trainer.losses.anchorwise import AnchorwiseLoss
 from trainer.models.backbones import Perceptron
@@ -69,7 +70,9 @@ def _batches(num_steps=3):
   return batches
 
 
-def _maker(make_loss, objective, optimizer, *, dropout_rate=0.0, **options):
+def _maker(
+  make_loss, objective, optimizer, *, dropout_rate=0.0, num_micro_batches=1, **parts
+):
   def make_step():
     tf.keras.utils.set_random_seed(11)
     backbone = Perceptron(hidden_units=(16,), dropout_rate=dropout_rate)
@@ -78,7 +81,8 @@ def _maker(make_loss, objective, optimizer, *, dropout_rate=0.0, **options):
       loss=make_loss(),
       objective_fn=_OBJECTIVES[objective],
       optimizer=_OPTIMIZERS[optimizer](),
-      **options,
+      options=StepOptions(num_micro_batches=num_micro_batches),
+      **parts,
     )
     step.create_variables((_INPUT_SIZE,))
     return step

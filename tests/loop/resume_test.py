@@ -13,6 +13,7 @@ from trainer.loop import optimizers
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.per_part import PerPart
 from trainer.loop.step import TrainStep
+from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.losses.temperature import LearnedTemperature
 from trainer.models.backbones import ConvNet, Perceptron
@@ -60,7 +61,7 @@ def _make_step(
     objective_fn=across_replicas,
     optimizer=optimizer(),
     mining_statistics=None,
-    **options,
+    options=StepOptions(**options),
   )
   step.create_variables(_SHAPE)
   return step

@@ -13,6 +13,7 @@ from trainer.errors import UserError
 from trainer.loop import micro_batches
 from trainer.loop.per_part import PerPart
 from trainer.loop.step import TrainStep
+from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
@@ -40,7 +41,7 @@ def _step(*, normalization="none", precision="float32", optimizer=None, **option
     objective_fn=across_replicas,
     optimizer=optimizer or tf.keras.optimizers.SGD(0.02),
     mining_statistics=None,  # They take long to compile.
-    **options,
+    options=StepOptions(**options),
   )
   step.create_variables((8, 8, 1))
   return step

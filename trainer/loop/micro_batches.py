@@ -21,12 +21,12 @@ def check_encoder(encoder: tf.keras.Model) -> None:
   for layer in encoder.submodules:
     if isinstance(layer, _Random):
       raise UserError(
-        f"TrainStep.num_micro_batches embeds twice, and {type(layer).__name__} would "
+        f"StepOptions.num_micro_batches embeds twice, and {type(layer).__name__} would "
         "draw other numbers the second time; use trainer.models.dropout.Dropout."
       )
   if has_synchronized(encoder):
     raise UserError(
-      "TrainStep.num_micro_batches and synchronised batch normalisation exclude each "
+      "StepOptions.num_micro_batches and synchronised batch normalisation exclude each "
       "other: replicas can't speak inside of a loop over micro-batches."
     )
   norms = batch_norms(encoder)
@@ -51,6 +51,6 @@ def check_size(num_micro_batches: int, replica_batch_size: int) -> None:
     ]
     nearest = min(divisors, key=lambda n: abs(n - num_micro_batches))
     raise UserError(
-      f"TrainStep.num_micro_batches={num_micro_batches} does not divide the replica "
+      f"StepOptions.num_micro_batches={num_micro_batches} does not divide the replica "
       f"batch of {replica_batch_size} examples; try {nearest}."
     )

@@ -17,13 +17,13 @@ from trainer.loop import gradients as gradients_lib
 from trainer.loop import micro_batches
 from trainer.loop.averages import AveragedWeights
 from trainer.loop.per_part import PerPart
+from trainer.loop.step_options import StepOptions
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.terms import Anchors, Ratio
-from trainer.models.batch_norms import has_synchronized
 from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
-COMPILED = ("nothing", "encoder", "step")
+_OPTIONS = StepOptions()
 
 
 @gin.register
@@ -37,15 +37,10 @@ class TrainStep:
     objective_fn: where the batch is mined.
     optimizer: Keras optimizer, or `PerPart`.
     mining_statistics: what is logged of the mining beside the loss; None for nothing.
-    num_micro_batches: in how many parts a replica's batch is embedded; more take less
-      memory, and one forward pass more.
-    averaging_decay: of an average of the weights, a step, e.g. 0.999; then evaluation
-      uses it. None for no average.
-    compiled: what XLA compiles: "nothing"; "encoder"; "step", the whole of it, which
-      works on one replica only.
+    options: how it is computed.
 
   Raises:
-    UserError: options that don't exist or don't fit each other.
+    UserError: `PerPart` is to scale the loss of mixed_float16.
   """
 
   def __init__(
@@ -56,12 +51,8 @@ class TrainStep:
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
     mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
-    num_micro_batches: int = 1,
-    averaging_decay: Optional[float] = None,
-    compiled: str = "nothing",
+    options: StepOptions = _OPTIONS,
   ):
-    if compiled not in COMPILED:
-      raise UserError(f"TrainStep.compiled={compiled!r} is none of {COMPILED}.")
     self.encoder = encoder
     self.loss = loss
     self._observed_loss = (
@@ -71,13 +62,11 @@ class TrainStep:
     )
     self.objective_fn = objective_fn
     self.optimizer = self._with_loss_scale(optimizer)
-    self.num_micro_batches = num_micro_batches
+    self.options = options
     self.averages: Optional[AveragedWeights] = None
-    self._averaging_decay = averaging_decay
-    self._compiled = compiled
     self._update_fn = tf.function(self._update, jit_compile=True)
     self._encode_fn = self._encode
-    if compiled == "encoder":
+    if options.compiled == "encoder":
       self._encode_fn = tf.function(self._encode, jit_compile=True)
     self._variables: list[tf.Variable] = []
 
@@ -92,16 +81,17 @@ class TrainStep:
         compiled for these replicas.
     """
     self.encoder.create_variables(input_shape)
-    self._check_compiled(tf.distribute.get_strategy().num_replicas_in_sync)
-    if self.num_micro_batches != 1:
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    self.options.check_compiled(self.encoder, num_replicas)
+    if self.options.num_micro_batches != 1:
       micro_batches.check_encoder(self.encoder)
     weights = self.encoder.trainable_variables
     self._variables = [*weights, *getattr(self.loss, "trainable_variables", ())]
     if isinstance(self.optimizer, PerPart):
       self.optimizer.divide(self.encoder.backbone_variables)
     self.optimizer.build(self._variables)
-    if self._averaging_decay is not None:
-      self.averages = AveragedWeights(weights, decay=self._averaging_decay)
+    if self.options.averaging_decay is not None:
+      self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
   @property
   def trainable_variables(self) -> list[tf.Variable]:
@@ -119,7 +109,7 @@ class TrainStep:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
     """
-    if self._compiled != "step":
+    if self.options.compiled != "step":
       return self._update(batch, collectives)
     return self._update_fn(batch, collectives)
 
@@ -165,11 +155,12 @@ class TrainStep:
       return value, self._scaled(value.loss)
 
     arguments = (encode, share, batch.inputs, self._variables)
-    if self.num_micro_batches == 1:
+    num_parts = self.options.num_micro_batches
+    if num_parts == 1:
       value, local = gradients_lib.of_whole_batch(*arguments)
     else:
-      micro_batches.check_size(self.num_micro_batches, num_examples)
-      value, local = gradients_lib.of_micro_batches(*arguments, self.num_micro_batches)
+      micro_batches.check_size(num_parts, num_examples)
+      value, local = gradients_lib.of_micro_batches(*arguments, num_parts)
     return value, self._unscaled(collectives.sum(local))
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
@@ -205,21 +196,6 @@ class TrainStep:
   def _encode(self, inputs, step, first_example):
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
-
-  def _check_compiled(self, num_replicas: int) -> None:
-    if num_replicas == 1:
-      return
-    if self._compiled == "step":
-      raise UserError(
-        f"TrainStep.compiled='step' can't compile what {num_replicas} replicas say to "
-        "each other; use 'encoder', or one replica."
-      )
-    if self._compiled == "encoder" and has_synchronized(self.encoder):
-      raise UserError(
-        f"TrainStep.compiled='encoder' can't compile what {num_replicas} replicas say "
-        "to each other in synchronised batch normalisation; use 'nothing', or one "
-        "replica."
-      )
 
   def _with_loss_scale(self, optimizer):
     if getattr(self.encoder, "precision", None) != "mixed_float16":
