@@ -37,7 +37,8 @@ setup(
     "absl-py",
     "gin-config>=0.5",
     "google-crc32c",
-    "scikit-learn",
+    "scikit-learn>=1.5",
+    "threadpoolctl>=3",
   ],
   extras_require={
     "cuda": [
