@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import gin
 import numpy as np
@@ -14,10 +17,17 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
+from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import embed
-from trainer.retrieval.leave_one_out import evaluate_leave_one_out
-from trainer.retrieval.results import Results
+from trainer.retrieval.items import RecordItems
+from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
+from trainer.retrieval.rankings import Rankings, rank
+from trainer.retrieval.results import Measurement, Results
+from trainer.retrieval.verification import Verification
 from trainer.run import Run
+
+_NUM_WORST, _NUM_UNANSWERABLE = 20, 20
+_LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
 
 
 def main(run: Run) -> None:
@@ -27,33 +37,68 @@ def main(run: Run) -> None:
     evaluation = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
     workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
-    metrics = evaluation.measure()
-    workers.chief_first(lambda: _report(run, step, metrics))
+    evaluated = evaluation.evaluate()
+    workers.chief_first(lambda: _report(run, step, evaluated))
 
 
-def _report(run: Run, step: int, metrics: Mapping[str, float]) -> None:
+def _report(run: Run, step: int, evaluated: Evaluated) -> None:
   results = Results(run.model_dir)
-  results.write_latest(step, metrics)
+  results.write_latest(step, evaluated.measurement)
+  evaluated.write_classes(run.model_dir)
   print(results.table())
+
+
+class Evaluated(NamedTuple):
+  """What an evaluation embedded and found.
+
+  Attributes:
+    items: [N], that were embedded.
+    embeddings: [N, D] float32.
+    rankings: the metrics of each query.
+    measurement: what they come to.
+  """
+
+  items: RecordItems
+  embeddings: np.ndarray
+  rankings: Rankings
+  measurement: Measurement
+
+  def write_classes(self, model_dir: str) -> None:
+    """Writes `eval/classes.csv`: every class with its metrics, the worst first."""
+    rows = class_rows(self.rankings, self.items)
+    path = os.path.join(model_dir, "eval", "classes.csv")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, rows[0].keys())
+      writer.writeheader()
+      writer.writerows(rows)
 
 
 @gin.configurable("evaluate")
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Leave-one-out retrieval over the dataset's evaluation classes.
+  """Retrieval over the dataset's evaluation classes.
 
   Attributes:
     encoder: the encoder to measure.
     dataset: records, classes and decoder.
     global_batch_size: records embedded at once, over all replicas; rounded up to a
       multiple of their number.
-    recall_ks: the k of recall@k.
+    protocol: who asks, what is found, what is relevant.
+    ks: the k of recall@k, precision@k, mAP@k, nDCG@k.
+    category_feature: name of a feature of the records by whose values the metrics of
+      the queries are also told apart; None for no categories.
+    verification: measures pairs; None for not.
+    clustering: measures clusters; None for not.
   """
 
   encoder: tf.keras.Model
   dataset: Dataset
   global_batch_size: int = 256
-  recall_ks: Sequence[int] = (1, 5, 10)
+  protocol: EvaluationProtocol = _LEAVE_ONE_OUT
+  ks: Sequence[int] = (1, 5, 10)
+  category_feature: Optional[str] = None
+  verification: Optional[Verification] = _VERIFICATION
+  clustering: Optional[Clustering] = None
 
   def restore(self, model_dir: str) -> int:
     """Restores the encoder from the newest checkpoint of a run.
@@ -67,36 +112,92 @@ class Evaluation:
     Raises:
       UserError: there is no checkpoint, or it is of another encoder.
     """
-    self.encoder.create_variables(self.dataset.decoder.shape)
-    workers = current_workers()
-    step = workers.together(
-      lambda: Checkpoints(model_dir=model_dir, encoder=self.encoder).restore()
-    )
-    workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
-    if step is None:
-      raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
-    return step
+    return restore_encoder(self.encoder, self.dataset.decoder.shape, model_dir)
 
-  def measure(self) -> dict[str, float]:
+  def evaluate(self) -> Evaluated:
     """Embeds the evaluation classes with the encoder as it is now, and measures.
 
     Returns:
-      Metrics by name; see `trainer.retrieval.leave_one_out`.
+      Embeddings, rankings and metrics.
 
     Raises:
-      UserError: there is nothing to measure.
+      UserError: there is nothing to measure, or a record lacks a feature.
     """
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
-    record_numbers = np.sort(np.concatenate(members))
+    items = RecordItems(index, np.sort(np.concatenate(members)))
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     embeddings = embed(
       self.encoder,
       self.dataset,
-      record_numbers,
+      items.record_numbers,
       strategy=tf.distribute.get_strategy(),
       global_batch_size=-(-self.global_batch_size // num_replicas) * num_replicas,
     )
-    return evaluate_leave_one_out(
-      embeddings, index.labels[record_numbers], recall_ks=self.recall_ks
+    rankings = rank(embeddings, self.protocol.judge(items), ks=self.ks)
+    measurement = self._measurement(items, embeddings, rankings)
+    return Evaluated(items, embeddings, rankings, measurement)
+
+  def _measurement(
+    self, items: RecordItems, embeddings: np.ndarray, rankings: Rankings
+  ) -> Measurement:
+    metrics = rankings.means()
+    for measure in (self.verification, self.clustering):
+      if measure is not None:
+        metrics.update(measure.measure(embeddings, items.labels))
+    unanswerable = rankings.unanswerable[:_NUM_UNANSWERABLE]
+    return Measurement(
+      metrics=metrics,
+      intervals=rankings.intervals(),
+      worst_classes=class_rows(rankings, items)[:_NUM_WORST],
+      categories=self._categories(rankings, items),
+      queries_without_relevant=[items.name(item) for item in unanswerable],
     )
+
+  def _categories(
+    self, rankings: Rankings, items: RecordItems
+  ) -> dict[str, dict[str, float]]:
+    if self.category_feature is None:
+      return {}
+    values = items.feature(self.category_feature)
+    return rankings.by_group(np.array([str(v[0]) if v else "" for v in values]))
+
+
+def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
+  """{"class": name, "num_queries": n, metrics} of each class, the worst first."""
+  return [
+    {
+      "class": items.class_names[label],
+      **{name.replace("eval/", ""): value for name, value in row.items()},
+    }
+    for label, row in rankings.by_group(items.labels).items()
+  ]
+
+
+def restore_encoder(
+  encoder: tf.keras.Model, input_shape: Sequence[int], model_dir: str
+) -> int:
+  """Restores an encoder from the newest checkpoint of a run.
+
+  Args:
+    encoder: without variables yet.
+    input_shape: shape of one input.
+    model_dir: folder of the run.
+
+  Returns:
+    The number of steps it was trained.
+
+  Raises:
+    UserError: there is no checkpoint, or it is of another encoder.
+  """
+  workers = current_workers()
+
+  def restore():
+    encoder.create_variables(input_shape)
+    return Checkpoints(model_dir=model_dir, encoder=encoder).restore()
+
+  step = workers.together(restore)
+  workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
+  if step is None:
+    raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
+  return step

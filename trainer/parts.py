@@ -28,5 +28,8 @@ import trainer.losses
 import trainer.models.applications
 import trainer.models.backbones
 import trainer.models.encoder
+import trainer.retrieval.clustering
+import trainer.retrieval.protocols
+import trainer.retrieval.verification
 import trainer.train
 import trainer.validate  # noqa: F401

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluated, Evaluation
 from trainer.loop import run_folder
 from trainer.retrieval import report
 from trainer.retrieval.results import Results
@@ -28,11 +27,11 @@ def main(run: Run) -> None:
     evaluation = workers.together(lambda: _evaluation(training))
     results = Results(run.model_dir)
     if training.first_step == 0:
-      before = evaluation.measure()
+      before = evaluation.evaluate().measurement
       workers.chief_first(lambda: results.write_before_training(before))
     training.loop.run()
     with training.step.weights_for_evaluation():
-      after = evaluation.measure()
+      after = evaluation.evaluate()
     workers.chief_first(lambda: _report(run, results, training.num_steps, after))
 
 
@@ -41,10 +40,9 @@ def _evaluation(training: Training) -> Evaluation:
   return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
 
 
-def _report(
-  run: Run, results: Results, num_steps: int, metrics: Mapping[str, float]
-) -> None:
-  results.write_latest(num_steps, metrics)
+def _report(run: Run, results: Results, num_steps: int, after: Evaluated) -> None:
+  results.write_latest(num_steps, after.measurement)
+  after.write_classes(run.model_dir)
   report.write(run.model_dir)
   print(results.table())
   for path, content in run_folder.CONTENTS.items():

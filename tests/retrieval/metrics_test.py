@@ -1,50 +1,71 @@
-"""Retrieval metrics against loops written from their definitions."""
+"""Retrieval metrics against loops from their definitions, and against scikit-learn."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score, ndcg_score
 
+from tests.retrieval import rank_oracles
 from trainer.retrieval import metrics
 
-
-def _average_precision_at_r(relevant, num_relevant):
-  found, total = 0, 0.0
-  for rank in range(1, num_relevant + 1):
-    if relevant[rank - 1]:
-      found += 1
-      total += found / rank
-  return total / num_relevant
+_RNG = np.random.default_rng(1)
+_HITS = [[bool(hit) for hit in _RNG.random(12) < 0.4] for _ in range(40)]
+_HITS = [hits for hits in _HITS if any(hits)]
 
 
-def _random_rankings(rng, num_queries=50, depth=12):
-  is_relevant = rng.random((num_queries, depth)) < 0.4
-  num_relevant = rng.integers(1, depth + 1, num_queries)
-  return is_relevant, num_relevant
+def _ranks(hits):
+  return np.flatnonzero(hits) + 1
 
 
-def test_average_precision_at_r_is_that_of_the_definition():
-  is_relevant, num_relevant = _random_rankings(np.random.default_rng(1))
-  expected = [_average_precision_at_r(*row) for row in zip(is_relevant, num_relevant)]
-  got = metrics.average_precision_at_r(is_relevant, num_relevant)
-  np.testing.assert_allclose(got, expected, rtol=1e-12)
+@pytest.mark.parametrize("k", [1, 3, 12, 30])
+@pytest.mark.parametrize(
+  "name",
+  [
+    "recall_at_k",
+    "precision_at_k",
+    "found_fraction_at_k",
+    "average_precision_at_k",
+    "ndcg_at_k",
+  ],
+)
+def test_metrics_of_the_k_nearest_are_those_of_their_definitions(name, k):
+  oracle, function = getattr(rank_oracles, name), getattr(metrics, name)
+  for hits in _HITS:
+    assert function(_ranks(hits), k) == pytest.approx(oracle(hits, k), rel=1e-12)
+
+
+def test_metrics_of_whole_rankings_are_those_of_their_definitions():
+  for hits in _HITS:
+    wanted = rank_oracles.expected(hits, ())
+    ranks = _ranks(hits)
+    got = {
+      "eval/map": metrics.average_precision(ranks),
+      "eval/map_at_r": metrics.average_precision_at_r(ranks),
+      "eval/r_precision": metrics.r_precision(ranks),
+      "eval/mrr": metrics.reciprocal_rank(ranks),
+    }
+    assert got == pytest.approx(wanted, rel=1e-12)
 
 
 def test_average_precision_at_r_of_a_worked_example():
   # R = 3: hits at ranks 1 and 3 give (1/1 + 2/3) / 3; the hit at rank 4 is beyond R.
-  is_relevant = np.array([[True, False, True, True]])
-  got = metrics.average_precision_at_r(is_relevant, np.array([3]))
-  np.testing.assert_allclose(got, [(1 + 2 / 3) / 3])
+  assert metrics.average_precision_at_r(np.array([1, 3, 4])) == pytest.approx(5 / 9)
 
 
-def test_r_precision_is_that_of_the_definition():
-  is_relevant, num_relevant = _random_rankings(np.random.default_rng(2))
-  expected = [sum(row[:r]) / r for row, r in zip(is_relevant, num_relevant)]
-  np.testing.assert_allclose(metrics.r_precision(is_relevant, num_relevant), expected)
+def test_ndcg_of_a_worked_example():
+  # Hits at ranks 1 and 3: 1 + 1/2, of at best 1 + 1/log2(3).
+  best = 1 + 1 / np.log2(3)
+  assert metrics.ndcg_at_k(np.array([1, 3]), 5) == pytest.approx(1.5 / best)
 
 
-@pytest.mark.parametrize("k", [1, 5, 12])
-def test_recall_at_k_asks_for_any_relevant_among_the_nearest(k):
-  is_relevant, _ = _random_rankings(np.random.default_rng(3))
-  expected = [float(any(row[:k])) for row in is_relevant]
-  np.testing.assert_array_equal(metrics.recall_at_k(is_relevant, k), expected)
+def test_average_precision_and_ndcg_are_those_of_scikit_learn():
+  for hits in _HITS:
+    scores = -np.arange(len(hits), dtype=float)
+    ranks = _ranks(hits)
+    assert metrics.average_precision(ranks) == pytest.approx(
+      average_precision_score(hits, scores)
+    )
+    assert metrics.ndcg_at_k(ranks, 5) == pytest.approx(
+      ndcg_score([hits], [scores], k=5)
+    )

@@ -1,45 +1,70 @@
-"""Exact search against a sort of all distances."""
+"""Exact search against a sort of all distances, on one replica and on several."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from trainer.retrieval.search import nearest_others
+from trainer.errors import UserError
+from trainer.retrieval.search import nearest
 
 
-def _by_sorting(embeddings, num_neighbours):
+def _by_sorting(queries, gallery, num_neighbours):
   rows = []
-  for query in range(len(embeddings)):
-    distances = ((embeddings - embeddings[query]) ** 2).sum(axis=1)
-    order = np.lexsort((np.arange(len(embeddings)), distances))
-    rows.append([i for i in order if i != query][:num_neighbours])
+  for query in queries:
+    squares = ((gallery - query) ** 2).sum(axis=1)
+    rows.append(np.lexsort((np.arange(len(gallery)), squares))[:num_neighbours])
   return np.array(rows)
 
 
-def _all_neighbours(embeddings, **options):
-  tiles = list(nearest_others(embeddings, **options))
-  np.testing.assert_array_equal(
-    np.concatenate([queries for queries, _ in tiles]), np.arange(len(embeddings))
-  )
-  return np.concatenate([neighbours for _, neighbours in tiles])
+def _random(shape, seed):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("max_distances", [1, 100, 10_000])
-def test_neighbours_are_those_of_brute_force_for_any_tile(max_distances):
-  embeddings = np.random.default_rng(4).normal(size=(37, 5)).astype(np.float32)
-  got = _all_neighbours(embeddings, num_neighbours=9, max_distances=max_distances)
-  np.testing.assert_array_equal(got, _by_sorting(embeddings.astype(np.float64), 9))
+@pytest.mark.parametrize("num_replicas", [1, 2, 4])
+@pytest.mark.parametrize(("max_queries", "max_items"), [(1, 32), (5, 64), (100, 1000)])
+def test_neighbours_are_those_of_brute_force(
+  mirrored, num_replicas, max_queries, max_items
+):
+  queries, gallery = _random((23, 5), 1), _random((301, 5), 2)
+  with mirrored(num_replicas).scope():
+    got = nearest(
+      queries,
+      gallery,
+      num_neighbours=9,
+      max_queries=max_queries,
+      max_items=max_items,
+    )
+  wanted = _by_sorting(queries.astype(np.float64), gallery.astype(np.float64), 9)
+  np.testing.assert_array_equal(got.indices, wanted)
+  distances = np.linalg.norm(gallery[wanted] - queries[:, None], axis=2)
+  np.testing.assert_allclose(got.distances, distances, rtol=1e-5)
 
 
-def test_equal_distances_are_ordered_by_index():
+@pytest.mark.parametrize("max_items", [32, 1000])
+def test_equal_distances_are_ordered_by_index(max_items):
   # Small integers, so that distances are exact and many are equal.
-  rng = np.random.default_rng(5)
-  embeddings = rng.integers(-2, 3, size=(40, 2)).astype(np.float32)
-  got = _all_neighbours(embeddings, num_neighbours=39)
-  np.testing.assert_array_equal(got, _by_sorting(embeddings, 39))
+  gallery = np.random.default_rng(5).integers(-2, 3, (200, 2)).astype(np.float32)
+  got = nearest(gallery, gallery, num_neighbours=150, max_items=max_items)
+  np.testing.assert_array_equal(got.indices, _by_sorting(gallery, gallery, 150))
 
 
-def test_a_query_is_not_its_own_neighbour_even_among_duplicates():
-  got = _all_neighbours(np.ones((6, 3), np.float32), num_neighbours=5)
-  assert all(query not in row for query, row in enumerate(got))
+def test_copies_of_an_item_are_ordered_by_index_whatever_their_place():
+  one = _random((1, 37), 6)
+  got = nearest(one, np.repeat(one, 1001, axis=0), num_neighbours=1001, max_items=128)
+  np.testing.assert_array_equal(got.indices, [np.arange(1001)])
+
+
+def test_no_query_has_no_neighbours():
+  got = nearest(_random((0, 4), 1), _random((9, 4), 2), num_neighbours=3)
+  assert got.indices.shape == got.distances.shape == (0, 3)
+
+
+def test_more_neighbours_than_the_gallery_has_are_refused():
+  with pytest.raises(UserError, match=r"4 neighbours .* gallery of 3 items"):
+    nearest(_random((2, 4), 1), _random((3, 4), 2), num_neighbours=4)
+
+
+def test_a_gallery_of_other_dimensions_is_refused():
+  with pytest.raises(UserError, match=r"4 dimensions .* 5"):
+    nearest(_random((2, 4), 1), _random((3, 5), 2), num_neighbours=1)

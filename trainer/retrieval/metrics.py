@@ -1,6 +1,9 @@
-"""How good a ranking is, by the relevance of its items.
+"""How good a ranking is, from the ranks at which it has what is relevant.
 
-Shapes: Q queries, k neighbours; R_q, the number of items relevant to query q.
+Each function takes the ranks of one query's R relevant items, r_1 < r_2 < … < r_R, from
+1, and gives one number; a metric of a set of queries is the mean over them.
+
+Shapes: R relevant items of the query, R >= 1.
 """
 
 from __future__ import annotations
@@ -8,50 +11,111 @@ from __future__ import annotations
 import numpy as np
 
 
-def recall_at_k(is_relevant: np.ndarray, k: int) -> np.ndarray:
-  """Whether any of the k nearest is relevant (also: hit rate, CMC@k).
+def recall_at_k(ranks: np.ndarray, k: int) -> float:
+  """Whether any of the k nearest is relevant: [r_1 <= k]; also hit rate, CMC@k.
 
   Args:
-    is_relevant: [Q, >= k] bool, nearest first.
+    ranks: [R] int, ascending.
     k: how many neighbours count.
 
   Returns:
-    [Q] float64, 0 or 1.
+    0 or 1.
+
+  Source: Jégou et al. 2011, Product quantization for nearest neighbor search.
   """
-  return is_relevant[:, :k].any(axis=1).astype(np.float64)
+  return float(ranks[0] <= k)
 
 
-def r_precision(is_relevant: np.ndarray, num_relevant: np.ndarray) -> np.ndarray:
-  """Share of relevant items among the R_q nearest.
+def found_fraction_at_k(ranks: np.ndarray, k: int) -> float:
+  """Share of the relevant items that are among the k nearest: |{r_j <= k}| / R.
+
+  Information retrieval calls this recall@k.
 
   Args:
-    is_relevant: [Q, >= max R_q] bool, nearest first.
-    num_relevant: [Q] int, R_q >= 1.
-
-  Returns:
-    [Q] float64.
+    ranks: [R] int, ascending.
+    k: how many neighbours count.
   """
-  within = np.arange(is_relevant.shape[1]) < num_relevant[:, None]
-  return (is_relevant & within).sum(axis=1) / num_relevant
+  return _num_within(ranks, k) / len(ranks)
 
 
-def average_precision_at_r(
-  is_relevant: np.ndarray, num_relevant: np.ndarray
-) -> np.ndarray:
-  """AP@R: 1/R_q Σ_{i <= R_q} precision@i · [item i is relevant].
+def precision_at_k(ranks: np.ndarray, k: int) -> float:
+  """Share of the k nearest that are relevant: |{r_j <= k}| / k.
 
-  Its mean over queries is MAP@R.
+  It can't reach 1 where R < k.
 
   Args:
-    is_relevant: [Q, >= max R_q] bool, nearest first.
-    num_relevant: [Q] int, R_q >= 1.
+    ranks: [R] int, ascending.
+    k: how many neighbours count.
+  """
+  return _num_within(ranks, k) / k
 
-  Returns:
-    [Q] float64.
+
+def r_precision(ranks: np.ndarray) -> float:
+  """Share of relevant items among the R nearest: |{r_j <= R}| / R.
+
+  Args:
+    ranks: [R] int, ascending.
+  """
+  return precision_at_k(ranks, len(ranks))
+
+
+def average_precision(ranks: np.ndarray) -> float:
+  """1/R Σ_j precision@r_j, where precision@r_j = j / r_j; its mean is MAP.
+
+  Args:
+    ranks: [R] int, ascending.
+  """
+  return average_precision_at_k(ranks, int(ranks[-1]))
+
+
+def average_precision_at_k(ranks: np.ndarray, k: int) -> float:
+  """1/min(R, k) Σ_{j: r_j <= k} j / r_j; its mean is mAP@k.
+
+  Args:
+    ranks: [R] int, ascending.
+    k: how many neighbours count.
+  """
+  within = ranks[: _num_within(ranks, k)]
+  precisions = np.arange(1, len(within) + 1) / within
+  return float(precisions.sum() / min(len(ranks), k))
+
+
+def average_precision_at_r(ranks: np.ndarray) -> float:
+  """1/R Σ_{j: r_j <= R} j / r_j; its mean is MAP@R.
+
+  Args:
+    ranks: [R] int, ascending.
 
   Source: Musgrave et al. 2020, https://arxiv.org/abs/2003.08505
   """
-  ranks = np.arange(1, is_relevant.shape[1] + 1)
-  precision = np.cumsum(is_relevant, axis=1) / ranks
-  counted = is_relevant & (ranks <= num_relevant[:, None])
-  return np.where(counted, precision, 0.0).sum(axis=1) / num_relevant
+  return average_precision_at_k(ranks, len(ranks))
+
+
+def reciprocal_rank(ranks: np.ndarray) -> float:
+  """1 / r_1; its mean is MRR.
+
+  Args:
+    ranks: [R] int, ascending.
+  """
+  return 1.0 / float(ranks[0])
+
+
+def ndcg_at_k(ranks: np.ndarray, k: int) -> float:
+  """Σ_{j: r_j <= k} 1/log₂(1 + r_j), over the same sum for the best ranks, 1, 2, 3 ….
+
+  Args:
+    ranks: [R] int, ascending.
+    k: how many neighbours count.
+
+  Source: Järvelin and Kekäläinen 2002, Cumulated gain-based evaluation.
+  """
+  best = np.arange(1, min(len(ranks), k) + 1)
+  return _discounted(ranks[: _num_within(ranks, k)]) / _discounted(best)
+
+
+def _num_within(ranks: np.ndarray, k: int) -> int:
+  return int(np.searchsorted(ranks, k, side="right"))
+
+
+def _discounted(ranks: np.ndarray) -> float:
+  return float(np.sum(1.0 / np.log2(1.0 + ranks)))

@@ -1,63 +1,178 @@
-"""Exact nearest neighbours in bounded memory.
+"""Exact nearest neighbours in bounded memory, by tiles on the devices.
 
-Shapes: Q queries, G gallery items, D dimensions, k neighbours.
+Shapes: Q queries, G gallery items, D dimensions, k neighbours; T items of a tile.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from concurrent import futures
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
-# Distances held at once. With their sort keys a distance takes 20 bytes, so 320 MB.
-MAX_DISTANCES = 16_000_000
+from trainer.errors import UserError
+
+# Queries and gallery items of a tile on one replica: 256 MB of products.
+_NUM_QUERIES, _NUM_ITEMS = 4_096, 16_384
 
 
-def nearest_others(
-  embeddings: np.ndarray, *, num_neighbours: int, max_distances: int = MAX_DISTANCES
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """For each item its nearest others, tile by tile.
+class Neighbours(NamedTuple):
+  """The gallery items nearest to each query.
 
-  Order is by Euclidean distance; among equal ones the lower index comes first.
+  Attributes:
+    indices: [Q, k] int64, nearest first.
+    distances: [Q, k] float32, Euclidean.
+  """
+
+  indices: np.ndarray
+  distances: np.ndarray
+
+
+def nearest(
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  *,
+  num_neighbours: int,
+  max_queries: int = _NUM_QUERIES,
+  max_items: int = _NUM_ITEMS,
+) -> Neighbours:
+  """For each query its nearest gallery items, among equal ones the lower index first.
+
+  The replicas of the current strategy share the queries. A [queries, items] matrix of
+  distances never exists: a tile's products are reduced to the k best before the next.
+  Nearness is compared as q·g − ‖g‖²/2 in float32, so that what differs by a rounding
+  error of it may change places.
 
   Args:
-    embeddings: [G, D] float32, queries and gallery at once; finite.
-    num_neighbours: k < G.
-    max_distances: how many distances are held at once.
+    queries: [Q, D] float32, finite; may be mapped.
+    gallery: [G, D] float32, finite; may be mapped.
+    num_neighbours: k <= G.
+    max_queries: queries of a tile on one replica.
+    max_items: T.
 
-  Yields:
-    Of each tile: the queries' indices [Q] int64, and their neighbours' [Q, k] int64,
-    nearest first, without the query itself.
+  Returns:
+    Indices and distances. Without a query: nothing, [0, k].
+
+  Raises:
+    UserError: k exceeds the gallery, or the dimensions differ.
   """
-  num_items = len(embeddings)
-  tile = max(1, min(num_items, max_distances // num_items))
-  # ‖q − g‖² orders as ‖g‖² / 2 − q·g does.
-  half_norms = 0.5 * np.sum(embeddings**2, axis=1)
-  with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
-    for start in range(0, num_items, tile):
-      queries = np.arange(start, min(start + tile, num_items))
-      distances = half_norms - embeddings[queries] @ embeddings.T
-      distances[np.arange(len(queries)), queries] = np.inf
-      parts = np.array_split(distances, os.cpu_count() or 1)
-      nearest = threads.map(lambda part: _nearest(part, num_neighbours), parts)
-      yield queries, np.concatenate(list(nearest))
+  check_sizes(queries, gallery, num_neighbours)
+  if not len(queries):
+    empty = np.zeros([0, num_neighbours])
+    return Neighbours(empty.astype(np.int64), empty.astype(np.float32))
+  strategy = tf.distribute.get_strategy()
+  rows = min(max_queries, -(-len(queries) // strategy.num_replicas_in_sync))
+
+  @tf.function
+  def merge(*arguments):
+    return strategy.run(_merged, arguments)
+
+  parts = [
+    _nearest_of_part(strategy, merge, part, gallery, num_neighbours, max_items)
+    for part in _parts(queries, rows * strategy.num_replicas_in_sync)
+  ]
+  indices, distances = (np.concatenate(each)[: len(queries)] for each in zip(*parts))
+  return Neighbours(indices, distances)
 
 
-def _nearest(distances: np.ndarray, num_neighbours: int) -> np.ndarray:
-  """[Q, k] int64, the columns of the smallest distances [Q, G], smallest first."""
-  # Distance and column in one integer sort together, so that ties go by the column,
-  # and NumPy sorts integers with vector instructions, which it can't with indices.
-  columns = np.arange(distances.shape[1], dtype=np.uint64)
-  keys = (_sortable(distances).astype(np.uint64) << np.uint64(32)) | columns
-  if num_neighbours < keys.shape[1]:
-    keys = np.partition(keys, num_neighbours, axis=1)[:, :num_neighbours]
-  return (np.sort(keys, axis=1) & np.uint64(0xFFFFFFFF)).astype(np.int64)
+def check_sizes(queries: np.ndarray, gallery: np.ndarray, num_neighbours: int) -> None:
+  """Checks that queries can be answered from a gallery.
+
+  Args:
+    queries: [Q, D].
+    gallery: [G, D].
+    num_neighbours: k.
+
+  Raises:
+    UserError: k exceeds the gallery, or the dimensions differ.
+  """
+  if queries.shape[1] != gallery.shape[1]:
+    raise UserError(
+      f"Queries of {queries.shape[1]} dimensions can't be compared with a gallery of "
+      f"{gallery.shape[1]}; embed both with one encoder."
+    )
+  if not 1 <= num_neighbours <= len(gallery):
+    raise UserError(
+      f"{num_neighbours} neighbours can't be had from a gallery of {len(gallery)} "
+      f"items; ask for 1 to {len(gallery)}."
+    )
 
 
-def _sortable(values: np.ndarray) -> np.ndarray:
-  """uint32 in the order of float32 values: bits flipped, all where negative."""
-  bits = (values + np.float32(0)).view(np.uint32)  # The sum makes −0 a 0.
-  is_negative = (bits >> np.uint32(31)).astype(bool)
-  return np.where(is_negative, ~bits, bits | np.uint32(0x80000000))
+def _parts(queries: np.ndarray, num_rows: int) -> Iterator[np.ndarray]:
+  """Parts of [num_rows, D], the last filled up with zeros."""
+  for start in range(0, len(queries), num_rows):
+    yield _filled(queries[start : start + num_rows], num_rows)
+
+
+def _filled(rows: np.ndarray, num_rows: int) -> np.ndarray:
+  padding = [(0, num_rows - len(rows)), (0, 0)]
+  return np.pad(np.asarray(rows, np.float32), padding)
+
+
+def _nearest_of_part(
+  strategy: tf.distribute.Strategy,
+  merge: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  num_neighbours: int,
+  max_items: int,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Indices and distances [Q, k] of queries that the replicas divide."""
+  by_replica = queries.reshape(strategy.num_replicas_in_sync, -1, queries.shape[1])
+  shape = [by_replica.shape[1], num_neighbours]
+
+  def of_replicas(make_fn):
+    return strategy.experimental_distribute_values_from_function(
+      lambda context: tf.constant(make_fn(context.replica_id_in_sync_group))
+    )
+
+  local = of_replicas(lambda replica: by_replica[replica])
+  nearness = of_replicas(lambda _: np.full(shape, -np.inf, np.float32))
+  indices = of_replicas(lambda _: np.zeros(shape, np.int32))
+  # A multiple of 32, so that every item's product is of one kernel, and equal items are
+  # equally near.
+  num_items = min(max_items, -(-len(gallery) // 32) * 32)
+  for start in range(0, len(gallery), num_items):
+    items = gallery[start : start + num_items]
+    tile = tf.constant(_filled(items, num_items))
+    place = tf.constant([start, len(items)], tf.int32)
+    nearness, indices = merge(local, tile, place, nearness, indices)
+  found = strategy.gather(nearness, axis=0).numpy()
+  squared = np.sum(queries**2, axis=1, keepdims=True) - 2.0 * found
+  distances = np.sqrt(np.maximum(squared, 0.0))
+  return strategy.gather(indices, axis=0).numpy().astype(np.int64), distances
+
+
+def _merged(
+  queries: tf.Tensor,
+  tile: tf.Tensor,
+  place: tf.Tensor,
+  nearness: tf.Tensor,
+  indices: tf.Tensor,
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """The best of what was found before and of a tile.
+
+  Args:
+    queries: [Q, D] float32.
+    tile: [T, D] float32.
+    place: [2] int32, the gallery index of the tile's first item, and how many items it
+      has; the rest is padding.
+    nearness: [Q, k] float32 of what was found, best first.
+    indices: [Q, k] int32.
+
+  Returns:
+    Nearness and indices, [Q, k].
+  """
+  first_item, num_items = tf.unstack(place)
+  is_item = tf.range(tf.shape(tile)[0]) < num_items
+  half_norms = tf.reduce_sum(tile**2, axis=1) / 2.0
+  half_norms = tf.where(is_item, half_norms, np.inf)
+  found = tf.matmul(queries, tile, transpose_b=True) - half_norms
+  # What was found before has lower indices: among equals, top_k takes the first.
+  both = tf.concat([nearness, found], axis=1)
+  num_neighbours = tf.shape(nearness)[1]
+  nearness, columns = tf.math.top_k(both, num_neighbours)
+  known = tf.gather(indices, tf.minimum(columns, num_neighbours - 1), batch_dims=1)
+  new = first_item + columns - num_neighbours
+  return nearness, tf.where(columns < num_neighbours, known, new)

@@ -230,18 +230,16 @@ def _check_metric(name: str, point: points_lib.Point) -> None:
 
   What is logged is not known before a run has logged it.
   """
-  import numpy as np  # Late, as all that --help does not need.
-
-  from trainer.retrieval.leave_one_out import evaluate_leave_one_out
+  from trainer.retrieval import rankings, verification  # Late: not for --help.
 
   if name.startswith(("train/", "mining/")):
     return
-  recall_ks = ast.literal_eval(
-    point.config.values.get("evaluate.recall_ks", "(1, 5, 10)")
-  )
-  measured = evaluate_leave_one_out(
-    np.eye(4, dtype=np.float32), np.array([0, 0, 1, 1]), recall_ks=recall_ks
-  )
+  ks = ast.literal_eval(point.config.values.get("evaluate.ks", "(1, 5, 10)"))
+  measured = [
+    *rankings.metric_names(ks),
+    *verification.Verification().metric_names(),
+    "eval/nmi",
+  ]
   if name not in measured:
     raise errors.UserError(
       f"sweep.metric: evaluation does not measure {name!r}"

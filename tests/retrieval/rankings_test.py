@@ -1,0 +1,188 @@
+"""Rankings under each protocol, against loops over queries."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.retrieval import rank_oracles
+from trainer.errors import UserError
+from trainer.retrieval.protocols import LeaveOneOut, QueryAndGallery, Relevance
+from trainer.retrieval.rankings import rank
+
+_KS = (1, 5)
+
+
+class _Items:
+  """Items of given labels and features."""
+
+  def __init__(self, labels, **features):
+    self.labels = np.asarray(labels, np.int32)
+    self.class_names = [f"class {n}" for n in range(max(labels) + 1)]
+    self._features = features
+
+  def feature(self, name):
+    return self._features[name]
+
+
+def _embeddings(num_items, seed=2):
+  return np.random.default_rng(seed).normal(size=(num_items, 4)).astype(np.float32)
+
+
+def _labels(num_items, num_classes, seed=3):
+  return np.random.default_rng(seed).integers(0, num_classes, num_items)
+
+
+def _expected(embeddings, queries, gallery, is_relevant, is_excluded):
+  """Means by loops; the two functions take a query and a gallery item."""
+  rows = []
+  for query in queries:
+    kept = [item for item in gallery if not is_excluded(query, item)]
+    relevant = {n for n, item in enumerate(kept) if is_relevant(query, item)}
+    hits = rank_oracles.hits_of(embeddings[query], embeddings[kept], relevant, set())
+    if any(hits):
+      rows.append(rank_oracles.expected(hits, _KS))
+  return {**rank_oracles.means(rows), "eval/num_queries": len(rows)}
+
+
+def _measured(embeddings, protocol, items):
+  found = rank(embeddings, protocol.judge(items), ks=_KS).means()
+  found.pop("eval/num_queries_without_relevant")
+  return found
+
+
+def test_each_item_looks_for_the_others_of_its_class():
+  embeddings, labels = _embeddings(50), _labels(50, 9)
+  wanted = _expected(
+    embeddings,
+    range(50),
+    range(50),
+    lambda q, g: labels[q] == labels[g],
+    lambda q, g: q == g,
+  )
+  got = _measured(embeddings, LeaveOneOut(), _Items(labels))
+  assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_pairs_of_one_class_and_one_camera_do_not_count():
+  embeddings, labels, cameras = _embeddings(60), _labels(60, 6), _labels(60, 3, seed=9)
+  relevance = Relevance(excluded_feature="camera")
+  items = _Items(labels, camera=[[f"camera {c}"] for c in cameras])
+  wanted = _expected(
+    embeddings,
+    range(60),
+    range(60),
+    lambda q, g: labels[q] == labels[g],
+    lambda q, g: labels[q] == labels[g] and cameras[q] == cameras[g],
+  )
+  got = _measured(embeddings, LeaveOneOut(relevance), items)
+  assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_queries_look_in_a_gallery_of_others():
+  embeddings, labels = _embeddings(60), _labels(60, 5)
+  roles = [("query", "gallery", "unused")[n % 3] for n in range(60)]
+  wanted = _expected(
+    embeddings,
+    [n for n in range(60) if roles[n] == "query"],
+    [n for n in range(60) if roles[n] == "gallery"],
+    lambda q, g: labels[q] == labels[g],
+    lambda q, g: False,
+  )
+  items = _Items(labels, role=[[role] for role in roles])
+  got = _measured(embeddings, QueryAndGallery(), items)
+  assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_items_with_several_labels_are_relevant_where_they_share_one():
+  rng = np.random.default_rng(8)
+  embeddings = _embeddings(40)
+  tags = [[f"tag {t}" for t in set(rng.integers(0, 8, 2))] for _ in range(40)]
+  wanted = _expected(
+    embeddings,
+    range(40),
+    range(40),
+    lambda q, g: bool(set(tags[q]) & set(tags[g])),
+    lambda q, g: q == g,
+  )
+  items = _Items([0] * 40, tags=tags)
+  got = _measured(embeddings, LeaveOneOut(Relevance(labels_feature="tags")), items)
+  assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_distractors_are_found_but_neither_ask_nor_are_relevant():
+  embeddings, labels = _embeddings(40), _labels(40, 4)
+  queries = np.flatnonzero(labels != 2)
+  wanted = _expected(
+    embeddings,
+    queries,
+    range(40),
+    lambda q, g: labels[q] == labels[g],
+    lambda q, g: q == g,
+  )
+  relevance = Relevance(distractor_classes=("class 2",))
+  got = _measured(embeddings, LeaveOneOut(relevance), _Items(labels))
+  assert got == pytest.approx(wanted, rel=1e-9)
+
+
+def test_queries_without_a_relevant_item_are_told_and_left_out():
+  embeddings = np.eye(5, dtype=np.float32)
+  found = rank(embeddings, LeaveOneOut().judge(_Items([0, 1, 0, 0, 2])), ks=_KS)
+  np.testing.assert_array_equal(found.unanswerable, [1, 4])
+  assert found.means()["eval/num_queries"] == 3
+  assert found.means()["eval/num_queries_without_relevant"] == 2
+
+
+def test_groups_come_with_the_worst_first():
+  embeddings = np.array([[0, 0], [0, 1], [9, 9], [0, 0.5], [9, 8]], np.float32)
+  labels = np.array([0, 0, 1, 2, 1])
+  found = rank(embeddings, LeaveOneOut().judge(_Items(labels)), ks=_KS)
+  rows = found.by_group(labels)
+  assert list(rows) == [0, 1]
+  assert rows[0]["eval/recall_at_1"] == 0.0
+  assert rows[1] == {**rows[1], "num_queries": 2, "eval/recall_at_1": 1.0}
+
+
+def test_intervals_hold_the_means_and_narrow_with_more_queries():
+  widths = []
+  for num_items in (40, 640):
+    labels = _labels(num_items, 4)
+    found = rank(_embeddings(num_items), LeaveOneOut().judge(_Items(labels)), ks=_KS)
+    means, intervals = found.means(), found.intervals()
+    assert all(low <= means[name] <= high for name, (low, high) in intervals.items())
+    low, high = intervals["eval/recall_at_1"]
+    widths.append(high - low)
+  # 16 times the queries: a quarter of the width.
+  assert widths[1] == pytest.approx(widths[0] / 4, rel=0.5)
+
+
+def test_nothing_to_find_is_refused():
+  judged = LeaveOneOut().judge(_Items([0, 1, 2]))
+  with pytest.raises(UserError, match="at least two items"):
+    rank(np.eye(3, dtype=np.float32), judged, ks=_KS)
+
+
+def test_embeddings_that_are_not_finite_are_counted_and_refused():
+  embeddings = np.zeros((4, 2), np.float32)
+  embeddings[1, 0] = np.nan
+  with pytest.raises(UserError, match="1 of 4 embeddings"):
+    rank(embeddings, LeaveOneOut().judge(_Items([0, 0, 0, 0])), ks=_KS)
+
+
+@pytest.mark.parametrize("ks", [(), (0, 1)])
+def test_a_k_below_one_is_refused(ks):
+  judged = LeaveOneOut().judge(_Items([0, 0]))
+  with pytest.raises(UserError, match=r"evaluate\.ks"):
+    rank(np.eye(2, dtype=np.float32), judged, ks=ks)
+
+
+def test_a_role_that_nothing_has_is_refused_with_those_there_are():
+  items = _Items([0, 0], role=[["probe"], ["gallery"]])
+  with pytest.raises(UserError, match="role='query'; there is gallery, probe"):
+    QueryAndGallery().judge(items)
+
+
+def test_an_unknown_distractor_is_refused():
+  relevance = Relevance(distractor_classes=("junk",))
+  with pytest.raises(UserError, match="no class 'junk'"):
+    LeaveOneOut(relevance).judge(_Items([0, 0]))

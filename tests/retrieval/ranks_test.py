@@ -1,0 +1,53 @@
+"""Ranks of relevant items against a sort of all distances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.retrieval import rank_oracles
+from trainer.retrieval import ranks as ranks_lib
+from trainer.retrieval.judgements import ItemLabels, LabelJudgements
+from trainer.retrieval.ranks import ranks_of_relevant
+
+
+def _leave_one_out(labels):
+  everything = np.arange(len(labels))
+  return LabelJudgements(everything, everything, ItemLabels(labels))
+
+
+def _expected(embeddings, labels):
+  rows = []
+  for query, label in enumerate(labels):
+    relevant = set(np.flatnonzero(labels == label)) - {query}
+    hits = rank_oracles.hits_of(embeddings[query], embeddings, relevant, {query})
+    rows.append([rank for rank, hit in enumerate(hits, 1) if hit])
+  return rows
+
+
+def _got(embeddings, labels, **options):
+  embeddings = embeddings.astype(np.float32)
+  found = ranks_of_relevant(embeddings, embeddings, _leave_one_out(labels), **options)
+  return [ranks.tolist() for ranks in found]
+
+
+@pytest.mark.parametrize("max_distances", [1, 150, 100_000])
+def test_ranks_are_those_of_a_sort_for_any_tile(max_distances):
+  rng = np.random.default_rng(4)
+  embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+  got = _got(embeddings, labels, max_distances=max_distances)
+  assert got == _expected(embeddings, labels)
+
+
+@pytest.mark.parametrize("max_counted", [0, 1000])
+def test_equal_distances_rank_by_index_counted_or_sorted(max_counted, monkeypatch):
+  monkeypatch.setattr(ranks_lib, "_MAX_COUNTED", max_counted)
+  # Small integers, so that distances are exact and many are equal.
+  rng = np.random.default_rng(5)
+  embeddings, labels = rng.integers(-2, 3, (80, 2)), rng.integers(0, 4, 80)
+  assert _got(embeddings, labels) == _expected(embeddings, labels)
+
+
+def test_an_item_alone_in_its_class_has_no_ranks():
+  got = _got(np.eye(3), np.array([0, 1, 1]))
+  assert [len(ranks) for ranks in got] == [0, 1, 1]

@@ -1,0 +1,96 @@
+"""Verification and clustering against loops from their definitions."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from trainer.errors import UserError
+from trainer.retrieval.clustering import Clustering
+from trainer.retrieval.verification import Verification
+
+
+def _items(num_items=40, spread=1.0, seed=1):
+  rng = np.random.default_rng(seed)
+  labels = rng.integers(0, 5, num_items)
+  centres = rng.normal(size=(5, 4))
+  embeddings = centres[labels] + spread * rng.normal(size=(num_items, 4))
+  return embeddings.astype(np.float32), labels
+
+
+def _distances(embeddings, labels):
+  sides = {True: [], False: []}
+  for one, other in itertools.combinations(range(len(labels)), 2):
+    distance = np.linalg.norm(embeddings[one] - embeddings[other])
+    sides[bool(labels[one] == labels[other])].append(float(distance))
+  return sides[True], sides[False]
+
+
+def test_auc_is_the_share_of_pairs_of_pairs_in_order():
+  embeddings, labels = _items()
+  positives, negatives = _distances(embeddings, labels)
+  wins = [(p < n) + (p == n) / 2 for p in positives for n in negatives]
+  got = Verification().measure(embeddings, labels)
+  assert got["eval/roc_auc"] == pytest.approx(np.mean(wins))
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
+def test_true_positive_rate_is_the_largest_a_threshold_allows(rate):
+  embeddings, labels = _items()
+  positives, negatives = _distances(embeddings, labels)
+  allowed = [
+    np.mean(np.array(positives) <= threshold)
+    for threshold in [-1.0, *positives, *negatives]
+    if np.mean(np.array(negatives) <= threshold) <= rate
+  ]
+  got = Verification(false_positive_rates=(rate,)).measure(embeddings, labels)
+  assert got[f"eval/tpr_at_fpr_{rate:g}"] == pytest.approx(max(allowed))
+
+
+def test_the_best_threshold_is_that_of_the_best_balanced_accuracy():
+  embeddings, labels = _items()
+  positives, negatives = (np.array(side) for side in _distances(embeddings, labels))
+  accuracies = {
+    t: (np.mean(positives <= t) + np.mean(negatives > t)) / 2
+    for t in [*positives, *negatives]
+  }
+  got = Verification().measure(embeddings, labels)
+  assert got["eval/best_balanced_accuracy"] == pytest.approx(max(accuracies.values()))
+  best = max(accuracies, key=accuracies.get)
+  assert got["eval/best_threshold"] == pytest.approx(best, rel=1e-6)
+
+
+def test_pairs_that_are_drawn_give_about_what_all_give():
+  embeddings, labels = _items(300)
+  whole = Verification().measure(embeddings, labels)
+  drawn = Verification(max_pairs=10_000).measure(embeddings, labels)
+  assert drawn["eval/roc_auc"] == pytest.approx(whole["eval/roc_auc"], abs=0.01)
+  assert drawn["eval/roc_auc"] != whole["eval/roc_auc"]
+
+
+def test_one_class_has_no_negative_pairs_to_verify():
+  assert Verification().measure(np.eye(3, dtype=np.float32), np.zeros(3, int)) == {}
+
+
+def test_no_pairs_at_all_are_refused():
+  with pytest.raises(UserError, match="max_pairs=0"):
+    Verification(max_pairs=0).measure(*_items())
+
+
+def test_clusters_that_are_the_classes_give_one():
+  embeddings, labels = _items(spread=0.001)
+  assert Clustering().measure(embeddings, labels)["eval/nmi"] == pytest.approx(1.0)
+
+
+def test_clusters_of_noise_tell_little_of_the_classes():
+  labels = np.random.default_rng(2).integers(0, 5, 2000)
+  embeddings = np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32)
+  assert Clustering().measure(embeddings, labels)["eval/nmi"] < 0.02
+
+
+def test_clustering_draws_whole_classes():
+  embeddings, labels = _items(300, spread=0.001)
+  got = Clustering(max_items=150).measure(embeddings, labels)
+  assert got["eval/nmi"] == pytest.approx(1.0)

@@ -1,0 +1,71 @@
+"""The items that an evaluation embeds.
+
+Shapes: N items, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data import examples
+from trainer.data.records import RecordIndex
+from trainer.errors import UserError
+
+_READ_AT_ONCE = 4_096
+
+
+class RecordItems:
+  """Items that are records.
+
+  Attributes:
+    record_numbers: [N] int64.
+    labels: [N] int32 class ids.
+    class_names: name of each class id.
+
+  Args:
+    index: the records.
+    record_numbers: [N] int64, which of them.
+  """
+
+  def __init__(self, index: RecordIndex, record_numbers: np.ndarray):
+    self._index = index
+    self.record_numbers = record_numbers
+    self.labels = index.labels[record_numbers]
+    self.class_names: Sequence[str] = index.class_names
+
+  def feature(self, name: str) -> list[list[Any]]:
+    """The values of a feature of each item's record; text as `str`.
+
+    Raises:
+      UserError: a record doesn't have it.
+    """
+    found: list[list[Any]] = []
+    for start in range(0, len(self.record_numbers), _READ_AT_ONCE):
+      numbers = self.record_numbers[start : start + _READ_AT_ONCE]
+      for number, record in zip(numbers, self._index.read(numbers)):
+        found.append(self._values(int(number), record, name))
+    return found
+
+  def name(self, item: int) -> str:
+    """What a person knows an item by: its key, or its place in a file."""
+    number = int(self.record_numbers[item])
+    place = self._index.describe(number)
+    [record] = self._index.read([number])
+    values = examples.values(record, place).get("key")
+    return _text(values[0]) if values else place
+
+  def _values(self, number: int, record: bytes, name: str) -> list[Any]:
+    place = self._index.describe(number)
+    features = examples.values(record, place)
+    if name not in features:
+      raise UserError(
+        f"{place} has no feature {name!r}; it has {', '.join(sorted(features))}."
+      )
+    return [_text(value) for value in features[name]]
+
+
+def _text(value: Any) -> Any:
+  return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,0 +1,82 @@
+"""At which ranks of its gallery a query finds what is relevant to it.
+
+Every metric of a ranking follows from these ranks; the ranking itself is never written
+down, so neither its length nor the size of a class is limited.
+
+Shapes: Q queries, G gallery items, D dimensions, R items relevant to a query.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Protocol
+
+import numpy as np
+
+# Distances held at once, 256 MB.
+_MAX_DISTANCES = 64_000_000
+# Up to so many relevant items, counting what is nearer than each beats sorting.
+_MAX_COUNTED = 64
+
+
+class Judgements(Protocol):
+  """Which gallery items are relevant to a query, and which don't count."""
+
+  def relevant(self, query: int) -> np.ndarray:
+    """[R] int64, distinct gallery items that query q should find."""
+
+  def excluded(self, query: int) -> np.ndarray:
+    """Int64 gallery items that are not in the query's gallery; none is relevant."""
+
+
+def ranks_of_relevant(
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  judgements: Judgements,
+  *,
+  max_distances: int = _MAX_DISTANCES,
+) -> Iterator[np.ndarray]:
+  """The ranks of each query's relevant items, exact.
+
+  Order is by Euclidean distance in float32; among equal ones the lower gallery index
+  comes first.
+
+  Args:
+    queries: [Q, D] float32, finite.
+    gallery: [G, D] float32, finite.
+    judgements: of each query by its number.
+    max_distances: how many distances are held at once.
+
+  Yields:
+    Of each query in order: [R] int64 ranks, ascending, from 1.
+  """
+  # ‖q − g‖² orders as ‖g‖² / 2 − q·g does.
+  half_norms = 0.5 * np.sum(gallery**2, axis=1)
+  num_rows = max(1, min(len(queries), max_distances // len(gallery)))
+
+  def ranks(query: int, distances: np.ndarray) -> np.ndarray:
+    distances[judgements.excluded(query)] = np.inf
+    return _ranks(distances, judgements.relevant(query))
+
+  with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    for start in range(0, len(queries), num_rows):
+      rows = queries[start : start + num_rows]
+      distances = half_norms - rows @ gallery.T
+      yield from threads.map(ranks, range(start, start + len(rows)), distances)
+
+
+def _ranks(distances: np.ndarray, relevant: np.ndarray) -> np.ndarray:
+  """Ascending ranks, from 1, of items [R] in the order of distances [G]."""
+  found = distances[relevant]
+  if len(relevant) <= _MAX_COUNTED:
+    nearer = np.array([np.count_nonzero(distances < each) for each in found], np.int64)
+    equal = np.array([np.count_nonzero(distances == each) for each in found], np.int64)
+  else:
+    in_order = np.sort(distances)
+    nearer = np.searchsorted(in_order, found, side="left")
+    equal = np.searchsorted(in_order, found, side="right") - nearer
+  for row in np.flatnonzero(equal > 1):
+    nearer[row] += np.count_nonzero(distances[: relevant[row]] == found[row])
+  return np.sort(nearer) + 1
