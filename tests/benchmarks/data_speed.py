@@ -145,7 +145,7 @@ def _reads():
     in_order = tf.data.TFRecordDataset(path)
     taken = numbers.size
     _ratio(
-      "reads of 2 kB, one by one",
+      "reads of 2 kB, order one by one from Python",
       0.8,
       at_random,
       lambda: _drain(in_order.take(taken)),
@@ -153,10 +153,21 @@ def _reads():
     )
     batched = in_order.take(taken).batch(512)
     _ratio(
-      "reads of 2 kB, order in batches of 512",
+      "reads of 2 kB, order in batches of 512 inside the graph",
       0.8,
       at_random,
       lambda: _drain(batched),
+      taken,
+    )
+    at_random_in_graph = Batches(index, schedule, _Length()).dataset(
+      Shard(0, 1, 1), num_steps=len(numbers)
+    )
+    in_order_in_graph = batched.map(_Length(), tf.data.AUTOTUNE).prefetch(2)
+    _ratio(
+      "reads of 2 kB, both in batches of 512 inside the graph",
+      0.8,
+      lambda: _drain(at_random_in_graph),
+      lambda: _drain(in_order_in_graph),
       taken,
     )
 

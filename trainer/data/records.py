@@ -8,9 +8,10 @@ from __future__ import annotations
 import functools
 import glob
 import hashlib
+import itertools
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -19,6 +20,12 @@ from trainer.data import framing, index_arrays, manifest, paths, remote
 from trainer.data.class_names import ClassNames
 from trainer.data.members import MemberTable
 from trainer.errors import UserError
+
+# Number, shard, offset and length of a record.
+_Place = tuple[int, int, int, int]
+
+# Checked at once; few enough for the processor's cache, if they are small.
+_MAX_ABREAST, _MAX_ABREAST_BYTES = 512, 4 << 20
 
 # Well under the usual limit of 1,024 open files, for shards by the thousand.
 _MAX_OPEN_SHARDS = 256
@@ -155,25 +162,30 @@ class RecordIndex:
     shard = int(self.arrays.shards[record_number])
     return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
 
-  def _places(self, numbers: np.ndarray) -> list[tuple[int, int, int, int]]:
-    """Number, shard, offset and length of records [n]."""
+  def _places(self, numbers: np.ndarray) -> list[_Place]:
     columns = (self.arrays.shards, self.arrays.offsets, self.arrays.lengths)
     return list(zip(numbers.tolist(), *(each[numbers].tolist() for each in columns)))
 
   def _read_local(self, numbers: np.ndarray) -> list[bytes]:
-    # Shard by shard, of which one is held open. All that is the same for many records
-    # is looked up once: a call costs as much as reading a record.
-    order = np.argsort(self.arrays.shards[numbers], kind="stable")
-    pread, unframe, overhead = os.pread, framing.unframe, framing.OVERHEAD_BYTES
-    records = [b""] * len(numbers)
-    open_shard = -1
-    for row, place in zip(order.tolist(), self._places(numbers[order])):
-      _, shard, offset, length = place
-      if shard != open_shard:
-        file = self._open_shard(shard)
-        descriptor, open_shard = file.fileno(), shard
-      records[row] = unframe(pread(descriptor, length + overhead, offset), length)
-    return records
+    # In the order of the files, of which one is held open. A step of Python costs as
+    # much as reading a record, so that each is taken for many at once.
+    order = np.argsort(numbers, kind="stable")
+    ordered = numbers[order]
+    records: list[bytes] = []
+    for part in _parts(self.arrays.shards[ordered], self.arrays.lengths[ordered]):
+      records += self._read_part(ordered[part])
+    places = np.empty_like(order)
+    places[order] = np.arange(len(order))
+    return list(map(records.__getitem__, places.tolist()))
+
+  def _read_part(self, numbers: np.ndarray) -> list[bytes]:
+    """Records of one shard, which is held open meanwhile."""
+    file = self._open_shard(int(self.arrays.shards[numbers[0]]))
+    lengths = self.arrays.lengths[numbers].astype(np.int64)
+    sizes = (lengths + framing.OVERHEAD_BYTES).tolist()
+    offsets = self.arrays.offsets[numbers].tolist()
+    frames = list(map(os.pread, itertools.repeat(file.fileno()), sizes, offsets))
+    return framing.unframe_all(frames, lengths.tolist())
 
   def _read_one(self, number: int, shard: int, offset: int, length: int) -> bytes:
     try:
@@ -198,3 +210,17 @@ class RecordIndex:
 
   def _open_uncached(self, shard: int) -> BinaryIO:
     return open(self._paths[shard], "rb", buffering=0)
+
+
+def _parts(shards: np.ndarray, lengths: np.ndarray) -> Iterator[slice]:
+  """Cuts rows, ordered by their shards, into few enough of one shard each."""
+  is_other = np.concatenate([np.ones(1, bool), np.diff(shards) != 0])
+  # Bytes before a row, in parts: a new one begins where the count has gone up.
+  num_before = np.cumsum(lengths, dtype=np.int64) - lengths
+  is_other[1:] |= np.diff(num_before // _MAX_ABREAST_BYTES) > 0
+  ends = [*np.flatnonzero(is_other)[1:].tolist(), len(shards)]
+  first = 0
+  for end in ends if len(shards) else ():
+    for start in range(first, end, _MAX_ABREAST):
+      yield slice(start, min(end, start + _MAX_ABREAST))
+    first = end

@@ -1,7 +1,7 @@
 """One pass over a TFRecord file: where its records lie, and their labels.
 
-TensorFlow reads, checks the checksums and finds the label, many records at a time.
-Only where that fails are records looked at one by one, to say which it was.
+Labels are found many at a time. Only where that fails are records looked at one by one,
+to say which it was.
 
 Shapes: n records.
 """
@@ -9,18 +9,18 @@ Shapes: n records.
 from __future__ import annotations
 
 import os
-from typing import Any, NoReturn
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn, Optional
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.data import framing, manifest, paths
+from trainer.data import framing, manifest, paths, plain_pass
 from trainer.data.index_builder import Labels, ShardIndex
 from trainer.errors import UserError
 
-# Read at a time: as many as the bytes hold, by the size of the first.
-_MAX_RECORDS, _BATCH_BYTES = 4096, 32 << 20
-_BUFFER_BYTES = 8 << 20
+# Parsed at once: enough that the call costs little, and little memory if large.
+_MAX_RECORDS, _BATCH_BYTES = 2048, 32 << 20
 
 
 def scan(folder: str, name: str, label_feature: str) -> ShardIndex:
@@ -38,21 +38,19 @@ def scan(folder: str, name: str, label_feature: str) -> ShardIndex:
     UserError: naming the record that is damaged or has no such label.
   """
   path = os.path.join(folder, name)
+  parser = _LabelParser(path, label_feature)
   lengths: list[np.ndarray] = []
   numbers: list[np.ndarray] = []
   labels = Labels()
   try:
-    # TensorFlow asks for as much memory as a length says, and dies where none is left.
-    if not paths.is_remote(path) and not framing.lengths_fit(path):
-      _explain(path, label_feature, ValueError("its lengths are not its size."))
-    for some_lengths, some_labels in _dataset(path, label_feature):
-      lengths.append(some_lengths.numpy().astype(np.uint32))
-      numbers.append(labels.numbers_of(some_labels.numpy().tolist()))
+    with paths.as_os_errors(path), paths.open_file(path, "rb") as file:
+      for some in _batches(plain_pass.blocks(file)):
+        lengths.append(np.array(list(map(len, some)), np.uint32))
+        numbers.append(labels.numbers_of(parser.labels_of(some)))
     ends = np.cumsum(_joined(lengths, np.uint32) + np.int64(framing.OVERHEAD_BYTES))
     shard = manifest.describe_shard(folder, name, len(ends))
-  # TensorFlow's message may quote what is no text.
-  except (tf.errors.OpError, UnicodeDecodeError) as error:
-    _explain(path, label_feature, error)
+  except framing.FramingError as damage:
+    raise UserError(damage.line(path)) from damage
   except OSError as error:
     raise UserError(f"{path} can't be read: {error.strerror}.") from error
   offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
@@ -66,29 +64,87 @@ def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
   return np.concatenate([np.empty(0, dtype), *parts])
 
 
-def _dataset(path: str, label_feature: str) -> tf.data.Dataset:
-  """Lengths and labels of some records at a time."""
-  records = tf.data.TFRecordDataset(path, buffer_size=_BUFFER_BYTES)
-  label_dtype, num_bytes = _first(path, records, label_feature)
-  features = {label_feature: tf.io.FixedLenFeature([], label_dtype)}
+def _batches(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+  """Joins blocks to as many records as are parsed at once, or a few more.
 
-  def read(some: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    label = tf.io.parse_example(some, features)[label_feature]
-    return tf.strings.length(some), label
+  What comes before a block that fails is given before.
+  """
+  batch: list[bytes] = []
+  num_bytes = 0
+  try:
+    for block in blocks:
+      batch += block
+      num_bytes += sum(map(len, block))
+      if len(batch) >= _MAX_RECORDS or num_bytes >= _BATCH_BYTES:
+        yield batch
+        batch, num_bytes = [], 0
+  except framing.FramingError:
+    yield batch
+    raise
+  yield batch
 
-  batches = records.batch(max(1, min(_MAX_RECORDS, _BATCH_BYTES // (num_bytes + 1))))
-  return batches.map(read, tf.data.AUTOTUNE).prefetch(2)
+
+class _LabelParser:
+  """Labels of one shard's records, all of one type.
+
+  Args:
+    path: of the shard, for messages.
+    label_feature: name of the feature that holds the label.
+  """
+
+  def __init__(self, path: str, label_feature: str):
+    self._path = path
+    self._label_feature = label_feature
+    self._is_bytes: Optional[bool] = None
+    self._num_parsed = 0
+
+  def labels_of(self, records: Sequence[bytes]) -> list[Any]:
+    """The labels of the next n records.
+
+    Raises:
+      UserError: naming the first that has none.
+    """
+    if not records:
+      return []
+    if self._is_bytes is None:
+      self._is_bytes = _kind(self._path, 0, records[0], self._label_feature)
+    try:
+      labels = _parse(records, self._label_feature, self._is_bytes)
+    # TensorFlow's message may quote what is no text.
+    except (tf.errors.OpError, UnicodeDecodeError) as error:
+      self._explain(records, error)
+    self._num_parsed += len(records)
+    return labels.tolist()
+
+  def _explain(self, records: Sequence[bytes], error: Exception) -> NoReturn:
+    """Names the record that TensorFlow stumbled over."""
+    for number, record in enumerate(records, self._num_parsed):
+      if _kind(self._path, number, record, self._label_feature) != self._is_bytes:
+        raise UserError(
+          f"{self._path}: record {number} has a label of another type than those "
+          "before it."
+        ) from error
+    reason = str(error).splitlines()[0]
+    raise UserError(f"{self._path} can't be read: {reason}") from error
 
 
-def _first(
-  path: str, records: tf.data.Dataset, label_feature: str
-) -> tuple[tf.DType, int]:
-  """Type of the first record's label, and its size in bytes; of an empty file, any."""
-  for record in records.take(1):
-    content = record.numpy()
-    is_bytes = _kind(path, 0, content, label_feature)
-    return (tf.string if is_bytes else tf.int64), len(content)
-  return tf.string, 0
+def _parse(records: Sequence[bytes], feature: str, is_bytes: bool) -> np.ndarray:
+  """[n] bytes or int64, the only value of a feature in each of n examples."""
+  none = np.empty(0, object)
+  parsed = tf.raw_ops.ParseExampleV2(  # Python's own part of parse_example is slow.
+    serialized=np.array(records, object),
+    names=none,
+    sparse_keys=none,
+    dense_keys=np.array([feature], object),
+    ragged_keys=none,
+    dense_defaults=[tf.constant([], tf.string if is_bytes else tf.int64)],
+    num_sparse=0,
+    sparse_types=[],
+    ragged_value_types=[],
+    ragged_split_types=[],
+    dense_shapes=[[]],
+  )
+  return parsed.dense_values[0].numpy()
 
 
 def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
@@ -128,23 +184,3 @@ def _text(path: str, label: Any) -> str:
     return label.decode() if isinstance(label, bytes) else str(label)
   except UnicodeDecodeError as error:
     raise UserError(f"{path} has a label {label!r} that is no UTF-8.") from error
-
-
-def _explain(path: str, label_feature: str, error: Exception) -> NoReturn:
-  """Names the record that TensorFlow stumbled over."""
-  try:
-    with paths.open_file(path, "rb") as file:
-      kinds = set()
-      for number, record in enumerate(framing.records(file)):
-        kinds.add(_kind(path, number, record, label_feature))
-        if len(kinds) > 1:
-          raise UserError(
-            f"{path}: record {number} has a label of another type than those before it."
-          ) from error
-  except framing.FramingError as damage:
-    raise UserError(
-      f"{path}: record {damage.number} {damage}; restore the file, or leave it out."
-    ) from damage
-  except OSError as reason:
-    raise UserError(f"{path} can't be read: {reason.strerror}.") from reason
-  raise UserError(f"{path} can't be read: {str(error).splitlines()[0]}") from error

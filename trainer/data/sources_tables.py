@@ -153,18 +153,16 @@ class TfRecordSource(Source):
     Raises:
       UserError: naming the record that is damaged.
     """
-    from trainer.data import framing
+    from trainer.data import framing, plain_pass
 
     for path in _matching(self._pattern):
       name = os.path.basename(path)
       try:
         with paths.open_file(path, "rb") as file:
-          for number, record in enumerate(framing.records(file)):
+          for number, record in enumerate(plain_pass.records(file)):
             yield functools.partial(self._load, f"{name}/{number}", record)
       except framing.FramingError as error:
-        raise UserError(
-          f"{path}: record {error.number} {error}; restore the file, or leave it out."
-        ) from error
+        raise UserError(error.line(path)) from error
       except OSError as error:
         raise UserError(f"{path} can't be read: {error.strerror}.") from error
 
