@@ -17,9 +17,13 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
+from trainer.retrieval import evidence, projector, report
 from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import embed
 from trainer.retrieval.items import RecordItems
+from trainer.retrieval.judgements import LabelJudgements
+from trainer.retrieval.neighbourhoods import sampled_neighbours
+from trainer.retrieval.pictures import pictures_of
 from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
 from trainer.retrieval.rankings import Rankings, rank
 from trainer.retrieval.results import Measurement, Results
@@ -38,13 +42,22 @@ def main(run: Run) -> None:
     workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
     evaluated = evaluation.evaluate()
-    workers.chief_first(lambda: _report(run, step, evaluated))
+    workers.chief_first(lambda: publish(run.model_dir, step, evaluated))
 
 
-def _report(run: Run, step: int, evaluated: Evaluated) -> None:
-  results = Results(run.model_dir)
+def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
+  """Writes what was found after so many steps, and prints its table.
+
+  Args:
+    model_dir: folder of the run.
+    step: number of steps the encoder was trained.
+    evaluated: what was found.
+  """
+  results = Results(model_dir)
   results.write_latest(step, evaluated.measurement)
-  evaluated.write_classes(run.model_dir)
+  evaluated.write_classes(model_dir)
+  evaluated.write_evidence(model_dir)
+  report.write(model_dir)
   print(results.table())
 
 
@@ -52,14 +65,18 @@ class Evaluated(NamedTuple):
   """What an evaluation embedded and found.
 
   Attributes:
+    dataset: of the items.
     items: [N], that were embedded.
     embeddings: [N, D] float32.
+    judged: who asked, what was relevant.
     rankings: the metrics of each query.
     measurement: what they come to.
   """
 
+  dataset: Dataset
   items: RecordItems
   embeddings: np.ndarray
+  judged: LabelJudgements
   rankings: Rankings
   measurement: Measurement
 
@@ -71,6 +88,20 @@ class Evaluated(NamedTuple):
       writer = csv.DictWriter(file, rows[0].keys())
       writer.writeheader()
       writer.writerows(rows)
+
+  def write_evidence(self, model_dir: str) -> None:
+    """Writes what a person looks at: evidence for the report, a projector's files."""
+    queries, neighbours = sampled_neighbours(self.embeddings, self.judged)
+    found = evidence.collect(
+      self.embeddings,
+      self.items.labels,
+      neighbours,
+      queries,
+      class_names=self.items.class_names,
+      pictures_fn=pictures_of(self.dataset, self.items.record_numbers),
+    )
+    found.write(model_dir)
+    projector.write(model_dir, found.embedding_map, self.embeddings)
 
 
 @gin.configurable("evaluate")
@@ -134,9 +165,10 @@ class Evaluation:
       strategy=tf.distribute.get_strategy(),
       global_batch_size=-(-self.global_batch_size // num_replicas) * num_replicas,
     )
-    rankings = rank(embeddings, self.protocol.judge(items), ks=self.ks)
-    measurement = self._measurement(items, embeddings, rankings)
-    return Evaluated(items, embeddings, rankings, measurement)
+    judged = self.protocol.judge(items)
+    rankings = rank(embeddings, judged, ks=self.ks)
+    found = self._measurement(items, embeddings, rankings)
+    return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
 
   def _measurement(
     self, items: RecordItems, embeddings: np.ndarray, rankings: Rankings

@@ -7,9 +7,8 @@ import os
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.evaluate import Evaluated, Evaluation
+from trainer.evaluate import Evaluated, Evaluation, publish
 from trainer.loop import run_folder
-from trainer.retrieval import report
 from trainer.retrieval.results import Results
 from trainer.run import Run
 from trainer.train import Training, train
@@ -25,14 +24,13 @@ def main(run: Run) -> None:
       workers.chief_first(lambda: ingest.main(run))
     training = train(run)
     evaluation = workers.together(lambda: _evaluation(training))
-    results = Results(run.model_dir)
     if training.first_step == 0:
       before = evaluation.evaluate().measurement
-      workers.chief_first(lambda: results.write_before_training(before))
+      workers.chief_first(lambda: Results(run.model_dir).write_before_training(before))
     training.loop.run()
     with training.step.weights_for_evaluation():
       after = evaluation.evaluate()
-    workers.chief_first(lambda: _report(run, results, training.num_steps, after))
+    workers.chief_first(lambda: _report(run, training.num_steps, after))
 
 
 def _evaluation(training: Training) -> Evaluation:
@@ -40,10 +38,7 @@ def _evaluation(training: Training) -> Evaluation:
   return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
 
 
-def _report(run: Run, results: Results, num_steps: int, after: Evaluated) -> None:
-  results.write_latest(num_steps, after.measurement)
-  after.write_classes(run.model_dir)
-  report.write(run.model_dir)
-  print(results.table())
+def _report(run: Run, num_steps: int, after: Evaluated) -> None:
+  publish(run.model_dir, num_steps, after)
   for path, content in run_folder.CONTENTS.items():
     print(f"{content:<20}{os.path.join(run.model_dir, path)}")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
+from trainer.retrieval.judgements import ItemLabels, LabelJudgements
+from trainer.retrieval.neighbourhoods import sampled_neighbours
 from trainer.retrieval.search import nearest
 
 
@@ -68,3 +70,18 @@ def test_more_neighbours_than_the_gallery_has_are_refused():
 def test_a_gallery_of_other_dimensions_is_refused():
   with pytest.raises(UserError, match=r"4 dimensions .* 5"):
     nearest(_random((2, 4), 1), _random((3, 5), 2), num_neighbours=1)
+
+
+def test_sampled_neighbours_leave_out_what_does_not_count():
+  labels = np.repeat(np.arange(10), 4)
+  cameras = np.tile([0, 0, 1, 2], 10)
+  everything = np.arange(40)
+  judged = LabelJudgements(everything, everything, ItemLabels(labels), cameras)
+  queries, neighbours = sampled_neighbours(_random((40, 3), 7), judged)
+  np.testing.assert_array_equal(queries, everything)
+  # The first two of each class exclude each other and themselves.
+  assert neighbours.shape == (40, 38)
+  for query, row in zip(queries, neighbours):
+    same = (labels[row] == labels[query]) & (cameras[row] == cameras[query])
+    assert not same.any()
+    assert len(set(row)) == 38
