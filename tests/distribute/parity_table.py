@@ -14,9 +14,9 @@ def main() -> int:
   strategies = {number: mirrored_on_cpu(number) for number in (1, 2, 4)}
   rows = []
   for loss in sorted(LOSSES):
-    for objective, form, number in ALL:
-      found = errors_of(strategies.get, loss, objective, form, number)
-      rows.append((f"{loss} {objective} {form} {number}", found))
+    for case in ALL:
+      found = errors_of(strategies.get, loss, *case)
+      rows.append((" ".join([loss, *map(str, case)]), found))
   print(parity.table(rows))
   return 0 if all(parity.is_equal(found) for _, found in rows) else 1
 

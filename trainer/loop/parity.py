@@ -54,7 +54,6 @@ def expected(
   step = make_step()
   num_parts = 1 if mines_across_replicas(step.objective_fn) else num_replicas
 
-  @tf.function
   def update(parts):
     done = [step.gradients(part, OneReplica()) for part in parts]
     of_parts = zip(*(gradients for _, gradients in done))
