@@ -1,0 +1,63 @@
+"""How often replicas speak in a step, counted in the graph that is run."""
+
+from __future__ import annotations
+
+import collections
+
+import pytest
+import tensorflow as tf
+
+from tests.distribute.parity_test import LOSSES, _batches, _maker
+from trainer.distribute.collectives import current_collectives
+from trainer.loop import parity
+
+_NUM_REPLICAS, _NUM_GATHERED = 2, 24 * 6  # Embeddings of the global batch.
+
+
+def _graph_and_step(strategy, objective, num_micro_batches):
+  make_step = _maker(
+    LOSSES["InfoNCELoss-learned"],
+    objective,
+    "sgd",
+    num_micro_batches=num_micro_batches,
+    mining_statistics=None,
+  )
+  with strategy.scope():
+    step = make_step()
+  update = tf.function(
+    lambda batch: strategy.run(lambda part: step(part, current_collectives()), (batch,))
+  )
+  batch = parity._distributed(strategy, _batches()[0])
+  return update.get_concrete_function(batch).graph, step
+
+
+def _sizes_of_sums(graph):
+  """How many numbers each sum over replicas has, and how often there is one."""
+  operations = [each for each in graph.get_operations() if "Reduce" in each.type]
+  sums = [each for each in operations if each.type.startswith("Collective")]
+  sizes = collections.Counter(each.outputs[0].shape.num_elements() for each in sums)
+  return {size: number / _NUM_REPLICAS for size, number in sizes.items()}
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3, 12])
+def test_gradients_travel_once_a_step_whatever_the_micro_batches(
+  mirrored, num_micro_batches
+):
+  graph, step = _graph_and_step(mirrored(2), "gathered", num_micro_batches)
+  num_weights = sum(v.shape.num_elements() for v in step.trainable_variables)
+  # The count; the gradient to the gathered embeddings; the gradients to the weights.
+  assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_weights: 1}
+  inside = [
+    node.op
+    for function in graph.as_graph_def().library.function
+    for node in function.node_def
+  ]
+  assert not [operation for operation in inside if "Collective" in operation]
+  has_loop = any(each.type.endswith("While") for each in graph.get_operations())
+  assert has_loop == (num_micro_batches > 1)
+
+
+def test_without_a_gather_the_gradients_alone_travel(mirrored):
+  graph, step = _graph_and_step(mirrored(2), "alone", 3)
+  num_weights = sum(v.shape.num_elements() for v in step.trainable_variables)
+  assert _sizes_of_sums(graph) == {num_weights: 1}
