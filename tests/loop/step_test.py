@@ -220,28 +220,3 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
 def test_options_that_do_not_fit_are_refused(options, message):
   with pytest.raises(UserError, match=message):
     _step(**options)
-
-
-def test_synchronised_normalisation_sees_the_batch_of_all_replicas(mirrored):
-  images = _batch().inputs
-
-  def means(normalization):
-    with mirrored(2).scope():
-      backbone = ConvNet(filters=(3,), normalization=normalization)
-      backbone(images)
-
-    @tf.function
-    def run():
-      def on_replica():
-        number = current_collectives().replica_id
-        rows = tf.ensure_shape(images[6 * number : 6 * number + 6], [6, 8, 8, 1])
-        return backbone(rows, training=True)
-
-      return mirrored(2).run(on_replica)
-
-    parts = mirrored(2).experimental_local_results(run())
-    return [np.mean(part, axis=(0, 1, 2)) for part in parts], backbone
-
-  apart, _ = means("batch")
-  together, _ = means("synchronized_batch")
-  assert np.abs(apart[0] - apart[1]).max() < np.abs(together[0] - together[1]).max()

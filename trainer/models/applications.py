@@ -12,6 +12,7 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.models.dropout import Dropout
 from trainer.models.precision import precision_of
+from trainer.models.synchronized_norm import SynchronizedBatchNormalization
 
 
 def _modules() -> dict[str, types.ModuleType]:
@@ -89,8 +90,9 @@ class KerasApplication(tf.keras.layers.Layer):
     config = layer.get_config()
     if isinstance(layer, tf.keras.layers.Dropout):
       return Dropout(layer.rate, layer.noise_shape, name=layer.name)
-    if isinstance(layer, tf.keras.layers.BatchNormalization):
-      config["synchronized"] = self._is_synchronized
+    is_norm = isinstance(layer, tf.keras.layers.BatchNormalization)
+    if is_norm and self._is_synchronized:
+      return SynchronizedBatchNormalization(**config)
     return layer.__class__.from_config(config)
 
   def _load_weights(self):

@@ -5,7 +5,6 @@ Shapes: B examples, H × W pixels, C channels, F features.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import gin
@@ -13,12 +12,12 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.models.dropout import Dropout
+from trainer.models.synchronized_norm import SynchronizedBatchNormalization
 
-_BatchNorm = tf.keras.layers.BatchNormalization
 _NORMALIZATIONS = {
   "none": lambda: tf.keras.layers.Activation("linear"),
-  "batch": _BatchNorm,
-  "synchronized_batch": functools.partial(_BatchNorm, synchronized=True),
+  "batch": tf.keras.layers.BatchNormalization,
+  "synchronized_batch": SynchronizedBatchNormalization,
 }
 
 
