@@ -19,7 +19,7 @@ from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.retrieval import evidence, projector, report
 from trainer.retrieval.clustering import Clustering
-from trainer.retrieval.embed import embed
+from trainer.retrieval.embed import embed, whole_batch
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.judgements import LabelJudgements
 from trainer.retrieval.neighbourhoods import sampled_neighbours
@@ -157,14 +157,14 @@ class Evaluation:
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
     items = RecordItems(index, np.sort(np.concatenate(members)))
-    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    embeddings = embed(
+    batches = embed(
       self.encoder,
-      self.dataset,
+      index,
+      self.dataset.decoder,
       items.record_numbers,
-      strategy=tf.distribute.get_strategy(),
-      global_batch_size=-(-self.global_batch_size // num_replicas) * num_replicas,
+      global_batch_size=whole_batch(self.global_batch_size),
     )
+    embeddings = np.concatenate(list(batches))[: len(items.labels)]
     judged = self.protocol.judge(items)
     rankings = rank(embeddings, judged, ks=self.ks)
     found = self._measurement(items, embeddings, rankings)
@@ -183,7 +183,7 @@ class Evaluation:
       intervals=rankings.intervals(),
       worst_classes=class_rows(rankings, items)[:_NUM_WORST],
       categories=self._categories(rankings, items),
-      queries_without_relevant=[items.name(item) for item in unanswerable],
+      queries_without_relevant=list(items.names(unanswerable)),
     )
 
   def _categories(

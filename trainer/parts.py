@@ -17,6 +17,7 @@ import trainer.data.sources_manifest
 import trainer.data.sources_tables
 import trainer.data.split
 import trainer.distribute.objective
+import trainer.embed
 import trainer.evaluate
 import trainer.ingest
 import trainer.loop.loop

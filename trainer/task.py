@@ -44,6 +44,7 @@ MODES = {
     "trainer.train_and_evaluate",
     ("train", "evaluate"),
   ),
+  "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
   "check": Mode(
     "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.check", ("train",)
   ),

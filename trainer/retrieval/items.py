@@ -5,8 +5,8 @@ Shapes: N items, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Optional
 
 import numpy as np
 
@@ -42,20 +42,27 @@ class RecordItems:
     Raises:
       UserError: a record doesn't have it.
     """
-    found: list[list[Any]] = []
-    for start in range(0, len(self.record_numbers), _READ_AT_ONCE):
-      numbers = self.record_numbers[start : start + _READ_AT_ONCE]
-      for number, record in zip(numbers, self._index.read(numbers)):
-        found.append(self._values(int(number), record, name))
-    return found
+    return [
+      self._values(number, record, name)
+      for number, record in self._records(self.record_numbers)
+    ]
 
-  def name(self, item: int) -> str:
-    """What a person knows an item by: its key, or its place in a file."""
-    number = int(self.record_numbers[item])
-    place = self._index.describe(number)
-    [record] = self._index.read([number])
-    values = examples.values(record, place).get("key")
-    return _text(values[0]) if values else place
+  def names(self, items: Optional[np.ndarray] = None) -> Iterator[str]:
+    """What a person knows items by: their keys, or their places in a file.
+
+    Args:
+      items: [n] int64; None for all.
+    """
+    numbers = self.record_numbers if items is None else self.record_numbers[items]
+    for number, record in self._records(numbers):
+      place = self._index.describe(number)
+      values = examples.values(record, place).get("key")
+      yield _text(values[0]) if values else place
+
+  def _records(self, numbers: np.ndarray) -> Iterator[tuple[int, bytes]]:
+    for start in range(0, len(numbers), _READ_AT_ONCE):
+      some = numbers[start : start + _READ_AT_ONCE]
+      yield from zip(some.tolist(), self._index.read(some))
 
   def _values(self, number: int, record: bytes, name: str) -> list[Any]:
     place = self._index.describe(number)

@@ -1,0 +1,132 @@
+"""Mode `embed`: embeddings of records, or of raw data, as arrays on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Optional
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.data.progress import Progress
+from trainer.data.records import RecordIndex
+from trainer.data.sources import Source
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.evaluate import Evaluation
+from trainer.ingest import ingest
+from trainer.retrieval.embed import embed, whole_batch
+from trainer.retrieval.embedding_folder import EmbeddingWriter
+from trainer.retrieval.items import RecordItems
+from trainer.retrieval.rankings import check_finite
+from trainer.run import Run
+
+_DTYPES = ("float32", "float16")
+
+
+def main(run: Run) -> None:
+  """Embeds with the newest checkpoint; a run that was killed goes on."""
+  with make_strategy(run.hardware, run.facts()).scope():
+    workers = current_workers()
+    embedding = workers.together(lambda: Embedding())
+    trained = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
+    workers.chief_first(embedding.ingest)
+    index = workers.together(lambda: embedding.open(trained))
+    workers.agree(index.facts())
+    step = trained.restore(run.model_dir)
+    folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
+    source = {
+      "model_dir": os.path.abspath(run.model_dir),
+      "step": step,
+      "config": run.config.hash,
+      **index.facts(),
+    }
+    embedding.write(trained, index, folder, source)
+
+
+@gin.configurable("embed")
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """What is embedded, by the encoder and the decoder of `evaluate`, and where to.
+
+  Attributes:
+    records: folder or pattern of indexed records; None for those of
+      `evaluate.dataset`, training classes included.
+    source: raw data, such as an image folder or a list, that is first ingested into
+      `records`; None for records that are there.
+    folder: of the embeddings; None for `embeddings` in the run's folder.
+    global_batch_size: records embedded at once, over all replicas.
+    dtype: "float32", or "float16", which takes half the space.
+
+  Raises:
+    UserError: another dtype, or a source without a folder of records.
+  """
+
+  records: Optional[str] = None
+  source: Optional[Source] = None
+  folder: Optional[str] = None
+  global_batch_size: int = 256
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.dtype not in _DTYPES:
+      raise UserError(f"embed.dtype={self.dtype!r} is none of {_DTYPES}.")
+    if self.source is not None and self.records is None:
+      raise UserError("embed.source needs embed.records, the folder to ingest it into.")
+
+  def ingest(self) -> None:
+    """Makes records of raw data, if there is a source."""
+    if self.source is not None:
+      ingest(source=self.source, folder=str(self.records))
+
+  def open(self, trained: Evaluation) -> RecordIndex:
+    """The records to embed."""
+    return RecordIndex.open(self.records) if self.records else trained.dataset.index
+
+  def write(
+    self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
+  ) -> None:
+    """Embeds all records of an index and writes what comes out.
+
+    Args:
+      trained: its encoder and decoder.
+      index: the records.
+      folder: of the embeddings.
+      source: what is embedded by what.
+
+    Raises:
+      UserError: a record can't be read, or an embedding is not finite.
+    """
+    workers = current_workers()
+    batch_size = whole_batch(self.global_batch_size)
+    shape = (index.num_records, trained.encoder.embedding_size)
+    progress = Progress("Embedding", "records", index.num_records)
+    writer = None
+    if workers.is_chief:
+      source = {**source, "global_batch_size": batch_size}
+      writer = EmbeddingWriter(folder, shape=shape, dtype=self.dtype, source=source)
+    # What is written is whole steps.
+    num_done = int(
+      max(map(int, workers.exchange(str(writer.num_done if writer else 0))))
+    )
+    progress.advance(num_done)
+    for rows in embed(
+      trained.encoder,
+      index,
+      trained.dataset.decoder,
+      np.arange(index.num_records),
+      global_batch_size=batch_size,
+      first_step=num_done // batch_size,
+    ):
+      check_finite(rows)
+      progress.advance(len(rows))
+      if writer is not None:
+        writer.append(rows)
+    progress.finish()
+    if writer is not None:
+      items = RecordItems(index, np.arange(index.num_records))
+      writer.finish(items.labels, items.names(), items.class_names)
+      logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
