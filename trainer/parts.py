@@ -19,6 +19,7 @@ import trainer.data.split
 import trainer.distribute.objective
 import trainer.embed
 import trainer.evaluate
+import trainer.export
 import trainer.ingest
 import trainer.loop.loop
 import trainer.loop.optimizers

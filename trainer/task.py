@@ -45,6 +45,9 @@ MODES = {
     ("train", "evaluate"),
   ),
   "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
+  "export": Mode(
+    "Write a SavedModel that answers by itself.", "trainer.export", ("evaluate",)
+  ),
   "check": Mode(
     "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.check", ("train",)
   ),

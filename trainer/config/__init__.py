@@ -11,7 +11,9 @@ import gin
 from trainer import errors
 from trainer.config import lint, resolve, statements
 
-ROOTS = ("ingest", "validate", "train", "evaluate")
+# What comes after training doesn't tell one run from another.
+_AFTER_TRAINING = ("embed", "index", "search", "export")
+ROOTS = ("ingest", "validate", "train", "evaluate", *_AFTER_TRAINING)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +30,19 @@ class Config:
   values: Mapping[str, str]
 
   @property
+  def training_values(self) -> Mapping[str, str]:
+    """Those of `values` that tell one run from another."""
+    return {
+      path: value
+      for path, value in self.values.items()
+      if path.split(".", 1)[0] not in _AFTER_TRAINING
+    }
+
+  @property
   def hash(self) -> str:
-    """SHA-256 of `values`: equal for configs that compute the same."""
-    lines = [f"{path} = {value}\n" for path, value in sorted(self.values.items())]
+    """SHA-256 of `training_values`: equal for configs that train the same."""
+    values = self.training_values
+    lines = [f"{path} = {value}\n" for path, value in sorted(values.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
   def binds(self, root: str) -> bool:

@@ -23,7 +23,9 @@ def save(config: config_lib.Config, model_dir: str) -> None:
   The values are added as comments, so that a later version can tell what differs even
   when it no longer knows every name.
   """
-  values = [f"{_VALUE}{path} = {value}\n" for path, value in config.values.items()]
+  values = [
+    f"{_VALUE}{path} = {value}\n" for path, value in config.training_values.items()
+  ]
   text = f"# Hash: {config.hash}\n{config.text}\n# Hashed values:\n{''.join(values)}"
   _write(os.path.join(model_dir, CONFIG), text)
 
@@ -42,9 +44,9 @@ def check_same(
     UserError: what differs.
   """
   before = _saved_values(model_dir)
-  if allow_change or before is None or before == config.values:
+  if allow_change or before is None or before == config.training_values:
     return
-  lines = config_lib.diff(before, config.values)
+  lines = config_lib.diff(before, config.training_values)
   more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
   raise errors.UserError(
     f"{model_dir} holds another config: {'; '.join(lines[:_NUM_SHOWN] + more)}. Take "

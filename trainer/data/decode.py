@@ -57,7 +57,10 @@ class ImageDecoder:
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
     """[B] string to [B, H, W, C] float32 in [0, 1]."""
     features = {self._feature: tf.io.FixedLenFeature([], tf.string)}
-    files = tf.io.parse_example(serialized, features)[self._feature]
+    return self.decode_files(tf.io.parse_example(serialized, features)[self._feature])
+
+  def decode_files(self, files: tf.Tensor) -> tf.Tensor:
+    """[B] string, bytes of image files, to [B, H, W, C] float32 in [0, 1]."""
     images = _each(self._decode, files, tf.TensorSpec(self.shape, tf.uint8))
     return tf.cast(images, tf.float32) / 255.0
 

@@ -1,0 +1,161 @@
+"""What is exported answers as the encoder does, with TensorFlow and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import task
+from trainer.data.decode import ImageDecoder, VectorDecoder
+from trainer.errors import UserError
+from trainer.export import Export
+from trainer.loop.checkpoint import Checkpoints
+from trainer.models.backbones import ConvNet, Perceptron
+from trainer.models.encoder import Encoder
+from trainer.serving import lite, saved_model
+
+_DIGITS = "configs/runs/digits.gin"
+
+
+def _encoder():
+  encoder = Encoder(
+    backbone=ConvNet(filters=(32, 64)), embedding_size=64, pooling="generalized_mean"
+  )
+  encoder.create_variables((8, 8, 1))
+  return encoder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+  return _encoder()
+
+
+@pytest.fixture(scope="module")
+def folder(encoder, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("export")
+  decoder = ImageDecoder(height=8, width=8, channels=1)
+  saved_model.save(encoder, decoder, str(folder), fixed_batch_size=3)
+  return folder
+
+
+def _pixels(num_images=3):
+  rng = np.random.default_rng(1)
+  return rng.integers(0, 256, (num_images, 8, 8, 1)).astype(np.uint8)
+
+
+def _wanted(encoder, pixels):
+  return encoder(pixels.astype(np.float32) / 255.0).numpy()
+
+
+@pytest.mark.parametrize("name", ["serving_default", "serving_default_fixed"])
+def test_tensors_get_the_embeddings_of_the_encoder(encoder, folder, name):
+  pixels = _pixels()
+  model = tf.saved_model.load(str(folder / "saved_model"))
+  inputs = tf.constant(pixels, tf.float32) / 255.0
+  got = model.signatures[name](inputs=inputs)["embeddings"]
+  np.testing.assert_allclose(got, _wanted(encoder, pixels), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["images", "images_fixed"])
+def test_image_files_get_the_embeddings_of_their_pixels(encoder, folder, name):
+  pixels = _pixels()
+  files = tf.stack([tf.io.encode_png(image) for image in pixels])
+  model = tf.saved_model.load(str(folder / "saved_model"))
+  got = model.signatures[name](files=files)["embeddings"]
+  np.testing.assert_allclose(got, _wanted(encoder, pixels), atol=1e-6)
+
+
+def test_shapes_are_fixed_where_that_was_asked_for(folder):
+  signatures = tf.saved_model.load(str(folder / "saved_model")).signatures
+  shapes = {
+    name: signatures[name].structured_outputs["embeddings"].shape.as_list()
+    for name in ("serving_default", "serving_default_fixed", "images_fixed")
+  }
+  assert shapes == {
+    "serving_default": [None, 64],
+    "serving_default_fixed": [3, 64],
+    "images_fixed": [3, 64],
+  }
+
+
+def test_the_script_beside_it_needs_only_tensorflow(encoder, folder, tmp_path):
+  pixels = _pixels()
+  paths = [str(tmp_path / f"{n}.png") for n in range(len(pixels))]
+  for path, image in zip(paths, pixels):
+    tf.io.write_file(path, tf.io.encode_png(image))
+  (tmp_path / "no image.png").write_bytes(b"text")
+  asked = [*paths, str(tmp_path / "no image.png"), str(tmp_path / "missing.png")]
+  # The package can't be imported: -I drops the folder and the environment, and
+  # what is installed is hidden.
+  program = (
+    "import sys; sys.modules['trainer'] = None; sys.modules['tf_keras'] = None\n"
+    f"sys.argv = {['embed_images.py', *asked]!r}\n"
+    f"import runpy; runpy.run_path({str(folder / 'embed_images.py')!r}, "
+    "run_name='__main__')"
+  )
+  done = subprocess.run(
+    [sys.executable, "-I", "-c", program], capture_output=True, text=True
+  )
+  assert done.returncode == 1, done.stderr
+  answers = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [answer["image"] for answer in answers] == asked
+  got = [answer["embedding"] for answer in answers[:3]]
+  np.testing.assert_allclose(got, _wanted(encoder, pixels), atol=1e-6)
+  assert all(answer["error"] for answer in answers[3:])
+
+
+def test_tensorflow_lite_answers_too(encoder, folder, tmp_path):
+  path = lite.save(str(folder / "saved_model"), str(tmp_path))
+  runner = tf.lite.Interpreter(model_path=path).get_signature_runner()
+  pixels = _pixels(1)
+  got = runner(inputs=pixels.astype(np.float32) / 255.0)["embeddings"]
+  np.testing.assert_allclose(got, _wanted(encoder, pixels), atol=1e-5)
+
+
+def test_vectors_have_no_signature_for_images(tmp_path):
+  encoder = Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=2)
+  encoder.create_variables((5,))
+  path = saved_model.save(encoder, VectorDecoder(size=5), str(tmp_path))
+  assert set(tf.saved_model.load(path).signatures) == {"serving_default"}
+  assert not (tmp_path / "embed_images.py").exists()
+
+
+def _task(model_dir, data, *params, mode="export"):
+  arguments = [f"--mode={mode}", f"--gin_file={_DIGITS}", f"--model_dir={model_dir}"]
+  params = [f"DATA_DIR = '{data}'", *params]
+  return task.main(["trainer", *arguments, *(f"--gin_param={p}" for p in params)])
+
+
+def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
+  data = tmp_path / "data"
+  assert _task(tmp_path / "unused", data, mode="ingest") == 0
+  run = tmp_path / "run"
+  Checkpoints(model_dir=str(run), encoder=_encoder()).save(3)
+  assert _task(run, data) == 0
+  card = (run / "export" / "MODEL_CARD.md").read_text()
+  assert "| steps | 3 |" in card
+  assert "run --mode=evaluate after step 3" in card
+  model = (run / "export" / "saved_model" / "saved_model.pb").read_bytes()
+  assert f"saved_model.pb | {hashlib.sha256(model).hexdigest()} |" in card
+  assert str(run / "export" / "saved_model") in capsys.readouterr().out
+
+
+def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path, capsys):
+  assert _task(tmp_path / "unused", tmp_path / "data", mode="ingest") == 0
+  assert _task(tmp_path / "empty", tmp_path / "data") == 2
+  assert "has no checkpoint; run --mode=train first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  ("options", "words"),
+  [({"formats": ("onnx",)}, "'onnx'"), ({"fixed_batch_size": 0}, "fixed_batch_size")],
+)
+def test_what_can_not_be_exported_is_refused(options, words):
+  with pytest.raises(UserError, match=words):
+    Export(**options)

@@ -1,0 +1,1 @@
+"""What leaves the package: an encoder that answers without it."""

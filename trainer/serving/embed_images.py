@@ -1,0 +1,38 @@
+"""Embeds image files with the SavedModel beside this script.
+
+python embed_images.py IMAGE [IMAGE ...] prints a line of JSON for each image: its path,
+and its embedding or what is wrong with it. Needs TensorFlow and nothing else.
+"""
+
+import json
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import tensorflow as tf
+
+
+def main(paths):
+  """Prints the embeddings; the exit status is 1 if an image has none, 2 without any."""
+  if not paths:
+    print("usage: python embed_images.py IMAGE [IMAGE ...]", file=sys.stderr)
+    return 2
+  here = os.path.dirname(os.path.abspath(__file__))
+  model = tf.saved_model.load(os.path.join(here, "saved_model"))
+  embed = model.signatures["images"]
+  num_failed = 0
+  for path in paths:
+    try:
+      with open(path, "rb") as file:
+        embeddings = embed(files=tf.constant([file.read()]))["embeddings"]
+      answer = {"image": path, "embedding": embeddings.numpy()[0].tolist()}
+    except (OSError, tf.errors.InvalidArgumentError) as error:
+      answer = {"image": path, "error": str(error).splitlines()[0]}
+      num_failed += 1
+    print(json.dumps(answer))
+  return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,102 @@
+"""`MODEL_CARD.md`: what an exported encoder is, and what it was measured to do."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from trainer import __version__
+from trainer.retrieval.results import Results, titles
+
+FILE_NAME = "MODEL_CARD.md"
+
+
+class Facts(NamedTuple):
+  """What the card says beside what is measured.
+
+  Attributes:
+    name: of the run.
+    step: number of steps the encoder was trained.
+    config_hash: of the run's configuration.
+    input_shape: of one input.
+    embedding_size: D.
+    data: about the records and classes, by title.
+  """
+
+  name: str
+  step: int
+  config_hash: str
+  input_shape: tuple[int, ...]
+  embedding_size: int
+  data: Mapping[str, Any]
+
+
+def write(folder: str, facts: Facts, *, model_dir: str) -> str:
+  """Writes the card beside what it describes.
+
+  Args:
+    folder: of what was exported.
+    facts: about the encoder.
+    model_dir: folder of the run, for its results.
+
+  Returns:
+    Path of the card.
+  """
+  lines = [
+    f"# {facts.name}",
+    "",
+    f"Maps inputs of shape {list(facts.input_shape)} to embeddings of "
+    f"{facts.embedding_size} dimensions, to be compared by Euclidean distance.",
+    *_section("Training", {"steps": facts.step, "configuration": facts.config_hash}),
+    *_section("Data", facts.data),
+    *_section(
+      "Retrieval on classes never trained on", _measured(model_dir, facts.step)
+    ),
+    *_section("Software", {"trainer": __version__, "TensorFlow": tf.__version__}),
+    *_section("Files (SHA-256)", _hashes(folder)),
+  ]
+  path = os.path.join(folder, FILE_NAME)
+  with open(path, "w", encoding="utf-8") as file:
+    file.write("\n".join(lines) + "\n")
+  return path
+
+
+def _section(title: str, rows: Mapping[str, Any]) -> list[str]:
+  cells = [f"| {name} | {_cell(value)} |" for name, value in rows.items()]
+  return ["", f"## {title}", "", "| | |", "|---|---|", *cells]
+
+
+def _cell(value: Any) -> str:
+  return " ".join(str(value).replace("|", "\\|").split())
+
+
+def _measured(model_dir: str, step: int) -> dict[str, str]:
+  """The main metrics, if they are of the very weights that are exported."""
+  latest = Results(model_dir).by_moment.get("latest", {})
+  if latest.get("step") != step:
+    return {"not measured": f"run --mode=evaluate after step {step}"}
+  intervals = latest.get("intervals", {})
+  found = {}
+  for name, title in titles(latest).items():
+    found[title] = f"{latest[name]:.4f}"
+    if name in intervals:
+      low, high = intervals[name]
+      found[title] += f" (95 %: {low:.4f} to {high:.4f})"
+  return {**found, "queries": latest.get("eval/num_queries", "unknown")}
+
+
+def _hashes(folder: str) -> dict[str, str]:
+  """The hash of every file that was exported, by its path in the folder."""
+  found = {}
+  for parent, _, names in sorted(os.walk(folder)):
+    for name in sorted(names):
+      path = os.path.join(parent, name)
+      if name != FILE_NAME:
+        with open(path, "rb") as file:
+          content = hashlib.sha256(file.read()).hexdigest()
+        found[os.path.relpath(path, folder)] = content
+  return found
