@@ -51,6 +51,7 @@ setup(
     "sweep": ["optuna>=4"],
     "check": [
       "build>=1",
+      "faiss-cpu>=1.7",
       "fonttools>=4",
       "hypothesis>=6",
       "kubernetes-validate>=1.29",

@@ -39,6 +39,7 @@ def main(run: Run) -> None:
     step = trained.restore(run.model_dir)
     folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
     source = {
+      "records": os.path.abspath(embedding.records or trained.dataset.folder),
       "model_dir": os.path.abspath(run.model_dir),
       "step": step,
       "config": run.config.hash,

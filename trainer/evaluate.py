@@ -98,7 +98,9 @@ class Evaluated(NamedTuple):
       neighbours,
       queries,
       class_names=self.items.class_names,
-      pictures_fn=pictures_of(self.dataset, self.items.record_numbers),
+      pictures_fn=pictures_of(
+        self.dataset.index, self.dataset.decoder, self.items.record_numbers
+      ),
     )
     found.write(model_dir)
     projector.write(model_dir, found.embedding_map, self.embeddings)

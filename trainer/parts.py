@@ -20,6 +20,7 @@ import trainer.distribute.objective
 import trainer.embed
 import trainer.evaluate
 import trainer.export
+import trainer.index
 import trainer.ingest
 import trainer.loop.loop
 import trainer.loop.optimizers
@@ -33,5 +34,6 @@ import trainer.models.encoder
 import trainer.retrieval.clustering
 import trainer.retrieval.protocols
 import trainer.retrieval.verification
+import trainer.search
 import trainer.train
 import trainer.validate  # noqa: F401

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import platform
+from collections.abc import Sequence
 from typing import Optional
 
 from trainer import __version__
@@ -33,6 +34,24 @@ class Hardware:
 
 
 @dataclasses.dataclass(frozen=True)
+class Asked:
+  """What mode `search` is asked, and how it answers.
+
+  Attributes:
+    queries: image files, `.npy` files of vectors, or keys.
+    is_json: whether the answer is JSON rather than a table.
+    picture: where a picture of the answers goes; None for none.
+  """
+
+  queries: Sequence[str] = ()
+  is_json: bool = False
+  picture: Optional[str] = None
+
+
+_NOTHING_ASKED = Asked()
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
   """One run, as every mode's `main` receives it.
 
@@ -41,12 +60,14 @@ class Run:
     config: what is computed, already applied to gin.
     hardware: on what it is computed.
     allow_config_change: go on although `model_dir` holds another config.
+    asked: what mode `search` is asked.
   """
 
   model_dir: str
   config: config_lib.Config
   hardware: Hardware
   allow_config_change: bool = False
+  asked: Asked = _NOTHING_ASKED
 
   def facts(self) -> dict[str, str]:
     """What all workers of the run must have alike, by name."""

@@ -45,6 +45,8 @@ MODES = {
     ("train", "evaluate"),
   ),
   "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
+  "index": Mode("Index embeddings for fast search.", "trainer.index", ()),
+  "search": Mode("Find what is nearest to --query.", "trainer.search", ("evaluate",)),
   "export": Mode(
     "Write a SavedModel that answers by itself.", "trainer.export", ("evaluate",)
   ),
@@ -89,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def define_flags() -> dict[str, flags.FlagValues]:
   """The flags by group, kept apart from those that absl's own modules define."""
-  what, where, hardware = (flags.FlagValues() for _ in range(3))
+  what, where, hardware, search = (flags.FlagValues() for _ in range(4))
   flags.DEFINE_enum("mode", None, list(MODES), "What to do.", flag_values=what)
   flags.DEFINE_multi_string(
     "gin_file", [], "What to compute (repeatable).", flag_values=what
@@ -126,7 +128,15 @@ def define_flags() -> dict[str, flags.FlagValues]:
     lower_bound=0.0,
     flag_values=hardware,
   )
-  return {"what": what, "where": where, "hardware": hardware}
+  flags.DEFINE_multi_string(
+    "query",
+    [],
+    "Image, .npy file of vectors, or key (repeatable).",
+    flag_values=search,
+  )
+  flags.DEFINE_bool("json", False, "Answer as JSON.", flag_values=search)
+  flags.DEFINE_string("picture", None, "Draw the answers here.", flag_values=search)
+  return {"what": what, "where": where, "hardware": hardware, "search": search}
 
 
 def help_text() -> str:
@@ -137,7 +147,12 @@ def help_text() -> str:
     "\nModes:",
     *(f"  {name:<24}{mode.summary}" for name, mode in MODES.items()),
   ]
-  titles = {"what": "What", "where": "Where", "hardware": "Hardware"}
+  titles = {
+    "what": "What",
+    "where": "Where",
+    "hardware": "Hardware",
+    "search": "Mode search",
+  }
   for group, title in titles.items():
     lines.append(f"\n{title}:")
     for name in groups[group]:
@@ -200,6 +215,7 @@ def _run(values: flags.FlagValues) -> None:
         config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
         hardware=hardware,
         allow_config_change=values.allow_config_change,
+        asked=run.Asked(values.query, values.json, values.picture),
       )
     )
 

@@ -21,6 +21,7 @@ class Dataset:
   """Records of classes that train, and of others that evaluate.
 
   Attributes:
+    folder: of the records, or their pattern.
     index: the records.
     train_classes: int32 ids.
     evaluation_classes: int32 ids, disjoint from `train_classes`.
@@ -52,6 +53,7 @@ class Dataset:
         f"Dataset.bad_records={bad_records!r} is not known; choose 'refuse' or "
         "'replace'."
       )
+    self.folder = folder
     self.index = RecordIndex.open(folder)
     self.train_classes, self.evaluation_classes = split.split(self.index.class_names)
     self.decoder = decoder

@@ -10,24 +10,26 @@ from typing import Callable, Optional
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.dataset import Dataset
+from trainer.data.decode import Decoder
+from trainer.data.records import RecordIndex
 
 _NUM_ABREAST = 64
 
 
 def pictures_of(
-  dataset: Dataset, record_numbers: np.ndarray
+  index: RecordIndex, decoder: Decoder, record_numbers: np.ndarray
 ) -> Optional[Callable[[np.ndarray], list[bytes]]]:
   """What gives PNG files of records; None if the inputs are no pictures.
 
   Args:
-    dataset: where the records are, and how they are decoded.
+    index: where the records are.
+    decoder: makes inputs of them.
     record_numbers: [N] int64.
 
   Returns:
     From positions among the record numbers, [n] int64, to n files.
   """
-  shape = dataset.decoder.shape
+  shape = decoder.shape
   if len(shape) != 3 or shape[-1] not in (1, 3):
     return None
 
@@ -35,8 +37,8 @@ def pictures_of(
     files: list[bytes] = []
     for start in range(0, len(positions), _NUM_ABREAST):
       numbers = record_numbers[positions[start : start + _NUM_ABREAST]]
-      records = tf.constant(dataset.index.read(numbers), tf.string)
-      inputs = tf.round(tf.clip_by_value(dataset.decoder(records), 0.0, 1.0) * 255.0)
+      records = tf.constant(index.read(numbers), tf.string)
+      inputs = tf.round(tf.clip_by_value(decoder(records), 0.0, 1.0) * 255.0)
       files += [tf.io.encode_png(each).numpy() for each in tf.cast(inputs, tf.uint8)]
     return files
 

@@ -5,7 +5,7 @@ Shapes: Q queries, G gallery items, D dimensions, k neighbours; T items of a til
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,7 +57,7 @@ def nearest(
   Raises:
     UserError: k exceeds the gallery, or the dimensions differ.
   """
-  check_sizes(queries, gallery, num_neighbours)
+  check_sizes(queries, gallery.shape, num_neighbours)
   if not len(queries):
     empty = np.zeros([0, num_neighbours])
     return Neighbours(empty.astype(np.int64), empty.astype(np.float32))
@@ -76,26 +76,29 @@ def nearest(
   return Neighbours(indices, distances)
 
 
-def check_sizes(queries: np.ndarray, gallery: np.ndarray, num_neighbours: int) -> None:
+def check_sizes(
+  queries: np.ndarray, gallery_shape: Sequence[int], num_neighbours: int
+) -> None:
   """Checks that queries can be answered from a gallery.
 
   Args:
     queries: [Q, D].
-    gallery: [G, D].
+    gallery_shape: (G, D).
     num_neighbours: k.
 
   Raises:
     UserError: k exceeds the gallery, or the dimensions differ.
   """
-  if queries.shape[1] != gallery.shape[1]:
+  num_items, num_dimensions = gallery_shape
+  if queries.shape[1] != num_dimensions:
     raise UserError(
       f"Queries of {queries.shape[1]} dimensions can't be compared with a gallery of "
-      f"{gallery.shape[1]}; embed both with one encoder."
+      f"{num_dimensions}; embed both with one encoder."
     )
-  if not 1 <= num_neighbours <= len(gallery):
+  if not 1 <= num_neighbours <= num_items:
     raise UserError(
-      f"{num_neighbours} neighbours can't be had from a gallery of {len(gallery)} "
-      f"items; ask for 1 to {len(gallery)}."
+      f"{num_neighbours} neighbours can't be had from a gallery of {num_items} items; "
+      f"ask for 1 to {num_items}."
     )
 
 

@@ -1,0 +1,207 @@
+"""Indexes of FAISS: built by a rule, measured, and kept with a manifest.
+
+    index.faiss      as FAISS writes it
+    manifest.json    what it is, of what it was built, how well it finds; written last
+
+Shapes: N items, D dimensions, Q queries, k neighbours.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.retrieval.search import Neighbours, check_sizes, nearest
+
+FILE_NAME, MANIFEST_NAME = "index.faiss", "manifest.json"
+KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
+# Up to so many items a search of all is fast; from so many on, codes save memory.
+_MAX_FLAT, _MIN_CODES = 20_000, 1_000_000
+_HNSW_LINKS, _HNSW_EFFORT = 32, 128
+_BITS_A_CODE, _DIMENSIONS_A_CODE = 8, 4
+# FAISS wants so many items a centre to train.
+_TRAINED_A_CENTRE = 39
+_NUM_MEASURED, _MEASURED_K = 1_000, 10
+
+
+def choose_kind(num_items: int) -> str:
+  """The kind of index for so many items: "flat", "ivf_flat" or "ivf_pq"."""
+  if num_items <= _MAX_FLAT:
+    return "flat"
+  return "ivf_flat" if num_items < _MIN_CODES else "ivf_pq"
+
+
+def build(embeddings: np.ndarray, kind: str) -> Any:
+  """Builds an index, sized by the number of items.
+
+  - flat: every item is compared, exactly.
+  - ivf_flat: 4√N cells, of which 1/16 are searched, at least 8.
+  - ivf_pq: the same, with a byte for every 4 dimensions instead of 16.
+  - hnsw: a graph of 32 links an item, searched with effort 128.
+
+  Args:
+    embeddings: [N, D] float32, finite.
+    kind: one of `KINDS`.
+
+  Returns:
+    A FAISS index of Euclidean distance.
+
+  Raises:
+    UserError: the kind is unknown or there are too few items for it, or FAISS is not
+      installed.
+  """
+  faiss = _faiss()
+  num_items, num_dimensions = embeddings.shape
+  if kind == "flat":
+    index = faiss.IndexFlatL2(num_dimensions)
+  elif kind == "hnsw":
+    index = faiss.IndexHNSWFlat(num_dimensions, _HNSW_LINKS)
+    index.hnsw.efSearch = _HNSW_EFFORT
+  elif kind in ("ivf_flat", "ivf_pq"):
+    index = _cells(faiss, num_items, num_dimensions, has_codes=kind == "ivf_pq")
+    index.train(embeddings)
+  else:
+    raise UserError(f"index.kind={kind!r} is none of auto, {', '.join(KINDS)}.")
+  index.add(embeddings)
+  return index
+
+
+def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) -> Any:
+  num_cells = min(round(4 * math.sqrt(num_items)), num_items // _TRAINED_A_CENTRE)
+  num_codes = 2**_BITS_A_CODE if has_codes else 0
+  if num_cells < 1 or num_items < num_codes:
+    raise UserError(
+      f"{num_items} items are too few for cells of an index; take index.kind='flat'."
+    )
+  quantizer = faiss.IndexFlatL2(num_dimensions)
+  if has_codes:
+    most = max(1, num_dimensions // _DIMENSIONS_A_CODE)
+    parts = max(part for part in range(1, most + 1) if num_dimensions % part == 0)
+    index = faiss.IndexIVFPQ(quantizer, num_dimensions, num_cells, parts, _BITS_A_CODE)
+  else:
+    index = faiss.IndexIVFFlat(quantizer, num_dimensions, num_cells)
+  index.nprobe = min(num_cells, max(8, num_cells // 16))
+  return index
+
+
+def measure(index: Any, embeddings: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+  """How well and how fast an index finds what exact search finds.
+
+  Args:
+    index: of these embeddings.
+    embeddings: [N, D] float32.
+    seed: of the items that are drawn to ask.
+
+  Returns:
+    "recall_at_10", the share of the 10 nearest that it finds, and "queries_per_second".
+  """
+  num_items = len(embeddings)
+  k = min(_MEASURED_K, num_items)
+  drawn = np.random.default_rng(seed).permutation(num_items)[:_NUM_MEASURED]
+  queries = np.asarray(embeddings[np.sort(drawn)], np.float32)
+  exact = nearest(queries, embeddings, num_neighbours=k).indices
+  start = time.perf_counter()
+  _, found = index.search(queries, k)
+  seconds = time.perf_counter() - start
+  hits = [len(np.intersect1d(*rows)) for rows in zip(exact, found)]
+  return {
+    f"recall_at_{k}": float(np.mean(hits) / k),
+    "queries_per_second": len(queries) / seconds,
+  }
+
+
+def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
+  """Writes an index, and its manifest last.
+
+  Args:
+    folder: is made if it is missing; an index in it is replaced.
+    index: of FAISS.
+    manifest: what is known of it; size and hash are added.
+  """
+  os.makedirs(folder, exist_ok=True)
+  path = os.path.join(folder, FILE_NAME)
+  manifest_path = os.path.join(folder, MANIFEST_NAME)
+  _faiss().write_index(index, path + ".new")
+  if os.path.exists(manifest_path):
+    os.remove(manifest_path)
+  os.replace(path + ".new", path)
+  content = {
+    **manifest,
+    "num_items": index.ntotal,
+    "num_dimensions": index.d,
+    "distance": "euclidean",
+    "sha256": _sha256(path),
+  }
+  with open(manifest_path + ".new", "w", encoding="utf-8") as file:
+    json.dump(content, file, indent=2)
+  os.replace(manifest_path + ".new", manifest_path)
+
+
+class KeptIndex:
+  """An index that was written.
+
+  Attributes:
+    manifest: what is known of it.
+
+  Args:
+    folder: as `write` left it.
+
+  Raises:
+    UserError: there is none, its file is not the one its manifest tells of, or FAISS is
+      not installed.
+  """
+
+  def __init__(self, folder: str):
+    path = os.path.join(folder, FILE_NAME)
+    try:
+      with open(os.path.join(folder, MANIFEST_NAME), encoding="utf-8") as file:
+        self.manifest: dict[str, Any] = json.load(file)
+      is_same = self.manifest["sha256"] == _sha256(path)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise UserError(f"{folder} has no index; run --mode=index first.") from error
+    if not is_same:
+      raise UserError(
+        f"{path} is not the index of which {MANIFEST_NAME} tells; run --mode=index "
+        "again."
+      )
+    self._index = _faiss().read_index(path)
+
+  def nearest(self, queries: np.ndarray, *, num_neighbours: int) -> Neighbours:
+    """For each query about its nearest items; fewer where cells hold fewer: index −1.
+
+    Args:
+      queries: [Q, D] float32, finite.
+      num_neighbours: k <= N.
+
+    Raises:
+      UserError: k exceeds the gallery, or the dimensions differ.
+    """
+    check_sizes(queries, (self._index.ntotal, self._index.d), num_neighbours)
+    squares, indices = self._index.search(queries, num_neighbours)
+    return Neighbours(indices, np.sqrt(np.maximum(squares, 0.0)))
+
+
+def _faiss() -> Any:
+  try:
+    import faiss
+  except ImportError as error:
+    raise UserError(
+      "An index needs FAISS: pip install 'retrieval-trainer[search]'."
+    ) from error
+  return faiss
+
+
+def _sha256(path: str) -> str:
+  contents = hashlib.sha256()
+  with open(path, "rb") as file:
+    while block := file.read(1 << 20):
+      contents.update(block)
+  return contents.hexdigest()
