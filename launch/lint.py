@@ -29,7 +29,13 @@ def main(arguments) -> int:
     logging.set_verbosity(logging.ERROR)
     importlib.import_module("trainer.parts")
     needed = task.MODES[values.mode].roots
-    print(config.read(values.gin_file, values.gin_param, needed=needed).text, end="")
+    assembled = config.read(
+      values.gin_file,
+      values.gin_param,
+      needed=needed,
+      allowed_imports=values.allow_gin_import,
+    )
+    print(assembled.text, end="")
   except (flags.Error, errors.UserError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2

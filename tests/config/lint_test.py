@@ -134,3 +134,11 @@ def test_override_by_flag_is_no_warning(tmp_path, caplog):
   read = config.read([str(tmp_path / "run.gin")], params, roots=toy_parts.ROOTS)
   assert read.values["toy_train.loss.margin"] == "0.8"
   assert caplog.messages == []
+
+
+def test_import_of_another_package_is_followed_where_it_is_allowed(tmp_path):
+  (tmp_path / "run.gin").write_text("import tests.config.toy_parts\n" + GOOD)
+  run_file, roots = [str(tmp_path / "run.gin")], toy_parts.ROOTS
+  assert config.read(run_file, roots=roots, allowed_imports=["tests.config"])
+  with pytest.raises(errors.UserError, match=r"--allow_gin_import=tests\.config\.toy"):
+    config.read(run_file, roots=roots, allowed_imports=["tests.conf"])

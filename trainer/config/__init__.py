@@ -69,6 +69,7 @@ def load(
   *,
   needed: Sequence[str] = (),
   roots: Sequence[str] = ROOTS,
+  allowed_imports: Sequence[str] = (),
 ) -> Config:
   """Reads, checks and hands a config to gin, in place of any it had.
 
@@ -77,7 +78,13 @@ def load(
   Raises:
     UserError: as `read`.
   """
-  config = read(gin_files, gin_params, needed=needed, roots=roots)
+  config = read(
+    gin_files,
+    gin_params,
+    needed=needed,
+    roots=roots,
+    allowed_imports=allowed_imports,
+  )
   gin.clear_config()
   gin.parse_config(config.text)
   gin.finalize()
@@ -90,6 +97,7 @@ def read(
   *,
   needed: Sequence[str] = (),
   roots: Sequence[str] = ROOTS,
+  allowed_imports: Sequence[str] = (),
 ) -> Config:
   """Reads and checks a config and leaves gin as it is.
 
@@ -98,13 +106,18 @@ def read(
     gin_params: statements such as `X.y = 1`; they override the files'.
     needed: the roots that will be called, which must have all they require.
     roots: the configurables from which a binding must be reachable.
+    allowed_imports: modules that may be imported beside this package's and
+      TensorFlow's.
 
   Raises:
     UserError: a file is missing or does not parse; a name is unknown, a macro unset or
       lower-case; a binding is of no use; something that must be set is not.
   """
   assembled = assemble(
-    statements.read(gin_files, gin_params), needed=needed, roots=roots
+    statements.read(gin_files, gin_params),
+    needed=needed,
+    roots=roots,
+    allowed_imports=allowed_imports,
   )
   if assembled.unused:
     raise errors.UserError(unused_message(assembled.unused, roots))
@@ -116,6 +129,7 @@ def assemble(
   *,
   needed: Sequence[str] = (),
   roots: Sequence[str] = ROOTS,
+  allowed_imports: Sequence[str] = (),
 ) -> Assembled:
   """Checks statements and follows them from the roots; what is of no use is set apart.
 
@@ -123,12 +137,14 @@ def assemble(
     given: in the order they take effect.
     needed: the roots that will be called, which must have all they require.
     roots: the configurables from which a binding must be reachable.
+    allowed_imports: modules that may be imported beside this package's and
+      TensorFlow's.
 
   Raises:
     UserError: a name is unknown, a macro unset or lower-case; something that must be
       set is not.
   """
-  lint.import_modules(given)
+  lint.import_modules(given, allowed_imports)
   bindings = [s for s in given if isinstance(s, statements.Binding)]
   lint.check_names(bindings)
   lint.warn_of_overrides(bindings)

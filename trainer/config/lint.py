@@ -17,19 +17,29 @@ _MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
 _IMPORTABLE = ("trainer", "tensorflow", "tensorflow_addons")
 
 
-def import_modules(statements: Sequence[Statement]) -> None:
+def import_modules(
+  statements: Sequence[Statement], allowed: Sequence[str] = ()
+) -> None:
   """Runs the import statements, so that the modules register their parts.
+
+  Args:
+    statements: those that are no imports are passed over.
+    allowed: modules that may be imported, with those inside of them, beside this
+      package's and TensorFlow's.
 
   Raises:
     UserError: the module is of another package, or cannot be imported.
   """
+  importable = (*_IMPORTABLE, *allowed)
   for statement in statements:
     if not isinstance(statement, Import):
       continue
-    if statement.module.split(".")[0] not in _IMPORTABLE:
+    module = statement.module
+    if not any(module == name or module.startswith(f"{name}.") for name in importable):
       raise errors.UserError(
-        f"{statement.origin}: import of {statement.module!r}; a gin file may import "
-        f"from {', '.join(_IMPORTABLE)} only."
+        f"{statement.origin}: import of {module!r}; a gin file may import from "
+        f"{', '.join(importable)} only; if you trust it, add "
+        f"--allow_gin_import={module}."
       )
     try:
       importlib.import_module(statement.module)
