@@ -4,6 +4,7 @@ from __future__ import annotations
 
 DONE = 0
 FAILURE = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
 
 class CheckFailedError(RuntimeError):

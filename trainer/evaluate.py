@@ -17,6 +17,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.watchdog import watching
 from trainer.retrieval import evidence, projector, report
 from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import embed, whole_batch
@@ -36,7 +37,8 @@ _LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
 
 def main(run: Run) -> None:
   """Evaluates the newest checkpoint of a run."""
-  with make_strategy(run.hardware, run.facts()).scope():
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
     evaluation = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
     workers.agree(evaluation.dataset.index.facts())

@@ -25,12 +25,17 @@ class Hardware:
     tpu: "local", the TPU that is attached; None for the same where `strategy` is
       "tpu".
     worker_timeout_s: how long to wait at the start for the other workers, seconds.
+    step_deadline_s: how long a step may take before the run counts as stalled, seconds;
+      None for 20 times the median step that was measured, and at least a minute.
+    start_deadline_s: the same until the first steps are done, and outside of training.
   """
 
   strategy: str = "auto"
   num_virtual_replicas: int = 1
   tpu: Optional[str] = None
   worker_timeout_s: float = 300.0
+  step_deadline_s: Optional[float] = None
+  start_deadline_s: float = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ from absl import flags, logging
 
 from trainer import errors
 from trainer.data import tensorflow_io
+from trainer.loop import preemption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,6 @@ _RUN_ERRORS = (
   errors.NotFiniteError,
   errors.WorkerFailedError,
 )
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -79,13 +79,15 @@ def main(arguments: Sequence[str]) -> int:
     if {"-h", "--help", "-help"} & set(arguments[1:]):
       print(help_text())
     else:
-      _run(_parse(arguments))
+      values = _parse(arguments)
+      with preemption.listening(values.grace_s):
+        _run(values)
   except _RUN_ERRORS as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
     return error.exit_status
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
-    return _INTERRUPTED
+    return errors.INTERRUPTED
   return errors.DONE
 
 
@@ -98,6 +100,12 @@ def define_flags() -> dict[str, flags.FlagValues]:
   )
   flags.DEFINE_multi_string(
     "gin_param", [], "Override, such as 'X.y = 1' (repeatable).", flag_values=what
+  )
+  flags.DEFINE_multi_string(
+    "allow_gin_import",
+    [],
+    "A module that gin files may import (repeatable).",
+    flag_values=what,
   )
   flags.DEFINE_string(
     "model_dir", None, "Folder of all that the run leaves.", flag_values=where
@@ -128,6 +136,27 @@ def define_flags() -> dict[str, flags.FlagValues]:
     lower_bound=0.0,
     flag_values=hardware,
   )
+  flags.DEFINE_float(
+    "grace_s",
+    30.0,
+    "Seconds from a signal to the end.",
+    lower_bound=0.0,
+    flag_values=hardware,
+  )
+  flags.DEFINE_float(
+    "step_deadline_s",
+    None,
+    "Longest step; by default 20 medians, at least 60 s.",
+    lower_bound=0.0,
+    flag_values=hardware,
+  )
+  flags.DEFINE_float(
+    "start_deadline_s",
+    1800.0,
+    "The same before the first steps, and outside of them.",
+    lower_bound=0.0,
+    flag_values=hardware,
+  )
   flags.DEFINE_multi_string(
     "query",
     [],
@@ -144,7 +173,7 @@ def help_text() -> str:
   groups = define_flags()
   lines = [
     "python -m trainer.task --mode=MODE --gin_file=RUN.gin --model_dir=DIR [flags]",
-    "\nModes:",
+    "Modes:",
     *(f"  {name:<24}{mode.summary}" for name, mode in MODES.items()),
   ]
   titles = {
@@ -154,7 +183,7 @@ def help_text() -> str:
     "search": "Mode search",
   }
   for group, title in titles.items():
-    lines.append(f"\n{title}:")
+    lines.append(f"{title}:")
     for name in groups[group]:
       flag = groups[group][name]
       default = "" if flag.default in (None, [], False) else f" [{flag.default}]"
@@ -206,13 +235,23 @@ def _run(values: flags.FlagValues) -> None:
   mode = MODES[values.mode]
   module = importlib.import_module(mode.module)
   hardware = run.Hardware(
-    values.strategy, values.num_virtual_replicas, values.tpu, values.worker_timeout_s
+    strategy=values.strategy,
+    num_virtual_replicas=values.num_virtual_replicas,
+    tpu=values.tpu,
+    worker_timeout_s=values.worker_timeout_s,
+    step_deadline_s=values.step_deadline_s,
+    start_deadline_s=values.start_deadline_s,
   )
   with lost_workers.naming_lost_workers():
     module.main(
       run.Run(
         model_dir=values.model_dir,
-        config=config.load(values.gin_file, values.gin_param, needed=mode.roots),
+        config=config.load(
+          values.gin_file,
+          values.gin_param,
+          needed=mode.roots,
+          allowed_imports=values.allow_gin_import,
+        ),
         hardware=hardware,
         allow_config_change=values.allow_config_change,
         asked=run.Asked(values.query, values.json, values.picture),

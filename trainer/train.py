@@ -17,13 +17,17 @@ from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.loop import actions, log_file, micro_batches
+from trainer.loop import actions, log_file, micro_batches, preemption, words
 from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.diagnosis import Diagnosis
 from trainer.loop.inner import InnerLoop
-from trainer.loop.loop import Loop, LoopOptions
+from trainer.loop.loop import Loop, Safety
+from trainer.loop.loop_options import LoopOptions
 from trainer.loop.metrics_file import MetricsFile
+from trainer.loop.not_finite import NotFinitePolicy
 from trainer.loop.run_folder import check_disk, open_run_folder
 from trainer.loop.step import TrainStep
+from trainer.loop.watchdog import Watchdog, watching
 from trainer.models.dropout import set_seed
 from trainer.run import Run
 
@@ -78,15 +82,18 @@ class Training(NamedTuple):
 def main(run: Run) -> None:
   """Trains to the end, from the newest checkpoint if there is one."""
   with make_strategy(run.hardware, run.facts()).scope():
-    train(run).loop.run()
-    current_workers().wait()
+    workers = current_workers()
+    with watching(run, workers.index) as watchdog:
+      train(run, watchdog).loop.run()
+      workers.wait()
 
 
-def train(run: Run) -> Training:
+def train(run: Run, watchdog: Watchdog) -> Training:
   """Builds a training, under the strategy in whose scope it is called.
 
   Args:
     run: where it lives.
+    watchdog: watches its steps.
 
   Returns:
     A training, restored from the newest checkpoint of the run.
@@ -108,8 +115,7 @@ def train(run: Run) -> Training:
   workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
   batches = dataset.training_batches(schedule)
   outer = Loop(
-    inner=_make_inner_loop(batches, step, first_step),
-    naming_bad_records=batches.naming_bad_records,
+    inner=_make_inner_loop(batches, step, first_step, checkpoints),
     optimizer=step.optimizer,
     options=loop,
     images_per_step=math.prod(schedule.shape),
@@ -117,6 +123,13 @@ def train(run: Run) -> Training:
       *(_chief_actions(run, first_step) if workers.is_chief else ()),
       actions.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
     ],
+    safety=Safety(
+      checkpoints,
+      preemption.current(),
+      watchdog,
+      batches.naming_bad_records,
+      _make_policy(run, parts, schedule, checkpoints),
+    ),
   )
   _log_start(run, schedule, step, first_step)
   return Training(outer, step, first_step, loop.num_steps)
@@ -140,6 +153,31 @@ def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
     averages=step.averages,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,
+  )
+
+
+def _make_policy(
+  run: Run, parts: Parts, schedule: PKSchedule, checkpoints: Checkpoints
+) -> NotFinitePolicy:
+  workers = current_workers()
+
+  def restore() -> None:
+    checkpoints.wait()
+    workers.wait()  # Until the chief has written what all are to restore.
+    workers.agree({"the step gone back to": workers.together(checkpoints.restore)})
+
+  return NotFinitePolicy(
+    options=parts.loop,
+    optimizer=parts.step.optimizer,
+    checkpoints=checkpoints,
+    restore_fn=restore,
+    diagnose_fn=Diagnosis(
+      step=parts.step,
+      index=parts.dataset.index,
+      schedule=schedule,
+      batches=parts.dataset.training_batches(schedule),
+      model_dir=run.model_dir if workers.is_chief else None,
+    ),
   )
 
 
@@ -183,7 +221,9 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
   micro_batches.check_size(step.options.num_micro_batches, size)
 
 
-def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> InnerLoop:
+def _make_inner_loop(
+  batches: Batches, step: TrainStep, first_step: int, checkpoints: Checkpoints
+) -> InnerLoop:
   strategy = tf.distribute.get_strategy()
   dataset = batches.dataset(current_workers().shard(), first_step=first_step)
   return InnerLoop(
@@ -191,6 +231,7 @@ def _make_inner_loop(batches: Batches, step: TrainStep, first_step: int) -> Inne
     strategy=strategy,
     batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
     zero_statistics=step.zero_statistics(dataset.element_spec),
+    words_fn=lambda: words.speak(preemption.current(), checkpoints),
   )
 
 

@@ -9,6 +9,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.evaluate import Evaluated, Evaluation, publish
 from trainer.loop import run_folder
+from trainer.loop.watchdog import watching
 from trainer.retrieval.results import Results
 from trainer.run import Run
 from trainer.train import Training, train
@@ -18,11 +19,11 @@ def main(run: Run) -> None:
   """Ingests if the run names a source; then measures, trains and measures again."""
   # The strategy first: ingest uses a device, and replicas must be made before that.
   strategy = make_strategy(run.hardware, run.facts())
-  with strategy.scope():
+  with strategy.scope(), watching(run, current_workers().index) as watchdog:
     workers = current_workers()
     if run.config.binds("ingest"):
       workers.chief_first(lambda: ingest.main(run))
-    training = train(run)
+    training = train(run, watchdog)
     evaluation = workers.together(lambda: _evaluation(training))
     if training.first_step == 0:
       before = evaluation.evaluate().measurement

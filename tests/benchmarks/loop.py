@@ -62,6 +62,7 @@ def _loop(strategy):
     strategy=strategy,
     batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
     zero_statistics=step.zero_statistics(dataset.element_spec),
+    words_fn=lambda: np.zeros([2], np.int32),
   )
   loop.run(2)  # Traces it.
   return loop

@@ -87,6 +87,7 @@ def _loops(strategy, index):
     strategy=strategy,
     batches=batches,
     zero_statistics=step.zero_statistics(dataset.element_spec),
+    words_fn=lambda: np.zeros([2], np.int32),
   )
   return inner.run, lambda num_steps: bare(tf.constant(num_steps))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 import types
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.loop import run_folder
+from trainer.loop import checkpoint_files, run_folder, snapshot
 from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
@@ -23,10 +24,18 @@ def _encoder(embedding_size=3):
   return encoder
 
 
+class _Written(Checkpoints):
+  """Waits for each checkpoint to be written."""
+
+  def save(self, step):
+    super().save(step)
+    self.wait()
+
+
 def _checkpoints(tmp_path, encoder, **options):
   optimizer = tf.keras.optimizers.Adam(1e-3)
   optimizer.build(encoder.trainable_variables)
-  return Checkpoints(
+  return _Written(
     model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer, **options
   )
 
@@ -90,44 +99,118 @@ def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
   assert checkpoints.num_bytes == pytest.approx(data, rel=0.1)
 
 
+def _two_saved(tmp_path):
+  """An encoder whose checkpoints 3 and 6 are there; what it was at 3."""
+  encoder = _encoder()
+  checkpoints = _checkpoints(tmp_path, encoder, num_kept=2)
+  checkpoints.save(3)
+  before = encoder.variables[0].numpy()
+  encoder.variables[0].assign_add(tf.ones_like(before))
+  checkpoints.save(6)
+  return before
+
+
+def _flipped(content):
+  return content[:-9] + bytes([content[-9] ^ 1]) + content[-8:]
+
+
+@pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:100], _flipped])
+@pytest.mark.parametrize("name", ["ckpt-6.data-00000-of-00001", "ckpt-6.index"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+  tmp_path, caplog, name, damage
+):
+  before = _two_saved(tmp_path)
+  file = tmp_path / "checkpoints" / name
+  file.write_bytes(damage(file.read_bytes()))
+  encoder = _encoder()
+  with caplog.at_level("WARNING", logger="absl"):
+    assert _checkpoints(tmp_path, encoder).restore() == 3
+  np.testing.assert_array_equal(encoder.variables[0].numpy(), before)
+  [warning] = caplog.messages
+  assert str(file) in warning and "going on from the checkpoint of step 3" in warning
+
+
 @pytest.mark.parametrize(
-  ("pattern", "damage"),
+  ("content", "words"),
   [
-    ("*.data*", lambda content: b""),
-    ("*.data*", lambda content: content[:100]),
-    ("*.data*", lambda content: bytes(len(content))),
-    ("*.index", lambda content: content[:100]),
+    (b"", "damaged (JSONDecodeError"),
+    (b"{}", "damaged (KeyError: 'step')"),
+    (b'{"step": 5, "files": {}}', "it is of step 5"),
+    (b'{"step": 6, "files": []}', "damaged (TypeError"),
+    (b'{"step": 6, "files": {"../../etc/passwd": {}}}', "damaged (KeyError"),
+    (b" " * 200_000, "more than 100000 bytes"),
+    (b"\x80\x04\x95", "damaged (UnicodeDecodeError"),
   ],
 )
-def test_a_damaged_checkpoint_is_named_in_one_line(tmp_path, pattern, damage):
-  checkpoints = _checkpoints(tmp_path, _encoder())
-  checkpoints.save(3)
-  file = next((tmp_path / "checkpoints").glob(pattern))
-  file.write_bytes(damage(file.read_bytes()))
-  with pytest.raises(UserError, match="ckpt-3 can't be read") as caught:
-    checkpoints.restore()
-  assert "\n" not in str(caught.value)
-  with pytest.raises(UserError, match="ckpt-3 can't be read"):
-    Checkpoints(model_dir=str(tmp_path), encoder=_encoder()).restore()
-
-
-@pytest.mark.parametrize(
-  ("pattern", "message"),
-  [("*.index", r"ckpt-3.index is missing"), ("*.data*", "ckpt-3 can't be read")],
-)
-def test_a_file_that_is_missing_is_named_and_the_run_not_begun_again(
-  tmp_path, pattern, message
+def test_a_damaged_manifest_is_named_and_the_one_before_taken(
+  tmp_path, caplog, content, words
 ):
+  _two_saved(tmp_path)
+  (tmp_path / "checkpoints" / "ckpt-6.json").write_bytes(content)
+  assert _checkpoints(tmp_path, _encoder()).restore() == 3
+  assert words in caplog.messages[0]
+
+
+def test_a_file_that_is_missing_is_named_and_the_one_before_taken(tmp_path, caplog):
+  _two_saved(tmp_path)
+  (tmp_path / "checkpoints" / "ckpt-6.index").unlink()
+  assert _checkpoints(tmp_path, _encoder()).restore() == 3
+  assert "ckpt-6.index is missing" in caplog.messages[0]
+
+
+def test_a_run_is_not_begun_again_over_checkpoints_that_are_all_damaged(tmp_path):
+  _two_saved(tmp_path)
+  for path in (tmp_path / "checkpoints").glob("*.index"):
+    path.write_bytes(b"")
+  with pytest.raises(
+    UserError, match=r"no checkpoint in .* can be trusted: .*ckpt-6.ind"
+  ):
+    _checkpoints(tmp_path, _encoder()).restore()
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_goes(tmp_path):
+  folder = tmp_path / "checkpoints"
+  (folder / "aside").mkdir(parents=True)
+  for name in ("aside/ckpt-4.index", "ckpt-4.data-00000-of-00001", "ckpt-4.index"):
+    (folder / name).write_bytes(b"torn")
   checkpoints = _checkpoints(tmp_path, _encoder())
-  checkpoints.save(3)
-  next((tmp_path / "checkpoints").glob(pattern)).unlink()
-  with pytest.raises(UserError, match=message):
-    checkpoints.restore()
+  assert checkpoints.restore() is None
+  checkpoints.save(6)
+  names = sorted(path.name for path in folder.iterdir())
+  files = [f"ckpt-6.{end}" for end in ("data-00000-of-00001", "index", "json")]
+  assert names == ["checkpoint", *files]
 
 
-def test_a_damaged_list_of_checkpoints_is_named(tmp_path):
+def test_tensorflow_finds_the_newest_by_itself(tmp_path):
+  _two_saved(tmp_path)
+  newest = tf.train.latest_checkpoint(str(tmp_path / "checkpoints"))
+  assert newest.endswith("ckpt-6")
+
+
+def test_a_checkpoint_that_claims_more_than_it_has_takes_no_memory(tmp_path):
+  folder = tmp_path / "checkpoints"
   _checkpoints(tmp_path, _encoder()).save(3)
-  for content in ("", "{"):
-    (tmp_path / "checkpoints" / "checkpoint").write_text(content)
-    with pytest.raises(UserError, match="checkpoints/checkpoint can't be read"):
-      _checkpoints(tmp_path, _encoder()).restore()
+  aside = pathlib.Path(checkpoint_files.aside(str(folder)))
+  with open(aside / "ckpt-6.data-00000-of-00001", "wb") as file:
+    file.truncate(100)
+  snapshot.write({"encoder/x": np.zeros([1000], np.float32)}, str(aside / "ckpt-6"))
+  with open(aside / "ckpt-6.data-00000-of-00001", "r+b") as file:
+    file.truncate(100)
+  checkpoint_files.publish(str(folder), 6, {})
+  with pytest.raises(UserError, match="claims 4000 bytes of tensors and has 100"):
+    _checkpoints(tmp_path, _encoder()).restore()
+
+
+def test_values_are_those_of_the_moment_of_saving(tmp_path):
+  encoder = _encoder()
+  checkpoints = _checkpoints(tmp_path, encoder)
+  expected = [variable.numpy().copy() for variable in encoder.variables]
+  Checkpoints.save(checkpoints, 3)
+  for _ in range(100):
+    for variable in encoder.variables:
+      variable.assign_add(tf.ones_like(variable))
+  checkpoints.wait()
+  restored = _encoder()
+  _checkpoints(tmp_path, restored).restore()
+  for got, value in zip(restored.variables, expected):
+    np.testing.assert_array_equal(got.numpy(), value)

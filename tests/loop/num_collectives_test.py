@@ -39,14 +39,19 @@ def _sizes_of_sums(graph):
   return {size: number / _NUM_REPLICAS for size, number in sizes.items()}
 
 
+def _num_weights_and_flag(step):
+  """With the gradients, in the same sum, travels whether a replica's are not finite."""
+  return sum(v.shape.num_elements() for v in step.trainable_variables) + 1
+
+
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 12])
 def test_gradients_travel_once_a_step_whatever_the_micro_batches(
   mirrored, num_micro_batches
 ):
   graph, step = _graph_and_step(mirrored(2), "gathered", num_micro_batches)
-  num_weights = sum(v.shape.num_elements() for v in step.trainable_variables)
+  num_sent = _num_weights_and_flag(step)
   # The count; the gradient to the gathered embeddings; the gradients to the weights.
-  assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_weights: 1}
+  assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_sent: 1}
   inside = [
     node.op
     for function in graph.as_graph_def().library.function
@@ -59,5 +64,5 @@ def test_gradients_travel_once_a_step_whatever_the_micro_batches(
 
 def test_without_a_gather_the_gradients_alone_travel(mirrored):
   graph, step = _graph_and_step(mirrored(2), "alone", 3)
-  num_weights = sum(v.shape.num_elements() for v in step.trainable_variables)
-  assert _sizes_of_sums(graph) == {num_weights: 1}
+  num_sent = _num_weights_and_flag(step)
+  assert _sizes_of_sums(graph) == {num_sent: 1}

@@ -218,7 +218,9 @@ def test_an_encoder_is_restored_with_the_averages_of_its_weights(tmp_path):
   optimizer = tf.keras.optimizers.SGD(0.1)
   optimizer.build(trained.trainable_variables)
   parts = {"encoder": trained, "optimizer": optimizer, "averages": averages}
-  Checkpoints(model_dir=str(tmp_path), **parts).save(3)
+  checkpoints = Checkpoints(model_dir=str(tmp_path), **parts)
+  checkpoints.save(3)
+  checkpoints.wait()
   assert Checkpoints(model_dir=str(tmp_path), encoder=read).restore() == 3
   for got, wanted in zip(read.trainable_variables, expected):
     np.testing.assert_array_equal(got.numpy(), wanted)

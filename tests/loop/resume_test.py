@@ -67,8 +67,14 @@ def _make_step(
   return step
 
 
+class _Written(Checkpoints):
+  def save(self, step):
+    super().save(step)
+    self.wait()
+
+
 def _checkpoints(step, folder):
-  return Checkpoints(
+  return _Written(
     model_dir=str(folder),
     encoder=step.encoder,
     loss=step.loss,

@@ -1,25 +1,32 @@
-"""Checkpoints: what is saved, where, how many are kept."""
+"""Checkpoints: what is saved, when the device may go on, which one is taken again."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from typing import Optional
 
 import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
+from trainer.loop import checkpoint_files as files
+from trainer.loop import snapshot
 from trainer.loop.averages import AveragedWeights
+from trainer.loop.background import Background
+from trainer.loop.checkpoint_files import FOLDER
 from trainer.models.batch_norms import make_replicas_equal
 
-FOLDER = "checkpoints"
-# TensorFlow's reader raises the last two for a file that is short or damaged.
+# TensorFlow's reader raises the last two for a file that is not its own.
 _UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
 
 
 class Checkpoints:
   """The checkpoints of a run.
+
+  Attributes:
+    notes: numbers that are kept beside each checkpoint, by name.
+    failure: why the last one could not be written; None where it could.
+    saved_step: of the newest that was written or restored; None where there is none.
 
   Args:
     model_dir: folder of the run.
@@ -28,9 +35,8 @@ class Checkpoints:
     optimizer: built; its `iterations` are the step. None to read encoders only.
     averages: of the encoder's weights, if there are any.
     num_kept: how many of the newest to keep.
-    is_chief: whether this worker's checkpoints stay. All workers must save, because
-      reading a variable that is kept on each replica is a collective; the others'
-      go to a folder that is deleted.
+    is_chief: whether this worker writes. All workers must save, because reading a
+      variable that is kept on each replica is a collective.
   """
 
   def __init__(
@@ -44,6 +50,9 @@ class Checkpoints:
     num_kept: int = 1,
     is_chief: bool = True,
   ):
+    self.notes: dict[str, int] = {}
+    self.failure: Optional[str] = None
+    self.saved_step: Optional[int] = None
     self._encoder = encoder
     self._optimizer = optimizer
     self._averages = averages
@@ -56,13 +65,10 @@ class Checkpoints:
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
     self._folder = os.path.join(model_dir, FOLDER)
-    _listed(self._folder)  # The manager would raise what is no user's error.
-    self._aside = None if is_chief else tempfile.TemporaryDirectory()
-    self._manager = tf.train.CheckpointManager(
-      self._checkpoint,
-      self._aside.name if self._aside else self._folder,
-      max_to_keep=num_kept if is_chief else 1,
-    )
+    self._num_kept = num_kept
+    self._is_chief = is_chief
+    self._background = Background()
+    self._asked_step: Optional[int] = None
 
   @property
   def num_bytes(self) -> int:
@@ -74,25 +80,32 @@ class Checkpoints:
     ]
     return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
-  @property
-  def latest_step(self) -> Optional[int]:
-    """Step of the newest checkpoint; None where there is none."""
-    path = self._latest_path()
-    return None if path is None else int(path.rsplit("-", 1)[1])
-
   def save(self, step: int) -> None:
-    """Saves everything after that step, and prunes.
+    """Copies everything to the host, and writes it beside the training.
 
-    Where replicas have moving averages of their own, all go on with what is saved.
+    Where replicas have moving averages of their own, all go on with what is saved. A
+    step that is being saved already is not saved again.
 
     Args:
       step: number of steps done.
     """
+    if step == self._asked_step:
+      return
+    self._asked_step = step
     make_replicas_equal(self._encoder)
-    self._manager.save(checkpoint_number=step)
+    values = snapshot.take(self._checkpoint)
+    if self._is_chief:
+      notes = dict(self.notes)
+      self._background.start(lambda: self._write(values, step, notes))
+    else:
+      self.saved_step = step
+
+  def wait(self) -> None:
+    """Waits until what was saved is written; `failure` then tells whether it could."""
+    self._background.wait()
 
   def restore(self) -> Optional[int]:
-    """Restores the newest checkpoint.
+    """Restores the newest checkpoint that is whole, naming those that are not.
 
     To an encoder alone its averaged weights are given, where the checkpoint has them.
 
@@ -100,14 +113,16 @@ class Checkpoints:
       The number of steps done; None where there is no checkpoint.
 
     Raises:
-      UserError: the checkpoint is of another encoder, loss or optimizer, or its files
-        are missing or damaged.
+      UserError: the checkpoint is of another encoder, loss or optimizer, or there are
+        some and none can be trusted.
     """
-    path = self._latest_path()
-    if path is None:
+    step = self._newest_whole()
+    if step is None:
       return None
+    path = files.prefix(self._folder, step)
     try:
-      status = self._checkpoint.restore(path)
+      self._check_size(path)
+      status = self._checkpoint.read(path)
       status.assert_existing_objects_matched()
       if self._optimizer is not None:
         status.assert_consumed()
@@ -119,43 +134,63 @@ class Checkpoints:
       ) from error
     except _UNREADABLE as error:
       raise UserError(
-        f"{path} can't be read ({_first_line(error)}); copy it here again, or name an "
-        f"older one in {os.path.join(self._folder, 'checkpoint')}."
+        f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
       ) from error
+    self.notes = files.notes(self._folder, step)
+    self.saved_step = self._asked_step = step
     logging.info("Restored %s.", path)
-    return self.latest_step
+    return step
 
-  def _latest_path(self) -> Optional[str]:
-    """The newest checkpoint that the folder's list names; None where there is none.
+  def _newest_whole(self) -> Optional[int]:
+    """The step of the newest checkpoint without fault; None where there is none at all.
 
-    TensorFlow's own answer is None too where the files of the newest are missing, and
-    the run would start again at its first step.
+    Raises:
+      UserError: all that there are have faults.
     """
-    path = _listed(self._folder)
-    if path is not None and not tf.io.gfile.exists(f"{path}.index"):
+    faults: list[str] = []
+    for step in files.steps(self._folder):
+      fault = files.fault(self._folder, step)
+      if fault is None:
+        for each in faults:
+          logging.warning("%s; going on from the checkpoint of step %d.", each, step)
+        return step
+      faults.append(fault)
+    if faults:
       raise UserError(
-        f"{path}.index is missing, which {os.path.join(self._folder, 'checkpoint')} "
-        "names as the newest; copy it here again, or name an older one there."
+        f"no checkpoint in {self._folder} can be trusted: {faults[0]}; copy one there "
+        "again, or remove the folder to begin at the first step."
       )
-    return path
+    return None
+
+  def _check_size(self, path: str) -> None:
+    claimed, there = snapshot.claimed_bytes(path), snapshot.data_bytes(path)
+    if claimed > there:
+      raise RuntimeError(f"it claims {claimed} bytes of tensors and has {there}")
+
+  def _write(self, values: snapshot.Snapshot, step: int, notes: dict[str, int]) -> None:
+    """Writes aside and publishes; a failure is kept, and what is there stays."""
+    try:
+      folder = files.aside(self._folder)
+      snapshot.write(values, files.prefix(folder, step))
+      files.publish(self._folder, step, notes)
+      self.saved_step, self.failure = step, None
+      files.prune(self._folder, self._num_kept)
+    except (OSError, tf.errors.OpError) as error:
+      self.failure = f"the checkpoint of step {step} can't be written: {_reason(error)}"
+      self._asked_step = None
+      files.drop_aside(self._folder)
+      logging.warning("%s; %s.", self.failure, self.newest)
+
+  @property
+  def newest(self) -> str:
+    """In words, which checkpoint a run would go on from."""
+    if self.saved_step is None:
+      return "no checkpoint was saved"
+    return f"the newest checkpoint is of step {self.saved_step}"
 
 
-def _listed(folder: str) -> Optional[str]:
-  """What the folder's list names as the newest; None where there is no list.
-
-  Raises:
-    UserError: the list is damaged.
-  """
-  path = os.path.join(folder, "checkpoint")
-  try:
-    state = tf.train.get_checkpoint_state(folder)
-  except ValueError:
-    state = None
-  if state is None and tf.io.gfile.exists(path):
-    raise UserError(
-      f"{path} can't be read; write 'model_checkpoint_path: \"ckpt-STEP\"' into it."
-    )
-  return state.model_checkpoint_path if state else None
+def _reason(error: Exception) -> str:
+  return getattr(error, "strerror", None) or _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

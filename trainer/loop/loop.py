@@ -1,48 +1,48 @@
-"""The outer loop: calls the inner loop until all steps are done, and acts between."""
+"""The outer loop: calls the inner loop until all steps are done, and acts between.
+
+stop told? -> inner call (n steps) -> all finite? -> actions (log, save) -> stop told?
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
-import gin
+import numpy as np
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer import heartbeat
+from trainer.errors import PreemptedError, UserError
+from trainer.loop import words
 from trainer.loop.actions import Action, Report
+from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inner import InnerLoop
+from trainer.loop.loop_options import LoopOptions
+from trainer.loop.not_finite import NotFinitePolicy
+from trainer.loop.preemption import Preemption
+from trainer.loop.watchdog import Watchdog
 from trainer.losses.statistics import summarize
 
 
-@gin.register
-@dataclasses.dataclass(frozen=True)
-class LoopOptions:
-  """How long a run goes, and how often the host looks in.
+class Safety(NamedTuple):
+  """What keeps a run from losing what it has.
 
   Attributes:
-    num_steps: steps in all.
-    steps_per_loop: steps a host call; metrics are logged once a call.
-    checkpoint_every_steps: a multiple of `steps_per_loop`.
-    num_checkpoints_kept: how many of the newest checkpoints stay.
+    checkpoints: of the run.
+    preemption: whether the run was told to stop.
+    watchdog: watches the steps.
+    naming_bad_records: context of steps (first, last) that names what can't be read.
+    not_finite: what is done where an update is not finite.
   """
 
-  num_steps: int
-  steps_per_loop: int
-  checkpoint_every_steps: int
-  num_checkpoints_kept: int = 3
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if getattr(self, field.name) < 1:
-        value = getattr(self, field.name)
-        raise UserError(f"LoopOptions.{field.name}={value} must be at least 1.")
-    if self.checkpoint_every_steps % self.steps_per_loop:
-      raise UserError(
-        f"LoopOptions.checkpoint_every_steps={self.checkpoint_every_steps} must be a "
-        f"multiple of steps_per_loop={self.steps_per_loop}."
-      )
+  checkpoints: Checkpoints
+  preemption: Preemption
+  watchdog: Watchdog
+  naming_bad_records: Callable[[int, int], AbstractContextManager]
+  not_finite: NotFinitePolicy
 
 
 class Loop:
@@ -50,50 +50,107 @@ class Loop:
 
   Args:
     inner: several steps on all replicas.
-    naming_bad_records: context of steps (first, last) that names what can't be read.
     optimizer: its `iterations` are the step, its learning rate is logged.
     options: how long and how often.
     images_per_step: the global batch size.
     actions: called in order after each inner loop.
+    safety: what keeps it from losing what it has.
   """
 
   def __init__(
     self,
     *,
     inner: InnerLoop,
-    naming_bad_records: Callable[[int, int], AbstractContextManager],
     optimizer: tf.keras.optimizers.Optimizer,
     options: LoopOptions,
     images_per_step: int,
     actions: Sequence[Action],
+    safety: Safety,
   ):
     self._inner = inner
-    self._naming_bad_records = naming_bad_records
     self._optimizer = optimizer
     self._options = options
     self._images_per_step = images_per_step
     self._actions = actions
+    self._safety = safety
 
   def run(self) -> None:
-    """Runs the steps that are left."""
-    step = int(self._optimizer.iterations.numpy())
-    while step < self._options.num_steps:
-      step = self._run_once(step)
+    """Runs the steps that are left, and waits until the last checkpoint is written.
+
+    Raises:
+      PreemptedError: the run was told to stop, and has saved.
+      NotFiniteError: an update is not finite, and the options don't pass over it.
+      UserError: a checkpoint could not be written that had to be.
+    """
+    safety = self._safety
+    saving = safety.preemption.saving(lambda: safety.checkpoints.newest)
+    with saving, safety.watchdog.stepping(self._step):
+      step = self._step()
+      while step < self._options.num_steps:
+        step = self._run_once(step)
+      self._finish()
+
+  def _step(self) -> int:
+    return int(self._optimizer.iterations.numpy())
 
   def _run_once(self, step: int) -> int:
     # Loops end on multiples of their length, so that a resumed run logs the same rows.
     per_loop = self._options.steps_per_loop
     end = min((step // per_loop + 1) * per_loop, self._options.num_steps)
     start_s = time.monotonic()
-    with self._naming_bad_records(step, end):
-      statistics = self._inner.run(end - step)
+    statistics, said = self._run_steps(step, end)
     seconds_per_step = (time.monotonic() - start_s) / (end - step)
+    self._safety.watchdog.learn(seconds_per_step)
     metrics = {
       **summarize(statistics),
       "train/learning_rate": float(self._optimizer.learning_rate.numpy()),
       "train/images_per_second": self._images_per_step / seconds_per_step,
       "train/seconds_per_step": seconds_per_step,
+      **self._safety.not_finite.metrics(),
     }
     for action in self._actions:
       action(Report(end, self._options.num_steps, metrics))
+      heartbeat.beat()
+    self._heed(said, end)
     return end
+
+  def _run_steps(self, step: int, end: int) -> tuple[Mapping[str, Any], words.Said]:
+    """Statistics of the steps that were finite, and what the hosts said."""
+    parts = []
+    while step < end:
+      with self._safety.naming_bad_records(step, end):
+        done = self._inner.run(end - step)
+      parts.append(done.statistics)
+      step += done.num_steps
+      if step < end:
+        self._safety.not_finite.pass_over(step)
+        step += 1
+    total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
+    return total, words.understand(done.words)
+
+  def _heed(self, said: words.Said, step: int) -> None:
+    """Stops where a worker was told to, or could not save what it must."""
+    checkpoints = self._safety.checkpoints
+    if said.is_saving_impossible and self._options.when_disk_full == "stop":
+      checkpoints.wait()
+      raise UserError(
+        f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
+        "free some disk, or set LoopOptions.when_disk_full = 'go_on'."
+      )
+    if said.is_told_to_stop:
+      checkpoints.save(step)
+      checkpoints.wait()
+      failure = f"{checkpoints.failure}; " if checkpoints.failure else ""
+      raise PreemptedError(
+        f"{self._safety.preemption.signal_name}: stopped after step {step}; {failure}"
+        f"{checkpoints.newest}; the same command goes on."
+      )
+
+  def _finish(self) -> None:
+    checkpoints = self._safety.checkpoints
+    checkpoints.wait()
+    if checkpoints.failure:
+      raise UserError(
+        f"{checkpoints.failure}; {checkpoints.newest}; free some disk, and the same "
+        "command does the rest."
+      )

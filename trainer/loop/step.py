@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import gin
 import tensorflow as tf
@@ -20,10 +20,26 @@ from trainer.loop.per_part import PerPart
 from trainer.loop.step_options import StepOptions
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.terms import Anchors, Ratio
+from trainer.models.batch_norms import batch_norms
 from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
 _OPTIONS = StepOptions()
+
+
+class Proposal(NamedTuple):
+  """An update that was computed and not yet made.
+
+  Attributes:
+    gradients: of the global loss, to each trainable variable; equal on all replicas.
+    statistics: of this replica; they add up over replicas and steps.
+    is_finite: [] bool, whether embeddings, loss and gradients of all replicas are
+      finite; equal on all replicas.
+  """
+
+  gradients: list[tf.Tensor]
+  statistics: Mapping[str, Any]
+  is_finite: tf.Tensor
 
 
 @gin.register
@@ -64,7 +80,10 @@ class TrainStep:
     self.optimizer = self._with_loss_scale(optimizer)
     self.options = options
     self.averages: Optional[AveragedWeights] = None
-    self._update_fn = tf.function(self._update, jit_compile=True)
+    self.propose, self.apply = self._propose, self._apply
+    if options.compiled == "step":
+      self.propose = tf.function(self._propose, jit_compile=True)
+      self.apply = tf.function(self._apply, jit_compile=True)
     self._encode_fn = self._encode
     if options.compiled == "encoder":
       self._encode_fn = tf.function(self._encode, jit_compile=True)
@@ -94,6 +113,12 @@ class TrainStep:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
   @property
+  def forward_state(self) -> list[tf.Variable]:
+    """What the forward pass itself changes: moving averages of batch normalisation."""
+    norms = batch_norms(self.encoder)
+    return [variable for norm in norms for variable in norm.non_trainable_variables]
+
+  @property
   def trainable_variables(self) -> list[tf.Variable]:
     """What a step updates; the gradients are in the same order."""
     return self._variables
@@ -109,16 +134,26 @@ class TrainStep:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
     """
-    if self.options.compiled != "step":
-      return self._update(batch, collectives)
-    return self._update_fn(batch, collectives)
+    proposal = self.propose(batch, collectives)
+    self.apply(proposal.gradients)
+    return proposal.statistics
 
-  def _update(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
-    share, gradients = self.gradients(batch, collectives)
-    self.apply(gradients)
-    return self._with_loss(share, collectives.num_replicas)
+  def _propose(self, batch: Batch, collectives: Collectives) -> Proposal:
+    """Computes an update, and does not make it.
 
-  def apply(self, gradients: Sequence[tf.Tensor]) -> None:
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+    """
+    share, num_bad, gradients = self._checked_gradients(batch, collectives)
+    is_finite = tf.equal(num_bad, 0.0)
+    # An optimizer that scales the loss takes a smaller scale where gradients overflow.
+    if not hasattr(self.optimizer, "get_scaled_loss"):
+      is_finite &= _are_finite(gradients)
+    statistics = self._with_loss(share, collectives.num_replicas)
+    return Proposal(gradients, statistics, is_finite)
+
+  def _apply(self, gradients: Sequence[tf.Tensor]) -> None:
     """Updates the weights, and their averages.
 
     Args:
@@ -142,6 +177,13 @@ class TrainStep:
     Returns:
       This replica's share of the loss, and the gradient to each trainable variable.
     """
+    share, _, gradients = self._checked_gradients(batch, collectives)
+    return share, gradients
+
+  def _checked_gradients(
+    self, batch: Batch, collectives: Collectives
+  ) -> tuple[Share, tf.Tensor, list[tf.Tensor]]:
+    """As `gradients`; between them, how many replicas got what isn't finite."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
 
@@ -149,7 +191,10 @@ class TrainStep:
       step = tf.cast(self.optimizer.iterations, tf.int32)
       return self._encode_fn(inputs, step, first_of_replica + first)
 
+    seen: list[tf.Tensor] = []
+
     def share(embeddings):
+      seen.append(embeddings)
       anchors = Anchors(embeddings, batch.labels, batch.weights)
       value = self.objective_fn(self._observed_loss, anchors, collectives)
       return value, self._scaled(value.loss)
@@ -161,7 +206,10 @@ class TrainStep:
     else:
       micro_batches.check_size(num_parts, num_examples)
       value, local = gradients_lib.of_micro_batches(*arguments, num_parts)
-    return value, self._unscaled(collectives.sum(local))
+    # One more number in the same sum: no replica need be asked again.
+    is_bad = tf.cast(~_are_finite([value.loss, *seen]), tf.float32)
+    num_bad, *gradients = collectives.sum([is_bad, *local])
+    return value, num_bad, self._unscaled(gradients)
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
     """A block in which the encoder has its averaged weights, if it has any."""
@@ -219,3 +267,8 @@ class TrainStep:
     # Losses add up over replicas, so each replica counts as its part of one step.
     loss = Ratio(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
     return {"train/loss": loss, **share.statistics}
+
+
+def _are_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+  """[] bool, whether every number of every tensor is finite."""
+  return tf.reduce_all([tf.reduce_all(tf.math.is_finite(each)) for each in tensors])

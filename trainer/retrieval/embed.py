@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
+from trainer import heartbeat
 from trainer.data.decode import Decoder
 from trainer.data.pipeline import Batches
 from trainer.data.records import RecordIndex
@@ -68,4 +69,5 @@ def embed(
 
   with batches.naming_bad_records(first_step, schedule.num_batches - 1):
     for batch in strategy.distribute_datasets_from_function(lambda _: replica_batches):
+      heartbeat.beat()
       yield strategy.experimental_local_results(embed_batch(batch))[0].numpy()

@@ -1,0 +1,59 @@
+"""How long a run goes, how often the host looks in, and what it does about trouble."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import gin
+
+from trainer.errors import UserError
+
+_CHOICES = {
+  "when_disk_full": ("go_on", "stop"),
+  "when_not_finite": ("stop", "skip", "go_back"),
+}
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+  """How long a run goes, how often the host looks in, what it does about trouble.
+
+  Attributes:
+    num_steps: steps in all.
+    steps_per_loop: steps a host call; metrics are logged once a call, and a run that is
+      told to stop goes on to its end.
+    checkpoint_every_steps: a multiple of `steps_per_loop`.
+    num_checkpoints_kept: how many of the newest checkpoints stay.
+    when_disk_full: "go_on" without the checkpoint that could not be written, or "stop".
+    when_not_finite: "stop" before an update that is not finite; "skip" its batch; or
+      "go_back" to the newest checkpoint and on with the batch after.
+    max_not_finite: how many batches may be passed over in all.
+
+  Raises:
+    UserError: a number is below 1, or a choice does not exist.
+  """
+
+  num_steps: int
+  steps_per_loop: int
+  checkpoint_every_steps: int
+  num_checkpoints_kept: int = 3
+  when_disk_full: str = "go_on"
+  when_not_finite: str = "stop"
+  max_not_finite: int = 3
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      choices = _CHOICES.get(field.name)
+      if choices is None and value < 1:
+        raise UserError(f"LoopOptions.{field.name}={value} must be at least 1.")
+      if choices is not None and value not in choices:
+        raise UserError(
+          f"LoopOptions.{field.name}={value!r} is none of {', '.join(choices)}."
+        )
+    if self.checkpoint_every_steps % self.steps_per_loop:
+      raise UserError(
+        f"LoopOptions.checkpoint_every_steps={self.checkpoint_every_steps} must be a "
+        f"multiple of steps_per_loop={self.steps_per_loop}."
+      )

@@ -1,0 +1,183 @@
+"""Signals that tell a run to stop: remembered at once, acted on where it can save.
+
+TensorFlow's calls keep Python's own handlers waiting, so a thread hears of a signal,
+from the wake-up pipe that the handlers of C write to. What then happens depends on
+where the run is. While it trains it goes on to the end of the inner loop, and saves;
+where that takes too long, the grace is over. Elsewhere there is nothing to save, and
+it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Callable, NoReturn, Optional
+
+from trainer.errors import INTERRUPTED, PreemptedError
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# How long an exception may take to come through what runs; then the process is ended.
+_UNWINDING_S = 5.0
+
+
+class Preemption:
+  """Whether this process was told to stop, and what that means now.
+
+  Args:
+    grace_s: from the signal to the end of the process, seconds.
+  """
+
+  def __init__(self, grace_s: float):
+    self._grace_s = grace_s
+    self._is_saving = False
+    self._told: Optional[signal.Signals] = None
+    self._newest_fn: Callable[[], str] = lambda: "no checkpoint was saved"
+    self._is_timed = False
+    self._ended = threading.Event()
+
+  @property
+  def is_told(self) -> bool:
+    """Whether a signal came."""
+    return self._told is not None
+
+  @property
+  def signal_name(self) -> str:
+    """What told it; another worker, where this one heard nothing."""
+    return self._told.name if self._told else "another worker"
+
+  @contextlib.contextmanager
+  def saving(self, newest_fn: Callable[[], str]) -> Iterator[None]:
+    """A block that looks at `is_told` itself, and saves; a signal does not break it.
+
+    Args:
+      newest_fn: says in words which checkpoint is the newest.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      PreemptedError: a signal came before, or too late for the block to look.
+    """
+    self._is_saving, self._newest_fn = True, newest_fn
+    try:
+      if self.is_told:
+        raise self._nothing_to_save()
+      yield
+      if self.is_told:
+        raise self._nothing_to_save()
+    finally:
+      self._is_saving = False
+
+  @contextlib.contextmanager
+  def heard(self) -> Iterator[None]:
+    """Hears signals inside the block; only a main thread can.
+
+    Yields:
+      Nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+      yield
+      return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    thread = threading.Thread(target=self._listen, args=(reader,), daemon=True)
+    thread.start()
+    for number in _SIGNALS:
+      signal.signal(number, self._handle)
+    try:
+      yield
+    finally:
+      for number, handler in before.items():
+        signal.signal(number, handler)
+      signal.set_wakeup_fd(old_wakeup)
+      self._ended.set()
+      writer.close()
+      thread.join()
+      reader.close()
+
+  def _handle(self, number, frame) -> None:
+    del frame
+    self._told = self._told or signal.Signals(number)
+    if not self._is_saving:
+      raise self._nothing_to_save()
+
+  def _listen(self, reader: socket.socket) -> None:
+    """The thread: hears every signal, whatever the main thread is doing."""
+    num_interruptions = 0
+    for number in iter(lambda: reader.recv(1), b""):
+      heard = int.from_bytes(number, "little")
+      if heard not in _SIGNALS:
+        continue
+      num_interruptions += heard == signal.SIGINT
+      if num_interruptions > 1:
+        _leave(INTERRUPTED, f"interrupted twice; {self._newest_fn()}.")
+      self._told = self._told or signal.Signals(heard)
+      if not self._is_timed:
+        self._is_timed = True
+        threading.Thread(target=self._end_late, daemon=True).start()
+
+  def _end_late(self) -> None:
+    """Ends the process when its time is over."""
+    if not self._is_saving:
+      if not self._ended.wait(min(_UNWINDING_S, self._grace_s)):
+        _leave(PreemptedError.exit_status, str(self._nothing_to_save()))
+      return
+    _say(f"{self.signal_name}: saving, within {self._grace_s:g} s.")
+    if not self._ended.wait(self._grace_s):
+      _leave(
+        PreemptedError.exit_status,
+        f"{self.signal_name}: the grace of {self._grace_s:g} s is over before a "
+        f"checkpoint could be written; {self._newest_fn()}; the same command goes on.",
+      )
+
+  def _nothing_to_save(self) -> PreemptedError:
+    return PreemptedError(
+      f"{self.signal_name}: stopped where there was nothing new to save; the same "
+      "command goes on."
+    )
+
+
+_current = Preemption(0.0)
+
+
+def current() -> Preemption:
+  """That of this process; one that hears nothing, before `listening`."""
+  return _current
+
+
+@contextlib.contextmanager
+def listening(grace_s: float) -> Iterator[None]:
+  """Makes this process hear SIGTERM and SIGINT inside the block.
+
+  Args:
+    grace_s: from the signal to the end of the process, seconds.
+
+  Yields:
+    Nothing.
+  """
+  global _current
+  before, _current = _current, Preemption(grace_s)
+  try:
+    with _current.heard():
+      yield
+  finally:
+    _current = before
+
+
+def _say(line: str) -> None:
+  # Not by the logging module: the main thread may hold its locks.
+  os.write(2, f"{line}\n".encode())
+
+
+def _leave(status: int, line: str) -> NoReturn:
+  with contextlib.suppress(Exception):
+    sys.stdout.flush()
+  _say(f"error: {line}")
+  os._exit(status)
