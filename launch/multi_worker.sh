@@ -4,12 +4,15 @@
 #   ./launch/multi_worker.sh --hosts=a,user@b RUN.gin [flags of trainer.task]
 # Hosts need this folder at the same path, model_dir on a shared disk, ssh without password,
 # and $TRAINER_PYTHON or .venv (made there by ./launch/local.sh). One worker's failure ends
-# all; exit statuses 3 and 4 start all again, --max_restarts=N times (3). --dry_run prints.
+# all; exit statuses 3 and 4 start all again, until --max_restarts=N (3) in a row have left
+# no newer checkpoint. --dry_run prints.
 # Logs: all together here, prefixed by worker, and one file a worker in runs/NAME/workers.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
 . "$here/python.sh"
+# shellcheck source=launch/restarts.sh
+. "$here/restarts.sh"
 
 hosts=() max_restarts=3 is_dry='' run='' num_workers='' rest=()
 for word in "$@"; do
@@ -117,8 +120,6 @@ run_once() {
     fi
   done
   exec 9>&-
-  # By a signal, or without its connection: the worker is lost, and 4 says so.
-  ((first <= 128)) || first=4
   return "$first"
 }
 
@@ -137,15 +138,14 @@ mkdir -p "$logs"
 scratch=$(mktemp -d)
 tie=$scratch/tie
 mkfifo "$tie"
-times_told=0
 trap 'times_told=$((times_told + 1)); exec 9>&-' INT TERM HUP
 trap 'rm -rf "$scratch"' EXIT
-for ((attempt = 0; ; attempt++)); do
-  status=0
+# run_anew: all workers, with ports that are free now.
+run_anew() {
+  local status=0
+  ((${#addresses[@]} > 0)) || find_addresses
   run_once || status=$?
-  if ((times_told > 0)) || [[ $status != [34] ]] || ((attempt >= max_restarts)); then
-    exit "$status"
-  fi
-  echo "exit status $status: all workers start again ($((attempt + 1)) of $max_restarts)." >&2
-  find_addresses
-done
+  addresses=()
+  return "$status"
+}
+restarted='all workers' keep_running "$model_dir" "$max_restarts" run_anew

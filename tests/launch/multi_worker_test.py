@@ -109,7 +109,7 @@ def test_preempted_stalled_or_lost_worker_starts_all_again(launch, tmp_path, sta
   )
   assert code == 0, errors
   assert [_calls(tmp_path, index) for index in range(2)] == [3, 3]
-  assert "all workers start again (2 of 3)" in errors
+  assert "all workers will start again in 2 s, from step 0 (2 of 3" in errors
 
 
 def test_restarts_come_to_an_end(launch, tmp_path):

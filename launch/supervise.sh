@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Runs a command of the task, and runs it again while it ends with status 3 (preempted) or
+# 4 (stalled, or a worker lost), from its newest checkpoint:
+#   ./launch/supervise.sh [--max_restarts=N] python -m trainer.task --model_dir=DIR ...
+# Gives up after N restarts (5) in a row without a newer checkpoint in --model_dir; waits
+# 1 s before the first of them, and twice as long before each next, 60 s at most. Signals
+# are passed on, and then it isn't run again. The exit status is the command's last.
+set -euo pipefail
+here=$(dirname "${BASH_SOURCE[0]}")
+# shellcheck source=launch/python.sh
+. "$here/python.sh"
+# shellcheck source=launch/restarts.sh
+. "$here/restarts.sh"
+
+max_restarts=5
+case ${1:-} in
+  --max_restarts=[0-9]*) max_restarts=${1#*=} && shift ;;
+  -*) fail "$1 is none of --max_restarts=N; the command comes next." ;;
+esac
+[ $# -gt 0 ] || fail "a command is needed, such as python -m trainer.task with its flags."
+model_dir=
+for word in "$@"; do
+  case $word in --model_dir=*) model_dir=${word#*=} ;; esac
+done
+[ -n "$model_dir" ] || fail "the command has no --model_dir=DIR, in which progress is seen."
+
+child=''
+# pass SIGNAL: to the command; what the terminal sends, it has had itself.
+pass() {
+  times_told=$((times_told + 1))
+  [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
+}
+trap 'pass TERM' TERM HUP
+trap 'pass INT' INT
+
+run_once() {
+  local status
+  # A command in the background ignores SIGINT, unless it is given a group of its own.
+  set -m
+  "$@" </dev/null &
+  child=$!
+  set +m
+  while true; do
+    status=0
+    wait "$child" || status=$?
+    kill -0 "$child" 2>/dev/null || break
+  done
+  child=
+  return "$status"
+}
+keep_running "$model_dir" "$max_restarts" run_once "$@"
