@@ -74,6 +74,38 @@ def test_bad_records_are_reported_if_tolerant(tmp_path, caplog):
   assert "records-00000.tfrecord: record 3 cannot be decoded" in caplog.text
 
 
+def _with_a_small_class(folder):
+  labels = ["a"] * 5 + ["b ü"] * 2 + ["c"] * 3 + ["d"]
+  items = [
+    Item(str(n), label, encode_png(np.full((4, 4), n, np.uint8)))
+    for n, label in enumerate(labels)
+  ]
+  writer.write_records(items, str(folder), records_per_shard=15, fingerprint={})
+  return Dataset(
+    folder=str(folder),
+    split=ListSplit(evaluation_classes=["d"]),
+    decoder=ImageDecoder(height=4, width=4, channels=1),
+  )
+
+
+def test_classes_smaller_than_a_batch_takes_are_an_error_if_strict(tmp_path):
+  dataset = _with_a_small_class(tmp_path / "data")
+  with pytest.raises(
+    UserError, match=r"1 classes have fewer than 3 .*: b ü \(2\)\. Add"
+  ):
+    validate(_run(tmp_path), dataset=dataset, schedule_fn=_schedule)
+  report = json.loads((tmp_path / "run" / "validation.json").read_text())
+  assert report["small_classes"]["sizes"] == {"b ü": 2}
+
+
+def test_classes_that_are_too_small_are_reported_if_tolerant(tmp_path, caplog):
+  dataset = _with_a_small_class(tmp_path / "data")
+  report = validate(_run(tmp_path), dataset=dataset, min_members=4, is_strict=False)
+  assert report["small_classes"]["num_classes"] == 2
+  assert list(report["small_classes"]["sizes"].items()) == [("b ü", 2), ("c", 3)]
+  assert "2 classes have fewer than 4 records: b ü (2), c (3)." in caplog.text
+
+
 def test_a_sample_reaches_from_the_first_record_to_the_last(tmp_path):
   dataset = _dataset(tmp_path / "data", bad=(0, 39))
   report = validate(_run(tmp_path), dataset=dataset, num_records=5, is_strict=False)

@@ -76,7 +76,11 @@ def ingest(
     leave_out_unreadable=unreadable == "leave_out",
     num_threads=num_threads,
   )
-  written = summary.of_parts(record_writer.write(source.loaders(), folder, fingerprint))
+  written = summary.of_parts(
+    record_writer.write(
+      source.loaders(), folder, fingerprint, num_items=source.num_items()
+    )
+  )
   for line in (written.line(), *written.warnings()):
     logging.info("%s: %s", folder, line)
 

@@ -11,7 +11,7 @@ import gin
 import numpy as np
 from absl import logging
 
-from trainer.data import bad_records, draw_statistics, paths, summary
+from trainer.data import bad_records, draw_statistics, paths, small_classes, summary
 from trainer.data.dataset import Dataset
 from trainer.data.progress import Progress
 from trainer.data.records import RecordIndex
@@ -37,6 +37,7 @@ def validate(
   schedule_fn: Optional[Callable[..., PKSchedule]] = None,
   num_steps: int = 1000,
   num_records: Optional[int] = 10_000,
+  min_members: Optional[int] = None,
   is_strict: bool = True,
 ) -> dict[str, Any]:
   """Checks the index, reads and decodes records, and counts what will be drawn.
@@ -47,13 +48,17 @@ def validate(
     schedule_fn: makes the schedule whose draws are counted; None to leave that out.
     num_steps: how many steps are drawn for that.
     num_records: how many records are read and decoded, spread over all; None for all.
-    is_strict: whether a record that can't be used is an error, and not only reported.
+    min_members: records that a class to train with should have; None for as many as
+      a batch of the schedule takes of each, or for any where there is none.
+    is_strict: whether a record that can't be used, or a class with too few, is an
+      error, and not only reported.
 
   Returns:
     What `validation.json` has.
 
   Raises:
-    UserError: the index is wrong, or, if strict, a record can't be used.
+    UserError: the index is wrong, or, if strict, a record can't be used or a class
+      has too few.
   """
   index = dataset.index
   _check_index(index)
@@ -70,18 +75,29 @@ def validate(
   logging.info("%d records read and decoded, %d bad.", len(numbers), len(reasons))
   if schedule_fn is not None:
     schedule = schedule_fn(index, classes=dataset.train_classes)
+    if min_members is None and len(schedule.shape) > 1:
+      min_members = schedule.shape[-1]
     drawn = draw_statistics.draw_statistics(
       schedule, index.member_table, dataset.train_classes, num_steps
     )
     report["draws"] = dataclasses.asdict(drawn)
     for line in drawn.lines():
       logging.info("%s", line)
+  small = small_classes.find(index, dataset.train_classes, min_members or 0)
+  report["small_classes"] = dataclasses.asdict(small)
+  if small.num_classes:
+    logging.warning("%s.", small.line())
   _write(run.model_dir, report)
   if reasons and is_strict:
     shown = " ".join(reasons[:_NUM_NAMES])
     raise UserError(
       f"{len(reasons)} of {len(numbers)} records can't be used: {shown} Mend them, or "
       "train with Dataset.bad_records = 'replace'."
+    )
+  if small.num_classes and is_strict:
+    raise UserError(
+      f"{small.line()}. Add records, leave these classes out, or lower "
+      "validate.min_members."
     )
   return report
 

@@ -30,6 +30,7 @@ if [ -z "$fonts" ]; then
     command -v "$tool" >/dev/null || fail "this machine has no $tool; $advice"
   done
   fonts=$aside/fonts
+  mkdir "$fonts"
   echo "Fetching ${#packages[@]} packages of fonts."
   for package in "${packages[@]}"; do
     (cd "$aside" && apt-get download -qq "fonts-$package") >"$aside/log" 2>&1 ||

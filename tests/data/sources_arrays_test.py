@@ -152,3 +152,9 @@ def test_a_group_of_hdf5_is_no_data_set(tmp_path):
     file["y"] = np.arange(3)
   with pytest.raises(UserError, match="has no data set 'x'"):
     list(Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y").loaders())
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_arrays_know_how_many_items_they_have(tmp_path, kind):
+  source = _write_arrays(tmp_path, kind, np.zeros((5, 2), np.float32), np.arange(5))
+  assert source.num_items() == len(list(source.items())) == 5

@@ -303,3 +303,24 @@ def test_another_folder_of_the_images_is_another_fingerprint(listed):
   path = str(listed / "list.csv")
   there = ManifestSource(path=path, folder=str(listed / "elsewhere"))
   assert there.fingerprint() != ManifestSource(path=path).fingerprint()
+
+
+def test_a_list_knows_how_many_rows_it_has(listed):
+  path = listed / "list.csv"
+  path.write_text(path.read_text() + "\n")  # An empty line is no row.
+  assert _manifest(listed).num_items() == len(list(_manifest(listed).loaders())) == 3
+
+
+def test_a_list_that_is_damaged_is_not_counted(listed):
+  path = listed / "list.csv"
+  path.write_text(path.read_text() + 'a,"b')
+  assert _manifest(listed).num_items() is None
+
+
+@needs_tensorflow_io
+def test_parquet_knows_how_many_rows_it_has(tmp_path):
+  assert ParquetSource(pattern=str(_parquet(tmp_path))).num_items() == 3
+
+
+def test_records_are_not_counted_before_they_are_read(tmp_path):
+  assert TfRecordSource(pattern=str(tmp_path / "*")).num_items() is None

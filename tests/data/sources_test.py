@@ -254,3 +254,22 @@ def test_a_class_name_that_is_no_utf8_is_refused(image_folder):
   os.mkdir(folder)
   with pytest.raises(UserError, match="needs a name in UTF-8"):
     _folder_items(image_folder)
+
+
+def test_sources_of_files_know_how_many_items_they_have(idx_folder):
+  assert _source(idx_folder).num_items() == 12
+  (idx_folder / "labels.gz").rename(idx_folder / "labels.idx.gz")
+  plain = gzip.decompress((idx_folder / "labels.idx.gz").read_bytes())
+  (idx_folder / "labels").write_bytes(plain)
+  assert _source(idx_folder).num_items() == 12
+  assert DigitsSource().num_items() == len(list(DigitsSource().loaders()))
+
+
+def test_a_folder_knows_how_many_items_it_has(image_folder):
+  assert ImageFolderSource(folder=str(image_folder)).num_items() == 6
+
+
+def test_a_file_without_a_head_is_named_when_it_is_counted(idx_folder):
+  (idx_folder / "labels.gz").write_bytes(gzip.compress(b"\0\0"))
+  with pytest.raises(UserError, match=r"labels\.gz is no idx file .* it has no head"):
+    _source(idx_folder).num_items()

@@ -51,6 +51,23 @@ def read(path: str, *, num_axes: int) -> np.ndarray:
   return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
 
 
+def num_records(path: str) -> int:
+  """How many records the head of an idx file says.
+
+  Raises:
+    UserError: it can't be read, or has no head.
+  """
+  try:
+    with paths.as_os_errors(path), paths.open_file(path, "rb") as file:
+      plain = gzip.GzipFile(fileobj=file) if path.endswith(".gz") else file
+      head = plain.read(_MAGIC_BYTES + 4)
+  except (OSError, EOFError, zlib.error) as error:
+    raise UserError(f"{path} can't be read: {error}.") from error
+  if len(head) < _MAGIC_BYTES + 4:
+    raise UserError(f"{path} is no idx file of unsigned bytes: it has no head.")
+  return int.from_bytes(head[_MAGIC_BYTES:], "big")
+
+
 def _read_bytes(path: str) -> bytes:
   try:
     content = paths.read_bytes(path)

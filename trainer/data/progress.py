@@ -19,13 +19,16 @@ class Progress:
     title: what is done.
     unit: what is counted, in the plural.
     total: how many there are; None where that is not known.
+    done: how many of them were done before.
   """
 
-  def __init__(self, title: str, unit: str, total: Optional[int] = None):
+  def __init__(
+    self, title: str, unit: str, total: Optional[int] = None, *, done: int = 0
+  ):
     self._title = title
     self._unit = unit
     self._total = total
-    self._done = 0
+    self._done = self._done_before = done
     self._start_s = self._shown_s = time.monotonic()
     self._is_terminal = sys.stderr.isatty()
 
@@ -45,13 +48,14 @@ class Progress:
 
   def line(self) -> str:
     """Title, bar, count, speed and time left."""
-    per_second = self._done / max(time.monotonic() - self._start_s, 1e-9)
+    num_new = self._done - self._done_before
+    per_second = num_new / max(time.monotonic() - self._start_s, 1e-9)
     speed = f"{per_second:,.0f} {self._unit}/s"
     if not self._total:
       return f"{self._title}  {self._done:,} {self._unit}  {speed}"
-    filled = _BAR_WIDTH * self._done // self._total
+    filled = min(_BAR_WIDTH, _BAR_WIDTH * self._done // self._total)
     bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-    left_s = (self._total - self._done) / max(per_second, 1e-9)
+    left_s = max(0, self._total - self._done) / max(per_second, 1e-9)
     return (
       f"{self._title}  [{bar}] {self._done:,}/{self._total:,} {self._unit}  "
       f"{speed}  {left_s:.0f} s left"

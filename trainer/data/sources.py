@@ -48,6 +48,10 @@ class Source(abc.ABC):
     To go through them is cheap; the functions may be called side by side.
     """
 
+  def num_items(self) -> Optional[int]:
+    """How many items there are; None where only reading all would tell."""
+    return None
+
   def items(self) -> Iterator[Item]:
     """Every item, loaded one after the other."""
     for load in self.loaders():
@@ -76,6 +80,10 @@ class DigitsSource(Source):
   def fingerprint(self) -> dict[str, object]:
     """The data set's name."""
     return {"source": "digits"}
+
+  def num_items(self) -> int:
+    """Digits."""
+    return 1797
 
   def loaders(self) -> Iterator[Loader]:
     """Every digit; its class is its numeral."""

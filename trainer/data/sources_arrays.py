@@ -5,6 +5,7 @@ Shapes: N items, H × W pixels, C channels, D numbers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -61,6 +62,10 @@ class NumpySource(Source):
       "class_names": list(self._class_names or ()),
     }
 
+  def num_items(self) -> int:
+    """Labels."""
+    return _load_array(self._labels).size
+
   def loaders(self) -> Iterator[Loader]:
     """Every row; keys are the inputs' file and the number in it.
 
@@ -102,6 +107,15 @@ class Hdf5Source(Source):
       "names": list(self._names),
       "class_names": list(self._class_names or ()),
     }
+
+  def num_items(self) -> Optional[int]:
+    """Labels; None where there are none, which `loaders` says."""
+    import h5py  # Late: few need it. TensorFlow brings it.
+
+    with contextlib.suppress(OSError), h5py.File(self._path, "r") as file:
+      labels = file.get(self._names[1])
+      return labels.size if isinstance(labels, h5py.Dataset) else None
+    return None
 
   def loaders(self) -> Iterator[Loader]:
     """Every row, one after the other; keys are the inputs' name and the number.

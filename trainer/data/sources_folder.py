@@ -54,6 +54,10 @@ class ImageFolderSource(Source):
       "digest": digest.hexdigest(),
     }
 
+  def num_items(self) -> int:
+    """Image files."""
+    return len(self._files)
+
   def loaders(self) -> Iterator[Loader]:
     """Every image, classes and files in the order of their names.
 

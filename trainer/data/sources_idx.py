@@ -60,6 +60,10 @@ class IdxSource(Source):
       "class_names": list(self._class_names or ()),
     }
 
+  def num_items(self) -> int:
+    """Labels, by the heads of their files."""
+    return sum(idx.num_records(self._path(labels)) for _, labels in self._pairs)
+
   def loaders(self) -> Iterator[Loader]:
     """Every image of every pair.
 

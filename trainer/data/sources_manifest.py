@@ -70,6 +70,14 @@ class ManifestSource(Source):
       "columns": [self._label_column, self._path_column, self._number_columns],
     }
 
+  def num_items(self) -> Optional[int]:
+    """Rows but the first; None where they can't be told apart."""
+    rows = csv.reader(self._text(), delimiter=self._delimiter(), strict=True)
+    try:
+      return sum(map(bool, rows)) - 1
+    except csv.Error:  # `loaders` says which row it is.
+      return None
+
   def loaders(self) -> Iterator[Loader]:
     """Every row.
 

@@ -46,6 +46,10 @@ class ParquetSource(Source):
     columns = [self._label_column, self._image_column]
     return {"source": "parquet", "files": _states(self._pattern), "columns": columns}
 
+  def num_items(self) -> int:
+    """Rows, by the ends of the files."""
+    return sum(map(_num_parquet_rows, _matching(self._pattern)))
+
   def loaders(self) -> Iterator[Loader]:
     """Every row, one after the other; keys are the file and the number in it.
 
@@ -203,6 +207,20 @@ def _parquet_rows(path: str) -> Iterator[dict[str, Any]]:
   _check_parquet(path)
   for row in _read_all(lambda: files.from_parquet(path), path):
     yield {text_of(name, path): value.numpy() for name, value in row.items()}
+
+
+def _num_parquet_rows(path: str) -> int:
+  import tensorflow as tf
+
+  from trainer.data import tensorflow_io
+
+  tables = tensorflow_io.load("Parquet files").IOTensor
+  _check_parquet(path)
+  try:
+    columns = tables.from_parquet(path).spec
+  except tf.errors.OpError as error:
+    raise UserError(f"{path} can't be read: {error.message.splitlines()[0]}") from error
+  return columns[0].shape[0] if columns else 0
 
 
 def _check_parquet(path: str) -> None:

@@ -91,7 +91,12 @@ class RecordWriter:
     self._num_threads = num_threads or os.cpu_count() or 1
 
   def write(
-    self, loaders: Iterable[Loader], folder: str, fingerprint: Mapping[str, object]
+    self,
+    loaders: Iterable[Loader],
+    folder: str,
+    fingerprint: Mapping[str, object],
+    *,
+    num_items: Optional[int] = None,
   ) -> list[Part]:
     """Writes shards and index; one that is there already is replaced.
 
@@ -99,6 +104,7 @@ class RecordWriter:
       loaders: give the items, always in the same order.
       folder: made if it is missing.
       fingerprint: of the source.
+      num_items: how many there are, for the progress bar; None where it isn't known.
 
     Returns:
       What was written, shard by shard.
@@ -117,7 +123,7 @@ class RecordWriter:
         try:
           parts = _resume(aside, fingerprint)
           publishing.check_free(folder, index_folder, [_shard_name(0)])
-          self._write_shards(loaders, aside, parts)
+          self._write_shards(loaders, aside, parts, num_items)
           _check_classes(parts)
           publishing.publish(parts, aside, folder, index_folder, fingerprint)
         except (OSError, UserError):
@@ -129,19 +135,22 @@ class RecordWriter:
     return parts
 
   def _write_shards(
-    self, loaders: Iterable[Loader], aside: str, parts: list[Part]
+    self,
+    loaders: Iterable[Loader],
+    aside: str,
+    parts: list[Part],
+    num_items: Optional[int],
   ) -> None:
     """Writes those that come after the parts there are, and adds them."""
     num_done = sum(part.num_taken for part in parts)
     rest = itertools.islice(loaders, num_done, None)
-    progress = Progress("ingesting", "items")
+    progress = Progress("ingesting", "items", num_items, done=num_done)
     with futures.ThreadPoolExecutor(self._num_threads) as threads:
-      records = _in_order(threads, self._prepare, rest)
+      records = _counted(_in_order(threads, self._prepare, rest), progress)
       for first in records:
         others = itertools.islice(records, self._records_per_shard - 1)
         shard = itertools.chain((first,), others)
         parts.append(shard_file.write(aside, _shard_name(len(parts)), shard))
-        progress.advance(parts[-1].num_taken)
     progress.finish()
 
   def _prepare(self, load: Loader) -> Prepared | Unreadable:
@@ -186,6 +195,12 @@ def _in_order(
   finally:
     for future in waiting:
       future.cancel()
+
+
+def _counted(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
+  for record in records:
+    yield record
+    progress.advance(1)
 
 
 def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[Part]:

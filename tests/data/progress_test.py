@@ -1,0 +1,69 @@
+"""The progress bar of ingest: how far, how fast, and how long it will take."""
+
+from __future__ import annotations
+
+import re
+
+from trainer.data import progress, sources, writer
+from trainer.data.prepare import Preparer
+from trainer.data.progress import Progress
+from trainer.data.sources import Item, ItemLoader
+
+
+def _at(monkeypatch, seconds):
+  monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
+
+
+def test_the_time_left_follows_from_what_is_done(monkeypatch):
+  _at(monkeypatch, 100.0)
+  bar = Progress("ingesting", "items", 4000)
+  _at(monkeypatch, 110.0)
+  bar.advance(1000)
+  assert bar.line() == (
+    "ingesting  [#######.......................] 1,000/4,000 items  100 items/s  "
+    "30 s left"
+  )
+
+
+def test_what_was_done_before_says_nothing_of_the_speed(monkeypatch):
+  _at(monkeypatch, 100.0)
+  bar = Progress("ingesting", "items", 4000, done=3000)
+  _at(monkeypatch, 110.0)
+  bar.advance(500)
+  assert bar.line().endswith("3,500/4,000 items  50 items/s  10 s left")
+
+
+def test_more_than_was_counted_is_no_negative_time():
+  bar = Progress("ingesting", "items", 2)
+  bar.advance(5)
+  assert "[##############################] 5/2" in bar.line()
+  assert bar.line().endswith(" 0 s left")
+
+
+def test_without_a_count_there_is_no_time_left():
+  bar = Progress("ingesting", "items")
+  bar.advance(5)
+  assert "left" not in bar.line()
+
+
+class _Source(sources.Source):
+  def fingerprint(self):
+    return {"source": "test"}
+
+  def num_items(self):
+    return 8
+
+  def loaders(self):
+    for number in range(8):
+      item = Item(str(number), f"class {number % 2}", features={"x": number})
+      yield ItemLoader(item)
+
+
+def test_ingest_shows_each_item_of_all(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(progress, "_LOG_INTERVAL_S", 0.0)
+  caplog.set_level("INFO")
+  record_writer = writer.RecordWriter(Preparer(max_pixels=9), records_per_shard=3)
+  source = _Source()
+  record_writer.write(source.loaders(), str(tmp_path), {}, num_items=source.num_items())
+  counts = re.findall(r"ingesting .* (\d)/8 items .* s left", caplog.text)
+  assert counts == [str(number) for number in range(1, 9)]
