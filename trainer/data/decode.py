@@ -5,16 +5,14 @@ Shapes: B examples, H × W pixels, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import gin
 import tensorflow as tf
 
+from trainer.data import declared_size
+from trainer.data.abreast import each
 from trainer.errors import UserError
-
-# Decoders side by side in one graph: more make it slow to build.
-_MAX_ABREAST = 128
 
 
 class Decoder(Protocol):
@@ -40,19 +38,31 @@ class ImageDecoder:
     width: W, pixels.
     channels: 1 for grey, 3 for colour; images are converted.
     feature: name of the feature that holds the file's bytes.
+    max_pixels: an image that declares more is a bad record, and not decoded.
 
   Raises:
-    UserError: a size is below 1, or channels are neither 1 nor 3.
+    UserError: a size or the limit is below 1, or channels are neither 1 nor 3.
   """
 
-  def __init__(self, *, height: int, width: int, channels: int, feature: str = "image"):
+  def __init__(
+    self,
+    *,
+    height: int,
+    width: int,
+    channels: int,
+    feature: str = "image",
+    max_pixels: int = 100_000_000,
+  ):
     if height < 1 or width < 1 or channels not in (1, 3):
       raise UserError(
         f"ImageDecoder of {height} x {width} pixels and {channels} channels is not "
         "possible; sizes must be at least 1 and channels 1 or 3."
       )
+    if max_pixels < 1:
+      raise UserError(f"ImageDecoder.max_pixels={max_pixels} must be at least 1.")
     self.shape = (height, width, channels)
     self._feature = feature
+    self._max_pixels = max_pixels
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
     """[B] string to [B, H, W, C] float32 in [0, 1]."""
@@ -61,8 +71,20 @@ class ImageDecoder:
 
   def decode_files(self, files: tf.Tensor) -> tf.Tensor:
     """[B] string, bytes of image files, to [B, H, W, C] float32 in [0, 1]."""
-    images = _each(self._decode, files, tf.TensorSpec(self.shape, tf.uint8))
+    checked = self._checked(files)
+    images = each(self._decode, checked, tf.TensorSpec(self.shape, tf.uint8))
     return tf.cast(images, tf.float32) / 255.0
+
+  def _checked(self, files: tf.Tensor) -> tf.Tensor:
+    """The files, none of which is a decompression bomb."""
+    message = (
+      "an image declares more pixels than the "
+      f"{self._max_pixels:,} allowed by ImageDecoder.max_pixels"
+    )
+    is_small = declared_size.num_pixels(files) <= self._max_pixels
+    check = tf.debugging.assert_equal(is_small, True, message)
+    with tf.control_dependencies([] if check is None else [check]):
+      return tf.identity(files)
 
   def _decode(self, file: tf.Tensor) -> tf.Tensor:
     height, width, channels = self.shape
@@ -74,28 +96,6 @@ class ImageDecoder:
   def _resize(self, image: tf.Tensor) -> tf.Tensor:
     resized = tf.image.resize(image, self.shape[:2], antialias=True)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
-
-
-def _each(
-  decode_fn: Callable[[tf.Tensor], tf.Tensor], files: tf.Tensor, spec: tf.TensorSpec
-) -> tf.Tensor:
-  """Decodes files [B], many side by side in the graph: a loop costs more than a PNG."""
-  num_files = files.shape[0]
-  if not num_files:
-    return tf.map_fn(decode_fn, files, fn_output_signature=spec)
-  num_abreast = max(n for n in range(1, _MAX_ABREAST + 1) if num_files % n == 0)
-
-  def decode_some(some: tf.Tensor) -> tf.Tensor:
-    return tf.stack([decode_fn(file) for file in tf.unstack(some)])
-
-  if num_abreast == num_files:
-    return decode_some(files)
-  parts = tf.map_fn(
-    decode_some,
-    tf.reshape(files, [-1, num_abreast]),
-    fn_output_signature=tf.TensorSpec([num_abreast, *spec.shape], spec.dtype),
-  )
-  return tf.reshape(parts, [num_files, *spec.shape])
 
 
 @gin.register
