@@ -14,16 +14,22 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.data.decode import Decoder
-from trainer.data.records import RecordIndex
+from trainer.data.records import RecordIndex, UnreadableError
 from trainer.errors import UserError
 
 _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:
-  """Why a record can't be used, with its name; None where it can."""
+  """Why a record can't be used, with its name; None where it can.
+
+  Raises:
+    UnreadableError: it can't be got at, so that nothing can be said of it.
+  """
   try:
     [record] = index.read([number])
+  except UnreadableError:
+    raise
   except UserError as error:
     return str(error)
   try:
@@ -40,6 +46,8 @@ def reasons_of(
   """Why records can't be used, by their numbers; all at once where all can."""
   try:
     decoder(tf.constant(index.read(numbers)))
+  except UnreadableError:
+    raise
   except (UserError, tf.errors.OpError, UnicodeDecodeError):
     found = {int(n): reason_of(index, decoder, int(n)) for n in numbers}
     return {number: reason for number, reason in found.items() if reason is not None}

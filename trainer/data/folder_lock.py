@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from trainer.data import paths
+from trainer.data import paths, remote_lock
 from trainer.errors import UserError
 
 
@@ -18,7 +18,7 @@ def alone_in(folder: str) -> Iterator[None]:
   """Keeps other processes of this machine from writing into a folder.
 
   Args:
-    folder: it exists; one elsewhere is not locked.
+    folder: it exists; for one elsewhere, see `remote_lock`.
 
   Yields:
     Nothing.
@@ -28,7 +28,8 @@ def alone_in(folder: str) -> Iterator[None]:
     OSError: it can't be opened.
   """
   if paths.is_remote(folder):
-    yield
+    with remote_lock.noted_in(folder):
+      yield
     return
   descriptor = os.open(folder, os.O_RDONLY)
   try:

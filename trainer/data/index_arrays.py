@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data import paths
+from trainer.data import local_copy, paths
 from trainer.data.class_names import ClassNames
 from trainer.data.members import MemberTable
 from trainer.errors import UserError
@@ -111,13 +110,8 @@ def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
 def _map(folder: str, name: str) -> np.ndarray:
   path = _path(folder, name)
   try:
-    if not paths.is_remote(path):
-      return np.load(path, mmap_mode="r", allow_pickle=False)
-    # Mapped from a copy, which has no name and goes with the mapping.
-    with tempfile.NamedTemporaryFile(suffix=".npy") as copy:
-      copy.write(paths.read_bytes(path))
-      copy.flush()
-      return np.load(copy.name, mmap_mode="r", allow_pickle=False)
+    mapped = local_copy.of(path) if paths.is_remote(path) else path
+    return np.load(mapped, mmap_mode="r", allow_pickle=False)
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error
   except (OSError, ValueError, EOFError) as error:

@@ -78,8 +78,8 @@ def describe_shard(folder: str, name: str, num_records: int) -> Shard:
   """
   path = os.path.join(folder, name)
   status = paths.status(path)
-  sample = _sample(path, status.num_bytes)
-  return Shard(name, status.num_bytes, num_records, status.modified_ns, sample)
+  digest = sample(path, status.num_bytes)
+  return Shard(name, status.num_bytes, num_records, status.modified_ns, digest)
 
 
 def write(folder: str, manifest: Manifest) -> None:
@@ -168,7 +168,7 @@ def change_of(folder: str, shard: Shard) -> str:
       )
     if status.modified_ns == shard.modified_ns or not shard.sample:
       return ""
-    if _sample(path, status.num_bytes) != shard.sample:
+    if sample(path, status.num_bytes) != shard.sample:
       return "has other bytes than when it was indexed"
   except OSError as error:
     return f"is in the index but cannot be read ({error.strerror})"
@@ -182,10 +182,11 @@ def has_time_of(folder: str, shard: Shard) -> bool:
   return status.modified_ns == shard.modified_ns
 
 
-def _sample(path: str, num_bytes: int) -> str:
+def sample(path: str, num_bytes: int) -> str:
+  """A digest of some bytes of a file of that size, from the first to the last."""
   digest = hashlib.blake2b(digest_size=8)
   last = max(0, num_bytes - _SAMPLE_BYTES)
-  with paths.open_file(path, "rb") as file:
+  with paths.as_os_errors(path), paths.open_file(path, "rb") as file:
     for number in range(_NUM_SAMPLES):
       file.seek(last * number // (_NUM_SAMPLES - 1))
       digest.update(file.read(_SAMPLE_BYTES))

@@ -14,8 +14,19 @@ import shutil
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
+from trainer.data import retry
+
 _NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
-_REASONS = {"NotFoundError": errno.ENOENT, "PermissionDeniedError": errno.EACCES}
+# What may pass, such as a store that is busy or out of reach, is EIO.
+_REASONS = {
+  "NotFoundError": errno.ENOENT,
+  "PermissionDeniedError": errno.EACCES,
+  "UnauthenticatedError": errno.EACCES,
+  "InvalidArgumentError": errno.EINVAL,
+  "OutOfRangeError": errno.EINVAL,
+  "FailedPreconditionError": errno.EINVAL,
+  "UnimplementedError": errno.ENOSYS,
+}
 
 
 class Status(NamedTuple):
@@ -54,6 +65,12 @@ def open_file(path: str, mode: str) -> IO[Any]:
 
 def read_bytes(path: str) -> bytes:
   """The whole content of a file."""
+  if is_remote(path):
+    return retry.patiently(path, lambda: _read_bytes(path))
+  return _read_bytes(path)
+
+
+def _read_bytes(path: str) -> bytes:
   with as_os_errors(path), open_file(path, "rb") as file:
     return file.read()
 
@@ -80,6 +97,10 @@ def status(path: str) -> Status:
   if not is_remote(path):
     found = os.stat(path)
     return Status(found.st_size, found.st_mtime_ns)
+  return retry.patiently(path, lambda: _remote_status(path))
+
+
+def _remote_status(path: str) -> Status:
   with as_os_errors(path):
     found = gfile(path).stat(path)
     return Status(found.length, found.mtime_nsec)
@@ -149,6 +170,15 @@ def move(source: str, target: str) -> None:
     gfile(source).rename(source, target, overwrite=True)
 
 
+def remove(path: str) -> None:
+  """Removes a file."""
+  if not is_remote(path):
+    os.remove(path)
+    return
+  with as_os_errors(path):
+    gfile(path).remove(path)
+
+
 def remove_folder(path: str) -> None:
   """Removes a folder with all in it, if it is there."""
   if not is_remote(path):
@@ -181,5 +211,6 @@ def as_os_errors(path: str) -> Iterator[None]:
     yield
   except tf.errors.OpError as error:
     number = _REASONS.get(type(error).__name__, errno.EIO)
-    reason = os.strerror(number) if number != errno.EIO else error.message
+    has_name = number in (errno.ENOENT, errno.EACCES)
+    reason = os.strerror(number) if has_name else error.message
     raise OSError(number, reason, path) from error

@@ -63,6 +63,10 @@ def locate_folder(folder: str) -> tuple[str, str]:
   return path, os.path.join(path, "index")
 
 
+class UnreadableError(UserError):
+  """A record that can't be got at, which is no fault of the record."""
+
+
 class RecordIndex:
   """Records by number, and classes with their members; all arrays are mapped.
 
@@ -147,7 +151,8 @@ class RecordIndex:
       n serialized examples, in the order of the numbers.
 
     Raises:
-      UserError: naming file and record, if one is corrupt or cannot be read.
+      UserError: naming file and record, if one is corrupt.
+      UnreadableError: likewise, if one cannot be read.
     """
     numbers = np.asarray(record_numbers, np.int64)
     if self._is_remote:
@@ -196,7 +201,7 @@ class RecordIndex:
         "ingest again."
       ) from error
     except OSError as error:
-      raise UserError(
+      raise UnreadableError(
         f"{self.describe(number)} cannot be read: {error.strerror}."
       ) from error
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any
 
-from trainer.data import paths
+from trainer.data import paths, retry
 
 # Requests at once: their time is mostly waiting.
 _NUM_THREADS = 32
@@ -20,8 +20,12 @@ def read_range(path: str, offset: int, num_bytes: int) -> bytes:
   """Some bytes of a file; fewer where it ends before.
 
   Raises:
-    OSError: it can't be read.
+    OSError: it can't be read, tried again where that may pass.
   """
+  return retry.patiently(path, lambda: _read_once(path, offset, num_bytes))
+
+
+def _read_once(path: str, offset: int, num_bytes: int) -> bytes:
   # TensorFlow's own file object would fetch 512 kB for each record.
   from tensorflow.python.lib.io import _pywrap_file_io
 

@@ -1,0 +1,189 @@
+"""Stores elsewhere that fail for a while, copies of indexes, and second writers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import socket
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import local_copy, paths, remote_lock, retry, writer
+from trainer.data.bad_records import Replacements
+from trainer.data.decode import VectorDecoder
+from trainer.data.records import RecordIndex, UnreadableError
+from trainer.data.sources import Item
+from trainer.errors import UserError
+
+
+@pytest.fixture
+def elsewhere(request, tmp_path, monkeypatch):
+  """A folder that is not of this machine's file system; copies are the test's own."""
+  monkeypatch.setattr(retry, "_WAITS_S", (0.001, 0.001))
+  monkeypatch.setattr(local_copy.tempfile, "tempdir", str(tmp_path))
+  return "ram://faults-" + re.sub("[^a-z0-9]+", "-", request.node.name)
+
+
+def _write(folder, num_records=8):
+  items = [
+    Item(str(n), f"class {n % 2}", features={"vector": [float(n)]})
+    for n in range(num_records)
+  ]
+  writer.write_records(items, folder, records_per_shard=5, fingerprint={})
+  return RecordIndex.open(folder)
+
+
+def _failing(monkeypatch, num_failures, error_class):
+  """Has as many ranged reads fail; gives the list that counts all of them."""
+  from tensorflow.python.lib.io import _pywrap_file_io
+
+  stream = _pywrap_file_io.BufferedInputStream
+  tried = []
+
+  def sometimes(path, num_bytes):
+    tried.append(path)
+    if len(tried) <= num_failures:
+      raise error_class(None, None, "the store is busy")
+    return stream(path, num_bytes)
+
+  monkeypatch.setattr(_pywrap_file_io, "BufferedInputStream", sometimes)
+  return tried
+
+
+def test_a_read_that_fails_for_a_moment_is_tried_again(elsewhere, monkeypatch, caplog):
+  index = _write(elsewhere)
+  expected = index.read([3])
+  tried = _failing(monkeypatch, 2, tf.errors.UnavailableError)
+  assert index.read([3]) == expected
+  assert len(tried) == 3
+  assert "the store is busy; trying again in" in caplog.text
+
+
+def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(
+  elsewhere, monkeypatch
+):
+  index = _write(elsewhere)
+  replacements = Replacements(index, VectorDecoder(size=1))
+  _failing(monkeypatch, 10_000, tf.errors.UnavailableError)
+  with pytest.raises(
+    UnreadableError, match=r"records-0000\d\.tfrecord: record \d cannot be read: the st"
+  ):
+    replacements.replace(np.arange(4))
+  assert replacements.num_bad == 0
+
+
+def test_what_will_not_pass_is_not_tried_again(elsewhere, monkeypatch):
+  index = _write(elsewhere)
+  tried = _failing(monkeypatch, 1, tf.errors.PermissionDeniedError)
+  with pytest.raises(UnreadableError, match="cannot be read: Permission denied"):
+    index.read([3])
+  assert len(tried) == 1
+
+
+def test_a_missing_shard_is_an_error_and_no_bad_record(tmp_path):
+  index = _write(str(tmp_path))
+  (tmp_path / "records-00000.tfrecord").unlink()
+  replacements = Replacements(index, VectorDecoder(size=1))
+  with pytest.raises(UnreadableError, match="record 0 cannot be read: No such file"):
+    replacements.replace(np.arange(2))
+
+
+def test_an_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
+  labels = np.array(_write(elsewhere).labels)
+  monkeypatch.setattr(local_copy, "_copy", None)
+  again = RecordIndex.open(elsewhere)
+  np.testing.assert_array_equal(again.labels, labels)
+  assert isinstance(again.labels, np.memmap)
+
+
+def test_another_index_is_another_copy_and_the_old_one_goes(elsewhere, tmp_path):
+  path = f"{elsewhere}/file"
+  paths.make_folder(elsewhere)
+  contents = [b"a" * 100, b"b" * 100, b"c" * 7]
+  for content in contents:
+    paths.write_bytes(path, content)
+    copy = local_copy.of(path)
+    with open(copy, "rb") as file:
+      assert file.read() == content
+  [folder] = tmp_path.iterdir()
+  kept = [name for name in os.listdir(folder) if not name.endswith(".lock")]
+  assert kept == [os.path.basename(copy)]
+  assert folder.stat().st_mode & 0o077 == 0
+
+
+def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp_path):
+  _write(elsewhere)
+  [folder] = tmp_path.iterdir()
+  folder.chmod(0o777)
+  with pytest.raises(UserError, match="not of this user alone; set TMPDIR"):
+    RecordIndex.open(elsewhere)
+
+
+def _note(folder, **changes):
+  note = {"token": "x", "host": "other", "pid": 7, "time": time.time(), **changes}
+  paths.make_folder(folder)
+  paths.write_bytes(f"{folder}/.ingest-lock.json", json.dumps(note).encode())
+
+
+def test_a_second_writer_elsewhere_is_told_who_the_first_is(elsewhere):
+  _note(elsewhere)
+  with pytest.raises(UserError, match=r"Another process .* \(7 on other, seen 0 s ago"):
+    _write(elsewhere)
+
+
+def test_a_writer_elsewhere_leaves_no_note(elsewhere):
+  _write(elsewhere)
+  assert not paths.exists(f"{elsewhere}/.ingest-lock.json")
+
+
+def test_the_note_of_a_writer_that_is_gone_is_passed_over(elsewhere, caplog):
+  process = subprocess.Popen(["true"])
+  process.wait()
+  for changes in (
+    {"time": time.time() - 3600},
+    {"host": socket.gethostname(), "pid": process.pid},
+  ):
+    _note(elsewhere, **changes)
+    with remote_lock.noted_in(elsewhere):
+      pass
+  assert caplog.text.count("of a process that is gone") == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"time": "x"}', b"\xff"])
+def test_a_note_that_says_nothing_is_passed_over(elsewhere, content):
+  paths.make_folder(elsewhere)
+  paths.write_bytes(f"{elsewhere}/.ingest-lock.json", content)
+  assert _write(elsewhere).num_records == 8
+
+
+def test_a_note_is_written_again_while_the_work_goes_on(elsewhere, monkeypatch):
+  monkeypatch.setattr(remote_lock, "_REFRESH_S", 0.01)
+  paths.make_folder(elsewhere)
+  path = f"{elsewhere}/.ingest-lock.json"
+  with remote_lock.noted_in(elsewhere):
+    first = json.loads(paths.read_bytes(path))["time"]
+    end_s = time.monotonic() + 20
+    while (
+      remote_lock._read(path) in (None, {})
+      or (remote_lock._read(path) or {"time": first})["time"] == first
+    ):
+      assert time.monotonic() < end_s
+      time.sleep(0.01)
+
+
+def test_only_what_may_pass_is_io_error():
+  def kind(error):
+    with pytest.raises(OSError) as caught, paths.as_os_errors("ram://x"):
+      raise error(None, None, "why")
+    return caught.value.errno
+
+  assert kind(tf.errors.UnavailableError) == errno.EIO
+  assert kind(tf.errors.DeadlineExceededError) == errno.EIO
+  assert kind(tf.errors.InvalidArgumentError) == errno.EINVAL
+  assert kind(tf.errors.UnimplementedError) == errno.ENOSYS

@@ -1,0 +1,70 @@
+"""Copies of files elsewhere, one on this machine for all its processes."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+
+from trainer.data import manifest, paths, retry
+
+_CHUNK_BYTES = 16 << 20
+
+
+def of(path: str) -> str:
+  """The local path of a copy of a file, which is made where there is none yet.
+
+  It is taken for the same file while size, time and some of its bytes are the same.
+  Another copy of the same path is removed; who has it mapped goes on with it.
+
+  Raises:
+    OSError: the file can't be read, or the copy can't be written.
+  """
+  status = paths.status(path)
+  sample = retry.patiently(path, lambda: manifest.sample(path, status.num_bytes))
+  name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
+  state = hashlib.blake2b(f"{status} {sample}".encode(), digest_size=8).hexdigest()
+  start = os.path.join(_folder(), name)
+  copy = f"{start}-{state}"
+  with _alone(start + ".lock"):
+    if not os.path.exists(copy):
+      for old in glob.glob(glob.escape(start) + "-*"):
+        os.remove(old)
+      retry.patiently(path, lambda: _copy(path, copy + ".partial"))
+      os.replace(copy + ".partial", copy)
+  return copy
+
+
+def _folder() -> str:
+  """A folder of this user alone: others could put what they like into the copies."""
+  folder = os.path.join(tempfile.gettempdir(), f"retrieval-trainer-{os.getuid()}")
+  with contextlib.suppress(FileExistsError):
+    os.mkdir(folder, 0o700)
+  found = os.lstat(folder)
+  is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+  if not is_own or found.st_mode & 0o022:
+    raise PermissionError(13, "it is not of this user alone; set TMPDIR", folder)
+  return folder
+
+
+@contextlib.contextmanager
+def _alone(path: str) -> Iterator[None]:
+  """Has other processes of this machine wait."""
+  with open(path, "w") as file:
+    fcntl.flock(file, fcntl.LOCK_EX)
+    yield
+
+
+def _copy(path: str, target: str) -> None:
+  with (
+    paths.as_os_errors(path),
+    paths.open_file(path, "rb") as source,
+    open(target, "wb") as copy,
+  ):
+    while chunk := source.read(_CHUNK_BYTES):
+      copy.write(chunk)
