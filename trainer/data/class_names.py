@@ -11,6 +11,8 @@ from typing import Union, overload
 
 import numpy as np
 
+from trainer.errors import UserError
+
 
 class ClassNames(Sequence[str]):
   """A sequence of class names; class ids are positions in it.
@@ -51,19 +53,29 @@ class ClassNames(Sequence[str]):
       return [self[i] for i in range(*class_id.indices(len(self)))]
     position = range(len(self))[class_id]
     start, end = self.starts[position : position + 2]
-    return self.text[start:end].tobytes().decode()
+    return _text(self.text[start:end].tobytes())
 
   def __iter__(self) -> Iterator[str]:
     text = self.text.tobytes()
     starts = self.starts.tolist()
     for start, end in zip(starts, starts[1:]):
-      yield text[start:end].decode()
+      yield _text(text[start:end])
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, Sequence) and list(self) == list(other)
 
   def __repr__(self) -> str:
     return f"ClassNames({len(self)} names)"
+
+
+def _text(name: bytes) -> str:
+  try:
+    return name.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"The index is damaged (a class name {name!r:.60} that is no UTF-8); delete it "
+      "and make it again with --mode=ingest."
+    ) from error
 
 
 def _hash(name: bytes) -> int:

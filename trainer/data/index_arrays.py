@@ -53,6 +53,9 @@ class IndexArrays(NamedTuple):
     return ClassNames(self.name_text, self.name_starts, self.name_hashes)
 
 
+# Looked at at once, to hold little of what is mapped.
+_NUM_AT_A_TIME = 1_000_000
+
 _DTYPES: dict[str, type[np.generic]] = {
   "offsets": np.int64,
   "lengths": np.uint32,
@@ -104,18 +107,33 @@ def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
       raise _damaged(
         _path(folder, name), f"{array.dtype}{list(array.shape)} where [{size}] belongs"
       )
+  for name, end in (
+    ("member_starts", num_records),
+    ("name_starts", arrays.name_text.size),
+  ):
+    starts = arrays._asdict()[name]
+    if starts[0] != 0 or starts[-1] != end or not _is_ascending(starts):
+      raise _damaged(_path(folder, name), f"no parts from 0 to {end}")
   return arrays
+
+
+def _is_ascending(starts: np.ndarray) -> bool:
+  firsts = range(0, len(starts) - 1, _NUM_AT_A_TIME)
+  parts = (starts[first : first + _NUM_AT_A_TIME + 1] for first in firsts)
+  return all((part[1:] >= part[:-1]).all() for part in parts)
 
 
 def _map(folder: str, name: str) -> np.ndarray:
   path = _path(folder, name)
   try:
     mapped = local_copy.of(path) if paths.is_remote(path) else path
-    return np.load(mapped, mmap_mode="r", allow_pickle=False)
+    array = np.lib.format.open_memmap(mapped, mode="r")
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error
-  except (OSError, ValueError, EOFError) as error:
-    raise _damaged(path, str(error).splitlines()[0]) from error
+  except Exception as error:  # Python's parser reads the head, and has many.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise _damaged(path, reason) from error
+  return array
 
 
 def _damaged(path: str, what: str) -> UserError:

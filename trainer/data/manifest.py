@@ -124,19 +124,50 @@ def _read(path: str) -> Optional[Manifest]:
         "delete the index and make it again with --mode=ingest."
       )
     shards = tuple(Shard(**shard) for shard in content.pop("shards"))
-    return Manifest(shards=shards, **content)
+    manifest = Manifest(shards=shards, **content)
+    _check(manifest)
+    return manifest
   except UserError:
     raise
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-  # AttributeError: it is JSON, and no object.
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+  # AttributeError: it is JSON, and no object. RecursionError: lists in lists in lists.
+  except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise UserError(
       f"{path} is damaged ({error}); delete the index and make it again with "
       "--mode=ingest."
     ) from error
+
+
+def _check(manifest: Manifest) -> None:
+  """Takes nothing on trust that says where to read, or how much.
+
+  Raises:
+    ValueError: a name leaves the folder, or a value is of another type or size.
+  """
+  texts = [manifest.label_feature]
+  counts = [manifest.num_classes]
+  for shard in manifest.shards:
+    texts += [shard.name, shard.sample]
+    counts += [shard.num_bytes, shard.num_records, shard.modified_ns]
+  if not all(isinstance(text, str) for text in texts):
+    raise ValueError("a name is no text")
+  for count in counts:
+    if type(count) is not int or not 0 <= count < 1 << 63:
+      raise ValueError(f"{count!r:.40} is no count")
+  if manifest.source is not None and not isinstance(manifest.source, dict):
+    raise ValueError("the source is no object")
+  for shard in manifest.shards:
+    if not _is_inside(shard.name):
+      raise ValueError(f"the shard {shard.name!r} is not inside the folder")
+
+
+def _is_inside(name: str) -> bool:
+  parts = name.split("/")
+  has_odd = any(part in ("", ".", "..") or "\0" in part for part in parts)
+  return not has_odd and not paths.is_remote(name)
 
 
 def check_shards(folder: str, manifest: Manifest) -> None:

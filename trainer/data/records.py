@@ -90,6 +90,8 @@ class RecordIndex:
     self.class_names: ClassNames = arrays.class_names
     self.arrays = arrays
     self._paths = [os.path.join(folder, shard.name) for shard in description.shards]
+    sizes = [shard.num_bytes for shard in description.shards]
+    self._shard_bytes = np.array(sizes, np.int64)
     self._is_remote = paths.is_remote(folder)
     firsts = np.cumsum([0] + [shard.num_records for shard in description.shards])
     self._first_records: list[int] = firsts.tolist()
@@ -151,10 +153,11 @@ class RecordIndex:
       n serialized examples, in the order of the numbers.
 
     Raises:
-      UserError: naming file and record, if one is corrupt.
+      UserError: naming file and record, if one is corrupt, or if the index is.
       UnreadableError: likewise, if one cannot be read.
     """
     numbers = np.asarray(record_numbers, np.int64)
+    self._check(numbers)
     if self._is_remote:
       return remote.in_parallel(self._read_one, self._places(numbers))
     try:
@@ -166,6 +169,29 @@ class RecordIndex:
     """Names a record for a message: its file and its number in that file."""
     shard = int(self.arrays.shards[record_number])
     return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
+
+  def _check(self, numbers: np.ndarray) -> None:
+    """Makes sure that records lie in their shards, before memory for them is taken.
+
+    It is looked at when they are read: there may be too many to look at all at first.
+    """
+    arrays = self.arrays
+    is_inside = ((numbers >= 0) & (numbers < self.num_records)).all()
+    if is_inside:
+      shards, labels = arrays.shards[numbers], arrays.labels[numbers]
+      is_inside = ((shards >= 0) & (shards < len(self._paths))).all()
+      is_inside &= ((labels >= 0) & (labels < self.num_classes)).all()
+    if is_inside:
+      num_bytes = arrays.lengths[numbers].astype(np.int64) + framing.OVERHEAD_BYTES
+      offsets = arrays.offsets[numbers]
+      is_inside = (offsets >= 0).all()
+      is_inside &= (offsets <= self._shard_bytes[shards] - num_bytes).all()
+    if not is_inside:
+      raise UserError(
+        f"The index of {os.path.dirname(self._paths[0])} is damaged (a record lies "
+        "outside its shard, or has no class); delete it and make it again with "
+        "--mode=ingest."
+      )
 
   def _places(self, numbers: np.ndarray) -> list[_Place]:
     columns = (self.arrays.shards, self.arrays.offsets, self.arrays.lengths)
