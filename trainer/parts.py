@@ -22,6 +22,7 @@ import trainer.evaluate
 import trainer.export
 import trainer.index
 import trainer.ingest
+import trainer.loop.addons_optimizers
 import trainer.loop.loop_options
 import trainer.loop.optimizers
 import trainer.loop.per_part

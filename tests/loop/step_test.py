@@ -213,7 +213,7 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
           backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
         ),
       },
-      "can't scale the loss",
+      "per_part can't scale the loss",
     ),
   ],
 )

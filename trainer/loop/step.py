@@ -51,12 +51,12 @@ class TrainStep:
     loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
       variables (a temperature), they are trained too.
     objective_fn: where the batch is mined.
-    optimizer: Keras optimizer, or `PerPart`.
+    optimizer: Keras optimizer, `PerPart` or `OlderOptimizer`.
     mining_statistics: what is logged of the mining beside the loss; None for nothing.
     options: how it is computed.
 
   Raises:
-    UserError: `PerPart` is to scale the loss of mixed_float16.
+    UserError: the optimizer can't scale the loss of mixed_float16.
   """
 
   def __init__(
@@ -248,10 +248,10 @@ class TrainStep:
   def _with_loss_scale(self, optimizer):
     if getattr(self.encoder, "precision", None) != "mixed_float16":
       return optimizer
-    if isinstance(optimizer, PerPart):
+    if not isinstance(optimizer, tf.keras.optimizers.Optimizer):
       raise UserError(
-        "PerPart can't scale the loss of mixed_float16; use mixed_bfloat16, or one "
-        "optimizer."
+        f"{optimizer.name} can't scale the loss of mixed_float16; use mixed_bfloat16, "
+        "or one of adam, adamw, lamb and sgd."
       )
     return tf.keras.mixed_precision.LossScaleOptimizer(optimizer)
 
