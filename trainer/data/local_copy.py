@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from trainer.data import manifest, paths, retry
 
 _CHUNK_BYTES = 16 << 20
+_SMALL_BYTES = 1 << 20
 
 
 def of(path: str) -> str:
@@ -25,10 +26,7 @@ def of(path: str) -> str:
   Raises:
     OSError: the file can't be read, or the copy can't be written.
   """
-  status = paths.status(path)
-  sample = retry.patiently(path, lambda: manifest.sample(path, status.num_bytes))
-  name = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-  state = hashlib.blake2b(f"{status} {sample}".encode(), digest_size=8).hexdigest()
+  name, state = _digest(path.encode()), _state(path)
   start = os.path.join(_folder(), name)
   copy = f"{start}-{state}"
   with _alone(start + ".lock"):
@@ -38,6 +36,19 @@ def of(path: str) -> str:
       retry.patiently(path, lambda: _copy(path, copy + ".partial"))
       os.replace(copy + ".partial", copy)
   return copy
+
+
+def _state(path: str) -> str:
+  """What tells a file from another of the same path."""
+  status = paths.status(path)
+  if status.num_bytes <= _SMALL_BYTES:  # One request, where a sample takes many.
+    return _digest(paths.read_bytes(path))
+  sample = retry.patiently(path, lambda: manifest.sample(path, status.num_bytes))
+  return _digest(f"{status} {sample}".encode())
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _folder() -> str:
