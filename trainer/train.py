@@ -102,7 +102,9 @@ def train(run: Run, watchdog: Watchdog) -> Training:
     UserError: parts that don't fit each other, the folder, or the replicas.
   """
   workers = current_workers()
-  parts, schedule = workers.together(_make_parts)
+  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  workers.rehearse(lambda: _make_parts(num_replicas)[0].create_variables())
+  parts, schedule = _make_parts(num_replicas)
   dataset, step, loop = parts.dataset, parts.step, parts.loop
   workers.agree(dataset.index.facts())
   workers.chief_first(lambda: open_run_folder(run))
@@ -135,10 +137,9 @@ def train(run: Run, watchdog: Watchdog) -> Training:
   return Training(outer, step, first_step, loop.num_steps)
 
 
-def _make_parts() -> tuple[Parts, PKSchedule]:
+def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   parts = Parts()  # type: ignore[call-arg]  # They are gin's.
   schedule = parts.make_schedule()
-  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   check_batch(schedule, parts.step, num_replicas)
   return parts, schedule
 

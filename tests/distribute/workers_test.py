@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tensorflow as tf
 
 from trainer.distribute.workers import Workers, current_workers
 from trainer.errors import UserError, WorkerFailedError
@@ -45,6 +46,22 @@ def test_another_error_of_the_chief_ends_the_others_in_one_line():
     _two_workers(0, "null").chief_first(_fail(ZeroDivisionError("by zero")))
   with pytest.raises(WorkerFailedError, match="worker 0: ZeroDivisionError: by zero"):
     _two_workers(1, '[false, "ZeroDivisionError: by zero"]').chief_first(lambda: None)
+
+
+def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored):
+  seen = []
+  with mirrored(2).scope():
+    _two_workers(1, "null").rehearse(lambda: seen.append(tf.distribute.has_strategy()))
+    assert tf.distribute.has_strategy()
+    with pytest.raises(UserError, match=r"^worker 0: no such file$"):
+      _two_workers(1, '[true, "no such file"]').rehearse(lambda: None)
+    with pytest.raises(WorkerFailedError, match="worker 0: MemoryError: no"):
+      _two_workers(1, '[false, "MemoryError: no"]').rehearse(lambda: None)
+  assert seen == [False]
+
+
+def test_a_worker_that_is_alone_rehearses_nothing():
+  Workers().rehearse(_fail(ZeroDivisionError("by zero")))
 
 
 def test_the_workers_of_a_strategy_are_made_once(mirrored):

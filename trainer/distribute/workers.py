@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import json
 from collections.abc import Mapping
@@ -102,7 +103,8 @@ class Workers:
     """Lets each worker make something; where one can't, none goes on.
 
     Args:
-      make: it must not speak to the other workers itself.
+      make: it must not speak to the other workers itself, as making a variable does
+        under their strategy.
 
     Returns:
       What this worker made.
@@ -120,6 +122,24 @@ class Workers:
       raise
     self._raise_first(None)
     return made
+
+  def rehearse(self, make: Callable[[], object]) -> None:
+    """Lets each worker make something without the others, where there are others.
+
+    Variables of several workers are made together: where one worker failed at it, the
+    others would wait for it. So each makes its own first, which nobody keeps.
+
+    Args:
+      make: what is to be made under the strategy afterwards.
+
+    Raises:
+      UserError: it raised one on some worker; then on every worker.
+      WorkerFailedError: it raised another error elsewhere.
+    """
+    if self.num_workers > 1:
+      # A strategy is that of a thread; a new one has none.
+      with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        self.together(lambda: pool.submit(make).result())
 
   def _raise_first(self, error: Optional[Exception]) -> None:
     """Raises what the first worker with an error tells, unless ours is no UserError."""
