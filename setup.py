@@ -25,6 +25,7 @@ setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   packages=find_packages(include=["trainer", "trainer.*"]),
+  package_data={"trainer.report": ["document.*"]},
   python_requires=">=3.9,<3.14",
   install_requires=[
     f"tensorflow==2.15.*; {FULL}",

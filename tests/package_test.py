@@ -60,12 +60,15 @@ def _requirements(metadata, python, machine="x86_64", platform="linux", extra=""
 
 
 @pytest.mark.main_job
-def test_wheel_holds_every_module_of_the_package_and_no_other(wheel):
-  modules = {
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "trainer").rglob("*.py")
+def test_wheel_holds_every_module_and_what_pages_are_made_of_and_no_more(wheel):
+  files = {
+    path.relative_to(ROOT).as_posix()
+    for pattern in ("*.py", "*.html", "*.css", "*.js")
+    for path in (ROOT / "trainer").rglob(pattern)
   }
   packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
-  assert packed == modules
+  assert packed == files
+  assert "trainer/report/document.css" in files
 
 
 @pytest.mark.main_job

@@ -18,7 +18,8 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.watchdog import watching
-from trainer.retrieval import evidence, projector, report
+from trainer.report import page
+from trainer.retrieval import evidence, projector
 from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import embed, whole_batch
 from trainer.retrieval.items import RecordItems
@@ -59,7 +60,7 @@ def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
   results.write_latest(step, evaluated.measurement)
   evaluated.write_classes(model_dir)
   evaluated.write_evidence(model_dir)
-  report.write(model_dir)
+  page.write(model_dir)
   print(results.table())
 
 

@@ -43,7 +43,7 @@ def check_same(
   Raises:
     UserError: what differs.
   """
-  before = _saved_values(model_dir)
+  before = read_values(model_dir)
   if allow_change or before is None or before == config.training_values:
     return
   lines = config_lib.diff(before, config.training_values)
@@ -54,8 +54,15 @@ def check_same(
   )
 
 
-def _saved_values(model_dir: str) -> Optional[dict[str, str]]:
-  """The values of the saved config, by path; None if there is none."""
+def read_values(model_dir: str) -> Optional[dict[str, str]]:
+  """The values of the saved config, by path.
+
+  Args:
+    model_dir: folder of the run.
+
+  Returns:
+    Such as {"train.loss.margin": "0.2"}; None if the folder has no config.
+  """
   path = os.path.join(model_dir, CONFIG)
   if not tf.io.gfile.exists(path):
     return None

@@ -7,7 +7,7 @@ import os
 import string
 from collections.abc import Sequence
 
-from trainer.retrieval import report
+from trainer.report import page as report_page
 from trainer.sweep import charts, rows, table
 from trainer.sweep.importance import importances
 from trainer.sweep.rows import Row
@@ -134,7 +134,7 @@ def _links(row: Row, folder: str) -> str:
     name = html.escape(
       run.point.run_id[:8] if run.point.seed is None else f"seed {run.point.seed}"
     )
-    page = os.path.join(run.path, report.FILE_NAME)
+    page = os.path.join(run.path, report_page.FILE_NAME)
     if os.path.exists(page):
       target = html.escape(os.path.relpath(page, folder), quote=True)
       name = f'<a href="{target}">{name}</a>'

@@ -6,7 +6,6 @@ Shapes: M items, D dimensions.
 from __future__ import annotations
 
 import numpy as np
-from sklearn.manifold import TSNE
 from threadpoolctl import threadpool_limits
 
 # Below it t-SNE has too few neighbours to go by.
@@ -33,6 +32,8 @@ def lay_out(embeddings: np.ndarray) -> tuple[str, np.ndarray]:
   num_items = len(components)
   if num_items < _LEAST_ITEMS or not components[:, :2].any(axis=0).all():
     return "PCA", _scaled(components[:, :2])
+  from sklearn.manifold import TSNE  # Late: pages, which need none, read evidence too.
+
   estimator = TSNE(
     perplexity=min(_PERPLEXITY, (num_items - 1) / 3),
     init="pca",

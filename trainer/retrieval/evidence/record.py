@@ -11,6 +11,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from trainer.errors import UserError
+
 FILE_NAME = os.path.join("eval", "evidence.json")
 
 
@@ -142,7 +144,7 @@ class Evidence:
 
   Attributes:
     num_items: how many items were evaluated.
-    num_queries: how many of them asked, and have another of their class.
+    num_queries: how many of the queries given have another item of their class.
     num_mistakes: how many of these have a nearest neighbour of another class.
     num_classes: classes of the items.
     histogram: distances of sampled pairs.
@@ -183,12 +185,20 @@ class Evidence:
 
     Args:
       model_dir: folder of the run.
+
+    Raises:
+      UserError: the file is damaged, or of another version of this package.
     """
     path = os.path.join(model_dir, FILE_NAME)
     if not os.path.exists(path):
       return None
-    with open(path, encoding="utf-8") as file:
-      return _of_json(json.load(file))
+    try:
+      with open(path, encoding="utf-8") as file:
+        return _of_json(json.load(file))
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(
+        f"{path} can't be read ({error}); measure again with --mode=evaluate."
+      ) from error
 
 
 def _of_json(content: dict[str, Any]) -> Evidence:

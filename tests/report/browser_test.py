@@ -1,0 +1,215 @@
+"""Pages in headless Chromium: two widths, no error, no request, and pointing."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.report import browser, example_run
+from trainer.report import comparison_page, page, runs
+from trainer.retrieval.evidence import Evidence
+
+_WIDTHS = (390, 1280)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pages")
+  for name, options in {
+    "pictures": {},
+    "vectors": {"has_pictures": False, "num_classes": 20, "margin": 0.3},
+  }.items():
+    page.write(example_run.make(folder / name, **options))
+  measured = runs.read_measured([str(folder / "pictures"), str(folder / "vectors")])
+  comparison_page.write(measured, str(folder / "comparison.html"))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def window(tmp_path_factory):
+  with browser.opened(tmp_path_factory.mktemp("profile")) as opened:
+    yield opened
+
+
+@pytest.fixture(autouse=True)
+def _quiet(window):
+  """Whatever a test does, nothing is asked of a network and nothing fails."""
+  yield
+  errors, requests = list(window.errors), list(window.requests)
+  window.errors.clear()
+  window.requests.clear()
+  assert errors == []
+  assert requests == []
+
+
+def _center(window, selector):
+  """Scrolls an element into the window and gives its middle."""
+  return window.evaluate(f"""(() => {{
+    const element = document.querySelector({selector!r});
+    element.scrollIntoView({{block: "center", behavior: "instant"}});
+    const box = element.getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  }})()""")
+
+
+def _text(window, selector):
+  return window.evaluate(f"document.querySelector({selector!r}).textContent")
+
+
+@pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", _WIDTHS)
+@pytest.mark.parametrize(
+  "name", ["pictures/report.html", "vectors/report.html", "comparison.html"]
+)
+def test_page_fits_the_width_and_shows_its_pictures(
+  folder, window, name, width, is_dark
+):
+  window.open(folder / name, width=width, is_dark=is_dark)
+  assert window.evaluate("document.documentElement.scrollWidth") == width
+  broken = "[...document.images].filter((i) => !i.hidden && !i.naturalWidth).length"
+  assert window.evaluate(broken) == 0
+  heights = "[...document.querySelectorAll('section')].map((s) => s.offsetHeight)"
+  assert all(height > 50 for height in window.evaluate(heights))
+
+
+def test_text_has_enough_contrast_in_light_and_dark(folder, window):
+  """WCAG's 4.5:1, of all text against what is behind it."""
+  for is_dark in (False, True):
+    window.open(folder / "pictures" / "report.html", is_dark=is_dark)
+    assert window.evaluate(_LOW_CONTRAST) == []
+
+
+def test_dark_is_dark(folder, window):
+  path = folder / "pictures" / "report.html"
+  grey = "getComputedStyle(document.body).backgroundColor.match(/\\d+/g)[0] / 255"
+  window.open(path, is_dark=True)
+  assert window.evaluate(grey) < 0.2
+  window.open(path)
+  assert window.evaluate(grey) > 0.9
+
+
+def test_without_a_script_all_is_shown(folder, window):
+  path = folder / "pictures" / "report.html"
+  shown = "document.body.innerText.length"
+  window.open(path)
+  with_script = window.evaluate(shown)
+  window.open(path, has_script=False)
+  assert window.evaluate(shown) == with_script > 1000
+
+
+def _mapped(folder, name="pictures"):
+  return Evidence.read(str(folder / name)).embedding_map
+
+
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_pointing_at_an_item_of_the_map_shows_its_class_and_picture(
+  folder, window, width
+):
+  window.open(folder / "pictures" / "report.html", width=width)
+  placed = _mapped(folder)
+  for i in (0, 33):
+    window.point(*_center(window, f"#item-{placed.items[i]}"))
+    assert _text(window, ".card b") == placed.class_names[i]
+    assert f"item {placed.items[i]}" in _text(window, ".card")
+  column, row = 33 % placed.sprite.columns, 33 // placed.sprite.columns
+  style = "document.querySelector('.card .sprite').style.backgroundPosition"
+  found = [float(part.rstrip("%")) for part in window.evaluate(style).split()]
+  ends = (placed.sprite.columns - 1, placed.sprite.rows - 1)
+  assert found == pytest.approx([100 * column / ends[0], 100 * row / ends[1]], abs=0.01)
+
+
+def test_the_map_can_be_touched(folder, window):
+  window.open(folder / "pictures" / "report.html", width=390)
+  placed = _mapped(folder)
+  window.touch(*_center(window, f"#item-{placed.items[5]}"))
+  assert _text(window, ".card b") == placed.class_names[5]
+  assert f"item {placed.items[5]}" in _text(window, ".card")
+
+
+def test_the_map_is_walked_by_the_arrow_keys(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  window.evaluate("document.querySelector('.canvas').focus()")
+  seen = []
+  for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
+    window.press(key)
+    seen.append(window.evaluate("document.querySelector('circle.chosen').id"))
+  assert len(set(seen)) == 3
+  places = {f"item-{item}": i for i, item in enumerate(_mapped(folder).items)}
+  x, y = _mapped(folder).x, _mapped(folder).y
+  first, second, third = (places[item] for item in seen)
+  assert x[second] > x[first]
+  assert y[third] > y[second]
+  window.press("Escape")
+  assert window.evaluate("document.querySelector('circle.chosen')") is None
+
+
+def test_items_of_many_classes_are_told_apart_when_pointed_at(folder, window):
+  window.open(folder / "vectors" / "report.html")
+  placed = _mapped(folder, "vectors")
+  window.point(*_center(window, f"#item-{placed.items[7]}"))
+  alike = window.evaluate("document.querySelectorAll('circle.alike').length")
+  assert alike == list(placed.class_names).count(placed.class_names[7])
+  assert _text(window, ".card b") == placed.class_names[7]
+
+
+def test_a_query_leads_to_its_place_on_the_map(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  item = Evidence.read(str(folder / "pictures")).queries[0].item
+  window.evaluate(f"document.querySelector('#query-{item} h3 a').click()")
+  window.evaluate("new Promise((done) => setTimeout(done, 50))")
+  assert window.evaluate("document.querySelector('circle.chosen').id") == f"item-{item}"
+  assert window.evaluate("document.querySelector('.card a').hash") == f"#query-{item}"
+
+
+def test_pointing_at_a_curve_shows_the_value_there(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  x, y = _center(window, "#training .plot")
+  window.point(x, y)
+  assert _text(window, "#training output") == "step 20 · 0.01"
+  window.point(0, 0)
+  assert _text(window, "#training output") == "0.006667"
+
+
+def test_the_arrow_keys_go_along_curves_of_several_runs(folder, window):
+  window.open(folder / "comparison.html")
+  window.evaluate("document.querySelector('#training .plot').focus()")
+  window.press("ArrowRight")
+  assert _text(window, "#training output") == "step 10 · pictures 0.02 · vectors 0.03"
+  window.press("End")
+  assert _text(window, "#training output").startswith("step 30 · ")
+
+
+def test_neighbours_are_walked_by_the_arrow_keys(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  query = Evidence.read(str(folder / "pictures")).queries[0]
+  window.evaluate("document.querySelector('.answers li[tabindex=\"0\"]').focus()")
+  window.press("ArrowRight")
+  title = window.evaluate("document.activeElement.title")
+  assert title.startswith(query.neighbours[1].class_name)
+
+
+_LOW_CONTRAST = """(() => {
+  const light = (c) => {
+    const parts = c.map((v) => v / 255).map(
+      (v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2];
+  };
+  const color = (text) => text.match(/[\\d.]+/g).map(Number);
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const found = color(getComputedStyle(at).backgroundColor);
+      if (found.length < 4 || found[3] === 1) return found;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.textContent.trim() || !element.offsetParent) continue;
+    const a = light(color(getComputedStyle(element).color));
+    const b = light(behind(element));
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push(`${walker.currentNode.textContent.trim()} ${ratio}`);
+  }
+  return low;
+})()"""

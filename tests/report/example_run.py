@@ -1,0 +1,59 @@
+"""A run's folder with all that a page can show."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.loop.metrics_file import MetricsFile
+from trainer.retrieval.evidence import collect
+from trainer.retrieval.results import Measurement, Results
+
+CONFIG = """A.b = '<script>'
+
+# Hashed values:
+#   train.loss.margin = {margin}
+#   train.seed = 1
+"""
+BEFORE = {"eval/recall_at_1": 0.25, "eval/map_at_r": 0.125, "eval/num_queries": 60}
+AFTER = {"eval/recall_at_1": 0.75, "eval/map_at_r": 0.0625, "eval/num_queries": 60}
+INTERVALS = {"eval/recall_at_1": (0.7, 0.8)}
+WORST = ({"class": "a<b", "num_queries": 20, "recall_at_1": 0.5, "map_at_r": 0.25},)
+
+
+def make(folder, *, margin=0.2, has_evidence=True, num_classes=3, has_pictures=True):
+  """Fills the folder, which is made, and returns its path."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.gin").write_text(CONFIG.format(margin=margin), encoding="utf-8")
+  results = Results(str(folder))
+  results.write_before_training(Measurement(BEFORE))
+  results.write_latest(30, Measurement(AFTER, INTERVALS, WORST))
+  file = MetricsFile(str(folder))
+  for step in (10, 20, 30):
+    file.append(step, {"train/loss": margin / step})
+  if has_evidence:
+    evidence(num_classes, has_pictures).write(str(folder))
+  return str(folder)
+
+
+def evidence(num_classes=3, has_pictures=True):
+  """Evidence of sixty items, some of which are mistakes."""
+  random = np.random.default_rng(3)
+  labels = np.arange(60) % num_classes
+  embeddings = random.normal(size=(60, 4)) + 2 * np.eye(num_classes, 4)[labels]
+  distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
+  np.fill_diagonal(distances, np.inf)
+  return collect(
+    embeddings.astype(np.float32),
+    labels,
+    np.argsort(distances, axis=1)[:, :-1],
+    np.arange(60),
+    class_names=["a<b", "a class with quite a long name", *map(str, range(20))],
+    pictures_fn=_pictures if has_pictures else None,
+  )
+
+
+def _pictures(items):
+  random = np.random.default_rng(0)
+  images = random.integers(256, size=(len(items), 16, 12, 3)).astype(np.uint8)
+  return [tf.io.encode_png(image).numpy() for image in images]

@@ -1,0 +1,184 @@
+"""The page of a run: what it says, and that nothing is asked of a network."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+
+import pytest
+
+from tests.report import example_run
+from trainer.errors import UserError
+from trainer.loop.metrics_file import MetricsFile
+from trainer.report import __main__ as command
+from trainer.report import page
+from trainer.retrieval.evidence import Evidence
+
+
+def _page(model_dir):
+  with open(page.write(model_dir), encoding="utf-8") as file:
+    return file.read()
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory):
+  return example_run.make(tmp_path_factory.mktemp("runs") / "a run")
+
+
+@pytest.fixture(scope="module")
+def text(model_dir):
+  return _page(model_dir)
+
+
+def _row(text, title):
+  [row] = re.findall(rf"<tr><th scope=row>{re.escape(title)}</th>(.*?)</tr>", text)
+  cells = re.findall(r"<td[^>]*>(.*?)</td>", row)
+  return [re.sub(r"<[^>]*>", " ", cell).split() for cell in cells]
+
+
+def test_results_have_intervals_and_the_change_against_before_training(text):
+  assert _row(text, "recall@1")[:3] == [
+    ["0.2500"],
+    ["0.7500", "0.7000&ndash;0.8000"],
+    ["+0.5000"],
+  ]
+  assert _row(text, "MAP@R")[2] == ["&minus;0.0625"]
+
+
+def test_every_part_is_there_and_linked_to(text):
+  links = re.findall(r'<a href="#([^"]*)">', text.partition("</nav>")[0])
+  expected = ["results", "confused-classes", "queries", "map", "training"]
+  assert links == [*expected, "configuration"]
+  for place in links:
+    assert f'<section id="{place}"' in text
+
+
+def test_every_link_inside_the_page_leads_somewhere(text):
+  places = set(re.findall(r'id="([^"]*)"', text))
+  links = re.findall(r'href="#([^"]*)"', text)
+  assert any(link.startswith("query-") for link in links)
+  assert any(link.startswith("item-") for link in links)
+  assert set(links) <= places
+
+
+def test_confused_classes_link_to_their_query(text, model_dir):
+  for confusion in Evidence.read(model_dir).confusions:
+    assert f'<li><a href="#query-{confusion.query}">' in text
+    assert f"{confusion.num_mistakes:,} of {confusion.num_queries:,} queries" in text
+
+
+def test_wrong_neighbours_are_told_from_right_ones(text, model_dir):
+  shown = [n for q in Evidence.read(model_dir).queries for n in q.neighbours]
+  assert text.count('<li class="wrong"') == sum(not n.is_right for n in shown) > 0
+  assert text.count('<li class="right"') == sum(n.is_right for n in shown) > 0
+
+
+def test_worst_classes_have_their_figures(text):
+  [row] = re.findall(r"<tr><th scope=row><a [^>]*>a&lt;b</a></th>(.*?)</tr>", text)
+  assert re.findall("<td>(.*?)</td>", row) == ["20", "0.5000", "0.2500"]
+
+
+def test_curves_have_a_name_that_tells_their_ends(text):
+  assert 'aria-label="Loss by step: 0.02 at 10 to 0.006667 at 30"' in text
+
+
+def test_what_the_user_wrote_is_escaped(text):
+  assert "&lt;script&gt;" in text and "'<script>'" not in text
+  assert "a&lt;b" in text and "a<b" not in text
+
+
+def test_nothing_in_it_has_an_address_outside_of_it(text):
+  addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", text)
+  assert addresses
+  assert all(a.startswith(("data:", "#")) for a in addresses if not a.startswith("`"))
+  assert not re.search(r"https?://|@import|url\((?!\$)", text)
+
+
+def test_a_sample_of_the_queries_is_told_to_be_one(tmp_path):
+  model_dir = example_run.make(tmp_path / "run")
+  path = tmp_path / "run" / "eval" / "metrics.json"
+  results = json.loads(path.read_text())
+  results["latest"]["eval/num_queries"] = 12_345
+  path.write_text(json.dumps(results))
+  assert "60 of 12,345 queries, drawn at random" in _page(model_dir)
+
+
+def test_an_older_run_without_evidence_and_intervals_has_a_page(tmp_path):
+  model_dir = example_run.make(tmp_path / "run", has_evidence=False)
+  path = tmp_path / "run" / "eval" / "metrics.json"
+  path.write_text(json.dumps({"latest": {"step": 5, "eval/recall_at_1": 0.5}}))
+  text = _page(model_dir)
+  assert _row(text, "recall@1")[0] == ["0.5000"]
+  assert 'id="queries"' not in text
+
+
+def test_a_run_that_was_not_measured_has_a_page(tmp_path):
+  (tmp_path / "config.gin").write_text("", encoding="utf-8")
+  MetricsFile(str(tmp_path)).append(10, {"train/loss": 1.0})
+  text = _page(str(tmp_path))
+  assert "Not measured yet" in text
+  assert 'class="curve"' in text
+
+
+def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path):
+  (tmp_path / "config.gin").write_text("", encoding="utf-8")
+  file = MetricsFile(str(tmp_path))
+  for step, loss in ((1, 1.0), (2, float("nan")), (3, 3.0), (4, float("inf"))):
+    file.append(step, {"train/loss": loss})
+  assert "Loss by step: 1 at 1 to 3 at 3" in _page(str(tmp_path))
+
+
+def test_more_classes_than_colours_are_coloured_when_pointed_at(tmp_path):
+  text = _page(example_run.make(tmp_path / "run", num_classes=20))
+  assert 'class="map plain"' in text
+  assert "20 classes; the one pointed at is coloured" in text
+
+
+def test_inputs_that_are_no_pictures_are_told_by_their_class(tmp_path):
+  text = _page(example_run.make(tmp_path / "run", has_pictures=False))
+  assert "<img" not in text
+  assert '<span class="nopicture">a&lt;b</span>' in text
+
+
+def test_nothing_is_left_beside_the_page(model_dir, text):
+  assert text
+  assert not [name for name in os.listdir(model_dir) if name.endswith(".new")]
+
+
+def test_the_command_writes_the_page_again(tmp_path, capsys):
+  model_dir = example_run.make(tmp_path / "run")
+  assert command.main(["report", model_dir]) == 0
+  path = os.path.join(model_dir, "report.html")
+  assert capsys.readouterr().out.strip() == path
+  assert os.path.exists(path)
+
+
+def test_a_folder_that_is_missing_is_refused(tmp_path):
+  with pytest.raises(UserError, match="nowhere is no folder; give the model_dir"):
+    page.write(str(tmp_path / "nowhere"))
+
+
+def test_a_folder_without_a_run_is_an_error_of_one_line(tmp_path, capsys):
+  assert command.main(["report", str(tmp_path)]) == 2
+  [line] = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and "holds no config.gin, so no run" in line
+
+
+def test_the_command_wants_one_folder(capsys):
+  assert command.main(["report"]) == 2
+  assert "0 folders given" in capsys.readouterr().err
+
+
+def test_damaged_results_are_named(tmp_path):
+  model_dir = example_run.make(tmp_path / "run")
+  (tmp_path / "run" / "eval" / "metrics.json").write_text('{"latest": {')
+  with pytest.raises(UserError, match=r"eval/metrics.json can't be read"):
+    page.write(model_dir)
+
+
+def test_damaged_evidence_is_named(tmp_path):
+  model_dir = example_run.make(tmp_path / "run")
+  (tmp_path / "run" / "eval" / "evidence.json").write_text('{"num_items": 3}')
+  with pytest.raises(UserError, match=r"eval/evidence.json can't be read"):
+    page.write(model_dir)
