@@ -305,14 +305,6 @@ def test_a_forged_length_is_named(folder, num_bytes):
     index_records(str(folder), label_feature="y")
 
 
-def test_a_forged_length_is_named_in_a_plain_pass(tmp_path):
-  (tmp_path / "a").write_bytes(framing.frame(b"x") + _forged(2**45))
-  caught = pytest.raises(framing.FramingError, match="is cut short")
-  with (tmp_path / "a").open("rb") as file, caught as damage:
-    list(plain_pass.records(file))
-  assert damage.value.number == 1
-
-
 def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
   expected = index_records(str(folder), label_feature="y")
   os.utime(folder / "part 1.tfrecord", (1, 1))
@@ -329,30 +321,6 @@ def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
   assert sum(sizes) == 21
   assert max(sizes) <= 4
   np.testing.assert_array_equal(index.labels, expected.labels)
-
-
-@pytest.mark.parametrize("chunk_bytes", [1, 7, 16, 100, 5000])
-def test_a_plain_pass_is_the_same_whatever_is_read_at_once(
-  tmp_path, monkeypatch, chunk_bytes
-):
-  expected = [os.urandom(n) for n in (0, 1, 3000, 0, 16, 40)]
-  (tmp_path / "a").write_bytes(b"".join(map(framing.frame, expected)))
-  monkeypatch.setattr(plain_pass, "_CHUNK_BYTES", chunk_bytes)
-  with (tmp_path / "a").open("rb") as file:
-    assert list(plain_pass.records(file)) == expected
-
-
-def test_records_before_a_damaged_one_are_given_by_a_plain_pass(tmp_path):
-  frames = [framing.frame(bytes([n])) for n in range(5)]
-  frames[3] = frames[3][:-1] + bytes([frames[3][-1] ^ 1])
-  (tmp_path / "a").write_bytes(b"".join(frames))
-  given = []
-  expected = pytest.raises(framing.FramingError, match="corrupt data")
-  with (tmp_path / "a").open("rb") as file, expected as damage:
-    for record in plain_pass.records(file):
-      given.append(record)
-  assert given == [b"\0", b"\1", b"\2"]
-  assert damage.value.number == 3
 
 
 @pytest.mark.parametrize("method", ["GZIP", "ZLIB"])
