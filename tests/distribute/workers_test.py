@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.distribute.workers import Workers, current_workers
-from trainer.errors import UserError, WorkerFailedError
+from trainer.errors import PreemptedError, UserError, WorkerFailedError
 
 
 def _fail(error):
@@ -31,21 +31,30 @@ def test_workers_that_all_made_theirs_go_on():
 
 def test_a_mistake_is_raised_where_it_was_made_and_elsewhere():
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
-    _two_workers(1, '[true, "no such file"]').together(lambda: 5)
+    _two_workers(1, '["UserError", "no such file"]').together(lambda: 5)
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
     _two_workers(0, "null").together(_fail(UserError("no such file")))
 
 
 def test_a_mistake_of_all_workers_is_nobodys_own():
   with pytest.raises(UserError, match=r"^no$"):
-    _two_workers(0, '[true, "no"]').together(_fail(UserError("no")))
+    _two_workers(0, '["UserError", "no"]').together(_fail(UserError("no")))
 
 
 def test_another_error_of_the_chief_ends_the_others_in_one_line():
   with pytest.raises(ZeroDivisionError):
     _two_workers(0, "null").chief_first(_fail(ZeroDivisionError("by zero")))
   with pytest.raises(WorkerFailedError, match="worker 0: ZeroDivisionError: by zero"):
-    _two_workers(1, '[false, "ZeroDivisionError: by zero"]').chief_first(lambda: None)
+    _two_workers(1, '["WorkerFailedError", "ZeroDivisionError: by zero"]').chief_first(
+      lambda: None
+    )
+
+
+def test_a_worker_that_is_told_to_stop_takes_the_others_along():
+  with pytest.raises(PreemptedError, match="worker 0: SIGTERM: stopped"):
+    _two_workers(1, '["PreemptedError", "SIGTERM: stopped"]').together(lambda: 5)
+  with pytest.raises(PreemptedError, match="SIGTERM: stopped"):
+    _two_workers(0, "null").together(_fail(PreemptedError("SIGTERM: stopped")))
 
 
 def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored):

@@ -160,7 +160,7 @@ def test_job_that_the_user_cancels_is_not_queued_again(fake, tmp_path):
 
 
 def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path):
-  """Their job is warned as before its time limit, queued again, and goes on."""
+  """Their job is warned as before its time limit: saves, is queued again, goes on."""
   short = ("NUM_STEPS = 600", "LoopOptions.steps_per_loop = 10")
   short += ("LoopOptions.checkpoint_every_steps = 10", f"DATA_DIR = '{tmp_path}/data'")
   run = tmp_path / "run"
@@ -181,10 +181,11 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   subprocess.run(warn, env=cluster, check=True)
   _wait_for(lambda: _is_over(cluster, job), 200)
   log = (run / f"slurm-{job}.txt").read_text()
-  assert "warned: yes; queued again" in log
+  assert "exit status 3, warned: yes; queued again" in log
   assert "2 replicas" in log
   [restored] = re.findall(r"From step (\d+)", log)[1:]
-  assert int(restored) >= 10
+  [saved] = set(re.findall(r"SIGTERM: stopped after step (\d+); the newest", log))
+  assert restored == saved
   steps = [json.loads(x)["step"] for x in (run / "metrics.jsonl").open()]
   assert steps == list(range(10, 601, 10))
 

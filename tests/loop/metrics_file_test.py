@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+
+import pytest
+
 from trainer.loop.metrics_file import MetricsFile
 
 
@@ -34,3 +38,28 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
 
 def test_a_run_that_has_not_begun_has_no_rows(tmp_path):
   assert list(MetricsFile(str(tmp_path)).rows()) == []
+
+
+@pytest.fixture
+def no_larger_files():
+  """Makes files end at so many bytes, as on a full disk."""
+  before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+  def limit(num_bytes):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+
+  yield limit
+  resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_that_find_no_room_are_kept_and_written_later(tmp_path, no_larger_files):
+  file = MetricsFile(str(tmp_path))
+  file.append(10, {"train/loss": 0.5})
+  size = (tmp_path / "metrics.jsonl").stat().st_size
+  no_larger_files(size + 20)
+  file.append(20, {"train/loss": 0.25})
+  file.append(30, {"train/loss": 0.125})
+  assert (tmp_path / "metrics.jsonl").stat().st_size == size
+  no_larger_files(10**6)
+  file.append(40, {"train/loss": 0.0625})
+  assert [row["step"] for row in file.rows()] == [10, 20, 30, 40]

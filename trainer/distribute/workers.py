@@ -14,10 +14,13 @@ import tensorflow as tf
 from trainer.data.pipeline import Shard
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.rendezvous import differences
-from trainer.errors import UserError, WorkerFailedError
+from trainer.errors import PreemptedError, UserError, WorkerFailedError
 
 # One size of all that is gathered, for one trace.
 _ROW_SIZE = 1024
+_KINDS = {
+  kind.__name__: kind for kind in (PreemptedError, UserError, WorkerFailedError)
+}
 _Made = TypeVar("_Made")
 
 
@@ -111,6 +114,7 @@ class Workers:
 
     Raises:
       UserError: it raised one on some worker; then on every worker.
+      PreemptedError: a worker was told to stop; then on every worker.
       WorkerFailedError: it raised another error elsewhere.
     """
     if self.num_workers == 1:
@@ -142,15 +146,14 @@ class Workers:
         self.together(lambda: pool.submit(make).result())
 
   def _raise_first(self, error: Optional[Exception]) -> None:
-    """Raises what the first worker with an error tells, unless ours is no UserError."""
-    own = error and [isinstance(error, UserError), _in_words(error)]
+    """Raises what the first worker with an error tells, unless ours is to be shown."""
+    own = error and [_kind(error).__name__, _in_words(error)]
     told = [json.loads(each) for each in self.exchange(json.dumps(own))]
     index = next((i for i, each in enumerate(told) if each), None)
-    if index is None or (own and not own[0]):
+    if index is None or (error and _kind(error) is WorkerFailedError):
       return
-    is_mistake, text = told[index]
-    kind = UserError if is_mistake else WorkerFailedError
-    raise kind(
+    name, text = told[index]
+    raise _KINDS[name](
       text if told.count(told[index]) == len(told) else f"worker {index}: {text}"
     )
 
@@ -179,6 +182,12 @@ def current_workers() -> Workers:
   return _workers_of(tf.distribute.get_strategy())
 
 
+def _kind(error: Exception) -> type[Exception]:
+  """As what the others raise it."""
+  kinds = (kind for kind in (UserError, PreemptedError) if isinstance(error, kind))
+  return next(kinds, WorkerFailedError)
+
+
 def _in_words(error: Exception) -> str:
-  is_mistake = isinstance(error, UserError)
-  return str(error) if is_mistake else f"{type(error).__name__}: {error}"
+  is_named = _kind(error) is WorkerFailedError
+  return f"{type(error).__name__}: {error}" if is_named else str(error)

@@ -108,10 +108,13 @@ class WriteEvents:
 
   def __call__(self, report: Report) -> None:
     """Writes each metric as a scalar."""
-    with self._writer.as_default(step=report.step):
-      for name, value in report.metrics.items():
-        tf.summary.scalar(name, value)
-    self._writer.flush()
+    try:
+      with self._writer.as_default(step=report.step):
+        for name, value in report.metrics.items():
+          tf.summary.scalar(name, value)
+      self._writer.flush()
+    except tf.errors.OpError as error:  # A full disk: curves are no reason to stop.
+      logging.warning("Events of step %d can't be written: %s.", report.step, error)
 
 
 class SaveOperativeConfig:

@@ -122,7 +122,8 @@ def _outputs_seen(model: tf.keras.Model, outputs: list) -> Iterator[None]:
   def seeing(layer, call):
     def call_and_see(*args, **kwargs):
       output = call(*args, **kwargs)
-      outputs.append((layer.name, output))
+      if tf.executing_eagerly():  # A layer may trace itself when it is first called.
+        outputs.append((layer.name, output))
       return output
 
     return call_and_see

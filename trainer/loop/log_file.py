@@ -10,6 +10,13 @@ from absl import logging
 FILE_NAME = "log.txt"
 
 
+class _LogFile(python_logging.FileHandler):
+  """Goes without what can't be written: the terminal has it."""
+
+  def handleError(self, record):  # noqa: N802  The base class's name.
+    del record
+
+
 def keep_log(model_dir: str) -> None:
   """Appends every line that is logged from now on to the run's log.
 
@@ -17,6 +24,6 @@ def keep_log(model_dir: str) -> None:
     model_dir: folder of the run, which exists.
   """
   path = os.path.join(model_dir, FILE_NAME)
-  handler = python_logging.FileHandler(path, encoding="utf-8")
+  handler = _LogFile(path, encoding="utf-8")
   handler.setFormatter(logging.PythonFormatter())
   logging.get_absl_logger().addHandler(handler)

@@ -7,11 +7,15 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 
+from absl import logging
+
 FILE_NAME = "metrics.jsonl"
 
 
 class MetricsFile:
   """Appends rows; after a resume, drops those that will be written again.
+
+  A row that finds no room on the disk is kept, and written before the next one.
 
   Args:
     model_dir: folder of the run.
@@ -19,17 +23,30 @@ class MetricsFile:
 
   def __init__(self, model_dir: str):
     self._path = os.path.join(model_dir, FILE_NAME)
+    self._waiting: list[str] = []
 
   def append(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes one row, whole, at once.
+    """Writes one row, whole, and on the disk itself, or keeps it.
 
     Args:
       step: number of steps done.
       metrics: by metric name.
     """
     row = {"step": step, "time": round(time.time(), 3), **metrics}
-    with open(self._path, "a", encoding="utf-8") as file:
-      file.write(json.dumps(row) + "\n")
+    self._waiting.append(json.dumps(row) + "\n")
+    descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    size = os.fstat(descriptor).st_size
+    content = "".join(self._waiting).encode()
+    try:
+      while content:
+        content = content[os.write(descriptor, content) :]
+      os.fsync(descriptor)
+      self._waiting.clear()
+    except OSError as error:
+      os.ftruncate(descriptor, size)
+      logging.warning("%s can't be written: %s.", self._path, error.strerror)
+    finally:
+      os.close(descriptor)
 
   def rows(self) -> Iterator[dict[str, float]]:
     """The rows; a last line that a killed process left torn is passed over."""
@@ -50,4 +67,6 @@ class MetricsFile:
     aside = self._path + ".new"
     with open(aside, "w", encoding="utf-8") as file:
       file.writelines(json.dumps(row) + "\n" for row in kept)
+      file.flush()
+      os.fsync(file.fileno())
     os.replace(aside, self._path)

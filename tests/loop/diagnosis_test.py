@@ -1,0 +1,122 @@
+"""What is said of a step that is not finite: inputs, weights, layer, loss, gradient."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import writer
+from trainer.data.decode import ImageDecoder
+from trainer.data.pipeline import Batches
+from trainer.data.records import RecordIndex
+from trainer.data.schedule import PKSchedule
+from trainer.data.sources import Item, encode_png
+from trainer.distribute.objective import across_replicas
+from trainer.loop.diagnosis import Diagnosis
+from trainer.loop.step import TrainStep
+from trainer.losses import SupervisedContrastiveLoss
+from trainer.models.backbones import ConvNet
+from trainer.models.encoder import Encoder
+
+
+class _NaNDecoder(ImageDecoder):
+  def __call__(self, records):
+    images = super().__call__(records)
+    return tf.concat([images[:-1], images[-1:] * float("nan")], axis=0)
+
+
+class _Overflow(tf.keras.layers.Layer):
+  def call(self, inputs):
+    return tf.exp(inputs * 1e6 + 1e6)
+
+
+class _BrokenLoss(SupervisedContrastiveLoss):
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    return terms._replace(total=terms.total * float("inf"))
+
+
+class _SteepLoss(SupervisedContrastiveLoss):
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    nought = tf.reduce_sum(anchors.embeddings) * 0.0
+    return terms._replace(total=terms.total + tf.sqrt(nought))
+
+
+@pytest.fixture
+def diagnose(tmp_path):
+  """What is said of step 2 of a training, made with some part that is broken."""
+
+  def call(
+    backbone=None, loss=SupervisedContrastiveLoss, decoder=ImageDecoder, **spoil
+  ):
+    rng = np.random.default_rng(0)
+    items = (
+      Item(f"photo {n}", str(n % 4), encode_png(rng.integers(0, 255, (6, 6), np.uint8)))
+      for n in range(40)
+    )
+    writer.write_records(
+      items, str(tmp_path / "data"), records_per_shard=100, fingerprint={}
+    )
+    index = RecordIndex.open(str(tmp_path / "data"))
+    step = TrainStep(
+      encoder=Encoder(backbone=backbone or ConvNet(filters=(2,)), embedding_size=4),
+      loss=loss(temperature=0.2),
+      objective_fn=across_replicas,
+      optimizer=tf.keras.optimizers.SGD(0.1),
+      mining_statistics=None,
+    )
+    step.create_variables((6, 6, 1))
+    if spoil:
+      step.trainable_variables[0].assign(step.trainable_variables[0] * float("nan"))
+    schedule = PKSchedule(index, classes_per_batch=3, samples_per_class=4, seed=1)
+    return Diagnosis(
+      step=step,
+      index=index,
+      schedule=schedule,
+      batches=Batches(index, schedule, decoder(height=6, width=6, channels=1)),
+      model_dir=str(tmp_path),
+    )(2)
+
+  return call
+
+
+def test_records_are_named_and_all_of_them_written(diagnose, tmp_path):
+  said = diagnose(decoder=_NaNDecoder)
+  told = json.loads((tmp_path / "not_finite-2.json").read_text())
+  assert told["step"] == 2
+  assert len(told["keys"]) == 12
+  assert all(key.startswith("photo ") for key in told["keys"])
+  assert f"the batch has {told['keys'][0]}, " in said and "(12 records; all in " in said
+
+
+def test_inputs_are_named_by_their_rows(diagnose):
+  said = diagnose(decoder=_NaNDecoder)
+  assert said.startswith("the inputs of rows [11] of the batch are not finite")
+
+
+def test_weights_are_named(diagnose):
+  assert "the weights of " in diagnose(is_spoilt=True)
+
+
+def test_the_first_layer_is_named(diagnose):
+  backbone = tf.keras.Sequential([_Overflow(name="wild"), tf.keras.layers.Flatten()])
+  assert diagnose(backbone=backbone).startswith(
+    "the output of layer wild is not finite"
+  )
+
+
+def test_the_loss_is_named_with_its_value(diagnose):
+  assert diagnose(loss=_BrokenLoss).startswith("the loss, _BrokenLoss, is inf")
+
+
+def test_weights_whose_gradient_it_is_are_named(diagnose):
+  said = diagnose(loss=_SteepLoss)
+  assert said.startswith("the gradient to ") and "kernel" in said.split(";")[0]
+
+
+def test_what_is_finite_when_computed_again_is_said_to_be(diagnose):
+  assert diagnose().startswith("computed again on one device, all is finite")

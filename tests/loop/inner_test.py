@@ -1,0 +1,89 @@
+"""The inner loop: where it ends, what it leaves as it was, what it tells."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data.pipeline import Batch
+from trainer.distribute.objective import across_replicas
+from trainer.loop.inner import InnerLoop
+from trainer.loop.step import TrainStep
+from trainer.losses import SupervisedContrastiveLoss
+from trainer.models.backbones import ConvNet
+from trainer.models.encoder import Encoder
+
+_NUM_STEPS, _SIZE, _BAD_STEP = 4, 6, 2
+
+
+def _step():
+  tf.keras.utils.set_random_seed(1)
+  step = TrainStep(
+    encoder=Encoder(
+      backbone=ConvNet(filters=(3,), normalization="batch"), embedding_size=4
+    ),
+    loss=SupervisedContrastiveLoss(temperature=0.2),
+    objective_fn=across_replicas,
+    optimizer=tf.keras.optimizers.Adam(0.01),
+    mining_statistics=None,
+  )
+  step.create_variables((4, 4, 1))
+  return step
+
+
+def _images(bad_replica, bad_value):
+  """[steps, replicas, B, 4, 4, 1], one number of one replica of one step spoilt."""
+  images = np.random.default_rng(0).random((_NUM_STEPS, 2, _SIZE, 4, 4, 1), np.float32)
+  images[_BAD_STEP, bad_replica, 3, 0, 0, 0] = bad_value
+  return images
+
+
+def _loop(strategy, step, images, words=(0, 0)):
+  num_steps, num_replicas = images.shape[:2]
+  count = num_steps * num_replicas
+  labels = np.tile(np.repeat(np.arange(2, dtype=np.int32), 3), (count, 1))
+  labels += 2 * (np.arange(count, dtype=np.int32)[:, None] % num_replicas)
+  flat = images.reshape(count, *images.shape[2:])
+  weights = np.ones((count, _SIZE), np.float32)
+  dataset = tf.data.Dataset.from_tensor_slices(Batch(flat, labels, weights))
+  return InnerLoop(
+    step=step,
+    strategy=strategy,
+    batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
+    zero_statistics=step.zero_statistics(dataset.element_spec),
+    words_fn=lambda: np.array(words, np.int32),
+  )
+
+
+def _values(step):
+  return [v.numpy() for v in (*step.encoder.variables, *step.optimizer.variables)]
+
+
+@pytest.mark.parametrize(("bad_replica", "bad_value"), [(0, np.nan), (1, np.inf)])
+def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
+  mirrored, bad_replica, bad_value
+):
+  strategy = mirrored(2)
+  with strategy.scope():
+    step = _step()
+    loop = _loop(strategy, step, _images(bad_replica, bad_value))
+    first = loop.run(_BAD_STEP)
+    before = _values(step)
+    none = loop.run(_NUM_STEPS)
+    after = _values(step)
+    behind = loop.run(1)
+  assert [done.num_steps for done in (first, none, behind)] == [_BAD_STEP, 0, 1]
+  assert first.statistics["train/loss"].count == _BAD_STEP
+  assert none.statistics["train/loss"].count == 0
+  for got, expected in zip(after, before):
+    np.testing.assert_array_equal(got, expected)
+  assert all(np.isfinite(value).all() for value in _values(step))
+  assert any(np.any(now != then) for now, then in zip(_values(step), after))
+
+
+def test_what_the_host_says_comes_back_over_all_replicas(mirrored):
+  strategy = mirrored(2)
+  with strategy.scope():
+    done = _loop(strategy, _step(), _images(0, 0.0), words=(1, 0)).run(1)
+  assert done.words.tolist() == [2, 0]
