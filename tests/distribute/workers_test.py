@@ -63,9 +63,9 @@ def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored)
     _two_workers(1, "null").rehearse(lambda: seen.append(tf.distribute.has_strategy()))
     assert tf.distribute.has_strategy()
     with pytest.raises(UserError, match=r"^worker 0: no such file$"):
-      _two_workers(1, '[true, "no such file"]').rehearse(lambda: None)
+      _two_workers(1, '["UserError", "no such file"]').rehearse(lambda: None)
     with pytest.raises(WorkerFailedError, match="worker 0: MemoryError: no"):
-      _two_workers(1, '[false, "MemoryError: no"]').rehearse(lambda: None)
+      _two_workers(1, '["WorkerFailedError", "MemoryError: no"]').rehearse(lambda: None)
   assert seen == [False]
 
 

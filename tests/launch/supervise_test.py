@@ -20,7 +20,7 @@ number=$(wc -l <"$folder/calls")
 read -ra statuses <<<"$STATUSES"
 status=${statuses[$((number - 1))]}
 [[ $status != +* ]] || : >"$folder/checkpoints/ckpt-$((number * 10)).json"
-[[ $status != hang ]] || { trap "exit 3" TERM INT; /bin/sleep 30 & wait; }
+[[ $status != hang ]] || { trap "exit 3" TERM INT; : >"$folder/ready"; /bin/sleep 30 & wait; }
 [[ $status != killed ]] || kill -KILL $$
 exit "${status#+}"
 """
@@ -90,10 +90,9 @@ def test_a_newer_checkpoint_counts_as_progress(start, tmp_path):
 def test_a_signal_is_passed_on_and_nothing_run_again(start, tmp_path, number):
   process = start("hang 0")
   deadline = time.monotonic() + 20
-  while not _num_calls(tmp_path):
+  while not (tmp_path / "run" / "ready").exists():
     assert time.monotonic() < deadline
     time.sleep(0.02)
-  time.sleep(0.3)
   process.send_signal(number)
   assert process.wait(20) == 3
   assert _num_calls(tmp_path) == 1
