@@ -20,7 +20,11 @@ number=$(wc -l <"$folder/calls")
 read -ra statuses <<<"$STATUSES"
 status=${statuses[$((number - 1))]}
 [[ $status != +* ]] || : >"$folder/checkpoints/ckpt-$((number * 10)).json"
-[[ $status != hang ]] || { trap "exit 3" TERM INT; : >"$folder/ready"; /bin/sleep 30 & wait; }
+if [[ $status = hang ]]; then
+  trap "exit 3" TERM INT
+  : >"$folder/ready"
+  /bin/sleep 30 & wait
+fi
 [[ $status != killed ]] || kill -KILL $$
 exit "${status#+}"
 """
