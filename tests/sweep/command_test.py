@@ -195,7 +195,8 @@ def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):
   [
     ("choice/MARGN = (1, 2)", (), ["nothing uses MARGN"]),
     (f"{_TWO}\nsweep.metric = 'eval/map_at_k'", (), ["did you mean 'eval/map_at_r'?"]),
-    (f"{_TWO}\nsweep.metric = 'loss'", (), ["does not measure 'loss'"]),
+    (f"{_TWO}\nsweep.metric = 'train/los'", (), ["did you mean 'train/loss'?"]),
+    (f"{_TWO}\nsweep.metric = 'loss'", (), ["'loss' is neither logged nor measured"]),
     (_TWO, ("--num_paralel=2",), ["num_parallel"]),
     (_TWO, ("--num_parallel=2", "--devices=0,1"), ["exclude each other"]),
     (_TWO, ("--storage=sqlite:///x",), ["--storage is for sweep.method='tpe'"]),
@@ -227,9 +228,10 @@ def test_logged_metric_that_never_appears_stops_the_sweep_at_its_first_row(
   sweep, folder, capsys, monkeypatch
 ):
   monkeypatch.setenv("STEP_S", "0.3")
-  assert sweep(f"{_TWO}\nsweep.metric = 'train/los'\nsweep.mode = 'train'") == 2
+  name = "mining/hard_fraction"
+  assert sweep(f"{_TWO}\nsweep.metric = {name!r}\nsweep.mode = 'train'") == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
-  assert "nothing logs 'train/los'; did you mean 'train/loss'?" in line
+  assert f"nothing logs {name!r}" in line
   assert len(_calls(folder, "train")) == 1
 
 

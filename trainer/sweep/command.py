@@ -135,7 +135,9 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
   folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
   builder = points_lib.PointBuilder(read)
   known = _known_points(read, builder)
-  _check_metric(read.options.metric, known[0])
+  for name in (read.options.metric, read.options.prune_metric):
+    if name:
+      _check_metric(name, known[0])
   if not values.dry_run:
     sweep_folder.open_sweep_folder(read, folder)
     _make(values.runs_dir, "runs_dir")
@@ -226,24 +228,21 @@ def _found(worker: Worker, trials: Trials, read: spec.Spec) -> list[rows.Row]:
 
 
 def _check_metric(name: str, point: points_lib.Point) -> None:
-  """Refuses a measured metric that evaluation does not have.
+  """Refuses a metric that is neither logged nor measured."""
+  from trainer.loop import logged_names  # Late: not for --help.
+  from trainer.retrieval import rankings, verification
 
-  What is logged is not known before a run has logged it.
-  """
-  from trainer.retrieval import rankings, verification  # Late: not for --help.
-
-  if name.startswith(("train/", "mining/")):
-    return
   ks = ast.literal_eval(point.config.values.get("evaluate.ks", "(1, 5, 10)"))
-  measured = [
+  known = [
+    *logged_names.LOGGED,
     *rankings.metric_names(ks),
     *verification.Verification().metric_names(),
     "eval/nmi",
   ]
-  if name not in measured:
+  if name not in known:
     raise errors.UserError(
-      f"sweep.metric: evaluation does not measure {name!r}"
-      f"{suggest.nearest(name, measured) or '; it has ' + ', '.join(measured)}"
+      f"sweep.metric: {name!r} is neither logged nor measured"
+      f"{suggest.nearest(name, known) or '; there is ' + ', '.join(known)}"
     )
 
 
