@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import os
 from collections.abc import Sequence
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import gin
 import numpy as np
@@ -19,13 +17,10 @@ from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.watchdog import watching
 from trainer.report import page
-from trainer.retrieval import evidence, projector
 from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import embed, whole_batch
+from trainer.retrieval.evaluated import Evaluated, class_rows
 from trainer.retrieval.items import RecordItems
-from trainer.retrieval.judgements import LabelJudgements
-from trainer.retrieval.neighbourhoods import sampled_neighbours
-from trainer.retrieval.pictures import pictures_of
 from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
 from trainer.retrieval.rankings import Rankings, rank
 from trainer.retrieval.results import Measurement, Results
@@ -45,68 +40,30 @@ def main(run: Run) -> None:
     workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
     evaluated = evaluation.evaluate()
-    workers.chief_first(lambda: publish(run.model_dir, step, evaluated))
+    publish(run.model_dir, step, evaluated)
 
 
 def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
   """Writes what was found after so many steps, and prints its table.
+
+  To be called by all workers, whose replicas share the search; the chief writes.
 
   Args:
     model_dir: folder of the run.
     step: number of steps the encoder was trained.
     evaluated: what was found.
   """
-  results = Results(model_dir)
-  results.write_latest(step, evaluated.measurement)
-  evaluated.write_classes(model_dir)
-  evaluated.write_evidence(model_dir)
-  page.write(model_dir)
-  print(results.table())
+  answers = evaluated.sampled_answers()
 
+  def write():
+    results = Results(model_dir)
+    results.write_latest(step, evaluated.measurement)
+    evaluated.write_classes(model_dir)
+    evaluated.write_evidence(model_dir, *answers)
+    page.write(model_dir)
+    print(results.table())
 
-class Evaluated(NamedTuple):
-  """What an evaluation embedded and found.
-
-  Attributes:
-    dataset: of the items.
-    items: [N], that were embedded.
-    embeddings: [N, D] float32.
-    judged: who asked, what was relevant.
-    rankings: the metrics of each query.
-    measurement: what they come to.
-  """
-
-  dataset: Dataset
-  items: RecordItems
-  embeddings: np.ndarray
-  judged: LabelJudgements
-  rankings: Rankings
-  measurement: Measurement
-
-  def write_classes(self, model_dir: str) -> None:
-    """Writes `eval/classes.csv`: every class with its metrics, the worst first."""
-    rows = class_rows(self.rankings, self.items)
-    path = os.path.join(model_dir, "eval", "classes.csv")
-    with open(path, "w", encoding="utf-8", newline="") as file:
-      writer = csv.DictWriter(file, rows[0].keys())
-      writer.writeheader()
-      writer.writerows(rows)
-
-  def write_evidence(self, model_dir: str) -> None:
-    """Writes what a person looks at: evidence for the report, a projector's files."""
-    queries, neighbours = sampled_neighbours(self.embeddings, self.judged)
-    found = evidence.collect(
-      self.embeddings,
-      self.items.labels,
-      neighbours,
-      queries,
-      class_names=self.items.class_names,
-      pictures_fn=pictures_of(
-        self.dataset.index, self.dataset.decoder, self.items.record_numbers
-      ),
-    )
-    found.write(model_dir)
-    projector.write(model_dir, found.embedding_map, self.embeddings)
+  current_workers().chief_first(write)
 
 
 @gin.configurable("evaluate")
@@ -198,17 +155,6 @@ class Evaluation:
       return {}
     values = items.feature(self.category_feature)
     return rankings.by_group(np.array([str(v[0]) if v else "" for v in values]))
-
-
-def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
-  """{"class": name, "num_queries": n, metrics} of each class, the worst first."""
-  return [
-    {
-      "class": items.class_names[label],
-      **{name.replace("eval/", ""): value for name, value in row.items()},
-    }
-    for label, row in rankings.by_group(items.labels).items()
-  ]
 
 
 def restore_encoder(

@@ -7,7 +7,7 @@ import os
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.evaluate import Evaluated, Evaluation, publish
+from trainer.evaluate import Evaluation, publish
 from trainer.loop import run_folder
 from trainer.loop.watchdog import watching
 from trainer.retrieval.results import Results
@@ -31,7 +31,8 @@ def main(run: Run) -> None:
     training.loop.run()
     with training.step.weights_for_evaluation():
       after = evaluation.evaluate()
-    workers.chief_first(lambda: _report(run, training.num_steps, after))
+    publish(run.model_dir, training.num_steps, after)
+    workers.chief_first(lambda: _print_paths(run.model_dir))
 
 
 def _evaluation(training: Training) -> Evaluation:
@@ -39,7 +40,6 @@ def _evaluation(training: Training) -> Evaluation:
   return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
 
 
-def _report(run: Run, num_steps: int, after: Evaluated) -> None:
-  publish(run.model_dir, num_steps, after)
+def _print_paths(model_dir: str) -> None:
   for path, content in run_folder.CONTENTS.items():
-    print(f"{content:<20}{os.path.join(run.model_dir, path)}")
+    print(f"{content:<20}{os.path.join(model_dir, path)}")

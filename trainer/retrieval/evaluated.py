@@ -1,0 +1,88 @@
+"""What an evaluation found, and what it leaves in the run's folder.
+
+Shapes: N items, D dimensions, Q queries, k neighbours.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from typing import NamedTuple
+
+import numpy as np
+
+from trainer.data.dataset import Dataset
+from trainer.retrieval import evidence, projector
+from trainer.retrieval.items import RecordItems
+from trainer.retrieval.judgements import LabelJudgements
+from trainer.retrieval.neighbourhoods import sampled_neighbours
+from trainer.retrieval.pictures import pictures_of
+from trainer.retrieval.rankings import Rankings
+from trainer.retrieval.results import Measurement
+
+
+class Evaluated(NamedTuple):
+  """What an evaluation embedded and found.
+
+  Attributes:
+    dataset: of the items.
+    items: [N], that were embedded.
+    embeddings: [N, D] float32.
+    judged: who asked, what was relevant.
+    rankings: the metrics of each query.
+    measurement: what they come to.
+  """
+
+  dataset: Dataset
+  items: RecordItems
+  embeddings: np.ndarray
+  judged: LabelJudgements
+  rankings: Rankings
+  measurement: Measurement
+
+  def write_classes(self, model_dir: str) -> None:
+    """Writes `eval/classes.csv`: every class with its metrics, the worst first."""
+    rows = class_rows(self.rankings, self.items)
+    path = os.path.join(model_dir, "eval", "classes.csv")
+    with open(path, "w", encoding="utf-8", newline="") as file:
+      writer = csv.DictWriter(file, rows[0].keys())
+      writer.writeheader()
+      writer.writerows(rows)
+
+  def sampled_answers(self) -> tuple[np.ndarray, np.ndarray]:
+    """Some queries [Q] and their neighbours [Q, k], searched by all replicas."""
+    return sampled_neighbours(self.embeddings, self.judged)
+
+  def write_evidence(
+    self, model_dir: str, queries: np.ndarray, neighbours: np.ndarray
+  ) -> None:
+    """Writes what a person looks at: evidence for the report, a projector's files.
+
+    Args:
+      model_dir: folder of the run.
+      queries: [Q] int64, items that asked.
+      neighbours: [Q, k] int64, what is nearest to each.
+    """
+    found = evidence.collect(
+      self.embeddings,
+      self.items.labels,
+      neighbours,
+      queries,
+      class_names=self.items.class_names,
+      pictures_fn=pictures_of(
+        self.dataset.index, self.dataset.decoder, self.items.record_numbers
+      ),
+    )
+    found.write(model_dir)
+    projector.write(model_dir, found.embedding_map, self.embeddings)
+
+
+def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
+  """{"class": name, "num_queries": n, metrics} of each class, the worst first."""
+  return [
+    {
+      "class": items.class_names[label],
+      **{name.replace("eval/", ""): value for name, value in row.items()},
+    }
+    for label, row in rankings.by_group(items.labels).items()
+  ]
