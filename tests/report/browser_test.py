@@ -125,21 +125,36 @@ def test_the_map_can_be_touched(folder, window):
   assert f"item {placed.items[5]}" in _text(window, ".card")
 
 
-def test_the_map_is_walked_by_the_arrow_keys(folder, window):
+@pytest.mark.parametrize(
+  ("key", "axis", "sign"),
+  [
+    ("ArrowRight", "x", 1),
+    ("ArrowLeft", "x", -1),
+    ("ArrowUp", "y", 1),
+    ("ArrowDown", "y", -1),
+  ],
+)
+def test_the_map_is_walked_by_the_arrow_keys(folder, window, key, axis, sign):
   window.open(folder / "pictures" / "report.html")
+  placed = _mapped(folder)
+  places = [sign * value for value in getattr(placed, axis)]
+  first = places.index(min(places))
+  window.point(*_center(window, f"#item-{placed.items[first]}"))
   window.evaluate("document.querySelector('.canvas').focus()")
-  seen = []
-  for key in ("ArrowRight", "ArrowRight", "ArrowUp"):
-    window.press(key)
-    seen.append(window.evaluate("document.querySelector('circle.chosen').id"))
-  assert len(set(seen)) == 3
-  places = {f"item-{item}": i for i, item in enumerate(_mapped(folder).items)}
-  x, y = _mapped(folder).x, _mapped(folder).y
-  first, second, third = (places[item] for item in seen)
-  assert x[second] > x[first]
-  assert y[third] > y[second]
+  window.press(key)
+  chosen = window.evaluate("document.querySelector('circle.chosen').id")
+  second = placed.items.index(int(chosen.replace("item-", "")))
+  assert places[second] > places[first]
+  assert _text(window, ".card b") == placed.class_names[second]
   window.press("Escape")
   assert window.evaluate("document.querySelector('circle.chosen')") is None
+
+
+def test_the_first_arrow_key_goes_into_the_map(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  window.evaluate("document.querySelector('.canvas').focus()")
+  window.press("ArrowRight")
+  assert window.evaluate("document.querySelectorAll('circle.chosen').length") == 1
 
 
 def test_items_of_many_classes_are_told_apart_when_pointed_at(folder, window):

@@ -77,7 +77,7 @@ function pointAtMap(map) {
   const { width, height } = canvas.querySelector("svg").viewBox.baseVal;
   const points = circles.map((circle) => ({
     x: circle.cx.baseVal.value / width,
-    y: (circle.cy.baseVal.value / height),
+    y: circle.cy.baseVal.value / height,
     className: circle.dataset.name,
   }));
   const sprite = map.dataset.sprite ? JSON.parse(map.dataset.sprite) : null;
