@@ -6,14 +6,16 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.report import example_run
 from trainer.errors import UserError
 from trainer.loop.metrics_file import MetricsFile
 from trainer.report import __main__ as command
 from trainer.report import page
-from trainer.retrieval.evidence import Evidence
+from trainer.retrieval.evidence import Evidence, collect
 
 
 def _page(model_dir):
@@ -139,6 +141,26 @@ def test_inputs_that_are_no_pictures_are_told_by_their_class(tmp_path):
   text = _page(example_run.make(tmp_path / "run", has_pictures=False))
   assert "<img" not in text
   assert '<span class="nopicture">a&lt;b</span>' in text
+
+
+def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
+  """Noise is what no format makes smaller."""
+  random = np.random.default_rng(0)
+
+  def noise(items):
+    images = random.integers(256, size=(len(items), 64, 64, 3)).astype(np.uint8)
+    return [tf.io.encode_png(image).numpy() for image in images]
+
+  (tmp_path / "config.gin").write_text("", encoding="utf-8")
+  collect(
+    random.normal(size=(1200, 2)).astype(np.float32),
+    random.integers(50, size=1200),
+    random.integers(1200, size=(1200, 8)),
+    np.arange(1200),
+    class_names=[str(label) for label in range(50)],
+    pictures_fn=noise,
+  ).write(str(tmp_path))
+  assert os.path.getsize(page.write(str(tmp_path))) < 3e6
 
 
 def test_nothing_is_left_beside_the_page(model_dir, text):
