@@ -71,6 +71,15 @@ def test_page_fits_the_width_and_shows_its_pictures(
   assert all(height > 50 for height in window.evaluate(heights))
 
 
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_results_need_no_scrolling(folder, window, width):
+  window.open(folder / "pictures" / "report.html", width=width)
+  window.evaluate("document.querySelector('details').open = true")
+  hidden = "(t) => t.parentElement.scrollWidth - t.parentElement.clientWidth"
+  tables = "[...document.querySelectorAll('.results')]"
+  assert window.evaluate(f"{tables}.map({hidden})") == [0, 0]
+
+
 def test_text_has_enough_contrast_in_light_and_dark(folder, window):
   """WCAG's 4.5:1, of all text against what is behind it."""
   for is_dark in (False, True):

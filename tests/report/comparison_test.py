@@ -38,7 +38,7 @@ def test_metrics_stand_in_columns_with_intervals_and_the_best_is_marked(
 ):
   lines = _lines(folders, capsys)
   assert lines[0].split() == ["a", "b"]
-  assert "recall@1     0.7500 (0.7000 to 0.8000) *  0.5000" in lines
+  assert "recall@1        0.7500 (0.7000 to 0.8000) *  0.5000" in lines
   [equal] = [line for line in lines if line.startswith("MAP@R")]
   assert "*" not in equal
 

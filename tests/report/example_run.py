@@ -18,6 +18,9 @@ CONFIG = """A.b = '<script>'
 BEFORE = {"eval/recall_at_1": 0.25, "eval/map_at_r": 0.125, "eval/num_queries": 60}
 AFTER = {"eval/recall_at_1": 0.75, "eval/map_at_r": 0.0625, "eval/num_queries": 60}
 INTERVALS = {"eval/recall_at_1": (0.7, 0.8)}
+# The longest names, and values and intervals before and after training.
+MORE = {"eval/r_precision": 0.5, "eval/tpr_at_fpr_0.0001": 0.5, "eval/ndcg_at_10": 0.5}
+MORE_INTERVALS = {"eval/r_precision": (0.25, 0.75)}
 WORST = ({"class": "a<b", "num_queries": 20, "recall_at_1": 0.5, "map_at_r": 0.25},)
 
 
@@ -26,8 +29,9 @@ def make(folder, *, margin=0.2, has_evidence=True, num_classes=3, has_pictures=T
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.gin").write_text(CONFIG.format(margin=margin), encoding="utf-8")
   results = Results(str(folder))
-  results.write_before_training(Measurement(BEFORE))
-  results.write_latest(30, Measurement(AFTER, INTERVALS, WORST))
+  results.write_before_training(Measurement({**BEFORE, **MORE}, MORE_INTERVALS))
+  after = Measurement({**AFTER, **MORE}, {**INTERVALS, **MORE_INTERVALS}, WORST)
+  results.write_latest(30, after)
   file = MetricsFile(str(folder))
   for step in (10, 20, 30):
     file.append(step, {"train/loss": margin / step})

@@ -62,10 +62,11 @@ def recall_curves(recall_at: Mapping[str, Sequence[float]]) -> str:
     for name, values in recall_at.items()
   ]
   points = [point for each in series for point in each.points]
+  last = max(k for k, _ in points)
   return plot.figure(
-    "Recall@k",
+    f"Recall@k to k = {last:.0f}",
     series,
-    x_axis=axes.logarithmic(1, max(2.0, *(k for k, _ in points))),
+    x_axis=axes.logarithmic(1, max(2.0, last)),
     y_axis=axes.linear([1.0, *(value for _, value in points)], 3, is_rounded=True),
     x_name="k",
     note="Share of queries with an item of their class among the k nearest.",

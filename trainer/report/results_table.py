@@ -73,8 +73,9 @@ def _number(value: float | None) -> str:
   return f"{value:.4f}" if is_known else "&ndash;"
 
 
-def _title(key: str) -> str:
-  return html.escape(metric_names.title(key))
+def _title(name: str) -> str:
+  # A narrow screen may break it after the sign.
+  return html.escape(metric_names.title(name)).replace("=", "=<wbr>")
 
 
 def _table(moments: Mapping[str, Moment], names: Sequence[str]) -> str:
@@ -85,8 +86,8 @@ def _table(moments: Mapping[str, Moment], names: Sequence[str]) -> str:
   heads += _RANGE_HEAD if has_range else ""
   rows = "".join(_row(moments, name, has_change, has_range) for name in names)
   return (
-    f'<table class="results"><thead><tr><th scope=col></th>{heads}</tr></thead>'
-    f"<tbody>{rows}</tbody></table>"
+    '<div class="scroll"><table class="results"><thead><tr><th scope=col></th>'
+    f"{heads}</tr></thead><tbody>{rows}</tbody></table></div>"
   )
 
 
@@ -103,7 +104,7 @@ def _row(
     cells += f"<td{kind}>{_change(change)}</td>"
   if has_range:
     cells += f'<td class="range">{_range(_shares(moments, name))}</td>'
-  return f"<tr><th scope=row>{html.escape(metric_names.title(name))}</th>{cells}</tr>"
+  return f"<tr><th scope=row>{_title(name)}</th>{cells}</tr>"
 
 
 def _cell(value: Value | None, is_latest: bool) -> str:
