@@ -202,13 +202,25 @@ def test_the_arrow_keys_go_along_curves_of_several_runs(folder, window):
   assert _text(window, "#training output").startswith("step 30 · ")
 
 
-def test_neighbours_are_walked_by_the_arrow_keys(folder, window):
-  window.open(folder / "pictures" / "report.html")
+@pytest.mark.parametrize("width", _WIDTHS)
+def test_a_neighbour_that_is_focused_or_hovered_is_named(folder, window, width):
+  window.open(folder / "pictures" / "report.html", width=width)
   query = Evidence.read(str(folder / "pictures")).queries[0]
-  window.evaluate("document.querySelector('.answers li[tabindex=\"0\"]').focus()")
-  window.press("ArrowRight")
-  title = window.evaluate("document.activeElement.title")
-  assert title.startswith(query.neighbours[1].class_name)
+  first = f"#query-{query.item} .right, #query-{query.item} .wrong"
+  shown = "getComputedStyle(document.{}, '::after').content"
+  x, y = _center(window, first)
+  assert window.evaluate(shown.format(f"querySelector({first!r})")) == "none"
+  window.point(x, y)
+  hovered = window.evaluate(shown.format(f"querySelector({first!r})"))
+  assert hovered.startswith(f'"{query.neighbours[0].class_name}, ')
+  window.point(0, 0)
+  window.evaluate(f"document.querySelector({first!r}).focus()")
+  for neighbour in query.neighbours[1:]:
+    window.press("ArrowRight")
+    judgement = "right" if neighbour.is_right else "wrong"
+    words = f'"{neighbour.class_name}, {judgement}, distance '
+    assert window.evaluate(shown.format("activeElement")).startswith(words)
+    assert window.evaluate("document.documentElement.scrollWidth") == width
 
 
 _LOW_CONTRAST = """(() => {

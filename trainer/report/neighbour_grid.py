@@ -63,7 +63,7 @@ def _answer(neighbour: Neighbour, rank: int, pictures: Mapping[str, str]) -> str
   )
   return (
     f'<li class="{judgement}" tabindex="{-1 if rank else 0}" '
-    f'title="{html.escape(words, quote=True)}"><span class="frame">'
+    f'data-words="{html.escape(words, quote=True)}"><span class="frame">'
     f"{_picture(neighbour.item, words, pictures)}</span>{name}</li>"
   )
 

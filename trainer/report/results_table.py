@@ -12,7 +12,7 @@ from trainer.retrieval.evidence import Query
 
 _HEADS = {BEFORE: "before training", LATEST: "after training"}
 _NUM_WORST = 12
-_BY_CLASS = ("recall_at_1", "recall_at_10", "map_at_r", "r_precision")
+_BY_CLASS = ("recall_at_1", "map_at_r", "r_precision")
 _RANGE_HEAD = '<th class="range" aria-hidden="true"><span><i>0</i><i>1</i></span></th>'
 
 
