@@ -88,6 +88,14 @@ class Page:
     """Moves the mouse to a place in the window."""
     self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+  def click(self, x, y):
+    """Clicks at a place in the window."""
+    self.point(x, y)
+    for kind in ("mousePressed", "mouseReleased"):
+      self.call(
+        "Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1
+      )
+
   def touch(self, x, y):
     """Taps at a place in the window."""
     self.call(

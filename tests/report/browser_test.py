@@ -134,6 +134,15 @@ def test_the_map_can_be_touched(folder, window):
   assert f"item {placed.items[5]}" in _text(window, ".card")
 
 
+def test_what_was_pointed_at_stays_told_when_the_pointer_goes_to_it(folder, window):
+  window.open(folder / "pictures" / "report.html")
+  item = Evidence.read(str(folder / "pictures")).queries[0].item
+  window.point(*_center(window, f"#item-{item}"))
+  window.click(*_center(window, ".card a"))
+  assert window.evaluate("location.hash") == f"#query-{item}"
+  assert window.evaluate("document.querySelector('.canvas.pointed')") is None
+
+
 @pytest.mark.parametrize(
   ("key", "axis", "sign"),
   [
@@ -200,6 +209,24 @@ def test_the_arrow_keys_go_along_curves_of_several_runs(folder, window):
   assert _text(window, "#training output") == "step 10 · pictures 0.02 · vectors 0.03"
   window.press("End")
   assert _text(window, "#training output").startswith("step 30 · ")
+
+
+def test_frames_of_right_and_wrong_neighbours_differ_in_colour_and_width(
+  folder, window
+):
+  window.open(folder / "pictures" / "report.html")
+  styles = {
+    judgement: window.evaluate(f"""[...new Set(
+      [...document.querySelectorAll('.{judgement} .frame')].map((frame) => {{
+        const style = getComputedStyle(frame);
+        return `${{style.borderColor}} ${{style.borderWidth}}`;
+      }}))]""")
+    for judgement in ("right", "wrong")
+  }
+  assert styles == {
+    "right": ["rgb(0, 114, 178) 1px"],
+    "wrong": ["rgb(200, 68, 12) 2px"],
+  }
 
 
 @pytest.mark.parametrize("width", _WIDTHS)

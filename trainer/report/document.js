@@ -84,7 +84,9 @@ function pointAtMap(map) {
   let chosen = -1;
 
   function choose(i) {
-    if (i === chosen || i < 0) return;
+    if (i < 0) return;
+    canvas.classList.add("pointed");
+    if (i === chosen) return;
     if (chosen >= 0) circles[chosen].classList.remove("chosen");
     if (chosen < 0 || points[chosen].className !== points[i].className) {
       circles.forEach((circle, j) => {
@@ -93,7 +95,6 @@ function pointAtMap(map) {
     }
     chosen = i;
     circles[i].classList.add("chosen");
-    canvas.classList.add("pointed");
     fill(i);
   }
   function rest() {
@@ -156,7 +157,7 @@ function pointAtMap(map) {
   }
   follow(canvas, (x, y) => {
     choose(smallest(points.map((at) => (at.x - x) ** 2 + (at.y - y) ** 2)));
-  }, rest);
+  }, () => canvas.classList.remove("pointed")); // The card stays, to be clicked in.
   canvas.addEventListener("keydown", (event) => {
     const steps = {
       ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
