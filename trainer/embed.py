@@ -18,7 +18,7 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.ingest import ingest
-from trainer.retrieval.embed import embed, whole_batch
+from trainer.retrieval.embed import Embedder
 from trainer.retrieval.embedding_folder import EmbeddingWriter
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.rankings import check_finite
@@ -102,7 +102,13 @@ class Embedding:
       UserError: a record can't be read, or an embedding is not finite.
     """
     workers = current_workers()
-    batch_size = whole_batch(self.global_batch_size)
+    embedder = Embedder(
+      trained.encoder,
+      index,
+      trained.dataset.decoder,
+      global_batch_size=self.global_batch_size,
+    )
+    batch_size = embedder.global_batch_size
     shape = (index.num_records, trained.encoder.embedding_size)
     progress = Progress("Embedding", "records", index.num_records)
     writer = None
@@ -114,14 +120,8 @@ class Embedding:
       max(map(int, workers.exchange(str(writer.num_done if writer else 0))))
     )
     progress.advance(num_done)
-    for rows in embed(
-      trained.encoder,
-      index,
-      trained.dataset.decoder,
-      np.arange(index.num_records),
-      global_batch_size=batch_size,
-      first_step=num_done // batch_size,
-    ):
+    numbers = np.arange(index.num_records)
+    for rows in embedder.embed(numbers, first_step=num_done // batch_size):
       check_finite(rows)
       progress.advance(len(rows))
       if writer is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import os
 from collections.abc import Sequence
 from typing import Optional
 
@@ -18,7 +20,7 @@ from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.watchdog import watching
 from trainer.report import page
 from trainer.retrieval.clustering import Clustering
-from trainer.retrieval.embed import embed, whole_batch
+from trainer.retrieval.embed import Embedder
 from trainer.retrieval.evaluated import Evaluated, class_rows
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
@@ -27,6 +29,8 @@ from trainer.retrieval.results import Measurement, Results
 from trainer.retrieval.verification import Verification
 from trainer.run import Run
 
+# Of a run's folder; it holds a checkpoint as the run's folder itself does.
+BEST_FOLDER = "best"
 _NUM_WORST, _NUM_UNANSWERABLE = 20, 20
 _LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
 
@@ -82,6 +86,10 @@ class Evaluation:
       the queries are also told apart; None for no categories.
     verification: measures pairs; None for not.
     clustering: measures clusters; None for not.
+    checkpoint: "newest", or "best", which `Selection` keeps.
+
+  Raises:
+    UserError: another checkpoint.
   """
 
   encoder: tf.keras.Model
@@ -92,9 +100,16 @@ class Evaluation:
   category_feature: Optional[str] = None
   verification: Optional[Verification] = _VERIFICATION
   clustering: Optional[Clustering] = None
+  checkpoint: str = "newest"
+
+  def __post_init__(self):
+    if self.checkpoint not in ("newest", "best"):
+      raise UserError(
+        f"evaluate.checkpoint={self.checkpoint!r} is neither 'newest' nor 'best'."
+      )
 
   def restore(self, model_dir: str) -> int:
-    """Restores the encoder from the newest checkpoint of a run.
+    """Restores the encoder from the newest checkpoint of a run, or the best.
 
     Args:
       model_dir: folder of the run.
@@ -105,6 +120,8 @@ class Evaluation:
     Raises:
       UserError: there is no checkpoint, or it is of another encoder.
     """
+    if self.checkpoint == "best":
+      model_dir = os.path.join(model_dir, BEST_FOLDER)
     return restore_encoder(self.encoder, self.dataset.decoder.shape, model_dir)
 
   def evaluate(self) -> Evaluated:
@@ -119,18 +136,21 @@ class Evaluation:
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
     items = RecordItems(index, np.sort(np.concatenate(members)))
-    batches = embed(
-      self.encoder,
-      index,
-      self.dataset.decoder,
-      items.record_numbers,
-      global_batch_size=whole_batch(self.global_batch_size),
-    )
+    batches = self._embedder.embed(items.record_numbers)
     embeddings = np.concatenate(list(batches))[: len(items.labels)]
     judged = self.protocol.judge(items)
     rankings = rank(embeddings, judged, ks=self.ks)
     found = self._measurement(items, embeddings, rankings)
     return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
+
+  @functools.cached_property
+  def _embedder(self) -> Embedder:
+    return Embedder(
+      self.encoder,
+      self.dataset.index,
+      self.dataset.decoder,
+      global_batch_size=self.global_batch_size,
+    )
 
   def _measurement(
     self, items: RecordItems, embeddings: np.ndarray, rankings: Rankings

@@ -36,5 +36,7 @@ import trainer.retrieval.clustering
 import trainer.retrieval.protocols
 import trainer.retrieval.verification
 import trainer.search
+import trainer.selection
 import trainer.train
+import trainer.train_and_evaluate
 import trainer.validate  # noqa: F401

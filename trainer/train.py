@@ -69,14 +69,19 @@ class Training(NamedTuple):
   Attributes:
     loop: runs the steps that are left.
     step: what it runs.
+    options: how long it goes.
     first_step: number of steps done before.
-    num_steps: number of steps in all.
   """
 
   loop: Loop
   step: TrainStep
+  options: LoopOptions
   first_step: int
-  num_steps: int
+
+  @property
+  def num_steps_done(self) -> int:
+    """Number of steps done by now."""
+    return int(self.step.optimizer.iterations.numpy())
 
 
 def main(run: Run) -> None:
@@ -134,7 +139,7 @@ def train(run: Run, watchdog: Watchdog) -> Training:
     ),
   )
   _log_start(run, schedule, step, first_step)
-  return Training(outer, step, first_step, loop.num_steps)
+  return Training(outer, step, loop, first_step)
 
 
 def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:

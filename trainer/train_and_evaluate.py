@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from typing import Optional
+
+import gin
 
 from trainer import ingest
 from trainer.distribute.strategy import make_strategy
@@ -12,7 +16,20 @@ from trainer.loop import run_folder
 from trainer.loop.watchdog import watching
 from trainer.retrieval.results import Results
 from trainer.run import Run
+from trainer.selection import EvaluateNow, Evaluations, Selection
 from trainer.train import Training, train
+
+
+@gin.configurable("train_and_evaluate")
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What else the whole job does.
+
+  Attributes:
+    selection: measures while it trains; None to measure before and after only.
+  """
+
+  selection: Optional[Selection] = None
 
 
 def main(run: Run) -> None:
@@ -28,16 +45,36 @@ def main(run: Run) -> None:
     if training.first_step == 0:
       before = evaluation.evaluate().measurement
       workers.chief_first(lambda: Results(run.model_dir).write_before_training(before))
-    training.loop.run()
+    _train(run, training, evaluation)
     with training.step.weights_for_evaluation():
       after = evaluation.evaluate()
-    publish(run.model_dir, training.num_steps, after)
+    publish(run.model_dir, training.num_steps_done, after)
     workers.chief_first(lambda: _print_paths(run.model_dir))
 
 
 def _evaluation(training: Training) -> Evaluation:
   # The dataset is gin's.
   return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
+
+
+def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
+  """Trains to the end, or until it gets no better."""
+  selection = Options().selection
+  if selection is not None:
+    selection.check(training.options)
+    evaluations = Evaluations(
+      selection,
+      run.model_dir,
+      training.step.encoder,
+      last_step=training.first_step,
+    )
+    if evaluations.is_over:
+      return
+    every_steps = selection.every_steps
+    training.loop.add_action(
+      EvaluateNow(evaluation, evaluations, training.step, every_steps=every_steps)
+    )
+  training.loop.run()
 
 
 def _print_paths(model_dir: str) -> None:

@@ -13,7 +13,10 @@ from trainer.config import lint, resolve, statements
 
 # What comes after training doesn't tell one run from another.
 _AFTER_TRAINING = ("embed", "index", "search", "export")
-ROOTS = ("ingest", "validate", "train", "evaluate", *_AFTER_TRAINING)
+ROOTS = (
+  *("ingest", "validate", "train", "evaluate", "train_and_evaluate"),
+  *_AFTER_TRAINING,
+)
 
 
 @dataclasses.dataclass(frozen=True)

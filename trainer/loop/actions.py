@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import tensorflow as tf
 from absl import logging
@@ -32,7 +32,8 @@ class Report(NamedTuple):
   metrics: Mapping[str, float]
 
 
-Action = Callable[[Report], None]
+# What gives True ends the run, as if it had made its last step.
+Action = Callable[[Report], Optional[bool]]
 
 
 class ShowProgress:

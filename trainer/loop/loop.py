@@ -71,8 +71,17 @@ class Loop:
     self._optimizer = optimizer
     self._options = options
     self._images_per_step = images_per_step
-    self._actions = actions
+    self._actions = list(actions)
     self._safety = safety
+    self._is_over = False
+
+  def add_action(self, action: Action) -> None:
+    """Adds what happens after all else.
+
+    Args:
+      action: on every worker alike, if it speaks to the others.
+    """
+    self._actions.append(action)
 
   def run(self) -> None:
     """Runs the steps that are left, and waits until the last checkpoint is written.
@@ -86,7 +95,7 @@ class Loop:
     saving = safety.preemption.saving(lambda: safety.checkpoints.newest)
     with saving, safety.watchdog.stepping(self._step):
       step = self._step()
-      while step < self._options.num_steps:
+      while step < self._options.num_steps and not self._is_over:
         step = self._run_once(step)
       self._finish()
 
@@ -109,7 +118,9 @@ class Loop:
       **self._safety.not_finite.metrics(),
     }
     for action in self._actions:
-      action(Report(end, self._options.num_steps, metrics))
+      if action(Report(end, self._options.num_steps, metrics)):
+        self._is_over = True
+        self._safety.checkpoints.save(end)
       heartbeat.beat()
     self._heed(said, end)
     return end

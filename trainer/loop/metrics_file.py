@@ -1,4 +1,7 @@
-"""`metrics.jsonl`: one JSON object a logged step, readable without this package."""
+"""`metrics.jsonl` and `eval/history.jsonl`: one JSON object a logged step.
+
+Both can be read without this package.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from absl import logging
 
 FILE_NAME = "metrics.jsonl"
+EVALUATIONS_NAME = os.path.join("eval", "history.jsonl")
 
 
 class MetricsFile:
@@ -19,10 +23,12 @@ class MetricsFile:
 
   Args:
     model_dir: folder of the run.
+    name: of the file in it.
   """
 
-  def __init__(self, model_dir: str):
-    self._path = os.path.join(model_dir, FILE_NAME)
+  def __init__(self, model_dir: str, name: str = FILE_NAME):
+    self._path = os.path.join(model_dir, name)
+    os.makedirs(os.path.dirname(self._path), exist_ok=True)
     self._waiting: list[str] = []
 
   def append(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -12,62 +12,70 @@ import tensorflow as tf
 
 from trainer import heartbeat
 from trainer.data.decode import Decoder
-from trainer.data.pipeline import Batches
+from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
 from trainer.data.schedule import SequentialSchedule
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.workers import current_workers
 
 
-def whole_batch(num_records: int) -> int:
-  """The number of records a step, rounded up to what the replicas divide.
-
-  Args:
-    num_records: wanted, over all replicas.
-  """
-  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  return -(-num_records // num_replicas) * num_replicas
-
-
-def embed(
-  encoder: tf.keras.Model,
-  index: RecordIndex,
-  decoder: Decoder,
-  record_numbers: np.ndarray,
-  *,
-  global_batch_size: int,
-  first_step: int = 0,
-) -> Iterator[np.ndarray]:
+class Embedder:
   """Embeds records on the replicas of the current strategy, each its share.
+
+  Attributes:
+    global_batch_size: B, over all replicas.
 
   Args:
     encoder: model from inputs to embeddings.
     index: gives the records.
     decoder: makes inputs of them.
-    record_numbers: [N] int64.
-    global_batch_size: B, over all replicas; see `whole_batch`.
-    first_step: the step to begin with.
-
-  Yields:
-    Of each step in order, on every worker: [B, D] float32; the last is padded.
+    global_batch_size: wanted; rounded up to what the replicas divide.
   """
-  strategy = tf.distribute.get_strategy()
-  schedule = SequentialSchedule(record_numbers, records_per_batch=global_batch_size)
-  batches = Batches(index, schedule, decoder)
-  num_steps = schedule.num_batches - first_step
-  replica_batches = batches.dataset(
-    current_workers().shard(), first_step=first_step, num_steps=num_steps
-  )
 
-  @tf.function
-  def embed_batch(batch):
-    return strategy.run(embed_replica, (batch,))
+  def __init__(
+    self,
+    encoder: tf.keras.Model,
+    index: RecordIndex,
+    decoder: Decoder,
+    *,
+    global_batch_size: int,
+  ):
+    self._strategy = tf.distribute.get_strategy()
+    num_replicas = self._strategy.num_replicas_in_sync
+    self.global_batch_size = -(-global_batch_size // num_replicas) * num_replicas
+    self._encoder = encoder
+    self._index = index
+    self._decoder = decoder
+    # Traced once, however often a training is evaluated.
+    self._embed_fn = tf.function(
+      lambda batch: self._strategy.run(self._embed, (batch,))
+    )
 
-  def embed_replica(batch):
+  def embed(
+    self, record_numbers: np.ndarray, *, first_step: int = 0
+  ) -> Iterator[np.ndarray]:
+    """Embeds records in their order.
+
+    Args:
+      record_numbers: [N] int64.
+      first_step: the step to begin with.
+
+    Yields:
+      Of each step in order, on every worker: [B, D] float32; the last is padded.
+    """
+    size = self.global_batch_size
+    schedule = SequentialSchedule(record_numbers, records_per_batch=size)
+    batches = Batches(self._index, schedule, self._decoder)
+    num_steps = schedule.num_batches - first_step
+    shard = current_workers().shard()
+    local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)
+    with batches.naming_bad_records(first_step, schedule.num_batches - 1):
+      for batch in self._strategy.distribute_datasets_from_function(lambda _: local):
+        heartbeat.beat()
+        rows = self._embed_fn(batch)
+        yield self._strategy.experimental_local_results(rows)[0].numpy()
+
+  def _embed(self, batch: Batch) -> tf.Tensor:
     # Gathered, so that every worker has the rows of all.
-    return current_collectives().gather(encoder(batch.inputs, training=False))
-
-  with batches.naming_bad_records(first_step, schedule.num_batches - 1):
-    for batch in strategy.distribute_datasets_from_function(lambda _: replica_batches):
-      heartbeat.beat()
-      yield strategy.experimental_local_results(embed_batch(batch))[0].numpy()
+    embeddings = self._encoder(batch.inputs, training=False)
+    return current_collectives().gather(embeddings)

@@ -63,8 +63,10 @@ class RunFolder:
     """Whether the last step was made, and measured where the mode measures."""
     if self._mode == "train":
       return self.step == self._point.num_steps
-    latest = Results(self.path).by_moment.get("latest", {})
-    return latest.get("step") == self._point.num_steps
+    measured = Results(self.path).by_moment.get("latest", {}).get("step")
+    ends_early = "train_and_evaluate.selection.patience" in self._point.config.values
+    last = self.step if ends_early else self._point.num_steps
+    return measured is not None and measured == last
 
   @property
   def step(self) -> int:

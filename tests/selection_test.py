@@ -1,0 +1,151 @@
+"""Evaluation while training: the best is kept, patience ends it, and it resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import task
+from trainer.errors import UserError
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.loop_options import LoopOptions
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+from trainer.selection import Evaluations, Selection, Standing
+
+_DIGITS = "configs/runs/digits.gin"
+_PARAMS = (
+  "NUM_STEPS = 60",
+  "LoopOptions.steps_per_loop = 5",
+  "LoopOptions.checkpoint_every_steps = 10",
+  "train_and_evaluate.selection = @Selection()",
+  "Selection.every_steps = 10",
+  "Selection.metric = 'eval/recall_at_1'",
+)
+
+
+def _task(model_dir, data, *params, mode="train_and_evaluate"):
+  params = (*_PARAMS, f"DATA_DIR = '{data}'", *params)
+  flags = (f"--mode={mode}", f"--gin_file={_DIGITS}", f"--model_dir={model_dir}")
+  return task.main(["trainer", *flags, *(f"--gin_param={p}" for p in params)])
+
+
+def _history(model_dir):
+  lines = (model_dir / "eval" / "history.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def _without_time(rows):
+  return [{name: value for name, value in r.items() if name != "time"} for r in rows]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("selection")
+
+
+@pytest.fixture(scope="module")
+def stopped(folder):
+  """A run that lost patience."""
+  model_dir = folder / "stopped"
+  assert _task(model_dir, folder / "data", "Selection.patience = 1") == 0
+  return model_dir
+
+
+def test_a_run_ends_after_the_first_evaluation_that_is_no_better(stopped):
+  values = [row["eval/recall_at_1"] for row in _history(stopped)]
+  assert len(values) < 6
+  assert values[-1] <= max(values[:-1])
+  assert values[:-1] == sorted(set(values[:-1]))
+  results = json.loads((stopped / "eval" / "metrics.json").read_text())
+  assert results["latest"]["step"] == 10 * len(values)
+
+
+def test_the_best_encoder_is_kept_and_can_be_evaluated(folder, stopped):
+  best = max(_history(stopped), key=lambda row: row["eval/recall_at_1"])
+  again = folder / "again"
+  shutil.copytree(stopped, again)
+  params = ("Selection.patience = 1", "evaluate.checkpoint = 'best'")
+  assert _task(again, folder / "data", *params, mode="evaluate") == 0
+  latest = json.loads((again / "eval" / "metrics.json").read_text())["latest"]
+  assert latest["step"] == best["step"]
+  assert latest["eval/recall_at_1"] == best["eval/recall_at_1"]
+
+
+def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
+  before = _history(stopped)
+  assert _task(stopped, folder / "data", "Selection.patience = 1") == 0
+  assert _history(stopped) == before
+
+
+def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopped):
+  killed = folder / "killed"
+  shutil.copytree(stopped, killed)
+  # As if it had been killed after its second evaluation, before the second checkpoint.
+  for path in (killed / "checkpoints").glob("ckpt-*"):
+    if not path.name.startswith("ckpt-10."):
+      path.unlink()
+  (killed / "checkpoints" / "checkpoint").unlink(missing_ok=True)
+  assert _task(killed, folder / "data", "Selection.patience = 1") == 0
+  assert _without_time(_history(killed)) == _without_time(_history(stopped))
+
+
+def _evaluations(model_dir, encoder, last_step, patience=2):
+  selection = Selection(every_steps=5, metric="eval/map", patience=patience)
+  return Evaluations(selection, str(model_dir), encoder, last_step=last_step)
+
+
+@pytest.fixture
+def encoder():
+  encoder = Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=2)
+  encoder.create_variables((3,))
+  return encoder
+
+
+def _fill(encoder, value):
+  for variable in encoder.variables:
+    variable.assign(tf.fill(variable.shape, np.float32(value)))
+
+
+def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
+  evaluations = _evaluations(tmp_path, encoder, 0)
+  for step, value in ((5, 0.1), (10, 0.5), (15, 0.5)):
+    _fill(encoder, step)
+    evaluations.add(step, {"eval/map": value})
+  assert evaluations.standing == Standing(0.5, 1)
+  resumed = _evaluations(tmp_path, encoder, 15)
+  assert resumed.standing == Standing(0.5, 1)
+  resumed.add(20, {"eval/map": 0.3})
+  assert resumed.is_over
+  assert Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder).restore() == 10
+  assert all(np.all(variable == 10.0) for variable in encoder.variables)
+
+
+def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
+  evaluations = _evaluations(tmp_path, encoder, 0)
+  for step, value in ((5, 0.1), (10, 0.9)):
+    evaluations.add(step, {"eval/map": value})
+  assert _evaluations(tmp_path, encoder, 5).standing == Standing(0.1, 0)
+
+
+def test_a_metric_that_is_not_measured_is_refused(tmp_path, encoder):
+  with pytest.raises(UserError, match="'eval/map' is not measured; there is eval/mrr"):
+    _evaluations(tmp_path, encoder, 0).add(5, {"eval/mrr": 0.5})
+
+
+def test_evaluations_between_two_looks_of_the_host_are_refused():
+  options = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
+  with pytest.raises(UserError, match="every_steps=10 must be a multiple"):
+    Selection(every_steps=10).check(options)
+
+
+@pytest.mark.parametrize(
+  "options", [{"every_steps": 0}, {"every_steps": 5, "patience": 0}]
+)
+def test_numbers_below_one_are_refused(options):
+  with pytest.raises(UserError, match="must be at least 1"):
+    Selection(**options)

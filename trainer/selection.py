@@ -1,0 +1,180 @@
+"""Measures a training while it goes on: keeps the best encoder, and ends in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Optional
+
+import gin
+from absl import logging
+
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.evaluate import BEST_FOLDER, Evaluation
+from trainer.loop.actions import Report
+from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.loop_options import LoopOptions
+from trainer.loop.metrics_file import EVALUATIONS_NAME, MetricsFile
+from trainer.loop.step import TrainStep
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which encoder is the best, and when to give up finding a better one.
+
+  Attributes:
+    every_steps: between two evaluations; a multiple of `LoopOptions.steps_per_loop`.
+    metric: the larger the better, such as "eval/map_at_r".
+    patience: evaluations in a row without a better one after which the training ends;
+      None to go on to the last step.
+
+  Raises:
+    UserError: a number is below 1.
+  """
+
+  every_steps: int
+  metric: str = "eval/map_at_r"
+  patience: Optional[int] = None
+
+  def __post_init__(self):
+    for name in ("every_steps", "patience"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f"Selection.{name}={value} must be at least 1.")
+
+  def check(self, options: LoopOptions) -> None:
+    """Checks that evaluations come where the host looks in.
+
+    Raises:
+      UserError: they don't.
+    """
+    if self.every_steps % options.steps_per_loop:
+      raise UserError(
+        f"Selection.every_steps={self.every_steps} must be a multiple of "
+        f"LoopOptions.steps_per_loop={options.steps_per_loop}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+  """How the evaluations of a run went so far.
+
+  Attributes:
+    best: the largest value of the metric; None before the first evaluation.
+    num_since_best: evaluations after it.
+  """
+
+  best: Optional[float] = None
+  num_since_best: int = 0
+
+  def after(self, value: float) -> Standing:
+    """The standing after one more evaluation; of equal ones the first is the best."""
+    if self.best is None or value > self.best:
+      return Standing(value, 0)
+    return Standing(self.best, self.num_since_best + 1)
+
+
+class Evaluations:
+  """The evaluations of a run: `eval/history.jsonl`, and the best encoder in `best`.
+
+  Attributes:
+    standing: how they went so far, the same on all workers.
+
+  Args:
+    selection: what is the best.
+    model_dir: folder of the run.
+    encoder: what is evaluated.
+    last_step: evaluations after it don't count, and are made again.
+  """
+
+  def __init__(self, selection: Selection, model_dir: str, encoder, *, last_step: int):
+    self._selection = selection
+    self._workers = current_workers()
+    self._file = MetricsFile(model_dir, EVALUATIONS_NAME)
+    self._best = Checkpoints(
+      model_dir=os.path.join(model_dir, BEST_FOLDER),
+      encoder=encoder,
+      is_chief=self._workers.is_chief,
+    )
+    if self._workers.is_chief:
+      self._file.drop_after(last_step)
+    self.standing = self._told_by_chief()
+
+  @property
+  def is_over(self) -> bool:
+    """Whether there is no hope of a better one."""
+    patience = self._selection.patience
+    return patience is not None and self.standing.num_since_best >= patience
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Takes in an evaluation of the encoder as it is now; keeps it if it is the best.
+
+    Args:
+      step: number of steps it was trained.
+      metrics: by name, the same on all workers.
+
+    Raises:
+      UserError: the metric is not measured.
+    """
+    name = self._selection.metric
+    if name not in metrics:
+      raise UserError(
+        f"Selection.metric={name!r} is not measured; there is {', '.join(metrics)}."
+      )
+    self.standing = self.standing.after(metrics[name])
+    if self._workers.is_chief:
+      self._file.append(step, metrics)
+    logging.info("Step %d: %s %.4f, best %.4f.", step, name, metrics[name], self._top)
+    if self.standing.num_since_best == 0:
+      self._best.save(step)
+      self._best.wait()
+
+  @property
+  def _top(self) -> float:
+    return self.standing.best if self.standing.best is not None else float("nan")
+
+  def _told_by_chief(self) -> Standing:
+    standing = Standing()
+    if self._workers.is_chief:
+      for row in self._file.rows():
+        if self._selection.metric in row:
+          standing = standing.after(row[self._selection.metric])
+    told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
+    return Standing(*json.loads(told[0]))
+
+
+class EvaluateNow:
+  """Evaluates every so many steps; an action that ends a run where patience does.
+
+  Args:
+    evaluation: of the encoder that is trained.
+    evaluations: what they come to.
+    step: whose averaged weights are evaluated, where there are any.
+    every_steps: between two evaluations.
+  """
+
+  def __init__(
+    self,
+    evaluation: Evaluation,
+    evaluations: Evaluations,
+    step: TrainStep,
+    *,
+    every_steps: int,
+  ):
+    self._evaluation = evaluation
+    self._evaluations = evaluations
+    self._step = step
+    self._every_steps = every_steps
+
+  def __call__(self, report: Report) -> bool:
+    """Evaluates if it is time; whether the run should end."""
+    if report.step % self._every_steps:
+      return False
+    with self._step.weights_for_evaluation():
+      found = self._evaluation.evaluate().measurement.metrics
+      self._evaluations.add(report.step, found)
+    return self._evaluations.is_over
