@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -95,8 +97,13 @@ def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopp
 
 
 def _evaluations(model_dir, encoder, last_step, patience=2):
-  selection = Selection(every_steps=5, metric="eval/map", patience=patience)
-  return Evaluations(selection, str(model_dir), encoder, last_step=last_step)
+  return Evaluations(
+    metric="eval/map",
+    patience=patience,
+    model_dir=str(model_dir),
+    encoder=encoder,
+    last_step=last_step,
+  )
 
 
 @pytest.fixture
@@ -132,15 +139,45 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
   assert _evaluations(tmp_path, encoder, 5).standing == Standing(0.1, 0)
 
 
-def test_a_metric_that_is_not_measured_is_refused(tmp_path, encoder):
-  with pytest.raises(UserError, match="'eval/map' is not measured; there is eval/mrr"):
-    _evaluations(tmp_path, encoder, 0).add(5, {"eval/mrr": 0.5})
+_OPTIONS = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
+
+
+def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
+  selection = Selection(every_steps=8, metric="eval/map_at_q")
+  with pytest.raises(UserError, match="did you mean 'eval/map_at_r'"):
+    selection.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
 
 
 def test_evaluations_between_two_looks_of_the_host_are_refused():
-  options = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
   with pytest.raises(UserError, match="every_steps=10 must be a multiple"):
-    Selection(every_steps=10).check(options)
+    Selection(every_steps=10).check(_OPTIONS, ["eval/map_at_r"])
+
+
+def _flags(model_dir, data, *params):
+  params = (f"DATA_DIR = '{data}'", *params)
+  flags = (f"--gin_file={_DIGITS}", f"--model_dir={model_dir}")
+  return [*flags, *(f"--gin_param={param}" for param in params)]
+
+
+def test_a_process_beside_the_training_measures_its_checkpoints(folder, tmp_path):
+  flags = _flags(tmp_path, folder / "data", "NUM_STEPS = 20", *_PARAMS[1:3])
+  assert task.main(["trainer", "--mode=ingest", *flags]) == 0
+  # It waits for a run that has not begun.
+  command = [sys.executable, "-m", "trainer.task", "--mode=follow", *flags]
+  with subprocess.Popen([*command, "--gin_param=follow.poll_s = 0.2"]) as following:
+    assert task.main(["trainer", "--mode=train", *flags]) == 0
+    assert following.wait(timeout=300) == 0
+  rows = _history(tmp_path)
+  assert rows[-1]["step"] == 20
+  best = max(rows, key=lambda row: row["eval/map_at_r"])["step"]
+  assert (tmp_path / "best" / "checkpoints" / f"ckpt-{best}.index").exists()
+
+
+def test_following_a_run_that_never_begins_ends_with_a_word(folder, tmp_path, capsys):
+  flags = _flags(tmp_path, folder / "data", "follow.timeout_s = 0.5")
+  assert task.main(["trainer", "--mode=ingest", *flags]) == 0
+  assert task.main(["trainer", "--mode=follow", *flags]) == 2
+  assert "no new checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from trainer.retrieval.embed import Embedder
 from trainer.retrieval.evaluated import Evaluated, class_rows
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
-from trainer.retrieval.rankings import Rankings, rank
+from trainer.retrieval.rankings import Rankings, metric_names, rank
 from trainer.retrieval.results import Measurement, Results
 from trainer.retrieval.verification import Verification
 from trainer.run import Run
@@ -142,6 +142,13 @@ class Evaluation:
     rankings = rank(embeddings, judged, ks=self.ks)
     found = self._measurement(items, embeddings, rankings)
     return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
+
+  def metric_names(self) -> list[str]:
+    """The names of what is measured."""
+    names = metric_names(self.ks)
+    for measure in (self.verification, self.clustering):
+      names += measure.metric_names() if measure is not None else []
+    return names
 
   @functools.cached_property
   def _embedder(self) -> Embedder:

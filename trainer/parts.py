@@ -20,6 +20,7 @@ import trainer.distribute.objective
 import trainer.embed
 import trainer.evaluate
 import trainer.export
+import trainer.follow
 import trainer.index
 import trainer.ingest
 import trainer.loop.addons_optimizers

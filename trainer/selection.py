@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Optional
 
 import gin
+import tensorflow as tf
 from absl import logging
 
+from trainer.config import suggest
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.evaluate import BEST_FOLDER, Evaluation
@@ -46,17 +48,38 @@ class Selection:
       if value is not None and value < 1:
         raise UserError(f"Selection.{name}={value} must be at least 1.")
 
-  def check(self, options: LoopOptions) -> None:
-    """Checks that evaluations come where the host looks in.
+  def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
+    """Checks that evaluations come where the host looks in, and measure the metric.
+
+    Args:
+      options: of the loop.
+      measured: names of what an evaluation measures.
 
     Raises:
       UserError: they don't.
     """
+    check_measured("Selection.metric", self.metric, measured)
     if self.every_steps % options.steps_per_loop:
       raise UserError(
         f"Selection.every_steps={self.every_steps} must be a multiple of "
         f"LoopOptions.steps_per_loop={options.steps_per_loop}."
       )
+
+
+def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None:
+  """Checks that a metric is one that an evaluation measures.
+
+  Args:
+    parameter: that names it.
+    metric: its name.
+    measured: the names there are.
+
+  Raises:
+    UserError: it is not.
+  """
+  if metric not in measured:
+    nearest = suggest.nearest(metric, measured) or f"; there is {', '.join(measured)}"
+    raise UserError(f"{parameter}={metric!r} is not measured{nearest}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,14 +108,25 @@ class Evaluations:
     standing: how they went so far, the same on all workers.
 
   Args:
-    selection: what is the best.
+    metric: by which one is better than another, the larger the better.
+    patience: evaluations without a better one after which there is no hope; None to
+      hope for ever.
     model_dir: folder of the run.
     encoder: what is evaluated.
     last_step: evaluations after it don't count, and are made again.
   """
 
-  def __init__(self, selection: Selection, model_dir: str, encoder, *, last_step: int):
-    self._selection = selection
+  def __init__(
+    self,
+    *,
+    metric: str,
+    patience: Optional[int],
+    model_dir: str,
+    encoder: tf.keras.Model,
+    last_step: int,
+  ):
+    self._metric = metric
+    self._patience = patience
     self._workers = current_workers()
     self._file = MetricsFile(model_dir, EVALUATIONS_NAME)
     self._best = Checkpoints(
@@ -105,10 +139,15 @@ class Evaluations:
     self.standing = self._told_by_chief()
 
   @property
+  def last_step(self) -> int:
+    """The step of the last evaluation; 0 before any."""
+    return max((int(row["step"]) for row in self._file.rows()), default=0)
+
+  @property
   def is_over(self) -> bool:
     """Whether there is no hope of a better one."""
-    patience = self._selection.patience
-    return patience is not None and self.standing.num_since_best >= patience
+    num_since = self.standing.num_since_best
+    return self._patience is not None and num_since >= self._patience
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
     """Takes in an evaluation of the encoder as it is now; keeps it if it is the best.
@@ -116,33 +155,23 @@ class Evaluations:
     Args:
       step: number of steps it was trained.
       metrics: by name, the same on all workers.
-
-    Raises:
-      UserError: the metric is not measured.
     """
-    name = self._selection.metric
-    if name not in metrics:
-      raise UserError(
-        f"Selection.metric={name!r} is not measured; there is {', '.join(metrics)}."
-      )
-    self.standing = self.standing.after(metrics[name])
+    value = metrics[self._metric]
+    self.standing = self.standing.after(value)
     if self._workers.is_chief:
       self._file.append(step, metrics)
-    logging.info("Step %d: %s %.4f, best %.4f.", step, name, metrics[name], self._top)
+    line = "Step %d: %s %.4f, best %.4f."
+    logging.info(line, step, self._metric, value, self.standing.best)
     if self.standing.num_since_best == 0:
       self._best.save(step)
       self._best.wait()
-
-  @property
-  def _top(self) -> float:
-    return self.standing.best if self.standing.best is not None else float("nan")
 
   def _told_by_chief(self) -> Standing:
     standing = Standing()
     if self._workers.is_chief:
       for row in self._file.rows():
-        if self._selection.metric in row:
-          standing = standing.after(row[self._selection.metric])
+        if self._metric in row:
+          standing = standing.after(row[self._metric])
     told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
     return Standing(*json.loads(told[0]))
 

@@ -45,6 +45,9 @@ MODES = {
     "trainer.train_and_evaluate",
     ("train", "evaluate"),
   ),
+  "follow": Mode(
+    "Measure each checkpoint of a run, beside it.", "trainer.follow", ("evaluate",)
+  ),
   "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
   "index": Mode("Index embeddings for fast search.", "trainer.index", ()),
   "search": Mode("Find what is nearest to --query.", "trainer.search", ("evaluate",)),

@@ -61,11 +61,12 @@ def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
   """Trains to the end, or until it gets no better."""
   selection = Options().selection
   if selection is not None:
-    selection.check(training.options)
+    selection.check(training.options, evaluation.metric_names())
     evaluations = Evaluations(
-      selection,
-      run.model_dir,
-      training.step.encoder,
+      metric=selection.metric,
+      patience=selection.patience,
+      model_dir=run.model_dir,
+      encoder=training.step.encoder,
       last_step=training.first_step,
     )
     if evaluations.is_over:

@@ -12,7 +12,7 @@ from trainer import errors
 from trainer.config import lint, resolve, statements
 
 # What comes after training doesn't tell one run from another.
-_AFTER_TRAINING = ("embed", "index", "search", "export")
+_AFTER_TRAINING = ("follow", "embed", "index", "search", "export")
 ROOTS = (
   *("ingest", "validate", "train", "evaluate", "train_and_evaluate"),
   *_AFTER_TRAINING,

@@ -127,6 +127,7 @@ class Checkpoints:
       if self._optimizer is not None:
         status.assert_consumed()
       else:
+        status.expect_partial()
         _assign_averages(self._encoder, path)
     except (AssertionError, ValueError) as error:
       raise UserError(

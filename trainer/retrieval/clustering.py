@@ -49,6 +49,10 @@ class Clustering:
     clusters = means.fit_predict(embeddings[kept])
     return {"eval/nmi": float(metrics.normalized_mutual_info_score(labels, clusters))}
 
+  def metric_names(self) -> list[str]:
+    """The names of what is measured."""
+    return ["eval/nmi"]
+
   def _drawn(self, labels: np.ndarray) -> np.ndarray:
     """Int64 items of whole classes."""
     if len(labels) <= self.max_items:

@@ -1,0 +1,97 @@
+"""Mode `follow`: measures each new checkpoint of a run, in a process beside it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import time
+from typing import Optional
+
+import gin
+from absl import logging
+
+from trainer import heartbeat
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.evaluate import Evaluation, publish
+from trainer.loop import checkpoint_files
+from trainer.loop.watchdog import watching
+from trainer.run import Run
+from trainer.selection import Evaluations, check_measured
+
+_NUM_STEPS = "train.loop.num_steps"
+
+
+@gin.configurable("follow")
+@dataclasses.dataclass(frozen=True)
+class FollowOptions:
+  """How a run is followed.
+
+  Attributes:
+    metric: by which the best encoder is kept, the larger the better.
+    poll_s: seconds between two looks.
+    timeout_s: seconds without a new checkpoint after which it gives up; None to wait
+      for ever.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+
+  metric: str = "eval/map_at_r"
+  poll_s: float = 5.0
+  timeout_s: Optional[float] = None
+
+  def __post_init__(self):
+    for name in ("poll_s", "timeout_s"):
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise UserError(f"follow.{name}={value} must be above 0.")
+
+
+def main(run: Run) -> None:
+  """Measures checkpoints until that of the last step."""
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    if current_workers().num_workers > 1:
+      raise UserError("--mode=follow is one process; it may have several replicas.")
+    options = FollowOptions()
+    evaluation = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
+    check_measured("follow.metric", options.metric, evaluation.metric_names())
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+    os.makedirs(run.model_dir, exist_ok=True)
+    evaluations = Evaluations(
+      metric=options.metric,
+      patience=None,
+      model_dir=run.model_dir,
+      encoder=evaluation.encoder,
+      last_step=_newest(run.model_dir),
+    )
+    num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
+    step = evaluations.last_step
+    while step < num_steps:
+      _wait_for_newer(run.model_dir, step, options)
+      step = evaluation.restore(run.model_dir)
+      evaluated = evaluation.evaluate()
+      evaluations.add(step, evaluated.measurement.metrics)
+      publish(run.model_dir, step, evaluated)
+
+
+def _newest(model_dir: str) -> int:
+  steps = checkpoint_files.steps(os.path.join(model_dir, checkpoint_files.FOLDER))
+  return steps[0] if steps else 0
+
+
+def _wait_for_newer(model_dir: str, step: int, options: FollowOptions) -> None:
+  start_s = time.monotonic()
+  while _newest(model_dir) <= step:
+    heartbeat.beat()
+    waited_s = time.monotonic() - start_s
+    if options.timeout_s is not None and waited_s > options.timeout_s:
+      raise UserError(
+        f"{model_dir} has had no new checkpoint for {waited_s:.0f} s, after that of "
+        f"step {step}; is the training running?"
+      )
+    time.sleep(options.poll_s)
+  logging.info("A checkpoint of step %d.", _newest(model_dir))
