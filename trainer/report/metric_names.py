@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 from trainer.retrieval import results
 
 _PREFIX = "eval/"
+_WORDS = {"map": "mAP", "ndcg": "nDCG"}
 
 
 def title(name: str) -> str:
@@ -17,8 +17,9 @@ def title(name: str) -> str:
     name: such as "eval/recall_at_1", with or without "eval/".
   """
   name = name if name.startswith(_PREFIX) else _PREFIX + name
-  generic = re.sub(r"_at_(\d+)$", r"@\1", name[len(_PREFIX) :]).replace("_", " ")
-  return results.titles([name]).get(name, generic)
+  base, at, k = name[len(_PREFIX) :].rpartition("_at_")
+  generic = f"{_WORDS.get(base, base)}@{k}" if at else k
+  return results.titles([name]).get(name, generic.replace("_", " "))
 
 
 def ordered(names: Iterable[str]) -> tuple[list[str], list[str]]:
