@@ -14,7 +14,7 @@ _TOOLS = ("bash", "env", "dirname", "basename", "cat", "cksum", "tr", "rm")
 _SCRIPTS = sorted(
   str(path.relative_to(ROOT))
   for path in (ROOT / "launch").glob("**/*.sh")
-  if path.name != "python.sh"  # Sourced by the others.
+  if path.name not in ("python.sh", "restarts.sh")  # Sourced by the others.
 )
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
