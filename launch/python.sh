@@ -27,12 +27,16 @@ has_gpu() {
     [[ $(nvidia-smi --list-gpus 2>/dev/null) == GPU* ]]
 }
 
-# make_environment FOLDER REQUIREMENT VERSION...: an environment with the package in it.
-# Does nothing where that is done, for this setup.py and requirement in this place.
+# make_environment FOLDER REQUIREMENT VERSION...: an environment with the package in it,
+# or, where REQUIREMENT is a file, with what it lists. Does nothing where that is done, for
+# this setup.py or file and requirement in this place.
 make_environment() {
-  local folder=$1 requirement=$2 python setup stamp stamps
+  local folder=$1 requirement=$2 python setup stamp stamps source=setup.py option=--editable
   shift 2
-  setup=$folder/installed-$({ pwd && cat setup.py; } | cksum | tr ' ' '-')
+  if [ -f "$requirement" ]; then
+    source=$requirement option=--requirement
+  fi
+  setup=$folder/installed-$({ pwd && cat "$source"; } | cksum | tr ' ' '-')
   stamp=$setup-${requirement//[^a-z]/_}
   if [ -e "$stamp" ] && "$folder/bin/python" -c "" 2>/dev/null; then
     return
@@ -45,16 +49,22 @@ make_environment() {
     echo "Making $folder with $("$python" --version): two minutes, once." >&2
     "$python" -m venv --clear "$folder" || return
   else
-    echo "Updating $folder, because setup.py or what is asked of it has changed." >&2
+    echo "Updating $folder, because $source or what is asked of it has changed." >&2
   fi
   stamps=$(compgen -G "$setup-*" || true)
   rm -f "$folder"/installed-*
   "$folder/bin/python" -m pip install -qq --disable-pip-version-check \
-    --editable "$requirement" </dev/null || return
+    "$option" "$requirement" </dev/null || return
   touch "$stamp"
   while read -r stamp; do
     [ -z "$stamp" ] || touch "$stamp"
   done <<<"$stamps"
+}
+
+# compiler_environment FOLDER: an environment with the compiler for TPUs, apart from
+# TensorFlow's, because the two want different NumPys.
+compiler_environment() {
+  make_environment "$1" launch/tpu_check.txt 3.12 3.13 3.11
 }
 
 # task_python [EXTRA]: sets `python` to $TRAINER_PYTHON, in which the package must be, or
