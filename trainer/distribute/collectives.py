@@ -9,6 +9,8 @@ Shapes: N rows on each replica, R replicas.
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Optional, Union
 
 import tensorflow as tf
@@ -126,8 +128,30 @@ class StrategyCollectives(Collectives):
     return tf.gather(by_rank, self._order)
 
 
+_used: list[Collectives] = []
+
+
+@contextlib.contextmanager
+def using(collectives: Collectives) -> Iterator[None]:
+  """Makes these the current ones, while a function is traced without a strategy.
+
+  Args:
+    collectives: of the replica whose function it is.
+
+  Yields:
+    Nothing.
+  """
+  _used.append(collectives)
+  try:
+    yield
+  finally:
+    _used.pop()
+
+
 def current_collectives() -> Collectives:
   """The collectives of the replica function that calls this."""
+  if _used:
+    return _used[-1]
   if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
     return OneReplica()
   return StrategyCollectives()

@@ -14,7 +14,8 @@ this takes, on each replica, would not come back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Optional
 
 import tensorflow as tf
@@ -31,6 +32,9 @@ _PAIRS_PER_TILE = {False: 2**19, True: 2**24}
 _MIN_ROWS = 128
 
 MIN_PAIRS_TO_COMPILE = 2**16
+
+# Whether what is traced now is for another machine, which has an accelerator.
+_traced_for_accelerator: list[bool] = []
 
 
 class Sums(NamedTuple):
@@ -150,7 +154,23 @@ def _num_rows(
   return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
 
 
+@contextlib.contextmanager
+def for_accelerator() -> Iterator[None]:
+  """Chooses tiles, while a function is traced, as on a machine with an accelerator.
+
+  Yields:
+    Nothing.
+  """
+  _traced_for_accelerator.append(True)
+  try:
+    yield
+  finally:
+    _traced_for_accelerator.pop()
+
+
 def _is_accelerated() -> bool:
+  if _traced_for_accelerator:
+    return True
   return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
 
 
