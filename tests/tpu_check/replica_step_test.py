@@ -1,0 +1,81 @@
+"""The exported program trains as the step does: run by XLA on virtual CPU devices."""
+
+from __future__ import annotations
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.pipeline import PADDING_LABEL, Batch
+from trainer.distribute.collectives import OneReplica
+from trainer.distribute.objective import across_replicas
+from trainer.loop.step import TrainStep
+from trainer.loop.step_options import StepOptions
+from trainer.losses import InfoNCELoss, LearnedTemperature
+from trainer.models.backbones import ConvNet
+from trainer.models.encoder import Encoder
+from trainer.tpu_check import replica_step
+
+_NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 8, 3, (6, 6, 1)
+_NUM_REPLICAS = 4
+
+
+def _batch():
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(_NUM_CLASSES, dtype=np.int32), _NUM_SAMPLES)
+  labels[-1] = PADDING_LABEL
+  inputs = rng.normal(size=(len(labels), *_SHAPE)).astype(np.float32)
+  return Batch(inputs, labels, (labels != PADDING_LABEL).astype(np.float32))
+
+
+def _make_step(normalization):
+  tf.keras.utils.set_random_seed(1)
+  step = TrainStep(
+    encoder=Encoder(
+      backbone=ConvNet(filters=(4, 8), normalization=normalization), embedding_size=6
+    ),
+    loss=InfoNCELoss(temperature=LearnedTemperature(initial=0.5)),
+    objective_fn=across_replicas,
+    optimizer=tf.keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5),
+    mining_statistics=None,  # They take most of the time, and change nothing.
+    options=StepOptions(averaging_decay=0.9),
+  )
+  step.create_variables(_SHAPE)
+  return step
+
+
+def _run_on_replicas(compiler, normalization):
+  """New values of the variables by every replica, and one replica's by the step."""
+  step, batch = _make_step(normalization), _batch()
+  size = len(batch.labels) // _NUM_REPLICAS
+  specs = Batch(*(tf.TensorSpec([size, *v.shape[1:]], v.dtype) for v in batch))
+  program = replica_step.export(step, specs, _NUM_REPLICAS)
+  after = compiler.run(
+    program.hlo,
+    num_replicas=_NUM_REPLICAS,
+    batch=batch,
+    variables=[variable.numpy() for variable in program.variables],
+  )
+  updated = {number: program.variables[number] for number in after}
+  before = {number: variable.numpy() for number, variable in updated.items()}
+  step(Batch(*map(tf.constant, batch)), OneReplica())
+  expected = {number: variable.numpy() for number, variable in updated.items()}
+  return before, after, expected
+
+
+def _largest_error(got, expected):
+  scale = max(np.abs(value).max() for value in expected.values())
+  return max(
+    np.abs(got[name] - expected[name][None]).max() / scale for name in expected
+  )
+
+
+def test_four_replicas_update_all_variables_as_one_with_the_whole_batch(compiler):
+  before, updated, expected = _run_on_replicas(compiler, "synchronized_batch")
+  assert _largest_error(updated, expected) < 1e-5
+  assert _largest_error(updated, before) > 1e-3
+  assert {len(value) for value in updated.values()} == {_NUM_REPLICAS}
+
+
+def test_replicas_that_do_not_speak_are_seen_to_differ(compiler):
+  _, updated, expected = _run_on_replicas(compiler, "batch")
+  assert _largest_error(updated, expected) > 1e-5

@@ -1,0 +1,162 @@
+"""The compiler for TPUs, which lives in a Python of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.tpu_check.topologies import Topology
+
+_SCRIPT = pathlib.Path(__file__).with_name("xla_in_jax.py")
+_NUM_LINES_TOLD = 5
+
+
+class Collective(NamedTuple):
+  """One exchange among replicas.
+
+  Attributes:
+    name: XLA's, such as "all-reduce".
+    bytes: that it brings to a replica.
+  """
+
+  name: str
+  bytes: int
+
+
+class Compiled(NamedTuple):
+  """What a program takes of one replica's device.
+
+  Attributes:
+    compile_s: seconds that compiling took.
+    arguments_bytes: batch, weights and the optimizer's variables.
+    outputs_bytes: what is not put in the place of an argument.
+    temporaries_bytes: at the moment when they are most.
+    code_bytes: of the program itself.
+    flops: floating point operations of one step.
+    bytes_accessed: that one step reads and writes.
+    collectives: after the compiler has put together what goes together.
+  """
+
+  compile_s: float
+  arguments_bytes: int
+  outputs_bytes: int
+  temporaries_bytes: int
+  code_bytes: int
+  flops: float
+  bytes_accessed: float
+  collectives: Sequence[Collective]
+
+  @property
+  def memory_bytes(self) -> int:
+    """What must be free on a device."""
+    parts = self.arguments_bytes, self.outputs_bytes, self.temporaries_bytes
+    return sum(parts) + self.code_bytes
+
+
+class CompilationError(RuntimeError):
+  """The compiler does not take the program; the message is its own."""
+
+
+class Compiler:
+  """Compiles and runs programs, each in a process of its own.
+
+  Args:
+    python: path of a Python with JAX and libtpu.
+
+  Raises:
+    UserError: it is not there.
+  """
+
+  def __init__(self, python: str):
+    if not os.access(python, os.X_OK):
+      raise UserError(
+        f"--compiler_python={python} is not there; ./launch/tpu_check.sh makes it."
+      )
+    self._python = python
+
+  def compile(self, hlo: bytes, topology: Topology) -> Compiled:
+    """Compiles for a TPU, or in place of GPUs for the CPU.
+
+    Args:
+      hlo: serialized.
+      topology: of as many replicas as the program is for.
+
+    Raises:
+      CompilationError: the compiler refuses it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+      answer = self._ask(
+        folder,
+        hlo,
+        action="compile",
+        topology=topology.tpu,
+        num_replicas=topology.num_replicas,
+      )
+    if "error" in answer:
+      raise CompilationError(answer["error"])
+    aliased = answer.pop("aliased_bytes")
+    answer["outputs_bytes"] -= aliased
+    answer["collectives"] = [Collective(**each) for each in answer["collectives"]]
+    return Compiled(**answer)
+
+  def run(
+    self,
+    hlo: bytes,
+    *,
+    num_replicas: int,
+    batch: Sequence[np.ndarray],
+    variables: Sequence[np.ndarray],
+  ) -> dict[int, np.ndarray]:
+    """Runs a program once on virtual CPU devices.
+
+    Args:
+      hlo: serialized.
+      num_replicas: R, for which it was lowered.
+      batch: of all replicas; each gets a part of the rows.
+      variables: alike on all replicas.
+
+    Returns:
+      New values of the variables that the program assigns, [R, ...] each, by their
+      place among `variables`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+      inputs = os.path.join(folder, "inputs.npz")
+      outputs = os.path.join(folder, "outputs.npz")
+      np.savez(inputs, *batch, *variables)
+      self._ask(
+        folder,
+        hlo,
+        action="run",
+        num_replicas=num_replicas,
+        num_batch_inputs=len(batch),
+        inputs=inputs,
+        outputs=outputs,
+      )
+      with np.load(outputs) as file:
+        return {int(name) - len(batch): file[name] for name in file.files}
+
+  def _ask(self, folder: str, hlo: bytes, **request: Any) -> dict[str, Any]:
+    paths = [pathlib.Path(folder, name) for name in ("hlo", "request", "answer")]
+    paths[0].write_bytes(hlo)
+    paths[1].write_text(json.dumps({**request, "hlo": str(paths[0])}))
+    done = subprocess.run(
+      [self._python, str(_SCRIPT), str(paths[1]), str(paths[2])],
+      stdin=subprocess.DEVNULL,
+      capture_output=True,
+      text=True,
+      check=False,
+    )
+    if done.returncode != 0:
+      last = done.stderr.strip().splitlines()[-_NUM_LINES_TOLD:]
+      raise RuntimeError(
+        f"{self._python} ended with {done.returncode}: " + "\n".join(last)
+      )
+    return json.loads(paths[2].read_text())

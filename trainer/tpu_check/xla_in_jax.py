@@ -1,0 +1,183 @@
+"""Compiles or runs a step that TensorFlow exported, with the XLA that comes with JAX.
+
+This file is run by a Python of its own, which has JAX and libtpu and neither TensorFlow
+nor this package: `python xla_in_jax.py REQUEST.json ANSWER.json`. It alone knows JAX's
+private names, whose versions `launch/tpu_check.txt` pins.
+
+A request names the program (`hlo`, a file), `num_replicas`, and what to do with it
+(`action`): "compile" it for the `topology`, or "run" it on virtual CPU devices with the
+`inputs` (an .npz), whose first `num_batch_inputs` are divided among the replicas.
+"""
+
+import json
+import os
+import re
+import sys
+import time
+
+_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
+_BYTES.update({"f64": 8, "s64": 8, "u64": 8, "c64": 8, "s32": 4, "u32": 4, "f32": 4})
+_COLLECTIVES = (
+  "all-gather",
+  "all-reduce",
+  "all-to-all",
+  "collective-permute",
+  "reduce-scatter",
+)
+_COLLECTIVE = re.compile(rf"= (\S.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
+_ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+def main(request_file, answer_file):
+  """Does what is asked, and writes the answer."""
+  with open(request_file, encoding="utf-8") as file:
+    request = json.load(file)
+  _set_environment(request["num_replicas"])
+  answer = {"compile": _compile, "run": _run}[request["action"]](request)
+  with open(answer_file, "w", encoding="utf-8") as file:
+    json.dump(answer, file)
+
+
+def _set_environment(num_replicas):
+  """Before JAX is loaded: no TPU is looked for, and the CPU is as many devices."""
+  os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_WORKER_HOSTNAMES="localhost",
+    XLA_FLAGS=f"--xla_force_host_platform_device_count={num_replicas}",
+  )
+
+
+def _compile(request):
+  devices = _devices(request["topology"], request["num_replicas"])
+  start = time.perf_counter()
+  try:
+    executable = _compiled(request["hlo"], devices)
+  except Exception as error:
+    # XLA's errors have no class of their own, and a wrong use of JAX has another.
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+      raise
+    return {"error": str(error), "compile_s": time.perf_counter() - start}
+  compile_s = time.perf_counter() - start
+  stats = executable.get_compiled_memory_stats()
+  costs = executable.cost_analysis()
+  costs = costs[0] if isinstance(costs, list) else costs
+  text = "\n".join(module.to_string() for module in executable.hlo_modules())
+  return {
+    "compile_s": compile_s,
+    "arguments_bytes": stats.argument_size_in_bytes,
+    "outputs_bytes": stats.output_size_in_bytes,
+    "aliased_bytes": stats.alias_size_in_bytes,
+    "temporaries_bytes": stats.temp_size_in_bytes,
+    "code_bytes": stats.generated_code_size_in_bytes,
+    "flops": costs.get("flops", 0.0),
+    "bytes_accessed": costs.get("bytes accessed", 0.0),
+    "collectives": _collectives(text),
+  }
+
+
+def _devices(topology, num_replicas):
+  """The devices of a TPU that isn't there, or virtual ones of the CPU."""
+  import jax
+  from jax.experimental import topologies
+
+  if topology is None:
+    return jax.devices("cpu")[:num_replicas]
+  description = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  if len(description.devices) != num_replicas:
+    raise ValueError(f"{topology} has {len(description.devices)} devices.")
+  return description.devices
+
+
+def _compiled(hlo_file, devices):
+  import numpy as np
+  from jax._src import compiler
+  from jax._src.lib import _jax
+
+  options = compiler.get_compile_options(
+    num_replicas=len(devices),
+    num_partitions=1,
+    device_assignment=np.array([device.id for device in devices]).reshape(-1, 1),
+  )
+  options.executable_build_options.use_spmd_partitioning = False
+  client = devices[0].client
+  is_real = client.platform == "cpu"
+  do_compile = client.compile_and_load if is_real else client.compile
+  return do_compile(
+    _module(hlo_file),
+    executable_devices=_jax.DeviceList(tuple(devices)),
+    compile_options=options,
+  )
+
+
+def _module(hlo_file):
+  """The program as StableHLO, without the copies that TensorFlow adds."""
+  from jax._src.interpreters import mlir
+  from jax._src.lib import _jax
+  from jax.extend.mlir import ir
+
+  with open(hlo_file, "rb") as file:
+    stablehlo = _jax.mlir.hlo_to_stablehlo(file.read())
+  with mlir.make_ir_context():
+    module = ir.Module.parse(stablehlo)
+    copies = []
+
+    def find(operation):
+      if operation.name == "mhlo.copy":
+        copies.append(operation)
+      return ir.WalkResult.ADVANCE
+
+    module.operation.walk(find)
+    for copy in copies:  # An identity, which libtpu refuses.
+      copy.results[0].replace_all_uses_with(copy.operands[0])
+      copy.erase()
+  return module
+
+
+def _collectives(text):
+  """Bytes that each collective of a compiled program brings to a replica."""
+  return [
+    {"name": name, "bytes": sum(_num_bytes(*array) for array in _ARRAY.findall(shape))}
+    for shape, name in _COLLECTIVE.findall(text)
+  ]
+
+
+def _num_bytes(dtype, dimensions):
+  size = _BYTES.get(dtype, 0)
+  for dimension in filter(None, dimensions.split(",")):
+    size *= int(dimension)
+  return size
+
+
+def _run(request):
+  """Runs the program once; the new values of arguments are written, [R, ...] each."""
+  import jax
+  import numpy as np
+  from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+  devices = _devices(None, request["num_replicas"])
+  executable = _compiled(request["hlo"], devices)
+  mesh = Mesh(np.array(devices), ("replica",))
+  with np.load(request["inputs"]) as file:
+    values = [file[f"arr_{number}"] for number in range(len(file.files))]
+  jax.config.update("jax_enable_x64", True)
+  inputs = []
+  for number, value in enumerate(values):
+    is_divided = number < request["num_batch_inputs"]
+    spec = PartitionSpec("replica") if is_divided else PartitionSpec()
+    inputs.append(jax.device_put(value, NamedSharding(mesh, spec)))
+  results = executable.execute_sharded(inputs)
+  by_output = results.disassemble_into_single_device_arrays()
+  text = executable.hlo_modules()[0].to_string()
+  updated = {
+    argument: np.stack([np.asarray(each) for each in by_output[int(output)]])
+    for output, argument in _ALIAS.findall(text.splitlines()[0])
+  }
+  np.savez(request["outputs"], **updated)
+  return {"num_outputs": len(by_output)}
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
