@@ -66,32 +66,41 @@ class LabelJudgements:
   labels: ItemLabels
   groups: Optional[np.ndarray] = None
 
-  def relevant(self, query: int) -> np.ndarray:
-    """[R] int64, places in the gallery of the items that query q should find."""
-    sharing, is_excluded = self._sharing(int(self.queries[query]))
-    return sharing[~is_excluded]
+  def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a query should find, and what doesn't count.
 
-  def excluded(self, query: int) -> np.ndarray:
-    """Int64 places in the gallery of what doesn't count for query q."""
+    Returns:
+      [R] int64, places in the gallery of the items that are relevant; and int64 places
+      of those that don't count: the query itself, and excluded pairs.
+    """
     item = int(self.queries[query])
-    sharing, is_excluded = self._sharing(item)
-    place = self._places[item]
-    own = [place] if place >= 0 else []
-    return np.union1d(sharing[is_excluded], own).astype(np.int64)
-
-  def num_relevant(self) -> np.ndarray:
-    """[Q] int64, how many items are relevant to each query."""
-    return np.array([len(self.relevant(q)) for q in range(len(self.queries))], np.int64)
-
-  def _sharing(self, item: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of items that share a label with one, and which of them are excluded."""
-    holders = [self._holders.members(label) for label in self.labels.of(item)]
-    items = np.unique(np.concatenate([np.empty(0, np.int64), *holders]))
-    items = items[self._places[items] >= 0]
-    is_excluded = items == item
+    own = self._places[item]
+    sharing = self._sharing(item)
+    is_excluded = sharing == own
     if self.groups is not None:
-      is_excluded |= self.groups[items] == self.groups[item]
-    return self._places[items], is_excluded
+      is_excluded |= self.groups[self.gallery[sharing]] == self.groups[item]
+    excluded = sharing[is_excluded]
+    if own >= 0 and own not in excluded:
+      excluded = np.append(excluded, own)
+    return sharing[~is_excluded], excluded
+
+  def _sharing(self, item: int) -> np.ndarray:
+    """Places of the gallery's items that share a label with an item, ascending."""
+    places = [self._places_with(int(label)) for label in self.labels.of(item)]
+    if len(places) == 1:
+      return places[0]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *places]))
+
+  def _places_with(self, label: int) -> np.ndarray:
+    """Places of the gallery's items with a label, ascending; looked up once."""
+    if label not in self._known:
+      places = self._places[self._holders.members(label)]
+      self._known[label] = np.sort(places[places >= 0])
+    return self._known[label]
+
+  @functools.cached_property
+  def _known(self) -> dict[int, np.ndarray]:
+    return {}
 
   @functools.cached_property
   def _holders(self) -> MemberTable:

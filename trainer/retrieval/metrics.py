@@ -35,7 +35,7 @@ def found_fraction_at_k(ranks: np.ndarray, k: int) -> float:
     ranks: [R] int, ascending.
     k: how many neighbours count.
   """
-  return _num_within(ranks, k) / len(ranks)
+  return len(_within(ranks, k)) / len(ranks)
 
 
 def precision_at_k(ranks: np.ndarray, k: int) -> float:
@@ -47,7 +47,7 @@ def precision_at_k(ranks: np.ndarray, k: int) -> float:
     ranks: [R] int, ascending.
     k: how many neighbours count.
   """
-  return _num_within(ranks, k) / k
+  return len(_within(ranks, k)) / k
 
 
 def r_precision(ranks: np.ndarray) -> float:
@@ -75,7 +75,7 @@ def average_precision_at_k(ranks: np.ndarray, k: int) -> float:
     ranks: [R] int, ascending.
     k: how many neighbours count.
   """
-  within = ranks[: _num_within(ranks, k)]
+  within = _within(ranks, k)
   precisions = np.arange(1, len(within) + 1) / within
   return float(precisions.sum() / min(len(ranks), k))
 
@@ -110,11 +110,13 @@ def ndcg_at_k(ranks: np.ndarray, k: int) -> float:
   Source: Järvelin and Kekäläinen 2002, Cumulated gain-based evaluation.
   """
   best = np.arange(1, min(len(ranks), k) + 1)
-  return _discounted(ranks[: _num_within(ranks, k)]) / _discounted(best)
+  return _discounted(_within(ranks, k)) / _discounted(best)
 
 
-def _num_within(ranks: np.ndarray, k: int) -> int:
-  return int(np.searchsorted(ranks, k, side="right"))
+def _within(ranks: np.ndarray, k: int) -> np.ndarray:
+  """The ranks up to k, which are among the first k."""
+  first = ranks[:k]
+  return first[first <= k]
 
 
 def _discounted(ranks: np.ndarray) -> float:

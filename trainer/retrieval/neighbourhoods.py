@@ -29,7 +29,7 @@ def sampled_neighbours(
   rng = np.random.default_rng(seed)
   num_queries = min(_MAX_QUERIES, len(judged.queries))
   drawn = np.sort(rng.permutation(len(judged.queries))[:num_queries])
-  excluded = [judged.excluded(query) for query in drawn]
+  excluded = [judged.judge(query)[1] for query in drawn]
   most = max(len(each) for each in excluded)
   num_neighbours = min(_MAX_NEIGHBOURS, len(judged.gallery) - most)
   found = nearest(

@@ -104,25 +104,23 @@ def rank(
       to find.
   """
   check_finite(embeddings)
-  functions = _functions(ks)
-  num_relevant = judged.num_relevant()
-  if not num_relevant.any():
+  functions = _functions(ks).values()
+  queries, gallery = embeddings[judged.queries], embeddings[judged.gallery]
+  values, has_relevant = [], np.zeros(len(queries), bool)
+  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
+    if len(ranks):
+      has_relevant[query] = True
+      values.append([function(ranks) for function in functions])
+  if not values:
     raise UserError(
-      f"None of {len(judged.queries)} queries has anything to find; evaluation needs a "
-      "class with at least two items."
+      f"None of {len(queries)} queries has anything to find; evaluation needs a class "
+      "with at least two items."
     )
-  values = [
-    [function(ranks) for function in functions.values()]
-    for ranks in ranks_of_relevant(
-      embeddings[judged.queries], embeddings[judged.gallery], judged
-    )
-    if len(ranks)
-  ]
   return Rankings(
     metric_names(ks),
     np.array(values, np.float64),
-    judged.queries[num_relevant > 0],
-    judged.queries[num_relevant == 0],
+    judged.queries[has_relevant],
+    judged.queries[~has_relevant],
   )
 
 

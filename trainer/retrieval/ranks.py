@@ -19,16 +19,20 @@ import numpy as np
 _MAX_DISTANCES = 64_000_000
 # Up to so many relevant items, counting what is nearer than each beats sorting.
 _MAX_COUNTED = 64
+# Parts of what is held at once, for threads to take.
+_NUM_PARTS = 16
 
 
 class Judgements(Protocol):
   """Which gallery items are relevant to a query, and which don't count."""
 
-  def relevant(self, query: int) -> np.ndarray:
-    """[R] int64, distinct gallery items that query q should find."""
+  def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a query should find, and what doesn't count.
 
-  def excluded(self, query: int) -> np.ndarray:
-    """Int64 gallery items that are not in the query's gallery; none is relevant."""
+    Returns:
+      [R] int64, distinct gallery items that are relevant; and int64 gallery items that
+      are not in the query's gallery, none of them relevant.
+    """
 
 
 def ranks_of_relevant(
@@ -56,15 +60,22 @@ def ranks_of_relevant(
   half_norms = 0.5 * np.sum(gallery**2, axis=1)
   num_rows = max(1, min(len(queries), max_distances // len(gallery)))
 
-  def ranks(query: int, distances: np.ndarray) -> np.ndarray:
-    distances[judgements.excluded(query)] = np.inf
-    return _ranks(distances, judgements.relevant(query))
+  def of_some(first: int, rows: np.ndarray) -> list[np.ndarray]:
+    found = []
+    for query, distances in enumerate(rows, first):
+      relevant, excluded = judgements.judge(query)
+      distances[excluded] = np.inf
+      found.append(_ranks(distances, relevant))
+    return found
 
   with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     for start in range(0, len(queries), num_rows):
       rows = queries[start : start + num_rows]
       distances = half_norms - rows @ gallery.T
-      yield from threads.map(ranks, range(start, start + len(rows)), distances)
+      parts = np.array_split(distances, min(len(rows), _NUM_PARTS))
+      firsts = start + np.cumsum([0, *map(len, parts[:-1])])
+      for found in threads.map(of_some, firsts.tolist(), parts):
+        yield from found
 
 
 def _ranks(distances: np.ndarray, relevant: np.ndarray) -> np.ndarray:
