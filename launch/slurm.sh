@@ -82,10 +82,11 @@ rm -f "\$STATUS_FILE"
 # signals, and stays cancelled.
 is_told='' is_warned=''
 trap 'is_told=yes; ! scancel --signal=TERM "\$id" 2>/dev/null || is_warned=yes' TERM
-# A task that has not ended by three quarters of the warning's time is ended.
+# Slurm signals this shell and not what runs in it. A task that has not ended by three
+# quarters of the warning's time is ended.
 srun --label --kill-on-bad-exit=1 --distribution=block bash -c '
 end_late() { for _ in \$(seq $((warn_s * 3 / 4))); do sleep 1; kill -0 \$task || exit; done; kill -KILL \$task; }
-trap "end_late 2>/dev/null &" TERM
+trap "kill -TERM \$task 2>/dev/null; end_late 2>/dev/null &" TERM
 "\$@" & task=\$!
 until wait \$task; status=\$?; ! kill -0 \$task 2>/dev/null; do :; done
 set -o noclobber

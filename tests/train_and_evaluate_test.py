@@ -8,14 +8,10 @@ import json
 import os
 import pathlib
 import re
-import signal
 import subprocess
 import sys
-import time
 
-import numpy as np
 import pytest
-import tensorflow as tf
 
 from trainer.loop.logged_names import LOGGED
 
@@ -45,12 +41,6 @@ def _run(*arguments, **options):
 def _rows(model_dir):
   lines = (model_dir / "metrics.jsonl").read_text().splitlines()
   return {row["step"]: row for row in map(json.loads, lines)}
-
-
-def _weights(model_dir):
-  reader = tf.train.load_checkpoint(str(model_dir / "checkpoints"))
-  names = sorted(n for n in reader.get_variable_to_shape_map() if "encoder" in n)
-  return {name: reader.get_tensor(name) for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -107,36 +97,6 @@ def test_the_same_losses_are_logged_on_any_number_of_replicas(folder, num_replic
   # error and not on the other: the mean over the active ones jumps, and weights follow.
   for step in one:
     assert many[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-2)
-
-
-@pytest.mark.resume
-def test_a_killed_run_ends_as_one_that_was_not(folder):
-  whole, _ = _finished(folder, 2)
-  model_dir = folder / "killed"
-  environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
-  command = _command(folder, model_dir, "--num_virtual_replicas=2")
-  with subprocess.Popen(
-    command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-  ) as process:
-    deadline = time.monotonic() + 120
-    # TensorFlow's list of checkpoints is written last; until then there is none.
-    listed = model_dir / "checkpoints" / "checkpoint"
-    while not (listed.exists() and "ckpt-" in listed.read_text()):
-      assert process.poll() is None
-      assert time.monotonic() < deadline
-      time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-  again = _run(folder, model_dir, "--num_virtual_replicas=2")
-  assert again.returncode == 0, again.stderr
-  assert "Restored" in again.stderr
-  expected, got = _weights(whole), _weights(model_dir)
-  assert expected.keys() == got.keys()
-  for name in expected:
-    np.testing.assert_array_equal(got[name], expected[name])
-  before, after = _rows(whole), _rows(model_dir)
-  assert [before[s]["train/loss"] for s in before] == [
-    after[s]["train/loss"] for s in after
-  ]
 
 
 def test_evaluate_measures_the_newest_checkpoint(folder):

@@ -41,3 +41,15 @@ class NotFiniteError(RuntimeError):
   """The loss is not finite, and no update was made with it."""
 
   exit_status = 5
+
+
+def reason_of(error: Exception) -> str:
+  """Why a file can't be written, in few words, whoever says so.
+
+  Args:
+    error: `OSError`, or TensorFlow's, which tells the operation and the path before.
+  """
+  if isinstance(error, OSError) and error.strerror:
+    return error.strerror
+  line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  return line.rsplit("; ", 1)[-1].split(" [Op:", 1)[0]

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from trainer import errors
+from trainer import errors, preemption
 from trainer.data import tensorflow_io
-from trainer.loop import preemption
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,14 @@ import gin
 import tensorflow as tf
 from absl import logging
 
-from trainer import __version__
+from trainer import __version__, preemption
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.loop import actions, log_file, micro_batches, preemption, words
+from trainer.loop import actions, log_file, micro_batches, words
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.diagnosis import Diagnosis
 from trainer.loop.inner import InnerLoop

@@ -170,7 +170,7 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   subprocess.run(ingest, cwd=ROOT, check=True, capture_output=True)
   done = _submit(
     {**cluster, "TRAINER_PYTHON": sys.executable},
-    *("--tasks_per_node=2", "--warn_s=2", DIGITS, f"--model_dir={run}"),
+    *("--tasks_per_node=2", "--warn_s=60", DIGITS, f"--model_dir={run}"),
     *(*params, "--mode=train"),
   )
   assert done.returncode == 0, done.stderr

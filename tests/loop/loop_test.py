@@ -13,9 +13,9 @@ from trainer.errors import PreemptedError, UserError
 from trainer.loop.inner import Done
 from trainer.loop.loop import Loop, Safety
 from trainer.loop.loop_options import LoopOptions
-from trainer.loop.preemption import Preemption
 from trainer.loop.watchdog import Watchdog
 from trainer.losses.terms import Ratio
+from trainer.preemption import Preemption
 from trainer.run import Hardware
 
 

@@ -10,6 +10,7 @@ from typing import Optional
 import tensorflow as tf
 from absl import logging
 
+from trainer import preemption
 from trainer.distribute.cluster import find_cluster
 from trainer.distribute.rendezvous import meet
 from trainer.errors import UserError
@@ -115,6 +116,7 @@ def _multi_worker(
       rpc_layer="grpc",
     )
   )
+  preemption.current().hear_again()
   # All workers have equally many batches, of static shapes: no need to ask each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(

@@ -13,6 +13,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.config import saved
+from trainer.errors import reason_of
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.metrics_file import MetricsFile
 from trainer.losses.collapse import ADVICE, describe_collapse
@@ -115,7 +116,8 @@ class WriteEvents:
           tf.summary.scalar(name, value)
       self._writer.flush()
     except tf.errors.OpError as error:  # A full disk: curves are no reason to stop.
-      logging.warning("Events of step %d can't be written: %s.", report.step, error)
+      reason = reason_of(error)
+      logging.warning("Events of step %d can't be written: %s.", report.step, reason)
 
 
 class SaveOperativeConfig:

@@ -8,7 +8,7 @@ from typing import Optional
 import tensorflow as tf
 from absl import logging
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 from trainer.loop import checkpoint_files as files
 from trainer.loop import snapshot
 from trainer.loop.averages import AveragedWeights
@@ -177,7 +177,9 @@ class Checkpoints:
       self.saved_step, self.failure = step, None
       files.prune(self._folder, self._num_kept)
     except (OSError, tf.errors.OpError) as error:
-      self.failure = f"the checkpoint of step {step} can't be written: {_reason(error)}"
+      self.failure = (
+        f"the checkpoint of step {step} can't be written: {reason_of(error)}"
+      )
       self._asked_step = None
       files.drop_aside(self._folder)
       logging.warning("%s; %s.", self.failure, self.newest)
@@ -188,10 +190,6 @@ class Checkpoints:
     if self.saved_step is None:
       return "no checkpoint was saved"
     return f"the newest checkpoint is of step {self.saved_step}"
-
-
-def _reason(error: Exception) -> str:
-  return getattr(error, "strerror", None) or _first_line(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -22,9 +22,9 @@ from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.inner import InnerLoop
 from trainer.loop.loop_options import LoopOptions
 from trainer.loop.not_finite import NotFinitePolicy
-from trainer.loop.preemption import Preemption
 from trainer.loop.watchdog import Watchdog
 from trainer.losses.statistics import summarize
+from trainer.preemption import Preemption
 
 
 class Safety(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.preemption import Preemption
+from trainer.preemption import Preemption
 
 
 class Said(NamedTuple):

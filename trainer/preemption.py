@@ -38,6 +38,7 @@ class Preemption:
     self._told: Optional[signal.Signals] = None
     self._newest_fn: Callable[[], str] = lambda: "no checkpoint was saved"
     self._is_timed = False
+    self._is_hearing = False
     self._ended = threading.Event()
 
   @property
@@ -63,6 +64,7 @@ class Preemption:
     Raises:
       PreemptedError: a signal came before, or too late for the block to look.
     """
+    self.hear_again()
     self._is_saving, self._newest_fn = True, newest_fn
     try:
       if self.is_told:
@@ -89,11 +91,12 @@ class Preemption:
     old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=self._listen, args=(reader,), daemon=True)
     thread.start()
-    for number in _SIGNALS:
-      signal.signal(number, self._handle)
+    self._is_hearing = True
+    self.hear_again()
     try:
       yield
     finally:
+      self._is_hearing = False
       for number, handler in before.items():
         signal.signal(number, handler)
       signal.set_wakeup_fd(old_wakeup)
@@ -101,6 +104,15 @@ class Preemption:
       writer.close()
       thread.join()
       reader.close()
+
+  def hear_again(self) -> None:
+    """To be called when workers are connected: TensorFlow then takes SIGTERM itself.
+
+    Its handler notes the signal, and keeps it from Python.
+    """
+    if self._is_hearing:
+      for number in _SIGNALS:
+        signal.signal(number, self._handle)
 
   def _handle(self, number, frame) -> None:
     del frame

@@ -1,0 +1,87 @@
+"""A record whose pixels are no numbers."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+
+from tests.faults import runs as runs_lib
+from tests.faults.runs import NUM_STEPS, Runs
+from tests.faults.stops import harmful
+from tests.faults.table import Outcome, row
+from trainer.data import examples
+from trainer.data.records import RecordIndex
+from trainer.data.schedule import PKSchedule
+
+_BAD_STEP = 13
+
+
+def _key_drawn(runs: Runs) -> str:
+  """The key of a record of the batch of a step, and of none before it."""
+  index = RecordIndex.open(str(runs.folder / "digits"))
+  names = [str(name) for name in index.class_names]
+  classes = np.array(
+    [i for i, name in enumerate(names) if name not in "6789"], np.int32
+  )
+  schedule = PKSchedule(
+    index, classes_per_batch=4, samples_per_class=4, seed=1, classes=classes
+  )
+  number = int(schedule.batch(_BAD_STEP)[0, 0])
+  assert all(number not in schedule.batch(step) for step in range(_BAD_STEP))
+  [record] = index.read([number])
+  return examples.values(record, "record")["key"][0].decode()
+
+
+def _poisoned(runs: Runs, name, policy, *params):
+  running = runs.start(
+    name,
+    *harmful(not_finite_key=_key_drawn(runs)),
+    f"LoopOptions.when_not_finite = '{policy}'",
+    *params,
+  )
+  status, seconds = running.wait()
+  return running, runs.folder / name, status, seconds
+
+
+@row
+def not_finite_where_it_stops(runs: Runs) -> Outcome:
+  """A record of NaN; when_not_finite = 'stop'."""
+  running, model_dir, status, seconds = _poisoned(runs, "nan-stop", "stop")
+  [path] = model_dir.glob("not_finite-*.json")
+  told = json.loads(path.read_text())
+  line = running.last_line()
+  is_named = f"error: step {_BAD_STEP}: the inputs of rows" in line
+  is_named &= _key_drawn(runs) in told["keys"]
+  is_finite = runs_lib.all_finite(model_dir)
+  seen = f"{status}, step and record named: {is_named}, saved is finite: {is_finite}"
+  lost = told["step"] - runs_lib.newest_step(model_dir)
+  return Outcome(
+    "5, step and record named: True, saved is finite: True", seen, seconds, lost
+  )
+
+
+def _passed_over(runs: Runs, policy) -> Outcome:
+  name = f"nan-{policy}"
+  _, model_dir, status, seconds = _poisoned(
+    runs, name, policy, "LoopOptions.max_not_finite = 100"
+  )
+  rows = runs_lib.rows(model_dir)
+  steps = [row["step"] for row in rows] == list(range(2, NUM_STEPS + 1, 2))
+  count = rows[-1]["train/not_finite_steps"]
+  is_finite = runs_lib.all_finite(model_dir)
+  seen = f"{status}, counted: {count > 0}, all steps: {steps}, finite: {is_finite}"
+  expected = "0, counted: True, all steps: True, finite: True"
+  return Outcome(expected, seen, seconds, int(count))
+
+
+@row
+def not_finite_that_is_skipped(runs: Runs) -> Outcome:
+  """A record of NaN; when_not_finite = 'skip'."""
+  return _passed_over(runs, "skip")
+
+
+@row
+def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
+  """A record of NaN; when_not_finite = 'go_back'."""
+  return _passed_over(runs, "go_back")

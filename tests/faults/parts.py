@@ -1,0 +1,43 @@
+"""Parts that do harm on purpose; gin files import them with --allow_gin_import."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import gin
+import tensorflow as tf
+
+
+@gin.register
+class HarmfulDecoder:
+  """Decodes as another does, but for one record, and hangs while a file is there.
+
+  Args:
+    decoder: the other.
+    not_finite_key: key of the record whose pixels become NaN; "" for none.
+    hang_file: path of the file; "" for none.
+  """
+
+  def __init__(self, *, decoder, not_finite_key: str = "", hang_file: str = ""):
+    self.shape = decoder.shape
+    self._decoder = decoder
+    self._key = not_finite_key
+    self._hang_file = hang_file
+
+  def __call__(self, records):
+    images = self._decoder(records)
+    if self._hang_file:
+      images = tf.numpy_function(self._wait, [images], tf.float32)
+      images = tf.ensure_shape(images, [records.shape[0], *self.shape])
+    if self._key:
+      feature = {"key": tf.io.FixedLenFeature([], tf.string)}
+      keys = tf.io.parse_example(records, feature)["key"]
+      bad = tf.reshape(tf.equal(keys, self._key), [-1, 1, 1, 1])
+      images = tf.where(bad, float("nan"), images)
+    return images
+
+  def _wait(self, images):
+    while os.path.exists(self._hang_file):
+      time.sleep(0.05)
+    return images

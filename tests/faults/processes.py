@@ -1,0 +1,152 @@
+"""Processes that run the task, started at no cost and ended by real signals.
+
+A fork server imports TensorFlow once, and uses no device; each run is a fork of it.
+Where the start or the end of a process itself matters, a run is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from tests.distribute.rendezvous_test import free_addresses
+
+ROOT = pathlib.Path(__file__).parents[2]
+_TIMEOUT_S = 240.0
+
+
+def _context():
+  os.environ["PYTHONPATH"] = str(ROOT)
+  context = multiprocessing.get_context("forkserver")
+  context.set_forkserver_preload(["tests.faults.warm"])
+  return context
+
+
+def _task(arguments, environment, output):
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
+  signal.set_wakeup_fd(-1)
+  descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  os.dup2(descriptor, 1)
+  os.dup2(descriptor, 2)
+  sys.stdout = os.fdopen(1, "w", buffering=1)
+  sys.stderr = os.fdopen(2, "w", buffering=1)
+  os.environ.update(environment)
+  from trainer import task
+
+  status = task.main(["trainer.task", *arguments])
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
+
+
+class Running:
+  """A run of the task that has begun.
+
+  Args:
+    arguments: of the command line.
+    output: file that gets what it prints.
+    environment: variables that are set for it.
+    is_fork: false for a process of its own, from its import to its end.
+  """
+
+  def __init__(self, arguments, output, environment=None, *, is_fork=True):
+    environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
+    self.output = pathlib.Path(output)
+    self.output.write_text("")
+    self.start_s = time.monotonic()
+    self._told_s = self.start_s
+    if is_fork:
+      process = _context().Process(
+        target=_task, args=(arguments, environment, str(output)), daemon=True
+      )
+      process.start()
+      self._process = process
+    else:
+      with open(output, "ab") as file:
+        self._process = subprocess.Popen(
+          [sys.executable, "-m", "trainer.task", *arguments],
+          env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+          cwd=ROOT,
+          stdin=subprocess.DEVNULL,
+          stdout=file,
+          stderr=file,
+        )
+
+  @property
+  def pid(self):
+    return self._process.pid
+
+  @property
+  def status(self):
+    """Exit status; None while it runs, −N where signal N ended it."""
+    if isinstance(self._process, subprocess.Popen):
+      return self._process.poll()
+    return self._process.exitcode
+
+  def tell(self, number):
+    """Sends a signal, from which the time to the end is taken."""
+    self._told_s = time.monotonic()
+    if self.status is None:
+      os.kill(self.pid, number)
+
+  def wait(self, timeout_s=_TIMEOUT_S):
+    """Waits for the end: exit status and seconds since the last signal."""
+    deadline_s = time.monotonic() + timeout_s
+    while self.status is None:
+      if time.monotonic() > deadline_s:
+        self.end()
+        raise TimeoutError(f"{self.output.read_text()[-2000:]}")
+      time.sleep(0.005)
+    return self.status, time.monotonic() - self._told_s
+
+  def wait_until(self, condition_fn, timeout_s=_TIMEOUT_S):
+    """Waits until something is so; an end before it is an error."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition_fn():
+      if self.status is not None or time.monotonic() > deadline_s:
+        status = self.status
+        self.end()
+        raise AssertionError(f"ended with {status}: {self.output.read_text()[-2000:]}")
+      time.sleep(0.002)
+
+  def said(self, words):
+    """Whether it has printed the words."""
+    return words in self.output.read_text(errors="replace")
+
+  def last_line(self):
+    """The last line that it printed of its own."""
+    lines = self.output.read_text(errors="replace").splitlines()
+    return next((x for x in reversed(lines) if x.startswith("error:")), "")
+
+  def end(self):
+    """Ends it for good, stopped or not."""
+    if self.status is None:
+      os.kill(self.pid, signal.SIGKILL)
+      while self.status is None:
+        time.sleep(0.01)
+
+
+def workers(num_workers, start_fn):
+  """Starts workers of one cluster on loopback.
+
+  Args:
+    num_workers: how many are named.
+    start_fn: starts one, given its number and the environment that it needs.
+  """
+  addresses = free_addresses(num_workers)
+  return [
+    start_fn(i, {"TF_CONFIG": tf_config(addresses, i)}) for i in range(num_workers)
+  ]
+
+
+def tf_config(addresses, index):
+  """The TF_CONFIG of a worker."""
+  task = {"type": "worker", "index": index}
+  return json.dumps({"cluster": {"worker": list(addresses)}, "task": task})

@@ -1,0 +1,159 @@
+"""Short runs of digits that take faults, and what they leave."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+import tensorflow as tf
+
+from tests.faults import processes
+from tests.faults.processes import ROOT, Running
+
+NUM_STEPS = 40
+_DIGITS = ROOT / "configs" / "runs" / "digits.gin"
+# Small, and with every state that must come back: moments, moving averages of batch
+# normalisation, averaged weights. Mining statistics take long to compile.
+_SMALL = (
+  f"NUM_STEPS = {NUM_STEPS}",
+  "LoopOptions.steps_per_loop = 2",
+  "LoopOptions.checkpoint_every_steps = 4",
+  "TrainStep.mining_statistics = None",
+  "ConvNet.filters = (4,)",
+  "ConvNet.normalization = 'batch'",
+  "StepOptions.averaging_decay = 0.9",
+  "PKSchedule.samples_per_class = 4",
+)
+# A smooth loss, because a rounding error can tip a triplet over the margin, and SGD,
+# because Adam divides gradients that are rounding errors by their own size. Batch
+# normalisation is of the replica's batch: another computation on another number.
+_SMOOTH = {
+  "batch_all.gin": "supervised_contrastive.gin",
+  "adam.gin": "sgd.gin",
+  "'../": f"'{ROOT}/configs/",
+}
+_TIMED = ("time", "train/images_per_second", "train/seconds_per_step")
+
+
+class Runs:
+  """Starts runs below a folder, on records that are ingested once.
+
+  Args:
+    folder: an empty one.
+  """
+
+  def __init__(self, folder):
+    self.folder = pathlib.Path(folder)
+    self._gin_file, self._params = _DIGITS, _SMALL
+    self._finished = {}
+    done = self.start("ingest", mode="ingest")
+    assert done.wait()[0] == 0, done.output.read_text()
+
+  def smooth(self):
+    """Starts runs that have the same result on any number of replicas, to rounding."""
+    content = _DIGITS.read_text(encoding="utf-8")
+    for old, new in _SMOOTH.items():
+      assert old in content
+      content = content.replace(old, new)
+    others = copy.copy(self)
+    others._gin_file = self.folder / "smooth.gin"
+    others._gin_file.write_text(content)
+    others._params = (*_SMALL, "ConvNet.normalization = 'none'", "NUM_STEPS = 80")
+    others._finished = {}
+    return others
+
+  def start(
+    self, name, *params, mode="train", flags=(), environment=None, is_fork=True
+  ) -> Running:
+    """Starts, or goes on with, the run of that name."""
+    params = [*self._params, f"DATA_DIR = '{self.folder / 'digits'}'", *params]
+    arguments = [
+      *(f"--mode={mode}", f"--gin_file={self._gin_file}"),
+      f"--model_dir={self.folder / name}",
+      "--allow_gin_import=tests.faults.parts",
+      *(f"--gin_param={param}" for param in params),
+      *flags,
+    ]
+    descriptor, output = tempfile.mkstemp(".txt", "output-", self.folder)
+    os.close(descriptor)
+    return Running(arguments, output, environment, is_fork=is_fork)
+
+  def start_workers(self, name, *params, num_workers=2, flags=(), is_fork=True):
+    """Starts the workers of a run."""
+    return processes.workers(
+      num_workers,
+      lambda index, environment: self.start(
+        name, *params, flags=flags, environment=environment, is_fork=is_fork
+      ),
+    )
+
+  def finished(self, num_replicas=1):
+    """The folder of a run that nothing happened to; one for all that ask."""
+    if num_replicas not in self._finished:
+      name = f"whole-{num_replicas}-{self._gin_file.stem}"
+      flag = f"--num_virtual_replicas={num_replicas}"
+      running = self.start(name, flags=(flag,))
+      assert running.wait()[0] == 0, running.output.read_text()
+      self._finished[num_replicas] = self.folder / name
+    return self._finished[num_replicas]
+
+
+def newest_step(model_dir) -> int:
+  """Step of the newest checkpoint that has a manifest; 0 where there is none."""
+  manifests = pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json")
+  return max((int(path.stem[len("ckpt-") :]) for path in manifests), default=0)
+
+
+def rows(model_dir) -> list[dict]:
+  """The rows of metrics.jsonl, without what a clock gave."""
+  lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
+  found = [json.loads(line) for line in lines]
+  return [{k: v for k, v in row.items() if k not in _TIMED} for row in found]
+
+
+def values(model_dir, step=None) -> dict[str, np.ndarray]:
+  """All that the newest checkpoint has, by name."""
+  step = newest_step(model_dir) if step is None else step
+  reader = tf.train.load_checkpoint(f"{model_dir}/checkpoints/ckpt-{step}")
+  names = reader.get_variable_to_shape_map()
+  return {n: reader.get_tensor(n) for n in names if "OBJECT_GRAPH" not in n}
+
+
+def differences(model_dir, whole) -> list[str]:
+  """In what a run differs from one that nothing happened to, bit for bit."""
+  got, expected = values(model_dir), values(whole)
+  if got.keys() != expected.keys():
+    return ["names"]
+  found = [n for n, value in expected.items() if got[n].tobytes() != value.tobytes()]
+  if newest_step(model_dir) != newest_step(whole):
+    found.append("step")
+  if rows(model_dir) != rows(whole):
+    found.append("metrics.jsonl")
+  return found
+
+
+def largest_error(model_dir, whole) -> float:
+  """Largest difference of a weight, relative to the largest number of its tensor.
+
+  Of the encoder's weights and their averages; an optimizer's moments are left out.
+  """
+  got, expected = values(model_dir), values(whole)
+  assert got.keys() == expected.keys()
+  errors = [
+    np.abs(got[name] - value).max() / max(np.abs(value).max(), 1e-30)
+    for name, value in expected.items()
+    if name.startswith(("encoder", "averages")) and value.dtype.kind == "f"
+  ]
+  return float(max(errors))
+
+
+def all_finite(model_dir) -> bool:
+  """Whether every number of every checkpoint is finite."""
+  manifests = list(pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json"))
+  kept = [int(path.stem[len("ckpt-") :]) for path in manifests]
+  numbers = [v for step in kept for v in values(model_dir, step).values()]
+  return bool(kept) and all(np.isfinite(v).all() for v in numbers)

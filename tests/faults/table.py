@@ -1,0 +1,62 @@
+"""The fault table: what is done to a run, what must come of it, and what did.
+
+A row is a function of `Runs` that gives an `Outcome`; its name and its docstring are
+the table's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Callable, NamedTuple, Optional
+
+from tests.faults.runs import Runs
+
+
+class Outcome(NamedTuple):
+  """What came of a fault.
+
+  Attributes:
+    expected: in words.
+    seen: in words; equal where the promise is kept.
+    seconds: from the fault to the end of what it hit.
+    lost_steps: steps that were done and had to be done again; None where none can be.
+  """
+
+  expected: str
+  seen: str
+  seconds: float
+  lost_steps: Optional[int] = None
+
+
+RowFn = Callable[[Runs], Outcome]
+ROWS: dict[str, RowFn] = {}
+
+
+def row(row_fn: RowFn) -> RowFn:
+  """Puts a function into the table."""
+  ROWS[row_fn.__name__] = row_fn
+  return row_fn
+
+
+def fault_and_place(row_fn: RowFn) -> tuple[str, str]:
+  """The two columns that a row's docstring has: "fault; where"."""
+  fault, place = (inspect.getdoc(row_fn) or "").rstrip(".").split("; ", 1)
+  return fault, place
+
+
+def line(columns) -> str:
+  """A row as text."""
+  widths = (30, 34, 52, 52, 9, 5)
+  return " | ".join(f"{text!s:<{width}}" for text, width in zip(columns, widths))
+
+
+def header() -> str:
+  """The table's first line."""
+  return line(("fault", "where", "expected", "seen", "seconds", "lost"))
+
+
+def as_text(name: str, outcome: Outcome) -> str:
+  """A row of the table as text."""
+  lost = "-" if outcome.lost_steps is None else outcome.lost_steps
+  columns = (*fault_and_place(ROWS[name]), outcome.expected, outcome.seen)
+  return line((*columns, f"{outcome.seconds:.2f}", lost))
