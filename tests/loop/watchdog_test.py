@@ -52,3 +52,11 @@ def test_a_run_whose_steps_move_is_not_ended():
   with watchdog.watching(), watchdog.stepping(lambda: next(moves)):
     time.sleep(1.0)
   assert next(moves) > 3
+
+
+def test_what_is_done_between_steps_has_as_much_time_as_a_start():
+  watchdog = _watchdog(start_deadline_s=900.0, step_deadline_s=7.0)
+  watchdog.learn(1.0)
+  with watchdog.acting():
+    assert watchdog.deadline_s == 900.0
+  assert watchdog.deadline_s == 7.0

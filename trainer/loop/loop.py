@@ -117,12 +117,13 @@ class Loop:
       "train/seconds_per_step": seconds_per_step,
       **self._safety.not_finite.metrics(),
     }
-    for action in self._actions:
-      if action(Report(end, self._options.num_steps, metrics)):
-        self._is_over = True
-        self._safety.checkpoints.save(end)
-      heartbeat.beat()
-    self._heed(said, end)
+    with self._safety.watchdog.acting():
+      for action in self._actions:
+        if action(Report(end, self._options.num_steps, metrics)):
+          self._is_over = True
+          self._safety.checkpoints.save(end)
+        heartbeat.beat()
+      self._heed(said, end)
     return end
 
   def _run_steps(self, step: int, end: int) -> tuple[Mapping[str, Any], words.Said]:

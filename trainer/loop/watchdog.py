@@ -43,6 +43,7 @@ class Watchdog:
     self._pulse_fn: Callable[[], int] = lambda: 0
     self._pulse = 0
     self._num_calls = 0
+    self._is_acting = False
     self._seconds_per_step: collections.deque[float] = collections.deque(
       maxlen=_NUM_MEASURED
     )
@@ -51,7 +52,7 @@ class Watchdog:
   @property
   def deadline_s(self) -> float:
     """How long the run may stand still now, seconds."""
-    if self._num_calls == 0:
+    if self._num_calls == 0 or self._is_acting:
       return max(self._start_s, self._step_s or 0.0)
     if self._step_s is not None:
       return self._step_s
@@ -77,6 +78,20 @@ class Watchdog:
       self._pulse_fn = lambda: 0
       self._num_calls = 0
       self._seconds_per_step.clear()
+
+  @contextlib.contextmanager
+  def acting(self) -> Iterator[None]:
+    """A block between steps, such as an evaluation, which may take as long as a start.
+
+    Yields:
+      Nothing.
+    """
+    self._is_acting = True
+    try:
+      yield
+    finally:
+      heartbeat.beat()
+      self._is_acting = False
 
   def learn(self, seconds_per_step: float) -> None:
     """Takes in how long steps take.

@@ -1,0 +1,123 @@
+"""Nothing is unpickled, whatever lies where a file is read."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+import trainer
+from trainer.data import writer
+from trainer.data.records import RecordIndex
+from trainer.data.sources import Item, encode_png
+from trainer.errors import UserError
+from trainer.retrieval.embedding_folder import EmbeddingFolder, EmbeddingWriter
+
+_PACKAGE = pathlib.Path(trainer.__file__).parent
+_UNPICKLERS = {
+  "pickle",
+  "cPickle",
+  "dill",
+  "joblib",
+  "marshal",
+  "shelve",
+  "torch",
+  "yaml",
+}
+
+
+class _Bomb:
+  """Makes a folder where it is unpickled."""
+
+  def __init__(self, path):
+    self._path = str(path)
+
+  def __reduce__(self):
+    return os.mkdir, (self._path,)
+
+
+@pytest.fixture
+def plant(tmp_path):
+  """Puts an array that explodes in the place of a file; tells where it would."""
+  crater = tmp_path / "crater"
+
+  def call(path):
+    np.save(path, np.array([_Bomb(crater)], object), allow_pickle=True)
+    return crater
+
+  return call
+
+
+def test_a_planted_array_explodes_where_it_is_unpickled(plant, tmp_path):
+  crater = plant(tmp_path / "array.npy")
+  assert not crater.exists()
+  np.load(tmp_path / "array.npy", allow_pickle=True)
+  assert crater.exists()
+
+
+def _index(tmp_path):
+  image = encode_png(np.zeros((4, 4), np.uint8))
+  items = [Item(str(number), str(number % 2), image) for number in range(6)]
+  folder = str(tmp_path / "data")
+  writer.write_records(items, folder, records_per_shard=10, fingerprint={})
+  return tmp_path / "data"
+
+
+def test_an_index_is_not_unpickled(plant, tmp_path):
+  folder = _index(tmp_path)
+  arrays = sorted(folder.rglob("*.npy"))
+  assert len(arrays) > 4
+  for path in arrays:
+    good = path.read_bytes()
+    crater = plant(path)
+    with pytest.raises(UserError, match="damaged"):
+      RecordIndex.open(str(folder)).describe(0)
+    assert not crater.exists()
+    path.write_bytes(good)
+  assert RecordIndex.open(str(folder)).num_records == 6
+
+
+def test_embeddings_are_not_unpickled(plant, tmp_path):
+  folder = tmp_path / "embeddings"
+  embeddings = EmbeddingWriter(str(folder), shape=(3, 2), dtype="float32", source={})
+  embeddings.append(np.zeros([3, 2], np.float32))
+  embeddings.finish(np.zeros(3, np.int32), ["a", "b", "c"], ["x"])
+  arrays = sorted(folder.glob("*.npy"))
+  assert len(arrays) > 4
+  for path in arrays:
+    good = path.read_bytes()
+    crater = plant(path)
+    with pytest.raises(ValueError):
+      EmbeddingFolder(str(folder)).position("a")
+    assert not crater.exists()
+    path.write_bytes(good)
+  assert EmbeddingFolder(str(folder)).position("a") == 0
+
+
+def _calls(tree):
+  return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def _imported(tree):
+  for node in ast.walk(tree):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      yield node.module.split(".")[0]
+
+
+def test_the_package_has_nothing_that_unpickles_or_evaluates():
+  paths = sorted(_PACKAGE.rglob("*.py"))
+  assert len(paths) > 100
+  for path in paths:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    assert not _UNPICKLERS & set(_imported(tree)), path
+    for call in _calls(tree):
+      name = ast.unparse(call.func)
+      options = {each.arg: ast.unparse(each.value) for each in call.keywords}
+      assert name not in ("eval", "exec"), path
+      assert name != "np.load" or options.get("allow_pickle") == "False", path
+      assert options.get("allow_pickle", "False") == "False", path
