@@ -34,16 +34,18 @@ trap 'pass TERM' TERM HUP
 trap 'pass INT' INT
 
 run_once() {
-  local status
+  local status=0 found told=-1
   # A command in the background ignores SIGINT, unless it is given a group of its own.
   set -m
   "$@" </dev/null &
   child=$!
   set +m
-  while true; do
-    status=0
-    wait "$child" || status=$?
-    kill -0 "$child" 2>/dev/null || break
+  # A signal ends a wait with a status that is not the child's: only another one tells,
+  # and that there is no such child where the first was its own after all.
+  while ((told != times_told)); do
+    told=$times_told found=0
+    wait "$child" || found=$?
+    ((found == 127)) || status=$found
   done
   child=
   return "$status"

@@ -21,8 +21,8 @@ from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 40, "Size of a checkpoint.")
-_BATCH = flags.DEFINE_integer("batch", 256, "Examples a step.")
-_NUM_STEPS, _NUM_ROUNDS, _NUM_INPUTS = 100, 7, 256
+_BATCH = flags.DEFINE_integer("batch", 64, "Examples a step.")
+_NUM_STEPS, _NUM_ROUNDS, _NUM_INPUTS = 100, 5, 256
 
 
 def main(_):
