@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -10,10 +11,14 @@ import tensorflow as tf
 
 from trainer import task
 from trainer.data.records import RecordIndex
+from trainer.errors import UserError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
+from trainer.retrieval import answers as answers_lib
+from trainer.retrieval import faiss_index, provenance
 from trainer.retrieval.embedding_folder import EmbeddingFolder
+from trainer.retrieval.search import nearest
 
 _DIGITS = "configs/runs/digits.gin"
 
@@ -22,14 +27,22 @@ _DIGITS = "configs/runs/digits.gin"
 def folder(tmp_path_factory):
   """A folder with records, a checkpoint, and the embeddings of all digits."""
   folder = tmp_path_factory.mktemp("search")
+  _save(folder, step=3)
+  assert _task(folder, "ingest") == 0
+  assert _task(folder, "embed") == 0
+  return folder
+
+
+def _save(folder, step, seed=1):
+  """Saves an encoder of random weights, the same ones for a seed."""
+  tf.keras.utils.set_random_seed(seed)
   encoder = Encoder(
     backbone=ConvNet(filters=(32, 64)), embedding_size=64, pooling="generalized_mean"
   )
   encoder.create_variables((8, 8, 1))
-  Checkpoints(model_dir=str(folder / "run"), encoder=encoder).save(3)
-  assert _task(folder, "ingest") == 0
-  assert _task(folder, "embed") == 0
-  return folder
+  checkpoints = Checkpoints(model_dir=str(folder / "run"), encoder=encoder)
+  checkpoints.save(step)
+  checkpoints.wait()
 
 
 def _task(folder, mode, *flags, params=()):
@@ -126,6 +139,102 @@ def test_the_table_and_the_picture_show_what_was_found(folder, capsys):
   pixels = tf.io.decode_png(picture.read_bytes())
   # The query and four found, each 48 pixels high and wide, with gaps.
   assert pixels.shape == (2 + 50, 2 + 5 * 50 + 10, 1)
+
+
+def test_files_without_a_vector_to_ask_by_are_told_and_the_others_answered(
+  folder, capsys
+):
+  kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
+  (folder / "folder.png").mkdir()
+  (folder / "nothing.npy").write_bytes(b"")
+  np.save(folder / "none.npy", np.zeros([0, 64], np.float32))
+  np.save(folder / "long.npy", np.full([1, 64], 1e19, np.float32))
+  np.save(folder / "longer.npy", np.full([1, 64], 1e300))
+  np.save(folder / "complex.npy", np.ones([1, 64], np.complex64))
+  names = ("folder.png", "nothing.npy", "none.npy", "long.npy", "longer.npy")
+  asked = [*(str(folder / name) for name in (*names, "complex.npy")), kept.keys[5]]
+  *bad, good = _answers(folder, capsys, *(f"--query={q}" for q in asked), status=2)
+  words = ["can't be read", "no array of numbers", "(0, 64)", "so long", "not finite"]
+  for answer, word in zip(bad, [*words, "no array of numbers"]):
+    assert word in answer["error"]
+    assert not answer["hits"]
+  assert len(good["hits"]) == 10
+
+
+def test_a_file_of_no_vectors_alone_is_no_success(folder, capsys):
+  np.save(folder / "none.npy", np.zeros([0, 64], np.float32))
+  [answer] = _answers(folder, capsys, f"--query={folder / 'none.npy'}", status=2)
+  assert "(0, 64)" in answer["error"]
+
+
+def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
+  kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
+  vectors = str(folder / "two.npy")
+  np.save(vectors, np.array(kept.embeddings[:2]))
+  calls = []
+
+  def search(queries, k):
+    calls.append((len(queries), k))
+    return nearest(queries, kept.embeddings, num_neighbours=k)
+
+  found = answers_lib.answer(
+    [vectors, kept.keys[1], "no such key"],
+    kept,
+    embed_fn=lambda _: np.zeros(64),
+    nearest_fn=search,
+    num_neighbours=4,
+  )
+  assert calls == [(3, 5)]
+  assert [len(each.hits) for each in found] == [4, 4, 4, 0]
+  assert found[1].items()[1:] == found[2].items()[:3]
+
+
+def test_a_key_has_no_more_neighbours_than_there_are_other_items(folder, capsys):
+  kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
+  params = ["search.num_neighbours = 1797"]
+  asked = f"--query={kept.keys[7]}"
+  [found] = _answers(folder, capsys, asked, params=params, status=2)
+  assert "1797 neighbours can't be had from a gallery of 1796" in found["error"]
+
+
+def test_an_image_is_not_compared_with_embeddings_of_another_step(folder, capsys):
+  image, key = f"--query={_image(folder, 7)}", "--query=no such key"
+  _save(folder, step=4)
+  try:
+    found = _answers(folder, capsys, image, key, status=2)
+  finally:
+    shutil.rmtree(folder / "run" / "checkpoints")
+    _save(folder, step=3)
+  assert "step was 3 and is 4; run --mode=embed again" in found[0]["error"]
+
+
+def test_an_image_is_not_compared_with_embeddings_of_other_weights(folder, capsys):
+  shutil.copytree(folder / "run" / "checkpoints", folder / "kept")
+  shutil.rmtree(folder / "run" / "checkpoints")
+  _save(folder, step=3, seed=2)
+  try:
+    [found] = _answers(folder, capsys, f"--query={_image(folder, 7)}", status=2)
+  finally:
+    shutil.rmtree(folder / "run" / "checkpoints")
+    shutil.move(folder / "kept", folder / "run" / "checkpoints")
+  assert "weights was" in found["error"]
+
+
+def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
+  shutil.copytree(folder / "run" / "embeddings", tmp_path / "embeddings")
+  embeddings = np.load(tmp_path / "embeddings" / "embeddings.npy")
+  index = faiss_index.build(embeddings[::-1].copy(), "flat")
+  faiss_index.write(str(tmp_path / "index"), index, {"embeddings_sha256": "0" * 64})
+  params = [f"search.index = '{tmp_path / 'index'}'"]
+  assert _task(folder, "search", "--query=x", params=params) == 2
+  assert "index of other embeddings" in capsys.readouterr().err
+
+
+def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
+  index = RecordIndex.open(str(folder / "data"))
+  provenance.check_same_records(index.facts(), index)
+  with pytest.raises(UserError, match=r"of other records: the number of records was 3"):
+    provenance.check_same_records({"the number of records": "3"}, index)
 
 
 @pytest.mark.parametrize(

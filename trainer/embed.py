@@ -18,6 +18,7 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.ingest import ingest
+from trainer.retrieval import provenance
 from trainer.retrieval.embed import Embedder
 from trainer.retrieval.embedding_folder import EmbeddingWriter
 from trainer.retrieval.items import RecordItems
@@ -41,8 +42,8 @@ def main(run: Run) -> None:
     source = {
       "records": os.path.abspath(embedding.records or trained.dataset.folder),
       "model_dir": os.path.abspath(run.model_dir),
-      "step": step,
       "config": run.config.hash,
+      **provenance.of_encoder(trained.encoder, run.config.values, step),
       **index.facts(),
     }
     embedding.write(trained, index, folder, source)

@@ -30,7 +30,8 @@ def main(run: Run) -> None:
   index = faiss_index.build(embeddings, kind)
   measured = faiss_index.measure(index, embeddings)
   of_what = {"embeddings": os.path.abspath(embeddings_folder), **kept.source}
-  faiss_index.write(folder, index, {"kind": kind, **measured, "source": of_what})
+  manifest = {"kind": kind, **measured, "embeddings_sha256": kept.sha256}
+  faiss_index.write(folder, index, {**manifest, "source": of_what})
   shape = f"{len(embeddings):,} x {embeddings.shape[1]}"
   figures = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
   print(f"{kind}  {shape}  {figures}\n{folder}")

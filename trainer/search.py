@@ -16,8 +16,8 @@ import tensorflow as tf
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
-from trainer.retrieval import picture_grid
-from trainer.retrieval.answers import Answer, NearestFn, answer
+from trainer.retrieval import picture_grid, provenance
+from trainer.retrieval.answers import Answer, EmbedFn, NearestFn, answer
 from trainer.retrieval.embedding_folder import EmbeddingFolder
 from trainer.retrieval.faiss_index import KeptIndex
 from trainer.retrieval.pictures import pictures_of
@@ -34,7 +34,7 @@ def main(run: Run) -> None:
   answers = answer(
     run.asked.queries,
     kept,
-    embed_fn=_embed_fn(trained, run.model_dir),
+    embed_fn=_embed_fn(run, trained, kept),
     nearest_fn=options.nearest_fn(kept),
     num_neighbours=options.num_neighbours,
   )
@@ -82,19 +82,23 @@ class SearchOptions:
       gallery = kept.embeddings
       return lambda queries, k: nearest(queries, gallery, num_neighbours=k)
     index = KeptIndex(self.index)
-    shape = (index.manifest.get("num_items"), index.manifest.get("num_dimensions"))
-    if shape != kept.embeddings.shape:
+    if index.manifest.get("embeddings_sha256") != kept.sha256:
       raise UserError(
-        f"{self.index} is an index of {shape} embeddings, and there are "
-        f"{kept.embeddings.shape}; run --mode=index again."
+        f"{self.index} is an index of other embeddings than are kept now; run "
+        "--mode=index again."
       )
     return lambda queries, k: index.nearest(queries, num_neighbours=k)
 
 
-def _embed_fn(trained: Evaluation, model_dir: str):
-  """Embeds an image file; the encoder is restored by the first."""
-  restore = functools.cache(lambda: trained.restore(model_dir))
+def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
+  """Embeds an image file; the encoder is restored, and compared, for the first."""
   decode_files = getattr(trained.dataset.decoder, "decode_files", None)
+
+  @functools.cache
+  def restore():
+    step = trained.restore(run.model_dir)
+    now = provenance.of_encoder(trained.encoder, run.config.values, step)
+    provenance.check_same_encoder(kept.source, now)
 
   def embed(content: bytes) -> np.ndarray:
     if decode_files is None:
@@ -132,6 +136,7 @@ def _draw(
 ) -> None:
   """Writes a PNG: a row a query, the query first, then what it found."""
   index = RecordIndex.open(str(kept.source.get("records")))
+  provenance.check_same_records(kept.source, index)
   decoder = trained.dataset.decoder
   pictures_fn = pictures_of(index, decoder, np.arange(index.num_records))
   if pictures_fn is None:

@@ -40,6 +40,23 @@ def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp
   assert kept.manifest["num_items"] == 2_000
 
 
+def test_the_item_that_asks_does_not_count_as_found():
+  class Itself:
+    def search(self, queries, k):
+      """Finds the item that asks, and nothing else."""
+      found = np.full([len(queries), k], -1)
+      found[:, 0] = np.arange(len(queries))
+      return np.zeros([len(queries), k]), found
+
+  assert faiss_index.measure(Itself(), _embeddings(100))["recall_at_10"] == 0.0
+
+
+def test_a_single_item_has_nothing_to_measure():
+  embeddings = _embeddings(1)
+  index = faiss_index.build(embeddings, "flat")
+  assert faiss_index.measure(index, embeddings) == {}
+
+
 def test_a_flat_index_gives_the_distances_of_exact_search(tmp_path):
   embeddings = _embeddings()
   faiss_index.write(str(tmp_path), faiss_index.build(embeddings, "flat"), {})

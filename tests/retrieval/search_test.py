@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
+from trainer.retrieval import search
 from trainer.retrieval.judgements import ItemLabels, LabelJudgements
 from trainer.retrieval.neighbourhoods import sampled_neighbours
 from trainer.retrieval.search import nearest
@@ -55,6 +56,28 @@ def test_copies_of_an_item_are_ordered_by_index_whatever_their_place():
   one = _random((1, 37), 6)
   got = nearest(one, np.repeat(one, 1001, axis=0), num_neighbours=1001, max_items=128)
   np.testing.assert_array_equal(got.indices, [np.arange(1001)])
+
+
+@pytest.mark.parametrize("offset", [1000.0, 30_000.0])
+def test_what_all_items_have_in_common_takes_no_digits(offset):
+  queries, gallery = _random((23, 5), 1) + offset, _random((301, 5), 2) + offset
+  got = nearest(queries, gallery, num_neighbours=9)
+  queries, gallery = queries.astype(np.float64), gallery.astype(np.float64)
+  wanted = _by_sorting(queries, gallery, 9)
+  distances = np.linalg.norm(gallery[wanted] - queries[:, None], axis=2)
+  np.testing.assert_array_equal(got.indices, wanted)
+  np.testing.assert_allclose(got.distances, distances, rtol=1e-4)
+
+
+def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
+  traced = []
+  merged = search._merged
+  monkeypatch.setattr(
+    search, "_merged", lambda *given: traced.append(1) or merged(*given)
+  )
+  for seed in (1, 2):
+    nearest(_random((7, 6), seed), _random((70, 6), seed), num_neighbours=3)
+  assert len(traced) == 1
 
 
 def test_no_query_has_no_neighbours():

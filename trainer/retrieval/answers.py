@@ -6,20 +6,21 @@ Shapes: N items, D dimensions, n vectors of a file, k neighbours.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 
 from trainer.errors import UserError
 from trainer.retrieval.embedding_folder import EmbeddingFolder
-from trainer.retrieval.rankings import check_finite
-from trainer.retrieval.search import Neighbours
+from trainer.retrieval.search import Neighbours, check_sizes
 
 # Embeds the bytes of an image file: [D] float32.
 EmbedFn = Callable[[bytes], np.ndarray]
 # The nearest items of queries [Q, D] and their number.
 NearestFn = Callable[[np.ndarray, int], Neighbours]
+# Squares of distances between such vectors are below float32's largest number.
+_MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
 
 
 class Hit(NamedTuple):
@@ -92,58 +93,93 @@ def answer(
     An answer for each query, in order; n for a file of n vectors.
 
   Raises:
-    UserError: nothing is asked, or there are not so many neighbours.
+    UserError: nothing is asked.
   """
   if not asked:
     raise UserError("Nothing is asked; name an image, a .npy file or a key by --query.")
-  answers = []
+  answers: list[Answer] = []
+  queries: dict[int, Query] = {}
   for name in asked:
     try:
-      queries = _queries(name, kept, embed_fn)
+      found = _queries(name, kept, embed_fn)
     except UserError as error:
       answers.append(Answer(name, error=str(error)))
       continue
-    answers += [_found(query, kept, nearest_fn, num_neighbours) for query in queries]
+    for query in found:
+      fault = _fault(query, kept.embeddings.shape, num_neighbours)
+      if fault is None:
+        queries[len(answers)] = query
+      answers.append(Answer(query.name, error=fault))
+  if queries:
+    found_for = _found(list(queries.values()), kept, nearest_fn, num_neighbours)
+    for place, each in zip(queries, found_for):
+      answers[place] = each
   return answers
 
 
 def _queries(name: str, kept: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
-  if name.endswith(".npy") and os.path.exists(name):
-    vectors = np.atleast_2d(_vectors(name))
-    return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
   if os.path.exists(name):
-    with open(name, "rb") as file:
-      return [Query(name, embed_fn(file.read()))]
+    if name.endswith(".npy"):
+      vectors = np.atleast_2d(_vectors(name))
+      return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
+    return [Query(name, embed_fn(_content(name)))]
   row = kept.position(name)
   if row is None:
     raise UserError(f"{name} is neither a file nor a key of what is embedded.")
   return [Query(name, np.asarray(kept.embeddings[row], np.float32), row)]
 
 
+def _content(path: str) -> bytes:
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise UserError(f"It can't be read: {error.strerror}.") from error
+
+
 def _vectors(path: str) -> np.ndarray:
   try:
     vectors = np.load(path, allow_pickle=False)
-    vectors = vectors.astype(np.float32)
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, EOFError) as error:
     raise UserError(f"{path} holds no array of numbers.") from error
-  if vectors.ndim not in (1, 2):
+  if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiub":
+    raise UserError(f"{path} holds no array of numbers.")
+  if vectors.ndim not in (1, 2) or not vectors.size:
     raise UserError(f"{path} holds an array of {vectors.shape}, not one of vectors.")
-  return vectors
+  with np.errstate(over="ignore"):  # What becomes infinite is told of later.
+    return vectors.astype(np.float32)
+
+
+def _fault(
+  query: Query, gallery_shape: Sequence[int], num_neighbours: int
+) -> Optional[str]:
+  """Why a query can't be answered; None where it can."""
+  num_others = gallery_shape[0] - (query.row is not None)
+  try:
+    check_sizes(query.vector[None], (num_others, gallery_shape[1]), num_neighbours)
+  except UserError as error:
+    return str(error)
+  if not np.isfinite(query.vector).all():
+    return "The vector has numbers that are not finite."
+  if not np.square(query.vector, dtype=np.float64).sum() < _MAX_SQUARE:
+    return "The vector is so long that float32 can't hold its distances."
+  return None
 
 
 def _found(
-  query: Query, kept: EmbeddingFolder, nearest_fn: NearestFn, num_neighbours: int
-) -> Answer:
-  try:
-    check_finite(query.vector[None])
-    num_wanted = num_neighbours + (query.row is not None)
-    found = nearest_fn(query.vector[None], num_wanted)
-  except UserError as error:
-    return Answer(query.name, error=str(error))
-  pairs = zip(found.indices[0].tolist(), found.distances[0].tolist())
-  hits = [
-    Hit(item, kept.keys[item], kept.class_names[int(kept.labels[item])], distance)
-    for item, distance in pairs
-    if item >= 0 and item != query.row
-  ]
-  return Answer(query.name, hits[:num_neighbours])
+  queries: Sequence[Query],
+  kept: EmbeddingFolder,
+  nearest_fn: NearestFn,
+  num_neighbours: int,
+) -> Iterator[Answer]:
+  """Answers queries by one search; in it an item is its own neighbour too."""
+  num_wanted = num_neighbours + any(query.row is not None for query in queries)
+  vectors = np.stack([query.vector for query in queries])
+  found = nearest_fn(vectors, min(num_wanted, len(kept.keys)))
+  for query, items, distances in zip(queries, *map(np.ndarray.tolist, found)):
+    hits = [
+      Hit(item, kept.keys[item], kept.class_names[int(kept.labels[item])], distance)
+      for item, distance in zip(items, distances)
+      if item >= 0 and item != query.row
+    ]
+    yield Answer(query.name, hits[:num_neighbours])

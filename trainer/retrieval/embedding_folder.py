@@ -20,6 +20,7 @@ import numpy as np
 
 from trainer.data.class_names import ClassNames
 from trainer.errors import UserError
+from trainer.retrieval.file_hash import sha256_of
 
 MANIFEST_NAME = "manifest.json"
 _ROWS_NAME, _PROGRESS_NAME = "embeddings.npy", "progress.json"
@@ -37,6 +38,7 @@ class EmbeddingFolder:
     keys: the name of each item.
     class_names: the name of each class id.
     source: what was embedded by what; plain values.
+    sha256: of the file of embeddings, as it was written.
 
   Args:
     folder: as `EmbeddingWriter` left it.
@@ -54,6 +56,7 @@ class EmbeddingFolder:
     self.keys = _read_text(folder, "keys")
     self.class_names = _read_text(folder, "class_names")
     self.source: Mapping[str, Any] = manifest.get("source", {})
+    self.sha256: Optional[str] = manifest.get("sha256")
     shape = (manifest.get("num_items"), manifest.get("num_dimensions"))
     found = {len(self.labels), len(self.keys), len(self.embeddings)}
     if self.embeddings.shape != shape or found != {shape[0]}:
@@ -132,6 +135,7 @@ class EmbeddingWriter:
       "num_dimensions": num_dimensions,
       "dtype": str(self._rows.dtype),
       "distance": "euclidean",
+      "sha256": sha256_of(os.path.join(self._folder, _ROWS_NAME)),
       "source": self._source,
     }
     _write_json(os.path.join(self._folder, MANIFEST_NAME), manifest)

@@ -8,7 +8,6 @@ Shapes: N items, D dimensions, Q queries, k neighbours.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.retrieval.file_hash import sha256_of
 from trainer.retrieval.search import Neighbours, check_sizes, nearest
 
 FILE_NAME, MANIFEST_NAME = "index.faiss", "manifest.json"
@@ -93,7 +93,7 @@ def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) 
 
 
 def measure(index: Any, embeddings: np.ndarray, *, seed: int = 0) -> dict[str, float]:
-  """How well and how fast an index finds what exact search finds.
+  """How well and how fast an index finds what exact search finds, itself left out.
 
   Args:
     index: of these embeddings.
@@ -101,17 +101,24 @@ def measure(index: Any, embeddings: np.ndarray, *, seed: int = 0) -> dict[str, f
     seed: of the items that are drawn to ask.
 
   Returns:
-    "recall_at_10", the share of the 10 nearest that it finds, and "queries_per_second".
+    "recall_at_10", the share of the 10 nearest other items that it finds, and
+    "queries_per_second"; nothing of a single item.
   """
   num_items = len(embeddings)
-  k = min(_MEASURED_K, num_items)
+  k = min(_MEASURED_K, num_items - 1)
+  if k < 1:
+    return {}
   drawn = np.random.default_rng(seed).permutation(num_items)[:_NUM_MEASURED]
-  queries = np.asarray(embeddings[np.sort(drawn)], np.float32)
-  exact = nearest(queries, embeddings, num_neighbours=k).indices
+  items = np.sort(drawn)
+  queries = np.asarray(embeddings[items], np.float32)
+  exact = nearest(queries, embeddings, num_neighbours=k + 1).indices
   start = time.perf_counter()
-  _, found = index.search(queries, k)
+  _, found = index.search(queries, k + 1)
   seconds = time.perf_counter() - start
-  hits = [len(np.intersect1d(*rows)) for rows in zip(exact, found)]
+  others = (
+    [row[row != item][:k] for row in rows] for item, *rows in zip(items, exact, found)
+  )
+  hits = [len(np.intersect1d(*rows)) for rows in others]
   return {
     f"recall_at_{k}": float(np.mean(hits) / k),
     "queries_per_second": len(queries) / seconds,
@@ -138,7 +145,7 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
     "num_items": index.ntotal,
     "num_dimensions": index.d,
     "distance": "euclidean",
-    "sha256": _sha256(path),
+    "sha256": sha256_of(path),
   }
   with open(manifest_path + ".new", "w", encoding="utf-8") as file:
     json.dump(content, file, indent=2)
@@ -164,7 +171,7 @@ class KeptIndex:
     try:
       with open(os.path.join(folder, MANIFEST_NAME), encoding="utf-8") as file:
         self.manifest: dict[str, Any] = json.load(file)
-      is_same = self.manifest["sha256"] == _sha256(path)
+      is_same = self.manifest["sha256"] == sha256_of(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise UserError(f"{folder} has no index; run --mode=index first.") from error
     if not is_same:
@@ -197,11 +204,3 @@ def _faiss() -> Any:
       "An index needs FAISS: pip install 'retrieval-trainer[search]'."
     ) from error
   return faiss
-
-
-def _sha256(path: str) -> str:
-  contents = hashlib.sha256()
-  with open(path, "rb") as file:
-    while block := file.read(1 << 20):
-      contents.update(block)
-  return contents.hexdigest()

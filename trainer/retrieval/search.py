@@ -5,6 +5,7 @@ Shapes: Q queries, G gallery items, D dimensions, k neighbours; T items of a til
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from trainer.errors import UserError
 
 # Queries and gallery items of a tile on one replica: 256 MB of products.
 _NUM_QUERIES, _NUM_ITEMS = 4_096, 16_384
+_NUM_SAMPLED = 4_096
 
 
 class Neighbours(NamedTuple):
@@ -42,7 +44,8 @@ def nearest(
   The replicas of the current strategy share the queries. A [queries, items] matrix of
   distances never exists: a tile's products are reduced to the k best before the next.
   Nearness is compared as q·g − ‖g‖²/2 in float32, so that what differs by a rounding
-  error of it may change places.
+  error of it may change places; what all items have in common is subtracted before, as
+  far from zero it would take the digits in which they differ.
 
   Args:
     queries: [Q, D] float32, finite; may be mapped.
@@ -63,14 +66,10 @@ def nearest(
     return Neighbours(empty.astype(np.int64), empty.astype(np.float32))
   strategy = tf.distribute.get_strategy()
   rows = min(max_queries, -(-len(queries) // strategy.num_replicas_in_sync))
-
-  @tf.function
-  def merge(*arguments):
-    return strategy.run(_merged, arguments)
-
+  offset = _common_offset(gallery)
   parts = [
-    _nearest_of_part(strategy, merge, part, gallery, num_neighbours, max_items)
-    for part in _parts(queries, rows * strategy.num_replicas_in_sync)
+    _nearest_of_part(strategy, part, gallery, offset, num_neighbours, max_items)
+    for part in _parts(queries, offset, rows * strategy.num_replicas_in_sync)
   ]
   indices, distances = (np.concatenate(each)[: len(queries)] for each in zip(*parts))
   return Neighbours(indices, distances)
@@ -102,26 +101,52 @@ def check_sizes(
     )
 
 
-def _parts(queries: np.ndarray, num_rows: int) -> Iterator[np.ndarray]:
+@functools.cache
+def _merge_fn(
+  strategy: tf.distribute.Strategy,
+) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
+  """Kept, so that it is traced once for a shape and not at each call."""
+  return tf.function(lambda *arguments: strategy.run(_merged, arguments))
+
+
+def _common_offset(gallery: np.ndarray) -> np.ndarray:
+  """[D] float32, about the mean of the items, in steps of a power of 2.
+
+  The steps are about as large as the spread: what lies around zero, or on a grid,
+  stays what it is.
+  """
+  step = -(-len(gallery) // _NUM_SAMPLED)
+  sample = np.asarray(gallery[::step], np.float64)
+  mean, spread = sample.mean(axis=0), sample.std(axis=0).max()
+  if spread > 0:
+    unit = np.exp2(np.ceil(np.log2(spread)))
+    mean = np.round(mean / unit) * unit
+  return mean.astype(np.float32)
+
+
+def _parts(
+  queries: np.ndarray, offset: np.ndarray, num_rows: int
+) -> Iterator[np.ndarray]:
   """Parts of [num_rows, D], the last filled up with zeros."""
   for start in range(0, len(queries), num_rows):
-    yield _filled(queries[start : start + num_rows], num_rows)
+    yield _filled(queries[start : start + num_rows], offset, num_rows)
 
 
-def _filled(rows: np.ndarray, num_rows: int) -> np.ndarray:
+def _filled(rows: np.ndarray, offset: np.ndarray, num_rows: int) -> np.ndarray:
   padding = [(0, num_rows - len(rows)), (0, 0)]
-  return np.pad(np.asarray(rows, np.float32), padding)
+  return np.pad(np.asarray(rows, np.float32) - offset, padding)
 
 
 def _nearest_of_part(
   strategy: tf.distribute.Strategy,
-  merge: Callable[..., tuple[tf.Tensor, tf.Tensor]],
   queries: np.ndarray,
   gallery: np.ndarray,
+  offset: np.ndarray,
   num_neighbours: int,
   max_items: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices and distances [Q, k] of queries that the replicas divide."""
+  """Indices and distances [Q, k] of queries, less the offset, that replicas divide."""
+  merge = _merge_fn(strategy)
   by_replica = queries.reshape(strategy.num_replicas_in_sync, -1, queries.shape[1])
   shape = [by_replica.shape[1], num_neighbours]
 
@@ -138,7 +163,7 @@ def _nearest_of_part(
   num_items = min(max_items, -(-len(gallery) // 32) * 32)
   for start in range(0, len(gallery), num_items):
     items = gallery[start : start + num_items]
-    tile = tf.constant(_filled(items, num_items))
+    tile = tf.constant(_filled(items, offset, num_items))
     place = tf.constant([start, len(items)], tf.int32)
     nearness, indices = merge(local, tile, place, nearness, indices)
   found = strategy.gather(nearness, axis=0).numpy()
