@@ -84,6 +84,15 @@ def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
   assert _history(stopped) == before
 
 
+def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, stopped):
+  killed = folder / "killed_later"
+  shutil.copytree(stopped, killed)
+  rows = (killed / "eval" / "history.jsonl").read_text().splitlines(keepends=True)
+  (killed / "eval" / "history.jsonl").write_text("".join(rows[:-1]))
+  assert _task(killed, folder / "data", "Selection.patience = 1") == 0
+  assert _without_time(_history(killed)) == _without_time(_history(stopped))
+
+
 def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopped):
   killed = folder / "killed"
   shutil.copytree(stopped, killed)
@@ -123,9 +132,9 @@ def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
   for step, value in ((5, 0.1), (10, 0.5), (15, 0.5)):
     _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
-  assert evaluations.standing == Standing(0.5, 1)
+  assert evaluations.standing == Standing(0.5, 10, 1)
   resumed = _evaluations(tmp_path, encoder, 15)
-  assert resumed.standing == Standing(0.5, 1)
+  assert resumed.standing == Standing(0.5, 10, 1)
   resumed.add(20, {"eval/map": 0.3})
   assert resumed.is_over
   assert Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder).restore() == 10
@@ -135,11 +144,28 @@ def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
 def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
   evaluations = _evaluations(tmp_path, encoder, 0)
   for step, value in ((5, 0.1), (10, 0.9)):
+    _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
-  assert _evaluations(tmp_path, encoder, 5).standing == Standing(0.1, 0)
+  resumed = _evaluations(tmp_path, encoder, 5)
+  assert resumed.standing == Standing(0.1, 5, 0)
+  best = Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder)
+  assert best.restore() == 5
+  assert all(np.all(variable == 5.0) for variable in encoder.variables)
+  # On another path the best comes at an earlier step than the forgotten one.
+  _fill(encoder, 7)
+  resumed.add(7, {"eval/map": 0.5})
+  assert best.restore() == 7
+
+
+def test_a_best_encoder_that_is_gone_is_not_counted_on(tmp_path, encoder):
+  _evaluations(tmp_path, encoder, 0).add(5, {"eval/map": 0.9})
+  shutil.rmtree(tmp_path / "best")
+  assert _evaluations(tmp_path, encoder, 5).standing == Standing()
 
 
 _OPTIONS = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
+# Between two checkpoints, though where the host looks in.
+_BETWEEN = 12
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
@@ -148,9 +174,9 @@ def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
     selection.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
 
 
-def test_evaluations_between_two_looks_of_the_host_are_refused():
-  with pytest.raises(UserError, match="every_steps=10 must be a multiple"):
-    Selection(every_steps=10).check(_OPTIONS, ["eval/map_at_r"])
+def test_evaluations_between_two_checkpoints_are_refused():
+  with pytest.raises(UserError, match="every_steps=12 must be a multiple"):
+    Selection(every_steps=_BETWEEN).check(_OPTIONS, ["eval/map_at_r"])
 
 
 def _flags(model_dir, data, *params):

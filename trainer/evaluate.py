@@ -23,6 +23,7 @@ from trainer.retrieval.clustering import Clustering
 from trainer.retrieval.embed import Embedder
 from trainer.retrieval.evaluated import Evaluated, class_rows
 from trainer.retrieval.items import RecordItems
+from trainer.retrieval.judgements import LabelJudgements
 from trainer.retrieval.protocols import EvaluationProtocol, LeaveOneOut
 from trainer.retrieval.rankings import Rankings, metric_names, rank
 from trainer.retrieval.results import Measurement, Results
@@ -63,7 +64,7 @@ def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
     results = Results(model_dir)
     results.write_latest(step, evaluated.measurement)
     evaluated.write_classes(model_dir)
-    evaluated.write_evidence(model_dir, *answers)
+    evaluated.write_evidence(model_dir, answers)
     page.write(model_dir)
     print(results.table())
 
@@ -135,12 +136,15 @@ class Evaluation:
     """
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
-    items = RecordItems(index, np.sort(np.concatenate(members)))
+    numbers = np.sort(np.concatenate([np.empty(0, np.int64), *members]))
+    if not len(numbers):
+      raise UserError("No record is of an evaluation class; change Dataset.split.")
+    items = RecordItems(index, numbers)
     batches = self._embedder.embed(items.record_numbers)
     embeddings = np.concatenate(list(batches))[: len(items.labels)]
     judged = self.protocol.judge(items)
     rankings = rank(embeddings, judged, ks=self.ks)
-    found = self._measurement(items, embeddings, rankings)
+    found = self._measurement(items, embeddings, judged, rankings)
     return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
 
   def metric_names(self) -> list[str]:
@@ -160,12 +164,21 @@ class Evaluation:
     )
 
   def _measurement(
-    self, items: RecordItems, embeddings: np.ndarray, rankings: Rankings
+    self,
+    items: RecordItems,
+    embeddings: np.ndarray,
+    judged: LabelJudgements,
+    rankings: Rankings,
   ) -> Measurement:
     metrics = rankings.means()
-    for measure in (self.verification, self.clustering):
-      if measure is not None:
-        metrics.update(measure.measure(embeddings, items.labels))
+    # Distractors are of no class.
+    kept = judged.labels.is_labelled()
+    embeddings, labels = embeddings[kept], items.labels[kept]
+    if self.verification is not None:
+      groups = None if judged.groups is None else judged.groups[kept]
+      metrics.update(self.verification.measure(embeddings, labels, groups))
+    if self.clustering is not None:
+      metrics.update(self.clustering.measure(embeddings, labels))
     unanswerable = rankings.unanswerable[:_NUM_UNANSWERABLE]
     return Measurement(
       metrics=metrics,

@@ -29,7 +29,8 @@ class Selection:
   """Which encoder is the best, and when to give up finding a better one.
 
   Attributes:
-    every_steps: between two evaluations; a multiple of `LoopOptions.steps_per_loop`.
+    every_steps: between two evaluations; a multiple of
+      `LoopOptions.checkpoint_every_steps`, so that a run which is killed loses none.
     metric: the larger the better, such as "eval/map_at_r".
     patience: evaluations in a row without a better one after which the training ends;
       None to go on to the last step.
@@ -49,7 +50,7 @@ class Selection:
         raise UserError(f"Selection.{name}={value} must be at least 1.")
 
   def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
-    """Checks that evaluations come where the host looks in, and measure the metric.
+    """Checks that evaluations come where a checkpoint is, and measure the metric.
 
     Args:
       options: of the loop.
@@ -59,10 +60,10 @@ class Selection:
       UserError: they don't.
     """
     check_measured("Selection.metric", self.metric, measured)
-    if self.every_steps % options.steps_per_loop:
+    if self.every_steps % options.checkpoint_every_steps:
       raise UserError(
         f"Selection.every_steps={self.every_steps} must be a multiple of "
-        f"LoopOptions.steps_per_loop={options.steps_per_loop}."
+        f"LoopOptions.checkpoint_every_steps={options.checkpoint_every_steps}."
       )
 
 
@@ -88,17 +89,19 @@ class Standing:
 
   Attributes:
     best: the largest value of the metric; None before the first evaluation.
+    best_step: the step of that evaluation.
     num_since_best: evaluations after it.
   """
 
   best: Optional[float] = None
+  best_step: int = 0
   num_since_best: int = 0
 
-  def after(self, value: float) -> Standing:
+  def after(self, step: int, value: float) -> Standing:
     """The standing after one more evaluation; of equal ones the first is the best."""
     if self.best is None or value > self.best:
-      return Standing(value, 0)
-    return Standing(self.best, self.num_since_best + 1)
+      return Standing(value, step, 0)
+    return dataclasses.replace(self, num_since_best=self.num_since_best + 1)
 
 
 class Evaluations:
@@ -132,16 +135,20 @@ class Evaluations:
     self._best = Checkpoints(
       model_dir=os.path.join(model_dir, BEST_FOLDER),
       encoder=encoder,
+      # The best of all, and that before it, should a killed run have to do without.
+      num_kept=2,
       is_chief=self._workers.is_chief,
     )
     if self._workers.is_chief:
       self._file.drop_after(last_step)
+      self._best.drop_after(last_step)
     self.standing = self._told_by_chief()
 
   @property
   def last_step(self) -> int:
-    """The step of the last evaluation; 0 before any."""
-    return max((int(row["step"]) for row in self._file.rows()), default=0)
+    """The step of the last evaluation; 0 before any. The same on all workers."""
+    step = max((int(row["step"]) for row in self._file.rows()), default=0)
+    return int(self._workers.exchange(str(step))[0])
 
   @property
   def is_over(self) -> bool:
@@ -156,8 +163,9 @@ class Evaluations:
       step: number of steps it was trained.
       metrics: by name, the same on all workers.
     """
-    value = metrics[self._metric]
-    self.standing = self.standing.after(value)
+    # The chief's, since a rounding error may tell workers of two kinds apart.
+    value = json.loads(self._workers.exchange(json.dumps(metrics[self._metric]))[0])
+    self.standing = self.standing.after(step, value)
     if self._workers.is_chief:
       self._file.append(step, metrics)
     line = "Step %d: %s %.4f, best %.4f."
@@ -171,7 +179,10 @@ class Evaluations:
     if self._workers.is_chief:
       for row in self._file.rows():
         if self._metric in row:
-          standing = standing.after(row[self._metric])
+          standing = standing.after(int(row["step"]), row[self._metric])
+      if standing.best is not None and standing.best_step not in self._best.steps():
+        logging.warning("The best encoder is no longer there; the next is the best.")
+        standing = Standing()
     told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
     return Standing(*json.loads(told[0]))
 
@@ -201,9 +212,26 @@ class EvaluateNow:
 
   def __call__(self, report: Report) -> bool:
     """Evaluates if it is time; whether the run should end."""
-    if report.step % self._every_steps:
-      return False
+    if report.step % self._every_steps == 0:
+      self.evaluate(report.step)
+    return self._evaluations.is_over
+
+  def catch_up(self, step: int) -> None:
+    """Evaluates what a killed run had saved, and not evaluated yet.
+
+    Args:
+      step: number of steps done.
+    """
+    is_due = step > 0 and step % self._every_steps == 0
+    if is_due and self._evaluations.last_step < step:
+      self.evaluate(step)
+
+  def evaluate(self, step: int) -> None:
+    """Evaluates the encoder as it is now.
+
+    Args:
+      step: number of steps done.
+    """
     with self._step.weights_for_evaluation():
       found = self._evaluation.evaluate().measurement.metrics
-      self._evaluations.add(report.step, found)
-    return self._evaluations.is_over
+      self._evaluations.add(step, found)

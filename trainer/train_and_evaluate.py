@@ -69,12 +69,13 @@ def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
       encoder=training.step.encoder,
       last_step=training.first_step,
     )
+    evaluate = EvaluateNow(
+      evaluation, evaluations, training.step, every_steps=selection.every_steps
+    )
+    evaluate.catch_up(training.first_step)
     if evaluations.is_over:
       return
-    every_steps = selection.every_steps
-    training.loop.add_action(
-      EvaluateNow(evaluation, evaluations, training.step, every_steps=every_steps)
-    )
+    training.loop.add_action(evaluate)
   training.loop.run()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from tests.retrieval import rank_oracles
 from trainer.errors import UserError
+from trainer.retrieval.intervals import bootstrap_intervals
 from trainer.retrieval.protocols import LeaveOneOut, QueryAndGallery, Relevance
 from trainer.retrieval.rankings import rank
 
@@ -141,6 +142,26 @@ def test_groups_come_with_the_worst_first():
   assert list(rows) == [0, 1]
   assert rows[0]["eval/recall_at_1"] == 0.0
   assert rows[1] == {**rows[1], "num_queries": 2, "eval/recall_at_1": 1.0}
+
+
+def test_groups_have_the_means_of_their_own_queries():
+  embeddings, labels, categories = _embeddings(60), _labels(60, 9), _labels(60, 4, 5)
+  found = rank(embeddings, LeaveOneOut().judge(_Items(labels)), ks=_KS)
+  rows = found.by_group(categories)
+  for category in range(4):
+    of_category = found.values[categories[found.queries] == category]
+    assert rows[category]["num_queries"] == len(of_category)
+    wanted = dict(zip(found.names, of_category.mean(axis=0)))
+    got = {name: rows[category][name] for name in found.names}
+    assert got == pytest.approx(wanted)
+
+
+def test_intervals_are_quantiles_of_resampled_means():
+  values = np.random.default_rng(3).random((50, 1))
+  rng = np.random.default_rng(11)
+  means = [values[rng.integers(50, size=50), 0].mean() for _ in range(20_000)]
+  [[low, high]] = bootstrap_intervals(values)
+  assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
 def test_intervals_hold_the_means_and_narrow_with_more_queries():

@@ -51,3 +51,23 @@ def test_equal_distances_rank_by_index_counted_or_sorted(max_counted, monkeypatc
 def test_an_item_alone_in_its_class_has_no_ranks():
   got = _got(np.eye(3), np.array([0, 1, 1]))
   assert [len(ranks) for ranks in got] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 30])
+def test_copies_rank_by_index_however_many_ask(num_queries):
+  rng = np.random.default_rng(6)
+  gallery = np.repeat(rng.normal(size=(1, 37)).astype(np.float32), 30, axis=0)
+  judged = LabelJudgements(
+    np.arange(30, 30 + num_queries), np.arange(30), ItemLabels(np.zeros(60, int))
+  )
+  queries = rng.normal(size=(num_queries, 37)).astype(np.float32)
+  for ranks in ranks_of_relevant(queries, gallery, judged):
+    np.testing.assert_array_equal(ranks, np.arange(1, 31))
+
+
+def test_a_common_offset_changes_no_rank():
+  rng = np.random.default_rng(7)
+  embeddings, labels = rng.normal(size=(90, 16)), rng.integers(0, 9, 90)
+  # Far away float32 has a grid of 2^-14 there, on which both stand.
+  embeddings = np.round(embeddings * 2**10) / 2**10
+  assert _got(embeddings + 1000.0, labels) == _got(embeddings, labels)

@@ -8,7 +8,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.retrieval import search
 from trainer.retrieval.judgements import ItemLabels, LabelJudgements
-from trainer.retrieval.neighbourhoods import sampled_neighbours
+from trainer.retrieval.neighbourhoods import sampled_answers
 from trainer.retrieval.search import nearest
 
 
@@ -100,8 +100,13 @@ def test_sampled_neighbours_leave_out_what_does_not_count():
   cameras = np.tile([0, 0, 1, 2], 10)
   everything = np.arange(40)
   judged = LabelJudgements(everything, everything, ItemLabels(labels), cameras)
-  queries, neighbours = sampled_neighbours(_random((40, 3), 7), judged)
+  queries, neighbours, is_right = sampled_answers(
+    _random((40, 3), 7), judged, everything
+  )
   np.testing.assert_array_equal(queries, everything)
+  np.testing.assert_array_equal(
+    is_right, labels[neighbours] == labels[queries][:, None]
+  )
   # The first two of each class exclude each other and themselves.
   assert neighbours.shape == (40, 38)
   for query, row in zip(queries, neighbours):

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from sklearn.cluster import KMeans
 
 from trainer.errors import UserError
 from trainer.retrieval.clustering import Clustering
@@ -20,11 +21,15 @@ def _items(num_items=40, spread=1.0, seed=1):
   return embeddings.astype(np.float32), labels
 
 
-def _distances(embeddings, labels):
+def _distances(embeddings, labels, groups=None):
+  """Of positive pairs, but for those of one group, and of negative pairs."""
   sides = {True: [], False: []}
   for one, other in itertools.combinations(range(len(labels)), 2):
+    is_positive = bool(labels[one] == labels[other])
+    if is_positive and groups is not None and groups[one] == groups[other]:
+      continue
     distance = np.linalg.norm(embeddings[one] - embeddings[other])
-    sides[bool(labels[one] == labels[other])].append(float(distance))
+    sides[is_positive].append(float(distance))
   return sides[True], sides[False]
 
 
@@ -84,6 +89,24 @@ def test_clusters_that_are_the_classes_give_one():
   assert Clustering().measure(embeddings, labels)["eval/nmi"] == pytest.approx(1.0)
 
 
+def test_clustering_is_the_mutual_information_of_its_definition():
+  embeddings, labels = _items(60)
+  clusters = KMeans(5, n_init=1, random_state=0).fit_predict(embeddings)
+  joint = np.zeros([5, 5])
+  for cluster, label in zip(clusters, labels):
+    joint[cluster, label] += 1 / 60
+  rows, columns = joint.sum(axis=1), joint.sum(axis=0)
+  information = sum(
+    joint[i, j] * np.log(joint[i, j] / (rows[i] * columns[j]))
+    for i in range(5)
+    for j in range(5)
+    if joint[i, j]
+  )
+  entropies = [-sum(p * np.log(p) for p in side if p) for side in (rows, columns)]
+  got = Clustering().measure(embeddings, labels)["eval/nmi"]
+  assert got == pytest.approx(2 * information / sum(entropies))
+
+
 def test_clusters_of_noise_tell_little_of_the_classes():
   labels = np.random.default_rng(2).integers(0, 5, 2000)
   embeddings = np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32)
@@ -94,3 +117,29 @@ def test_clustering_draws_whole_classes():
   embeddings, labels = _items(300, spread=0.001)
   got = Clustering(max_items=150).measure(embeddings, labels)
   assert got["eval/nmi"] == pytest.approx(1.0)
+
+
+def test_equal_embeddings_have_a_finite_threshold():
+  found = Verification().measure(np.ones((6, 3), np.float32), np.arange(6) // 2)
+  assert found["eval/best_threshold"] == 0.0
+  assert found["eval/best_balanced_accuracy"] == 0.5
+
+
+def test_pairs_of_one_group_do_not_count():
+  embeddings, labels = _items()
+  groups = np.arange(len(labels)) % 2
+  positives, negatives = _distances(embeddings, labels, groups)
+  wins = [(p < n) + (p == n) / 2 for p in positives for n in negatives]
+  got = Verification().measure(embeddings, labels, groups)
+  assert got["eval/roc_auc"] == pytest.approx(np.mean(wins))
+
+
+def test_all_positive_pairs_count_where_they_are_few():
+  embeddings, labels = _items(400)
+  labels = np.arange(400) // 2  # 200 positive pairs, 79,600 negative.
+  positives, _ = _distances(embeddings, labels)
+  drawn = Verification(max_pairs=1_000).measure(embeddings, labels)
+  # The rates of positives are multiples of 1/200.
+  rate = drawn["eval/tpr_at_fpr_0.1"] * 200
+  assert rate == pytest.approx(round(rate), abs=1e-9)
+  assert len(positives) == 200

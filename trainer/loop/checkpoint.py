@@ -100,6 +100,18 @@ class Checkpoints:
     else:
       self.saved_step = step
 
+  def steps(self) -> list[int]:
+    """The steps of the checkpoints that are there, the newest first."""
+    return files.steps(self._folder)
+
+  def drop_after(self, step: int) -> None:
+    """Removes checkpoints after a step, of a run that goes on from there.
+
+    Args:
+      step: the last to keep.
+    """
+    files.drop_after(self._folder, step)
+
   def wait(self) -> None:
     """Waits until what was saved is written; `failure` then tells whether it could."""
     self._background.wait()

@@ -130,6 +130,20 @@ def prune(folder: str, num_kept: int) -> None:
   _write_list(folder, kept)
 
 
+def drop_after(folder: str, step: int) -> None:
+  """Removes the checkpoints after a step.
+
+  Args:
+    folder: of the checkpoints.
+    step: the last to keep.
+  """
+  for later in [each for each in steps(folder) if each > step]:
+    for name in (f"{prefix(folder, later)}.json", *_names(later)):
+      _remove(os.path.join(folder, os.path.basename(name)))
+  if steps(folder):
+    _write_list(folder, steps(folder))
+
+
 def _write_list(folder: str, newest_first: Sequence[int]) -> None:
   """The list by which TensorFlow itself finds the newest."""
   lines = [f'model_checkpoint_path: "ckpt-{newest_first[0]}"']

@@ -15,7 +15,7 @@ from trainer.data.dataset import Dataset
 from trainer.retrieval import evidence, projector
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.judgements import LabelJudgements
-from trainer.retrieval.neighbourhoods import sampled_neighbours
+from trainer.retrieval.neighbourhoods import SampledAnswers, sampled_answers
 from trainer.retrieval.pictures import pictures_of
 from trainer.retrieval.rankings import Rankings
 from trainer.retrieval.results import Measurement
@@ -49,26 +49,24 @@ class Evaluated(NamedTuple):
       writer.writeheader()
       writer.writerows(rows)
 
-  def sampled_answers(self) -> tuple[np.ndarray, np.ndarray]:
-    """Some queries [Q] and their neighbours [Q, k], searched by all replicas."""
-    return sampled_neighbours(self.embeddings, self.judged)
+  def sampled_answers(self) -> SampledAnswers:
+    """Some queries with something to find, searched by all replicas."""
+    return sampled_answers(self.embeddings, self.judged, self.rankings.queries)
 
-  def write_evidence(
-    self, model_dir: str, queries: np.ndarray, neighbours: np.ndarray
-  ) -> None:
+  def write_evidence(self, model_dir: str, answers: SampledAnswers) -> None:
     """Writes what a person looks at: evidence for the report, a projector's files.
 
     Args:
       model_dir: folder of the run.
-      queries: [Q] int64, items that asked.
-      neighbours: [Q, k] int64, what is nearest to each.
+      answers: some queries and what they found.
     """
     found = evidence.collect(
       self.embeddings,
       self.items.labels,
-      neighbours,
-      queries,
+      answers.neighbours,
+      answers.queries,
       class_names=self.items.class_names,
+      is_right=answers.is_right,
       pictures_fn=pictures_of(
         self.dataset.index, self.dataset.decoder, self.items.record_numbers
       ),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
+from trainer import heartbeat
+
 _NUM_RESAMPLES = 1000
 _CONFIDENCE = 0.95
 
@@ -30,6 +32,7 @@ def bootstrap_intervals(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
   num_queries = len(values)
   means = np.empty([_NUM_RESAMPLES, values.shape[1]])
   for row in means:
+    heartbeat.beat()
     drawn = rng.integers(num_queries, size=num_queries)
     row[:] = np.bincount(drawn, minlength=num_queries) @ values / num_queries
   tail = 50 * (1 - _CONFIDENCE)

@@ -40,6 +40,10 @@ class ItemLabels:
     """[n] int label ids of an item."""
     return self._labels[self._starts[item] : self._starts[item + 1]]
 
+  def is_labelled(self) -> np.ndarray:
+    """[N] bool, whether an item has a label."""
+    return np.diff(self._starts) > 0
+
   def holders(self) -> MemberTable:
     """The items of each label."""
     num_labels = int(self._labels.max(initial=-1)) + 1

@@ -109,9 +109,8 @@ class LeaveOneOut:
     """Queries, gallery, and what is relevant to whom."""
     labels = self.relevance.labels(items)
     everything = np.arange(labels.num_items)
-    asks = np.array([len(labels.of(item)) > 0 for item in everything], bool)
-    groups = self.relevance.groups(items)
-    return LabelJudgements(everything[asks], everything, labels, groups)
+    asks = everything[labels.is_labelled()]
+    return LabelJudgements(asks, everything, labels, self.relevance.groups(items))
 
 
 @gin.register
@@ -159,6 +158,11 @@ class QueryAndGallery:
 
 
 def _numbered(values: Sequence[Sequence[Any]]) -> np.ndarray:
-  """[N] int64, equal where the values are."""
+  """[N] int64, equal where the values are; an item without a value is like no other."""
   numbers: dict[tuple, int] = {}
-  return np.array([numbers.setdefault(tuple(v), len(numbers)) for v in values])
+  return np.array(
+    [
+      numbers.setdefault(tuple(each), len(numbers)) if each else -1 - item
+      for item, each in enumerate(values)
+    ]
+  )

@@ -68,14 +68,16 @@ class Rankings(NamedTuple):
     Returns:
       By group; "num_queries" among the metrics.
     """
-    of_queries = groups[self.queries]
-    rows = {}
-    for group in np.unique(of_queries):
-      of_group = self.values[of_queries == group]
-      rows[group] = {
-        "num_queries": len(of_group),
-        **self._named(of_group.mean(axis=0)),
-      }
+    found, group_of, counts = np.unique(
+      groups[self.queries], return_inverse=True, return_counts=True
+    )
+    starts = np.cumsum(counts) - counts
+    in_order = self.values[np.argsort(group_of, kind="stable")]
+    means = np.add.reduceat(in_order, starts, axis=0) / counts[:, None]
+    rows = {
+      group: {"num_queries": int(count), **self._named(mean)}
+      for group, count, mean in zip(found, counts, means)
+    }
     firsts = [n for n in ("eval/recall_at_1", "eval/map_at_r") if n in self.names]
     return dict(sorted(rows.items(), key=lambda row: [row[1][n] for n in firsts]))
 

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Optional
 
 import gin
 import numpy as np
 from sklearn import metrics
 
 from trainer.errors import UserError
+
+# Of drawing negative pairs.
+_MAX_ROUNDS = 20
 
 
 @gin.register
@@ -33,7 +37,12 @@ class Verification:
   max_pairs: int = 1_000_000
   seed: int = 0
 
-  def measure(self, embeddings: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+  def measure(
+    self,
+    embeddings: np.ndarray,
+    labels: np.ndarray,
+    groups: Optional[np.ndarray] = None,
+  ) -> dict[str, float]:
     """Measures a set of items.
 
     - roc_auc: share of (positive pair, negative pair) of which the positive is nearer,
@@ -46,11 +55,14 @@ class Verification:
     Args:
       embeddings: [N, D] float32, finite.
       labels: [N] int.
+      groups: [N] int; pairs of one label and one group don't count; None for no such.
 
     Returns:
       By name, with "eval/" before; nothing where one kind of pair doesn't exist.
     """
     positives, negatives = self._pairs(np.asarray(labels))
+    if groups is not None:
+      positives = positives[groups[positives[:, 0]] != groups[positives[:, 1]]]
     if not len(positives) or not len(negatives):
       return {}
     distances = [_distances(embeddings, pairs) for pairs in (positives, negatives)]
@@ -59,7 +71,8 @@ class Verification:
     false_rates, true_rates, thresholds = metrics.roc_curve(
       is_positive, nearness, drop_intermediate=False
     )
-    best = int(np.argmax(true_rates - false_rates))
+    # The first threshold is below all distances.
+    best = 1 + int(np.argmax((true_rates - false_rates)[1:]))
     found = {
       "eval/roc_auc": metrics.auc(false_rates, true_rates),
       "eval/best_threshold": -thresholds[best],
@@ -89,9 +102,10 @@ class Verification:
       is_positive = labels[pairs[:, 0]] == labels[pairs[:, 1]]
       sides = (pairs[is_positive], pairs[~is_positive])
     else:
-      drawn = rng.integers(num_items, size=[2 * self.max_pairs, 2])
-      is_negative = labels[drawn[:, 0]] != labels[drawn[:, 1]]
-      sides = (_drawn_positives(labels, 2 * self.max_pairs, rng), drawn[is_negative])
+      sides = (
+        _positives(labels, self.max_pairs, rng),
+        _drawn_negatives(labels, self.max_pairs, rng),
+      )
     return sides[0][: self.max_pairs], sides[1][: self.max_pairs]
 
 
@@ -99,15 +113,32 @@ def _tpr_at(false_positive_rate: float) -> str:
   return f"eval/tpr_at_fpr_{false_positive_rate:g}"
 
 
-def _drawn_positives(
+def _drawn_negatives(
   labels: np.ndarray, num_pairs: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """[n, 2] distinct items of one class; each pair of items is equally likely."""
+  """[n, 2] items of two classes; fewer than asked for where one class is nearly all."""
+  found: list[np.ndarray] = []
+  for _ in range(_MAX_ROUNDS):
+    drawn = rng.integers(len(labels), size=[num_pairs, 2])
+    found.append(drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]])
+    if sum(map(len, found)) >= num_pairs:
+      break
+  return np.concatenate(found)
+
+
+def _positives(
+  labels: np.ndarray, num_pairs: int, rng: np.random.Generator
+) -> np.ndarray:
+  """[n, 2] distinct items of one class: all pairs, or as many drawn, equally likely."""
   order = np.argsort(labels, kind="stable")
   _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
   num_of_class = sizes * (sizes - 1.0)
-  if not num_of_class.sum():
-    return np.empty([0, 2], np.int64)
+  if num_of_class.sum() / 2 <= num_pairs:
+    of_classes = [
+      start + np.stack(np.triu_indices(size, 1), axis=1)
+      for start, size in zip(starts, sizes)
+    ]
+    return order[np.concatenate([np.empty([0, 2], np.int64), *of_classes])]
   classes = rng.choice(len(sizes), num_pairs, p=num_of_class / num_of_class.sum())
   first = rng.integers(sizes[classes])
   others = rng.integers(sizes[classes] - 1)

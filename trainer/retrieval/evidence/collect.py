@@ -29,13 +29,14 @@ def collect(
   queries: np.ndarray,
   *,
   class_names: Union[Sequence[str], Mapping[int, str]],
+  is_right: Optional[np.ndarray] = None,
   pictures_fn: Optional[PicturesFn] = None,
   seed: int = 0,
 ) -> Evidence:
   """Samples what is to be shown; the same seed gives the same sample.
 
-  A neighbour is right if it is of the query's class. Queries whose class has no other
-  item have no answer and are left out.
+  Queries whose class has no other item have no answer and are left out, unless it is
+  given what is right.
 
   Args:
     embeddings: [G, D] float32.
@@ -44,6 +45,8 @@ def collect(
       query itself.
     queries: [Q] int64, the items that ask.
     class_names: name of each label.
+    is_right: [Q, k] bool, whether a neighbour is relevant; None where those of the
+      query's class are.
     pictures_fn: PNG files, all of one size, of items [n] int64; None if inputs are no
       pictures.
     seed: of the samples.
@@ -52,8 +55,8 @@ def collect(
     UserError: an embedding is not finite; no query has a relevant item, or there are
       no neighbours.
   """
-  answers = _answers(embeddings, labels, neighbours, queries, class_names)
-  is_right = answers.is_right()
+  answers = _answers(embeddings, labels, neighbours, queries, is_right, class_names)
+  is_right = answers.is_right
   random = np.random.default_rng(seed)
   curve = np.logical_or.accumulate(is_right[:, :_MAX_CURVE_K], axis=1).mean(axis=0)
   confusions = mistakes.confusions(answers)
@@ -78,6 +81,7 @@ def _answers(
   labels: np.ndarray,
   neighbours: np.ndarray,
   queries: np.ndarray,
+  is_right: Optional[np.ndarray],
   class_names: Union[Sequence[str], Mapping[int, str]],
 ) -> Answers:
   """The answers to queries with a relevant item."""
@@ -86,14 +90,17 @@ def _answers(
     raise UserError(f"{num_bad} of {len(embeddings)} embeddings are not finite.")
   _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   has_relevant = sizes[class_of][queries] > 1
+  if is_right is None:
+    is_right = labels[neighbours] == labels[queries][:, None]
+  else:
+    has_relevant = np.ones(len(queries), bool)
   if not has_relevant.any() or not neighbours.shape[1]:
     raise UserError(
       f"Evidence of {len(queries)} queries with {neighbours.shape[1]} neighbours each: "
       "at least one query must have a neighbour and another item of its class."
     )
-  return Answers(
-    embeddings, labels, queries[has_relevant], neighbours[has_relevant], class_names
-  )
+  asked, found = queries[has_relevant], neighbours[has_relevant]
+  return Answers(embeddings, labels, asked, found, is_right[has_relevant], class_names)
 
 
 def _map(
@@ -108,7 +115,7 @@ def _map(
   num_others = min(NUM_MAPPED - len(asking), len(others))
   items = np.sort([*asking, *random.choice(others, num_others, replace=False)])
   method, places = layout.lay_out(answers.embeddings[items])
-  is_right = dict(zip(answers.queries.tolist(), answers.is_right()[:, 0].tolist()))
+  is_right = dict(zip(answers.queries.tolist(), answers.is_right[:, 0].tolist()))
   sprite = None
   if pictures_fn is not None:
     images = thumbnails.shrink(pictures_fn(items), _SPRITE_SIDE)

@@ -29,6 +29,7 @@ class Answers:
     labels: [G] int.
     queries: [Q] int64, items.
     neighbours: [Q, k] int64, items, nearest first.
+    is_right: [Q, k] bool, whether a neighbour is relevant to the query.
     class_names: name of each label.
   """
 
@@ -36,11 +37,8 @@ class Answers:
   labels: np.ndarray
   queries: np.ndarray
   neighbours: np.ndarray
+  is_right: np.ndarray
   class_names: Union[Sequence[str], Mapping[int, str]]
-
-  def is_right(self) -> np.ndarray:
-    """[Q, k] bool, whether a neighbour is of the query's class."""
-    return self.labels[self.neighbours] == self.labels[self.queries][:, None]
 
   def name(self, item: int) -> str:
     """The name of an item's class."""
@@ -57,7 +55,10 @@ def confusions(answers: Answers) -> list[Confusion]:
     At most 12, the most frequent first; among equals the lower labels. The query that
     stands for a pair is the one that is nearest to its wrong neighbour.
   """
-  mistakes = np.flatnonzero(~answers.is_right()[:, 0])
+  of_another = (
+    answers.labels[answers.neighbours[:, 0]] != answers.labels[answers.queries]
+  )
+  mistakes = np.flatnonzero(~answers.is_right[:, 0] & of_another)
   asked, found = answers.queries[mistakes], answers.neighbours[mistakes, 0]
   pairs, pair_of, counts = np.unique(
     np.stack([answers.labels[asked], answers.labels[found]]),
@@ -101,7 +102,7 @@ def shown_queries(
   Returns:
     At most 24; mistakes first, those with the most wrong neighbours at the top.
   """
-  is_right = answers.is_right()
+  is_right = answers.is_right
   rows = random.permutation(len(answers.queries))
   is_first = ~np.isin(answers.queries[rows], wanted)
   rows = rows[np.argsort(is_first, kind="stable")]  # The wanted come first.
@@ -122,8 +123,10 @@ def _query(answers: Answers, row: int) -> Query:
       distance=float(
         np.linalg.norm(answers.embeddings[item] - answers.embeddings[other])
       ),
-      is_right=bool(answers.labels[item] == answers.labels[other]),
+      is_right=bool(is_right),
     )
-    for other in answers.neighbours[row, :NUM_NEIGHBOURS]
+    for other, is_right in zip(
+      answers.neighbours[row, :NUM_NEIGHBOURS], answers.is_right[row]
+    )
   ]
   return Query(item=item, class_name=answers.name(item), neighbours=neighbours)
