@@ -1,7 +1,7 @@
 """python -m tests.faults [--only=NAME] [--soak=100]: the fault table, done for real.
 
---soak kills a run so many times at random moments, on one and on two replicas in turn,
-four times a run, and tells how many runs ended equal.
+--soak kills runs so many times at random moments, ten times a run, on one and on two
+replicas in turn, and tells how many ended equal.
 """
 
 from __future__ import annotations

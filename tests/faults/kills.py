@@ -59,9 +59,9 @@ def kill_at_random(runs: Runs, name, *, num_replicas, num_kills, seed):
 
 @row
 def killed_on_one_replica(runs: Runs) -> Outcome:
-  """SIGKILL, 3 times; training, at random moments, 1 replica."""
+  """SIGKILL, twice; training, at random moments, 1 replica."""
   status, seconds, lost = kill_at_random(
-    runs, "killed-1", num_replicas=1, num_kills=3, seed=1
+    runs, "killed-1", num_replicas=1, num_kills=2, seed=1
   )
   seen = ended_as(status, runs.folder / "killed-1", runs.finished(1))
   return Outcome(EQUAL, seen, seconds, lost)
@@ -69,9 +69,9 @@ def killed_on_one_replica(runs: Runs) -> Outcome:
 
 @row
 def killed_on_two_replicas(runs: Runs) -> Outcome:
-  """SIGKILL, 2 times; training, at random moments, 2 replicas."""
+  """SIGKILL; training, at a random moment, 2 replicas."""
   status, seconds, lost = kill_at_random(
-    runs, "killed-2", num_replicas=2, num_kills=2, seed=2
+    runs, "killed-2", num_replicas=2, num_kills=1, seed=2
   )
   seen = ended_as(status, runs.folder / "killed-2", runs.finished(2))
   return Outcome(EQUAL, seen, seconds, lost)
@@ -79,7 +79,7 @@ def killed_on_two_replicas(runs: Runs) -> Outcome:
 
 @row
 def killed_while_saving(runs: Runs) -> Outcome:
-  """SIGKILL, 2 times; while a checkpoint is written."""
+  """SIGKILL, twice; while a checkpoint is written."""
   model_dir = runs.folder / "killed-saving"
   aside = model_dir / "checkpoints" / "aside"
   lost = 0
