@@ -95,7 +95,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def define_flags() -> dict[str, flags.FlagValues]:
   """The flags by group, kept apart from those that absl's own modules define."""
-  what, where, hardware, search = (flags.FlagValues() for _ in range(4))
+  what, where, search = (flags.FlagValues() for _ in range(3))
   flags.DEFINE_enum("mode", None, list(MODES), "What to do.", flag_values=what)
   flags.DEFINE_multi_string(
     "gin_file", [], "What to compute (repeatable).", flag_values=what
@@ -118,6 +118,21 @@ def define_flags() -> dict[str, flags.FlagValues]:
     "Go on in a model_dir that holds another config.",
     flag_values=where,
   )
+  hardware = _hardware_flags()
+  flags.DEFINE_multi_string(
+    "query",
+    [],
+    "Image, .npy file of vectors, or key (repeatable).",
+    flag_values=search,
+  )
+  flags.DEFINE_bool("json", False, "Answer as JSON.", flag_values=search)
+  flags.DEFINE_string("picture", None, "Draw the answers here.", flag_values=search)
+  return {"what": what, "where": where, "hardware": hardware, "search": search}
+
+
+def _hardware_flags() -> flags.FlagValues:
+  """What a run computes on, and how long that may keep it waiting."""
+  hardware = flags.FlagValues()
   flags.DEFINE_enum(
     "strategy", "auto", STRATEGIES, "How replicas are made.", flag_values=hardware
   )
@@ -159,15 +174,7 @@ def define_flags() -> dict[str, flags.FlagValues]:
     lower_bound=0.0,
     flag_values=hardware,
   )
-  flags.DEFINE_multi_string(
-    "query",
-    [],
-    "Image, .npy file of vectors, or key (repeatable).",
-    flag_values=search,
-  )
-  flags.DEFINE_bool("json", False, "Answer as JSON.", flag_values=search)
-  flags.DEFINE_string("picture", None, "Draw the answers here.", flag_values=search)
-  return {"what": what, "where": where, "hardware": hardware, "search": search}
+  return hardware
 
 
 def help_text() -> str:
