@@ -16,7 +16,7 @@ from trainer.data.sources import Source
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation
+from trainer.evaluate import Evaluation, make_evaluation
 from trainer.ingest import ingest
 from trainer.retrieval import provenance
 from trainer.retrieval.embed import Embedder
@@ -33,7 +33,7 @@ def main(run: Run) -> None:
   with make_strategy(run.hardware, run.facts()).scope():
     workers = current_workers()
     embedding = workers.together(lambda: Embedding())
-    trained = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
+    trained = make_evaluation()
     workers.chief_first(embedding.ingest)
     index = workers.together(lambda: embedding.open(trained))
     workers.agree(index.facts())

@@ -23,6 +23,8 @@ class UserError(ValueError):
   """The user's mistake: shown as one line, without a traceback."""
 
   exit_status = 2
+  # Keras adds to what is raised in a layer how it was called, unless it has done so.
+  _keras_call_info_injected = True
 
 
 class PreemptedError(RuntimeError):

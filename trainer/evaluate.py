@@ -41,7 +41,7 @@ def main(run: Run) -> None:
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
-    evaluation = workers.together(lambda: Evaluation())  # type: ignore[call-arg]
+    evaluation = make_evaluation()
     workers.agree(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
     evaluated = evaluation.evaluate()
@@ -197,6 +197,28 @@ class Evaluation:
     return rankings.by_group(np.array([str(v[0]) if v else "" for v in values]))
 
 
+def make_evaluation() -> Evaluation:
+  """The evaluation that gin describes; where a worker can't make it, none goes on.
+
+  Returns:
+    An evaluation whose encoder has no variables yet; on every worker it can have them.
+
+  Raises:
+    UserError: a part is missing or does not fit, on some worker.
+  """
+
+  def make():
+    return Evaluation()  # type: ignore[call-arg]
+
+  def rehearse():
+    evaluation = make()
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+
+  workers = current_workers()
+  workers.rehearse(rehearse)
+  return workers.together(make)
+
+
 def restore_encoder(
   encoder: tf.keras.Model, input_shape: Sequence[int], model_dir: str
 ) -> int:
@@ -214,12 +236,9 @@ def restore_encoder(
     UserError: there is no checkpoint, or it is of another encoder.
   """
   workers = current_workers()
-
-  def restore():
-    encoder.create_variables(input_shape)
-    return Checkpoints(model_dir=model_dir, encoder=encoder).restore()
-
-  step = workers.together(restore)
+  encoder.create_variables(input_shape)
+  checkpoints = Checkpoints(model_dir=model_dir, encoder=encoder)
+  step = workers.together(checkpoints.restore)
   workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
   if step is None:
     raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")

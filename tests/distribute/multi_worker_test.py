@@ -34,11 +34,11 @@ _PARAMS = (
 _TIMEOUT_S = 300
 
 
-def _command(folder, model_dir, *params, mode="train_and_evaluate"):
+def _command(folder, model_dir, *params, mode="train_and_evaluate", replaced=None):
   params = [*_PARAMS, f"DATA_DIR = '{folder / 'digits'}'", *params]
   run_file = folder / "run.gin"
   content = pathlib.Path(_DIGITS).read_text(encoding="utf-8")
-  for old, new in _REPLACED.items():
+  for old, new in {**(replaced or {}), **_REPLACED}.items():
     assert old in content
     content = content.replace(old, new)
   run_file.write_text(content)
@@ -50,8 +50,13 @@ def _command(folder, model_dir, *params, mode="train_and_evaluate"):
   ]
 
 
-def _run_workers(commands):
-  """Runs a process for each command, and gives each its exit status and output."""
+def _run_workers(commands, folders=None):
+  """Runs a process for each command, and gives each its output and exit status.
+
+  Args:
+    commands: one for each worker.
+    folders: where each runs; None for here.
+  """
   addresses = free_addresses(len(commands))
   processes = []
   for index, command in enumerate(commands):
@@ -67,6 +72,7 @@ def _run_workers(commands):
     processes.append(
       subprocess.Popen(
         command,
+        cwd=folders[index] if folders else None,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -163,6 +169,49 @@ def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
     assert "eagerly" not in errors and "retracing" not in errors
     last = errors.splitlines()[-1]
     assert last.startswith("error: worker 1: ") and "can't be read" in last
+
+
+@pytest.fixture(scope="module")
+def own_folders(folder):
+  """A folder for each of two workers, with weights; those of the second are damaged."""
+  folders = [folder / "whole", folder / "damaged"]
+  for each in folders:
+    each.mkdir()
+  network = tf.keras.applications.MobileNet(
+    include_top=False, weights=None, input_shape=(32, 32, 1)
+  )
+  network.save_weights(str(folders[0] / "weights.h5"))
+  (folders[1] / "weights.h5").write_bytes(b"no weights")
+  return folders
+
+
+@pytest.mark.parametrize("mode", ["train", "evaluate"])
+def test_weights_that_are_damaged_on_one_worker_end_all_in_one_line(
+  folder, own_folders, mode
+):
+  _finished(folder, 1)  # For its data.
+  model_dir = folder / f"never_{mode}"
+  command = _command(
+    folder,
+    model_dir,
+    "TrainStep.encoder = @Encoder()",
+    "evaluate.encoder = @Encoder()",
+    "Encoder.embedding_size = 8",
+    "Encoder.pooling = 'average'",
+    "Encoder.backbone = @KerasApplication()",
+    "KerasApplication.name = 'MobileNet'",
+    "KerasApplication.weights = 'weights.h5'",
+    "ImageDecoder.height = 32",
+    "ImageDecoder.width = 32",
+    mode=mode,
+    replaced={"include '../models/convnet.gin'\n": ""},
+  )
+  for _, errors, status in _run_workers([command] * 2, own_folders):
+    assert status == 2, errors
+    assert "Traceback" not in errors
+    last = errors.splitlines()[-1]
+    assert last.startswith("error: worker 1: weights.h5 does not fit MobileNet"), last
+  assert not model_dir.exists()
 
 
 def test_workers_of_different_configurations_are_refused(folder):

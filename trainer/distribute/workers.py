@@ -130,8 +130,10 @@ class Workers:
   def rehearse(self, make: Callable[[], object]) -> None:
     """Lets each worker make something without the others, where there are others.
 
-    Variables of several workers are made together: where one worker failed at it, the
-    others would wait for it. So each makes its own first, which nobody keeps.
+    Variables of several workers are made together: where one failed at it, the others
+    would wait for it until it ends, and then call it lost. So each makes its own first,
+    on the CPU, which nobody keeps. What fails under the strategy alone follows from the
+    configuration, and fails on all.
 
     Args:
       make: what is to be made under the strategy afterwards.
@@ -140,10 +142,16 @@ class Workers:
       UserError: it raised one on some worker; then on every worker.
       WorkerFailedError: it raised another error elsewhere.
     """
-    if self.num_workers > 1:
-      # A strategy is that of a thread; a new one has none.
-      with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        self.together(lambda: pool.submit(make).result())
+    if self.num_workers == 1:
+      return
+
+    def make_on_cpu():
+      with tf.device("CPU:0"):
+        make()
+
+    # A strategy is that of a thread; a new one has none.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+      self.together(lambda: pool.submit(make_on_cpu).result())
 
   def _raise_first(self, error: Optional[Exception]) -> None:
     """Raises what the first worker with an error tells, unless ours is to be shown."""
