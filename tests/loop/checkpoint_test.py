@@ -60,6 +60,21 @@ def test_an_encoder_comes_back_without_its_optimizer(tmp_path):
   np.testing.assert_array_equal(restored.variables[0], saved.variables[0])
 
 
+def test_restoring_makes_no_variable_for_which_workers_would_wait(tmp_path, mirrored):
+  made = []
+
+  def note(next_creator, **options):
+    made.append(options.get("name"))
+    return next_creator(**options)
+
+  with mirrored(2).scope(), tf.variable_creator_scope(note):
+    checkpoints = _checkpoints(tmp_path, _encoder())
+    checkpoints.save(7)
+    num_before = len(made)
+    assert num_before > 0 and checkpoints.restore() == 7
+  assert made[num_before:] == []
+
+
 def test_only_the_newest_stay(tmp_path):
   checkpoints = _checkpoints(tmp_path, _encoder(), num_kept=2)
   for step in (1, 2, 3):
