@@ -20,10 +20,10 @@ from trainer.models.synchronized_norm import SynchronizedBatchNormalization
 _NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 4, 6, (16, 16, 1)
 
 
-def _normalized(strategy, values):
+def _normalized(strategy, values, layer_class=SynchronizedBatchNormalization):
   """What the layer makes of values, the rows divided among replicas; and the layer."""
   with strategy.scope():
-    layer = SynchronizedBatchNormalization(momentum=0.0, epsilon=1e-9)
+    layer = layer_class(momentum=0.0, epsilon=1e-9, synchronized=True)
     layer.build(values.shape)
   num_rows = len(values) // strategy.num_replicas_in_sync
 
@@ -40,13 +40,24 @@ def _normalized(strategy, values):
   return np.concatenate([part.numpy() for part in parts]), layer
 
 
+def _far_from_zero(shape):
+  # 100² has no digit left in float32 for a variance of 0.01².
+  return np.random.default_rng(0).normal(100.0, 0.01, shape).astype(np.float32)
+
+
+def test_keras_own_loses_the_variance_far_from_zero(mirrored):
+  values = _far_from_zero((8, 5))
+  exact = values.astype(np.float64).var(0)
+  _, layer = _normalized(mirrored(2), values, tf.keras.layers.BatchNormalization)
+  assert np.abs(layer.moving_variance.numpy() / exact - 1).min() > 0.1
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(8, 5), (8, 3, 4, 5)])
 def test_moments_are_those_of_all_replicas_also_far_from_zero(
   mirrored, num_replicas, shape
 ):
-  # 100² has no digit left in float32 for a variance of 0.01².
-  values = np.random.default_rng(0).normal(100.0, 0.01, shape).astype(np.float32)
+  values = _far_from_zero(shape)
   axes = tuple(range(len(shape) - 1))
   exact = values.astype(np.float64)
   got, layer = _normalized(mirrored(num_replicas), values)
