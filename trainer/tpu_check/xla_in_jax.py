@@ -160,7 +160,7 @@ def _run(request):
   devices = _devices(None, request["num_replicas"])
   executable = _compiled(request["hlo"], devices)
   mesh = Mesh(np.array(devices), ("replica",))
-  with np.load(request["inputs"]) as file:
+  with np.load(request["inputs"], allow_pickle=False) as file:
     values = [file[f"arr_{number}"] for number in range(len(file.files))]
   jax.config.update("jax_enable_x64", True)
   inputs = []
