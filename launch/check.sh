@@ -31,7 +31,7 @@ export PATH="$PWD/$folder/bin:$PATH"
 
 if [ -n "$is_short" ]; then
   stage "short tests" python -m pytest -q -n 2 --dist loadfile \
-    -m "main_job or golden or parity or resume"
+    -m "(main_job or golden or parity or resume) and not thorough"
   exit
 fi
 stage format ruff format --check .

@@ -55,6 +55,8 @@ _LEARNING = {
 }
 _CHOICES = (("gathered", "alone"), ("plain", "streaming"), (1, 2, 4), ("sgd", "adam"))
 ALL = list(itertools.product(*_CHOICES))
+# What the short selection takes of each loss.
+_SHORT = ("gathered", "streaming", 2, "sgd")
 _PAIRS = [
   ("gathered", "plain", 1, "sgd"),
   ("alone", "streaming", 1, "adam"),
@@ -142,7 +144,9 @@ def _cases():
   more = [(*case[:-1], "adam") for case in ALL if case[-1] == "sgd"]
   for loss in sorted(LOSSES):
     cases = {*_PAIRS, *more} if loss == _THOROUGH else _PAIRS
-    yield from ((loss, *case) for case in sorted(cases))
+    for case in sorted(cases):
+      marks = () if case == _SHORT else pytest.mark.thorough
+      yield pytest.param(loss, *case, marks=marks)
 
 
 def errors_of(mirrored, loss, objective, form, num_replicas, optimizer):
