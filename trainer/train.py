@@ -17,7 +17,7 @@ from trainer.data.schedule import PKSchedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.loop import actions, log_file, micro_batches, words
+from trainer.loop import actions, log_file, micro_batches, tpu_limits, words
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.diagnosis import Diagnosis
 from trainer.loop.inner import InnerLoop
@@ -146,6 +146,7 @@ def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   parts = Parts()  # type: ignore[call-arg]  # They are gin's.
   schedule = parts.make_schedule()
   check_batch(schedule, parts.step, num_replicas)
+  tpu_limits.check_if_on_tpu(parts.step)
   return parts, schedule
 
 
