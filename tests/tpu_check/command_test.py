@@ -24,10 +24,20 @@ def run(compiler_python, capsys, monkeypatch):
   return call
 
 
-@pytest.mark.parametrize("run_file", [_DIGITS, "configs/runs/fashion_mnist.gin"])
-def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file):
-  classes = "--gin_param=PKSchedule.classes_per_batch = 4"
-  status, out, _ = run(run_file, "--topology=v5e:2x2", classes)
+@pytest.mark.parametrize(
+  ("run_file", "changes"),
+  [
+    (_DIGITS, []),
+    # It has six classes; its statistics, which take long to compile, are digits'.
+    (
+      "configs/runs/fashion_mnist.gin",
+      ["PKSchedule.classes_per_batch = 4", "TrainStep.mining_statistics = None"],
+    ),
+  ],
+)
+def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file, changes):
+  bindings = [f"--gin_param={change}" for change in changes]
+  status, out, _ = run(run_file, "--topology=v5e:2x2", *bindings)
   assert status == 0, out
   assert "COMPILES for v5e:2x2: a replica needs" in out
   for name in ("arguments", "outputs", "temporaries", "code"):
@@ -36,3 +46,83 @@ def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file):
   assert re.search(r"operations +\S+e\+0[6-9] FLOP a step", out)
   assert re.search(r"collectives +[1-9]\d* all-reduce; \S+ KiB come", out)
   assert "It does not say: how fast" in out
+
+
+def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
+  status, out, _ = run(
+    "configs/runs/glyphs.gin",
+    "--topology=v5e:2x2",
+    "--gin_param=PKSchedule.classes_per_batch = 131072",
+    "--gin_param=TrainStep.mining_statistics = None",
+  )
+  assert status == 1
+  assert re.search(r"DOES NOT FIT v5e:2x2: a replica needs \S+ GiB of 15.75 GiB", out)
+  array = r"16\.00 GiB \[131072,32,32,32\] of encoder/conv_net\w*/conv2d\w*/Conv2D"
+  assert re.search(array, out)
+  assert "\n  StepOptions.num_micro_batches = " in out
+  assert "compiler takes the whole replica step" not in out
+
+
+def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
+  status, out, _ = run(
+    _DIGITS,
+    "--fit",
+    "--topology=gpu:2x0.0036GB",
+    "--gin_param=TrainStep.mining_statistics = None",
+  )
+  assert status == 0, out
+  tried = re.findall(r"= (\d+) classes x 16 samples: (too large|\S+ [KM]iB)", out)
+  largest = max(int(size) for size, result in tried if result != "too large")
+  smallest_too_large = min(int(size) for size, result in tried if result == "too large")
+  assert smallest_too_large == largest + 2
+  assert (
+    f"LARGEST for gpu:2x0.0036GB: PKSchedule.classes_per_batch = {largest}\n" in out
+  )
+  assert "An estimate" in out
+
+
+@pytest.mark.parametrize(
+  ("arguments", "words"),
+  [
+    ([_DIGITS], "--topology is missing, such as v5e:2x4"),
+    ([_DIGITS, "--topology=v5e-8"], "give v5e:2x4"),
+    (["--topology=v5e:2x2"], "one run file is needed, 0 given"),
+    ([_DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
+    (["nowhere.gin", "--topology=v5e:2x2"], "nowhere.gin"),
+    (
+      [_DIGITS, "--topology=v5e:2x2", "--gin_param=PKSchedule.classes_per_batch = 6"],
+      "does not split over 4 replicas; try 8",
+    ),
+    (
+      [_DIGITS, "--topology=v5e:2x2", "--gin_param=Encoder.precision='mixed_float16'"],
+      "use 'mixed_bfloat16'",
+    ),
+    (
+      [_DIGITS, "--topology=v5e:2x2", "--gin_param=StepOptions.compiled='step'"],
+      "StepOptions.compiled='step'",
+    ),
+  ],
+)
+def test_a_mistake_is_told_in_one_line(run, arguments, words):
+  status, out, err = run(*arguments)
+  assert status == 2
+  [line] = [line for line in err.splitlines() if line.startswith("error: ")]
+  assert words in line
+  assert "COMPILES" not in out
+
+
+def test_a_compiler_that_is_not_there_is_told_how_to_make(capsys):
+  assert (
+    command.main(
+      ["", _DIGITS, "--topology=v5e:2x2", "--compiler_python=/nowhere/python"]
+    )
+    == 2
+  )
+  assert "./launch/tpu_check.sh makes it" in capsys.readouterr().err
+
+
+def test_help_fits_a_screen(capsys):
+  assert command.main(["", "--help"]) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert len(lines) < 24
+  assert "--topology" in "\n".join(lines)

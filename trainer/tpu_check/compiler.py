@@ -31,6 +31,20 @@ class Collective(NamedTuple):
   bytes: int
 
 
+class Array(NamedTuple):
+  """A result of an operation of the program, before it is compiled.
+
+  Attributes:
+    name: of the operation; it has those of the layers in it.
+    bytes: of the whole.
+    shape: as text, such as "64,128".
+  """
+
+  name: str
+  bytes: int
+  shape: str
+
+
 class Compiled(NamedTuple):
   """What a program takes of one replica's device.
 
@@ -43,6 +57,7 @@ class Compiled(NamedTuple):
     flops: floating point operations of one step.
     bytes_accessed: that one step reads and writes.
     collectives: after the compiler has put together what goes together.
+    largest: of the program's arrays; the compiler may never make them.
   """
 
   compile_s: float
@@ -53,6 +68,7 @@ class Compiled(NamedTuple):
   flops: float
   bytes_accessed: float
   collectives: Sequence[Collective]
+  largest: Sequence[Array]
 
   @property
   def memory_bytes(self) -> int:
@@ -62,7 +78,15 @@ class Compiled(NamedTuple):
 
 
 class CompilationError(RuntimeError):
-  """The compiler does not take the program; the message is its own."""
+  """The compiler does not take the program; the message is its own.
+
+  Attributes:
+    largest: of the program's arrays.
+  """
+
+  def __init__(self, message: str, largest: Sequence[Array]):
+    super().__init__(message)
+    self.largest = largest
 
 
 class Compiler:
@@ -100,8 +124,9 @@ class Compiler:
         topology=topology.tpu,
         num_replicas=topology.num_replicas,
       )
+    answer["largest"] = [Array(**each) for each in answer["largest"]]
     if "error" in answer:
-      raise CompilationError(answer["error"])
+      raise CompilationError(answer["error"], answer["largest"])
     aliased = answer.pop("aliased_bytes")
     answer["outputs_bytes"] -= aliased
     answer["collectives"] = [Collective(**each) for each in answer["collectives"]]

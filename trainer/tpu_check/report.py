@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple, Optional
+from collections.abc import Sequence
 
-from trainer.tpu_check.compiler import Compiled
+from trainer.tpu_check.compiler import Array, Compiled
 from trainer.tpu_check.topologies import Topology
 
 _TPU_CLAIM = (
@@ -21,20 +21,10 @@ _GPU_CLAIM = (
 )
 
 
-class Batch(NamedTuple):
-  """The global batch.
-
-  Attributes:
-    num_classes: P.
-    num_samples: K.
-  """
-
-  num_classes: int
-  num_samples: int
-
-  def __str__(self):
-    total = self.num_classes * self.num_samples
-    return f"{self.num_classes} classes x {self.num_samples} samples = {total}"
+def global_batch(num_classes: int, num_samples: int) -> str:
+  """The global batch of P classes with K samples."""
+  total = num_classes * num_samples
+  return f"global batch {total} = {num_classes} classes x {num_samples} samples"
 
 
 def claim(topology: Topology) -> str:
@@ -68,17 +58,25 @@ def costs(compiled: Compiled, topology: Topology) -> str:
   return "\n".join(f"  {name:<15}{value}" for name, value in rows)
 
 
-def verdict(compiled: Optional[Compiled], topology: Topology) -> str:
-  """Whether it fits, one line; None stands for what the compiler found too large."""
-  if compiled is None:
-    return f"DOES NOT FIT {topology.name}."
+def fits(compiled: Compiled, topology: Topology) -> str:
+  """The verdict on what compiles and fits, one line."""
   needed = memory_text(compiled.memory_bytes)
   of = memory_text(topology.memory_bytes)
-  if compiled.memory_bytes > topology.memory_bytes:
-    return f"DOES NOT FIT {topology.name}: a replica needs {needed} of {of}."
   if topology.tpu is None:
     return f"SHOULD FIT {topology.name}: a replica needs about {needed} of {of}."
   return f"COMPILES for {topology.name}: a replica needs {needed} of {of}."
+
+
+def too_large(share: float, topology: Topology, largest: Sequence[Array]) -> str:
+  """The verdict on what does not fit, with the largest arrays, a line each."""
+  needed, of = share * topology.memory_bytes, topology.memory_bytes
+  lines = [
+    f"DOES NOT FIT {topology.name}: a replica needs {memory_text(needed)} of "
+    f"{memory_text(of)}. Its largest arrays:"
+  ]
+  for array in largest:
+    lines.append(f"  {memory_text(array.bytes)} [{array.shape}] of {array.name}")
+  return "\n".join(lines)
 
 
 def memory_text(num_bytes: float) -> str:

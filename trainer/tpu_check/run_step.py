@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import gin
@@ -13,18 +14,27 @@ from trainer.data.decode import Decoder
 from trainer.data.members import MemberTable
 from trainer.data.pipeline import Batch
 from trainer.errors import UserError
-from trainer.loop import micro_batches
 from trainer.loop.step import TrainStep
-from trainer.train import Parts
+from trainer.train import Parts, check_batch
 
-# More classes, and more samples of one, than a batch will have.
-_NUM_CLASSES, _NUM_SAMPLES = 2**13, 2**9
+# More classes, and more samples of one, than a batch will have; none is looked up.
+_NUM_CLASSES, _NUM_SAMPLES = 2**20, 2**20
 
 
 class _DeclaredDataset(NamedTuple):
   """What a run file says of its data, where the data are not."""
 
   decoder: Decoder
+
+
+class _Shape(NamedTuple):
+  """What of a schedule has to fit the replicas.
+
+  Attributes:
+    shape: (P, K).
+  """
+
+  shape: tuple[int, int]
 
 
 class RunStep(NamedTuple):
@@ -42,6 +52,15 @@ class RunStep(NamedTuple):
   num_classes: int
   num_samples: int
 
+  def class_unit(self, num_replicas: int) -> int:
+    """Of what P must be a multiple, to divide over replicas and micro-batches.
+
+    Args:
+      num_replicas: among which the classes are divided.
+    """
+    num_parts = self.step.options.num_micro_batches
+    return num_replicas * num_parts // math.gcd(num_parts, self.num_samples)
+
   def replica_batch(self, num_classes: int, num_replicas: int) -> Batch:
     """Specs of what one replica takes.
 
@@ -50,16 +69,12 @@ class RunStep(NamedTuple):
       num_replicas: among which they are divided.
 
     Raises:
-      UserError: they don't divide, or micro-batches don't divide what each gets.
+      UserError: replicas, micro-batches or the loss don't go with so many classes.
     """
-    if num_classes % num_replicas:
-      multiple = -(-num_classes // num_replicas) * num_replicas
-      raise UserError(
-        f"PKSchedule.classes_per_batch={num_classes} does not split over "
-        f"{num_replicas} replicas; try {multiple}."
-      )
+    schedule: Any = _Shape((num_classes, self.num_samples))
+    check_batch(schedule, self.step, num_replicas)
+    self.step.options.check_compiled(self.step.encoder, num_replicas)
     size = num_classes * self.num_samples // num_replicas
-    micro_batches.check_size(self.step.options.num_micro_batches, size)
     return Batch(
       tf.TensorSpec([size, *self.input_shape], tf.float32),
       tf.TensorSpec([size], tf.int32),
@@ -87,8 +102,8 @@ def _decoder() -> Decoder:
 
 
 def _schedule_shape(parts: Parts) -> tuple[int, int]:
-  records = np.arange(_NUM_CLASSES * _NUM_SAMPLES)
-  table = MemberTable(records, np.arange(_NUM_CLASSES + 1) * _NUM_SAMPLES)
+  starts = np.arange(_NUM_CLASSES + 1) * _NUM_SAMPLES
+  table = MemberTable(np.empty(0, np.int64), starts)
   make: Any = parts.schedule_fn
   try:
     return make(table).shape

@@ -25,6 +25,11 @@ _COLLECTIVES = (
   "reduce-scatter",
 )
 _COLLECTIVE = re.compile(rf"= (\S.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
+_NAME = re.compile(r'"([^"]+)"')
+_TENSOR = re.compile(r"tensor<((?:\d+x)*)(\w+)>")
+_MLIR_TYPES = {"i1": "pred", "i8": "s8", "i32": "s32", "i64": "s64"}
+_MLIR_TYPES.update({"ui8": "u8", "ui32": "u32", "ui64": "u64"})
+_NUM_LARGEST = 3
 _ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
 
@@ -44,6 +49,7 @@ def _set_environment(num_replicas):
   os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # Nobody holds a TPU that another would want.
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",
     XLA_FLAGS=f"--xla_force_host_platform_device_count={num_replicas}",
@@ -52,14 +58,16 @@ def _set_environment(num_replicas):
 
 def _compile(request):
   devices = _devices(request["topology"], request["num_replicas"])
+  module = _module(request["hlo"])
+  largest = _largest_arrays(module)
   start = time.perf_counter()
   try:
-    executable = _compiled(request["hlo"], devices)
+    executable = _compiled(module, devices)
   except Exception as error:
     # XLA's errors have no class of their own, and a wrong use of JAX has another.
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
       raise
-    return {"error": str(error), "compile_s": time.perf_counter() - start}
+    return {"error": str(error), "largest": largest}
   compile_s = time.perf_counter() - start
   stats = executable.get_compiled_memory_stats()
   costs = executable.cost_analysis()
@@ -67,6 +75,7 @@ def _compile(request):
   text = "\n".join(module.to_string() for module in executable.hlo_modules())
   return {
     "compile_s": compile_s,
+    "largest": largest,
     "arguments_bytes": stats.argument_size_in_bytes,
     "outputs_bytes": stats.output_size_in_bytes,
     "aliased_bytes": stats.alias_size_in_bytes,
@@ -91,7 +100,7 @@ def _devices(topology, num_replicas):
   return description.devices
 
 
-def _compiled(hlo_file, devices):
+def _compiled(module, devices):
   import numpy as np
   from jax._src import compiler
   from jax._src.lib import _jax
@@ -106,7 +115,7 @@ def _compiled(hlo_file, devices):
   is_real = client.platform == "cpu"
   do_compile = client.compile_and_load if is_real else client.compile
   return do_compile(
-    _module(hlo_file),
+    module,
     executable_devices=_jax.DeviceList(tuple(devices)),
     compile_options=options,
   )
@@ -136,6 +145,32 @@ def _module(hlo_file):
   return module
 
 
+def _largest_arrays(module):
+  """The largest results of operations, one of a name, largest first.
+
+  What is only spread out is left out, because the compiler never makes it.
+  """
+  from jax.extend.mlir import ir
+
+  found: dict = {}
+
+  def measure(operation):
+    if operation.name not in ("stablehlo.broadcast_in_dim", "stablehlo.while"):
+      name = _NAME.search(str(operation.location))
+      for result in operation.results:
+        array = _TENSOR.fullmatch(str(result.type))
+        if array and name:
+          dimensions = array[1].replace("x", ",").strip(",")
+          size = _num_bytes(_MLIR_TYPES.get(array[2], array[2]), dimensions)
+          if size > found.get(name[1], {"bytes": 0})["bytes"]:
+            found[name[1]] = {"name": name[1], "bytes": size, "shape": dimensions}
+    return ir.WalkResult.ADVANCE
+
+  module.operation.walk(measure)
+  by_size = sorted(found.values(), key=lambda array: -array["bytes"])
+  return by_size[:_NUM_LARGEST]
+
+
 def _collectives(text):
   """Bytes that each collective of a compiled program brings to a replica."""
   return [
@@ -158,7 +193,7 @@ def _run(request):
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
   devices = _devices(None, request["num_replicas"])
-  executable = _compiled(request["hlo"], devices)
+  executable = _compiled(_module(request["hlo"]), devices)
   mesh = Mesh(np.array(devices), ("replica",))
   with np.load(request["inputs"], allow_pickle=False) as file:
     values = [file[f"arr_{number}"] for number in range(len(file.files))]

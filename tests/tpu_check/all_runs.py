@@ -1,0 +1,50 @@
+"""Compiles every run file for a TPU: python -m tests.tpu_check.all_runs [TOPOLOGY]
+
+Prints the table of trainer/tpu_check/README.md. Minutes; ./launch/tpu_check.sh makes
+the compiler that it needs.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+
+from trainer import config, parts  # noqa: F401  Registers what the files name.
+from trainer.tpu_check import replica_step, report, run_step, topologies
+from trainer.tpu_check.compiler import Compiler
+
+_COLUMNS = ("run file", "P x K", "memory", "FLOP", "collectives", "compile time")
+
+
+def main(topology_name: str = "v5e:2x2") -> None:
+  topology = topologies.parse(topology_name)
+  compiler = Compiler(".venv-tpu/bin/python")
+  print(f"{topology.name}, memory and FLOP of a replica and step\n")
+  _print_row(_COLUMNS)
+  _print_row("---" for _ in _COLUMNS)
+  for path in sorted(pathlib.Path("configs/runs").glob("*.gin")):
+    config.load([str(path)], needed=("train",))
+    run = run_step.of_run()
+    # Of a P that does not divide, the nearest below: above there may be no classes.
+    num_classes = run.num_classes - run.num_classes % topology.num_replicas
+    batch = run.replica_batch(num_classes, topology.num_replicas)
+    program = replica_step.export(run.step, batch, topology.num_replicas)
+    compiled = compiler.compile(program.hlo, topology)
+    _print_row(
+      (
+        path.name,
+        f"{num_classes} x {run.num_samples}",
+        report.memory_text(compiled.memory_bytes),
+        f"{compiled.flops:.2e}",
+        str(len(compiled.collectives)),
+        f"{compiled.compile_s:.0f} s",
+      )
+    )
+
+
+def _print_row(cells) -> None:
+  print(f"| {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])
