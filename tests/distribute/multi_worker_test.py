@@ -162,13 +162,13 @@ def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
   ]
   damaged = folder / "own_1" / "checkpoints"
   damaged.mkdir(parents=True)
-  (damaged / "checkpoint").write_text("{")
+  (damaged / "ckpt-4.json").write_text("{")
   for _, errors, status in _run_workers(commands):
     assert status == 2, errors
     assert "Traceback" not in errors
     assert "eagerly" not in errors and "retracing" not in errors
     last = errors.splitlines()[-1]
-    assert last.startswith("error: worker 1: ") and "can't be read" in last
+    assert last.startswith("error: worker 1: ") and "can be trusted" in last
 
 
 @pytest.fixture(scope="module")
