@@ -83,6 +83,7 @@ if _HAS_ADDONS:
     whole, optimizer, checkpoints = parts()
     _trained(optimizer, whole, 3)
     checkpoints.save(3)
+    checkpoints.wait()
     _trained(optimizer, whole, 3)
     resumed, optimizer, checkpoints = parts()
     assert checkpoints.restore() == 3
