@@ -136,7 +136,9 @@ def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
   data = tmp_path / "data"
   assert _task(tmp_path / "unused", data, mode="ingest") == 0
   run = tmp_path / "run"
-  Checkpoints(model_dir=str(run), encoder=_encoder()).save(3)
+  checkpoints = Checkpoints(model_dir=str(run), encoder=_encoder())
+  checkpoints.save(3)
+  checkpoints.wait()
   assert _task(run, data) == 0
   card = (run / "export" / "MODEL_CARD.md").read_text()
   assert "| steps | 3 |" in card
