@@ -23,13 +23,13 @@ _NUM_REPLICAS, _NUM_EXAMPLES, _INPUT_SIZE = 4, 6, 10
 STEPS = LOSSES
 
 
-def lowered(make_loss, num_replicas, mining_statistics):
+def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
   """The program of a tiny step with this loss, serialized."""
   step = TrainStep(
-    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
+    encoder=Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=6),
     loss=make_loss(),
     objective_fn=across_replicas,
-    optimizer=tf.keras.optimizers.SGD(0.1),
+    optimizer=optimizer or tf.keras.optimizers.SGD(0.1),
     mining_statistics=mining_statistics,
   )
   step.create_variables((_INPUT_SIZE,))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Union
 
 import tensorflow as tf
 
@@ -19,11 +19,11 @@ class Program(NamedTuple):
 
   Attributes:
     hlo: serialized; it takes the parts of the batch, then the variables.
-    variables: all that the step reads or assigns.
+    variables: all that the step reads or assigns, and tensors that it was given.
   """
 
   hlo: bytes
-  variables: Sequence[tf.Variable]
+  variables: Sequence[Union[tf.Variable, tf.Tensor]]
 
 
 def export(step: TrainStep, batch: Batch, num_replicas: int) -> Program:
@@ -51,5 +51,5 @@ def export(step: TrainStep, batch: Batch, num_replicas: int) -> Program:
   by_handle = {id(variable.handle): variable for variable in graph.variables}
   return Program(
     function.experimental_get_compiler_ir(*batch)(stage="hlo_serialized"),
-    [by_handle[id(handle)] for handle in graph.captured_inputs],
+    [by_handle.get(id(each), each) for each in graph.captured_inputs],
   )
