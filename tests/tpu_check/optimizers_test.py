@@ -1,4 +1,4 @@
-"""The update of every optimizer lowers, also of those that capture more than variables."""
+"""The update of every optimizer lowers, also of those that capture constants."""
 
 from __future__ import annotations
 
