@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer import task
 from trainer.data.decode import ImageDecoder, VectorDecoder
 from trainer.errors import UserError
-from trainer.export import Export
+from trainer.export import Export, check_error
 from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
@@ -145,7 +145,67 @@ def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
   assert "run --mode=evaluate after step 3" in card
   model = (run / "export" / "saved_model" / "saved_model.pb").read_bytes()
   assert f"saved_model.pb | {hashlib.sha256(model).hexdigest()} |" in card
+  assert "| checkpoint | newest |" in card
+  config = (run / "export" / "config.gin").read_bytes()
+  assert f"config.gin | {hashlib.sha256(config).hexdigest()} |" in card
+  assert config.startswith(b"# Hash: ")
   assert str(run / "export" / "saved_model") in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+  """A run's folder and that of its records; both kinds of models are exported."""
+  folder = tmp_path_factory.mktemp("exported")
+  assert _task(folder / "unused", folder / "data", mode="ingest") == 0
+  Checkpoints(model_dir=str(folder / "run"), encoder=_encoder()).save(3)
+  params = ("export.formats = ('saved_model', 'tflite')", "export.fixed_batch_size = 5")
+  assert _task(folder / "run", folder / "data", *params) == 0
+  return folder
+
+
+def _content(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
+@pytest.mark.parametrize(
+  ("spoilt", "words"),
+  [
+    ("_of_files", "Signature images gives"),
+    ("_of_inputs", "Signature serving_default"),
+  ],
+)
+def test_a_model_that_does_not_stand_the_trial_replaces_nothing(
+  exported, monkeypatch, capsys, spoilt, words
+):
+  before = _content(exported / "run" / "export")
+  make = getattr(saved_model, spoilt)
+  monkeypatch.setattr(
+    saved_model, spoilt, lambda encoder, given: make(_longer(encoder), given)
+  )
+  assert _task(exported / "run", exported / "data") == 2
+  assert words in capsys.readouterr().err
+  assert _content(exported / "run" / "export") == before
+
+
+def _longer(encoder):
+  return lambda inputs, training: encoder(inputs, training=training) * (1.0 + 1e-4)
+
+
+def test_what_the_next_export_does_not_make_does_not_stay(exported):
+  assert (exported / "run" / "export" / "encoder.tflite").exists()
+  assert _task(exported / "run", exported / "data") == 0
+  names = {path.name for path in (exported / "run" / "export").iterdir()}
+  assert names == {"saved_model", "embed_images.py", "config.gin", "MODEL_CARD.md"}
+
+
+@pytest.mark.parametrize("error", [2e-6, float("nan")])
+def test_too_large_an_error_is_refused(error):
+  with pytest.raises(UserError, match=r"^x gives embeddings that differ by"):
+    check_error("x", error, 1e-6)
 
 
 def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path, capsys):

@@ -15,38 +15,42 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from trainer.config import saved
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.run import Run
-from trainer.serving import lite, model_card, saved_model
+from trainer.serving import (
+  comparison,
+  export_folder,
+  lite,
+  model_card,
+  saved_model,
+)
 
 _FORMATS = ("saved_model", "tflite")
-_NUM_TRIED, _LARGEST_ERROR = 32, 1e-6
+# As shares of an embedding's length; TensorFlow Lite adds up in another order.
+_NUM_TRIED, _LARGEST_ERROR, _LARGEST_LITE_ERROR = 32, 1e-6, 1e-4
+_TITLES = {
+  saved_model.FOLDER: "SavedModel",
+  lite.FILE_NAME: "TensorFlow Lite",
+  saved.CONFIG: "configuration",
+  model_card.FILE_NAME: "model card",
+}
 
 
 def main(run: Run) -> None:
-  """Exports the newest checkpoint of a run."""
+  """Exports a checkpoint of a run; what fails the trial replaces nothing."""
   trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
   export = Export()
   step = trained.restore(run.model_dir)
   folder = export.folder or os.path.join(run.model_dir, "export")
-  path = saved_model.save(
-    trained.encoder,
-    trained.dataset.decoder,
-    folder,
-    fixed_batch_size=export.fixed_batch_size,
-  )
-  error = largest_error(trained, path)
-  if not error <= _LARGEST_ERROR:
-    raise UserError(
-      f"{path} gives embeddings that differ by {error:.1e} from the encoder's; it is "
-      "not to be used."
-    )
-  logging.info("The exported model's embeddings differ by at most %.1e.", error)
-  if "tflite" in export.formats:
-    print(f"{'TensorFlow Lite':<20}{lite.save(path, folder)}")
-  card = model_card.write(folder, _facts(run, trained, step), model_dir=run.model_dir)
-  print(f"{'SavedModel':<20}{path}\n{'model card':<20}{card}")
+  with export_folder.replacing(folder) as aside:
+    _make(trained, export, aside)
+    saved.save(run.config, aside)
+    model_card.write(aside, _facts(run, trained, step), model_dir=run.model_dir)
+  for name, title in _TITLES.items():
+    if os.path.exists(os.path.join(folder, name)):
+      print(f"{title:<20}{os.path.join(folder, name)}")
 
 
 @gin.configurable("export")
@@ -77,22 +81,44 @@ class Export:
       )
 
 
-def largest_error(trained: Evaluation, path: str) -> float:
-  """How far a SavedModel's embeddings of some records are from the encoder's.
+def _make(trained: Evaluation, export: Export, folder: str) -> None:
+  """Makes the models, and tries them on some of the run's records.
 
-  Args:
-    trained: encoder, records and decoder.
-    path: of the SavedModel.
-
-  Returns:
-    The largest difference of a coordinate; NaN if one is not finite.
+  Raises:
+    UserError: one gives other embeddings than the encoder.
   """
+  encoder, decoder = trained.encoder, trained.dataset.decoder
   index = trained.dataset.index
   numbers = np.linspace(0, index.num_records - 1, _NUM_TRIED).astype(np.int64)
-  inputs = trained.dataset.decoder(tf.constant(index.read(numbers), tf.string))
-  exported = tf.saved_model.load(path).signatures["serving_default"]
-  difference = exported(inputs=inputs)["embeddings"] - trained.encoder(inputs)
-  return float(np.max(np.abs(difference)))
+  records = tf.constant(index.read(numbers), tf.string)
+  path = saved_model.save(
+    encoder, decoder, folder, fixed_batch_size=export.fixed_batch_size
+  )
+  errors = comparison.of_saved_model(encoder, decoder, records, path)
+  for name, error in errors.items():
+    check_error(f"Signature {name}", error, _LARGEST_ERROR)
+  if "tflite" in export.formats:
+    error = comparison.of_lite(encoder, decoder, records, lite.save(path, folder))
+    check_error(lite.FILE_NAME, error, _LARGEST_LITE_ERROR)
+
+
+def check_error(name: str, error: float, largest: float) -> None:
+  """Checks how far what is exported is from the encoder, and says it.
+
+  Args:
+    name: of what is exported.
+    error: share of an embedding's length.
+    largest: the same.
+
+  Raises:
+    UserError: it is too far.
+  """
+  if not error <= largest:
+    raise UserError(
+      f"{name} gives embeddings that differ by {error:.1e} of their length from the "
+      f"encoder's, of which {largest:.0e} are allowed; nothing was exported."
+    )
+  logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
 
 
 def _facts(run: Run, trained: Evaluation, step: int) -> model_card.Facts:
@@ -100,6 +126,7 @@ def _facts(run: Run, trained: Evaluation, step: int) -> model_card.Facts:
   return model_card.Facts(
     name=os.path.basename(os.path.abspath(run.model_dir)),
     step=step,
+    checkpoint=trained.checkpoint,
     config_hash=run.config.hash,
     input_shape=tuple(dataset.decoder.shape),
     embedding_size=trained.encoder.embedding_size,

@@ -23,7 +23,6 @@ def save(saved_model: str, folder: str) -> str:
     saved_model, signature_keys=["serving_default"]
   )
   path = os.path.join(folder, FILE_NAME)
-  with open(path + ".new", "wb") as file:
+  with open(path, "wb") as file:
     file.write(converter.convert())
-  os.replace(path + ".new", path)
   return path

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from trainer import __version__
+from trainer.config import saved
 from trainer.retrieval.results import Results, titles
 
 FILE_NAME = "MODEL_CARD.md"
@@ -21,6 +22,7 @@ class Facts(NamedTuple):
   Attributes:
     name: of the run.
     step: number of steps the encoder was trained.
+    checkpoint: which of the run's, "newest" or "best".
     config_hash: of the run's configuration.
     input_shape: of one input.
     embedding_size: D.
@@ -29,6 +31,7 @@ class Facts(NamedTuple):
 
   name: str
   step: int
+  checkpoint: str
   config_hash: str
   input_shape: tuple[int, ...]
   embedding_size: int
@@ -51,7 +54,7 @@ def write(folder: str, facts: Facts, *, model_dir: str) -> str:
     "",
     f"Maps inputs of shape {list(facts.input_shape)} to embeddings of "
     f"{facts.embedding_size} dimensions, to be compared by Euclidean distance.",
-    *_section("Training", {"steps": facts.step, "configuration": facts.config_hash}),
+    *_section("Training", _training(facts)),
     *_section("Data", facts.data),
     *_section(
       "Retrieval on classes never trained on", _measured(model_dir, facts.step)
@@ -63,6 +66,14 @@ def write(folder: str, facts: Facts, *, model_dir: str) -> str:
   with open(path, "w", encoding="utf-8") as file:
     file.write("\n".join(lines) + "\n")
   return path
+
+
+def _training(facts: Facts) -> dict[str, Any]:
+  return {
+    "steps": facts.step,
+    "checkpoint": facts.checkpoint,
+    "configuration": f"{facts.config_hash} ({saved.CONFIG} beside this card)",
+  }
 
 
 def _section(title: str, rows: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ def save(
   Args:
     encoder: its variables exist.
     decoder: makes inputs of image files, if inputs are images.
-    folder: of all that is exported; a SavedModel in it is replaced.
+    folder: of all that is exported; has no SavedModel yet.
     fixed_batch_size: B of the signatures with static shapes; None for no such.
 
   Returns:
@@ -49,14 +49,10 @@ def save(
   if decode_files is not None:
     functions["images"] = _of_files(encoder, decode_files)
   os.makedirs(folder, exist_ok=True)
-  aside = os.path.join(folder, FOLDER + ".new")
-  shutil.rmtree(aside, ignore_errors=True)
+  path = os.path.join(folder, FOLDER)
   module = tf.Module()
   module.weights = list(encoder.variables)
-  tf.saved_model.save(module, aside, _signatures(functions, fixed_batch_size))
-  path = os.path.join(folder, FOLDER)
-  shutil.rmtree(path, ignore_errors=True)
-  os.replace(aside, path)
+  tf.saved_model.save(module, path, _signatures(functions, fixed_batch_size))
   if decode_files is not None:
     shutil.copyfile(_SCRIPT, os.path.join(folder, SCRIPT_NAME))
   return path
