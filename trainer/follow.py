@@ -12,6 +12,7 @@ import gin
 from absl import logging
 
 from trainer import heartbeat
+from trainer.config import saved
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
@@ -21,7 +22,8 @@ from trainer.loop.watchdog import watching
 from trainer.run import Run
 from trainer.selection import Evaluations, check_measured
 
-_NUM_STEPS = "train.loop.num_steps"
+_NUM_STEPS, _SELECTION = "train.loop.num_steps", "train_and_evaluate.selection"
+_CHECKPOINT = "evaluate.checkpoint"
 
 
 @gin.configurable("follow")
@@ -32,8 +34,8 @@ class FollowOptions:
   Attributes:
     metric: by which the best encoder is kept, the larger the better.
     poll_s: seconds between two looks.
-    timeout_s: seconds without a new checkpoint after which it gives up; None to wait
-      for ever.
+    timeout_s: seconds without a new checkpoint after which it gives up, as where the
+      training ended before its last step; None to wait for ever.
 
   Raises:
     UserError: a time is not above 0.
@@ -52,6 +54,7 @@ class FollowOptions:
 
 def main(run: Run) -> None:
   """Measures checkpoints until that of the last step."""
+  _check_alone(run)
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
@@ -71,21 +74,50 @@ def main(run: Run) -> None:
     num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
     step = evaluations.last_step
     while step < num_steps:
-      _wait_for_newer(run.model_dir, step, options)
-      step = evaluation.restore(run.model_dir)
+      step = _restore_newer(evaluation, run.model_dir, step, options)
       evaluated = evaluation.evaluate()
       evaluations.add(step, evaluated.measurement.metrics)
       publish(run.model_dir, step, evaluated)
 
 
+def _steps(model_dir: str) -> list[int]:
+  return checkpoint_files.steps(os.path.join(model_dir, checkpoint_files.FOLDER))
+
+
 def _newest(model_dir: str) -> int:
-  steps = checkpoint_files.steps(os.path.join(model_dir, checkpoint_files.FOLDER))
-  return steps[0] if steps else 0
+  return max(_steps(model_dir), default=0)
 
 
-def _wait_for_newer(model_dir: str, step: int, options: FollowOptions) -> None:
+def _check_alone(run: Run) -> None:
+  """Checks that nothing else keeps the best encoder, and that it isn't followed itself.
+
+  Raises:
+    UserError: the training does, or it is.
+  """
+  for values in (run.config.values, saved.read_values(run.model_dir) or {}):
+    if values.get(_SELECTION, "None") != "None":
+      raise UserError(
+        f"{_SELECTION} keeps the best encoder already, and writes the files that "
+        "--mode=follow writes; unset it, or don't follow."
+      )
+  if run.config.values.get(_CHECKPOINT, "'newest'") != "'newest'":
+    raise UserError(
+      f"--mode=follow measures the newest checkpoints; {_CHECKPOINT} is "
+      f"{run.config.values[_CHECKPOINT]}."
+    )
+
+
+def _restore_newer(
+  evaluation: Evaluation, model_dir: str, step: int, options: FollowOptions
+) -> int:
+  """Waits for a checkpoint that is newer than a step and can be read; its step."""
   start_s = time.monotonic()
-  while _newest(model_dir) <= step:
+  while True:
+    newest = _newest(model_dir)
+    if newest > step:
+      restored = _restore(evaluation, model_dir, newest)
+      if restored > step:
+        return restored
     heartbeat.beat()
     waited_s = time.monotonic() - start_s
     if options.timeout_s is not None and waited_s > options.timeout_s:
@@ -94,4 +126,14 @@ def _wait_for_newer(model_dir: str, step: int, options: FollowOptions) -> None:
         f"step {step}; is the training running?"
       )
     time.sleep(options.poll_s)
-  logging.info("A checkpoint of step %d.", _newest(model_dir))
+
+
+def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:
+  """The step that was restored; 0 where what was the newest is no longer there."""
+  try:
+    return evaluation.restore(model_dir)
+  except UserError:
+    if newest in _steps(model_dir):
+      raise
+    logging.info("The checkpoint of step %d was removed while it was read.", newest)
+    return 0

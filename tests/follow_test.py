@@ -1,0 +1,80 @@
+"""A process that follows a run: what it waits for, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from trainer import follow, task
+from trainer.errors import UserError
+
+_OPTIONS = follow.FollowOptions(poll_s=0.01, timeout_s=5.0)
+
+
+def _place(model_dir, step):
+  (model_dir / "checkpoints").mkdir(exist_ok=True)
+  (model_dir / "checkpoints" / f"ckpt-{step}.json").write_text("{}")
+
+
+class _Restores:
+  """Restores what it is told to, or raises it; each time something happens before."""
+
+  def __init__(self, *outcomes):
+    self._outcomes = list(outcomes)
+
+  def restore(self, model_dir):
+    happen, outcome = self._outcomes.pop(0)
+    happen()
+    if isinstance(outcome, Exception):
+      raise outcome
+    return outcome
+
+
+def _restore_newer(restores, model_dir, step=0):
+  return follow._restore_newer(restores, str(model_dir), step, _OPTIONS)
+
+
+def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(tmp_path):
+  _place(tmp_path, 10)
+
+  def prune():
+    (tmp_path / "checkpoints" / "ckpt-10.json").unlink()
+    _place(tmp_path, 20)
+
+  gone = (prune, UserError("no checkpoint can be trusted: ckpt-10.index is missing"))
+  assert _restore_newer(_Restores(gone, (lambda: None, 20)), tmp_path) == 20
+
+
+def test_a_checkpoint_that_stays_and_can_not_be_read_is_a_mistake(tmp_path):
+  _place(tmp_path, 10)
+  with pytest.raises(UserError, match="of another encoder"):
+    _restore_newer(_Restores((lambda: None, UserError("of another encoder"))), tmp_path)
+
+
+def test_where_only_an_older_one_is_whole_a_newer_one_is_waited_for(tmp_path):
+  _place(tmp_path, 10)
+  _place(tmp_path, 20)
+  restores = _Restores(
+    (lambda: None, 10), (lambda: _place(tmp_path, 30), 10), (lambda: None, 30)
+  )
+  assert _restore_newer(restores, tmp_path, step=10) == 30
+
+
+_SELECTION = (
+  "train_and_evaluate.selection = @Selection()",
+  "Selection.every_steps = 5",
+)
+
+
+@pytest.mark.parametrize(
+  ("params", "words"),
+  [
+    (_SELECTION, "keeps the best encoder already"),
+    (("evaluate.checkpoint = 'best'",), "measures the newest checkpoints"),
+  ],
+)
+def test_what_can_not_be_followed_is_told_in_one_line(tmp_path, capsys, params, words):
+  flags = ["--gin_file=configs/runs/digits.gin", f"--model_dir={tmp_path / 'run'}"]
+  params = (f"DATA_DIR = '{tmp_path / 'data'}'", *params)
+  flags += [f"--gin_param={param}" for param in params]
+  assert task.main(["trainer", "--mode=follow", *flags]) == 2
+  assert words in capsys.readouterr().err
