@@ -8,18 +8,23 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer import embed
 from trainer.data.dataset import Dataset
 from trainer.data.decode import ImageDecoder
 from trainer.data.records import RecordIndex
 from trainer.data.sources import DigitsSource
 from trainer.data.split import ListSplit
+from trainer.distribute.workers import Workers
 from trainer.embed import Embedding
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
 from trainer.ingest import ingest
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.retrieval.embedding_folder import EmbeddingFolder, EmbeddingWriter
+from trainer.retrieval import embedding_writer, provenance
+from trainer.retrieval.embedding_folder import EmbeddingFolder
+from trainer.retrieval.embedding_writer import EmbeddingWriter
+from trainer.retrieval.items import RecordItems
 
 _NUM_DIGITS = 1797
 
@@ -77,7 +82,12 @@ def test_a_folder_of_raw_data_is_ingested_first(trained, tmp_path):
 
 
 def _writer(folder, **options):
-  arguments = {"shape": (30_000, 2), "dtype": "float32", "source": {"step": 1}}
+  arguments = {
+    "shape": (30_000, 2),
+    "dtype": "float32",
+    "source": {"step": 1},
+    "rows_per_batch": 1_000,
+  }
   return EmbeddingWriter(str(folder), **{**arguments, **options})
 
 
@@ -96,7 +106,13 @@ def test_rows_that_were_noted_are_not_embedded_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "options", [{"shape": (30_000, 3)}, {"dtype": "float16"}, {"source": {"step": 2}}]
+  "options",
+  [
+    {"shape": (30_000, 3)},
+    {"dtype": "float16"},
+    {"source": {"step": 2}},
+    {"rows_per_batch": 999},
+  ],
 )
 def test_rows_of_something_else_are_not_gone_on_with(tmp_path, options):
   _writer(tmp_path).append(np.zeros([10_000, 2]))
@@ -110,18 +126,182 @@ def test_half_written_embeddings_are_none(tmp_path):
     EmbeddingFolder(str(tmp_path))
 
 
-def test_arrays_that_do_not_fit_their_manifest_are_refused(trained, tmp_path):
-  _embed(trained, tmp_path)
-  np.save(tmp_path / "labels.npy", np.zeros(5, np.int32))
-  with pytest.raises(UserError, match=r"1797 embeddings .* 5 labels"):
-    EmbeddingFolder(str(tmp_path))
+class _Killed(BaseException):
+  pass
 
 
-def test_a_pickle_among_the_arrays_is_not_opened(trained, tmp_path):
+def _dies_after(monkeypatch, name, num_calls):
+  """Lets a method of the writer end everything at a call."""
+  method = getattr(EmbeddingWriter, name)
+  left = [num_calls]
+
+  def dying(writer, *arguments):
+    if not left[0]:
+      raise _Killed
+    left[0] -= 1
+    method(writer, *arguments)
+
+  monkeypatch.setattr(EmbeddingWriter, name, dying)
+
+
+@pytest.fixture
+def appended(monkeypatch):
+  """A list that grows with each batch that is written."""
+  calls = []
+  append = EmbeddingWriter.append
+  monkeypatch.setattr(
+    EmbeddingWriter, "append", lambda *given: calls.append(1) or append(*given)
+  )
+  return calls
+
+
+# 1797 = 3 · 512 + 261. Killed before its last batch; with all of them, before and after
+# the manifest.
+@pytest.mark.parametrize(
+  ("method", "num_calls", "num_left"),
+  [("append", 3, 1), ("finish", 0, 0), ("_publish", 0, 0)],
+)
+def test_what_a_killed_embedding_noted_is_not_embedded_again(
+  trained, tmp_path, monkeypatch, appended, method, num_calls, num_left
+):
+  monkeypatch.setattr(embedding_writer, "_ROWS_PER_NOTE", 1)
+  with monkeypatch.context() as patched, pytest.raises(_Killed):
+    _dies_after(patched, method, num_calls)
+    _embed(trained, tmp_path)
+  appended.clear()
+  found = _embed(trained, tmp_path)
+  np.testing.assert_allclose(found.embeddings, _expected(trained), atol=1e-6)
+  assert len(set(found.keys)) == _NUM_DIGITS
+  assert len(appended) == num_left
+
+
+def test_embeddings_that_are_there_are_not_made_again(trained, tmp_path, appended):
   _embed(trained, tmp_path)
-  np.save(tmp_path / "labels.npy", np.array([{}], object), allow_pickle=True)
+  assert len(appended) == 4
+  _embed(trained, tmp_path)
+  assert len(appended) == 4
+  rows = np.lib.format.open_memmap(tmp_path / "embeddings.npy", "r+")
+  rows[5] += 1.0
+  rows.flush()
+  found = _embed(trained, tmp_path)
+  assert len(appended) == 8
+  np.testing.assert_allclose(found.embeddings, _expected(trained), atol=1e-6)
+
+
+def test_who_reads_embeddings_keeps_them_while_others_take_their_place(tmp_path):
+  def write(value, **options):
+    writer = _writer(tmp_path, shape=(3, 2), source={"value": value}, **options)
+    writer.append(np.full([3, 2], value))
+    return writer
+
+  write(1.0).finish(np.zeros(3), "abc", ["all"])
+  reader = EmbeddingFolder(str(tmp_path))
+  writer = write(2.0)
+  assert EmbeddingFolder(str(tmp_path)).source == {"value": 1.0}
+  writer.finish(np.zeros(3), "abc", ["all"])
+  np.testing.assert_array_equal(reader.embeddings, np.ones([3, 2]))
+  np.testing.assert_array_equal(EmbeddingFolder(str(tmp_path)).embeddings, 2.0)
+  assert not (tmp_path / "aside").exists()
+
+
+def test_what_half_precision_can_not_hold_is_counted_and_refused(trained, tmp_path):
+  class Large(tf.keras.Model):
+    embedding_size = 4
+
+    def call(self, inputs, training=None):
+      return trained.encoder(inputs) * 0.0 + 70_000.0
+
+  large = Evaluation(encoder=Large(), dataset=trained.dataset)
+  with pytest.raises(UserError, match=r"512 of 512 embeddings .* float16 can't hold"):
+    _embed(large, tmp_path, dtype="float16")
+
+
+def test_a_folder_that_can_not_be_written_to_is_told(tmp_path):
+  (tmp_path / "file").write_text("no folder")
+  with pytest.raises(UserError, match="can't be written to: Not a directory"):
+    _writer(tmp_path / "file" / "embeddings")
+
+
+@pytest.mark.parametrize("num_written", [None, 0])
+def test_where_the_chief_can_not_write_the_other_workers_end(
+  trained, tmp_path, monkeypatch, num_written
+):
+  told = ["null", "[0, false]"] if num_written is not None else []
+  told.append('["UserError", "the disk is full"]')
+  workers = Workers()
+  workers.index, workers.num_workers = 1, 2
+  workers.exchange = lambda own: [told.pop(0), own]
+  monkeypatch.setattr(embed, "current_workers", lambda: workers)
+  with pytest.raises(UserError, match=r"^worker 0: the disk is full$"):
+    _embed(trained, tmp_path)
+  assert not told
+
+
+def test_keys_that_are_numbers_are_names_all_the_same(tmp_path):
+  feature = tf.train.Feature(int64_list=tf.train.Int64List(value=[17]))
+  example = tf.train.Example(features=tf.train.Features(feature={"key": feature}))
+
+  class Index:
+    labels = np.zeros(1, np.int32)
+    class_names = ("all",)
+
+    def read(self, numbers):
+      return [example.SerializeToString() for _ in numbers]
+
+    def describe(self, number):
+      return f"record {number}"
+
+  assert list(RecordItems(Index(), np.arange(1)).names()) == ["17"]
+
+
+@pytest.fixture
+def written(tmp_path):
+  """A folder with three embeddings of one class."""
+  writer = _writer(tmp_path, shape=(3, 2))
+  writer.append(np.ones([3, 2]))
+  writer.finish(np.zeros(3), "abc", ["all"])
+  return tmp_path
+
+
+@pytest.mark.parametrize("label", [-1, 1])
+def test_labels_of_no_class_are_refused(written, label):
+  np.save(written / "labels.npy", np.full(3, label, np.int32))
+  with pytest.raises(UserError, match=r"labels\.npy has labels outside 0 to 0"):
+    EmbeddingFolder(str(written))
+
+
+def test_keys_that_lie_outside_their_text_are_refused(written):
+  starts = np.load(written / "keys_starts.npy")
+  starts[-1] += 1_000
+  np.save(written / "keys_starts.npy", starts)
+  with pytest.raises(UserError, match=r"keys_starts\.npy has no parts from 0"):
+    EmbeddingFolder(str(written))
+
+
+def test_an_encoder_is_known_again_on_any_number_of_replicas(mirrored):
+  def told(num_replicas, kernel):
+    with mirrored(num_replicas).scope():
+      encoder = Encoder(backbone=Perceptron(hidden_units=(3,)), embedding_size=2)
+      encoder.create_variables((5,))
+      encoder.variables[0].assign(tf.fill(encoder.variables[0].shape, kernel))
+      for variable in encoder.variables[1:]:
+        variable.assign(tf.ones(variable.shape))
+      return provenance.of_encoder(encoder, {"evaluate.encoder.a": "1"}, 3)
+
+  assert told(1, 0.1) == told(3, 0.1)
+  assert told(1, 0.1) != told(1, 0.2)
+
+
+def test_arrays_that_do_not_fit_their_manifest_are_refused(written):
+  np.save(written / "labels.npy", np.zeros(5, np.int32))
+  with pytest.raises(UserError, match=r"3 embeddings .* 5 labels"):
+    EmbeddingFolder(str(written))
+
+
+def test_a_pickle_among_the_arrays_is_not_opened(written):
+  np.save(written / "labels.npy", np.array([{}], object), allow_pickle=True)
   with pytest.raises(UserError, match=r"labels\.npy is missing or damaged"):
-    EmbeddingFolder(str(tmp_path))
+    EmbeddingFolder(str(written))
 
 
 def test_a_manifest_that_is_no_manifest_is_refused(tmp_path):

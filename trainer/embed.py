@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import os
 from typing import Optional
 
@@ -18,9 +20,10 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation, make_evaluation
 from trainer.ingest import ingest
+from trainer.loop.watchdog import watching
 from trainer.retrieval import provenance
 from trainer.retrieval.embed import Embedder
-from trainer.retrieval.embedding_folder import EmbeddingWriter
+from trainer.retrieval.embedding_writer import EmbeddingWriter
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.rankings import check_finite
 from trainer.run import Run
@@ -30,7 +33,8 @@ _DTYPES = ("float32", "float16")
 
 def main(run: Run) -> None:
   """Embeds with the newest checkpoint; a run that was killed goes on."""
-  with make_strategy(run.hardware, run.facts()).scope():
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
     embedding = workers.together(lambda: Embedding())
     trained = make_evaluation()
@@ -91,7 +95,7 @@ class Embedding:
   def write(
     self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
   ) -> None:
-    """Embeds all records of an index and writes what comes out.
+    """Embeds all records of an index and writes what comes out, if it isn't there yet.
 
     Args:
       trained: its encoder and decoder.
@@ -100,7 +104,8 @@ class Embedding:
       source: what is embedded by what.
 
     Raises:
-      UserError: a record can't be read, or an embedding is not finite.
+      UserError: a record can't be read, an embedding is not finite, or the folder
+        can't be written to.
     """
     workers = current_workers()
     embedder = Embedder(
@@ -111,24 +116,56 @@ class Embedding:
     )
     batch_size = embedder.global_batch_size
     shape = (index.num_records, trained.encoder.embedding_size)
-    progress = Progress("Embedding", "records", index.num_records)
-    writer = None
-    if workers.is_chief:
-      source = {**source, "global_batch_size": batch_size}
-      writer = EmbeddingWriter(folder, shape=shape, dtype=self.dtype, source=source)
-    # What is written is whole steps.
-    num_done = int(
-      max(map(int, workers.exchange(str(writer.num_done if writer else 0))))
-    )
-    progress.advance(num_done)
+
+    def open_writer():
+      return EmbeddingWriter(
+        folder,
+        shape=shape,
+        dtype=self.dtype,
+        source=source,
+        rows_per_batch=batch_size,
+      )
+
+    writer = workers.together(open_writer if workers.is_chief else _nothing)
+    own = [writer.num_done, writer.is_finished] if writer else None
+    num_done, is_finished = json.loads(workers.exchange(json.dumps(own))[0])
+    if is_finished:
+      logging.info("%s holds these embeddings already.", folder)
+      return
     numbers = np.arange(index.num_records)
-    for rows in embedder.embed(numbers, first_step=num_done // batch_size):
-      check_finite(rows)
+    progress = Progress("Embedding", "records", index.num_records, done=num_done)
+    # What is written is whole steps, or all.
+    for rows in embedder.embed(numbers, first_step=-(-num_done // batch_size)):
+      rows = _in_dtype(rows, self.dtype)
+      workers.together(functools.partial(writer.append, rows) if writer else _nothing)
       progress.advance(len(rows))
-      if writer is not None:
-        writer.append(rows)
     progress.finish()
-    if writer is not None:
-      items = RecordItems(index, np.arange(index.num_records))
+    items = RecordItems(index, numbers)
+
+    def finish():
       writer.finish(items.labels, items.names(), items.class_names)
-      logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
+
+    workers.chief_first(finish)
+    logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
+
+
+def _nothing() -> None:
+  """What a worker does while the chief writes."""
+
+
+def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
+  """Rows [B, D] as they are written, on every worker alike.
+
+  Raises:
+    UserError: they are not finite, or not in this dtype.
+  """
+  check_finite(rows)
+  with np.errstate(over="ignore"):
+    cast = rows.astype(dtype)
+  num_bad = int((~np.isfinite(cast).all(axis=1)).sum())
+  if num_bad:
+    raise UserError(
+      f"{num_bad} of {len(rows)} embeddings have numbers that {dtype} can't hold; take "
+      "embed.dtype='float32'."
+    )
+  return cast

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 from tests.distribute.rendezvous_test import free_addresses
+from trainer.retrieval.embedding_folder import EmbeddingFolder
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
@@ -226,3 +227,15 @@ def test_workers_of_different_configurations_are_refused(folder):
     last = errors.splitlines()[-1]
     assert "samples_per_class is 16 on worker 0, 8 on 1" in last
   assert not model_dir.exists()
+
+
+def test_workers_embed_what_one_process_embeds(folder, tmp_path):
+  for num_workers in (1, 2):
+    param = f"embed.folder = '{tmp_path / str(num_workers)}'"
+    command = _command(folder, _finished(folder, 2)[0], param, mode="embed")
+    done = _run_workers([command] * num_workers)
+    assert [status for *_, status in done] == [0] * num_workers, done
+  one, two = (EmbeddingFolder(str(tmp_path / name)) for name in "12")
+  np.testing.assert_allclose(one.embeddings, two.embeddings, atol=1e-6)
+  assert list(one.keys) == list(two.keys)
+  assert one.source == two.source

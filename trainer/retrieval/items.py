@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import numpy as np
 
+from trainer import heartbeat
 from trainer.data import examples
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
@@ -57,10 +58,11 @@ class RecordItems:
     for number, record in self._records(numbers):
       place = self._index.describe(number)
       values = examples.values(record, place).get("key")
-      yield _text(values[0]) if values else place
+      yield str(_text(values[0])) if values else place
 
   def _records(self, numbers: np.ndarray) -> Iterator[tuple[int, bytes]]:
     for start in range(0, len(numbers), _READ_AT_ONCE):
+      heartbeat.beat()
       some = numbers[start : start + _READ_AT_ONCE]
       yield from zip(some.tolist(), self._index.read(some))
 
