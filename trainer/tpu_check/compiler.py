@@ -8,7 +8,7 @@ import pathlib
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 
@@ -56,7 +56,8 @@ class Compiled(NamedTuple):
     code_bytes: of the program itself.
     flops: floating point operations of one step.
     bytes_accessed: that one step reads and writes.
-    collectives: after the compiler has put together what goes together.
+    collectives: after the compiler has put together what goes together; None where
+      JAX can't read what libtpu made, as some programs for v5p and v6e.
     largest: of the program's arrays; the compiler may never make them.
   """
 
@@ -67,7 +68,7 @@ class Compiled(NamedTuple):
   code_bytes: int
   flops: float
   bytes_accessed: float
-  collectives: Sequence[Collective]
+  collectives: Optional[Sequence[Collective]]
   largest: Sequence[Array]
 
   @property
@@ -129,7 +130,8 @@ class Compiler:
       raise CompilationError(answer["error"], answer["largest"])
     aliased = answer.pop("aliased_bytes")
     answer["outputs_bytes"] -= aliased
-    answer["collectives"] = [Collective(**each) for each in answer["collectives"]]
+    if answer["collectives"] is not None:
+      answer["collectives"] = [Collective(**each) for each in answer["collectives"]]
     return Compiled(**answer)
 
   def run(

@@ -89,6 +89,8 @@ def memory_text(num_bytes: float) -> str:
 
 
 def _collectives(compiled: Compiled) -> str:
+  if compiled.collectives is None:
+    return "not told: JAX can't read this program"
   if not compiled.collectives:
     return "none"
   numbers = Counter(each.name for each in compiled.collectives)

@@ -72,7 +72,6 @@ def _compile(request):
   stats = executable.get_compiled_memory_stats()
   costs = executable.cost_analysis()
   costs = costs[0] if isinstance(costs, list) else costs
-  text = "\n".join(module.to_string() for module in executable.hlo_modules())
   return {
     "compile_s": compile_s,
     "largest": largest,
@@ -83,7 +82,7 @@ def _compile(request):
     "code_bytes": stats.generated_code_size_in_bytes,
     "flops": costs.get("flops", 0.0),
     "bytes_accessed": costs.get("bytes accessed", 0.0),
-    "collectives": _collectives(text),
+    "collectives": _collectives(executable),
   }
 
 
@@ -171,8 +170,17 @@ def _largest_arrays(module):
   return by_size[:_NUM_LARGEST]
 
 
-def _collectives(text):
-  """Bytes that each collective of a compiled program brings to a replica."""
+def _collectives(executable):
+  """Bytes that each collective of a compiled program brings to a replica.
+
+  None where JAX can't read the program, as it can't some for v5p and v6e.
+  """
+  try:
+    text = "\n".join(module.to_string() for module in executable.hlo_modules())
+  except Exception as error:
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+      raise
+    return None
   return [
     {"name": name, "bytes": sum(_num_bytes(*array) for array in _ARRAY.findall(shape))}
     for shape, name in _COLLECTIVE.findall(text)
