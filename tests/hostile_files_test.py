@@ -14,7 +14,8 @@ from trainer.data import writer
 from trainer.data.records import RecordIndex
 from trainer.data.sources import Item, encode_png
 from trainer.errors import UserError
-from trainer.retrieval.embedding_folder import EmbeddingFolder, EmbeddingWriter
+from trainer.retrieval.embedding_folder import EmbeddingFolder
+from trainer.retrieval.embedding_writer import EmbeddingWriter
 
 _PACKAGE = pathlib.Path(trainer.__file__).parent
 _UNPICKLERS = {

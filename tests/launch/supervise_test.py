@@ -48,6 +48,8 @@ def start(tmp_path):
     return subprocess.Popen(
       [SCRIPT, *flags, str(command), f"--model_dir={tmp_path}/run"],
       env={**os.environ, "STATUSES": statuses, "PATH": path},
+      # A shell in the background ignores SIGINT, and so would all that it starts.
+      preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       stderr=subprocess.PIPE,
       text=True,
     )

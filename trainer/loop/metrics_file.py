@@ -28,7 +28,6 @@ class MetricsFile:
 
   def __init__(self, model_dir: str, name: str = FILE_NAME):
     self._path = os.path.join(model_dir, name)
-    os.makedirs(os.path.dirname(self._path), exist_ok=True)
     self._waiting: list[str] = []
 
   def append(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -40,6 +39,7 @@ class MetricsFile:
     """
     row = {"step": step, "time": round(time.time(), 3), **metrics}
     self._waiting.append(json.dumps(row) + "\n")
+    os.makedirs(os.path.dirname(self._path), exist_ok=True)
     descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     size = os.fstat(descriptor).st_size
     content = "".join(self._waiting).encode()
@@ -71,6 +71,7 @@ class MetricsFile:
     """
     kept = [row for row in self.rows() if row["step"] <= step]
     aside = self._path + ".new"
+    os.makedirs(os.path.dirname(self._path), exist_ok=True)
     with open(aside, "w", encoding="utf-8") as file:
       file.writelines(json.dumps(row) + "\n" for row in kept)
       file.flush()
