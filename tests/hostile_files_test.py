@@ -83,7 +83,9 @@ def test_an_index_is_not_unpickled(plant, tmp_path):
 
 def test_embeddings_are_not_unpickled(plant, tmp_path):
   folder = tmp_path / "embeddings"
-  embeddings = EmbeddingWriter(str(folder), shape=(3, 2), dtype="float32", source={})
+  embeddings = EmbeddingWriter(
+    str(folder), shape=(3, 2), dtype="float32", source={}, rows_per_batch=3
+  )
   embeddings.append(np.zeros([3, 2], np.float32))
   embeddings.finish(np.zeros(3, np.int32), ["a", "b", "c"], ["x"])
   arrays = sorted(folder.glob("*.npy"))
