@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.retrieval import search
+from trainer.retrieval import certain_search, tiled_search
 from trainer.retrieval.judgements import ItemLabels, LabelJudgements
 from trainer.retrieval.neighbourhoods import sampled_answers
 from trainer.retrieval.search import nearest
@@ -15,7 +15,7 @@ from trainer.retrieval.search import nearest
 def _by_sorting(queries, gallery, num_neighbours):
   rows = []
   for query in queries:
-    squares = ((gallery - query) ** 2).sum(axis=1)
+    squares = ((gallery.astype(np.float64) - query) ** 2).sum(axis=1)
     rows.append(np.lexsort((np.arange(len(gallery)), squares))[:num_neighbours])
   return np.array(rows)
 
@@ -24,59 +24,91 @@ def _random(shape, seed):
   return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
+def _by_tiles(queries, gallery, num_neighbours, **sizes):
+  offset = np.zeros(gallery.shape[1], np.float32)
+  return tiled_search.search_by_tiles(
+    queries, gallery, offset, num_neighbours=num_neighbours, **sizes
+  )[0]
+
+
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
 @pytest.mark.parametrize(("max_queries", "max_items"), [(1, 32), (5, 64), (100, 1000)])
-def test_neighbours_are_those_of_brute_force(
+def test_tiles_find_the_neighbours_of_brute_force(
   mirrored, num_replicas, max_queries, max_items
 ):
   queries, gallery = _random((23, 5), 1), _random((301, 5), 2)
   with mirrored(num_replicas).scope():
-    got = nearest(
-      queries,
-      gallery,
-      num_neighbours=9,
-      max_queries=max_queries,
-      max_items=max_items,
-    )
-  wanted = _by_sorting(queries.astype(np.float64), gallery.astype(np.float64), 9)
-  np.testing.assert_array_equal(got.indices, wanted)
-  distances = np.linalg.norm(gallery[wanted] - queries[:, None], axis=2)
-  np.testing.assert_allclose(got.distances, distances, rtol=1e-5)
+    got = _by_tiles(queries, gallery, 9, max_queries=max_queries, max_items=max_items)
+  np.testing.assert_array_equal(got, _by_sorting(queries, gallery, 9))
 
 
-@pytest.mark.parametrize("max_items", [32, 1000])
-def test_equal_distances_are_ordered_by_index(max_items):
-  # Small integers, so that distances are exact and many are equal.
-  gallery = np.random.default_rng(5).integers(-2, 3, (200, 2)).astype(np.float32)
-  got = nearest(gallery, gallery, num_neighbours=150, max_items=max_items)
-  np.testing.assert_array_equal(got.indices, _by_sorting(gallery, gallery, 150))
-
-
-def test_copies_of_an_item_are_ordered_by_index_whatever_their_place():
-  one = _random((1, 37), 6)
-  got = nearest(one, np.repeat(one, 1001, axis=0), num_neighbours=1001, max_items=128)
-  np.testing.assert_array_equal(got.indices, [np.arange(1001)])
-
-
-@pytest.mark.parametrize("offset", [1000.0, 30_000.0])
-def test_what_all_items_have_in_common_takes_no_digits(offset):
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("offset", [0.0, 1000.0, 30_000.0])
+def test_neighbours_are_those_of_brute_force(mirrored, num_replicas, offset):
   queries, gallery = _random((23, 5), 1) + offset, _random((301, 5), 2) + offset
-  got = nearest(queries, gallery, num_neighbours=9)
-  queries, gallery = queries.astype(np.float64), gallery.astype(np.float64)
+  with mirrored(num_replicas).scope():
+    got = nearest(queries, gallery, num_neighbours=9)
   wanted = _by_sorting(queries, gallery, 9)
-  distances = np.linalg.norm(gallery[wanted] - queries[:, None], axis=2)
   np.testing.assert_array_equal(got.indices, wanted)
+  distances = np.linalg.norm(
+    gallery[wanted].astype(np.float64) - queries[:, None], axis=2
+  )
   np.testing.assert_allclose(got.distances, distances, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_neighbours", [3, 20, 150, 700])
+@pytest.mark.parametrize("max_items", [32, 320, 1000])
+def test_equal_distances_are_ordered_by_index(num_neighbours, max_items):
+  # Small integers, so that distances are exact and many are equal.
+  gallery = np.random.default_rng(5).integers(-2, 3, (700, 2)).astype(np.float32)
+  wanted = _by_sorting(gallery, gallery, num_neighbours)
+  by_tiles = _by_tiles(gallery, gallery, num_neighbours, max_items=max_items)
+  np.testing.assert_array_equal(by_tiles, wanted)
+  got = nearest(gallery, gallery, num_neighbours=num_neighbours)
+  np.testing.assert_array_equal(got.indices, wanted)
+
+
+@pytest.mark.parametrize("num_neighbours", [5, 1001])
+def test_copies_of_an_item_are_ordered_by_index_whatever_their_place(num_neighbours):
+  one = _random((1, 37), 6)
+  copies = np.repeat(one, 1001, axis=0)
+  by_tiles = _by_tiles(one, copies, num_neighbours, max_items=128)
+  np.testing.assert_array_equal(by_tiles, [np.arange(num_neighbours)])
+  got = nearest(one, copies, num_neighbours=num_neighbours)
+  np.testing.assert_array_equal(got.indices, [np.arange(num_neighbours)])
+
+
+def test_items_in_half_precision_are_taken_as_they_are():
+  gallery = _random((300, 8), 1).astype(np.float16)
+  got = nearest(gallery[:20], gallery, num_neighbours=9)
+  wanted = _by_sorting(gallery[:20], gallery, 9)
+  np.testing.assert_array_equal(got.indices, wanted)
+
+
+def test_what_is_certain_is_right_however_close_items_are(monkeypatch):
+  # Items within FAISS's rounding error of each other, and beyond it.
+  monkeypatch.setattr(certain_search, "_NUM_ITEMS", 100)
+  base = _random((60, 16), 3)
+  spreads = np.repeat(10.0 ** -np.arange(8), 40)[:, None]
+  gallery = (base[:1] + spreads * _random((320, 16), 4)).astype(np.float32)
+  found = certain_search.search_by_faiss(
+    base, gallery, np.zeros(16, np.float32), num_neighbours=7
+  )
+  assert found.is_certain.any() and not found.is_certain.all()
+  wanted = _by_sorting(base, gallery, 7)
+  np.testing.assert_array_equal(
+    found.indices[found.is_certain], wanted[found.is_certain]
+  )
 
 
 def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
   traced = []
-  merged = search._merged
+  merged = tiled_search._merged
   monkeypatch.setattr(
-    search, "_merged", lambda *given: traced.append(1) or merged(*given)
+    tiled_search, "_merged", lambda *given: traced.append(1) or merged(*given)
   )
   for seed in (1, 2):
-    nearest(_random((7, 6), seed), _random((70, 6), seed), num_neighbours=3)
+    _by_tiles(_random((7, 6), seed), _random((70, 6), seed), 3)
   assert len(traced) == 1
 
 
