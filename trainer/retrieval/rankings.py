@@ -6,7 +6,7 @@ Shapes: N items, D dimensions, Q queries that have something to find, M metrics.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Callable, NamedTuple
 
 import numpy as np
@@ -16,6 +16,9 @@ from trainer.retrieval import metrics
 from trainer.retrieval.intervals import bootstrap_intervals
 from trainer.retrieval.judgements import LabelJudgements
 from trainer.retrieval.ranks import ranks_of_relevant
+
+# Ranks of queries that wait until there are more with as many, 32 MB.
+_MAX_RANKS = 4_000_000
 
 _OF_RANKING = {
   "map": metrics.average_precision,
@@ -108,19 +111,19 @@ def rank(
   check_finite(embeddings)
   functions = _functions(ks).values()
   queries, gallery = embeddings[judged.queries], embeddings[judged.gallery]
-  values, has_relevant = [], np.zeros(len(queries), bool)
-  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
-    if len(ranks):
-      has_relevant[query] = True
-      values.append([function(ranks) for function in functions])
-  if not values:
+  values = np.zeros([len(queries), len(functions)])
+  has_relevant = np.zeros(len(queries), bool)
+  for those, ranks in _equally_many(ranks_of_relevant(queries, gallery, judged)):
+    has_relevant[those] = True
+    values[those] = np.stack([function(ranks) for function in functions], axis=1)
+  if not has_relevant.any():
     raise UserError(
       f"None of {len(queries)} queries has anything to find; evaluation needs a class "
       "with at least two items."
     )
   return Rankings(
     metric_names(ks),
-    np.array(values, np.float64),
+    values[has_relevant],
     judged.queries[has_relevant],
     judged.queries[~has_relevant],
   )
@@ -155,11 +158,36 @@ def check_finite(embeddings: np.ndarray) -> None:
     )
 
 
-def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], float]]:
-  """A function from ranks to a number, by the metric's name."""
+def _equally_many(
+  found: Iterable[np.ndarray],
+) -> Iterator[tuple[list[int], np.ndarray]]:
+  """Numbers of queries [n], and their ranks [n, R], for each R > 0 that there is.
+
+  Args:
+    found: ranks [R] of each query in order.
+  """
+  waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
+  num_waiting = 0
+  for query, ranks in enumerate(found):
+    if len(ranks):
+      waiting.setdefault(len(ranks), []).append((query, ranks))
+      num_waiting += len(ranks)
+    if num_waiting > _MAX_RANKS:
+      yield from map(_stacked, waiting.values())
+      waiting, num_waiting = {}, 0
+  yield from map(_stacked, waiting.values())
+
+
+def _stacked(rows: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+  queries, ranks = zip(*rows)
+  return list(queries), np.stack(ranks)
+
+
+def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
+  """A function from ranks [..., R] to [...], by the metric's name."""
   if not ks or min(ks) < 1:
     raise UserError(f"evaluate.ks={tuple(ks)} needs numbers of at least 1.")
-  found: dict[str, Callable[[np.ndarray], float]] = {}
+  found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
   for name, function in _OF_NEAREST.items():
     for k in sorted(ks):
       # Of the nearest one alone, all say the same.

@@ -21,6 +21,8 @@ from trainer import heartbeat
 _MAX_DISTANCES = 64_000_000
 # Up to so many relevant items, counting what is nearer than each beats sorting.
 _MAX_COUNTED = 64
+# Of uint16, less what float32 may round up.
+_MAX_KEY = 65_000.0
 # Rows and columns of a product are multiples of it: then one kernel makes them all, and
 # copies of an item are equally near wherever they are.
 _KERNEL = 32
@@ -92,18 +94,31 @@ def ranks_of_relevant(
 
 def _ranks(distances: np.ndarray, relevant: np.ndarray) -> np.ndarray:
   """Ascending ranks, from 1, of items [R] in the order of distances [G]."""
+  if len(relevant) > _MAX_COUNTED:
+    is_relevant = np.zeros(len(distances), bool)
+    is_relevant[relevant] = True
+    return np.flatnonzero(is_relevant[_stable_order(distances)]) + 1
   found = np.sort(distances[relevant])
-  if len(found) <= _MAX_COUNTED:
-    nearer = np.array([np.count_nonzero(distances < each) for each in found], np.int64)
-    equal = np.array([np.count_nonzero(distances == each) for each in found], np.int64)
-  else:
-    in_order = np.sort(distances)
-    nearer = np.searchsorted(in_order, found, side="left")
-    equal = np.searchsorted(in_order, found, side="right") - nearer
+  nearer = np.array([np.count_nonzero(distances < each) for each in found], np.int64)
+  equal = np.array([np.count_nonzero(distances == each) for each in found], np.int64)
   for value in np.unique(found[equal > 1]):
     places = np.flatnonzero(distances == value)
     nearer[found == value] += np.flatnonzero(np.isin(places, relevant))
   return nearer + 1
+
+
+def _stable_order(distances: np.ndarray) -> np.ndarray:
+  """[G] int64, the order of distances [G] float32, where some may be infinite.
+
+  Sorted by 16 bits first, which takes time in proportion to G, and then what is nearly
+  in order: a third of the time that argsort takes.
+  """
+  low = distances.min()
+  high = distances.max(where=np.isfinite(distances), initial=low)
+  scale = _MAX_KEY / (high - low) if high > low else 0.0
+  keys = ((np.minimum(distances, high) - low) * np.float32(scale)).astype(np.uint16)
+  roughly = np.argsort(keys, kind="stable")
+  return roughly[np.argsort(distances[roughly], kind="stable")]
 
 
 def _padded(rows: np.ndarray, multiple: int) -> np.ndarray:
