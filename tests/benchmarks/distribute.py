@@ -139,6 +139,7 @@ def _gather_and_step(strategy):
     tf.random.uniform([_REPLICA_BATCH, _IMAGE_SIZE, _IMAGE_SIZE, 1]),
     tf.range(_REPLICA_BATCH) // 4,
     tf.ones([_REPLICA_BATCH]),
+    tf.range(_REPLICA_BATCH),
   )
 
   def gather_on_replica():

@@ -63,7 +63,8 @@ def _step_fn(num_micro_batches):
   labels = np.repeat(np.arange(_BATCH_SIZE.value // 4, dtype=np.int32), 4)
   rng = np.random.default_rng(0)
   images = rng.random((len(labels), size, size, 3), dtype=np.float32)
-  batch = Batch(tf.constant(images), tf.constant(labels), tf.ones([len(labels)]))
+  weights, numbers = tf.ones([len(labels)]), tf.range(len(labels))
+  batch = Batch(tf.constant(images), tf.constant(labels), weights, numbers)
   update = tf.function(lambda: step(batch, OneReplica())["train/loss"].total)
   return lambda: update().numpy()
 

@@ -55,6 +55,7 @@ def _loop(strategy):
     tf.constant(rng.random((_REPLICA_BATCH, 8)), tf.float32),
     tf.range(_REPLICA_BATCH) // 4,
     tf.ones([_REPLICA_BATCH]),
+    tf.range(_REPLICA_BATCH),
   )
   dataset = tf.data.Dataset.from_tensors(batch).repeat()
   loop = InnerLoop(

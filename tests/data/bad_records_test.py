@@ -70,6 +70,8 @@ def _numbers(folder, bad_records):
     got = list(batches.dataset(Shard(0, 1, 1), num_steps=4))
   drawn = [schedule.batch(step).ravel() for step in range(4)]
   numbers = [np.round(b.inputs[:, 0, 0, 0].numpy() * 255 / 8).astype(int) for b in got]
+  for batch, of_inputs in zip(got, numbers):
+    np.testing.assert_array_equal(batch.record_numbers, of_inputs)
   labels = [b.labels.numpy() for b in got]
   return np.stack(drawn), np.stack(numbers), np.stack(labels), dataset.index
 

@@ -56,6 +56,7 @@ def test_batches_are_those_of_the_schedule(index):
     np.testing.assert_array_equal(_numbers(batch), numbers)
     np.testing.assert_array_equal(batch.labels, index.labels[numbers])
     np.testing.assert_array_equal(batch.weights, np.ones(12))
+    np.testing.assert_array_equal(batch.record_numbers, numbers)
 
 
 @pytest.mark.parametrize("num_replicas", [2, 4])
@@ -85,6 +86,7 @@ def test_padding_rows_have_weight_zero_and_no_class(index):
   [_, last] = _take(batches.dataset(Shard(0, 1, 1), num_steps=2), 9)
   assert last.weights.tolist() == [1, 0, 0, 0]
   assert last.labels.tolist() == [4, -1, -1, -1]
+  assert last.record_numbers.tolist() == [4, -1, -1, -1]
 
 
 def test_shapes_are_static(index):

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from tests.losses.table import ROWS
 from trainer import losses
-from trainer.data.pipeline import PADDING_LABEL, Batch
+from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.objective import across_replicas, per_replica
 from trainer.loop import parity
 from trainer.loop.step import TrainStep
@@ -76,9 +76,13 @@ def _batches(num_steps=3):
   weights = (labels != PADDING_LABEL).astype(np.float32)
   centres = rng.normal(size=(_NUM_CLASSES, _INPUT_SIZE))
   batches = []
-  for _ in range(num_steps):
+  for step in range(num_steps):
     inputs = centres[labels] + rng.normal(size=(len(labels), _INPUT_SIZE))
-    batches.append(Batch(inputs.astype(np.float32), labels, weights))
+    # Every other step has the same images in another order.
+    numbers = rng.permutation(len(labels)) + step % 2 * len(labels)
+    numbers = np.where(labels == PADDING_LABEL, PADDING_RECORD, numbers)
+    rows = (labels, weights, numbers.astype(np.int32))
+    batches.append(Batch(inputs.astype(np.float32), *rows))
   return batches
 
 

@@ -38,7 +38,8 @@ def test_one_replica_trains_as_without_them():
 @pytest.mark.parametrize("options", [{}, {"num_micro_batches": 3, "dropout_rate": 0.2}])
 def test_a_step_of_four_replicas_lowers_to_all_reduces(options):
   step = _maker(LOSSES["InfoNCELoss-learned"], "gathered", "adam", **options)()
-  specs = (tf.TensorSpec([6, 10]), tf.TensorSpec([6], tf.int32), tf.TensorSpec([6]))
+  whole = tf.TensorSpec([6], tf.int32)
+  specs = (tf.TensorSpec([6, 10]), whole, tf.TensorSpec([6]), whole)
   update = tf.function(
     lambda *batch: step(Batch(*batch), XlaCollectives(4)), jit_compile=True
   )

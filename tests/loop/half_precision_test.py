@@ -31,7 +31,8 @@ def _batch():
   rng = np.random.default_rng(6)
   labels = np.repeat(np.arange(4, dtype=np.int32), 3)
   images = rng.normal(size=(4, *_SHAPE))[labels] + rng.normal(size=(12, *_SHAPE))
-  return Batch(images.astype(np.float32), labels, np.ones(len(labels), np.float32))
+  weights = np.ones(len(labels), np.float32)
+  return Batch(images.astype(np.float32), labels, weights, labels)
 
 
 def _step(precision, *, temperature=0.5, loss_scale=256.0, num_micro_batches=1):

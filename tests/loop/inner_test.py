@@ -46,7 +46,8 @@ def _loop(strategy, step, images, words=(0, 0)):
   labels += 2 * (np.arange(count, dtype=np.int32)[:, None] % num_replicas)
   flat = images.reshape(count, *images.shape[2:])
   weights = np.ones((count, _SIZE), np.float32)
-  dataset = tf.data.Dataset.from_tensor_slices(Batch(flat, labels, weights))
+  numbers = np.arange(count * _SIZE, dtype=np.int32).reshape(count, _SIZE)
+  dataset = tf.data.Dataset.from_tensor_slices(Batch(flat, labels, weights, numbers))
   return InnerLoop(
     step=step,
     strategy=strategy,

@@ -87,7 +87,9 @@ def _batch(number, replica):
   rng = np.random.default_rng([number, replica])
   labels = np.repeat(np.arange(2, dtype=np.int32), 3) + 2 * replica
   images = rng.random((6, *_SHAPE)) + labels[:, None, None, None]
-  return Batch(tf.constant(images, tf.float32), tf.constant(labels), tf.ones([6]))
+  numbers = tf.range(6) + 6 * replica  # The same images again.
+  rows = (tf.constant(labels), tf.ones([6]), numbers)
+  return Batch(tf.constant(images, tf.float32), *rows)
 
 
 def _train(strategy, step, first, last):

@@ -23,9 +23,8 @@ def _batch():
   rng = np.random.default_rng(6)
   labels = np.repeat(np.arange(4, dtype=np.int32), 3)
   images = rng.random((4, 8, 8, 1))[labels] + rng.random((12, 8, 8, 1))
-  return Batch(
-    tf.constant(images, tf.float32), tf.constant(labels), tf.ones([len(labels)])
-  )
+  rows = (tf.constant(labels), tf.ones([len(labels)]), tf.range(len(labels)))
+  return Batch(tf.constant(images, tf.float32), *rows)
 
 
 def _step(*, normalization="none", precision="float32", optimizer=None, **options):

@@ -73,7 +73,8 @@ def _batches():
   centres = rng.random((_NUM_CLASSES, *_SHAPE))
   for _ in range(3):
     images = centres[labels] + rng.random((len(labels), *_SHAPE))
-    yield Batch(images.astype(np.float32), labels, np.ones(len(labels), np.float32))
+    weights = np.ones(len(labels), np.float32)
+    yield Batch(images.astype(np.float32), labels, weights, labels)
 
 
 def _make_step(normalization="synchronized_batch"):

@@ -37,6 +37,7 @@ def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
     tf.TensorSpec([_NUM_EXAMPLES, _INPUT_SIZE]),
     tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
     tf.TensorSpec([_NUM_EXAMPLES]),
+    tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
   )
   return replica_step.export(step, batch, num_replicas).hlo
 

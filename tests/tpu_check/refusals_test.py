@@ -56,6 +56,7 @@ def _refusal(function):
     tf.TensorSpec([_NUM_EXAMPLES, *_SHAPE]),
     tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
     tf.TensorSpec([_NUM_EXAMPLES]),
+    tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
   )
   with pytest.raises(ValueError, match="XLA_CPU_JIT") as caught:
     replica_step.export(step, batch, 2)

@@ -24,7 +24,8 @@ def _batch():
   labels = np.repeat(np.arange(_NUM_CLASSES, dtype=np.int32), _NUM_SAMPLES)
   labels[-1] = PADDING_LABEL
   inputs = rng.normal(size=(len(labels), *_SHAPE)).astype(np.float32)
-  return Batch(inputs, labels, (labels != PADDING_LABEL).astype(np.float32))
+  weights = (labels != PADDING_LABEL).astype(np.float32)
+  return Batch(inputs, labels, weights, np.arange(len(labels), dtype=np.int32))
 
 
 def _make_step(normalization):

@@ -33,6 +33,7 @@ _NUM_READING = 2
 # More steps than tf.data works at before they are asked for.
 _NUM_READ_AHEAD = 2 * _MAX_STEPS_DRAWN
 PADDING_LABEL = -1
+PADDING_RECORD = -1
 
 
 class Batch(NamedTuple):
@@ -42,11 +43,14 @@ class Batch(NamedTuple):
     inputs: [B, ...] float32.
     labels: [B] int32, class ids; −1 for a padding row.
     weights: [B] float32, 1; 0 for a padding row.
+    record_numbers: [B] int32, of the records that were read, which is not what was
+      drawn where a bad one was replaced; −1 for a padding row.
   """
 
   inputs: tf.Tensor
   labels: tf.Tensor
   weights: tf.Tensor
+  record_numbers: tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +182,15 @@ class Batches:
   def _read(
     self, step: tf.Tensor, numbers: tf.Tensor, is_real: tf.Tensor
   ) -> list[tf.Tensor]:
-    """The step; serialized examples, labels and weights of its rows, each [L]."""
+    """The step; serialized examples, labels, weights and record numbers, each [L]."""
     read_tensors = tf.numpy_function(
-      self._read_rows, [numbers, is_real], (tf.string, tf.int32, tf.float32)
+      self._read_rows, [numbers, is_real], (tf.string, tf.int32, tf.float32, tf.int32)
     )
     return [step, *(tf.ensure_shape(each, numbers.shape) for each in read_tensors)]
 
   def _read_rows(
     self, numbers: np.ndarray, is_real: np.ndarray
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  ) -> tuple[np.ndarray, ...]:
     try:
       if self._replacements is not None:
         numbers = self._replacements.replace(numbers)
@@ -199,6 +203,7 @@ class Batches:
       np.array(records, object),
       labels.astype(np.int32),
       is_real.astype(np.float32),
+      np.where(is_real, numbers, PADDING_RECORD).astype(np.int32),
     )
 
   def _decode(
@@ -206,8 +211,7 @@ class Batches:
     step: tf.Tensor,
     shard: Shard,
     records: tf.Tensor,
-    labels: tf.Tensor,
-    weights: tf.Tensor,
+    *rows: tf.Tensor,
   ) -> Batch:
     """The batch of this worker, [L] rows."""
     inputs = self._decoder(records)
@@ -221,7 +225,7 @@ class Batches:
         num_local_rows=records.shape[0],
       )
       inputs = self._augmentation(inputs, random)
-    return Batch(inputs, labels, weights)
+    return Batch(inputs, *rows)
 
 
 def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.ndarray]:

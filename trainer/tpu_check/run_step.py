@@ -79,6 +79,7 @@ class RunStep(NamedTuple):
       tf.TensorSpec([size, *self.input_shape], tf.float32),
       tf.TensorSpec([size], tf.int32),
       tf.TensorSpec([size], tf.float32),
+      tf.TensorSpec([size], tf.int32),
     )
 
 
