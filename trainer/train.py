@@ -158,6 +158,7 @@ def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
     loss=step.loss,
     optimizer=step.optimizer,
     averages=step.averages,
+    memory_bank=step.memory_bank,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,
   )

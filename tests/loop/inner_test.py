@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
+from trainer.distribute.memory_bank import MemoryBank
 from trainer.distribute.objective import across_replicas
 from trainer.loop.inner import InnerLoop
 from trainer.loop.step import TrainStep
@@ -27,6 +28,7 @@ def _step():
     objective_fn=across_replicas,
     optimizer=tf.keras.optimizers.Adam(0.01),
     mining_statistics=None,
+    memory_bank=MemoryBank(size=20, warm_up_steps=1),
   )
   step.create_variables((4, 4, 1))
   return step
@@ -58,7 +60,8 @@ def _loop(strategy, step, images, words=(0, 0)):
 
 
 def _values(step):
-  return [v.numpy() for v in (*step.encoder.variables, *step.optimizer.variables)]
+  parts = (step.encoder, step.optimizer, step.memory_bank)
+  return [variable.numpy() for part in parts for variable in part.variables]
 
 
 @pytest.mark.parametrize(("bad_replica", "bad_value"), [(0, np.nan), (1, np.inf)])

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
+from trainer.distribute.memory_bank import MemoryBank
 from trainer.distribute.objective import across_replicas
 from trainer.loop import optimizers
 from trainer.loop.checkpoint import Checkpoints
@@ -38,6 +39,7 @@ _CASES = {
   "lamb": {"optimizer": lambda: optimizers.lamb(learning_rate=0.01)},
   "learned temperature": {"temperature": lambda: LearnedTemperature(initial=0.2)},
   "loss scale": {"precision": "mixed_float16"},
+  "memory bank": {"memory_bank": lambda: MemoryBank(size=20, warm_up_steps=1)},
   "per part": {"optimizer": _per_part},
 }
 
@@ -49,6 +51,7 @@ def _make_step(
   precision="float32",
   optimizer=lambda: optimizers.adam(learning_rate=0.01),
   temperature=lambda: 0.2,
+  memory_bank=lambda: None,
   **options,
 ):
   tf.keras.utils.set_random_seed(1)
@@ -61,6 +64,7 @@ def _make_step(
     objective_fn=across_replicas,
     optimizer=optimizer(),
     mining_statistics=None,
+    memory_bank=memory_bank(),
     options=StepOptions(**options),
   )
   step.create_variables(_SHAPE)
@@ -80,6 +84,7 @@ def _checkpoints(step, folder):
     loss=step.loss,
     optimizer=step.optimizer,
     averages=step.averages,
+    memory_bank=step.memory_bank,
   )
 
 

@@ -114,6 +114,29 @@ def test_tiles_add_up_to_the_whole(row):
 
 
 @each_loss
+@pytest.mark.parametrize("rows_per_tile", [None, 3])
+def test_fixed_candidates_are_candidates_without_a_gradient(row, rows_per_tile):
+  embeddings, labels = batches.random_batch("unbalanced")
+  weights = np.ones(len(labels), np.float32)
+  weights[[2, 9]] = 0  # One of the batch, one of those that are fixed.
+  num_fresh = 7
+  whole = row.make(), embeddings, labels, weights, range(num_fresh)
+  *expected, gradient = batches.evaluate(*whole)
+  anchors, candidates = batches.arguments(*whole[1:])
+  fresh = tf.convert_to_tensor(embeddings[:num_fresh])
+  with tf.GradientTape() as tape:
+    tape.watch(fresh)
+    terms = row.make(rows_per_tile=rows_per_tile)(
+      anchors._replace(embeddings=fresh),
+      candidates._replace(
+        embeddings=fresh, fixed_embeddings=tf.constant(embeddings[num_fresh:])
+      ),
+    )
+  got = terms.total, terms.count, tape.gradient(terms.total, fresh)
+  _assert_same(got, (*expected, gradient[:num_fresh]))
+
+
+@each_loss
 def test_statistics_of_tiles_add_up_to_those_of_the_whole(row):
   arguments = batches.arguments(*batches.random_batch("unbalanced"))
   whole = row.make()(*arguments).statistics

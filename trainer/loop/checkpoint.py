@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Optional
 
 import tensorflow as tf
 from absl import logging
 
+from trainer.distribute.memory_bank import MemoryBank
 from trainer.errors import UserError, reason_of
 from trainer.loop import checkpoint_files as files
 from trainer.loop import snapshot
@@ -18,6 +20,7 @@ from trainer.models.batch_norms import make_replicas_equal
 
 # TensorFlow's reader raises the last two for a file that is not its own.
 _UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
+_BANK = "memory_bank/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Checkpoints:
@@ -34,6 +37,7 @@ class Checkpoints:
     loss: saved too where it is a `tf.Module` (a learned temperature).
     optimizer: built; its `iterations` are the step. None to read encoders only.
     averages: of the encoder's weights, if there are any.
+    memory_bank: of the training, if it has one.
     num_kept: how many of the newest to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
       variable that is kept on each replica is a collective.
@@ -47,6 +51,7 @@ class Checkpoints:
     loss: object = None,
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
     averages: Optional[AveragedWeights] = None,
+    memory_bank: Optional[MemoryBank] = None,
     num_kept: int = 1,
     is_chief: bool = True,
   ):
@@ -56,11 +61,14 @@ class Checkpoints:
     self._encoder = encoder
     self._optimizer = optimizer
     self._averages = averages
+    self._memory_bank = memory_bank
     parts = {"encoder": encoder}
     if optimizer is not None:
       parts["optimizer"] = optimizer
     if averages is not None:
       parts["averages"] = averages
+    if memory_bank is not None:
+      parts["memory_bank"] = memory_bank
     if isinstance(loss, tf.Module):
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
@@ -77,6 +85,7 @@ class Checkpoints:
       *self._encoder.variables,
       *getattr(self._optimizer, "variables", ()),
       *getattr(self._averages, "averages", ()),
+      *getattr(self._memory_bank, "variables", ()),
     ]
     return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
@@ -134,6 +143,7 @@ class Checkpoints:
     path = files.prefix(self._folder, step)
     try:
       self._check_size(path)
+      self._check_bank(path)
       status = self._checkpoint.read(path)
       status.assert_existing_objects_matched()
       if self._optimizer is not None:
@@ -180,6 +190,18 @@ class Checkpoints:
     if claimed > there:
       raise RuntimeError(f"it claims {claimed} bytes of tensors and has {there}")
 
+  def _check_bank(self, path: str) -> None:
+    """Says in words what TensorFlow would say of a variable that isn't there."""
+    if self._optimizer is None:
+      return
+    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+    there = _words_of(shapes.get(_BANK))
+    wanted = _words_of(self._memory_bank and self._memory_bank.shape)
+    if there != wanted:
+      raise ValueError(
+        f"its memory bank has {there}, and TrainStep.memory_bank says {wanted}"
+      )
+
   def _write(self, values: snapshot.Snapshot, step: int, notes: dict[str, int]) -> None:
     """Writes aside and publishes; a failure is kept, and what is there stays."""
     try:
@@ -202,6 +224,10 @@ class Checkpoints:
     if self.saved_step is None:
       return "no checkpoint was saved"
     return f"the newest checkpoint is of step {self.saved_step}"
+
+
+def _words_of(shape: Optional[Sequence[int]]) -> str:
+  return "no entries" if shape is None else "{:,} entries of {}".format(*shape)
 
 
 def _first_line(error: Exception) -> str:

@@ -10,13 +10,14 @@ Shapes: G examples of a global batch.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Callable, NamedTuple
+from typing import Callable, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
+from trainer.distribute.memory_bank import Entries
 from trainer.distribute.objective import mines_across_replicas
 from trainer.loop.step import TrainStep
 from trainer.losses.statistics import summarize
@@ -55,13 +56,14 @@ def expected(
   num_parts = 1 if mines_across_replicas(step.objective_fn) else num_replicas
 
   def update(parts):
-    done = [step.gradients(part, OneReplica()) for part in parts]
-    of_parts = zip(*(gradients for _, gradients in done))
+    done = [step.propose(part, OneReplica()) for part in parts]
+    of_parts = zip(*(each.gradients for each in done))
     gradients = [tf.add_n(each) / num_parts for each in of_parts]
-    step.apply(gradients)
-    statistics = [share.statistics for share, _ in done]
-    losses = tf.add_n([share.loss for share, _ in done]) / num_parts
-    return losses, gradients, tf.nest.map_structure(lambda *v: tf.add_n(v), *statistics)
+    step.apply(gradients, _one_after_the_other([each.entries for each in done]))
+    sums = tf.nest.map_structure(
+      lambda *v: tf.add_n(v), *(each.statistics for each in done)
+    )
+    return sums["train/loss"].total / num_parts, gradients, sums
 
   results = [update(_split(batch, num_parts)) for batch in batches]
   return _outcome(step, tf.nest.map_structure(lambda value: value.numpy(), results))
@@ -83,18 +85,18 @@ def trained(
     step = make_step()
 
   def on_replica(batch):
-    share, gradients = step.gradients(batch, current_collectives())
-    step.apply(gradients)
-    return share.loss, gradients, share.statistics
+    proposal = step.propose(batch, current_collectives())
+    step.apply(proposal.gradients, proposal.entries)
+    return proposal.gradients, proposal.statistics
 
   @tf.function
   def update(batch):
-    loss, gradients, statistics = strategy.run(on_replica, (batch,))
+    gradients, statistics = strategy.run(on_replica, (batch,))
     sums = tf.nest.map_structure(
-      lambda value: strategy.reduce("SUM", value, axis=None), (loss, statistics)
+      lambda value: strategy.reduce("SUM", value, axis=None), statistics
     )
     first = [strategy.experimental_local_results(each)[0] for each in gradients]
-    return sums[0], first, sums[1]
+    return sums["train/loss"].total, first, sums
 
   results = [update(_distributed(strategy, batch)) for batch in batches]
   return _outcome(step, tf.nest.map_structure(lambda value: value.numpy(), results))
@@ -163,6 +165,16 @@ def _error(got, wanted, scale=None) -> float:
     np.abs(one - other).max() / size for one, other, size in zip(got, wanted, scales)
   ]
   return float(np.max(found))  # NaN stays NaN.
+
+
+def _one_after_the_other(
+  entries: Sequence[Optional[Entries]],
+) -> Optional[Entries]:
+  """What the parts of a batch give to the memory bank; None without one."""
+  of_parts = [each for each in entries if each is not None]
+  if not of_parts:
+    return None
+  return Entries(*(tf.concat(values, 0) for values in zip(*of_parts)))
 
 
 def _split(batch: Batch, num_parts: int) -> list[Batch]:

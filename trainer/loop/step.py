@@ -11,15 +11,15 @@ import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import Collectives, OneReplica
+from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
-from trainer.errors import UserError
 from trainer.loop import gradients as gradients_lib
-from trainer.loop import micro_batches
+from trainer.loop import loss_scale, micro_batches
 from trainer.loop.averages import AveragedWeights
 from trainer.loop.per_part import PerPart
 from trainer.loop.step_options import StepOptions
-from trainer.losses.mining_statistics import MiningStatistics
-from trainer.losses.terms import Anchors, Ratio
+from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
+from trainer.losses.terms import Anchors, LossFn, Ratio
 from trainer.models.batch_norms import batch_norms
 from trainer.models.dropout import examples_at
 
@@ -35,11 +35,13 @@ class Proposal(NamedTuple):
     statistics: of this replica; they add up over replicas and steps.
     is_finite: [] bool, whether embeddings, loss and gradients of all replicas are
       finite; equal on all replicas.
+    entries: of the global batch, for the memory bank; None without one.
   """
 
   gradients: list[tf.Tensor]
   statistics: Mapping[str, Any]
   is_finite: tf.Tensor
+  entries: Optional[Entries] = None
 
 
 @gin.register
@@ -53,6 +55,7 @@ class TrainStep:
     objective_fn: where the batch is mined.
     optimizer: Keras optimizer, `PerPart` or `OlderOptimizer`.
     mining_statistics: what is logged of the mining beside the loss; None for nothing.
+    memory_bank: older embeddings as further candidates; None for the batch alone.
     options: how it is computed.
 
   Raises:
@@ -67,17 +70,15 @@ class TrainStep:
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
     mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
+    memory_bank: Optional[MemoryBank] = None,
     options: StepOptions = _OPTIONS,
   ):
     self.encoder = encoder
     self.loss = loss
-    self._observed_loss = (
-      mining_statistics.observing(loss, lambda: self.optimizer.iterations)
-      if mining_statistics
-      else loss
-    )
+    self.memory_bank = memory_bank
+    self._mining_statistics = mining_statistics
     self.objective_fn = objective_fn
-    self.optimizer = self._with_loss_scale(optimizer)
+    self.optimizer = loss_scale.scaling_where_needed(optimizer, encoder)
     self.options = options
     self.averages: Optional[AveragedWeights] = None
     self.propose, self.apply = self._propose, self._apply
@@ -109,6 +110,8 @@ class TrainStep:
     if isinstance(self.optimizer, PerPart):
       self.optimizer.divide(self.encoder.backbone_variables)
     self.optimizer.build(self._variables)
+    if self.memory_bank is not None:
+      self.memory_bank.create_variables(self.encoder.embedding_size)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
@@ -135,7 +138,7 @@ class TrainStep:
       among them.
     """
     proposal = self.propose(batch, collectives)
-    self.apply(proposal.gradients)
+    self.apply(proposal.gradients, proposal.entries)
     return proposal.statistics
 
   def _propose(self, batch: Batch, collectives: Collectives) -> Proposal:
@@ -145,20 +148,25 @@ class TrainStep:
       batch: this replica's part of the global batch.
       collectives: the other replicas.
     """
-    share, num_bad, gradients = self._checked_gradients(batch, collectives)
+    share, num_bad, gradients, entries = self._checked_gradients(batch, collectives)
     is_finite = tf.equal(num_bad, 0.0)
     # An optimizer that scales the loss takes a smaller scale where gradients overflow.
-    if not hasattr(self.optimizer, "get_scaled_loss"):
+    if not loss_scale.has_scale(self.optimizer):
       is_finite &= _are_finite(gradients)
     statistics = self._with_loss(share, collectives.num_replicas)
-    return Proposal(gradients, statistics, is_finite)
+    return Proposal(gradients, statistics, is_finite, entries)
 
-  def _apply(self, gradients: Sequence[tf.Tensor]) -> None:
-    """Updates the weights, and their averages.
+  def _apply(
+    self, gradients: Sequence[tf.Tensor], entries: Optional[Entries] = None
+  ) -> None:
+    """Updates the weights, their averages, and the memory bank.
 
     Args:
       gradients: of the global loss, to each trainable variable.
+      entries: of the global batch, for the bank, if there is one.
     """
+    if self.memory_bank is not None and entries is not None:
+      self.memory_bank.add(entries)
     self.optimizer.apply_gradients(
       zip(gradients, self._variables), skip_gradients_aggregation=True
     )
@@ -177,13 +185,13 @@ class TrainStep:
     Returns:
       This replica's share of the loss, and the gradient to each trainable variable.
     """
-    share, _, gradients = self._checked_gradients(batch, collectives)
+    share, _, gradients, _ = self._checked_gradients(batch, collectives)
     return share, gradients
 
   def _checked_gradients(
     self, batch: Batch, collectives: Collectives
-  ) -> tuple[Share, tf.Tensor, list[tf.Tensor]]:
-    """As `gradients`; between them, how many replicas got what isn't finite."""
+  ) -> tuple[Share, tf.Tensor, list[tf.Tensor], Optional[Entries]]:
+    """As `gradients`; how many replicas got what isn't finite; entries for the bank."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
 
@@ -192,12 +200,12 @@ class TrainStep:
       return self._encode_fn(inputs, step, first_of_replica + first)
 
     seen: list[tf.Tensor] = []
+    loss = self._reminded_loss(batch, collectives)
 
     def share(embeddings):
       seen.append(embeddings)
-      anchors = Anchors(embeddings, batch.labels, batch.weights)
-      value = self.objective_fn(self._observed_loss, anchors, collectives)
-      return value, self._scaled(value.loss)
+      value = self._share(loss, embeddings, batch, collectives)
+      return value, loss_scale.scaled(self.optimizer, value.loss)
 
     arguments = (encode, share, batch.inputs, self._variables)
     num_parts = self.options.num_micro_batches
@@ -209,7 +217,36 @@ class TrainStep:
     # One more number in the same sum: no replica need be asked again.
     is_bad = tf.cast(~_are_finite([value.loss, *seen]), tf.float32)
     num_bad, *gradients = collectives.sum([is_bad, *local])
-    return value, num_bad, self._unscaled(gradients)
+    gradients = loss_scale.unscaled(self.optimizer, gradients)
+    return value, num_bad, gradients, getattr(loss, "added", None)
+
+  def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
+    """The loss, with the bank's candidates if there is one."""
+    if self.memory_bank is None:
+      return self.loss
+    return RemindedLoss(
+      self.loss,
+      self.memory_bank,
+      record_numbers=batch.record_numbers,
+      step=tf.cast(self.optimizer.iterations, tf.int32),
+      collectives=collectives,
+    )
+
+  def _share(
+    self,
+    loss: MinedLoss,
+    embeddings: tf.Tensor,
+    batch: Batch,
+    collectives: Collectives,
+  ) -> Share:
+    """This replica's share of the loss, with the statistics of its mining."""
+    anchors = Anchors(embeddings, batch.labels, batch.weights)
+    observed: LossFn = loss
+    if self._mining_statistics is not None:
+      observed = self._mining_statistics.observing(
+        loss, lambda: self.optimizer.iterations
+      )
+    return self.objective_fn(observed, anchors, collectives)
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
     """A block in which the encoder has its averaged weights, if it has any."""
@@ -228,40 +265,20 @@ class TrainStep:
     """
     num_examples = batch.labels.shape[0]
     embeddings = tf.TensorSpec([num_examples, self.encoder.embedding_size])
-    labels = tf.TensorSpec(batch.labels.shape, batch.labels.dtype)
+    specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, v.dtype), batch)
 
     @tf.function
-    def loss_alone(embeddings, labels, weights):
-      anchors = Anchors(embeddings, labels, weights)
-      share = self.objective_fn(self._observed_loss, anchors, OneReplica())
-      return self._with_loss(share, 1)
+    def loss_alone(embeddings, batch):
+      alone = OneReplica()
+      loss = self._reminded_loss(batch, alone)
+      return self._with_loss(self._share(loss, embeddings, batch, alone), 1)
 
-    outputs = loss_alone.get_concrete_function(
-      embeddings, labels, tf.TensorSpec([num_examples])
-    ).structured_outputs
+    outputs = loss_alone.get_concrete_function(embeddings, specs).structured_outputs
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
 
   def _encode(self, inputs, step, first_example):
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
-
-  def _with_loss_scale(self, optimizer):
-    if getattr(self.encoder, "precision", None) != "mixed_float16":
-      return optimizer
-    if not isinstance(optimizer, tf.keras.optimizers.Optimizer):
-      raise UserError(
-        f"{optimizer.name} can't scale the loss of mixed_float16; use mixed_bfloat16, "
-        "or one of adam, adamw, lamb and sgd."
-      )
-    return tf.keras.mixed_precision.LossScaleOptimizer(optimizer)
-
-  def _scaled(self, loss):
-    scale = getattr(self.optimizer, "get_scaled_loss", None)
-    return loss if scale is None else scale(loss)
-
-  def _unscaled(self, gradients):
-    unscale = getattr(self.optimizer, "get_unscaled_gradients", None)
-    return gradients if unscale is None else unscale(gradients)
 
   def _with_loss(self, share: Share, num_replicas: int) -> Mapping[str, Any]:
     # Losses add up over replicas, so each replica counts as its part of one step.

@@ -43,8 +43,10 @@ class MiningStatistics:
   """Statistics of anchors taken at equal distances from the global batch.
 
   Which anchors are taken depends on the number of candidates alone, so that any number
-  of replicas logs the same. Distances are Euclidean, between the embeddings as they
-  are; only what compares a positive with a negative goes by the loss's own comparison.
+  of replicas logs the same. They are compared with that batch, and not with a memory
+  bank, so that the numbers mean the same with one as without. Distances are Euclidean,
+  between the embeddings as they are; only what compares a positive with a negative goes
+  by the loss's own comparison.
 
   Args:
     num_anchors: how many of the global batch, about; all of a smaller one.

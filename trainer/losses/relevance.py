@@ -54,9 +54,7 @@ def check_batch(anchors: Anchors, candidates: Candidates) -> None:
     UserError: labels are neither [B] integer nor [B, L] bool, or not of one kind;
       weights, validity, positions or relevance have another shape than they need.
   """
-  num_anchors, num_candidates = (
-    each.embeddings.shape[0] for each in (anchors, candidates)
-  )
+  num_anchors, num_candidates = anchors.embeddings.shape[0], _num_embeddings(candidates)
   check_labels(anchors.labels, num_anchors)
   check_labels(candidates.labels, num_candidates)
   if anchors.labels.shape.rank != candidates.labels.shape.rank:
@@ -66,6 +64,11 @@ def check_batch(anchors: Anchors, candidates: Candidates) -> None:
   _check_shape("positions", candidates.positions, [num_anchors])
   if candidates.is_relevant is not None:
     _check_shape("is_relevant", candidates.is_relevant, [num_anchors, num_candidates])
+
+
+def _num_embeddings(candidates: Candidates) -> Optional[int]:
+  num, fixed = candidates.embeddings.shape[0], candidates.fixed_embeddings
+  return num if num is None or fixed is None else num + fixed.shape[0]
 
 
 def _check_shape(name: str, tensor: tf.Tensor, shape: list[Optional[int]]) -> None:

@@ -1,6 +1,6 @@
 """What a loss takes and gives: local anchors, candidates, and sums yet to be divided.
 
-Shapes: A anchors (this replica's), C candidates (all replicas'), D dimensions.
+Shapes: A anchors (this replica's), C candidates, of which F are fixed, D dimensions.
 """
 
 from __future__ import annotations
@@ -29,12 +29,15 @@ class Candidates(NamedTuple):
   """The examples to which distances are taken, the anchors among them.
 
   Attributes:
-    embeddings: [C, D] float.
+    embeddings: [C − F, D] float, of the first candidates.
     labels: [C] int32, or [C, L] bool.
     is_valid: [C] bool; false for a padding row.
     positions: [A] int32, where each anchor stands among the candidates.
     is_relevant: [A, C] bool, which candidates are positives of which anchor; None to
       compare labels.
+    fixed_embeddings: [F, D] float, of the last candidates, which get no gradient and
+      are no anchors: those of a memory bank. Finite, also where they are not valid.
+      None where there are none.
   """
 
   embeddings: tf.Tensor
@@ -42,6 +45,7 @@ class Candidates(NamedTuple):
   is_valid: tf.Tensor
   positions: tf.Tensor
   is_relevant: Optional[tf.Tensor] = None
+  fixed_embeddings: Optional[tf.Tensor] = None
 
 
 class Ratio(NamedTuple):

@@ -1,10 +1,11 @@
 """Sums over all anchors, tile by tile, so that memory holds one tile of pairs.
 
-Shapes: A anchors, T anchors of a tile, C candidates, D dimensions.
+Shapes: A anchors, T anchors of a tile, C candidates, of which F are fixed, D
+dimensions.
 
 A tile's gradient is formed as soon as its value, while its [T, C] matrices are still
-in the cache, and kept as the [A, D] and [C, D] sums it adds to. So the backward pass
-has only to scale them, and nothing of size A × C outlives its tile. One tile that
+in the cache, and kept as the [A, D] and [C − F, D] sums it adds to. So the backward
+pass has only to scale them, and nothing of size A × C outlives its tile. One tile that
 holds all anchors is the full form: same code, same values.
 
 Between the matrix products of a tile everything is one function of the products. In
@@ -14,12 +15,12 @@ this takes, on each replica, would not come back.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Optional
 
 import tensorflow as tf
 
+from trainer.losses.accelerator import is_accelerated
 from trainer.losses.distances import squared_norms
 from trainer.losses.positive_lists import PositiveLists
 from trainer.losses.terms import Anchors, Candidates
@@ -32,9 +33,6 @@ _PAIRS_PER_TILE = {False: 2**19, True: 2**24}
 _MIN_ROWS = 128
 
 MIN_PAIRS_TO_COMPILE = 2**16
-
-# Whether what is traced now is for another machine, which has an accelerator.
-_traced_for_accelerator: list[bool] = []
 
 
 class Sums(NamedTuple):
@@ -103,7 +101,8 @@ def sum_over_tiles(
     pairs_fn: sums and slopes of a tile; an anchor of weight 0 must add nothing.
     anchors: A of them, with vectors for embeddings; a static number, or else one tile
       is made of all.
-    candidates: C of them, with vectors for embeddings.
+    candidates: C of them, with vectors for embeddings; those that are fixed get no
+      gradient, and take no time for it.
     lists: positives of the anchors, if the loss needs them.
     uses_norms: whether squared distances are compared, and not products alone.
     parameters: further tensors that the total has a gradient to.
@@ -119,7 +118,8 @@ def sum_over_tiles(
     tiles = _Tiles(
       pairs_fn,
       anchors._replace(embeddings=tf.stop_gradient(vectors)),
-      candidates._replace(embeddings=tf.stop_gradient(candidate_vectors)),
+      _in_one(candidates._replace(embeddings=tf.stop_gradient(candidate_vectors))),
+      None if candidates.fixed_embeddings is None else candidate_vectors.shape[0],
       lists,
       uses_norms,
       [tf.stop_gradient(parameter) for parameter in parameters],
@@ -149,37 +149,29 @@ def _num_rows(
   if num_pairs(anchors, candidates) is None:
     return None
   if rows_per_tile is None:
-    pairs_per_tile = _PAIRS_PER_TILE[_is_accelerated()]
+    pairs_per_tile = _PAIRS_PER_TILE[is_accelerated()]
     rows_per_tile = max(_MIN_ROWS, pairs_per_tile // max(1, candidates.labels.shape[0]))
   return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
 
 
-@contextlib.contextmanager
-def for_accelerator() -> Iterator[None]:
-  """Chooses tiles, while a function is traced, as on a machine with an accelerator.
-
-  Yields:
-    Nothing.
-  """
-  _traced_for_accelerator.append(True)
-  try:
-    yield
-  finally:
-    _traced_for_accelerator.pop()
-
-
-def _is_accelerated() -> bool:
-  if _traced_for_accelerator:
-    return True
-  return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
+def _in_one(candidates: Candidates) -> Candidates:
+  """The same with the vectors of all in one matrix, those that are fixed last."""
+  if candidates.fixed_embeddings is None:
+    return candidates
+  vectors = [candidates.embeddings, tf.stop_gradient(candidates.fixed_embeddings)]
+  return candidates._replace(embeddings=tf.concat(vectors, 0), fixed_embeddings=None)
 
 
 class _Tiles(NamedTuple):
-  """The sums and the gradients of any part of the anchors."""
+  """The sums and the gradients of any part of the anchors.
+
+  Candidates after the first `num_fresh` are fixed; it is None where none are.
+  """
 
   pairs_fn: PairsFn
   anchors: Anchors
   candidates: Candidates
+  num_fresh: Optional[int]
   lists: Optional[PositiveLists]
   uses_norms: bool
   parameters: Sequence[tf.Tensor]
@@ -190,7 +182,7 @@ class _Tiles(NamedTuple):
     sums, to_anchors, slopes = self._tile(
       self.anchors, self.candidates, self.lists, norms
     )
-    to_candidates = self._with_norms(slopes[0], slopes[1], self.candidates.embeddings)
+    to_candidates = self._with_norms(slopes[0], slopes[1], self._fresh)
     return sums, [to_anchors, to_candidates, *slopes[2:]]
 
   def loop(self, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
@@ -210,7 +202,8 @@ class _Tiles(NamedTuple):
         to_anchors.write(index, to_rows),
       )
 
-    shared = [tf.zeros_like(each) for each in (vectors, norms, *self.parameters)]
+    fresh = self._fresh
+    shared = [tf.zeros_like(each) for each in (fresh, fresh[:, 0], *self.parameters)]
     gradients = tf.TensorArray(
       vectors.dtype, num_tiles, element_shape=[num_rows, num_dimensions]
     )
@@ -221,7 +214,7 @@ class _Tiles(NamedTuple):
       parallel_iterations=2,  # The products of one while another's terms are summed.
       maximum_iterations=num_tiles,
     )
-    to_candidates = self._with_norms(shared[0], shared[1], vectors)
+    to_candidates = self._with_norms(shared[0], shared[1], fresh)
     return sums, [gradients.concat()[:num_anchors], to_candidates, *shared[2:]]
 
   def _tile(
@@ -233,8 +226,8 @@ class _Tiles(NamedTuple):
   ) -> tuple[Sums, tf.Tensor, list[tf.Tensor]]:
     """Of some anchors: sums, gradient to their vectors [T, D], and shared slopes.
 
-    Those are the slopes' products with the anchors [C, D], their sums [C], and the
-    gradients to the parameters.
+    Those are the slopes' products with the anchors [C − F, D], their sums [C − F], and
+    the gradients to the parameters.
     """
     vectors, others = anchors.embeddings, candidates.embeddings
     norms = squared_norms(vectors)
@@ -247,12 +240,18 @@ class _Tiles(NamedTuple):
     to_anchors = self._with_norms(
       tf.matmul(slope, others), tf.reduce_sum(slope, 1), vectors
     )
-    to_candidates = tf.matmul(slope, vectors, transpose_a=True)
+    to_fresh = slope[:, : self.num_fresh]
+    to_candidates = tf.matmul(to_fresh, vectors, transpose_a=True)
     return (
       sums,
       to_anchors,
-      [to_candidates, tf.reduce_sum(slope, 0), *slopes.parameters],
+      [to_candidates, tf.reduce_sum(to_fresh, 0), *slopes.parameters],
     )
+
+  @property
+  def _fresh(self) -> tf.Tensor:
+    """[C − F, D], the candidates' vectors that a gradient is wanted to."""
+    return self.candidates.embeddings[: self.num_fresh]
 
   def _with_norms(
     self, by_products: tf.Tensor, slope_sums: tf.Tensor, vectors: tf.Tensor

@@ -11,7 +11,7 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import using
 from trainer.distribute.xla_collectives import XlaCollectives
 from trainer.loop.step import TrainStep
-from trainer.losses.tiles import for_accelerator
+from trainer.losses.accelerator import for_accelerator
 
 
 class Program(NamedTuple):

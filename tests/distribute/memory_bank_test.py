@@ -1,0 +1,276 @@
+"""The memory bank: what is in it, what a loss sees of it, alike on any replicas."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.distribute.parity_test import LOSSES, _batches, _maker
+from tests.losses.table import ROWS
+from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD
+from trainer.distribute.collectives import OneReplica
+from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
+from trainer.errors import UserError
+from trainer.loop import parity
+from trainer.loop.checkpoint import Checkpoints
+from trainer.losses.statistics import summarize
+from trainer.losses.terms import Anchors, Candidates
+
+_SIZE, _WARM_UP, _BATCH = 11, 1, 6
+_NUM_STEPS, _NUM_RECORDS, _NUM_DIMENSIONS = 4, 14, 5
+
+
+def _bank(size=_SIZE, warm_up_steps=_WARM_UP):
+  bank = MemoryBank(size=size, warm_up_steps=warm_up_steps)
+  bank.create_variables(_NUM_DIMENSIONS)
+  return bank
+
+
+def _steps():
+  """Embeddings, labels, record numbers and reality of the examples of each step."""
+  rng = np.random.default_rng(5)
+  classes = rng.integers(0, 4, _NUM_RECORDS)
+  for step in range(_NUM_STEPS):
+    numbers = rng.permutation(_NUM_RECORDS)[:_BATCH]
+    numbers[1] = numbers[0]  # A record may be drawn twice.
+    embeddings = rng.normal(size=(_BATCH, _NUM_DIMENSIONS)).astype(np.float32)
+    is_real = np.ones(_BATCH, bool)
+    is_real[-1] = step != 1
+    yield (
+      embeddings,
+      np.where(is_real, classes[numbers], PADDING_LABEL).astype(np.int32),
+      np.where(is_real, numbers, PADDING_RECORD).astype(np.int32),
+      is_real,
+    )
+
+
+def _reminded(loss, bank, step, embeddings, labels, numbers, is_real):
+  """What a loss returns with the bank, its gradient, and what the bank then gets."""
+  reminded = RemindedLoss(
+    loss,
+    bank,
+    record_numbers=tf.constant(numbers),
+    step=tf.constant(step),
+    collectives=OneReplica(),
+  )
+  return *_evaluate(reminded, embeddings, labels, is_real), reminded.added
+
+
+def _evaluate(loss, embeddings, labels, is_real, num_anchors=None):
+  """The loss of the first examples, against all; and the gradient to those."""
+  weights = is_real.astype(np.float32)[:num_anchors]
+  fresh = tf.constant(embeddings[:num_anchors])
+  with tf.GradientTape() as tape:
+    tape.watch(fresh)
+    terms = loss(
+      Anchors(fresh, tf.constant(labels[:num_anchors]), tf.constant(weights)),
+      Candidates(
+        tf.concat([fresh, embeddings[len(fresh) :]], 0),
+        tf.constant(labels),
+        tf.constant(is_real),
+        tf.range(len(fresh)),
+      ),
+    )
+  gradient = tape.gradient(terms.total, fresh, unconnected_gradients="zero")
+  return terms, gradient.numpy()
+
+
+class _Memory:
+  """The bank by its definition: a list, of which only the newest stay."""
+
+  def __init__(self):
+    self.entries = []
+
+  def others(self, step, numbers):
+    """Embeddings and labels of what is neither a copy nor too early."""
+    if step < _WARM_UP:
+      return []
+    return [each for each in self.entries if each and each[2] not in numbers]
+
+  def add(self, step, *rows):
+    new = [(*row[:3], step) if row[3] else None for row in zip(*rows)]
+    self.entries = (new + self.entries)[:_SIZE]
+
+  def metrics(self, step, embeddings, numbers, is_real):
+    there = [each for each in self.entries if each]
+    metrics = {"bank/fill": len(there) / _SIZE}
+    if there:
+      metrics["bank/age_steps"] = np.mean([step - each[3] for each in there])
+    moves = []
+    for embedding, number in zip(embeddings[is_real], numbers[is_real]):
+      copies = [each[0] for each in there if each[2] == number]
+      moves += [np.linalg.norm(embedding - copy) for copy in copies[:1]]
+    if moves:
+      metrics["bank/drift"] = np.mean(moves)
+    return metrics
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_a_loss_sees_the_batch_and_what_the_bank_has_beside_it(row):
+  bank, memory = _bank(), _Memory()
+  for step, rows in enumerate(_steps()):
+    embeddings, labels, numbers, is_real = rows
+    terms, gradient, added = _reminded(row.make(), bank, step, *rows)
+    others = memory.others(step, numbers)
+    whole = (
+      np.stack([*embeddings, *(each[0] for each in others)]),
+      np.array([*labels, *(each[1] for each in others)], np.int32),
+      np.r_[is_real, np.ones(len(others), bool)],
+    )
+    expected, slope = _evaluate(row.make(), *whole, num_anchors=_BATCH)
+    got = (terms.total, terms.count, gradient)
+    for value, wanted in zip(got, (expected.total, expected.count, slope)):
+      np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-5)
+    metrics = summarize(terms.statistics)
+    metrics.pop("mining/active_fraction", None)
+    assert metrics == pytest.approx(memory.metrics(step, embeddings, numbers, is_real))
+    bank.add(added)
+    memory.add(step, *rows)
+    assert len(others) > 0 or step == 0
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 40])
+def test_the_newest_stay_in_order(size):
+  bank, numbers = _bank(size), []
+  for batch in np.split(np.arange(30, dtype=np.int32), [5, 10, 15, 20, 25]):
+    embeddings = np.tile(batch[:, None].astype(np.float32), (1, _NUM_DIMENSIONS))
+    bank.add(Entries(embeddings, batch, batch, batch))
+    numbers = [*batch, *numbers]
+    expected = (numbers + [-1] * size)[:size]
+    for values in (bank.entries.record_numbers, bank.entries.steps):
+      np.testing.assert_array_equal(values, expected)
+    np.testing.assert_array_equal(
+      bank.entries.embeddings[:, 0], np.maximum(expected, 0)
+    )
+
+
+_PARITY = [
+  ("gathered", 1, 2),
+  ("gathered", 2, 1),
+  ("gathered", 4, 1),
+  ("alone", 2, 3),
+  ("alone", 4, 1),
+]
+
+
+def _step_maker(objective, memory_bank, **options):
+  def make_step():
+    bank = MemoryBank(size=40, warm_up_steps=1) if memory_bank else None
+    return _maker(
+      LOSSES["InfoNCELoss-learned"],
+      objective,
+      "sgd",
+      mining_statistics=None,
+      memory_bank=bank,
+      **options,
+    )()
+
+  return make_step
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("objective", "num_replicas", "num_micro_batches"), _PARITY)
+def test_replicas_with_a_bank_train_as_one(
+  mirrored, objective, num_replicas, num_micro_batches
+):
+  batches = _batches(4)
+  wanted = parity.expected(_step_maker(objective, True), batches, num_replicas)
+  make_step = _step_maker(objective, True, num_micro_batches=num_micro_batches)
+  got = parity.trained(mirrored(num_replicas), make_step, batches)
+  found = parity.errors(got, wanted)
+  assert parity.is_equal(found), parity.table([(objective, found)])
+
+
+def test_a_bank_changes_what_is_learned_once_it_is_warm():
+  with_bank, without = (
+    parity.expected(_step_maker("gathered", is_there), _batches(4), 1)
+    for is_there in (True, False)
+  )
+  assert with_bank.loss[0] == without.loss[0]
+  assert all(np.abs(np.subtract(with_bank.loss, without.loss))[1:] > 1e-3)
+
+
+def test_replicas_have_the_same_bank_in_the_order_of_the_global_batch(mirrored):
+  strategy, batches = mirrored(2), _batches(3)
+  made = []
+
+  def make_step():
+    made.append(_step_maker("alone", True)())
+    return made[-1]
+
+  parity.trained(strategy, make_step, batches)
+  bank = made[0].memory_bank
+  newest_first = np.concatenate([each.record_numbers for each in batches[::-1]])[:40]
+  for value in strategy.experimental_local_results(bank.contents["record_numbers"]):
+    np.testing.assert_array_equal(value, newest_first)
+  one, other = strategy.experimental_local_results(bank.contents["embeddings"])
+  np.testing.assert_array_equal(one, other)
+
+
+def _checkpoints(step, folder):
+  checkpoints = Checkpoints(
+    model_dir=str(folder),
+    encoder=step.encoder,
+    loss=step.loss,
+    optimizer=step.optimizer,
+    memory_bank=step.memory_bank,
+  )
+  return checkpoints
+
+
+def test_a_bank_of_two_replicas_goes_on_on_one(mirrored, tmp_path):
+  made = []
+
+  def make_step():
+    made.append(_step_maker("gathered", True)())
+    return made[-1]
+
+  with mirrored(2).scope():
+    parity.trained(mirrored(2), make_step, _batches(2))
+    saved = _checkpoints(made[0], tmp_path)
+    saved.save(2)
+    saved.wait()
+  restored = make_step()
+  assert _checkpoints(restored, tmp_path).restore() == 2
+  for field, value in restored.memory_bank.contents.items():
+    np.testing.assert_array_equal(value, made[0].memory_bank.contents[field])
+
+
+@pytest.mark.parametrize(
+  ("saved", "restored", "message"),
+  [
+    (None, 7, "its memory bank has no entries, and .* says 7 entries of 6"),
+    (9, None, "its memory bank has 9 entries of 6, and .* says no entries"),
+    (9, 7, "its memory bank has 9 entries of 6, and .* says 7 entries of 6"),
+  ],
+)
+def test_a_checkpoint_with_another_bank_says_what_differs(
+  tmp_path, saved, restored, message
+):
+  def checkpoints(size):
+    step = _step_maker("gathered", False)()
+    step.memory_bank = size and _bank(size)
+    if size:
+      step.memory_bank.create_variables(6)
+    return _checkpoints(step, tmp_path)
+
+  first = checkpoints(saved)
+  first.save(1)
+  first.wait()
+  with pytest.raises(UserError, match=message):
+    checkpoints(restored).restore()
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])
+def test_numbers_that_make_no_bank_are_refused(numbers):
+  size, warm_up_steps = numbers
+  with pytest.raises(UserError, match="must be at least"):
+    MemoryBank(size=size, warm_up_steps=warm_up_steps)
+
+
+def test_several_labels_of_an_example_are_refused():
+  several = np.ones((_BATCH, 3), bool)
+  embeddings, _, numbers, is_real = next(_steps())
+  with pytest.raises(UserError, match="keeps one label of an example"):
+    _reminded(ROWS[0].make(), _bank(), 0, embeddings, several, numbers, is_real)
