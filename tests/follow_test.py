@@ -30,7 +30,7 @@ class _Restores:
 
 
 def _restore_newer(restores, model_dir, step=0):
-  return follow._restore_newer(restores, str(model_dir), step, _OPTIONS)
+  return follow.restore_newer(restores, str(model_dir), step, _OPTIONS)
 
 
 def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(tmp_path):

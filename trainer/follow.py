@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import os
 import time
-from typing import Optional
+from typing import Optional, Protocol
 
 import gin
 from absl import logging
@@ -74,7 +74,7 @@ def main(run: Run) -> None:
     num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
     step = evaluations.last_step
     while step < num_steps:
-      step = _restore_newer(evaluation, run.model_dir, step, options)
+      step = restore_newer(evaluation, run.model_dir, step, options)
       evaluated = evaluation.evaluate()
       evaluations.add(step, evaluated.measurement.metrics)
       publish(run.model_dir, step, evaluated)
@@ -107,10 +107,38 @@ def _check_alone(run: Run) -> None:
     )
 
 
-def _restore_newer(
-  evaluation: Evaluation, model_dir: str, step: int, options: FollowOptions
+class Patience(Protocol):
+  """How long a checkpoint is waited for.
+
+  Attributes:
+    poll_s: seconds between two looks.
+    timeout_s: seconds after which it is given up; None for never.
+  """
+
+  @property
+  def poll_s(self) -> float: ...  # noqa: D102
+
+  @property
+  def timeout_s(self) -> Optional[float]: ...  # noqa: D102
+
+
+def restore_newer(
+  evaluation: Evaluation, model_dir: str, step: int, patience: Patience
 ) -> int:
-  """Waits for a checkpoint that is newer than a step and can be read; its step."""
+  """Waits for a checkpoint that is newer than a step and can be read, and restores it.
+
+  Args:
+    evaluation: whose encoder it is for.
+    model_dir: folder of the run.
+    step: of the last one.
+    patience: how long to wait.
+
+  Returns:
+    Its step.
+
+  Raises:
+    UserError: none comes in time, or it is of another encoder.
+  """
   start_s = time.monotonic()
   while True:
     newest = _newest(model_dir)
@@ -120,12 +148,12 @@ def _restore_newer(
         return restored
     heartbeat.beat()
     waited_s = time.monotonic() - start_s
-    if options.timeout_s is not None and waited_s > options.timeout_s:
+    if patience.timeout_s is not None and waited_s > patience.timeout_s:
       raise UserError(
         f"{model_dir} has had no new checkpoint for {waited_s:.0f} s, after that of "
         f"step {step}; is the training running?"
       )
-    time.sleep(options.poll_s)
+    time.sleep(patience.poll_s)
 
 
 def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:

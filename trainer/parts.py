@@ -31,6 +31,15 @@ import trainer.loop.per_part
 import trainer.loop.schedules
 import trainer.loop.step
 import trainer.losses
+import trainer.mine
+import trainer.mining.examples
+import trainer.mining.hard_classes
+import trainer.mining.mined_groups
+import trainer.mining.miner
+import trainer.mining.mislabelled
+import trainer.mining.offline_mining
+import trainer.mining.positives
+import trainer.mining.windows
 import trainer.models.applications
 import trainer.models.backbones
 import trainer.models.encoder

@@ -47,6 +47,11 @@ MODES = {
   "follow": Mode(
     "Measure each checkpoint of a run, beside it.", "trainer.follow", ("evaluate",)
   ),
+  "mine": Mode(
+    "Mine rounds of each checkpoint of a run, beside it.",
+    "trainer.mine",
+    ("mine", "evaluate"),
+  ),
   "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
   "index": Mode("Index embeddings for fast search.", "trainer.index", ()),
   "search": Mode("Find what is nearest to --query.", "trainer.search", ("evaluate",)),

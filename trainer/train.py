@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Callable, NamedTuple
+from typing import Any, Callable, NamedTuple, Optional
 
 import gin
 import tensorflow as tf
@@ -13,7 +13,7 @@ from absl import logging
 from trainer import __version__, preemption
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
-from trainer.data.schedule import PKSchedule
+from trainer.data.schedule import PKSchedule, Schedule
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
@@ -28,6 +28,9 @@ from trainer.loop.not_finite import NotFinitePolicy
 from trainer.loop.run_folder import check_disk, open_run_folder
 from trainer.loop.step import TrainStep
 from trainer.loop.watchdog import Watchdog, watching
+from trainer.mining.miner import Mined
+from trainer.mining.offline_mining import OfflineMining
+from trainer.mining.rounds import Rounds
 from trainer.models.dropout import set_seed
 from trainer.run import Run
 
@@ -43,6 +46,8 @@ class Parts:
     step: one update; its encoder, loss and optimizer.
     loop: how long, how often to log and to save.
     seed: of the initial weights and of dropout.
+    mining: rounds of mining over the whole corpus, from which batches are drawn after
+      the first; None for the schedule alone.
   """
 
   dataset: Dataset
@@ -50,6 +55,7 @@ class Parts:
   step: TrainStep
   loop: LoopOptions
   seed: int
+  mining: Optional[OfflineMining] = None
 
   def make_schedule(self) -> PKSchedule:
     """The schedule of the training classes."""
@@ -120,9 +126,15 @@ def train(run: Run, watchdog: Watchdog) -> Training:
   workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
   first_step = workers.together(checkpoints.restore) or 0
   workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
-  batches = dataset.training_batches(schedule)
+  rounds = _make_rounds(run, parts, schedule, checkpoints)
+  drawn: Schedule = schedule
+  if rounds is not None:
+    rounds.resume(first_step)
+    drawn = rounds.schedule
+  batches = dataset.training_batches(drawn)
+  inner = _make_inner_loop(batches, step, first_step, checkpoints)
   outer = Loop(
-    inner=_make_inner_loop(batches, step, first_step, checkpoints),
+    inner=inner,
     optimizer=step.optimizer,
     options=loop,
     images_per_step=math.prod(schedule.shape),
@@ -135,9 +147,12 @@ def train(run: Run, watchdog: Watchdog) -> Training:
       preemption.current(),
       watchdog,
       batches.naming_bad_records,
-      _make_policy(run, parts, schedule, checkpoints),
+      _make_policy(run, parts, drawn, checkpoints),
     ),
+    metrics_fns=[rounds.metrics] if rounds is not None else [],
   )
+  if rounds is not None:
+    outer.add_action(_ChangeRound(rounds, batches, inner))
   _log_start(run, schedule, step, first_step)
   return Training(outer, step, loop, first_step)
 
@@ -145,6 +160,8 @@ def train(run: Run, watchdog: Watchdog) -> Training:
 def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   parts = Parts()  # type: ignore[call-arg]  # They are gin's.
   schedule = parts.make_schedule()
+  if parts.mining is not None:
+    parts.mining.check(parts.loop.steps_per_loop)
   check_batch(schedule, parts.step, num_replicas)
   tpu_limits.check_if_on_tpu(parts.step)
   return parts, schedule
@@ -164,8 +181,46 @@ def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
   )
 
 
+def _make_rounds(
+  run: Run, parts: Parts, plain: PKSchedule, checkpoints: Checkpoints
+) -> Optional[Rounds]:
+  """The mining rounds of the run, if it has any."""
+  if parts.mining is None:
+    return None
+  mine_fn, miner, step = None, parts.mining.miner, parts.step
+  if miner is not None:
+    embedder = miner.embedder(step.encoder, parts.dataset)
+
+    def mine_fn(number: int) -> Mined:
+      with step.weights_for_evaluation():
+        return miner.mine(embedder, parts.dataset, number)
+
+  return Rounds(
+    parts.mining,
+    parts.dataset,
+    plain,
+    run.model_dir,
+    mine_fn=mine_fn,
+    oldest_step_fn=lambda: min(checkpoints.steps(), default=0),
+  )
+
+
+class _ChangeRound:
+  """An action that goes over to the next mining round; on every worker alike."""
+
+  def __init__(self, rounds: Rounds, batches: Batches, inner: InnerLoop):
+    self._rounds = rounds
+    self._batches = batches
+    self._inner = inner
+
+  def __call__(self, report: actions.Report) -> None:
+    """Decides if it is time; what was read ahead of another round is not used."""
+    if report.step < report.num_steps and self._rounds.decide(report.step):
+      self._inner.go_on_with(_replica_batches(self._batches, report.step))
+
+
 def _make_policy(
-  run: Run, parts: Parts, schedule: PKSchedule, checkpoints: Checkpoints
+  run: Run, parts: Parts, schedule: Schedule, checkpoints: Checkpoints
 ) -> NotFinitePolicy:
   workers = current_workers()
 
@@ -232,15 +287,21 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
 def _make_inner_loop(
   batches: Batches, step: TrainStep, first_step: int, checkpoints: Checkpoints
 ) -> InnerLoop:
-  strategy = tf.distribute.get_strategy()
   dataset = batches.dataset(current_workers().shard(), first_step=first_step)
   return InnerLoop(
     step=step,
-    strategy=strategy,
-    batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
+    strategy=tf.distribute.get_strategy(),
+    batches=_replica_batches(batches, first_step),
     zero_statistics=step.zero_statistics(dataset.element_spec),
     words_fn=lambda: words.speak(preemption.current(), checkpoints),
   )
+
+
+def _replica_batches(batches: Batches, first_step: int) -> Any:
+  """Distributed iterator over the batches from a step on."""
+  dataset = batches.dataset(current_workers().shard(), first_step=first_step)
+  strategy = tf.distribute.get_strategy()
+  return iter(strategy.distribute_datasets_from_function(lambda _: dataset))
 
 
 def _log_start(

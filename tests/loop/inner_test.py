@@ -41,7 +41,7 @@ def _images(bad_replica, bad_value):
   return images
 
 
-def _loop(strategy, step, images, words=(0, 0)):
+def _dataset(images):
   num_steps, num_replicas = images.shape[:2]
   count = num_steps * num_replicas
   labels = np.tile(np.repeat(np.arange(2, dtype=np.int32), 3), (count, 1))
@@ -49,7 +49,12 @@ def _loop(strategy, step, images, words=(0, 0)):
   flat = images.reshape(count, *images.shape[2:])
   weights = np.ones((count, _SIZE), np.float32)
   numbers = np.arange(count * _SIZE, dtype=np.int32).reshape(count, _SIZE)
-  dataset = tf.data.Dataset.from_tensor_slices(Batch(flat, labels, weights, numbers))
+  batches = Batch(flat, labels, weights, numbers)
+  return tf.data.Dataset.from_tensor_slices(batches)
+
+
+def _loop(strategy, step, images, words=(0, 0)):
+  dataset = _dataset(images)
   return InnerLoop(
     step=step,
     strategy=strategy,
@@ -91,3 +96,15 @@ def test_what_the_host_says_comes_back_over_all_replicas(mirrored):
   with strategy.scope():
     done = _loop(strategy, _step(), _images(0, 0.0), words=(1, 0)).run(1)
   assert done.words.tolist() == [2, 0]
+
+
+def test_other_batches_are_taken_without_tracing_again(mirrored):
+  strategy = mirrored(2)
+  with strategy.scope():
+    loop = _loop(strategy, _step(), _images(0, 0.0))
+    loop.run(3)
+    dataset = _dataset(_images(0, 0.0) * 0.0)
+    loop.go_on_with(iter(strategy.distribute_datasets_from_function(lambda _: dataset)))
+    done = loop.run(_NUM_STEPS)
+    assert loop._run.experimental_get_tracing_count() == 1
+  assert done.num_steps == _NUM_STEPS

@@ -11,8 +11,8 @@ import gin
 from trainer import errors
 from trainer.config import lint, resolve, statements
 
-# What comes after training doesn't tell one run from another.
-_AFTER_TRAINING = ("follow", "embed", "index", "search", "export")
+# What comes beside or after training doesn't tell one run from another.
+_AFTER_TRAINING = ("follow", "mine", "embed", "index", "search", "export")
 ROOTS = (
   *("ingest", "validate", "train", "evaluate", "train_and_evaluate"),
   *_AFTER_TRAINING,

@@ -7,7 +7,7 @@ Shapes: S steps, P classes and K samples a class in a batch, B records in a batc
 
 from __future__ import annotations
 
-from typing import Optional, Protocol
+from typing import Callable, Optional, Protocol
 
 import gin
 import numpy as np
@@ -22,6 +22,9 @@ from trainer.errors import UserError
 _MEMBERS = 2
 # Sizes of classes are looked at so many at a time, to hold little of them.
 _CLASSES_AT_A_TIME = 1_000_000
+
+
+StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
 
 
 class Schedule(Protocol):
@@ -66,6 +69,7 @@ class PKSchedule:
     classes: Optional[np.ndarray] = None,
     small_classes: str = "repeat",
     weights: Optional[ClassWeights] = None,
+    stream_fn: Optional[StreamFn] = None,
   ):
     """Looks up what can be drawn.
 
@@ -77,6 +81,8 @@ class PKSchedule:
       classes: int32 ids of the classes to draw from; None for all.
       small_classes: "repeat" members of a class of fewer than K, or "leave_out" it.
       weights: how often each class comes; None for all equally often.
+      stream_fn: makes of the stream of classes, of P and of the classes' ids (None for
+        all) the stream that is drawn from; None for the stream itself.
 
     Raises:
       UserError: if P or K is below 1, or fewer than P classes can be drawn.
@@ -97,6 +103,8 @@ class PKSchedule:
         f"can be drawn from; choose at most {self.num_classes}."
       )
     self._stream = self._make_stream(weights)
+    if stream_fn is not None:
+      self._stream = stream_fn(self._stream, classes_per_batch, self._classes)
 
   @property
   def shape(self) -> tuple[int, int]:

@@ -65,6 +65,14 @@ class InnerLoop:
     num_done, totals, words = tf.nest.map_structure(lambda each: each.numpy(), done)
     return Done(int(num_done), totals, words)
 
+  def go_on_with(self, batches: Any) -> None:
+    """Takes other batches from here on; nothing is traced again.
+
+    Args:
+      batches: distributed iterator over replica batches of the same shapes.
+    """
+    self._batches = batches
+
   @tf.function
   def _run(self, batches, num_steps):
     # The loop is around strategy.run: all_gather raises in a loop inside of it, and an

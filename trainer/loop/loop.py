@@ -55,6 +55,7 @@ class Loop:
     images_per_step: the global batch size.
     actions: called in order after each inner loop.
     safety: what keeps it from losing what it has.
+    metrics_fns: each gives more metrics of an inner loop, given the step at its end.
   """
 
   def __init__(
@@ -66,6 +67,7 @@ class Loop:
     images_per_step: int,
     actions: Sequence[Action],
     safety: Safety,
+    metrics_fns: Sequence[Callable[[int], Mapping[str, float]]] = (),
   ):
     self._inner = inner
     self._optimizer = optimizer
@@ -73,6 +75,7 @@ class Loop:
     self._images_per_step = images_per_step
     self._actions = list(actions)
     self._safety = safety
+    self._metrics_fns = list(metrics_fns)
     self._is_over = False
 
   def add_action(self, action: Action) -> None:
@@ -117,6 +120,8 @@ class Loop:
       "train/seconds_per_step": seconds_per_step,
       **self._safety.not_finite.metrics(),
     }
+    for metrics_fn in self._metrics_fns:
+      metrics.update(metrics_fn(end))
     with self._safety.watchdog.acting():
       for action in self._actions:
         if action(Report(end, self._options.num_steps, metrics)):

@@ -1,0 +1,227 @@
+"""Mined examples against loops written from the definition."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from tests.mining.corpora import Corpus, distances
+from trainer.data.members import from_labels
+from trainer.errors import UserError
+from trainer.mining.examples import ExampleMining
+from trainer.mining.mislabelled import MislabelledFilter
+from trainer.mining.nearest_items import NearestItems, room_for
+from trainer.mining.positives import Positives
+from trainer.mining.windows import MarginWindow, RankWindow
+
+_SIZES = (14, 9, 1, 12, 7, 2, 15)
+
+
+def _mine(corpus, window, kind="exact", items=None, **options):
+  items = corpus.items() if items is None else items
+  rows = items.record_numbers
+  embeddings = corpus.embeddings[rows]
+  return ExampleMining(window=window, **options).mine(
+    embeddings, items, corpus.contents[rows], NearestItems(embeddings, kind)
+  )
+
+
+def _other_labels(corpus, anchor, by_distance):
+  """What may be a negative of an anchor, nearest first."""
+  return [
+    item
+    for item in by_distance
+    if corpus.labels[item] != corpus.labels[anchor]
+    and corpus.contents[item] != corpus.contents[anchor]
+  ]
+
+
+def _lists(mined):
+  def kept(row):
+    assert (row[: (row >= 0).sum()] >= 0).all()  # What is missing is at the end.
+    return row[row >= 0].tolist()
+
+  return {
+    int(anchor): (kept(positives), kept(negatives))
+    for anchor, positives, negatives in zip(
+      mined.anchors, mined.positives, mined.negatives
+    )
+  }
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat"])
+@pytest.mark.parametrize(("first", "last"), [(1, 4), (3, 9), (2, 40)])
+def test_a_rank_window_has_those_ranks_of_other_labels(first, last, kind):
+  corpus = Corpus(_SIZES, num_copies=6)
+  mined = _lists(_mine(corpus, RankWindow(first=first, last=last), kind))
+  matrix = distances(corpus.embeddings)
+  sizes = np.bincount(corpus.labels)
+  assert mined
+  for anchor in range(len(corpus.labels)):
+    others = _other_labels(corpus, anchor, np.argsort(matrix[anchor], kind="stable"))
+    expected = others[first - 1 : last]
+    if sizes[corpus.labels[anchor]] == 1:
+      assert anchor not in mined
+    else:
+      # Copies are equally near, in either order.
+      got = matrix[anchor][mined[anchor][1]]
+      np.testing.assert_allclose(got, matrix[anchor][expected], rtol=1e-4)
+      assert set(mined[anchor][1]) <= set(others)
+
+
+def test_a_margin_window_is_between_the_farthest_positive_and_the_margin():
+  corpus = Corpus(_SIZES, num_copies=4)
+  margin, num_negatives = 0.5, 6
+  options = {"positives": Positives(num_positives=2)}
+  window = MarginWindow(margin=margin, num_negatives=num_negatives, depth=50)
+  result = _mine(corpus, window, **options)
+  mined, matrix = _lists(result), distances(corpus.embeddings)
+  num_without = 0
+  # The positives of all, also of those left out: a window that all negatives are in.
+  every = _lists(_mine(corpus, RankWindow(first=1, last=50), **options))
+  for anchor, (positives, _) in every.items():
+    nearest = max(matrix[anchor][p] for p in positives)
+    others = _other_labels(corpus, anchor, np.argsort(matrix[anchor], kind="stable"))
+    inside = [n for n in others if nearest < matrix[anchor][n] < nearest + margin]
+    if not inside:
+      num_without += 1
+      assert anchor not in mined
+    else:
+      assert mined[anchor] == (positives, inside[:num_negatives])
+  assert 0 < num_without == result.counts["anchors_without_negative"]
+  assert result.counts["anchors"] == len(mined) > 0
+
+
+def _positives_of(corpus, anchor):
+  is_other = np.arange(len(corpus.labels)) != anchor
+  is_same = (corpus.labels == corpus.labels[anchor]) & is_other
+  return np.flatnonzero(is_same & (corpus.contents != corpus.contents[anchor]))
+
+
+@pytest.mark.parametrize("choice", ["hardest", "easiest", "random"])
+def test_positives_are_of_the_anchors_class_and_no_copies_of_it(choice):
+  corpus = Corpus(_SIZES, num_copies=8, seed=2)
+  matrix = distances(corpus.embeddings)
+  positives = Positives(num_positives=3, choice=choice)
+  mined = _lists(_mine(corpus, RankWindow(first=1, last=3), positives=positives))
+  for anchor, (got, _) in mined.items():
+    allowed = _positives_of(corpus, anchor)
+    sign = -1 if choice == "hardest" else 1
+    in_order = allowed[np.argsort(sign * matrix[anchor][allowed], kind="stable")][:3]
+    assert len(set(got)) == len(got) == len(in_order)
+    assert set(got) <= set(allowed)
+    if choice != "random":
+      # Copies are equally far, in either order.
+      np.testing.assert_allclose(
+        matrix[anchor][got], matrix[anchor][in_order], rtol=1e-5
+      )
+
+
+def test_random_positives_are_all_of_a_class_in_turn():
+  corpus = Corpus((12, 12))
+  got = [
+    _mine(corpus, RankWindow(first=1, last=2), items=corpus.items(key=key)).positives
+    for key in range(80)
+  ]
+  counts = np.bincount(np.ravel(got), minlength=24)
+  assert counts.sum() == 24 * 80
+  assert counts.min() > 40
+  assert counts.max() < 130
+
+
+def _doubted(corpus, q, share):
+  matrix = distances(corpus.embeddings)
+  found = []
+  for item in range(len(corpus.labels)):
+    nearest = [n for n in np.argsort(matrix[item], kind="stable") if n != item][:q]
+    labels = [
+      corpus.labels[n] for n in nearest if corpus.contents[n] != corpus.contents[item]
+    ]
+    others = [label for label in labels if label != corpus.labels[item]]
+    if any(others.count(label) >= q * share for label in set(others)):
+      found.append(item)
+  return found
+
+
+def test_what_is_probably_mislabelled_is_named_and_left_out():
+  corpus = Corpus((20, 20, 20), spread=0.3, seed=4)
+  for item in np.flatnonzero(corpus.labels == 1)[:2]:
+    corpus.labels[item] = 0
+  corpus.table = from_labels(corpus.labels, 3)
+  expected = _doubted(corpus, 5, 0.8)
+  assert len(expected) >= 2
+  mined = _mine(
+    corpus,
+    RankWindow(first=1, last=30),
+    mislabelled=MislabelledFilter(num_neighbours=5, min_share=0.8),
+  )
+  assert mined.doubted.tolist() == expected
+  assert mined.counts["doubted"] == len(expected)
+  used = {*mined.anchors, *mined.positives.ravel(), *mined.negatives.ravel()}
+  assert not used & set(expected)
+
+
+def test_anchors_whose_neighbours_are_all_of_their_label_are_looked_at_again():
+  corpus = Corpus((30, 12), spread=0.01, seed=1)
+  mined = _mine(corpus, RankWindow(first=1, last=3))
+  # 6 neighbours are of the own class; of 24, those of the smaller class reach out.
+  assert mined.counts["anchors_looked_at_again"] == 42
+  assert mined.counts["anchors_without_negative"] == 30
+  assert corpus.labels[mined.anchors].tolist() == [1] * 12
+  assert (corpus.labels[mined.negatives] == 0).all()
+
+
+def test_where_no_anchor_has_a_negative_it_is_told_in_one_line():
+  corpus = Corpus((40, 40), spread=0.01)
+  with pytest.raises(
+    UserError, match=r"none of 80 anchors has a negative among its 24"
+  ):
+    _mine(corpus, RankWindow(first=1, last=3))
+
+
+def test_where_no_anchor_has_a_positive_it_is_told_in_one_line():
+  corpus = Corpus((1, 1, 1))
+  with pytest.raises(UserError, match="none of 3 items has a positive"):
+    _mine(corpus, RankWindow(first=1, last=1))
+
+
+def test_a_part_of_the_classes_is_mined_among_itself():
+  corpus = Corpus(_SIZES)
+  items = corpus.items(np.array([0, 3, 4], np.int32), records_per_class=5)
+  assert np.bincount(items.labels).tolist() == [5, 0, 0, 5, 5]
+  mined = _mine(corpus, RankWindow(first=1, last=4), items=items)
+  assert mined.counts["anchors"] == 15
+  labels = items.labels[mined.negatives]
+  assert (labels != items.labels[mined.anchors][:, None]).all()
+
+
+def test_a_search_by_codes_has_true_distances():
+  corpus = Corpus((90,) * 8, seed=5)
+  nearest = NearestItems(corpus.embeddings, "ivf_pq")
+  items = np.arange(0, 720, 7)
+  found = nearest.search(items, 20, room_for(len(items), 20))
+  assert (found.indices != items[:, None]).all()
+  is_there = found.indices >= 0
+  true = distances(corpus.embeddings)[items[:, None], found.indices]
+  np.testing.assert_allclose(found.distances[is_there], true[is_there], rtol=1e-5)
+  assert (np.diff(np.where(is_there, found.distances, 1e9), axis=1) >= 0).all()
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: RankWindow(first=0, last=3), "ranks 0 to 3 has none"),
+    (lambda: RankWindow(first=5, last=4), "ranks 5 to 4 has none"),
+    (lambda: MarginWindow(margin=0.0, num_negatives=1), "must be above 0"),
+    (lambda: MarginWindow(margin=0.1, num_negatives=9, depth=8), "1 to depth=8"),
+    (lambda: Positives(num_positives=0), "num_positives=0"),
+    (lambda: Positives(choice="best"), "'best' is none of random"),
+    (lambda: MislabelledFilter(min_share=0.5), "doubts too easily"),
+    (lambda: NearestItems(np.zeros((2, 2)), "fast"), "'fast' is none of auto, exact"),
+  ],
+)
+def test_what_can_not_be_mined_is_refused(make, message):
+  with pytest.raises(UserError, match=re.escape(message)):
+    make()

@@ -1,0 +1,78 @@
+"""What is mined among, and the means of classes and who is near them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.mining.corpora import Corpus
+from trainer.errors import UserError
+from trainer.mining import class_neighbours
+
+_SIZES = (4, 9, 1, 0, 7, 30)
+
+
+def test_all_records_of_the_classes_are_items_in_their_order():
+  corpus = Corpus(_SIZES)
+  items = corpus.items(np.array([5, 0, 3, 2], np.int32))
+  expected = np.flatnonzero(np.isin(corpus.labels, [0, 2, 5]))
+  np.testing.assert_array_equal(items.record_numbers, expected)
+  np.testing.assert_array_equal(items.labels, corpus.labels[expected])
+  np.testing.assert_array_equal(items.class_ids, [0, 2, 5])
+  np.testing.assert_array_equal(items.starts, [0, 4, 5, 35])
+  np.testing.assert_array_equal(items.by_class[items.places], np.arange(35))
+  np.testing.assert_array_equal(
+    items.labels[items.by_class], np.repeat([0, 2, 5], [4, 1, 30])
+  )
+  assert items.largest_class == 30
+
+
+def test_some_records_of_each_class_are_drawn_others_for_another_key():
+  corpus = Corpus(_SIZES)
+  one, other = (corpus.items(records_per_class=6, key=key) for key in (1, 2))
+  for items in (one, other):
+    sizes = np.bincount(items.labels, minlength=6)
+    assert sizes.tolist() == [4, 6, 1, 0, 6, 6]
+    np.testing.assert_array_equal(items.labels, corpus.labels[items.record_numbers])
+    assert (np.diff(items.record_numbers) > 0).all()
+  assert one.record_numbers.tolist() != other.record_numbers.tolist()
+  again = corpus.items(records_per_class=6, key=1)
+  np.testing.assert_array_equal(one.by_class, again.by_class)
+
+
+def test_the_mean_of_a_class_does_not_depend_on_how_many_are_added_at_once(monkeypatch):
+  corpus = Corpus(_SIZES)
+  items = corpus.items()
+  rows = corpus.embeddings[items.record_numbers]
+  expected = [rows[items.labels == label].mean(axis=0) for label in (0, 1, 2, 4, 5)]
+  for num_added in (3, 10, 1000):
+    monkeypatch.setattr(class_neighbours, "_NUM_ADDED", num_added)
+    got = class_neighbours.centroids(rows, items)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_neighbours", "kind"), [(3, "exact"), (7, "flat")])
+def test_neighbours_of_classes_are_the_nearest_means(num_neighbours, kind):
+  means = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+  ids = np.array([1, 2, 5, 7, 8, 11], np.int32)
+  got = class_neighbours.find(
+    means, ids, num_classes=13, num_neighbours=num_neighbours, kind=kind
+  )
+  assert got.shape == (13, num_neighbours)
+  for row, class_id in enumerate(ids):
+    order = np.argsort(np.linalg.norm(means - means[row], axis=1), kind="stable")
+    expected = ids[order[1 : num_neighbours + 1]]
+    np.testing.assert_array_equal(got[class_id, : len(expected)], expected)
+    assert (got[class_id, len(expected) :] == -1).all()
+  assert (np.delete(got, ids, axis=0) == -1).all()
+
+
+def test_a_single_class_has_no_neighbours():
+  with pytest.raises(UserError, match="at least 2 classes"):
+    class_neighbours.find(
+      np.ones((1, 3), np.float32),
+      np.zeros(1, np.int32),
+      num_classes=1,
+      num_neighbours=2,
+      kind="exact",
+    )

@@ -1,0 +1,158 @@
+"""Rounds on disk: whole or not seen, and nothing in them taken on trust."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.mining.corpora import MADE_OF, example_arrays, write_round
+from trainer.errors import UserError
+from trainer.mining import round_folder
+from trainer.mining.miner import Mined
+from trainer.mining.round_folder import MiningRound
+from trainer.retrieval.file_hash import sha256_of
+
+
+def _open(folder, step=40, made_of=MADE_OF):
+  return MiningRound(str(folder), step, made_of)
+
+
+def test_a_round_comes_back_as_it_was_written(tmp_path):
+  arrays = example_arrays()
+  neighbours = np.full((9, 2), -1)
+  write_round(tmp_path, 40, **arrays, class_neighbours=neighbours)
+  found = _open(tmp_path)
+  assert found.facts["counts"]["anchors"] == 20
+  assert set(found.arrays) == {*arrays, "class_neighbours"}
+  for name, array in arrays.items():
+    assert found.arrays[name].dtype == np.int32
+    assert isinstance(found.arrays[name], np.memmap)
+    np.testing.assert_array_equal(found.arrays[name], array)
+
+
+def test_rounds_are_listed_newest_first_and_what_is_aside_is_not(tmp_path):
+  assert round_folder.steps(str(tmp_path)) == []
+  for step in (40, 1_200_000_000, 400):
+    write_round(tmp_path, step, **example_arrays())
+  (tmp_path / "mining" / "aside").mkdir()
+  (tmp_path / "mining" / "rounds.jsonl").write_text("")
+  assert round_folder.steps(str(tmp_path)) == [1_200_000_000, 400, 40]
+  round_folder.remove(str(tmp_path), 400)
+  assert round_folder.steps(str(tmp_path)) == [1_200_000_000, 40]
+
+
+def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+  write_round(tmp_path, 40, **example_arrays())
+
+  def full(*_, **__):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr(round_folder.np, "save", full)
+  with pytest.raises(UserError, match=r"round of step 40 can't .*: No space left"):
+    write_round(tmp_path, 40, **example_arrays(seed=1))
+  found = _open(tmp_path).arrays["positives"]
+  np.testing.assert_array_equal(found, example_arrays()["positives"])
+  assert not (tmp_path / "mining" / "aside").exists()
+
+
+def _cut(folder):
+  path = folder / "negatives.npy"
+  path.write_bytes(path.read_bytes()[:-4])
+
+
+def _flip(folder):
+  path = folder / "anchors.npy"
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+
+
+def _drop(folder):
+  (folder / "positives.npy").unlink()
+
+
+def _change_manifest(**changed):
+  def change(folder):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in changed.items():
+      if value is None:
+        del manifest[name]
+      else:
+        manifest[name] = value
+    path.write_text(json.dumps(manifest))
+
+  return change
+
+
+def _forget_an_array(folder):
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  del manifest["files"]["positives"]
+  path.write_text(json.dumps(manifest))
+
+
+def _claim_another_shape(folder):
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  manifest["files"]["anchors"]["shape"] = [10, 2]
+  path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+  ("harm", "message"),
+  [
+    (_cut, r"negatives.npy is damaged \(it has \d+ bytes and not"),
+    (_flip, r"anchors.npy is damaged \(its SHA-256 is another"),
+    (_drop, r"positives.npy is damaged \(No such file"),
+    (
+      _claim_another_shape,
+      r"anchors.npy is damaged \(it has int32\[20\], the manifest",
+    ),
+    (_forget_an_array, "arrays that don't fit each other"),
+    (_change_manifest(files=None), "has a damaged manifest"),
+    (_change_manifest(files=7), "has a damaged manifest"),
+    (_change_manifest(made_of=[]), "has a damaged manifest"),
+    (_change_manifest(made_of={}), "mined of other data: the number of records was"),
+    (_change_manifest(num_records=30), "numbers outside -1 to 29"),
+    (lambda folder: (folder / "manifest.json").unlink(), "no mining round"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "no mining round"),
+  ],
+)
+def test_a_round_that_was_harmed_is_refused_in_one_line(tmp_path, harm, message):
+  write_round(tmp_path, 40, **example_arrays())
+  harm(tmp_path / "mining" / "round-00000040")
+  with pytest.raises(UserError, match=message):
+    _open(tmp_path)
+
+
+def test_an_array_that_would_be_unpickled_is_not_opened(tmp_path):
+  write_round(tmp_path, 40, **example_arrays())
+  folder = tmp_path / "mining" / "round-00000040"
+  np.save(folder / "anchors.npy", np.array([print], object), allow_pickle=True)
+  path = folder / "manifest.json"
+  manifest = json.loads(path.read_text())
+  content = folder / "anchors.npy"
+  manifest["files"]["anchors"] = {
+    "bytes": content.stat().st_size,
+    "sha256": sha256_of(str(content)),
+    "shape": [1],
+  }
+  path.write_text(json.dumps(manifest))
+  with pytest.raises(UserError, match=r"anchors.npy is damaged \(it is no array"):
+    _open(tmp_path)
+
+
+def test_a_round_of_other_data_is_refused(tmp_path):
+  write_round(tmp_path, 40, **example_arrays())
+  with pytest.raises(UserError, match="the number of records was 60 and is 61"):
+    _open(tmp_path, made_of={"the number of records": 61})
+
+
+def test_an_empty_round_is_written_and_read(tmp_path):
+  round_folder.write(
+    str(tmp_path), 40, Mined({}, {}), made_of={}, num_records=0, num_classes=0
+  )
+  assert MiningRound(str(tmp_path), 40, {}).arrays == {}

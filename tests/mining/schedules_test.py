@@ -1,0 +1,223 @@
+"""Schedules of a round: pure, of static shape, and with what they should have."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from tests.mining.corpora import example_arrays, write_round
+from trainer.data.class_weights import SizeWeights
+from trainer.data.members import from_labels
+from trainer.data.pipeline import Shard, _local_rows
+from trainer.data.schedule import PKSchedule
+from trainer.errors import UserError
+from trainer.mining.hard_classes import hard_classes
+from trainer.mining.mined_groups import MinedGroups
+
+_STEPS = np.arange(200)
+
+
+class _Index:
+  """Classes of unequal sizes."""
+
+  def __init__(self, sizes):
+    labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
+    self.labels = np.random.default_rng(0).permutation(labels)
+    self.member_table = from_labels(self.labels, len(sizes))
+
+
+def _groups(mining_round, **options):
+  options = {
+    **{"groups_per_batch": 6, "positives_per_group": 2, "negatives_per_group": 4},
+    **{"seed": 1, **options},
+  }
+  return MinedGroups(None, mining_round, **options)
+
+
+@pytest.fixture
+def examples(tmp_path):
+  return write_round(tmp_path, 40, **example_arrays())
+
+
+def test_a_group_has_its_anchor_its_positives_and_its_negatives(examples):
+  schedule = _groups(examples)
+  assert schedule.shape == (6, 7)
+  drawn = schedule.batches(_STEPS)
+  assert drawn.shape == (200, 6, 7)
+  assert drawn.dtype == np.int64
+  arrays = examples.arrays
+  for group in drawn.reshape(-1, 7):
+    anchor, positives, negatives = group[0], group[1:3], group[3:]
+    for got, name in ((positives, "positives"), (negatives, "negatives")):
+      listed = arrays[name][anchor]
+      listed = listed[listed >= 0]
+      assert set(got) <= set(listed)
+      assert len(set(got)) == min(len(got), len(listed))
+
+
+def test_each_anchor_comes_once_an_epoch_and_each_of_its_records_in_turn(examples):
+  drawn = _groups(examples, groups_per_batch=4).batches(np.arange(5 * 60))
+  anchors = drawn[:, :, 0]
+  assert all(len(set(batch)) == 4 for batch in anchors)
+  for epoch in anchors.reshape(60, 20):
+    assert sorted(epoch) == list(range(20))
+  for anchor in range(20):
+    records, counts = np.unique(drawn[anchors == anchor][:, 3:], return_counts=True)
+    assert len(records) == (examples.arrays["negatives"][anchor] >= 0).sum()
+    assert counts.max() - counts.min() <= 1
+
+
+def test_another_round_or_seed_gives_other_batches(tmp_path, examples):
+  other = write_round(tmp_path, 80, **example_arrays())
+  one = _groups(examples).batches(_STEPS)
+  assert (one != _groups(other).batches(_STEPS)).any()
+  assert (one != _groups(examples, seed=2).batches(_STEPS)).any()
+  np.testing.assert_array_equal(one, _groups(examples).batches(_STEPS))
+
+
+def _neighbours(num_classes, num_neighbours, seed=0):
+  rng = np.random.default_rng(seed)
+  rows = [
+    rng.permutation(np.delete(np.arange(num_classes), c))[:num_neighbours]
+    for c in range(num_classes)
+  ]
+  return np.array(rows, np.int32)
+
+
+def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
+  mining_round = write_round(
+    tmp_path, step, class_neighbours=neighbours, num_classes=len(sizes)
+  )
+  options = {"hard_share": 0.6, "neighbours_per_seed": 2, **options}
+  pk = {"classes_per_batch": 10, "samples_per_class": 3, "seed": 1}
+  pk.update({name: options.pop(name) for name in [*pk, "weights"] if name in options})
+  index = _Index(sizes)
+  schedule = hard_classes(
+    index,
+    mining_round,
+    schedule_fn=functools.partial(PKSchedule, **pk),
+    classes=classes,
+    **options,
+  )
+  return index, schedule
+
+
+def _expected_classes(base, neighbours, allowed, *, num_hard, num_seeds, num_drawn):
+  """By a loop: nearest first over seeds, then what the stream has left."""
+  seeds = list(base[:num_seeds])
+  hoods = {seed: [seed] for seed in seeds}
+  taken = set(seeds)
+  for rank in range(neighbours.shape[1]):
+    for seed in seeds:
+      near = neighbours[seed][rank]
+      if len(taken) < num_hard and near in allowed and near not in taken:
+        taken.add(near)
+        hoods[seed].append(near)
+  rest = [c for c in base[num_seeds:] if c not in taken]
+  hard = [c for seed in seeds for c in hoods[seed]]
+  return [*hard, *rest][:num_drawn]
+
+
+@pytest.mark.parametrize("is_part", [False, True])
+@pytest.mark.parametrize("weights", [None, SizeWeights(power=0.5)])
+def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
+  rng = np.random.default_rng(3)
+  neighbours = _neighbours(30, 6)
+  neighbours[rng.random(neighbours.shape) < 0.1] = -1
+  sizes = rng.integers(3, 12, 30)
+  classes = np.sort(rng.permutation(30)[:22]).astype(np.int32) if is_part else None
+  options = {"classes": classes, "weights": weights}
+  index, schedule = _hard(tmp_path, neighbours, sizes, **options)
+  _, plain = _hard(tmp_path, neighbours, sizes, **options, hard_share=0.0)
+  allowed = set(range(30) if classes is None else classes)
+  drawn, base = schedule.batches(_STEPS), plain.batches(_STEPS)
+  assert drawn.shape == (200, 10, 3)
+  for batch, base_classes in zip(drawn, index.labels[base][:, :, 0]):
+    rows = index.labels[batch]
+    assert (rows == rows[:, :1]).all()
+    assert len(set(batch.ravel())) == 30
+    assert rows[:, 0].tolist() == _expected_classes(
+      base_classes, neighbours, allowed, num_hard=6, num_seeds=2, num_drawn=10
+    )
+
+
+def test_no_share_of_hard_classes_is_the_plain_schedule(tmp_path):
+  sizes = [5] * 20
+  index, schedule = _hard(tmp_path, _neighbours(20, 4), sizes, hard_share=0.0)
+  plain = PKSchedule(index, classes_per_batch=10, samples_per_class=3, seed=1)
+  np.testing.assert_array_equal(schedule.batches(_STEPS), plain.batches(_STEPS))
+
+
+def test_where_all_are_hard_and_overlap_the_batch_still_has_all_its_classes(tmp_path):
+  # All have the same neighbours: most of a batch is drawn by the stream.
+  neighbours = np.tile(np.array([0, 1, 2], np.int32), (20, 1))
+  index, schedule = _hard(tmp_path, neighbours, [4] * 20, hard_share=1.0)
+  classes = index.labels[schedule.batches(_STEPS)][:, :, 0]
+  assert all(len(set(batch)) == 10 for batch in classes)
+  assert all({0, 1, 2} <= set(batch) for batch in classes)
+
+
+def test_all_members_of_a_class_come(tmp_path):
+  index, schedule = _hard(tmp_path, _neighbours(15, 5), [7] * 15)
+  counts = np.bincount(schedule.batches(_STEPS).ravel(), minlength=len(index.labels))
+  assert counts.min() > 0
+
+
+def _both(tmp_path):
+  yield _groups(write_round(tmp_path, 8, **example_arrays()))
+  yield _hard(tmp_path, _neighbours(30, 6), [5] * 30)[1]
+
+
+def test_steps_drawn_together_are_those_drawn_alone(tmp_path):
+  for schedule in _both(tmp_path):
+    together = schedule.batches(np.arange(7, 40))
+    for row, step in enumerate(range(7, 40)):
+      np.testing.assert_array_equal(schedule.batch(step), together[row])
+
+
+def test_replicas_have_the_rows_of_the_batch_between_them(tmp_path):
+  for schedule in _both(tmp_path):
+    rows = schedule.batch(11).ravel()
+    parts = [rows[_local_rows(Shard(replica, 1, 2), len(rows))] for replica in range(2)]
+    np.testing.assert_array_equal(np.concatenate(parts), rows)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"groups_per_batch": 21}, "groups_per_batch=21 .*step 40 has 20 anchors"),
+    ({"negatives_per_group": 0}, "and 0 negatives is not possible"),
+  ],
+)
+def test_groups_that_can_not_be_are_refused(examples, options, message):
+  with pytest.raises(UserError, match=message):
+    _groups(examples, **options)
+
+
+def test_a_round_without_what_a_schedule_needs_is_refused(tmp_path, examples):
+  with pytest.raises(UserError, match="no neighbours of classes; set"):
+    hard_classes(
+      _Index([3] * 9),
+      examples,
+      schedule_fn=PKSchedule,
+      hard_share=0.5,
+      neighbours_per_seed=1,
+    )
+  classes_alone = write_round(tmp_path, 80, class_neighbours=_neighbours(9, 2))
+  with pytest.raises(UserError, match="no examples for MinedGroups"):
+    _groups(classes_alone)
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"hard_share": 1.5}, "a share of 1.5"),
+    ({"neighbours_per_seed": 0}, "0 neighbours a seed"),
+    ({"classes_per_batch": 31}, "classes_per_batch=31 but only 30 classes"),
+  ],
+)
+def test_hard_classes_that_can_not_be_are_refused(tmp_path, options, message):
+  with pytest.raises(UserError, match=message):
+    _hard(tmp_path, _neighbours(30, 4), [3] * 30, **options)

@@ -1,0 +1,108 @@
+"""Mode `mine`: a mining round of each new checkpoint, in a process beside the training.
+
+The training takes the newest round at each multiple of `OfflineMining.every_steps`,
+and removes those that it needs no more.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+from typing import Optional
+
+import gin
+from absl import logging
+
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.evaluate import Evaluation
+from trainer.follow import restore_newer
+from trainer.loop.watchdog import watching
+from trainer.mining import round_folder
+from trainer.mining.miner import Miner, made_of
+from trainer.run import Run
+
+_NUM_STEPS, _MINER = "train.loop.num_steps", "train.mining.miner"
+_CHECKPOINT = "evaluate.checkpoint"
+
+
+@gin.configurable("mine")
+@dataclasses.dataclass(frozen=True)
+class MineOptions:
+  """How a run is mined for.
+
+  Attributes:
+    miner: what it looks for.
+    poll_s: seconds between two looks for a checkpoint.
+    timeout_s: seconds without a new checkpoint after which it gives up, as where the
+      training ended before its last step; None to wait for ever.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+
+  miner: Miner
+  poll_s: float = 5.0
+  timeout_s: Optional[float] = None
+
+  def __post_init__(self):
+    for name in ("poll_s", "timeout_s"):
+      value = getattr(self, name)
+      if value is not None and value <= 0:
+        raise UserError(f"mine.{name}={value} must be above 0.")
+
+
+def main(run: Run) -> None:
+  """Mines with each new checkpoint until that of the last step."""
+  _check_config(run)
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    if current_workers().num_workers > 1:
+      raise UserError("--mode=mine is one process; it may have several replicas.")
+    options = MineOptions()  # type: ignore[call-arg]  # They are gin's.
+    evaluation = Evaluation()  # type: ignore[call-arg]
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+    _mine(run, options, evaluation)
+
+
+def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
+  dataset, miner = evaluation.dataset, options.miner
+  embedder = miner.embedder(evaluation.encoder, dataset)
+  num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
+  step = max(round_folder.steps(run.model_dir), default=0)
+  while step < num_steps:
+    step = restore_newer(evaluation, run.model_dir, step, options)
+    if step >= num_steps:
+      break  # Nothing is trained with a round of the last checkpoint.
+    mined = miner.mine(embedder, dataset, step)
+    round_folder.write(
+      run.model_dir,
+      step,
+      mined,
+      made_of=made_of(dataset),
+      num_records=dataset.index.num_records,
+      num_classes=dataset.index.num_classes,
+    )
+    folder = round_folder.path_of(run.model_dir, step)
+    logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
+
+
+def _check_config(run: Run) -> None:
+  """Checks that the training takes rounds of others, and of the newest checkpoints.
+
+  Raises:
+    UserError: it doesn't.
+  """
+  values = run.config.values
+  if values.get(_MINER, "None") != "None":
+    raise UserError(
+      f"{_MINER} mines in the training itself; leave it out (None), and give the miner "
+      "to mine.miner alone."
+    )
+  if values.get(_CHECKPOINT, "'newest'") != "'newest'":
+    raise UserError(
+      f"--mode=mine follows the newest checkpoints; {_CHECKPOINT} is "
+      f"{values[_CHECKPOINT]}."
+    )

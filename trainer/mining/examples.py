@@ -1,0 +1,238 @@
+"""Mined examples: anchors, each with positives and with negatives of a window.
+
+Shapes: N items, D dimensions, A anchors, k neighbours, p positives, n negatives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from typing import NamedTuple, Optional
+
+import gin
+import numpy as np
+
+from trainer import heartbeat
+from trainer.errors import UserError
+from trainer.mining.items import Items
+from trainer.mining.mislabelled import MislabelledFilter
+from trainer.mining.nearest_items import NearestItems, room_for
+from trainer.mining.positives import Positives
+from trainer.mining.windows import NegativeWindow
+from trainer.retrieval.search import Neighbours
+
+_POSITIVES = Positives()
+_ROWS_AT_ONCE, _ROWS_AGAIN = 2_048, 16_384
+# How many times as many neighbours are looked at where most have the anchor's label.
+_WIDER = 4
+
+
+class MinedExamples(NamedTuple):
+  """What was mined.
+
+  Attributes:
+    anchors: [A] int64 items.
+    positives: [A, p] int64 items; −1 where there are fewer, at the end.
+    negatives: [A, n] int64 items, nearest first; likewise.
+    doubted: items whose label is probably wrong, ascending.
+    counts: of items by what became of them.
+    distances: means over anchors, by name.
+  """
+
+  anchors: np.ndarray
+  positives: np.ndarray
+  negatives: np.ndarray
+  doubted: np.ndarray
+  counts: dict[str, int]
+  distances: dict[str, float]
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class ExampleMining:
+  """For each item that can be an anchor: its positives, and hard negatives.
+
+  A negative has another label than its anchor and is no copy of it. Where neighbours of
+  the anchor's own label leave fewer of others than the window is deep, 4 times as many
+  neighbours are looked at, once. An anchor that still has no negative is left out and
+  counted.
+
+  Attributes:
+    window: which of the neighbours of other labels are negatives.
+    positives: which items of the anchor's class are positives.
+    mislabelled: leaves out what probably has a wrong label; None to trust all labels.
+  """
+
+  window: NegativeWindow
+  positives: Positives = _POSITIVES
+  mislabelled: Optional[MislabelledFilter] = None
+
+  def mine(
+    self,
+    embeddings: np.ndarray,
+    items: Items,
+    contents: np.ndarray,
+    nearest: NearestItems,
+  ) -> MinedExamples:
+    """Mines among items.
+
+    Neighbours are kept in a temporary file, 8·k bytes an item, k at most twice the
+    window's depth; in memory there are 8·(p + n) bytes an item.
+
+    Args:
+      embeddings: [N, D] float32, finite.
+      items: N of them.
+      contents: [N] uint64, alike for copies.
+      nearest: searches the embeddings.
+
+    Raises:
+      UserError: there is no anchor with a positive and a negative.
+    """
+    num_items = len(items.labels)
+    num_neighbours = min(self._num_neighbours(items), num_items - 1)
+    if num_neighbours < 1:
+      raise UserError(f"{num_items} items are too few to mine among.")
+    with tempfile.TemporaryFile() as file:
+      found = _mapped(file, num_items, num_neighbours)
+      nearest.search(np.arange(num_items), num_neighbours, found)
+      is_doubted = np.zeros(num_items, bool)
+      if self.mislabelled is not None:
+        is_doubted = self.mislabelled.doubted(found.indices, items.labels, contents)
+      choice = _Choice(self, embeddings, items, contents, ~is_doubted)
+      choice.add(np.arange(num_items), found)
+    wider = min(_WIDER * num_neighbours, num_items - 1)
+    again = choice.unfilled() if wider > num_neighbours else np.empty(0, np.int64)
+    for start in range(0, len(again), _ROWS_AGAIN):
+      rows = again[start : start + _ROWS_AGAIN]
+      choice.add(rows, nearest.search(rows, wider, room_for(len(rows), wider)))
+    return choice.finished(num_looked_at_again=len(again), wider=wider)
+
+  def _num_neighbours(self, items: Items) -> int:
+    """Room for the window, for as many of the own label, and for what may be asked."""
+    depth = self.window.depth
+    asked = self.mislabelled.num_neighbours if self.mislabelled is not None else 0
+    return max(depth + min(depth, items.largest_class), asked)
+
+
+class _Choice:
+  """The examples, as they are chosen for one part of the items after the other."""
+
+  def __init__(
+    self,
+    mining: ExampleMining,
+    embeddings: np.ndarray,
+    items: Items,
+    contents: np.ndarray,
+    is_allowed: np.ndarray,
+  ):
+    self._mining = mining
+    self._embeddings = embeddings
+    self._items = items
+    self._contents = contents
+    self._is_allowed = is_allowed
+    num_items = len(items.labels)
+    self._positives = np.full((num_items, mining.positives.num_positives), -1, np.int32)
+    self._negatives = np.full((num_items, mining.window.num_negatives), -1, np.int32)
+    self._num_others = np.zeros(num_items, np.int32)
+    self._to_positives = np.zeros(num_items, np.float32)
+    self._to_negatives = np.zeros(num_items, np.float32)
+    self._has_copy = np.zeros(num_items, bool)
+
+  def add(self, anchors: np.ndarray, found: Neighbours) -> None:
+    """Chooses for anchors [R] among their neighbours [R, k]."""
+    for start in range(0, len(anchors), _ROWS_AT_ONCE):
+      heartbeat.beat()
+      rows = slice(start, start + _ROWS_AT_ONCE)
+      self._add(anchors[rows], Neighbours(*(np.asarray(each[rows]) for each in found)))
+
+  def _add(self, anchors: np.ndarray, found: Neighbours) -> None:
+    positives = self._mining.positives.choose(
+      anchors, self._embeddings, self._items, self._is_allowed, self._contents
+    )
+    farthest = positives.distances.max(axis=1)
+    is_candidate = self._is_candidate(anchors, found.indices)
+    self._num_others[anchors] = np.count_nonzero(is_candidate, axis=1)
+    columns = self._mining.window.choose(found.distances, is_candidate, farthest)
+    chosen, distances = (
+      np.take_along_axis(each, np.maximum(columns, 0), axis=1) for each in found
+    )
+    self._positives[anchors] = positives.items
+    self._negatives[anchors] = np.where(columns >= 0, chosen, -1)
+    self._to_positives[anchors] = farthest
+    self._to_negatives[anchors] = distances[:, 0]
+
+  def _is_candidate(self, anchors: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """[R, k] bool, which neighbours may be negatives."""
+    labels, contents = self._items.labels, self._contents
+    is_other = (neighbours >= 0) & (labels[neighbours] != labels[anchors, None])
+    is_copy = is_other & (contents[neighbours] == contents[anchors, None])
+    self._has_copy[anchors] = is_copy.any(axis=1)
+    return is_other & ~is_copy & self._is_allowed[neighbours]
+
+  def unfilled(self) -> np.ndarray:
+    """Items with a positive, and with fewer of other labels than the window is deep."""
+    has_few = self._num_others < self._mining.window.depth
+    return np.flatnonzero(self._has_positive() & has_few)
+
+  def _has_positive(self) -> np.ndarray:
+    return self._is_allowed & (self._positives[:, 0] >= 0)
+
+  def finished(self, *, num_looked_at_again: int, wider: int) -> MinedExamples:
+    """What was chosen.
+
+    Args:
+      num_looked_at_again: for how many more neighbours were asked for.
+      wider: how many.
+
+    Raises:
+      UserError: there is no anchor with a positive and a negative.
+    """
+    has_positive, has_negative = self._has_positive(), self._negatives[:, 0] >= 0
+    anchors = np.flatnonzero(has_positive & has_negative)
+    num_with_positive = int(np.count_nonzero(has_positive))
+    num_doubted = int(np.count_nonzero(~self._is_allowed))
+    counts = {
+      "anchors": len(anchors),
+      "anchors_without_negative": num_with_positive - len(anchors),
+      "anchors_without_positive": len(has_positive) - num_with_positive - num_doubted,
+      "anchors_looked_at_again": num_looked_at_again,
+      "with_copy_of_another_label": int(np.count_nonzero(self._has_copy)),
+      "doubted": num_doubted,
+    }
+    if not len(anchors):
+      raise UserError(self._why_none(counts, wider))
+    return MinedExamples(
+      anchors,
+      self._positives[anchors],
+      self._negatives[anchors],
+      np.flatnonzero(~self._is_allowed),
+      counts,
+      {
+        "farthest_positive": float(self._to_positives[anchors].mean(dtype=np.float64)),
+        "nearest_negative": float(self._to_negatives[anchors].mean(dtype=np.float64)),
+      },
+    )
+
+  def _why_none(self, counts: dict[str, int], wider: int) -> str:
+    if not counts["anchors_without_negative"]:
+      return (
+        f"none of {len(self._items.labels)} items has a positive to mine "
+        f"({counts['doubted']} are doubted, the others alone in their class, or copies); mine among more "
+        "(Miner.records_per_class)."
+      )
+    return (
+      f"none of {counts['anchors_without_negative']} anchors has a negative among its "
+      f"{wider} nearest: all have the anchor's label or are outside of the window; "
+      "widen the window, or end mining: there is nothing hard left."
+    )
+
+
+def _mapped(file, num_items: int, num_neighbours: int) -> Neighbours:
+  """Room for neighbours in a file."""
+  shape = (num_items, num_neighbours)
+  num_bytes = 4 * num_items * num_neighbours
+  file.truncate(2 * num_bytes)
+  return Neighbours(
+    np.memmap(file, np.int32, "r+", 0, shape),
+    np.memmap(file, np.float32, "r+", num_bytes, shape),
+  )

@@ -1,0 +1,184 @@
+"""Mines a round: embeds the training classes, and looks for what is near what.
+
+Shapes: N items, D dimensions, A anchors, p positives, n negatives, L classes of the
+data, m neighbours of a class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from trainer.data import permutation
+from trainer.data.dataset import Dataset
+from trainer.data.records import RecordIndex
+from trainer.errors import UserError
+from trainer.mining import class_neighbours, content
+from trainer.mining import items as items_lib
+from trainer.mining.examples import ExampleMining, MinedExamples
+from trainer.mining.items import Items
+from trainer.mining.nearest_items import NearestItems, check_kind
+from trainer.retrieval.embed import Embedder
+from trainer.retrieval.items import RecordItems
+from trainer.retrieval.rankings import check_finite
+
+_ITEMS = 1  # What a hash is for.
+_NUM_NAMES = 100
+
+
+class Mined(NamedTuple):
+  """What a round has.
+
+  Attributes:
+    arrays: by name: "anchors" [A], "positives" [A, p] and "negatives" [A, n] int32
+      record numbers, −1 where there are fewer; "class_neighbours" [L, m] int32.
+    facts: plain values: what was mined among, how, and what came of it.
+  """
+
+  arrays: Mapping[str, np.ndarray]
+  facts: Mapping[str, Any]
+
+  def summary(self) -> str:
+    """In words, what was found."""
+    counts = self.facts["counts"].items()
+    return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts)
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class Miner:
+  """What a round looks for, among which records, and how.
+
+  Attributes:
+    examples: how anchors get positives and negatives; None for no examples.
+    num_class_neighbours: m, how many nearest classes of each are kept; 0 for none.
+    records_per_class: of how many records of a class at most a round is made, drawn
+      anew for each; None for all.
+    index_kind: "exact"; a kind of FAISS index: "flat", "ivf_flat", "ivf_pq", "hnsw"; or
+      "auto": exact up to 50,000 items, then IVF-Flat, from a million on IVF-PQ.
+    global_batch_size: records embedded at once, over all replicas.
+    seed: of the records that are drawn, and of the positives.
+
+  Raises:
+    UserError: there is nothing to look for, a number is too small, or the kind is
+      unknown.
+  """
+
+  examples: Optional[ExampleMining] = None
+  num_class_neighbours: int = 0
+  records_per_class: Optional[int] = None
+  index_kind: str = "auto"
+  global_batch_size: int = 256
+  seed: int = 0
+
+  def __post_init__(self):
+    check_kind(self.index_kind)
+    if self.examples is None and self.num_class_neighbours < 1:
+      raise UserError(
+        "Miner has nothing to look for: set Miner.examples = @ExampleMining(), or "
+        "Miner.num_class_neighbours."
+      )
+    if self.records_per_class is not None and self.records_per_class < 1:
+      raise UserError(
+        f"Miner.records_per_class={self.records_per_class} must be at least 1, or None."
+      )
+
+  def embedder(self, encoder: tf.keras.Model, dataset: Dataset) -> Embedder:
+    """What embeds for all rounds; it is traced once."""
+    size = self.global_batch_size
+    index, decoder = dataset.index, dataset.decoder
+    return Embedder(encoder, index, decoder, global_batch_size=size)
+
+  def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> Mined:
+    """Mines with the encoder as it is now. To be called by all workers alike.
+
+    In memory there are the embeddings of all items, 4·D bytes each, and what the parts
+    say of themselves.
+
+    Args:
+      embedder: of the encoder.
+      dataset: its training classes are mined among.
+      step: number of steps the encoder was trained.
+
+    Raises:
+      UserError: an embedding is not finite, or nothing is found.
+    """
+    index = dataset.index
+    key = int(permutation.mix(self.seed, _ITEMS, step)[0])
+    items = items_lib.draw(
+      index.member_table, dataset.train_classes, self.records_per_class, key
+    )
+    rows = np.concatenate(list(embedder.embed(items.record_numbers)))
+    embeddings = rows[: len(items.labels)]
+    check_finite(embeddings)
+    return self.mine_embedded(embeddings, items, index)
+
+  def mine_embedded(
+    self, embeddings: np.ndarray, items: Items, index: RecordIndex
+  ) -> Mined:
+    """Mines among items whose embeddings are there.
+
+    Args:
+      embeddings: [N, D] float32, finite.
+      items: N of them.
+      index: has their records.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    facts: dict[str, Any] = {
+      "num_dimensions": embeddings.shape[1],
+      "counts": {"items": len(items.labels), "classes": len(items.class_ids)},
+    }
+    if self.examples is not None:
+      nearest = NearestItems(embeddings, self.index_kind)
+      contents = _contents(index, items.record_numbers.tobytes())
+      mined = self.examples.mine(embeddings, items, contents, nearest)
+      arrays.update(_as_records(mined, items.record_numbers))
+      doubted = items.record_numbers[mined.doubted[:_NUM_NAMES]]
+      facts.update(
+        index_kind=nearest.kind,
+        counts={**facts["counts"], **mined.counts},
+        distances=mined.distances,
+        doubted=list(RecordItems(index, doubted).names()),
+      )
+    if self.num_class_neighbours:
+      arrays["class_neighbours"] = class_neighbours.find(
+        class_neighbours.centroids(embeddings, items),
+        items.class_ids,
+        num_classes=index.num_classes,
+        num_neighbours=self.num_class_neighbours,
+        kind=self.index_kind,
+      )
+    return Mined(arrays, facts)
+
+
+def made_of(dataset: Dataset) -> dict[str, str]:
+  """What tells records and training classes from others, by name."""
+  classes = np.ascontiguousarray(dataset.train_classes, np.int32)
+  return {
+    **dataset.index.facts(),
+    "the hash of the training classes": hashlib.sha256(classes.data).hexdigest()[:16],
+  }
+
+
+def _as_records(
+  mined: MinedExamples, record_numbers: np.ndarray
+) -> dict[str, np.ndarray]:
+  """Record numbers in the place of items."""
+  numbers = np.append(record_numbers, -1).astype(np.int32)
+  return {
+    name: numbers[getattr(mined, name)]
+    for name in ("anchors", "positives", "negatives")
+  }
+
+
+@functools.lru_cache(maxsize=1)
+def _contents(index: RecordIndex, record_numbers: bytes) -> np.ndarray:
+  """Kept from one round to the next, where they mine among the same records."""
+  return content.hashes(index, np.frombuffer(record_numbers, np.int64))

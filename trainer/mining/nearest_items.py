@@ -1,0 +1,117 @@
+"""The nearest items of items: exactly on the devices, or by an index of FAISS.
+
+Shapes: N items, D dimensions, R items that ask, k neighbours.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trainer import heartbeat
+from trainer.errors import UserError
+from trainer.retrieval import faiss_index
+from trainer.retrieval.search import Neighbours, nearest
+
+# Up to so many items the devices compare all.
+_MAX_EXACT = 50_000
+KINDS = ("auto", "exact", *faiss_index.KINDS)
+# Items that ask at once.
+_NUM_ASKING = 16_384
+_NUM_REFINED = 1_024
+
+
+class NearestItems:
+  """Answers which items are nearest to an item.
+
+  Attributes:
+    kind: "exact", or the kind of FAISS's index.
+
+  Args:
+    embeddings: [N, D] float32, finite.
+    kind: one of `KINDS`; "auto" is exact up to 50,000 items, and beyond what
+      `faiss_index.choose_kind` says: IVF-Flat, and from a million on IVF-PQ.
+
+  Raises:
+    UserError: the kind is unknown, or FAISS is not installed.
+  """
+
+  def __init__(self, embeddings: np.ndarray, kind: str):
+    check_kind(kind)
+    self._embeddings = embeddings
+    if kind == "auto":
+      is_small = len(embeddings) <= _MAX_EXACT
+      kind = "exact" if is_small else faiss_index.choose_kind(len(embeddings))
+    self.kind = kind
+    self._index = None if kind == "exact" else faiss_index.build(embeddings, kind)
+
+  def search(
+    self, items: np.ndarray, num_neighbours: int, out: Neighbours
+  ) -> Neighbours:
+    """The nearest other items of each item, nearest first.
+
+    Args:
+      items: [R] int64.
+      num_neighbours: k < N.
+      out: gets them: indices [R, k] int32, where a cell of the index had no more −1;
+        and distances [R, k] float32, there infinite. Codes' distances are computed
+        anew from the embeddings.
+
+    Returns:
+      `out`.
+    """
+    for start in range(0, len(items), _NUM_ASKING):
+      heartbeat.beat()
+      part = slice(start, start + _NUM_ASKING)
+      found = self._found(items[part], num_neighbours + 1)
+      out.indices[part], out.distances[part] = _without_self(found, items[part])
+    return out
+
+  def _found(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
+    queries = self._embeddings[items]
+    if self._index is None:
+      return nearest(queries, self._embeddings, num_neighbours=num_neighbours)
+    squares, indices = self._index.search(queries, num_neighbours)
+    if self.kind == "ivf_pq":
+      return _refined(queries, self._embeddings, indices)
+    distances = np.sqrt(np.maximum(squares, 0.0))
+    return Neighbours(indices, np.where(indices >= 0, distances, np.inf))
+
+
+def check_kind(kind: str) -> None:
+  """Checks that there is such a kind of search.
+
+  Raises:
+    UserError: there is not.
+  """
+  if kind not in KINDS:
+    raise UserError(f"Miner.index_kind={kind!r} is none of {', '.join(KINDS)}.")
+
+
+def room_for(num_items: int, num_neighbours: int) -> Neighbours:
+  """Arrays that a search can fill."""
+  shape = (num_items, num_neighbours)
+  return Neighbours(np.empty(shape, np.int32), np.empty(shape, np.float32))
+
+
+def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
+  """Neighbours [R, k + 1] without the item that asks; else without the last."""
+  is_self = found.indices == items[:, None]
+  is_self[:, -1] |= ~is_self.any(axis=1)
+  shape = (len(items), found.indices.shape[1] - 1)
+  return Neighbours(*(each[~is_self].reshape(shape) for each in found))
+
+
+def _refined(
+  queries: np.ndarray, embeddings: np.ndarray, indices: np.ndarray
+) -> Neighbours:
+  """What was found, by true distances and in their order."""
+  distances = np.empty(indices.shape, np.float32)
+  for start in range(0, len(queries), _NUM_REFINED):
+    part = slice(start, start + _NUM_REFINED)
+    difference = embeddings[indices[part]] - queries[part, None]
+    distances[part] = np.sqrt(np.einsum("rkd,rkd->rk", difference, difference))
+  distances[indices < 0] = np.inf
+  order = np.argsort(distances, axis=1, kind="stable")
+  return Neighbours(
+    *(np.take_along_axis(each, order, axis=1) for each in (indices, distances))
+  )

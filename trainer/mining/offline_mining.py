@@ -1,0 +1,107 @@
+"""Offline mining as a run has it: how often, by whom, and what is drawn of a round."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Callable, Optional
+
+import gin
+
+from trainer.data.dataset import Dataset
+from trainer.data.schedule import Schedule
+from trainer.errors import UserError
+from trainer.mining.miner import Miner
+from trainer.mining.round_folder import MiningRound
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class OfflineMining:
+  """At each multiple of so many steps the training goes over to another mining round.
+
+  Attributes:
+    schedule_fn: makes the schedule of a round: `MinedGroups`, `hard_classes`. A batch
+      has as many records as that of `train.schedule_fn`, which holds before the first
+      round.
+    every_steps: a multiple of `LoopOptions.steps_per_loop`.
+    miner: mines in the training itself, with the weights as they are (averaged, if
+      those are evaluated); None where `--mode=mine` mines in a process beside it, of
+      which the newest round is taken.
+    max_age_steps: how many steps behind the training a round may be when it is taken,
+      or when it is kept for want of a newer one; before the first round, how many steps
+      may pass without. None for any.
+    max_wait_s: how long to wait for a round that is not too old, seconds.
+
+  Raises:
+    UserError: a number is too small.
+  """
+
+  schedule_fn: Callable[..., Schedule]
+  every_steps: int
+  miner: Optional[Miner] = None
+  max_age_steps: Optional[int] = None
+  max_wait_s: float = 0.0
+
+  def __post_init__(self):
+    for name in ("every_steps", "max_age_steps"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f"OfflineMining.{name}={value} must be at least 1.")
+    if self.max_wait_s < 0:
+      raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} is below 0.")
+
+  def check(self, steps_per_loop: int) -> None:
+    """Checks that rounds begin where the host looks in.
+
+    Args:
+      steps_per_loop: of the loop.
+
+    Raises:
+      UserError: they don't.
+    """
+    if self.every_steps % steps_per_loop:
+      raise UserError(
+        f"OfflineMining.every_steps={self.every_steps} must be a multiple of "
+        f"LoopOptions.steps_per_loop={steps_per_loop}."
+      )
+
+  def schedule_of(
+    self,
+    mining_round: MiningRound,
+    dataset: Dataset,
+    plain_shape: Sequence[int],
+    num_replicas: int,
+  ) -> Schedule:
+    """The schedule of a round.
+
+    Args:
+      mining_round: whole.
+      dataset: its training classes are drawn from.
+      plain_shape: of the plain schedule.
+      num_replicas: among which the rows are divided.
+
+    Raises:
+      UserError: the round has not what is drawn, or a batch is not as large as that of
+        the plain schedule, or does not divide.
+    """
+    schedule = self.schedule_fn(
+      dataset.index, mining_round, classes=dataset.train_classes
+    )
+    size, plain_size = math.prod(schedule.shape), math.prod(plain_shape)
+    if size != plain_size:
+      raise UserError(
+        f"OfflineMining.schedule_fn makes batches of {_product(schedule.shape)} "
+        f"records, and train.schedule_fn of {_product(plain_shape)}; make them equal."
+      )
+    if schedule.shape[0] % num_replicas:
+      raise UserError(
+        f"{schedule.shape[0]} groups of OfflineMining.schedule_fn do not split over "
+        f"{num_replicas} replicas."
+      )
+    return schedule
+
+
+def _product(shape: Sequence[int]) -> str:
+  return f"{' x '.join(map(str, shape))} = {math.prod(shape)}"

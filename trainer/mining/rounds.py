@@ -1,0 +1,240 @@
+"""The mining rounds of a training: which one holds, from which step on.
+
+decided before? ─► mine, or take the newest ─► ledger ─► schedule ─► prune
+ ledger             miner, round_folder                   offline_mining
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Callable, Optional
+
+import tensorflow as tf
+from absl import logging
+
+from trainer import heartbeat
+from trainer.data.dataset import Dataset
+from trainer.data.schedule import Schedule
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.mining import round_folder
+from trainer.mining.ledger import Ledger
+from trainer.mining.miner import Mined, made_of
+from trainer.mining.offline_mining import OfflineMining
+from trainer.mining.round_folder import MiningRound
+from trainer.mining.schedule_by_rounds import ScheduleByRounds
+
+_POLL_S = 1.0
+
+
+class Rounds:
+  """Decides at each multiple of `every_steps`; the same on all workers.
+
+  What was decided stays: a run that was killed, or goes on from an earlier checkpoint,
+  has the same rounds from the same steps.
+
+  Attributes:
+    schedule: what is drawn, by what was decided so far.
+
+  Args:
+    options: how often, by whom, what of it.
+    dataset: what is trained on.
+    plain: the schedule before the first round.
+    model_dir: folder of the run, which all workers see.
+    mine_fn: mines with the encoder as it is, given the step.
+    oldest_step_fn: the step of the oldest checkpoint; 0 where there is none. Rounds
+      that no checkpoint can come back to are removed.
+  """
+
+  def __init__(
+    self,
+    options: OfflineMining,
+    dataset: Dataset,
+    plain: Schedule,
+    model_dir: str,
+    *,
+    mine_fn: Optional[Callable[[int], Mined]],
+    oldest_step_fn: Callable[[], int],
+  ):
+    self.schedule = ScheduleByRounds(plain)
+    self._options = options
+    self._dataset = dataset
+    self._model_dir = model_dir
+    self._mine_fn = mine_fn
+    self._oldest_step_fn = oldest_step_fn
+    self._made_of = made_of(dataset)
+    self._ledger = Ledger(model_dir)
+    self._workers = current_workers()
+    self._current: Optional[MiningRound] = None
+
+  def resume(self, first_step: int) -> None:
+    """Takes up the round that holds at a step, and decides if that is due there.
+
+    Args:
+      first_step: number of steps done.
+
+    Raises:
+      UserError: that round is gone, or as in `decide`.
+    """
+    decisions = self._decisions()
+    before = [step for step in decisions if step < first_step]
+    if before:
+      self._hold(before[-1], decisions[before[-1]])
+    self.decide(first_step)
+
+  def decide(self, step: int) -> bool:
+    """Decides from which round on the batches are, if it is time.
+
+    Args:
+      step: number of steps done.
+
+    Returns:
+      Whether the batches from here on are others than before.
+
+    Raises:
+      UserError: nothing can be mined, the rounds of a process beside are too old, or
+        the one decided on is gone, or does not fit.
+    """
+    if step == 0 or step % self._options.every_steps:
+      return False
+    decisions = self._decisions()
+    if step in decisions:
+      round_step = decisions[step]
+    else:
+      is_mining = self._mine_fn is not None
+      round_step = self._mined(step) if is_mining else self._newest(step)
+      self._workers.chief_first(lambda: self._ledger.add(step, round_step))
+    has_changed = self._hold(step, round_step)
+    self._workers.chief_first(self._prune)
+    return has_changed
+
+  def metrics(self, step: int) -> dict[str, float]:
+    """Which round holds, its age after so many steps, and what was counted in it."""
+    if self._current is None:
+      return {}
+    counts = self._current.facts.get("counts", {})
+    return {
+      "mining/round_step": float(self._current.step),
+      "mining/round_age_steps": float(step - self._current.step),
+      **{f"mining/round_{name}": float(value) for name, value in counts.items()},
+    }
+
+  def _decisions(self) -> dict[int, Optional[int]]:
+    """The chief's, on all workers."""
+    own = self._workers.together(
+      self._ledger.decisions if self._workers.is_chief else dict
+    )
+    rows = json.loads(self._workers.exchange(json.dumps(list(own.items())))[0])
+    return {step: round_step for step, round_step in rows}
+
+  def _mined(self, step: int) -> int:
+    """Mines a round of this step."""
+    assert self._mine_fn is not None
+    start_s = time.monotonic()
+    mined = self._mine_fn(step)
+    index = self._dataset.index
+
+    def write():
+      round_folder.write(
+        self._model_dir,
+        step,
+        mined,
+        made_of=self._made_of,
+        num_records=index.num_records,
+        num_classes=index.num_classes,
+      )
+
+    self._workers.chief_first(write)
+    seconds = time.monotonic() - start_s
+    logging.info("Step %d: mined in %.1f s: %s.", step, seconds, mined.summary())
+    return step
+
+  def _newest(self, step: int) -> Optional[int]:
+    """The newest whole round that is not after this step; the chief's, on all workers.
+
+    Raises:
+      UserError: it is too old, and no other came in time.
+    """
+
+    def wait_for_it():
+      deadline_s = time.monotonic() + self._options.max_wait_s
+      while True:
+        newest = self._newest_whole(step)
+        age = step - (newest or 0)
+        if self._options.max_age_steps is None or age <= self._options.max_age_steps:
+          return newest
+        if time.monotonic() >= deadline_s:
+          raise UserError(_too_old(self._options, step, newest))
+        heartbeat.beat()
+        time.sleep(_POLL_S)
+
+    nothing = lambda: None  # noqa: E731
+    own = self._workers.together(wait_for_it if self._workers.is_chief else nothing)
+    return json.loads(self._workers.exchange(json.dumps(own))[0])
+
+  def _newest_whole(self, step: int) -> Optional[int]:
+    for round_step in round_folder.steps(self._model_dir):
+      if round_step <= step:
+        if self._current is not None and round_step == self._current.step:
+          return round_step
+        try:
+          MiningRound(self._model_dir, round_step, self._made_of)
+          return round_step
+        except UserError as error:
+          logging.warning("%s The round before is taken.", error)
+    return None
+
+  def _hold(self, step: int, round_step: Optional[int]) -> bool:
+    """Lets a round hold from a step on; whether that changes anything."""
+    if round_step is None or (self._current and self._current.step == round_step):
+      return False
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    current, schedule = self._workers.together(
+      lambda: self._opened(step, int(round_step), num_replicas)
+    )
+    self._current = current
+    self.schedule.hold(step, schedule)
+    logging.info("From step %d: the mining round of step %d.", step, round_step)
+    return True
+
+  def _opened(
+    self, step: int, round_step: int, num_replicas: int
+  ) -> tuple[MiningRound, Schedule]:
+    try:
+      opened = MiningRound(self._model_dir, round_step, self._made_of)
+    except UserError as error:
+      folder = os.path.dirname(self._ledger.path)
+      raise UserError(
+        f"{error} {self._ledger.path} has it from step {step} on: put it back, or "
+        f"remove {folder} to go on with new rounds."
+      ) from error
+    schedule = self._options.schedule_of(
+      opened, self._dataset, self.schedule.shape, num_replicas
+    )
+    return opened, schedule
+
+  def _prune(self) -> None:
+    """Removes rounds that no checkpoint comes back to, and that are not to come."""
+    if self._current is None:
+      return
+    decisions, oldest = self._ledger.decisions(), self._oldest_step_fn()
+    first = max((step for step in decisions if step <= oldest), default=0)
+    kept = {each for step, each in decisions.items() if step >= first}
+    for round_step in round_folder.steps(self._model_dir):
+      if round_step < self._current.step and round_step not in kept:
+        round_folder.remove(self._model_dir, round_step)
+
+
+def _too_old(options: OfflineMining, step: int, newest: Optional[int]) -> str:
+  what = "there is no mining round"
+  if newest is not None:
+    what = f"the newest mining round is of step {newest}"
+  waited = f" after {options.max_wait_s:g} s" if options.max_wait_s else ""
+  return (
+    f"step {step}: {what}{waited}, more than "
+    f"OfflineMining.max_age_steps={options.max_age_steps} behind; is --mode=mine "
+    "running? Raise max_age_steps or max_wait_s, or set OfflineMining.miner to mine in "
+    "the training."
+  )
