@@ -216,8 +216,9 @@ class _Choice:
   def _why_none(self, counts: dict[str, int], wider: int) -> str:
     if not counts["anchors_without_negative"]:
       return (
-        f"none of {len(self._items.labels)} items has a positive to mine "
-        f"({counts['doubted']} are doubted, the others alone in their class, or copies); mine among more "
+        f"none of {len(self._items.labels)} items has a positive to mine: "
+        f"{counts['doubted']} are doubted, the others alone in their class, or copies; "
+        "mine among more "
         "(Miner.records_per_class)."
       )
     return (

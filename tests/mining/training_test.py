@@ -1,0 +1,115 @@
+"""Trainings that draw from rounds: killed, gone on with, and mined for from beside."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+
+import pytest
+
+from tests.faults import runs as runs_lib
+from tests.faults.runs import Runs
+from trainer.mining.ledger import Ledger
+
+_SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 4")
+_MINING = (
+  *_SHORT,
+  "train.mining = @OfflineMining()",
+  "OfflineMining.every_steps = 10",
+)
+_GROUPS = (
+  *_MINING,
+  "OfflineMining.schedule_fn = @MinedGroups",
+  "MinedGroups.groups_per_batch = 4",
+  "MinedGroups.negatives_per_group = 2",
+  "MinedGroups.seed = 1",
+  "Miner.examples = @ExampleMining()",
+  "Miner.records_per_class = 20",
+  "ExampleMining.window = @RankWindow()",
+  "RankWindow.first = 1",
+  "RankWindow.last = 8",
+)
+_HERE = ("OfflineMining.miner = @Miner()",)
+_BESIDE = (
+  "mine.miner = @Miner()",
+  "mine.poll_s = 0.05",
+  "mine.timeout_s = 60.0",
+  "OfflineMining.max_age_steps = 8",
+  "OfflineMining.max_wait_s = 60.0",
+)
+_HARD = (
+  *_MINING,
+  *_BESIDE,
+  "OfflineMining.schedule_fn = @hard_classes",
+  "hard_classes.schedule_fn = @PKSchedule",
+  "hard_classes.hard_share = 0.5",
+  "hard_classes.neighbours_per_seed = 1",
+  "Miner.num_class_neighbours = 3",
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  return Runs(tmp_path_factory.mktemp("mining"))
+
+
+def _finished(running):
+  status, _ = running.wait()
+  assert status == 0, running.output.read_text()
+  return running.output.read_text()
+
+
+def _logged(model_dir, step):
+  path = model_dir / "metrics.jsonl"
+  return path.exists() and f'"step": {step},' in path.read_text()
+
+
+def _forget_checkpoints_after(model_dir, step):
+  for path in (model_dir / "checkpoints").glob("ckpt-*"):
+    if int(path.name.split(".")[0][len("ckpt-") :]) > step:
+      path.unlink()
+
+
+@pytest.mark.resume
+def test_killed_in_a_round_on_two_replicas_it_ends_as_one_that_was_not(runs):
+  params, flags = (*_GROUPS, *_HERE), ("--num_virtual_replicas=2",)
+  _finished(runs.start("whole", *params, flags=flags))
+  model_dir = runs.folder / "killed"
+  # In the middle of making the second round: the first stays in use.
+  running = runs.start("killed", *params, flags=flags)
+  running.wait_until(lambda: _logged(model_dir, 20))
+  running.wait_until((model_dir / "mining" / "aside").exists)
+  running.tell(signal.SIGKILL)
+  assert running.wait()[0] == -signal.SIGKILL
+  assert 10 in Ledger(str(model_dir)).decisions()
+  # Gone on with from before the first round that was decided on.
+  _forget_checkpoints_after(model_dir, 8)
+  _finished(runs.start("killed", *params, flags=flags))
+  assert runs_lib.differences(model_dir, runs.folder / "whole") == []
+  rows = runs_lib.rows(model_dir)
+  assert [row["step"] for row in rows] == list(range(2, 30, 2))
+  held = [row.get("mining/round_step") for row in rows]
+  assert held == [None] * 5 + [10.0] * 5 + [20.0] * 4
+
+
+@pytest.mark.resume
+def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
+  miner = runs.start("beside", *_HARD, mode="mine")
+  model_dir = runs.folder / "beside"
+  _finished(runs.start("beside", *_HARD))
+  _finished(miner)
+  decisions = Ledger(str(model_dir)).decisions()
+  assert list(decisions) == [10, 20]
+  assert all(0 <= step - decisions[step] <= 8 for step in decisions)
+  # Meanwhile there are newer rounds, which are not taken where others were.
+  again = runs.folder / "again"
+  shutil.copytree(model_dir, again)
+  _forget_checkpoints_after(again, 8)
+  _finished(runs.start("again", *_HARD))
+  assert runs_lib.differences(again, model_dir) == []
+
+
+def test_mining_here_and_beside_at_once_is_refused(runs):
+  running = runs.start("both", *_GROUPS, *_HERE, *_BESIDE, mode="mine")
+  assert running.wait()[0] == 2
+  assert "train.mining.miner mines in the training itself" in running.last_line()
