@@ -39,9 +39,9 @@ def compare(runs, num_rounds) -> dict[str, Cost]:
   for name, run in runs.items():
     if hasattr(run, "get_concrete_function"):
       run.get_concrete_function()
-    before = _base_megabytes()
+    before = base_megabytes()
     _finish(run())
-    costs[name].megabytes = _peak_megabytes() - before
+    costs[name].megabytes = peak_megabytes() - before
   for _ in range(num_rounds):
     for name, run in runs.items():
       start = time.perf_counter()
@@ -108,13 +108,13 @@ def _finish(outputs) -> None:
   )
 
 
-def _base_megabytes() -> float:
+def base_megabytes() -> float:
   """What the process holds, once it has given back what it had freed."""
   ctypes.CDLL(None).malloc_trim(0)
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # The peak starts anew.
-  return _peak_megabytes()
+  return peak_megabytes()
 
 
-def _peak_megabytes() -> float:
+def peak_megabytes() -> float:
   status = pathlib.Path("/proc/self/status").read_text()
   return int(status.split("VmHWM:")[1].split()[0]) / 1024

@@ -69,7 +69,12 @@ class NearestItems:
   def _found(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
     queries = self._embeddings[items]
     if self._index is None:
-      return nearest(queries, self._embeddings, num_neighbours=num_neighbours)
+      # In few sizes: the devices trace each of them anew.
+      padding = [(0, min(_NUM_ASKING, _power_of_two(len(items))) - len(items)), (0, 0)]
+      found = nearest(
+        np.pad(queries, padding), self._embeddings, num_neighbours=num_neighbours
+      )
+      return Neighbours(*(each[: len(items)] for each in found))
     squares, indices = self._index.search(queries, num_neighbours)
     if self.kind == "ivf_pq":
       return _refined(queries, self._embeddings, indices)
@@ -91,6 +96,11 @@ def room_for(num_items: int, num_neighbours: int) -> Neighbours:
   """Arrays that a search can fill."""
   shape = (num_items, num_neighbours)
   return Neighbours(np.empty(shape, np.int32), np.empty(shape, np.float32))
+
+
+def _power_of_two(number: int) -> int:
+  """The next one, at least 256."""
+  return max(256, 1 << (number - 1).bit_length())
 
 
 def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:

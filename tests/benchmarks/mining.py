@@ -1,0 +1,145 @@
+"""A mining round against FAISS's own search: python -m tests.benchmarks.mining.
+
+20,000 × 128 and 50,000 classes, and with --full 200,000 × 128 and a million classes:
+time as a ratio in one run, and memory above the embeddings; then what a batch of hard
+classes takes. --kind=KIND for one kind of index.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import types
+
+import numpy as np
+import tensorflow as tf
+
+from tests.benchmarks import measure
+from trainer.data.members import MemberTable, from_labels
+from trainer.data.schedule import PKSchedule
+from trainer.mining import class_neighbours
+from trainer.mining import items as items_lib
+from trainer.mining.examples import ExampleMining
+from trainer.mining.hard_classes import hard_classes
+from trainer.mining.nearest_items import NearestItems
+from trainer.mining.windows import RankWindow
+from trainer.retrieval import faiss_index
+
+_NUM_DIMENSIONS, _PER_CLASS, _DEPTH = 128, 20, 50
+_NUM_CLASS_NEIGHBOURS = 32
+_GOAL = 1.3
+
+
+def main() -> None:
+  """Prints the costs."""
+  import faiss
+
+  is_full = "--full" in sys.argv
+  kinds = [flag[len("--kind=") :] for flag in sys.argv if flag.startswith("--kind=")]
+  print(f"TensorFlow {tf.__version__}, FAISS {faiss.__version__}")
+  for kind in kinds or ("flat", "ivf_flat"):
+    _examples(200_000 if is_full else 20_000, kind)
+  _classes(1_000_000 if is_full else 50_000)
+
+
+def _examples(num_items: int, kind: str) -> None:
+  """A round of examples, and the search that it needs, by FAISS alone."""
+  rng = np.random.default_rng(0)
+  labels = np.repeat(np.arange(num_items // _PER_CLASS), _PER_CLASS).astype(np.int32)
+  centres = rng.standard_normal((num_items // _PER_CLASS, _NUM_DIMENSIONS), np.float32)
+  noise = rng.standard_normal((num_items, _NUM_DIMENSIONS), np.float32)
+  embeddings = centres[labels] + noise
+  embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
+  table = from_labels(labels, len(centres))
+  classes = np.arange(len(centres), dtype=np.int32)
+  contents = np.arange(num_items, dtype=np.uint64)
+  mining = ExampleMining(window=RankWindow(first=5, last=_DEPTH))
+  found = {}
+
+  def ours():
+    items = items_lib.draw(table, classes, None, 0)
+    nearest = NearestItems(embeddings, "exact" if kind == "flat" else kind)
+    found["mined"] = mining.mine(embeddings, items, contents, nearest)
+
+  def theirs():
+    index = faiss_index.build(embeddings, kind)
+    index.search(embeddings, _DEPTH + _PER_CLASS + 1)
+
+  costs = measure.compare({"a round": ours, "FAISS": theirs}, num_rounds=1)
+  measure.show(
+    f"{num_items:,} x {_NUM_DIMENSIONS}, {kind}, k = {_DEPTH + _PER_CLASS} "
+    f"(goal: {_GOAL} x)",
+    costs,
+    "FAISS",
+  )
+  print(f"  {found['mined'].counts}")
+
+
+def _classes(num_classes: int) -> None:
+  """Neighbours of classes, and batches of them."""
+  rng = np.random.default_rng(1)
+  # Near each other in tens, as classes of one kind are.
+  kinds = rng.standard_normal((num_classes // 10, _NUM_DIMENSIONS), np.float32)
+  means = np.repeat(kinds, 10, axis=0)
+  means += 0.7 * rng.standard_normal(means.shape, np.float32)
+  ids = np.arange(num_classes, dtype=np.int32)
+  found = {}
+
+  def find():
+    found["neighbours"] = class_neighbours.find(
+      means,
+      ids,
+      num_classes=num_classes,
+      num_neighbours=_NUM_CLASS_NEIGHBOURS,
+      kind="auto",
+    )
+
+  before = measure.base_megabytes()
+  start = time.perf_counter()
+  find()
+  seconds = time.perf_counter() - start
+  megabytes = measure.peak_megabytes() - before
+  neighbours = found["neighbours"]
+  share = np.mean(neighbours[:, :9] // 10 == ids[:, None] // 10)
+  print(
+    f"\n{num_classes:,} classes x {_NUM_DIMENSIONS}, {_NUM_CLASS_NEIGHBOURS} nearest"
+  )
+  print(
+    f"  {seconds:.1f} s, {megabytes:.0f} MB above the means' {means.nbytes / 1e6:.0f}"
+  )
+  print(f"  of the 9 nearest {share:.4f} are of the same ten")
+  _batches(num_classes, neighbours)
+
+
+def _batches(num_classes: int, neighbours: np.ndarray) -> None:
+  """Batches of 512 × 4, half of the classes hard, against plain ones."""
+  records = np.arange(num_classes * _PER_CLASS)
+  starts = np.arange(num_classes + 1, dtype=np.int64) * _PER_CLASS
+  mining_round = types.SimpleNamespace(step=1, arrays={"class_neighbours": neighbours})
+
+  def schedule_fn(index, **options):
+    return PKSchedule(
+      index, classes_per_batch=512, samples_per_class=4, seed=0, **options
+    )
+
+  table = MemberTable(records, starts)
+  hard = hard_classes(
+    table,
+    mining_round,
+    schedule_fn=schedule_fn,
+    hard_share=0.5,
+    neighbours_per_seed=3,
+  )
+  plain, steps = schedule_fn(table), np.arange(64)
+  costs = measure.compare(
+    {
+      "hard classes": lambda: hard.batches(steps),
+      "plain": lambda: plain.batches(steps),
+    },
+    num_rounds=5,
+  )
+  measure.show("64 batches of 512 x 4, drawn at once", costs, "plain")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,161 @@
+"""The miner, from records to a round: what it embeds, what it takes for a copy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data.dataset import Dataset
+from trainer.data.decode import VectorDecoder
+from trainer.data.sources_arrays import NumpySource
+from trainer.data.split import ListSplit
+from trainer.errors import UserError
+from trainer.ingest import ingest
+from trainer.mining import content
+from trainer.mining.examples import ExampleMining
+from trainer.mining.miner import Miner, made_of
+from trainer.mining.mislabelled import MislabelledFilter
+from trainer.mining.windows import RankWindow
+from trainer.retrieval.items import RecordItems
+
+_NUM_RECORDS, _NUM_CLASSES, _SIZE = 90, 6, 4
+_COPIES = ((3, 40), (17, 18), (55, 80))
+
+
+def _data():
+  rng = np.random.default_rng(3)
+  labels = np.arange(_NUM_RECORDS) % _NUM_CLASSES
+  vectors = rng.standard_normal((_NUM_RECORDS, _SIZE)).astype(np.float32)
+  for one, other in _COPIES:
+    vectors[other] = vectors[one]
+  return vectors, labels
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("vectors")
+  vectors, labels = _data()
+  np.savez(folder / "data.npz", x=vectors, y=labels)
+  source = NumpySource(
+    inputs=f"{folder / 'data.npz'}:x", labels=f"{folder / 'data.npz'}:y"
+  )
+  ingest(source=source, folder=str(folder / "records"))
+  return Dataset(
+    folder=str(folder / "records"),
+    split=ListSplit(evaluation_classes=("5",)),
+    decoder=VectorDecoder(size=_SIZE),
+  )
+
+
+def _identity():
+  """An encoder whose embeddings are known."""
+  inputs = tf.keras.Input([_SIZE])
+  return tf.keras.Model(inputs, tf.keras.layers.Activation("linear")(inputs))
+
+
+def _mine(dataset, step=7, **options):
+  examples = ExampleMining(window=RankWindow(first=1, last=60))
+  miner = Miner(**{"examples": examples, "global_batch_size": 32, **options})
+  return miner.mine(miner.embedder(_identity(), dataset), dataset, step)
+
+
+def _vectors(dataset):
+  records = dataset.index.read(np.arange(_NUM_RECORDS))
+  return dataset.decoder(tf.constant(records)).numpy()
+
+
+def test_records_have_the_same_hash_where_all_but_key_and_label_is_alike(dataset):
+  found = content.hashes(dataset.index, np.arange(_NUM_RECORDS))
+  vectors = _vectors(dataset)
+  is_alike = (vectors[:, None] == vectors[None]).all(axis=2)
+  assert is_alike.sum() == _NUM_RECORDS + 2 * len(_COPIES)
+  np.testing.assert_array_equal(found[:, None] == found[None], is_alike)
+
+
+def test_a_round_has_records_of_the_training_classes_and_no_copies(dataset):
+  arrays = _mine(dataset, num_class_neighbours=2).arrays
+  labels, vectors = dataset.index.labels, _vectors(dataset)
+  is_training = np.isin(labels, dataset.train_classes)
+  np.testing.assert_array_equal(arrays["anchors"], np.flatnonzero(is_training))
+  for anchor, positives, negatives in zip(
+    arrays["anchors"], arrays["positives"], arrays["negatives"]
+  ):
+    negatives = negatives[negatives >= 0]
+    allowed = is_training & (labels != labels[anchor])
+    allowed &= (vectors != vectors[anchor]).any(axis=1)
+    distances = np.linalg.norm(vectors[allowed] - vectors[anchor], axis=1)
+    expected = np.sort(distances)[: len(negatives)]
+    got = np.linalg.norm(vectors[negatives] - vectors[anchor], axis=1)
+    assert len(negatives) == min(60, allowed.sum())
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+    assert allowed[negatives].all()
+    assert (labels[positives] == labels[anchor]).all()
+    assert (positives != anchor).all()
+  assert arrays["class_neighbours"].shape == (dataset.index.num_classes, 2)
+  means = np.stack([vectors[labels == c].mean(axis=0) for c in dataset.train_classes])
+  order = np.argsort(np.linalg.norm(means[:, None] - means[None], axis=2), axis=1)
+  np.testing.assert_array_equal(
+    arrays["class_neighbours"][dataset.train_classes],
+    dataset.train_classes[order[:, 1:3]],
+  )
+
+
+def test_replicas_mine_the_same(dataset, mirrored):
+  one = _mine(dataset, num_class_neighbours=2).arrays
+  with mirrored(2).scope():
+    two = _mine(dataset, num_class_neighbours=2).arrays
+  assert one.keys() == two.keys()
+  for name, array in one.items():
+    np.testing.assert_array_equal(two[name], array, err_msg=name)
+
+
+def test_a_sample_is_another_each_round(dataset):
+  rounds = [_mine(dataset, step, records_per_class=5) for step in (7, 8, 7)]
+  used = [set(each.arrays["anchors"]) for each in rounds]
+  assert [len(each) for each in used] == [25, 25, 25]
+  assert used[0] == used[2] != used[1]
+  assert rounds[0].facts["counts"]["items"] == 25
+
+
+def test_what_is_doubted_is_named_by_its_key(dataset):
+  examples = ExampleMining(
+    window=RankWindow(first=1, last=5),
+    mislabelled=MislabelledFilter(num_neighbours=1, min_share=1.0),
+  )
+  facts = _mine(dataset, examples=examples).facts
+  assert 0 < facts["counts"]["doubted"] == len(facts["doubted"])
+  keys = set(RecordItems(dataset.index, np.arange(_NUM_RECORDS)).names())
+  assert set(facts["doubted"]) < keys
+
+
+def test_other_training_classes_are_other_data(dataset):
+  same = made_of(dataset)
+  other = type(dataset)(
+    folder=dataset.folder,
+    split=ListSplit(evaluation_classes=("4",)),
+    decoder=dataset.decoder,
+  )
+  different = {name for name, fact in made_of(other).items() if fact != same[name]}
+  assert different == {"the hash of the training classes"}
+
+
+@pytest.mark.parametrize(
+  ("options", "message"),
+  [
+    ({"examples": None}, "nothing to look for"),
+    ({"records_per_class": 0}, "records_per_class=0"),
+    ({"index_kind": "best"}, "index_kind='best' is none of auto"),
+  ],
+)
+def test_a_miner_that_can_not_be_is_refused(dataset, options, message):
+  with pytest.raises(UserError, match=message):
+    _mine(dataset, **options)
+
+
+def test_embeddings_that_are_not_finite_are_told(dataset):
+  inputs = tf.keras.Input([_SIZE])
+  encoder = tf.keras.Model(inputs, tf.keras.layers.Lambda(lambda x: x / 0.0)(inputs))
+  miner = Miner(num_class_neighbours=1)
+  with pytest.raises(UserError, match="embeddings are not finite"):
+    miner.mine(miner.embedder(encoder, dataset), dataset, 0)
