@@ -16,6 +16,7 @@ import trainer.data.sources_idx
 import trainer.data.sources_manifest
 import trainer.data.sources_tables
 import trainer.data.split
+import trainer.data.triplets
 import trainer.distribute.memory_bank
 import trainer.distribute.objective
 import trainer.embed

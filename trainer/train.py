@@ -270,10 +270,16 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
   """
   num_classes, num_samples = schedule.shape
   if num_classes % num_replicas:
-    multiple = -(-num_classes // num_replicas) * num_replicas
+    multiple = max(1, num_classes // num_replicas) * num_replicas
     raise UserError(
-      f"PKSchedule.classes_per_batch={num_classes} does not split over {num_replicas} "
+      f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
+    )
+  group_size = getattr(step.objective_fn, "group_size", num_samples)
+  if group_size != num_samples:
+    raise UserError(
+      f"WithinGroups has groups of {group_size} records, and those of the schedule "
+      f"have {num_samples}; set its num_positives and num_negatives."
     )
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
@@ -282,6 +288,11 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
     )
   size = num_classes * num_samples // num_replicas
   micro_batches.check_size(step.options.num_micro_batches, size)
+
+
+def _rows_parameter(schedule: PKSchedule) -> str:
+  """What says how many rows a batch has; that of classes, where nothing else does."""
+  return getattr(schedule, "rows_parameter", "PKSchedule.classes_per_batch")
 
 
 def _make_inner_loop(

@@ -26,10 +26,10 @@ def random_batch(name, num_dimensions=5):
   return embeddings.astype(np.float32), labels
 
 
-def arguments(embeddings, labels, weights=None, rows=None, is_relevant=None):
+def arguments(embeddings, labels, weights=None, rows=None, **given):
   """Anchors and candidates of one device; with `rows`, those anchors alone.
 
-  `is_relevant` is [B, B], of all anchors.
+  `is_relevant` and `is_compared` are [B, B], of all anchors.
   """
   embeddings = tf.convert_to_tensor(embeddings)
   labels = tf.convert_to_tensor(labels)
@@ -41,9 +41,8 @@ def arguments(embeddings, labels, weights=None, rows=None, is_relevant=None):
   candidates = Candidates(
     embeddings, labels, tf.constant(weights > 0), tf.constant(rows, tf.int32)
   )
-  if is_relevant is not None:
-    candidates = candidates._replace(is_relevant=tf.constant(is_relevant[rows]))
-  return anchors, candidates
+  given = {name: tf.constant(pairs[rows]) for name, pairs in given.items()}
+  return anchors, candidates._replace(**given)
 
 
 def evaluate(loss, embeddings, labels, *options, **named_options):

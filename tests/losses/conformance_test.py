@@ -83,6 +83,21 @@ def test_given_relevance_gives_what_the_definition_does(row):
   _assert_defined(row, embeddings, labels, given, is_relevant=given)
 
 
+@each_loss
+def test_what_is_not_compared_is_as_if_it_were_not_there(row):
+  embeddings, labels = batches.random_batch("unbalanced")
+  groups = np.arange(12) // 4
+  apart = groups[:, None] == groups[None, :]
+  for loss in (row.make(), row.make(rows_per_tile=5)):
+    whole = batches.evaluate(loss, embeddings, labels, is_compared=apart)
+    parts = [
+      batches.evaluate(loss, embeddings[groups == g], labels[groups == g])
+      for g in range(3)
+    ]
+    *sums, gradients = zip(*parts)
+    _assert_same(whole, (*map(sum, sums), np.concatenate(gradients)))
+
+
 def _assert_defined(row, embeddings, labels, related, **options):
   """Value and gradient, in one piece and in tiles, with weights and padding."""
   weights = np.linspace(0.5, 2, 12).astype(np.float32)

@@ -30,3 +30,8 @@ def values(record: bytes, name: str) -> dict[str, list[Any]]:
   return {
     key: list(getattr(features[key], kind).value) for key, kind in lists.items() if kind
   }
+
+
+def text(value: Any) -> Any:
+  """Bytes as text, whatever they hold; all else as it is."""
+  return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -169,6 +169,11 @@ class RemindedLoss:
     """
     if candidates.labels.dtype == tf.bool:
       raise UserError("MemoryBank keeps one label of an example, not several.")
+    if candidates.is_relevant is not None or candidates.is_compared is not None:
+      raise UserError(
+        "MemoryBank goes by labels, and WithinGroups by the list; set "
+        "TrainStep.memory_bank = None, or TrainStep.objective_fn = @across_replicas."
+      )
     batch = self._entries_of(candidates)
     is_gathered = batch.labels.shape[0] != self._record_numbers.shape[0]
     gather = self._collectives.gather

@@ -17,6 +17,7 @@ import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
+from trainer.errors import UserError
 from trainer.losses.mining_statistics import MinedLoss
 from trainer.losses.terms import Anchors, Candidates, LossFn
 
@@ -61,17 +62,7 @@ def across_replicas(loss: LossFn, anchors: Anchors, collectives: Collectives) ->
   Returns:
     Share: total_r / Σ_r count_r; 0 where the global count is 0.
   """
-  num_local = anchors.labels.shape[0]
-  gather = collectives.gather
-  candidates = Candidates(
-    embeddings=gather(anchors.embeddings),
-    labels=gather(anchors.labels),
-    is_valid=gather(anchors.weights) > 0,
-    positions=collectives.replica_id * num_local + tf.range(num_local),
-  )
-  terms = loss(anchors, candidates)
-  count = collectives.sum(tf.stop_gradient(terms.count))
-  return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+  return _share(loss, anchors, _gathered(anchors, collectives), collectives)
 
 
 @gin.register
@@ -100,6 +91,85 @@ def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Sha
   return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
 
 
+@gin.register
+class WithinGroups:
+  """The first row of each group against the rest of its group, as a list says.
+
+  For batches of triplets or of mined groups: a row is an anchor, what it is to be near,
+  and what it is to be far from, whatever their labels are. Rows of other groups are not
+  looked at. L = Σ_r total_r / Σ_r count_r: any number of replicas gives the same.
+
+  Args:
+    num_positives: p >= 1, how many rows after the anchor are its positives.
+    num_negatives: n >= 1, how many after those are its negatives.
+
+  Raises:
+    UserError: a number is too small.
+  """
+
+  def __init__(self, *, num_positives: int = 1, num_negatives: int = 1):
+    if num_positives < 1 or num_negatives < 1:
+      raise UserError(
+        f"WithinGroups.num_positives={num_positives} and num_negatives="
+        f"{num_negatives} must be at least 1."
+      )
+    self._num_positives = num_positives
+    self.group_size = 1 + num_positives + num_negatives
+
+  def __call__(self, loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
+    """The share of a replica.
+
+    Args:
+      loss: gives total and count for the anchors.
+      anchors: this replica's embeddings [B, D], labels [B] and weights [B], of whole
+        groups.
+      collectives: how the replicas gather and sum.
+
+    Returns:
+      Share: total_r / Σ_r count_r; 0 where the global count is 0.
+    """
+    candidates = _gathered(anchors, collectives)
+    groups, places = self._groups_and_places(tf.range(candidates.labels.shape[0]))
+    own_groups, own_places = self._groups_and_places(candidates.positions)
+    is_positive = tf.logical_and(places > 0, places <= self._num_positives)
+    is_own = tf.equal(own_groups[:, None], groups[None, :])
+    return _share(
+      loss,
+      anchors._replace(weights=tf.where(own_places > 0, 0.0, anchors.weights)),
+      candidates._replace(
+        is_relevant=tf.logical_and(is_own, is_positive[None, :]), is_compared=is_own
+      ),
+      collectives,
+    )
+
+  def _groups_and_places(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Of rows of the global batch, [n]: which group, and which place in it."""
+    return rows // self.group_size, rows % self.group_size
+
+
+def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
+  """The global batch, of which the anchors are a part."""
+  num_local = anchors.labels.shape[0]
+  gather = collectives.gather
+  return Candidates(
+    embeddings=gather(anchors.embeddings),
+    labels=gather(anchors.labels),
+    is_valid=gather(anchors.weights) > 0,
+    positions=collectives.replica_id * num_local + tf.range(num_local),
+  )
+
+
+def _share(
+  loss: LossFn, anchors: Anchors, candidates: Candidates, collectives: Collectives
+) -> Share:
+  """Of a loss that is divided by the count of all replicas."""
+  terms = loss(anchors, candidates)
+  count = collectives.sum(tf.stop_gradient(terms.count))
+  return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+
+
 def mines_across_replicas(objective_fn: ObjectiveFn) -> bool:
-  """Whether it is `across_replicas`, also as gin hands it out."""
+  """Whether it gives what one replica would, also as gin hands it out."""
+  if isinstance(objective_fn, WithinGroups):
+    return True
   return inspect.unwrap(objective_fn) is across_replicas

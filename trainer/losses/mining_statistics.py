@@ -139,12 +139,8 @@ class MiningStatistics:
     is_here = rows < num_anchors
     rows = tf.minimum(rows, num_anchors - 1)
     sample = Anchors(*(tf.gather(each, rows) for each in anchors))
-    candidates = candidates._replace(positions=tf.gather(candidates.positions, rows))
-    if candidates.is_relevant is not None:
-      candidates = candidates._replace(
-        is_relevant=tf.gather(candidates.is_relevant, rows)
-      )
-    return sample._replace(weights=tf.where(is_here, sample.weights, 0.0)), candidates
+    sample = sample._replace(weights=tf.where(is_here, sample.weights, 0.0))
+    return sample, candidates.of_anchors(rows)
 
 
 def _fixed(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:

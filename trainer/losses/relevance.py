@@ -62,8 +62,9 @@ def check_batch(anchors: Anchors, candidates: Candidates) -> None:
   _check_shape("weights", anchors.weights, [num_anchors])
   _check_shape("is_valid", candidates.is_valid, [num_candidates])
   _check_shape("positions", candidates.positions, [num_anchors])
-  if candidates.is_relevant is not None:
-    _check_shape("is_relevant", candidates.is_relevant, [num_anchors, num_candidates])
+  for name in ("is_relevant", "is_compared"):
+    if getattr(candidates, name) is not None:
+      _check_shape(name, getattr(candidates, name), [num_anchors, num_candidates])
 
 
 def _num_embeddings(candidates: Candidates) -> Optional[int]:
@@ -105,10 +106,11 @@ def positive_lists(anchors: Anchors, candidates: Candidates) -> Optional[Positiv
     candidates: C of them.
 
   Returns:
-    None where an example has several labels or the relevance is given: then a sort of
+    None where an example has several labels or the pairs are given: then a sort of
     every row is needed, which is for a tile to do, by `lists_of_pairs`.
   """
-  if candidates.is_relevant is not None or candidates.labels.dtype == tf.bool:
+  is_given = candidates.is_relevant is not None or candidates.is_compared is not None
+  if is_given or candidates.labels.dtype == tf.bool:
     return None
   return lists_of_classes(anchors, candidates)
 
@@ -116,11 +118,16 @@ def positive_lists(anchors: Anchors, candidates: Candidates) -> Optional[Positiv
 def relevance(
   anchors: Anchors, candidates: Candidates, lists: Optional[PositiveLists] = None
 ) -> Relevance:
-  """Positives share a label with the anchor, or are given; the rest are negatives."""
+  """Positives share a label with the anchor, or are given; the rest are negatives.
+
+  Of what the anchor is compared with: padding and itself are neither.
+  """
   is_self = tf.equal(
     candidates.positions[:, None], tf.range(tf.shape(candidates.is_valid)[0])[None, :]
   )
   is_eligible = tf.logical_and(candidates.is_valid[None, :], ~is_self)
+  if candidates.is_compared is not None:
+    is_eligible = tf.logical_and(is_eligible, candidates.is_compared)
   is_relevant = shares_label(anchors, candidates)
   return Relevance(
     is_positive=tf.logical_and(is_relevant, is_eligible),

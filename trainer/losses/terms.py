@@ -38,6 +38,7 @@ class Candidates(NamedTuple):
     fixed_embeddings: [F, D] float, of the last candidates, which get no gradient and
       are no anchors: those of a memory bank. Finite, also where they are not valid.
       None where there are none.
+    is_compared: [A, C] bool, which candidates count for which anchor; None for all.
   """
 
   embeddings: tf.Tensor
@@ -46,6 +47,15 @@ class Candidates(NamedTuple):
   positions: tf.Tensor
   is_relevant: Optional[tf.Tensor] = None
   fixed_embeddings: Optional[tf.Tensor] = None
+  is_compared: Optional[tf.Tensor] = None
+
+  def of_anchors(self, numbers: tf.Tensor) -> Candidates:
+    """The same candidates, of the anchors with these numbers, [n] int32."""
+    return self._replace(
+      positions=tf.gather(self.positions, numbers),
+      is_relevant=_rows(self.is_relevant, numbers),
+      is_compared=_rows(self.is_compared, numbers),
+    )
 
 
 class Ratio(NamedTuple):
@@ -76,3 +86,7 @@ class LossTerms(NamedTuple):
 
 
 LossFn = Callable[[Anchors, Candidates], LossTerms]
+
+
+def _rows(pairs: Optional[tf.Tensor], numbers: tf.Tensor) -> Optional[tf.Tensor]:
+  return None if pairs is None else tf.gather(pairs, numbers)

@@ -270,12 +270,5 @@ class _Tiles(NamedTuple):
     numbers = tf.minimum(numbers, last)
     anchors = Anchors(*(tf.gather(each, numbers) for each in self.anchors))
     anchors = anchors._replace(weights=tf.where(is_padding, 0.0, anchors.weights))
-    candidates = self.candidates._replace(
-      positions=tf.gather(self.candidates.positions, numbers)
-    )
-    if candidates.is_relevant is not None:
-      candidates = candidates._replace(
-        is_relevant=tf.gather(candidates.is_relevant, numbers)
-      )
     lists = None if self.lists is None else self.lists.rows(numbers)
-    return anchors, candidates, lists
+    return anchors, self.candidates.of_anchors(numbers), lists

@@ -10,12 +10,10 @@ from typing import Any, Optional
 
 import numpy as np
 
-from trainer import heartbeat
 from trainer.data import examples
+from trainer.data.record_names import read_records, record_names
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
-
-_READ_AT_ONCE = 4_096
 
 
 class RecordItems:
@@ -45,7 +43,7 @@ class RecordItems:
     """
     return [
       self._values(number, record, name)
-      for number, record in self._records(self.record_numbers)
+      for number, record in read_records(self._index, self.record_numbers)
     ]
 
   def names(self, items: Optional[np.ndarray] = None) -> Iterator[str]:
@@ -55,16 +53,7 @@ class RecordItems:
       items: [n] int64; None for all.
     """
     numbers = self.record_numbers if items is None else self.record_numbers[items]
-    for number, record in self._records(numbers):
-      place = self._index.describe(number)
-      values = examples.values(record, place).get("key")
-      yield str(_text(values[0])) if values else place
-
-  def _records(self, numbers: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    for start in range(0, len(numbers), _READ_AT_ONCE):
-      heartbeat.beat()
-      some = numbers[start : start + _READ_AT_ONCE]
-      yield from zip(some.tolist(), self._index.read(some))
+    return record_names(self._index, numbers)
 
   def _values(self, number: int, record: bytes, name: str) -> list[Any]:
     place = self._index.describe(number)
@@ -73,8 +62,4 @@ class RecordItems:
       raise UserError(
         f"{place} has no feature {name!r}; it has {', '.join(sorted(features))}."
       )
-    return [_text(value) for value in features[name]]
-
-
-def _text(value: Any) -> Any:
-  return value.decode(errors="replace") if isinstance(value, bytes) else value
+    return [examples.text(value) for value in features[name]]

@@ -1,0 +1,148 @@
+"""Triplets of a list: read, checked and drawn."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+
+from trainer.data import writer
+from trainer.data.records import RecordIndex
+from trainer.data.sources import Item, encode_png
+from trainer.data.triplets import TripletSchedule
+from trainer.errors import UserError
+
+_IMAGE = encode_png(np.zeros((2, 2), np.uint8))
+_NUM_RECORDS, _NUM_CLASSES = 24, 6
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+  """Record n has key "n.png" and class n % 6."""
+  folder = str(tmp_path_factory.mktemp("records"))
+  items = [
+    Item(f"{n}.png", f"class {n % _NUM_CLASSES}", _IMAGE) for n in range(_NUM_RECORDS)
+  ]
+  writer.write_records(items, folder, records_per_shard=9, fingerprint={})
+  return RecordIndex.open(folder)
+
+
+@pytest.fixture
+def make(index, tmp_path):
+  """Makes the schedule of a list that is given as text or as an array."""
+
+  def make(content, name="list.csv", **options):
+    path = tmp_path / name
+    if isinstance(content, str):
+      path.write_text(content, encoding="utf-8")
+    else:
+      np.save(path, content)
+    options = {"triplets_per_batch": 2, "seed": 3, **options}
+    return TripletSchedule(index, file=str(path), **options)
+
+  return make
+
+
+def _listed(num_triplets=10):
+  """Triplets of which no two are alike, the positive of the anchor's class."""
+  anchors = np.arange(num_triplets)
+  return np.stack([anchors, anchors + _NUM_CLASSES, anchors + 1], axis=1)
+
+
+def _table(triplets, delimiter=","):
+  rows = [
+    "anchor,positive,negative,source",
+    *(",".join([*(f"{number}.png" for number in row), "clicks"]) for row in triplets),
+  ]
+  return "\n".join(rows).replace(",", delimiter) + "\n"
+
+
+@pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.npy"])
+def test_each_triplet_comes_once_an_epoch(make, name):
+  listed = _listed()
+  delimiter = "\t" if name.endswith("tsv") else ","
+  content = listed if name.endswith("npy") else _table(listed, delimiter)
+  schedule = make(content, name)
+  assert schedule.shape == (2, 3)
+  for epoch in range(3):
+    drawn = schedule.batches(5 * epoch + np.arange(5)).reshape(-1, 3)
+    np.testing.assert_array_equal(sorted(drawn.tolist()), listed)
+
+
+def test_a_batch_is_a_function_of_seed_and_step(make):
+  one, again, other = (make(_listed(), "a.npy", seed=seed) for seed in (1, 1, 2))
+  whole = one.batches(np.arange(20))
+  np.testing.assert_array_equal(whole, again.batches(np.arange(20)))
+  np.testing.assert_array_equal(whole[7], again.batch(7))
+  assert (whole != other.batches(np.arange(20))).any()
+
+
+def test_a_list_shorter_than_a_batch_is_repeated(make):
+  schedule = make(_listed(3), "a.npy", triplets_per_batch=8)
+  counts = np.bincount(schedule.batch(0)[:, 0])
+  assert sorted(counts) == [2, 3, 3]
+
+
+def test_triplets_of_classes_that_are_not_trained_on_never_come(make, index):
+  schedule = make(_listed(), "a.npy", classes=np.array([0, 1, 2], np.int32))
+  drawn = schedule.batches(np.arange(30))
+  assert (index.labels[drawn] < 3).all()
+  assert schedule.num_triplets == 4  # Anchors of the classes 0 and 1, twice each.
+
+
+_BAD = {
+  "a record that there is not": [1, 7, 99],
+  "a negative of the anchor's own class": [1, 7, 13],
+  "the anchor for its positive": [1, 1, 2],
+}
+
+
+@pytest.mark.parametrize("as_keys", [True, False])
+@pytest.mark.parametrize("reason", _BAD)
+def test_bad_triplets_are_counted_and_refused_or_left_out(make, reason, as_keys):
+  listed = np.concatenate([_listed(4), [_BAD[reason]], _listed(2), [_BAD[reason]]])
+  make_it = functools.partial(
+    make, _table(listed) if as_keys else listed, "a.csv" if as_keys else "a.npy"
+  )
+  with pytest.raises(UserError, match=f"2 of 8 triplets have {reason}.*triplet 5;"):
+    make_it()
+  assert make_it(bad_triplets="leave_out").num_triplets == 6
+
+
+def test_a_positive_may_be_of_another_class(make):
+  assert make([[0, 3, 1]], "a.npy").num_triplets == 1
+
+
+@pytest.mark.parametrize(
+  ("content", "name", "message"),
+  [
+    ("anchor,positive\na,b\n", "a.csv", "no column 'negative'"),
+    ("anchor,positive,negative\n0.png,1.png\n", "a.csv", "line 2 lacks a key"),
+    ('anchor,positive,negative\n"0.png,1', "a.csv", "after line"),
+    ("anchor,positive,negative\n", "a.csv", "no triplet to train on"),
+    ("not an array", "a.npy", "is no array"),
+    (np.zeros((3, 2), int), "a.npy", r"shape \(3, 2\)"),
+    (np.zeros((3, 3)), "a.npy", "type float64"),
+    (np.array([["x"] * 3], object), "a.npy", "is no array"),
+  ],
+)
+def test_what_is_no_list_is_refused(make, content, name, message):
+  with pytest.raises(UserError, match=message):
+    make(content, name)
+
+
+def test_a_file_that_is_not_there_is_refused(index):
+  with pytest.raises(UserError, match=r"nowhere\.csv can't be read"):
+    TripletSchedule(index, file="nowhere.csv", triplets_per_batch=2, seed=1)
+
+
+def test_a_key_of_two_records_is_refused(tmp_path):
+  items = [Item("same", str(n), _IMAGE) for n in range(3)]
+  writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+  path = tmp_path / "list.csv"
+  path.write_text("anchor,positive,negative\nsame,same,same\n")
+  with pytest.raises(UserError, match=r"'same' of .* is that of two records"):
+    TripletSchedule(
+      RecordIndex.open(str(tmp_path)), file=str(path), triplets_per_batch=1, seed=1
+    )

@@ -1,0 +1,125 @@
+"""Groups that a list names: only they are compared, on any number of replicas."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data.pipeline import PADDING_LABEL, Batch
+from trainer.distribute.collectives import OneReplica
+from trainer.distribute.objective import WithinGroups
+from trainer.errors import UserError
+from trainer.loop import parity
+from trainer.loop.step import TrainStep
+from trainer.losses import (
+  BatchAllTripletLoss,
+  BatchHardTripletLoss,
+  InfoNCELoss,
+)
+from trainer.losses.terms import Anchors
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+
+_MARGIN = 0.5
+
+
+def _embeddings(num_rows):
+  return np.random.default_rng(1).normal(size=(num_rows, 4)).astype(np.float32)
+
+
+def _loss_of(loss, objective, embeddings, weights=None):
+  """The loss where all labels are alike: that the list alone decides."""
+  num_rows = len(embeddings)
+  weights = np.ones(num_rows, np.float32) if weights is None else weights
+  anchors = Anchors(
+    tf.constant(embeddings), tf.zeros(num_rows, tf.int32), tf.constant(weights)
+  )
+  return objective(loss, anchors, OneReplica()).loss.numpy()
+
+
+def _hinges(embeddings, num_positives, num_negatives):
+  """max(d_ap − d_an + margin, 0) of each triplet of each group: lists of numbers."""
+  groups = embeddings.reshape(-1, 1 + num_positives + num_negatives, 4)
+  for anchor, *others in np.float64(groups):
+    distances = [np.linalg.norm(anchor - other) for other in others]
+    yield [
+      max(positive - negative + _MARGIN, 0.0)
+      for positive in distances[:num_positives]
+      for negative in distances[num_positives:]
+    ]
+
+
+@pytest.mark.parametrize(("num_positives", "num_negatives"), [(1, 1), (2, 3)])
+def test_batch_all_is_the_mean_over_the_active_triplets_of_the_list(
+  num_positives, num_negatives
+):
+  embeddings = _embeddings(6 * (1 + num_positives + num_negatives))
+  objective = WithinGroups(num_positives=num_positives, num_negatives=num_negatives)
+  got = _loss_of(BatchAllTripletLoss(margin=_MARGIN), objective, embeddings)
+  terms = np.concatenate(list(_hinges(embeddings, num_positives, num_negatives)))
+  np.testing.assert_allclose(got, terms[terms > 0].mean(), rtol=1e-5)
+
+
+def test_batch_hard_takes_the_hardest_triplet_of_each_group():
+  embeddings = _embeddings(36)
+  objective = WithinGroups(num_positives=2, num_negatives=3)
+  got = _loss_of(BatchHardTripletLoss(margin=_MARGIN), objective, embeddings)
+  hardest = [max(terms) for terms in _hinges(embeddings, 2, 3)]
+  np.testing.assert_allclose(got, np.mean(hardest), rtol=1e-5)
+
+
+def test_a_group_of_padding_changes_nothing():
+  embeddings, loss = _embeddings(9), BatchAllTripletLoss(margin=_MARGIN)
+  padded = np.concatenate([embeddings, np.full((3, 4), np.nan, np.float32)])
+  weights = np.repeat(np.float32([1, 0]), [9, 3])
+  wanted = _loss_of(loss, WithinGroups(), embeddings)
+  assert _loss_of(loss, WithinGroups(), padded, weights) == pytest.approx(wanted)
+
+
+def _batches():
+  rng = np.random.default_rng(2)
+  labels = np.arange(24, dtype=np.int32) // 2
+  labels[-3:] = PADDING_LABEL
+  weights = (labels != PADDING_LABEL).astype(np.float32)
+  return [
+    Batch(rng.normal(size=(24, 5)).astype(np.float32), labels, weights)
+    for _ in range(2)
+  ]
+
+
+def _step(make_loss):
+  tf.keras.utils.set_random_seed(1)
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=4),
+    loss=make_loss(),
+    objective_fn=WithinGroups(),
+    optimizer=tf.keras.optimizers.SGD(0.1),
+    mining_statistics=None,
+  )
+  step.create_variables((5,))
+  return step
+
+
+_LOSSES = {
+  "batch_all": functools.partial(BatchAllTripletLoss, margin=_MARGIN),
+  "info_nce": functools.partial(InfoNCELoss, temperature=0.5),
+}
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("loss", "num_replicas"), [("batch_all", 2), ("info_nce", 4)])
+def test_replicas_come_to_what_one_does(mirrored, loss, num_replicas):
+  make_step = functools.partial(_step, _LOSSES[loss])
+  wanted = parity.expected(make_step, _batches(), num_replicas)
+  found = parity.errors(
+    parity.trained(mirrored(num_replicas), make_step, _batches()), wanted
+  )
+  assert parity.is_equal(found), parity.table([("within groups", found)])
+
+
+def test_a_group_without_positives_or_negatives_is_refused():
+  with pytest.raises(UserError, match="at least 1"):
+    WithinGroups(num_negatives=0)
