@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer import heartbeat
+from trainer.retrieval import faiss_library
 
 # Items found beside those asked for: room between the last of these and all others.
 _NUM_MORE = 16
@@ -77,8 +78,7 @@ def _candidates(
   centred: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_found: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Indices [Q, E] by FAISS, in any order; and the largest of their squares, [Q]."""
-  import faiss
-
+  faiss = faiss_library.load()
   indices = np.zeros([len(centred), 0], np.int64)
   squares = np.zeros([len(centred), 0], np.float32)
   for start in range(0, len(gallery), _NUM_ITEMS):

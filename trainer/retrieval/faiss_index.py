@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.retrieval import faiss_library
 from trainer.retrieval.file_hash import sha256_of
 from trainer.retrieval.search import Neighbours, check_sizes, nearest
 
@@ -58,7 +59,7 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
     UserError: the kind is unknown or there are too few items for it, or FAISS is not
       installed.
   """
-  faiss = _faiss()
+  faiss = faiss_library.load()
   num_items, num_dimensions = embeddings.shape
   if kind == "flat":
     index = faiss.IndexFlatL2(num_dimensions)
@@ -136,7 +137,7 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, FILE_NAME)
   manifest_path = os.path.join(folder, MANIFEST_NAME)
-  _faiss().write_index(index, path + ".new")
+  faiss_library.load().write_index(index, path + ".new")
   if os.path.exists(manifest_path):
     os.remove(manifest_path)
   os.replace(path + ".new", path)
@@ -179,7 +180,7 @@ class KeptIndex:
         f"{path} is not the index of which {MANIFEST_NAME} tells; run --mode=index "
         "again."
       )
-    self._index = _faiss().read_index(path)
+    self._index = faiss_library.load().read_index(path)
 
   def nearest(self, queries: np.ndarray, *, num_neighbours: int) -> Neighbours:
     """For each query about its nearest items; fewer where cells hold fewer: index −1.
@@ -194,13 +195,3 @@ class KeptIndex:
     check_sizes(queries, (self._index.ntotal, self._index.d), num_neighbours)
     squares, indices = self._index.search(queries, num_neighbours)
     return Neighbours(indices, np.sqrt(np.maximum(squares, 0.0)))
-
-
-def _faiss() -> Any:
-  try:
-    import faiss
-  except ImportError as error:
-    raise UserError(
-      "An index needs FAISS: pip install 'retrieval-trainer[search]'."
-    ) from error
-  return faiss

@@ -8,7 +8,6 @@ Shapes: Q queries, G gallery items, D dimensions, k neighbours.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.retrieval import faiss_library
 from trainer.retrieval.certain_search import search_by_faiss
 from trainer.retrieval.tiled_search import search_by_tiles
 
@@ -102,7 +102,7 @@ def _faiss_serves() -> bool:
   """Whether this is one replica on a processor, and FAISS is installed."""
   is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
   kinds = {device.device_type for device in tf.config.list_logical_devices()}
-  return is_one and kinds == {"CPU"} and importlib.util.find_spec("faiss") is not None
+  return is_one and kinds == {"CPU"} and faiss_library.is_installed()
 
 
 def _common_offset(gallery: np.ndarray) -> np.ndarray:
