@@ -85,7 +85,12 @@ def _batches():
   labels[-3:] = PADDING_LABEL
   weights = (labels != PADDING_LABEL).astype(np.float32)
   return [
-    Batch(rng.normal(size=(24, 5)).astype(np.float32), labels, weights)
+    Batch(
+      rng.normal(size=(24, 5)).astype(np.float32),
+      labels,
+      weights,
+      np.arange(24, dtype=np.int32),
+    )
     for _ in range(2)
   ]
 
