@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional
 
 import gin
@@ -94,31 +96,41 @@ def main(run: Run) -> None:
   """Trains to the end, from the newest checkpoint if there is one."""
   with make_strategy(run.hardware, run.facts()).scope():
     workers = current_workers()
-    with watching(run, workers.index) as watchdog:
-      train(run, watchdog).loop.run()
+    with watching(run, workers.index) as watchdog, training(run, watchdog) as built:
+      built.loop.run()
       workers.wait()
 
 
-def train(run: Run, watchdog: Watchdog) -> Training:
-  """Builds a training, under the strategy in whose scope it is called.
+@contextlib.contextmanager
+def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
+  """A training, under the strategy in whose scope it is made, alone in its folder.
 
   Args:
     run: where it lives.
     watchdog: watches its steps.
 
-  Returns:
+  Yields:
     A training, restored from the newest checkpoint of the run.
 
   Raises:
-    UserError: parts that don't fit each other, the folder, or the replicas.
+    UserError: parts that don't fit each other, the folder, or the replicas; or another
+      process trains in the folder.
   """
   workers = current_workers()
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   workers.rehearse(lambda: _make_parts(num_replicas)[0].create_variables())
   parts, schedule = _make_parts(num_replicas)
+  workers.agree(parts.dataset.index.facts())
+  with contextlib.ExitStack() as opened:
+    workers.chief_first(lambda: opened.enter_context(open_run_folder(run)))
+    yield _build(run, watchdog, parts, schedule)
+
+
+def _build(
+  run: Run, watchdog: Watchdog, parts: Parts, schedule: PKSchedule
+) -> Training:
+  workers = current_workers()
   dataset, step, loop = parts.dataset, parts.step, parts.loop
-  workers.agree(dataset.index.facts())
-  workers.chief_first(lambda: open_run_folder(run))
   parts.create_variables()
   checkpoints = workers.together(lambda: _make_checkpoints(run, parts))
   # One more than are kept: the oldest goes after the newest is there.

@@ -17,7 +17,7 @@ from trainer.loop.watchdog import watching
 from trainer.retrieval.results import Results
 from trainer.run import Run
 from trainer.selection import EvaluateNow, Evaluations, Selection
-from trainer.train import Training, train
+from trainer.train import Training, training
 
 
 @gin.configurable("train_and_evaluate")
@@ -40,16 +40,21 @@ def main(run: Run) -> None:
     workers = current_workers()
     if run.config.binds("ingest"):
       workers.chief_first(lambda: ingest.main(run))
-    training = train(run, watchdog)
-    evaluation = workers.together(lambda: _evaluation(training))
-    if training.first_step == 0:
-      before = evaluation.evaluate().measurement
-      workers.chief_first(lambda: Results(run.model_dir).write_before_training(before))
-    _train(run, training, evaluation)
-    with training.step.weights_for_evaluation():
-      after = evaluation.evaluate()
-    publish(run.model_dir, training.num_steps_done, after)
-    workers.chief_first(lambda: _print_paths(run.model_dir))
+    with training(run, watchdog) as built:
+      _train_and_evaluate(run, built)
+
+
+def _train_and_evaluate(run: Run, training: Training) -> None:
+  workers = current_workers()
+  evaluation = workers.together(lambda: _evaluation(training))
+  if training.first_step == 0:
+    before = evaluation.evaluate().measurement
+    workers.chief_first(lambda: Results(run.model_dir).write_before_training(before))
+  _train(run, training, evaluation)
+  with training.step.weights_for_evaluation():
+    after = evaluation.evaluate()
+  publish(run.model_dir, training.num_steps_done, after)
+  workers.chief_first(lambda: _print_paths(run.model_dir))
 
 
 def _evaluation(training: Training) -> Evaluation:

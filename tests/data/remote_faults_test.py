@@ -1,20 +1,16 @@
-"""Stores elsewhere that fail for a while, copies of indexes, and second writers."""
+"""Stores elsewhere that fail for a while, and copies of indexes."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
-import socket
-import subprocess
-import time
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import local_copy, paths, remote_lock, retry, writer
+from trainer.data import local_copy, paths, retry, writer
 from trainer.data.bad_records import Replacements
 from trainer.data.decode import VectorDecoder
 from trainer.data.records import RecordIndex, UnreadableError
@@ -123,58 +119,6 @@ def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp
   folder.chmod(0o777)
   with pytest.raises(UserError, match="not of this user alone; set TMPDIR"):
     RecordIndex.open(elsewhere)
-
-
-def _note(folder, **changes):
-  note = {"token": "x", "host": "other", "pid": 7, "time": time.time(), **changes}
-  paths.make_folder(folder)
-  paths.write_bytes(f"{folder}/.ingest-lock.json", json.dumps(note).encode())
-
-
-def test_a_second_writer_elsewhere_is_told_who_the_first_is(elsewhere):
-  _note(elsewhere)
-  with pytest.raises(UserError, match=r"Another process .* \(7 on other, seen 0 s ago"):
-    _write(elsewhere)
-
-
-def test_a_writer_elsewhere_leaves_no_note(elsewhere):
-  _write(elsewhere)
-  assert not paths.exists(f"{elsewhere}/.ingest-lock.json")
-
-
-def test_the_note_of_a_writer_that_is_gone_is_passed_over(elsewhere, caplog):
-  process = subprocess.Popen(["true"])
-  process.wait()
-  for changes in (
-    {"time": time.time() - 3600},
-    {"host": socket.gethostname(), "pid": process.pid},
-  ):
-    _note(elsewhere, **changes)
-    with remote_lock.noted_in(elsewhere):
-      pass
-  assert caplog.text.count("of a process that is gone") == 2
-
-
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"time": "x"}', b"\xff"])
-def test_a_note_that_says_nothing_is_passed_over(elsewhere, content):
-  paths.make_folder(elsewhere)
-  paths.write_bytes(f"{elsewhere}/.ingest-lock.json", content)
-  assert _write(elsewhere).num_records == 8
-
-
-def test_a_note_is_written_again_while_the_work_goes_on(elsewhere, monkeypatch):
-  monkeypatch.setattr(remote_lock, "_REFRESH_S", 0.01)
-  paths.make_folder(elsewhere)
-  path = f"{elsewhere}/.ingest-lock.json"
-  with remote_lock.noted_in(elsewhere):
-    first = json.loads(paths.read_bytes(path))["time"]
-    end_s = time.monotonic() + 20
-    while (
-      remote_lock._read(path) in (None, {})
-      or (remote_lock._read(path) or {"time": first})["time"] == first
-    ):
-      assert time.monotonic() < end_s
-      time.sleep(0.01)
 
 
 def test_only_what_may_pass_is_io_error():

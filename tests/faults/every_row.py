@@ -5,7 +5,8 @@ import tests.faults.kills
 import tests.faults.lost
 import tests.faults.not_finite
 import tests.faults.replicas
-import tests.faults.stops  # noqa: F401
+import tests.faults.stops
+import tests.faults.two_runs  # noqa: F401
 from tests.faults.table import ROWS
 
 __all__ = ["ROWS"]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from trainer.data import paths, remote_lock
+from trainer.data import claim, paths
 from trainer.errors import UserError
 
 
@@ -18,7 +18,7 @@ def alone_in(folder: str) -> Iterator[None]:
   """Keeps other processes of this machine from writing into a folder.
 
   Args:
-    folder: it exists; for one elsewhere, see `remote_lock`.
+    folder: it exists; for one elsewhere, see `claim`.
 
   Yields:
     Nothing.
@@ -28,7 +28,7 @@ def alone_in(folder: str) -> Iterator[None]:
     OSError: it can't be opened.
   """
   if paths.is_remote(folder):
-    with remote_lock.noted_in(folder):
+    with claim.claiming(folder, "ingesting into"):
       yield
     return
   descriptor = os.open(folder, os.O_RDONLY)

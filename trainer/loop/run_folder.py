@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 from trainer.config import saved
+from trainer.data import claim
 from trainer.errors import UserError
 from trainer.run import Run
 
@@ -20,19 +23,25 @@ CONTENTS = {
 }
 
 
-def open_run_folder(run: Run) -> None:
-  """Makes the run's folder, or checks that it holds the same run.
+@contextlib.contextmanager
+def open_run_folder(run: Run) -> Iterator[None]:
+  """Makes the run's folder, or checks that it holds the same run; keeps others out.
 
   Args:
     run: its `model_dir` is made if it is missing.
 
+  Yields:
+    Nothing.
+
   Raises:
-    UserError: the folder can't be written to, or holds a run of another
-      configuration and `run.allow_config_change` is not set.
+    UserError: the folder can't be written to, another process trains in it, or it holds
+      a run of another configuration and `run.allow_config_change` is not set.
   """
   _check_writable(run.model_dir)
-  saved.check_same(run.config, run.model_dir, run.allow_config_change)
-  saved.save(run.config, run.model_dir)
+  with claim.claiming(run.model_dir, "training in"):
+    saved.check_same(run.config, run.model_dir, run.allow_config_change)
+    saved.save(run.config, run.model_dir)
+    yield
 
 
 def check_disk(model_dir: str, *, num_bytes: int) -> None:

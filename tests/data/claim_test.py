@@ -1,0 +1,215 @@
+"""Two processes that write into one folder, on one machine or two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from trainer.data import claim, paths, writer
+from trainer.data.claim import Claim, claiming
+from trainer.data.records import RecordIndex
+from trainer.data.sources import Item
+from trainer.errors import UserError
+
+
+@pytest.fixture(params=["here", "elsewhere"])
+def folder(request, tmp_path):
+  """A folder of this machine's file system, and one that is not."""
+  name = re.sub("[^a-z0-9]+", "-", request.node.name)
+  path = str(tmp_path) if request.param == "here" else f"ram://claims-{name}"
+  paths.make_folder(path)
+  return path
+
+
+@pytest.fixture(autouse=True)
+def short_times(monkeypatch):
+  monkeypatch.setattr(claim, "_TOUCH_S", 0.05)
+  monkeypatch.setattr(claim, "_LOOK_S", 0.01)
+  monkeypatch.setattr(claim, "_SILENCE_S", 1.0)
+
+
+def _claims(folder):
+  return [name for name in paths.list_folder(folder) if name.startswith(".in-use-")]
+
+
+def _put(folder, name="other", **changes):
+  """The claim of another process, and its path; by default on another machine."""
+  own = Claim("other", "another machine", 7, "yesterday", "training in")
+  content = json.dumps({**dataclasses.asdict(own), **changes})
+  path = f"{folder}/.in-use-{name}.json"
+  paths.write_bytes(path, content.encode())
+  return path
+
+
+@pytest.fixture
+def process():
+  with subprocess.Popen(["sleep", "60"]) as running:
+    yield running
+    running.kill()
+
+
+def test_a_folder_is_claimed_while_it_is_used_and_no_longer(folder):
+  for _ in range(2):
+    with claiming(folder, "training in"):
+      assert len(_claims(folder)) == 1
+    assert not _claims(folder)
+
+
+def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
+  _put(folder, host="mine", machine=claim._machine(), pid=process.pid)
+  words = f"process {process.pid} of mine is training in {folder} since yesterday; "
+  with pytest.raises(UserError, match=words), claiming(folder, "training in"):
+    pass
+  assert _claims(folder) == [".in-use-other.json"]
+
+
+def test_who_touches_its_claim_from_another_machine_is_named(folder):
+  path = _put(folder)
+  is_over = threading.Event()
+  own = Claim("other", "another machine", 7, "yesterday", "training in")
+  thread = threading.Thread(target=claim._touch, args=(path, own, is_over))
+  thread.start()
+  try:
+    words = "process 7 of other"
+    with pytest.raises(UserError, match=words), claiming(folder, "training in"):
+      pass
+  finally:
+    is_over.set()
+    thread.join()
+
+
+def test_who_is_gone_from_this_machine_is_passed_over_at_once(
+  folder, process, caplog, monkeypatch
+):
+  monkeypatch.setattr(claim, "_SILENCE_S", 3600.0)
+  process.kill()
+  process.wait()
+  for pid in (process.pid, os.getpid(), 2**80):  # A container counts anew.
+    _put(folder, str(pid), machine=claim._machine(), pid=pid)
+  with claiming(folder, "training in"):
+    assert len(_claims(folder)) == 1
+  assert caplog.text.count("of a process that is gone") == 3
+
+
+def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
+  tmp_path, process, monkeypatch
+):
+  path = _put(tmp_path, machine=claim._machine(), pid=process.pid)
+  os.utime(path, (time.time() - 3600,) * 2)
+  monkeypatch.setattr(claim, "_SILENCE_S", 1800.0)
+  with claiming(str(tmp_path), "training in"):
+    assert not os.path.exists(path)
+
+
+def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
+  folder, monkeypatch
+):
+  path = _put(folder)
+  monkeypatch.setattr(claim, "_SILENCE_S", 0.2)
+  start_s = time.monotonic()
+  with claiming(folder, "training in"):
+    assert not paths.exists(path)
+  assert time.monotonic() - start_s > 0.15
+
+
+@pytest.mark.parametrize(
+  "content", [b"", b"[1]", b'{"pid": "x"}', b"\xff", b" " * 10**5]
+)
+def test_a_claim_that_says_nothing_ends_by_its_silence(folder, content, monkeypatch):
+  monkeypatch.setattr(claim, "_SILENCE_S", 0.1)
+  paths.write_bytes(f"{folder}/.in-use-x.json", content)
+  with claiming(folder, "training in"):
+    assert len(_claims(folder)) == 1
+
+
+def test_a_claim_that_is_removed_by_hand_is_put_back(folder):
+  with claiming(folder, "training in"):
+    [name] = _claims(folder)
+    paths.remove(f"{folder}/{name}")
+    end_s = time.monotonic() + 20
+    while _claims(folder) != [name]:
+      assert time.monotonic() < end_s
+      time.sleep(0.01)
+
+
+def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
+  """Threads that count as other machines."""
+  start, inside, seen = threading.Barrier(8), [], []
+
+  def come():
+    start.wait()
+    try:
+      with claiming(folder, "training in"):
+        inside.append(1)
+        seen.append(len(inside))
+        time.sleep(0.3)
+        inside.pop()
+    except UserError:
+      pass
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(claim, "_machine", lambda: f"machine {threading.get_ident()}")
+    threads = [threading.Thread(target=come) for _ in range(8)]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+  assert max(seen, default=0) <= 1
+  assert not _claims(folder)
+
+
+_SCRIPT = """
+import sys
+from trainer.data import claim
+claim._TOUCH_S = 0.05
+with claim.claiming(sys.argv[1], "training in"):
+  print("in", flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_a_process_that_stood_still_until_another_came_is_ended(tmp_path):
+  with subprocess.Popen(
+    [sys.executable, "-c", _SCRIPT, str(tmp_path)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  ) as first:
+    assert first.stdout.readline() == "in\n"
+    first.send_signal(19)  # SIGSTOP
+    time.sleep(1.1)
+    with claiming(str(tmp_path), "training in"):
+      first.send_signal(18)  # SIGCONT
+      assert first.wait(20) == 2
+    words = first.stderr.read()
+  assert "error: this process stood still, and process" in words
+
+
+def test_a_second_writer_of_data_elsewhere_is_told_who_the_first_is():
+  folder = "ram://claimed-data"
+  items = [
+    Item(str(n), f"class {n % 2}", features={"vector": [float(n)]}) for n in range(8)
+  ]
+
+  def write():
+    writer.write_records(items, folder, records_per_shard=5, fingerprint={})
+
+  paths.make_folder(folder)
+  path = _put(
+    folder, machine=claim._machine(), pid=os.getppid(), doing="ingesting into"
+  )
+  with pytest.raises(UserError, match="is ingesting into ram://claimed-data since"):
+    write()
+  paths.remove(path)
+  write()
+  assert RecordIndex.open(folder).num_records == 8
+  assert not _claims(folder)
