@@ -3,7 +3,8 @@
 # Without a run file: configs/runs/digits.gin, on all GPUs or on two virtual replicas.
 # CUDA_VISIBLE_DEVICES picks the GPUs. Flags are those of `python -m trainer.task --help`;
 # a later one wins. Relative paths in them start at the project's folder, as those in run
-# files do.
+# files do. --max_restarts=N starts a run again that was preempted or has stalled, as
+# supervise.sh says.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -14,6 +15,15 @@ if [[ $# -gt 0 && $1 != -* ]]; then
   run=$(find_run "$1")
   shift
 fi
+rest=() supervised=()
+for word in "$@"; do
+  case $word in
+    --max_restarts=[0-9]*) supervised=(launch/supervise.sh "$word") ;;
+    --max_restarts*) fail "$word has no value that fits." ;;
+    *) rest+=("$word") ;;
+  esac
+done
+set -- ${rest[@]+"${rest[@]}"}
 cd "$here/.."
 if [ -z "$run" ] && ! has_gpu; then
   case " $*" in
@@ -24,5 +34,6 @@ fi
 run=${run:-configs/runs/digits.gin}
 
 task_python
-exec "$python" -m trainer.task --mode=train_and_evaluate --gin_file="$run" \
-  --model_dir="runs/$(basename "$run" .gin)" "$@"
+exec ${supervised[@]+"${supervised[@]}"} "$python" -m trainer.task \
+  --mode=train_and_evaluate --gin_file="$run" --model_dir="runs/$(basename "$run" .gin)" \
+  "$@"

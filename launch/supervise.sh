@@ -4,7 +4,8 @@
 #   ./launch/supervise.sh [--max_restarts=N] python -m trainer.task --model_dir=DIR ...
 # Gives up after N restarts (5) in a row without a newer checkpoint in --model_dir; waits
 # 1 s before the first of them, and twice as long before each next, 60 s at most. Signals
-# are passed on, and then it isn't run again. The exit status is the command's last.
+# are passed on, and then it isn't run again. The exit status is the command's last. Where
+# this script itself is killed, the kernel tells the command to end, if setpriv is there.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -24,6 +25,11 @@ for word in "$@"; do
 done
 [ -n "$model_dir" ] || fail "the command has no --model_dir=DIR, in which progress is seen."
 
+tied=()
+if setpriv --pdeathsig=TERM true 2>/dev/null; then
+  tied=(setpriv --pdeathsig=TERM)
+fi
+
 child=''
 # pass SIGNAL: to the command; what the terminal sends, it has had itself.
 pass() {
@@ -37,7 +43,7 @@ run_once() {
   local status=0 found told=-1
   # A command in the background ignores SIGINT, unless it is given a group of its own.
   set -m
-  "$@" </dev/null &
+  ${tied[@]+"${tied[@]}"} "$@" </dev/null &
   child=$!
   set +m
   # A signal ends a wait with a status that is not the child's: only another one tells,

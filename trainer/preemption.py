@@ -4,7 +4,7 @@ TensorFlow's calls keep Python's own handlers waiting, so a thread hears of a si
 from the wake-up pipe that the handlers of C write to. What then happens depends on
 where the run is. While it trains it goes on to the end of the inner loop, and saves;
 where that takes too long, the grace is over. Elsewhere there is nothing to save, and
-it ends.
+it ends; but one worker of several only where it meets the others, to end with them.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Preemption:
   def __init__(self, grace_s: float):
     self._grace_s = grace_s
     self._is_saving = False
+    self._is_of_several = False
     self._told: Optional[signal.Signals] = None
     self._newest_fn: Callable[[], str] = lambda: "no checkpoint was saved"
     self._is_timed = False
@@ -45,6 +46,11 @@ class Preemption:
   def is_told(self) -> bool:
     """Whether a signal came."""
     return self._told is not None
+
+  @property
+  def is_to_end(self) -> bool:
+    """Whether a signal came, and there is nothing to save: for all workers to know."""
+    return self.is_told and not self._is_saving
 
   @property
   def signal_name(self) -> str:
@@ -62,16 +68,15 @@ class Preemption:
       Nothing.
 
     Raises:
-      PreemptedError: a signal came before, or too late for the block to look.
+      PreemptedError: a signal came before, or too late for the block to look, and there
+        is no other worker.
     """
     self.hear_again()
     self._is_saving, self._newest_fn = True, newest_fn
     try:
-      if self.is_told:
-        raise self._nothing_to_save()
+      self._end_if_alone()
       yield
-      if self.is_told:
-        raise self._nothing_to_save()
+      self._end_if_alone()
     finally:
       self._is_saving = False
 
@@ -105,8 +110,17 @@ class Preemption:
       thread.join()
       reader.close()
 
+  def join_others(self) -> None:
+    """To be called when workers are connected: a signal is then for all of them.
+
+    It breaks off nothing any more, as the others would wait for this one, and call it
+    lost. Who meets the others tells them `is_to_end`.
+    """
+    self._is_of_several = True
+    self.hear_again()
+
   def hear_again(self) -> None:
-    """To be called when workers are connected: TensorFlow then takes SIGTERM itself.
+    """Hears signals that TensorFlow took, as it does with SIGTERM where it connects.
 
     Its handler notes the signal, and keeps it from Python.
     """
@@ -118,7 +132,11 @@ class Preemption:
     del frame
     self._told = self._told or signal.Signals(number)
     if not self._is_saving:
-      raise self._nothing_to_save()
+      self._end_if_alone()
+
+  def _end_if_alone(self) -> None:
+    if self.is_told and not self._is_of_several:
+      raise self.nothing_to_save()
 
   def _listen(self, reader: socket.socket) -> None:
     """The thread: hears every signal, whatever the main thread is doing."""
@@ -138,8 +156,9 @@ class Preemption:
   def _end_late(self) -> None:
     """Ends the process when its time is over."""
     if not self._is_saving:
-      if not self._ended.wait(min(_UNWINDING_S, self._grace_s)):
-        _leave(PreemptedError.exit_status, str(self._nothing_to_save()))
+      patience_s = self._grace_s if self._is_of_several else _UNWINDING_S
+      if not self._ended.wait(min(patience_s, self._grace_s)):
+        _leave(PreemptedError.exit_status, str(self.nothing_to_save()))
       return
     _say(f"{self.signal_name}: saving, within {self._grace_s:g} s.")
     if not self._ended.wait(self._grace_s):
@@ -149,7 +168,8 @@ class Preemption:
         f"checkpoint could be written; {self._newest_fn()}; the same command goes on.",
       )
 
-  def _nothing_to_save(self) -> PreemptedError:
+  def nothing_to_save(self) -> PreemptedError:
+    """What is raised where a run is to end."""
     return PreemptedError(
       f"{self.signal_name}: stopped where there was nothing new to save; the same "
       "command goes on."

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 import tensorflow as tf
 
+from trainer import preemption
 from trainer.distribute.workers import Workers, current_workers
 from trainer.errors import PreemptedError, UserError, WorkerFailedError
 
@@ -55,6 +58,17 @@ def test_a_worker_that_is_told_to_stop_takes_the_others_along():
     _two_workers(1, '["PreemptedError", "SIGTERM: stopped"]').together(lambda: 5)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped"):
     _two_workers(0, "null").together(_fail(PreemptedError("SIGTERM: stopped")))
+
+
+def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
+  told = preemption.Preemption(30.0)
+  monkeypatch.setattr(preemption, "_current", told)
+  told.join_others()
+  told._handle(signal.SIGTERM, None)
+  with pytest.raises(PreemptedError, match="SIGTERM: stopped where there was nothing"):
+    _two_workers(0, "null").together(lambda: 5)
+  with told.saving(lambda: "the newest"):  # The loop itself tells the others.
+    assert _two_workers(0, "null").together(lambda: 5) == 5
 
 
 def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored):

@@ -85,3 +85,34 @@ def not_finite_that_is_skipped(runs: Runs) -> Outcome:
 def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
   """A record of NaN; when_not_finite = 'go_back'."""
   return _passed_over(runs, "go_back")
+
+
+@row
+def not_finite_on_two_workers(runs: Runs) -> Outcome:
+  """A record of NaN; two workers, when_not_finite = 'go_back'."""
+  name, file = "nan-workers", runs.folder / "weights"
+  workers = runs.start_workers(
+    name,
+    *harmful(not_finite_key=_key_drawn(runs)),
+    "LoopOptions.when_not_finite = 'go_back'",
+    "LoopOptions.max_not_finite = 100",
+    "TrainStep.optimizer = @noting_weights()",
+    "noting_weights.optimizer = @adam()",
+    f"noting_weights.file = '{file}'",
+  )
+  statuses, seconds = zip(*(worker.wait() for worker in workers))
+  notes, others = (_notes(f"{file}-{index}") for index in range(2))
+  steps = [step for step, _ in notes]
+  is_back = workers[0].said(f"the newest checkpoint is of step {_BAD_STEP - 1}.")
+  is_passed = _BAD_STEP + 1 not in steps and steps[-1] == NUM_STEPS
+  seen = f"{statuses}, gone back: {is_back}, passed over: {is_passed}, "
+  seen += f"weights equal after each step: {notes == others}"
+  expected = "(0, 0), gone back: True, passed over: True, "
+  expected += "weights equal after each step: True"
+  return Outcome(expected, seen, max(seconds), NUM_STEPS - len(steps))
+
+
+def _notes(path):
+  """Step and digest of each update that a worker made."""
+  with open(path, encoding="ascii") as lines:
+    return [(int(step), digest) for step, digest in map(str.split, lines)]

@@ -1,7 +1,9 @@
-"""Parts that do harm on purpose; gin files import them with --allow_gin_import."""
+"""Parts that do harm or tell of it; gin files import them with --allow_gin_import."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
 
@@ -41,3 +43,31 @@ class HarmfulDecoder:
     while os.path.exists(self._hang_file):
       time.sleep(0.05)
     return images
+
+
+@gin.register
+def noting_weights(*, optimizer, file: str):
+  """An optimizer of one worker of several, which notes what weights it leaves.
+
+  Args:
+    optimizer: makes the updates.
+    file: path that gets a line for each update, its step and the weights' SHA-256; the
+      worker's number is added at its end.
+  """
+
+  apply_gradients = optimizer.apply_gradients
+
+  def apply_and_note(gradients_and_weights, **options):
+    pairs = list(gradients_and_weights)
+    apply_gradients(pairs, **options)
+    weights = [tf.convert_to_tensor(weight) for _, weight in pairs]
+    tf.numpy_function(note, [optimizer.iterations, *weights], [])
+
+  def note(step, *weights):
+    digest = hashlib.sha256(b"".join(weight.tobytes() for weight in weights))
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    with open(f"{file}-{index}", "a", encoding="ascii") as lines:
+      lines.write(f"{step} {digest.hexdigest()}\n")
+
+  optimizer.apply_gradients = apply_and_note
+  return optimizer

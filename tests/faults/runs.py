@@ -28,12 +28,10 @@ _SMALL = (
   "StepOptions.averaging_decay = 0.9",
   "PKSchedule.samples_per_class = 4",
 )
-# A smooth loss, because a rounding error can tip a triplet over the margin, and SGD,
-# because Adam divides gradients that are rounding errors by their own size. Batch
+# A smooth loss, because a rounding error can tip a triplet over the margin. Batch
 # normalisation is of the replica's batch: another computation on another number.
 _SMOOTH = {
   "batch_all.gin": "supervised_contrastive.gin",
-  "adam.gin": "sgd.gin",
   "'../": f"'{ROOT}/configs/",
 }
 _TIMED = ("time", "train/images_per_second", "train/seconds_per_step")
@@ -82,12 +80,12 @@ class Runs:
     os.close(descriptor)
     return Running(arguments, output, environment, is_fork=is_fork)
 
-  def start_workers(self, name, *params, num_workers=2, flags=(), is_fork=True):
-    """Starts the workers of a run."""
+  def start_workers(self, name, *params, num_workers=2, **options):
+    """Starts the workers of a run; options are those of `start`."""
     return processes.workers(
       num_workers,
       lambda index, environment: self.start(
-        name, *params, flags=flags, environment=environment, is_fork=is_fork
+        name, *params, environment=environment, **options
       ),
     )
 
@@ -137,16 +135,21 @@ def differences(model_dir, whole) -> list[str]:
 
 
 def largest_error(model_dir, whole) -> float:
-  """Largest difference of a weight, relative to the largest number of its tensor.
+  """Largest relative difference of a weight, an average or a moment of the optimizer.
 
-  Of the encoder's weights and their averages; an optimizer's moments are left out.
+  Of weights and averages relative to the largest of all, as `trainer.loop.parity` says
+  why; of moments to the largest of their tensor.
   """
   got, expected = values(model_dir), values(whole)
   assert got.keys() == expected.keys()
+  floats = {n: value for n, value in expected.items() if value.dtype.kind == "f"}
+  sizes = {name: np.abs(value).max() for name, value in floats.items()}
+  for kind in ("encoder", "averages"):
+    same = [name for name in floats if name.startswith(kind)]
+    sizes.update(dict.fromkeys(same, max(sizes[name] for name in same)))
   errors = [
-    np.abs(got[name] - value).max() / max(np.abs(value).max(), 1e-30)
-    for name, value in expected.items()
-    if name.startswith(("encoder", "averages")) and value.dtype.kind == "f"
+    np.abs(got[name] - value).max() / max(sizes[name], 1e-30)
+    for name, value in floats.items()
   ]
   return float(max(errors))
 

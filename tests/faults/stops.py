@@ -92,6 +92,18 @@ def told_while_evaluating(runs: Runs) -> Outcome:
   return Outcome(f"3, step {NUM_STEPS}", f"{status}, step {newest}", seconds, 0)
 
 
+@row
+def told_one_worker_while_all_evaluate(runs: Runs) -> Outcome:
+  """SIGTERM; evaluating after the last step, worker 1 of 2."""
+  name = "told-one-evaluating"
+  chief, other = runs.start_workers(name, mode="train_and_evaluate")
+  chief.wait_until(lambda: runs_lib.newest_step(runs.folder / name) == NUM_STEPS)
+  other.tell(signal.SIGTERM)
+  status, seconds = other.wait()
+  seen = f"{status} and {chief.wait()[0]}"
+  return Outcome("3 and 3", seen, seconds, 0)
+
+
 def _hanging(runs: Runs, name, *flags):
   """A run whose input hangs after its first checkpoints, and the file that holds it."""
   model_dir = runs.folder / name

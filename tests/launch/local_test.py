@@ -67,7 +67,7 @@ case "$1 $2" in
     "$CHMOD" +x "$4/bin/python"; echo made ;;
   "-m pip") [ -z "${PIP_FAILS:-}" ] || exit 7
     for last; do :; done; echo "installed $last" ;;
-  "-m trainer.task") shift 2; printf '%s\\n' "$@" ;;
+  "-m trainer.task") shift 2; printf '%s\\n' "$@"; exit "${TASK_STATUS:-0}" ;;
   "-m trainer.sweep") shift 2; printf '%s\\n' "-m trainer.sweep" "$@" ;;
 esac
 """
@@ -165,6 +165,18 @@ def test_run_file_is_found_from_another_folder_and_flags_are_kept(
     "--model_dir=runs/mine",
     *flags,
   ]
+
+
+@pytest.mark.parametrize(("flags", "num_runs"), [((), 1), (("--max_restarts=1",), 2)])
+def test_a_run_that_was_preempted_starts_again_where_that_is_wanted(
+  project, fake, flags, num_runs
+):
+  _program(pathlib.Path(fake["PATH"]) / "sleep", "")
+  env = {**fake, "TASK_STATUS": "3"}
+  done = _run(project, "launch/local.sh", *flags, env=env)
+  assert done.returncode == 3
+  assert done.stdout.splitlines().count("--model_dir=runs/digits") == num_runs
+  assert "--max_restarts" not in done.stdout
 
 
 @pytest.mark.parametrize("flag", ["--strategy=cpu", "--num_virtual_replicas=4"])

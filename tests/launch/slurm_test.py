@@ -165,6 +165,7 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   short += ("LoopOptions.checkpoint_every_steps = 10", f"DATA_DIR = '{tmp_path}/data'")
   run = tmp_path / "run"
   task = [sys.executable, "-m", "trainer.task", f"--model_dir={run}"]
+  short += ("TrainStep.mining_statistics = None",)  # They take long to compile.
   params = [f"--gin_param={param}" for param in short]
   ingest = [*task, f"--gin_file={DIGITS}", *params, "--mode=ingest"]
   subprocess.run(ingest, cwd=ROOT, check=True, capture_output=True)

@@ -21,7 +21,7 @@ read -ra statuses <<<"$STATUSES"
 status=${statuses[$((number - 1))]}
 [[ $status != +* ]] || : >"$folder/checkpoints/ckpt-$((number * 10)).json"
 if [[ $status = hang ]]; then
-  trap "exit 3" TERM INT
+  trap ': >"$folder/ended"; exit 3' TERM INT
   : >"$folder/ready"
   /bin/sleep 30 & wait
 fi
@@ -62,6 +62,13 @@ def _num_calls(tmp_path):
   return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def _wait_for(path):
+  deadline = time.monotonic() + 20
+  while not path.exists():
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+
+
 @pytest.mark.parametrize("status", [0, 1, 2, 5, 130])
 def test_what_is_done_or_hopeless_is_run_once(start, tmp_path, status):
   assert start(str(status)).wait(30) == status
@@ -95,12 +102,19 @@ def test_a_newer_checkpoint_counts_as_progress(start, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on_and_nothing_run_again(start, tmp_path, number):
   process = start("hang 0")
-  deadline = time.monotonic() + 20
-  while not (tmp_path / "run" / "ready").exists():
-    assert time.monotonic() < deadline
-    time.sleep(0.02)
+  _wait_for(tmp_path / "run" / "ready")
   process.send_signal(number)
   assert process.wait(20) == 3
+  assert _num_calls(tmp_path) == 1
+
+
+def test_a_command_whose_supervisor_is_killed_is_told_to_end(start, tmp_path):
+  process = start("hang 0")
+  ready, ended = (tmp_path / "run" / name for name in ("ready", "ended"))
+  _wait_for(ready)
+  process.kill()
+  process.wait()
+  _wait_for(ended)
   assert _num_calls(tmp_path) == 1
 
 

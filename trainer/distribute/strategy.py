@@ -116,7 +116,7 @@ def _multi_worker(
       rpc_layer="grpc",
     )
   )
-  preemption.current().hear_again()
+  preemption.current().join_others()
   # All workers have equally many batches, of static shapes: no need to ask each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(

@@ -11,6 +11,7 @@ from typing import Callable, Optional, TypeVar
 import numpy as np
 import tensorflow as tf
 
+from trainer import preemption
 from trainer.data.pipeline import Shard
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.rendezvous import differences
@@ -121,6 +122,8 @@ class Workers:
       return make()
     try:
       made = make()
+      if preemption.current().is_to_end:
+        raise preemption.current().nothing_to_save()
     except Exception as error:
       self._raise_first(error)
       raise

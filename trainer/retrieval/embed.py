@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import tensorflow as tf
 
-from trainer import heartbeat
+from trainer import heartbeat, preemption
 from trainer.data.decode import Decoder
 from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
@@ -48,7 +48,7 @@ class Embedder:
     self._decoder = decoder
     # Traced once, however often a training is evaluated.
     self._embed_fn = tf.function(
-      lambda batch: self._strategy.run(self._embed, (batch,))
+      lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end))
     )
 
   def embed(
@@ -62,6 +62,9 @@ class Embedder:
 
     Yields:
       Of each step in order, on every worker: [B, D] float32; the last is padded.
+
+    Raises:
+      PreemptedError: a worker of several was told to stop; on all of them.
     """
     size = self.global_batch_size
     schedule = SequentialSchedule(record_numbers, records_per_batch=size)
@@ -72,10 +75,16 @@ class Embedder:
     with batches.naming_bad_records(first_step, schedule.num_batches - 1):
       for batch in self._strategy.distribute_datasets_from_function(lambda _: local):
         heartbeat.beat()
-        rows = self._embed_fn(batch)
-        yield self._strategy.experimental_local_results(rows)[0].numpy()
+        is_to_end = tf.constant(float(preemption.current().is_to_end))
+        done = self._embed_fn(batch, is_to_end)
+        rows, num_to_end = self._strategy.experimental_local_results(done)[0]
+        if num_to_end.numpy() > 0:
+          raise preemption.current().nothing_to_save()
+        yield rows.numpy()
 
-  def _embed(self, batch: Batch) -> tf.Tensor:
+  def _embed(self, batch: Batch, is_to_end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     # Gathered, so that every worker has the rows of all.
     embeddings = self._encoder(batch.inputs, training=False)
-    return current_collectives().gather(embeddings)
+    collectives = current_collectives()
+    # What comes from outside is on no replica's device, where sums are taken.
+    return collectives.gather(embeddings), collectives.sum(tf.identity(is_to_end))
