@@ -110,13 +110,16 @@ class Preemption:
       thread.join()
       reader.close()
 
-  def join_others(self) -> None:
+  def join_others(self, num_others: int) -> None:
     """To be called when workers are connected: a signal is then for all of them.
 
     It breaks off nothing any more, as the others would wait for this one, and call it
     lost. Who meets the others tells them `is_to_end`.
+
+    Args:
+      num_others: how many they are; where there is none, nothing changes.
     """
-    self._is_of_several = True
+    self._is_of_several = num_others > 0
     self.hear_again()
 
   def hear_again(self) -> None:

@@ -63,7 +63,7 @@ def test_a_worker_that_is_told_to_stop_takes_the_others_along():
 def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
   told = preemption.Preemption(30.0)
   monkeypatch.setattr(preemption, "_current", told)
-  told.join_others()
+  told.join_others(1)
   told._handle(signal.SIGTERM, None)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped where there was nothing"):
     _two_workers(0, "null").together(lambda: 5)

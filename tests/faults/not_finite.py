@@ -61,38 +61,32 @@ def not_finite_where_it_stops(runs: Runs) -> Outcome:
   )
 
 
-def _passed_over(runs: Runs, policy) -> Outcome:
-  name = f"nan-{policy}"
-  _, model_dir, status, seconds = _poisoned(
-    runs, name, policy, "LoopOptions.max_not_finite = 100"
-  )
+def _passed_over(model_dir, status) -> tuple[str, str, int]:
+  """What must come of a run and what did, in words, and how many steps it left out."""
   rows = runs_lib.rows(model_dir)
   steps = [row["step"] for row in rows] == list(range(2, NUM_STEPS + 1, 2))
   count = rows[-1]["train/not_finite_steps"]
   is_finite = runs_lib.all_finite(model_dir)
   seen = f"{status}, counted: {count > 0}, all steps: {steps}, finite: {is_finite}"
-  expected = "0, counted: True, all steps: True, finite: True"
-  return Outcome(expected, seen, seconds, int(count))
+  return "0, counted: True, all steps: True, finite: True", seen, int(count)
 
 
 @row
 def not_finite_that_is_skipped(runs: Runs) -> Outcome:
   """A record of NaN; when_not_finite = 'skip'."""
-  return _passed_over(runs, "skip")
+  _, model_dir, status, seconds = _poisoned(
+    runs, "nan-skip", "skip", "LoopOptions.max_not_finite = 100"
+  )
+  expected, seen, count = _passed_over(model_dir, status)
+  return Outcome(expected, seen, seconds, count)
 
 
 @row
 def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
-  """A record of NaN; when_not_finite = 'go_back'."""
-  return _passed_over(runs, "go_back")
-
-
-@row
-def not_finite_on_two_workers(runs: Runs) -> Outcome:
-  """A record of NaN; two workers, when_not_finite = 'go_back'."""
-  name, file = "nan-workers", runs.folder / "weights"
-  workers = runs.start_workers(
-    name,
+  """A record of NaN; when_not_finite = 'go_back', two workers."""
+  file = runs.folder / "weights"
+  chief, other = runs.start_workers(
+    "nan-go-back",
     *harmful(not_finite_key=_key_drawn(runs)),
     "LoopOptions.when_not_finite = 'go_back'",
     "LoopOptions.max_not_finite = 100",
@@ -100,16 +94,18 @@ def not_finite_on_two_workers(runs: Runs) -> Outcome:
     "noting_weights.optimizer = @adam()",
     f"noting_weights.file = '{file}'",
   )
-  statuses, seconds = zip(*(worker.wait() for worker in workers))
+  status, seconds = chief.wait()
+  other_status, _ = other.wait()
+  expected, seen, _ = _passed_over(runs.folder / "nan-go-back", status)
   notes, others = (_notes(f"{file}-{index}") for index in range(2))
   steps = [step for step, _ in notes]
-  is_back = workers[0].said(f"the newest checkpoint is of step {_BAD_STEP - 1}.")
-  is_passed = _BAD_STEP + 1 not in steps and steps[-1] == NUM_STEPS
-  seen = f"{statuses}, gone back: {is_back}, passed over: {is_passed}, "
-  seen += f"weights equal after each step: {notes == others}"
-  expected = "(0, 0), gone back: True, passed over: True, "
-  expected += "weights equal after each step: True"
-  return Outcome(expected, seen, max(seconds), NUM_STEPS - len(steps))
+  is_back = chief.said(f"the newest checkpoint is of step {_BAD_STEP - 1}.")
+  is_back &= _BAD_STEP + 1 not in steps and steps[-1] == NUM_STEPS
+  seen += (
+    f"; back: {is_back}; worker 1: {other_status}, equal weights: {notes == others}"
+  )
+  expected += "; back: True; worker 1: 0, equal weights: True"
+  return Outcome(expected, seen, seconds, NUM_STEPS - len(steps))
 
 
 def _notes(path):

@@ -96,8 +96,8 @@ def told_while_evaluating(runs: Runs) -> Outcome:
 def told_one_worker_while_all_evaluate(runs: Runs) -> Outcome:
   """SIGTERM; evaluating after the last step, worker 1 of 2."""
   name = "told-one-evaluating"
-  chief, other = runs.start_workers(name, mode="train_and_evaluate")
-  chief.wait_until(lambda: runs_lib.newest_step(runs.folder / name) == NUM_STEPS)
+  chief, other = runs.start_workers(name, "NUM_STEPS = 4", mode="train_and_evaluate")
+  chief.wait_until(lambda: runs_lib.newest_step(runs.folder / name) == 4)
   other.tell(signal.SIGTERM)
   status, seconds = other.wait()
   seen = f"{status} and {chief.wait()[0]}"

@@ -116,7 +116,7 @@ def _multi_worker(
       rpc_layer="grpc",
     )
   )
-  preemption.current().join_others()
+  preemption.current().join_others(cluster.num_workers - 1)
   # All workers have equally many batches, of static shapes: no need to ask each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(
