@@ -44,4 +44,4 @@ def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
   for number, record in read_records(index, numbers):
     place = index.describe(number)
     values = examples.values(record, place).get("key")
-    yield examples.text(values[0]) if values else place
+    yield str(examples.text(values[0])) if values else place
