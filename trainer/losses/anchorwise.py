@@ -128,17 +128,14 @@ class AnchorwiseLoss(tf.Module):
     # What padding holds may be anything, and 0 times NaN is NaN.
     vectors_fn = self.comparison.vectors_fn
     own = _zero_unless(anchors.weights > 0.0, anchors.embeddings)
-    fresh, fixed = candidates.embeddings, candidates.fixed_embeddings
+    fresh = candidates.embeddings
     others = _zero_unless(candidates.is_valid[: fresh.shape[0]], fresh)
     sums = sum_over_tiles(
       functools.partial(self._tile, self._pairs_fn(anchors, candidates)),
       anchors._replace(embeddings=vectors_fn(own)),
-      candidates._replace(
-        embeddings=vectors_fn(others),
-        fixed_embeddings=None if fixed is None else vectors_fn(fixed),
-      ),
+      candidates._replace(embeddings=vectors_fn(others)),
       lists,
-      uses_norms=self.comparison.uses_norms,
+      comparison=self.comparison,
       parameters=self.parameters(),
       rows_per_tile=self._rows_per_tile,
     )

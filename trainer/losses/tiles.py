@@ -21,7 +21,8 @@ from typing import NamedTuple, Optional
 import tensorflow as tf
 
 from trainer.losses.accelerator import is_accelerated
-from trainer.losses.distances import squared_norms
+from trainer.losses.candidate_vectors import in_one
+from trainer.losses.distances import Comparison, squared_norms
 from trainer.losses.positive_lists import PositiveLists
 from trainer.losses.terms import Anchors, Candidates
 
@@ -29,8 +30,10 @@ from trainer.losses.terms import Anchors, Candidates
 # us. A float32 matrix of the first has 2 MB, about what a core's caches hold; an
 # accelerator wants few launches.
 _PAIRS_PER_TILE = {False: 2**19, True: 2**24}
-# Fewer rows would leave the matrix products short of work.
-_MIN_ROWS = 128
+# Fewer rows leave the matrix products short of work; but beyond so many pairs, what one
+# tile takes is past the caches, and past what malloc keeps: each tile would get new
+# pages of the system, which takes as long as the products.
+_ENOUGH_ROWS, _MAX_PAIRS, _MIN_ROWS = 128, 2**21, 32
 
 MIN_PAIRS_TO_COMPILE = 2**16
 
@@ -91,7 +94,7 @@ def sum_over_tiles(
   candidates: Candidates,
   lists: Optional[PositiveLists],
   *,
-  uses_norms: bool,
+  comparison: Comparison,
   parameters: Sequence[tf.Tensor] = (),
   rows_per_tile: Optional[int] = None,
 ) -> Sums:
@@ -101,10 +104,10 @@ def sum_over_tiles(
     pairs_fn: sums and slopes of a tile; an anchor of weight 0 must add nothing.
     anchors: A of them, with vectors for embeddings; a static number, or else one tile
       is made of all.
-    candidates: C of them, with vectors for embeddings; those that are fixed get no
-      gradient, and take no time for it.
+    candidates: C of them, with vectors for embeddings, but where they are fixed; those
+      get no gradient, which takes no time then.
     lists: positives of the anchors, if the loss needs them.
-    uses_norms: whether squared distances are compared, and not products alone.
+    comparison: makes vectors of embeddings, and says whether norms count.
     parameters: further tensors that the total has a gradient to.
     rows_per_tile: T; None to choose by the number of candidates and the device.
   """
@@ -115,13 +118,16 @@ def sum_over_tiles(
     vectors: tf.Tensor, candidate_vectors: tf.Tensor, *parameters: tf.Tensor
   ) -> tuple[tuple[tf.Tensor, ...], Callable]:
     # An outer tape must not record the tiles: it would keep all of them.
+    fresh, fixed = tf.stop_gradient(candidate_vectors), candidates.fixed_embeddings
+    joined, norms = in_one(fresh, fixed, comparison)
     tiles = _Tiles(
       pairs_fn,
       anchors._replace(embeddings=tf.stop_gradient(vectors)),
-      _in_one(candidates._replace(embeddings=tf.stop_gradient(candidate_vectors))),
-      None if candidates.fixed_embeddings is None else candidate_vectors.shape[0],
+      candidates._replace(embeddings=joined, fixed_embeddings=None),
+      norms,
+      None if fixed is None else fresh.shape[0],
       lists,
-      uses_norms,
+      comparison.uses_norms,
       [tf.stop_gradient(parameter) for parameter in parameters],
     )
     values, gradients = tiles.whole() if num_rows is None else tiles.loop(num_rows)
@@ -150,16 +156,10 @@ def _num_rows(
     return None
   if rows_per_tile is None:
     pairs_per_tile = _PAIRS_PER_TILE[is_accelerated()]
-    rows_per_tile = max(_MIN_ROWS, pairs_per_tile // max(1, candidates.labels.shape[0]))
+    num_candidates = max(1, candidates.labels.shape[0])
+    enough = min(_ENOUGH_ROWS, max(_MIN_ROWS, _MAX_PAIRS // num_candidates))
+    rows_per_tile = max(enough, pairs_per_tile // num_candidates)
   return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
-
-
-def _in_one(candidates: Candidates) -> Candidates:
-  """The same with the vectors of all in one matrix, those that are fixed last."""
-  if candidates.fixed_embeddings is None:
-    return candidates
-  vectors = [candidates.embeddings, tf.stop_gradient(candidates.fixed_embeddings)]
-  return candidates._replace(embeddings=tf.concat(vectors, 0), fixed_embeddings=None)
 
 
 class _Tiles(NamedTuple):
@@ -171,6 +171,7 @@ class _Tiles(NamedTuple):
   pairs_fn: PairsFn
   anchors: Anchors
   candidates: Candidates
+  candidate_norms: tf.Tensor
   num_fresh: Optional[int]
   lists: Optional[PositiveLists]
   uses_norms: bool
@@ -178,10 +179,7 @@ class _Tiles(NamedTuple):
 
   def whole(self) -> tuple[Sums, list[tf.Tensor]]:
     """The sums, and gradients to anchors, candidates and parameters, of all."""
-    norms = squared_norms(self.candidates.embeddings)
-    sums, to_anchors, slopes = self._tile(
-      self.anchors, self.candidates, self.lists, norms
-    )
+    sums, to_anchors, slopes = self._tile(self.anchors, self.candidates, self.lists)
     to_candidates = self._with_norms(slopes[0], slopes[1], self._fresh)
     return sums, [to_anchors, to_candidates, *slopes[2:]]
 
@@ -189,12 +187,11 @@ class _Tiles(NamedTuple):
     """The same, `num_rows` anchors at a time."""
     num_anchors, num_dimensions = self.anchors.embeddings.shape
     num_tiles = -(-num_anchors // num_rows)
-    vectors = self.candidates.embeddings
-    norms = squared_norms(vectors)
+    fresh = self._fresh
 
     def body(index, sums, shared, to_anchors):  # type: ignore[no-untyped-def]
       numbers = index * num_rows + tf.range(num_rows)
-      values, to_rows, slopes = self._tile(*self._rows(numbers), norms)
+      values, to_rows, slopes = self._tile(*self._rows(numbers))
       return (
         index + 1,
         Sums(*(old + new for old, new in zip(sums, values))),
@@ -202,10 +199,9 @@ class _Tiles(NamedTuple):
         to_anchors.write(index, to_rows),
       )
 
-    fresh = self._fresh
     shared = [tf.zeros_like(each) for each in (fresh, fresh[:, 0], *self.parameters)]
     gradients = tf.TensorArray(
-      vectors.dtype, num_tiles, element_shape=[num_rows, num_dimensions]
+      fresh.dtype, num_tiles, element_shape=[num_rows, num_dimensions]
     )
     _, sums, shared, gradients = tf.while_loop(
       lambda index, *_: index < num_tiles,
@@ -222,7 +218,6 @@ class _Tiles(NamedTuple):
     anchors: Anchors,
     candidates: Candidates,
     lists: Optional[PositiveLists],
-    candidate_norms: tf.Tensor,
   ) -> tuple[Sums, tf.Tensor, list[tf.Tensor]]:
     """Of some anchors: sums, gradient to their vectors [T, D], and shared slopes.
 
@@ -233,7 +228,7 @@ class _Tiles(NamedTuple):
     norms = squared_norms(vectors)
     products = tf.matmul(vectors, others, transpose_b=True)
     sums, slopes = self.pairs_fn(
-      Pairs(products, norms, candidate_norms, anchors, candidates, lists),
+      Pairs(products, norms, self.candidate_norms, anchors, candidates, lists),
       self.parameters,
     )
     slope = slopes.products

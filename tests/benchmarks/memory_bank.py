@@ -1,0 +1,135 @@
+"""What a memory bank costs, against the products with its entries alone.
+
+  python -m tests.benchmarks.memory_bank [--only=NAME,...] [--num_rounds=N]
+
+256 anchors, D = 128, a bank of 65,536 in 16,384 classes, on the CPU: the time of a loss
+and its gradient with the bank, less the same without, over the time of the two products
+that there is no way around: the inner products with the entries, and the slopes with
+the entries, which is the gradient to the anchors. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from tests.benchmarks import measure
+from trainer import losses
+from trainer.distribute.collectives import OneReplica
+from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
+from trainer.losses.terms import Anchors, Candidates
+
+_BATCH, _BANK, _NUM_DIMENSIONS = 256, 65_536, 128
+_NUM_CLASSES, _SAMPLES_PER_CLASS = 16_384, 4
+_GOAL = 1.5
+
+LOSSES = {
+  "contrastive": lambda: losses.ContrastiveLoss(margin=0.5),
+  "multi_similarity": losses.MultiSimilarityLoss,
+  "info_nce": lambda: losses.InfoNCELoss(temperature=0.1),
+  "supervised_contrastive": lambda: losses.SupervisedContrastiveLoss(temperature=0.1),
+  "batch_all": lambda: losses.BatchAllTripletLoss(margin=0.2),
+  "batch_hard": lambda: losses.BatchHardTripletLoss(margin=0.2),
+}
+
+
+def _vectors(size):
+  vectors = np.random.default_rng(size).normal(size=(size, _NUM_DIMENSIONS))
+  return tf.constant(
+    vectors / np.linalg.norm(vectors, axis=1, keepdims=True), tf.float32
+  )
+
+
+def _products():
+  """The products with the entries of the bank, and nothing between them."""
+  anchors, entries = _vectors(_BATCH), tf.Variable(_vectors(_BANK))
+
+  @tf.function
+  def run():
+    products = tf.matmul(anchors, entries, transpose_b=True)
+    return tf.matmul(products, entries)
+
+  return run
+
+
+def _step(loss, bank):
+  """A step's loss, its gradient, and what is kept of the batch."""
+  embeddings = _vectors(_BATCH)
+  labels = tf.repeat(tf.range(_BATCH // _SAMPLES_PER_CLASS), _SAMPLES_PER_CLASS)
+  anchors = Anchors(embeddings, labels, tf.ones([_BATCH]))
+  candidates = Candidates(
+    embeddings, labels, tf.ones([_BATCH], tf.bool), tf.range(_BATCH)
+  )
+
+  @tf.function
+  def run():
+    # Of records that are in the bank too, so that copies are found.
+    reminded = bank and RemindedLoss(
+      loss,
+      bank,
+      record_numbers=tf.range(_BATCH),
+      step=tf.constant(1000),
+      collectives=OneReplica(),
+    )
+    with tf.GradientTape() as tape:
+      tape.watch(embeddings)
+      terms = (reminded or loss)(
+        anchors._replace(embeddings=embeddings),
+        candidates._replace(embeddings=embeddings),
+      )
+    gradient = tape.gradient(terms.total, embeddings)
+    if bank:
+      bank.add(reminded.added)
+    return terms.total, gradient, tf.nest.flatten(dict(terms.statistics))
+
+  return run
+
+
+def _full_bank():
+  bank = MemoryBank(size=_BANK, warm_up_steps=0)
+  bank.create_variables(_NUM_DIMENSIONS)
+  rng = np.random.default_rng(0)
+  labels = tf.constant(rng.integers(0, _NUM_CLASSES, _BANK), tf.int32)
+  numbers = tf.constant(rng.integers(0, 10 * _BANK, _BANK), tf.int32)
+  bank.add(Entries(_vectors(_BANK), labels, numbers, tf.zeros([_BANK], tf.int32)))
+  return bank
+
+
+def _print_cost(name, num_rounds):
+  loss = LOSSES[name]()
+  runs = {
+    "products": _products(),
+    "without": _step(loss, None),
+    "with": _step(loss, _full_bank()),
+  }
+  costs = measure.compare(runs, num_rounds)
+  products, without, with_bank = (1e3 * cost.seconds for cost in costs.values())
+  print(
+    f"  {name:24}{products:10.1f} ms{without:9.1f} ms{with_bank:9.1f} ms"
+    f"{(with_bank - without) / products:9.2f}",
+    flush=True,
+  )
+
+
+def main():
+  """Prints the ratio of each loss."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--only", default=",".join(LOSSES), help=f"some of {[*LOSSES]}")
+  parser.add_argument("--num_rounds", type=int, default=7)
+  arguments = parser.parse_args()
+  print(
+    f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
+    f"Python {sys.version.split()[0]}, TensorFlow {tf.__version__}\n"
+    f"  {'':24}{'products':>13}{'without':>12}{'with':>12}{f'(goal {_GOAL})':>12}"
+  )
+  for name in arguments.only.split(","):
+    _print_cost(name, arguments.num_rounds)
+
+
+if __name__ == "__main__":
+  main()
