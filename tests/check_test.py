@@ -17,6 +17,11 @@ _REPOSITORY = pathlib.Path(__file__).parents[1]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Each replica normalises by its own batch: then N replicas don't train as one.
 _BATCH_NORM = "ConvNet.normalization = 'batch'"
+_BANK = (
+  "TrainStep.memory_bank = @MemoryBank()",
+  "MemoryBank.size = 100",
+  "MemoryBank.warm_up_steps = 1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,9 @@ def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
 
 
 def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
-  done = check("PKSchedule.classes_per_batch = 6", "StepOptions.num_micro_batches = 4")
+  done = check(
+    "PKSchedule.classes_per_batch = 6", "StepOptions.num_micro_batches = 4", *_BANK
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
   assert "4 replicas are left out: PKSchedule.classes_per_batch=6" in done.stderr

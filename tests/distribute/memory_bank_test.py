@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import trainer.parts  # noqa: F401  Registers what a run file names.
 from tests.distribute.parity_test import LOSSES, _batches, _maker
 from tests.losses.table import ROWS
-from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD
+from trainer import config
+from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
 from trainer.errors import UserError
@@ -16,7 +18,9 @@ from trainer.loop import parity
 from trainer.loop.checkpoint import Checkpoints
 from trainer.losses.statistics import summarize
 from trainer.losses.terms import Anchors, Candidates
+from trainer.tpu_check import run_step
 
+_RUN_FILE = "configs/runs/glyphs_memory_bank.gin"
 _SIZE, _WARM_UP, _BATCH = 11, 1, 6
 _NUM_STEPS, _NUM_RECORDS, _NUM_DIMENSIONS = 4, 14, 5
 
@@ -260,6 +264,26 @@ def test_a_checkpoint_with_another_bank_says_what_differs(
   first.wait()
   with pytest.raises(UserError, match=message):
     checkpoints(restored).restore()
+
+
+def test_the_run_file_with_a_bank_trains():
+  small = [
+    "BANK_SIZE = 9",
+    "ConvNet.filters = (2,)",
+    "PKSchedule.classes_per_batch = 2",
+    "TrainStep.mining_statistics = None",
+  ]
+  config.load([_RUN_FILE], small, needed=("train",))
+  run = run_step.of_run()
+  specs = run.replica_batch(run.num_classes, 1)
+  inputs = tf.random.stateless_uniform(specs.inputs.shape, (1, 2))
+  labels = tf.repeat(tf.range(2), run.num_samples)
+  batch = Batch(inputs, labels, tf.ones([8]), tf.range(8))
+  for _ in range(2):
+    metrics = summarize(run.step(batch, OneReplica()))
+  assert metrics["bank/fill"] == pytest.approx(8 / 9)
+  assert metrics["bank/age_steps"] == 1
+  assert 0 < metrics["bank/drift"] < 2
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])

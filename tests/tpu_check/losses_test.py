@@ -13,7 +13,7 @@ from tests.distribute.parity_test import LOSSES
 from trainer.data.pipeline import Batch
 from trainer.distribute.objective import across_replicas
 from trainer.loop.step import TrainStep
-from trainer.losses import tiles
+from trainer.losses import accelerator, tiles
 from trainer.losses.terms import Anchors, Candidates
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
@@ -54,7 +54,7 @@ def test_tiles_are_those_of_an_accelerator_while_a_step_is_traced_for_one(
     tf.range(1024),
   )
   here = tiles._num_rows(anchors, candidates, None)
-  with tiles.for_accelerator():
+  with accelerator.for_accelerator():
     there = tiles._num_rows(anchors, candidates, None)
   assert here < 1024
   assert there == {1024: None, 65_536: 256}[num_candidates]
