@@ -13,6 +13,7 @@ from trainer import config
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
+from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
 from trainer.loop import parity
 from trainer.loop.checkpoint import Checkpoints
@@ -291,6 +292,20 @@ def test_numbers_that_make_no_bank_are_refused(numbers):
   size, warm_up_steps = numbers
   with pytest.raises(UserError, match="must be at least"):
     MemoryBank(size=size, warm_up_steps=warm_up_steps)
+
+
+def test_an_objective_that_says_what_is_positive_is_refused():
+  embeddings, labels, numbers, is_real = next(_steps())
+  reminded = RemindedLoss(
+    ROWS[0].make(),
+    _bank(),
+    record_numbers=tf.constant(numbers),
+    step=tf.constant(0),
+    collectives=OneReplica(),
+  )
+  anchors = Anchors(embeddings, labels, is_real.astype(np.float32))
+  with pytest.raises(UserError, match="objective_fn says itself what is positive"):
+    WithinGroups()(reminded, anchors, OneReplica())
 
 
 def test_several_labels_of_an_example_are_refused():

@@ -165,10 +165,15 @@ class RemindedLoss:
       candidates: G of them: the global batch, or this replica's.
 
     Raises:
-      UserError: examples have several labels.
+      UserError: examples have several labels, or positives are not told by labels.
     """
     if candidates.labels.dtype == tf.bool:
       raise UserError("MemoryBank keeps one label of an example, not several.")
+    if candidates.is_relevant is not None:
+      raise UserError(
+        "MemoryBank adds candidates that labels tell apart, and this "
+        "TrainStep.objective_fn says itself what is positive; leave one of them out."
+      )
     if candidates.is_relevant is not None or candidates.is_compared is not None:
       raise UserError(
         "MemoryBank goes by labels, and WithinGroups by the list; set "
