@@ -12,7 +12,7 @@ from trainer.distribute.objective import across_replicas
 from trainer.errors import UserError
 from trainer.loop import micro_batches
 from trainer.loop.per_part import PerPart
-from trainer.loop.step import TrainStep
+from trainer.loop.step import TrainStep, Update
 from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.models.backbones import ConvNet, Perceptron
@@ -105,7 +105,7 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
   step = _step(precision="mixed_float16")
   before = [v.numpy() for v in step.trainable_variables]
   scale = float(step.optimizer.loss_scale)
-  step.apply([tf.fill(v.shape, np.inf) for v in step.trainable_variables])
+  step.apply(Update([tf.fill(v.shape, np.inf) for v in step.trainable_variables]))
   assert float(step.optimizer.loss_scale) == scale / 2
   assert int(step.optimizer.iterations) == 1
   for variable, value in zip(step.trainable_variables, before):

@@ -67,6 +67,24 @@ def batch_all(margin):
   return terms
 
 
+def harder(margin, hardness):
+  """Triplets of the positives and negatives in the harder part of their ranges."""
+
+  def terms(positives, negatives, at):
+    if not positives or not negatives:
+      return 0, 0, 0
+    far, near = at
+    least = max(far) - (1 - hardness) * (max(far) - min(far)) - 1e-9
+    most = min(near) + (1 - hardness) * (max(near) - min(near)) + 1e-9
+    return batch_all(margin)(
+      [p for p, value in zip(positives, far) if value >= least],
+      [n for n, value in zip(negatives, near) if value <= most],
+      None,
+    )
+
+  return terms
+
+
 def batch_hard(margin):
   def terms(positives, negatives, at):
     del at

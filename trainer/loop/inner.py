@@ -108,7 +108,7 @@ class InnerLoop:
     return self._step.propose(batch, current_collectives())
 
   def _apply_and_add(self, proposal, totals):
-    self._step.apply(proposal.gradients, proposal.entries)
+    self._step.apply(proposal.update)
     return tf.nest.map_structure(tf.add, totals, proposal.statistics)
 
   def _forward_state(self):

@@ -19,7 +19,7 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.distribute.memory_bank import Entries
 from trainer.distribute.objective import mines_across_replicas
-from trainer.loop.step import TrainStep
+from trainer.loop.step import TrainStep, Update
 from trainer.losses.statistics import summarize
 
 TOLERANCE = 1e-5
@@ -57,9 +57,13 @@ def expected(
 
   def update(parts):
     done = [step.propose(part, OneReplica()) for part in parts]
-    of_parts = zip(*(each.gradients for each in done))
+    of_parts = zip(*(each.update.gradients for each in done))
     gradients = [tf.add_n(each) / num_parts for each in of_parts]
-    step.apply(gradients, _one_after_the_other([each.entries for each in done]))
+    entries = _one_after_the_other([each.update.entries for each in done])
+    active = tf.nest.map_structure(
+      lambda *v: tf.add_n(v), *(each.update.active for each in done)
+    )
+    step.apply(Update(gradients, entries, active))
     sums = tf.nest.map_structure(
       lambda *v: tf.add_n(v), *(each.statistics for each in done)
     )
@@ -86,8 +90,8 @@ def trained(
 
   def on_replica(batch):
     proposal = step.propose(batch, current_collectives())
-    step.apply(proposal.gradients, proposal.entries)
-    return proposal.gradients, proposal.statistics
+    step.apply(proposal.update)
+    return proposal.update.gradients, proposal.statistics
 
   @tf.function
   def update(batch):

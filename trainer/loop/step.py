@@ -25,23 +25,36 @@ from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
 _OPTIONS = StepOptions()
+_ACTIVE = "mining/active_fraction"
+
+
+class Update(NamedTuple):
+  """What a step changes; equal on all replicas.
+
+  Attributes:
+    gradients: of the global loss, to each trainable variable.
+    entries: of the global batch, for the memory bank; None without one.
+    active: terms of the loss that are not 0, and all terms, for a curriculum.
+  """
+
+  gradients: list[tf.Tensor]
+  entries: Optional[Entries] = None
+  active: Ratio = Ratio(0.0, 0.0)
 
 
 class Proposal(NamedTuple):
   """An update that was computed and not yet made.
 
   Attributes:
-    gradients: of the global loss, to each trainable variable; equal on all replicas.
+    update: what it changes.
     statistics: of this replica; they add up over replicas and steps.
     is_finite: [] bool, whether embeddings, loss and gradients of all replicas are
       finite; equal on all replicas.
-    entries: of the global batch, for the memory bank; None without one.
   """
 
-  gradients: list[tf.Tensor]
+  update: Update
   statistics: Mapping[str, Any]
   is_finite: tf.Tensor
-  entries: Optional[Entries] = None
 
 
 @gin.register
@@ -81,6 +94,8 @@ class TrainStep:
     self.optimizer = loss_scale.scaling_where_needed(optimizer, encoder)
     self.options = options
     self.averages: Optional[AveragedWeights] = None
+    parts = [loss, *getattr(loss, "submodules", ())]
+    self._advancing = [part for part in parts if hasattr(part, "advance")]
     self.propose, self.apply = self._propose, self._apply
     if options.compiled == "step":
       self.propose = tf.function(self._propose, jit_compile=True)
@@ -138,7 +153,7 @@ class TrainStep:
       among them.
     """
     proposal = self.propose(batch, collectives)
-    self.apply(proposal.gradients, proposal.entries)
+    self.apply(proposal.update)
     return proposal.statistics
 
   def _propose(self, batch: Batch, collectives: Collectives) -> Proposal:
@@ -148,30 +163,24 @@ class TrainStep:
       batch: this replica's part of the global batch.
       collectives: the other replicas.
     """
-    share, num_bad, gradients, entries = self._checked_gradients(batch, collectives)
+    share, num_bad, update = self._checked_update(batch, collectives)
     is_finite = tf.equal(num_bad, 0.0)
     # An optimizer that scales the loss takes a smaller scale where gradients overflow.
     if not loss_scale.has_scale(self.optimizer):
-      is_finite &= _are_finite(gradients)
-    statistics = self._with_loss(share, collectives.num_replicas)
-    return Proposal(gradients, statistics, is_finite, entries)
+      is_finite &= _are_finite(update.gradients)
+    return Proposal(update, self._with_loss(share, collectives.num_replicas), is_finite)
 
-  def _apply(
-    self, gradients: Sequence[tf.Tensor], entries: Optional[Entries] = None
-  ) -> None:
-    """Updates the weights, their averages, and the memory bank.
-
-    Args:
-      gradients: of the global loss, to each trainable variable.
-      entries: of the global batch, for the bank, if there is one.
-    """
-    if self.memory_bank is not None and entries is not None:
-      self.memory_bank.add(entries)
+  def _apply(self, update: Update) -> None:
+    """Updates the weights, their averages, the memory bank, and a curriculum."""
+    if self.memory_bank is not None and update.entries is not None:
+      self.memory_bank.add(update.entries)
     self.optimizer.apply_gradients(
-      zip(gradients, self._variables), skip_gradients_aggregation=True
+      zip(update.gradients, self._variables), skip_gradients_aggregation=True
     )
     if self.averages is not None:
       self.averages.update(self.optimizer.iterations)
+    for part in self._advancing:
+      part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
 
   def gradients(
     self, batch: Batch, collectives: Collectives
@@ -185,13 +194,13 @@ class TrainStep:
     Returns:
       This replica's share of the loss, and the gradient to each trainable variable.
     """
-    share, _, gradients, _ = self._checked_gradients(batch, collectives)
-    return share, gradients
+    share, _, update = self._checked_update(batch, collectives)
+    return share, update.gradients
 
-  def _checked_gradients(
+  def _checked_update(
     self, batch: Batch, collectives: Collectives
-  ) -> tuple[Share, tf.Tensor, list[tf.Tensor], Optional[Entries]]:
-    """As `gradients`; how many replicas got what isn't finite; entries for the bank."""
+  ) -> tuple[Share, tf.Tensor, Update]:
+    """This replica's share, how many replicas got what isn't finite, and the update."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
 
@@ -214,11 +223,15 @@ class TrainStep:
     else:
       micro_batches.check_size(num_parts, num_examples)
       value, local = gradients_lib.of_micro_batches(*arguments, num_parts)
-    # One more number in the same sum: no replica need be asked again.
+    # Some more numbers in the same sum: no replica need be asked again.
     is_bad = tf.cast(~_are_finite([value.loss, *seen]), tf.float32)
-    num_bad, *gradients = collectives.sum([is_bad, *local])
+    active = value.statistics.get(_ACTIVE, Ratio(0.0, 0.0))
+    more = tf.stack([is_bad, active.total, active.count])
+    counts, *gradients = collectives.sum([more, *local])
     gradients = loss_scale.unscaled(self.optimizer, gradients)
-    return value, num_bad, gradients, getattr(loss, "added", None)
+    num_bad, *active_of_all = tf.unstack(counts)
+    entries = getattr(loss, "added", None)
+    return value, num_bad, Update(gradients, entries, Ratio(*active_of_all))
 
   def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
     """The loss, with the bank's candidates if there is one."""

@@ -1,9 +1,11 @@
 """Losses mined inside the batch: pure functions of tensors, without a strategy."""
 
+from trainer.losses.curriculum import CurriculumTripletLoss
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss
 from trainer.losses.jitter import JitteredLoss
 from trainer.losses.mining_statistics import MiningStatistics
+from trainer.losses.pace import ActivePace, LinearPace
 from trainer.losses.pairs import (
   CircleLoss,
   ContrastiveLoss,
@@ -35,16 +37,19 @@ from trainer.losses.triplet_choices import (
 )
 
 __all__ = [
+  "ActivePace",
   "BatchAllTripletLoss",
   "BatchHardTripletLoss",
   "CircleLoss",
   "ContrastiveLoss",
+  "CurriculumTripletLoss",
   "DistanceWeightedNegatives",
   "InfoNCELoss",
   "InsideMarginTripletLoss",
   "JitteredLoss",
   "LearnedTemperature",
   "LiftedStructureLoss",
+  "LinearPace",
   "MiningStatistics",
   "MultiSimilarityLoss",
   "NPairsLoss",

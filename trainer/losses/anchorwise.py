@@ -73,13 +73,11 @@ class AnchorwiseLoss(tf.Module):
 
   Attributes:
     comparison: how an anchor and a candidate are compared.
-    margin: of its triplets, in units of the comparison; None where it has none.
     needs_positives: whether nothing is learned from a batch in which no class comes
       twice.
     needs_lists: whether the terms are made of one positive after the other.
   """
 
-  margin: Optional[float] = None
   needs_positives = True
   needs_lists = False
 
@@ -100,6 +98,11 @@ class AnchorwiseLoss(tf.Module):
     self._rows_per_tile = rows_per_tile
     # Made once: a function made at each call would be compiled at each call.
     self._compiled_fn = tf.function(self._sums_and_slopes, jit_compile=True)
+
+  @property
+  def margin(self) -> Optional[float]:
+    """Of its triplets; here none."""
+    return None
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]

@@ -32,7 +32,10 @@ class MinedLoss(Protocol):
   """
 
   comparison: Comparison
-  margin: Optional[float]
+
+  @property
+  def margin(self) -> Optional[float]:
+    """Of its triplets, as above."""
 
   def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
     """The loss."""

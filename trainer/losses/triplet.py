@@ -39,7 +39,6 @@ class MarginTripletLoss(AnchorwiseLoss):
     UserError: a name is unknown, or the margin is not above 0.
   """
 
-  margin: float
   own_reduction: str
 
   def __init__(
@@ -56,7 +55,12 @@ class MarginTripletLoss(AnchorwiseLoss):
       reduction=reduction or self.own_reduction,
       rows_per_tile=rows_per_tile,
     )
-    self.margin = margin
+    self._margin = margin
+
+  @property
+  def margin(self) -> float:
+    """In units of what is compared."""
+    return self._margin
 
 
 @gin.register

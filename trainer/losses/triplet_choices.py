@@ -88,7 +88,12 @@ class TripletLoss(AnchorwiseLoss):
       else negatives
     )
     self._penalty_fn = penalty_of(margin)
-    self.margin = None if isinstance(margin, str) else margin
+    self._margin = None if isinstance(margin, str) else margin
+
+  @property
+  def margin(self) -> Optional[float]:
+    """Above 0; None for the soft margin."""
+    return self._margin
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]

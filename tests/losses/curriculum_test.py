@@ -1,0 +1,188 @@
+"""From all triplets to the hardest: by the step, or by what is still active."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import batches
+from trainer.data.pipeline import Batch
+from trainer.distribute.objective import across_replicas
+from trainer.errors import UserError
+from trainer.loop import parity
+from trainer.loop.step import TrainStep
+from trainer.losses import (
+  ActivePace,
+  BatchAllTripletLoss,
+  CurriculumTripletLoss,
+  JitteredLoss,
+  LinearPace,
+  MiningStatistics,
+  TripletLoss,
+)
+from trainer.losses.statistics import summarize
+from trainer.losses.terms import Ratio
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+
+_HARDEST = {"positives": "hardest", "negatives": "hardest", "reduction": "mean_active"}
+
+
+def _progress(pace, progress=0.0, step=0, active=(0.0, 0.0)):
+  active = Ratio(*map(tf.constant, active))
+  return float(pace(tf.constant(progress), tf.constant(step), active))
+
+
+@pytest.mark.parametrize(
+  ("step", "wanted"), [(0, 0.0), (10, 0.0), (15, 0.25), (30, 1.0), (99, 1.0)]
+)
+def test_linear_pace_goes_by_the_step(step, wanted):
+  assert _progress(LinearPace(first_step=10, last_step=30), step=step) == wanted
+
+
+@pytest.mark.parametrize(
+  ("active", "wanted"),
+  [
+    ((1.0, 100.0), 0.6),  # Starvation: on.
+    ((95.0, 100.0), 0.4),  # Nothing is learned: back.
+    ((50.0, 100.0), 0.5),
+    ((0.0, 0.0), 0.5),  # There was nothing to go by.
+  ],
+)
+def test_active_pace_goes_by_the_active_share(active, wanted):
+  pace = ActivePace(lowest=0.1, highest=0.9, change=0.1)
+  assert _progress(pace, 0.5, active=active) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("active", [(0.0, 9.0), (9.0, 9.0)])
+def test_active_pace_stays_between_begin_and_end(active):
+  pace = ActivePace(lowest=0.1, highest=0.9, change=0.3)
+  assert _progress(pace, 0.1 if active[0] else 0.9, active=active) == float(
+    not active[0]
+  )
+
+
+@pytest.mark.parametrize(
+  ("hardness", "other"),
+  [
+    (0.0, BatchAllTripletLoss(margin=0.7)),
+    (1.0, TripletLoss(margin=0.7, **_HARDEST)),
+  ],
+)
+def test_its_ends_are_all_triplets_and_the_hardest(hardness, other):
+  embeddings, labels = batches.random_batch("unbalanced")
+  loss = CurriculumTripletLoss(margin=0.7, hardness=hardness)
+  got = batches.evaluate(loss, embeddings, labels)
+  for value, wanted in zip(got, batches.evaluate(other, embeddings, labels)):
+    np.testing.assert_allclose(value, wanted, rtol=1e-5, atol=1e-6)
+
+
+def _batches(num_steps=4):
+  rng = np.random.default_rng(1)
+  labels = np.repeat(np.arange(8, dtype=np.int32), 3)
+  numbers = np.arange(24, dtype=np.int32)
+  return [
+    Batch(
+      rng.normal(size=(24, 5)).astype(np.float32) + labels[:, None] / 8,
+      labels,
+      np.ones(24, np.float32),
+      numbers,
+    )
+    for _ in range(num_steps)
+  ]
+
+
+def _step(pace, wrap=lambda loss: loss, **options):
+  tf.keras.utils.set_random_seed(1)
+  loss = CurriculumTripletLoss(margin=(0.2, 0.6), hardness=(0.0, 1.0), pace=pace)
+  options = {"mining_statistics": None, **options}
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=4),
+    loss=wrap(loss),
+    objective_fn=across_replicas,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+    **options,
+  )
+  step.create_variables((5,))
+  return step
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_replicas_go_through_it_as_one_does(mirrored, num_replicas):
+  def make_step():
+    # What counts lies between the two shares, in some of the steps.
+    return _step(ActivePace(lowest=0.3, highest=0.5, change=0.3))
+
+  wanted = parity.expected(make_step, _batches(), num_replicas)
+  got = parity.trained(mirrored(num_replicas), make_step, _batches())
+  found = parity.errors(got, wanted)
+  assert parity.is_equal(found), parity.table([("curriculum", found)])
+
+
+@pytest.mark.parametrize(
+  "wrap", [lambda loss: loss, lambda loss: JitteredLoss(loss=loss, scale=1e-4)]
+)
+def test_a_step_takes_it_on_and_logs_where_it_is(wrap):
+  step = _step(
+    LinearPace(first_step=0, last_step=2),
+    wrap,
+    mining_statistics=MiningStatistics(every_steps=1),
+  )
+  logged = []
+  for batch in _batches(4):
+    batch = tf.nest.map_structure(tf.constant, batch)
+    logged.append(summarize(step(batch, parity.OneReplica())))
+  assert [row["curriculum/hardness"] for row in logged] == [0.0, 0.5, 1.0, 1.0]
+  np.testing.assert_allclose(
+    [row["curriculum/margin"] for row in logged], [0.2, 0.4, 0.6, 0.6], rtol=1e-6
+  )
+
+
+def test_what_is_proposed_and_not_made_takes_it_nowhere():
+  step = _step(LinearPace(first_step=0, last_step=2))
+  batch = tf.nest.map_structure(tf.constant, _batches(1)[0])
+  for _ in range(3):
+    statistics = step.propose(batch, parity.OneReplica()).statistics
+  assert summarize(statistics)["curriculum/hardness"] == 0.0
+
+
+def test_where_it_is_comes_with_the_checkpoint(tmp_path):
+  step, other = (_step(LinearPace(first_step=0, last_step=8)) for _ in range(2))
+  for batch in _batches(3):
+    step(tf.nest.map_structure(tf.constant, batch), parity.OneReplica())
+  path = tf.train.Checkpoint(loss=step.loss).save(str(tmp_path / "saved"))
+  tf.train.Checkpoint(loss=other.loss).restore(path).assert_consumed()
+  assert float(other.loss.parameters()[0]) == 3 / 8
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    ({"margin": 0.2, "hardness": (0.0, 1.5)}, "hardness=.* must be in 0 to 1"),
+    ({"margin": (0.2, -0.1)}, "margin=-0.1 is not above 0"),
+    ({"margin": 0.2}, "no pace; set one"),
+    ({"margin": (0.1, 0.2, 0.3), "hardness": 0.0}, "the first and the last"),
+    (
+      {"margin": 0.2, "hardness": 0.5, "pace": LinearPace(first_step=0, last_step=1)},
+      "nothing that a pace could change",
+    ),
+  ],
+)
+def test_a_way_that_is_none_is_refused(arguments, message):
+  with pytest.raises(UserError, match=message):
+    CurriculumTripletLoss(**arguments)
+
+
+@pytest.mark.parametrize(
+  ("make", "message"),
+  [
+    (lambda: LinearPace(first_step=5, last_step=5), "below the last"),
+    (lambda: ActivePace(lowest=0.9, highest=0.2), "lowest=0.9, highest=0.2"),
+    (lambda: ActivePace(change=0.0), r"change=0\.0"),
+  ],
+)
+def test_a_pace_that_is_none_is_refused(make, message):
+  with pytest.raises(UserError, match=message):
+    make()

@@ -1,0 +1,158 @@
+"""A triplet loss that goes from all triplets to the hardest while it is trained with.
+
+Shapes: T anchors of a tile, C candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Optional, Union
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.losses.all_triplets import all_triplets
+from trainer.losses.anchorwise import AnchorTerms
+from trainer.losses.masked import num_members
+from trainer.losses.pace import Pace
+from trainer.losses.penalties import check_margin
+from trainer.losses.relevance import Relevance
+from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
+from trainer.losses.triplet import BatchAllTripletLoss
+
+# A number, or the first and the last of a way.
+Way = Union[float, Sequence[float]]
+
+
+@gin.register
+class CurriculumTripletLoss(BatchAllTripletLoss):
+  """The mean of max(d_ap − d_an + margin, 0) over the harder triplets of each anchor.
+
+  With hardness h, of an anchor's positives those count that are no nearer than
+  max − (1 − h)(max − min) of their distances, and of its negatives those no farther
+  than min + (1 − h)(max − min). So 0 is `BatchAllTripletLoss`, and 1 has one triplet
+  an anchor, the hardest, as `BatchHardTripletLoss` with its reduction.
+
+  Hardness and margin go their ways as a pace says. How far they have come is part of
+  the checkpoint, and logged as `curriculum/hardness` and `curriculum/margin`.
+  """
+
+  def __init__(
+    self,
+    *,
+    margin: Way,
+    hardness: Way = (0.0, 1.0),
+    pace: Optional[Pace] = None,
+    distance: str = "euclidean",
+    reduction: Optional[str] = None,
+    rows_per_tile: Optional[int] = None,
+  ):
+    """Begins the way.
+
+    Args:
+      margin: above 0, in the distance's units; one, or first and last.
+      hardness: h, from 0 to 1; one, or first and last.
+      pace: how the way is gone; None where both are one number.
+      distance: one of `trainer.losses.distances.DISTANCES`.
+      reduction: as of `BatchAllTripletLoss`.
+      rows_per_tile: anchors at a time; None to choose by size.
+
+    Raises:
+      UserError: a number is out of its range, or a way has no pace, or a pace no way.
+    """
+    margins, self._hardness = _ends("margin", margin), _ends("hardness", hardness)
+    for each in margins:
+      check_margin(each)
+    if not all(0 <= each <= 1 for each in self._hardness):
+      raise UserError(
+        f"CurriculumTripletLoss.hardness={hardness} must be in 0 to 1: 0 for all "
+        "triplets, 1 for the hardest."
+      )
+    is_fixed = len({*margins}) == len({*self._hardness}) == 1
+    if is_fixed != (pace is None):
+      raise UserError(
+        f"CurriculumTripletLoss has margin={margin} and hardness={hardness}, and "
+        + ("nothing that a pace could change." if is_fixed else "no pace; set one.")
+      )
+    super().__init__(
+      margin=margins[0],
+      distance=distance,
+      reduction=reduction,
+      rows_per_tile=rows_per_tile,
+    )
+    self._margins = margins
+    self._pace = pace
+    # All replicas have the same, each computes its own: nothing need be sent.
+    self._progress = tf.Variable(
+      0.0,
+      trainable=False,
+      name="progress",
+      synchronization=tf.VariableSynchronization.ON_READ,
+      aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+    )
+
+  @property
+  def margin(self) -> tf.Tensor:
+    """Of this step, [] float32."""
+    return self.parameters()[1]
+
+  def parameters(self) -> list[tf.Tensor]:
+    """Hardness and margin of this step, [] float32 each."""
+    progress = tf.convert_to_tensor(self._progress)
+    return [
+      first + progress * (last - first)
+      for first, last in (self._hardness, self._margins)
+    ]
+
+  def advance(self, step: tf.Tensor, active: Ratio) -> None:
+    """Goes on; to be called on each replica after each step.
+
+    Args:
+      step: [] int32, number of steps done.
+      active: terms that were not 0, and all terms, of the global batch.
+    """
+    if self._pace is not None:
+      progress = tf.convert_to_tensor(self._progress)
+      self._progress.assign(self._pace(progress, step, active))
+
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+    """This replica's sum, count and statistics; see the base class."""
+    terms = super().__call__(anchors, candidates)
+    values = zip(("hardness", "margin"), self.parameters())
+    found = {f"curriculum/{name}": Ratio(value, tf.ones([])) for name, value in values}
+    return terms._replace(statistics={**terms.statistics, **found})
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """The harder triplets of each anchor; see the base class."""
+    hardness, margin = map(tf.stop_gradient, parameters)
+    is_positive = _highest(compared, pairs.is_positive, hardness)
+    is_negative = _highest(-compared, pairs.is_negative, hardness)
+    # The lists have all positives: those that don't count are made nearer than any.
+    counted = tf.where(is_positive | ~pairs.is_positive, compared, -float("inf"))
+    kept = Relevance(is_positive, is_negative, pairs.lists)
+    total, num_active = all_triplets(counted, kept, margin)
+    return AnchorTerms(
+      total, num_active, num_members(is_positive) * num_members(is_negative)
+    )
+
+
+def _highest(values: tf.Tensor, is_member: tf.Tensor, hardness: tf.Tensor) -> tf.Tensor:
+  """[T, C] bool, the members within (1 − h)(max − min) of the row's highest."""
+  infinity = float("inf")
+  highest = tf.reduce_max(tf.where(is_member, values, -infinity), 1, keepdims=True)
+  lowest = tf.reduce_min(tf.where(is_member, values, infinity), 1, keepdims=True)
+  reach = (1.0 - hardness) * (highest - lowest)
+  return tf.logical_and(is_member, highest - values <= reach)
+
+
+def _ends(name: str, way: Way) -> tuple[float, float]:
+  """First and last."""
+  ends = tuple(way) if isinstance(way, Sequence) else (way, way)
+  if len(ends) != 2:
+    raise UserError(
+      f"CurriculumTripletLoss.{name}={way} must be a number, or the first and the last."
+    )
+  return ends
