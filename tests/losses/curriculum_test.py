@@ -186,3 +186,44 @@ def test_a_way_that_is_none_is_refused(arguments, message):
 def test_a_pace_that_is_none_is_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
+
+
+@pytest.mark.thorough
+def test_it_leaves_a_collapse_by_itself():
+  def train(loss, num_steps):
+    step = TrainStep(
+      encoder=encoder,
+      loss=loss,
+      objective_fn=across_replicas,
+      optimizer=tf.keras.optimizers.Adam(0.05),
+      mining_statistics=None,
+    )
+    step.create_variables((20,))
+    update = tf.function(lambda batch: step(batch, parity.OneReplica()))
+    for _ in range(num_steps):
+      update(_clouds(rng))
+    return encoder(_clouds(rng).inputs).numpy().std(axis=0).mean()
+
+  tf.keras.utils.set_random_seed(1)
+  rng = np.random.default_rng(1)
+  encoder = Encoder(
+    backbone=Perceptron(hidden_units=(64,)), embedding_size=16, is_normalized=False
+  )
+  hardest = TripletLoss(margin=0.5, **_HARDEST)
+  assert train(hardest, 400) < 0.05
+  assert train(hardest, 300) < 0.05
+  loss = CurriculumTripletLoss(margin=0.5, pace=ActivePace(change=0.01))
+  for _ in range(101):  # As hard as it can be.
+    loss.advance(tf.constant(0), Ratio(tf.constant(0.0), tf.constant(1.0)))
+  assert float(loss.parameters()[0]) == 1.0
+  assert train(loss, 300) > 0.2
+
+
+def _clouds(rng):
+  """32 examples of 8 of 64 classes, not far from each other in 20 dimensions."""
+  centres = np.random.default_rng(0).normal(size=(64, 20))
+  labels = np.repeat(rng.permutation(64)[:8], 4).astype(np.int32)
+  inputs = centres[labels] + rng.normal(size=(32, 20))
+  numbers = np.arange(32, dtype=np.int32)
+  batch = Batch(inputs.astype(np.float32), labels, np.ones(32, np.float32), numbers)
+  return tf.nest.map_structure(tf.constant, batch)
