@@ -106,6 +106,12 @@ def newest_step(model_dir) -> int:
   return max((int(path.stem[len("ckpt-") :]) for path in manifests), default=0)
 
 
+def claimed_by(model_dir) -> list[int]:
+  """The processes that say that they train in a folder."""
+  claims = pathlib.Path(model_dir).glob(".in-use-*.json")
+  return [json.loads(path.read_text())["pid"] for path in claims]
+
+
 def rows(model_dir) -> list[dict]:
   """The rows of metrics.jsonl, without what a clock gave."""
   lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()

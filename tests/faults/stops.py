@@ -51,11 +51,15 @@ def told_one_worker_of_two(runs: Runs) -> Outcome:
   model_dir = runs.folder / "told-one"
   chief, other = runs.start_workers("told-one")
   chief.wait_until(lambda: runs_lib.newest_step(model_dir) >= 4)
+  is_claimed = runs_lib.claimed_by(model_dir) == [chief.pid]
   other.tell(signal.SIGTERM)
   status, seconds = other.wait()
   chief_status, _ = chief.wait()
+  is_claimed &= runs_lib.claimed_by(model_dir) == []
   seen = f"{status} and {_has_stopped(chief, model_dir, chief_status)}"
-  return Outcome("3 and 3, saved at its last step: True", seen, seconds, 0)
+  seen += f", claimed by the chief: {is_claimed}"
+  expected = "3 and 3, saved at its last step: True, claimed by the chief: True"
+  return Outcome(expected, seen, seconds, 0)
 
 
 @row
