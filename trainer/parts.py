@@ -34,10 +34,10 @@ import trainer.loop.step
 import trainer.losses
 import trainer.mine
 import trainer.mining.examples
-import trainer.mining.hard_classes
 import trainer.mining.mined_groups
 import trainer.mining.miner
 import trainer.mining.mislabelled
+import trainer.mining.neighbouring_classes
 import trainer.mining.offline_mining
 import trainer.mining.positives
 import trainer.mining.windows

@@ -10,9 +10,8 @@ from typing import Any, Callable, NamedTuple, Optional
 
 import gin
 import tensorflow as tf
-from absl import logging
 
-from trainer import __version__, preemption
+from trainer import preemption
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule, Schedule
@@ -30,7 +29,7 @@ from trainer.loop.not_finite import NotFinitePolicy
 from trainer.loop.run_folder import check_disk, open_run_folder
 from trainer.loop.step import TrainStep
 from trainer.loop.watchdog import Watchdog, watching
-from trainer.mining.miner import Mined
+from trainer.mining.change_round import ChangeRound
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
 from trainer.models.dropout import set_seed
@@ -164,8 +163,14 @@ def _build(
     metrics_fns=[rounds.metrics] if rounds is not None else [],
   )
   if rounds is not None:
-    outer.add_action(_ChangeRound(rounds, batches, inner))
-  _log_start(run, schedule, step, first_step)
+
+    def go_on(first_step: int) -> None:
+      dataset = batches.dataset(workers.shard(), first_step=first_step)
+      inner.go_on_with(_distributed(dataset))
+
+    change = ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
+    outer.add_action(change)
+  log_file.log_start(run, schedule.shape, step, first_step)
   return Training(outer, step, loop, first_step)
 
 
@@ -199,14 +204,9 @@ def _make_rounds(
   """The mining rounds of the run, if it has any."""
   if parts.mining is None:
     return None
-  mine_fn, miner, step = None, parts.mining.miner, parts.step
-  if miner is not None:
-    embedder = miner.embedder(step.encoder, parts.dataset)
-
-    def mine_fn(number: int) -> Mined:
-      with step.weights_for_evaluation():
-        return miner.mine(embedder, parts.dataset, number)
-
+  mine_fn = None
+  if parts.mining.miner is not None:
+    mine_fn = parts.mining.miner.mining_of(parts.step, parts.dataset)
   return Rounds(
     parts.mining,
     parts.dataset,
@@ -215,20 +215,6 @@ def _make_rounds(
     mine_fn=mine_fn,
     oldest_step_fn=lambda: min(checkpoints.steps(), default=0),
   )
-
-
-class _ChangeRound:
-  """An action that goes over to the next mining round; on every worker alike."""
-
-  def __init__(self, rounds: Rounds, batches: Batches, inner: InnerLoop):
-    self._rounds = rounds
-    self._batches = batches
-    self._inner = inner
-
-  def __call__(self, report: actions.Report) -> None:
-    """Decides if it is time; what was read ahead of another round is not used."""
-    if report.step < report.num_steps and self._rounds.decide(report.step):
-      self._inner.go_on_with(_replica_batches(self._batches, report.step))
 
 
 def _make_policy(
@@ -314,34 +300,13 @@ def _make_inner_loop(
   return InnerLoop(
     step=step,
     strategy=tf.distribute.get_strategy(),
-    batches=_replica_batches(batches, first_step),
+    batches=_distributed(dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
     words_fn=lambda: words.speak(preemption.current(), checkpoints),
   )
 
 
-def _replica_batches(batches: Batches, first_step: int) -> Any:
-  """Distributed iterator over the batches from a step on."""
-  dataset = batches.dataset(current_workers().shard(), first_step=first_step)
+def _distributed(dataset: tf.data.Dataset) -> Any:
+  """Iterator over replica batches."""
   strategy = tf.distribute.get_strategy()
   return iter(strategy.distribute_datasets_from_function(lambda _: dataset))
-
-
-def _log_start(
-  run: Run, schedule: PKSchedule, step: TrainStep, first_step: int
-) -> None:
-  strategy = tf.distribute.get_strategy()
-  num_replicas = strategy.num_replicas_in_sync
-  num_classes, num_samples = schedule.shape
-  num_parameters = sum(v.shape.num_elements() for v in step.encoder.trainable_variables)
-  logging.info("trainer %s, TensorFlow %s.", __version__, tf.__version__)
-  logging.info(
-    "%d replicas; global batch %d = %d classes x %d samples, replica batch %d.",
-    num_replicas,
-    num_classes * num_samples,
-    num_classes,
-    num_samples,
-    num_classes * num_samples // num_replicas,
-  )
-  logging.info("%s trainable parameters.", f"{num_parameters:,}")
-  logging.info("From step %d; writing to %s.", first_step, run.model_dir)

@@ -20,8 +20,8 @@ from trainer.data.schedule import PKSchedule
 from trainer.mining import class_neighbours
 from trainer.mining import items as items_lib
 from trainer.mining.examples import ExampleMining
-from trainer.mining.hard_classes import hard_classes
 from trainer.mining.nearest_items import NearestItems
+from trainer.mining.neighbouring_classes import with_neighbouring_classes
 from trainer.mining.windows import RankWindow
 from trainer.retrieval import faiss_index
 
@@ -123,7 +123,7 @@ def _batches(num_classes: int, neighbours: np.ndarray) -> None:
     )
 
   table = MemberTable(records, starts)
-  hard = hard_classes(
+  hard = with_neighbouring_classes(
     table,
     mining_round,
     schedule_fn=schedule_fn,

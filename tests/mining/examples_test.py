@@ -209,6 +209,13 @@ def test_a_search_by_codes_has_true_distances():
   assert (np.diff(np.where(is_there, found.distances, 1e9), axis=1) >= 0).all()
 
 
+def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
+  embeddings = Corpus((4, 4)).embeddings
+  assert NearestItems(embeddings, "auto").kind == "flat"
+  with mirrored(2).scope():
+    assert NearestItems(embeddings, "auto").kind == "exact"
+
+
 @pytest.mark.parametrize(
   ("make", "message"),
   [

@@ -13,8 +13,8 @@ from trainer.data.members import from_labels
 from trainer.data.pipeline import Shard, _local_rows
 from trainer.data.schedule import PKSchedule
 from trainer.errors import UserError
-from trainer.mining.hard_classes import hard_classes
 from trainer.mining.mined_groups import MinedGroups
+from trainer.mining.neighbouring_classes import with_neighbouring_classes
 
 _STEPS = np.arange(200)
 
@@ -94,7 +94,7 @@ def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
   pk = {"classes_per_batch": 10, "samples_per_class": 3, "seed": 1}
   pk.update({name: options.pop(name) for name in [*pk, "weights"] if name in options})
   index = _Index(sizes)
-  schedule = hard_classes(
+  schedule = with_neighbouring_classes(
     index,
     mining_round,
     schedule_fn=functools.partial(PKSchedule, **pk),
@@ -198,7 +198,7 @@ def test_groups_that_can_not_be_are_refused(examples, options, message):
 
 def test_a_round_without_what_a_schedule_needs_is_refused(tmp_path, examples):
   with pytest.raises(UserError, match="no neighbours of classes; set"):
-    hard_classes(
+    with_neighbouring_classes(
       _Index([3] * 9),
       examples,
       schedule_fn=PKSchedule,

@@ -40,10 +40,10 @@ _BESIDE = (
 _HARD = (
   *_MINING,
   *_BESIDE,
-  "OfflineMining.schedule_fn = @hard_classes",
-  "hard_classes.schedule_fn = @PKSchedule",
-  "hard_classes.hard_share = 0.5",
-  "hard_classes.neighbours_per_seed = 1",
+  "OfflineMining.schedule_fn = @with_neighbouring_classes",
+  "with_neighbouring_classes.schedule_fn = @PKSchedule",
+  "with_neighbouring_classes.hard_share = 0.5",
+  "with_neighbouring_classes.neighbours_per_seed = 1",
   "Miner.num_class_neighbours = 3",
 )
 

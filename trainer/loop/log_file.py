@@ -1,11 +1,17 @@
-"""`log.txt`: what a run says, kept in its folder beside what the terminal shows."""
+"""What a run says: at its start, and all of it, kept in `log.txt` in its folder."""
 
 from __future__ import annotations
 
 import logging as python_logging
 import os
+from collections.abc import Sequence
 
+import tensorflow as tf
 from absl import logging
+
+from trainer import __version__
+from trainer.loop.step import TrainStep
+from trainer.run import Run
 
 FILE_NAME = "log.txt"
 
@@ -27,3 +33,30 @@ def keep_log(model_dir: str) -> None:
   handler = _LogFile(path, encoding="utf-8")
   handler.setFormatter(logging.PythonFormatter())
   logging.get_absl_logger().addHandler(handler)
+
+
+def log_start(
+  run: Run, batch_shape: Sequence[int], step: TrainStep, first_step: int
+) -> None:
+  """Says once what is trained, and where.
+
+  Args:
+    run: where it lives.
+    batch_shape: (P, K), classes and samples a class of the global batch.
+    step: with its variables made.
+    first_step: number of steps done.
+  """
+  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  num_classes, num_samples = batch_shape
+  num_parameters = sum(v.shape.num_elements() for v in step.encoder.trainable_variables)
+  logging.info("trainer %s, TensorFlow %s.", __version__, tf.__version__)
+  logging.info(
+    "%d replicas; global batch %d = %d classes x %d samples, replica batch %d.",
+    num_replicas,
+    num_classes * num_samples,
+    num_classes,
+    num_samples,
+    num_classes * num_samples // num_replicas,
+  )
+  logging.info("%s trainable parameters.", f"{num_parameters:,}")
+  logging.info("From step %d; writing to %s.", first_step, run.model_dir)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import gin
 import numpy as np
@@ -20,6 +20,7 @@ from trainer.data import permutation
 from trainer.data.dataset import Dataset
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
+from trainer.loop.step import TrainStep
 from trainer.mining import class_neighbours, content
 from trainer.mining import items as items_lib
 from trainer.mining.examples import ExampleMining, MinedExamples
@@ -62,7 +63,7 @@ class Miner:
     records_per_class: of how many records of a class at most a round is made, drawn
       anew for each; None for all.
     index_kind: "exact"; a kind of FAISS index: "flat", "ivf_flat", "ivf_pq", "hnsw"; or
-      "auto": exact up to 50,000 items, then IVF-Flat, from a million on IVF-PQ.
+      "auto": exact or flat up to 50,000 items, then IVF-Flat, from a million IVF-PQ.
     global_batch_size: records embedded at once, over all replicas.
     seed: of the records that are drawn, and of the positives.
 
@@ -96,6 +97,24 @@ class Miner:
     index, decoder = dataset.index, dataset.decoder
     return Embedder(encoder, index, decoder, global_batch_size=size)
 
+  def mining_of(self, step: TrainStep, dataset: Dataset) -> Callable[[int], Mined]:
+    """Mines with the encoder of a training, averaged where that is what is evaluated.
+
+    Args:
+      step: its encoder and averages.
+      dataset: its training classes are mined among.
+
+    Returns:
+      Gives a round, of the number of steps done.
+    """
+    embedder = self.embedder(step.encoder, dataset)
+
+    def mine(num_steps: int) -> Mined:
+      with step.weights_for_evaluation():
+        return self.mine(embedder, dataset, num_steps)
+
+    return mine
+
   def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> Mined:
     """Mines with the encoder as it is now. To be called by all workers alike.
 
@@ -115,8 +134,7 @@ class Miner:
     items = items_lib.draw(
       index.member_table, dataset.train_classes, self.records_per_class, key
     )
-    rows = np.concatenate(list(embedder.embed(items.record_numbers)))
-    embeddings = rows[: len(items.labels)]
+    embeddings = _embedded(embedder, items.record_numbers)
     check_finite(embeddings)
     return self.mine_embedded(embeddings, items, index)
 
@@ -156,6 +174,17 @@ class Miner:
         kind=self.index_kind,
       )
     return Mined(arrays, facts)
+
+
+def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
+  """[N, D] float32, of records [N] in their order; no more than that is held."""
+  embeddings = np.empty((0, 0), np.float32)
+  for number, rows in enumerate(embedder.embed(record_numbers)):
+    if not number:
+      embeddings = np.empty((len(record_numbers), rows.shape[1]), np.float32)
+    start = number * len(rows)
+    embeddings[start : start + len(rows)] = rows[: len(embeddings) - start]
+  return embeddings
 
 
 def made_of(dataset: Dataset) -> dict[str, str]:

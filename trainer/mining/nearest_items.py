@@ -10,9 +10,9 @@ import numpy as np
 from trainer import heartbeat
 from trainer.errors import UserError
 from trainer.retrieval import faiss_index
-from trainer.retrieval.search import Neighbours, nearest
+from trainer.retrieval.search import Neighbours, faiss_serves, nearest
 
-# Up to so many items the devices compare all.
+# Up to so many items all are compared.
 _MAX_EXACT = 50_000
 KINDS = ("auto", "exact", *faiss_index.KINDS)
 # Items that ask at once.
@@ -28,7 +28,8 @@ class NearestItems:
 
   Args:
     embeddings: [N, D] float32, finite.
-    kind: one of `KINDS`; "auto" is exact up to 50,000 items, and beyond what
+    kind: one of `KINDS`; "auto" compares all up to 50,000 items (by FAISS's flat index
+      on the processor of one replica, else by the devices), and beyond takes what
       `faiss_index.choose_kind` says: IVF-Flat, and from a million on IVF-PQ.
 
   Raises:
@@ -38,10 +39,7 @@ class NearestItems:
   def __init__(self, embeddings: np.ndarray, kind: str):
     check_kind(kind)
     self._embeddings = embeddings
-    if kind == "auto":
-      is_small = len(embeddings) <= _MAX_EXACT
-      kind = "exact" if is_small else faiss_index.choose_kind(len(embeddings))
-    self.kind = kind
+    self.kind = kind = _chosen(kind, len(embeddings))
     self._index = None if kind == "exact" else faiss_index.build(embeddings, kind)
 
   def search(
@@ -90,6 +88,15 @@ def check_kind(kind: str) -> None:
   """
   if kind not in KINDS:
     raise UserError(f"Miner.index_kind={kind!r} is none of {', '.join(KINDS)}.")
+
+
+def _chosen(kind: str, num_items: int) -> str:
+  if kind != "auto":
+    return kind
+  if num_items > _MAX_EXACT:
+    return faiss_index.choose_kind(num_items)
+  # Rounding errors may swap neighbours: a window needs no proof that they didn't.
+  return "flat" if faiss_serves() else "exact"
 
 
 def room_for(num_items: int, num_neighbours: int) -> Neighbours:

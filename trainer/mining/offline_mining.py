@@ -22,9 +22,9 @@ class OfflineMining:
   """At each multiple of so many steps the training goes over to another mining round.
 
   Attributes:
-    schedule_fn: makes the schedule of a round: `MinedGroups`, `hard_classes`. A batch
-      has as many records as that of `train.schedule_fn`, which holds before the first
-      round.
+    schedule_fn: makes the schedule of a round: `MinedGroups`, or
+      `with_neighbouring_classes`. A batch has as many records as that of
+      `train.schedule_fn`, which holds before the first round.
     every_steps: a multiple of `LoopOptions.steps_per_loop`.
     miner: mines in the training itself, with the weights as they are (averaged, if
       those are evaluated); None where `--mode=mine` mines in a process beside it, of

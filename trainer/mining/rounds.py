@@ -84,6 +84,10 @@ class Rounds:
       self._hold(before[-1], decisions[before[-1]])
     self.decide(first_step)
 
+  def is_due(self, step: int) -> bool:
+    """Whether there is something to decide after so many steps."""
+    return step > 0 and step % self._options.every_steps == 0
+
   def decide(self, step: int) -> bool:
     """Decides from which round on the batches are, if it is time.
 
@@ -97,7 +101,7 @@ class Rounds:
       UserError: nothing can be mined, the rounds of a process beside are too old, or
         the one decided on is gone, or does not fit.
     """
-    if step == 0 or step % self._options.every_steps:
+    if not self.is_due(step):
       return False
     decisions = self._decisions()
     if step in decisions:

@@ -62,7 +62,7 @@ def nearest(
   squares = np.zeros([len(queries), num_neighbours])
   is_open = np.ones(len(queries), bool)
   offset = _common_offset(gallery)
-  if _faiss_serves():
+  if faiss_serves():
     found = search_by_faiss(queries, gallery, offset, num_neighbours=num_neighbours)
     indices, squares, is_open = found.indices, found.squares, ~found.is_certain
   if is_open.any():
@@ -98,7 +98,7 @@ def check_sizes(
     )
 
 
-def _faiss_serves() -> bool:
+def faiss_serves() -> bool:
   """Whether this is one replica on a processor, and FAISS is installed."""
   is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
   kinds = {device.device_type for device in tf.config.list_logical_devices()}

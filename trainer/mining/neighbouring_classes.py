@@ -22,7 +22,7 @@ _BLOCKS = 8  # What a hash is for; see `mined_groups`.
 
 
 @gin.register
-def hard_classes(
+def with_neighbouring_classes(
   index: members.Classes,
   mining_round: MiningRound,
   *,
@@ -48,8 +48,9 @@ def hard_classes(
   """
   if not 0 <= hard_share <= 1 or neighbours_per_seed < 1:
     raise UserError(
-      f"hard_classes of a share of {hard_share} with {neighbours_per_seed} neighbours "
-      "a seed is not possible; take a share from 0 to 1, and at least 1 neighbour."
+      f"with_neighbouring_classes of a share of {hard_share} with "
+      f"{neighbours_per_seed} neighbours a seed is not possible; take a share from 0 "
+      "to 1, and at least 1 neighbour."
     )
   if "class_neighbours" not in mining_round.arrays:
     raise UserError(
