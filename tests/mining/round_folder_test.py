@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -55,6 +59,34 @@ def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatc
   found = _open(tmp_path).arrays["positives"]
   np.testing.assert_array_equal(found, example_arrays()["positives"])
   assert not (tmp_path / "mining" / "aside").exists()
+
+
+def _write_for_ever(folder):
+  for step in itertools.count(1):
+    write_round(folder, step % 3, **example_arrays(num_anchors=20, seed=step))
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_whole_rounds(tmp_path):
+  context = multiprocessing.get_context("fork")
+  num_seen = 0
+  for number in range(8):
+    writer = context.Process(target=_write_for_ever, args=(tmp_path,))
+    writer.start()
+    deadline_s = time.monotonic() + 30
+    while len(round_folder.steps(str(tmp_path))) < 2 and time.monotonic() < deadline_s:
+      time.sleep(0.001)
+    time.sleep(0.003 * number)
+    writer.kill()
+    writer.join()
+    assert writer.exitcode == -signal.SIGKILL
+    for step in round_folder.steps(str(tmp_path)):
+      if (tmp_path / "mining" / f"round-{step:08d}" / "manifest.json").exists():
+        assert len(_open(tmp_path, step).arrays) == 3
+        num_seen += 1
+      else:  # It was being removed, to be replaced.
+        with pytest.raises(UserError, match="no mining round, or was cut off"):
+          _open(tmp_path, step)
+  assert num_seen >= 8
 
 
 def _cut(folder):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
 import shutil
-import signal
 
 import pytest
 
@@ -59,11 +59,6 @@ def _finished(running):
   return running.output.read_text()
 
 
-def _logged(model_dir, step):
-  path = model_dir / "metrics.jsonl"
-  return path.exists() and f'"step": {step},' in path.read_text()
-
-
 def _forget_checkpoints_after(model_dir, step):
   for path in (model_dir / "checkpoints").glob("ckpt-*"):
     if int(path.name.split(".")[0][len("ckpt-") :]) > step:
@@ -71,25 +66,25 @@ def _forget_checkpoints_after(model_dir, step):
 
 
 @pytest.mark.resume
-def test_killed_in_a_round_on_two_replicas_it_ends_as_one_that_was_not(runs):
+def test_gone_on_with_from_before_a_round_it_ends_as_one_that_went_on(runs):
   params, flags = (*_GROUPS, *_HERE), ("--num_virtual_replicas=2",)
   _finished(runs.start("whole", *params, flags=flags))
-  model_dir = runs.folder / "killed"
-  # In the middle of making the second round: the first stays in use.
-  running = runs.start("killed", *params, flags=flags)
-  running.wait_until(lambda: _logged(model_dir, 20))
-  running.wait_until((model_dir / "mining" / "aside").exists)
-  running.tell(signal.SIGKILL)
-  assert running.wait()[0] == -signal.SIGKILL
-  assert 10 in Ledger(str(model_dir)).decisions()
-  # Gone on with from before the first round that was decided on.
-  _forget_checkpoints_after(model_dir, 8)
+  whole, killed = runs.folder / "whole", runs.folder / "killed"
+  # As if killed while it made the second round.
+  shutil.copytree(whole, killed)
+  _forget_checkpoints_after(killed, 8)
+  (killed / "mining" / "round-00000020").rename(killed / "mining" / "aside")
+  (killed / "mining" / "aside" / "manifest.json").unlink()
+  (killed / "mining" / "rounds.jsonl").write_text('{"step": 10, "round": 10}\n')
   _finished(runs.start("killed", *params, flags=flags))
-  assert runs_lib.differences(model_dir, runs.folder / "whole") == []
-  rows = runs_lib.rows(model_dir)
+  assert runs_lib.differences(killed, whole) == []
+  rows = runs_lib.rows(killed)
   assert [row["step"] for row in rows] == list(range(2, 30, 2))
   held = [row.get("mining/round_step") for row in rows]
   assert held == [None] * 5 + [10.0] * 5 + [20.0] * 4
+  for name in ("anchors", "positives", "negatives"):
+    path = pathlib.Path("mining", "round-00000020", f"{name}.npy")
+    assert (killed / path).read_bytes() == (whole / path).read_bytes()
 
 
 @pytest.mark.resume
