@@ -94,17 +94,11 @@ def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
 def test_what_the_host_says_comes_back_over_all_replicas(mirrored):
   strategy = mirrored(2)
   with strategy.scope():
-    done = _loop(strategy, _step(), _images(0, 0.0), words=(1, 0)).run(1)
-  assert done.words.tolist() == [2, 0]
-
-
-def test_other_batches_are_taken_without_tracing_again(mirrored):
-  strategy = mirrored(2)
-  with strategy.scope():
-    loop = _loop(strategy, _step(), _images(0, 0.0))
-    loop.run(3)
-    dataset = _dataset(_images(0, 0.0) * 0.0)
+    loop = _loop(strategy, _step(), _images(0, 0.0), words=(1, 0))
+    done = loop.run(1)
+    assert done.words.tolist() == [2, 0]
+    # Other batches are taken, from their first on, and nothing is traced again.
+    dataset = _dataset(_images(0, 0.0))
     loop.go_on_with(iter(strategy.distribute_datasets_from_function(lambda _: dataset)))
-    done = loop.run(_NUM_STEPS)
+    assert loop.run(_NUM_STEPS).num_steps == _NUM_STEPS
     assert loop._run.experimental_get_tracing_count() == 1
-  assert done.num_steps == _NUM_STEPS
