@@ -33,9 +33,9 @@ _HERE = ("OfflineMining.miner = @Miner()",)
 _BESIDE = (
   "mine.miner = @Miner()",
   "mine.poll_s = 0.05",
-  "mine.timeout_s = 240.0",
+  "mine.timeout_s = 600.0",
   "OfflineMining.max_age_steps = 8",
-  "OfflineMining.max_wait_s = 240.0",
+  "OfflineMining.max_wait_s = 600.0",
 )
 _HARD = (
   *_MINING,
