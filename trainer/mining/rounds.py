@@ -68,6 +68,7 @@ class Rounds:
     self._ledger = Ledger(model_dir)
     self._workers = current_workers()
     self._current: Optional[MiningRound] = None
+    self._damaged: set[int] = set()
 
   def resume(self, first_step: int) -> None:
     """Takes up the round that holds at a step, and decides if that is due there.
@@ -161,33 +162,35 @@ class Rounds:
     Raises:
       UserError: it is too old, and no other came in time.
     """
-
-    def wait_for_it():
-      deadline_s = time.monotonic() + self._options.max_wait_s
-      while True:
-        newest = self._newest_whole(step)
-        age = step - (newest or 0)
-        if self._options.max_age_steps is None or age <= self._options.max_age_steps:
-          return newest
-        if time.monotonic() >= deadline_s:
-          raise UserError(_too_old(self._options, step, newest))
-        heartbeat.beat()
-        time.sleep(_POLL_S)
-
-    nothing = lambda: None  # noqa: E731
-    own = self._workers.together(wait_for_it if self._workers.is_chief else nothing)
+    own = self._workers.together(
+      lambda: self._waited_for(step) if self._workers.is_chief else None
+    )
     return json.loads(self._workers.exchange(json.dumps(own))[0])
+
+  def _waited_for(self, step: int) -> Optional[int]:
+    deadline_s = time.monotonic() + self._options.max_wait_s
+    while True:
+      newest = self._newest_whole(step)
+      age = step - (newest or 0)
+      if self._options.max_age_steps is None or age <= self._options.max_age_steps:
+        return newest
+      if time.monotonic() >= deadline_s:
+        raise UserError(_too_old(self._options, step, newest))
+      heartbeat.beat()
+      time.sleep(_POLL_S)
 
   def _newest_whole(self, step: int) -> Optional[int]:
     for round_step in round_folder.steps(self._model_dir):
-      if round_step <= step:
-        if self._current is not None and round_step == self._current.step:
-          return round_step
-        try:
-          MiningRound(self._model_dir, round_step, self._made_of)
-          return round_step
-        except UserError as error:
-          logging.warning("%s The round before is taken.", error)
+      if round_step > step or round_step in self._damaged:
+        continue
+      if self._current is not None and round_step == self._current.step:
+        return round_step
+      try:
+        MiningRound(self._model_dir, round_step, self._made_of)
+        return round_step
+      except UserError as error:
+        logging.warning("%s The round before is taken.", error)
+        self._damaged.add(round_step)
     return None
 
   def _hold(self, step: int, round_step: Optional[int]) -> bool:
