@@ -55,7 +55,17 @@ def _examples(num_items: int, kind: str) -> None:
   classes = np.arange(len(centres), dtype=np.int32)
   contents = np.arange(num_items, dtype=np.uint64)
   mining = ExampleMining(window=RankWindow(first=5, last=_DEPTH))
-  found = {}
+  found, cpu = {}, {}
+
+  def counted(name, run):
+    """Also counts all cores' time, which other processes change little."""
+
+    def run_and_count():
+      start = time.process_time()
+      run()
+      cpu[name] = min(cpu.get(name, np.inf), time.process_time() - start)
+
+    return run_and_count
 
   def ours():
     items = items_lib.draw(table, classes, None, 0)
@@ -66,13 +76,17 @@ def _examples(num_items: int, kind: str) -> None:
     index = faiss_index.build(embeddings, kind)
     index.search(embeddings, _DEPTH + _PER_CLASS + 1)
 
-  costs = measure.compare({"a round": ours, "FAISS": theirs}, num_rounds=1)
+  runs = {"a round": ours, "FAISS": theirs}
+  runs = {name: counted(name, run) for name, run in runs.items()}
+  costs = measure.compare(runs, num_rounds=1)
   measure.show(
     f"{num_items:,} x {_NUM_DIMENSIONS}, {kind}, k = {_DEPTH + _PER_CLASS} "
     f"(goal: {_GOAL} x)",
     costs,
     "FAISS",
   )
+  ratio = cpu["a round"] / cpu["FAISS"]
+  print(f"  all cores' time: {ratio:.2f} x FAISS's {cpu['FAISS']:.1f} s")
   print(f"  {found['mined'].counts}")
 
 
