@@ -1,0 +1,249 @@
+"""Ways to mine compared: equal time on this machine, classes never seen, several seeds.
+
+  python -m tests.benchmarks.methods [--data=glyphs,fashion_mnist] [--seconds=60]
+    [--num_seeds=3] [--folder=runs/methods] [--only=batch_all,...] [--picture=FILE]
+
+The data must be there, as for the runs of the same names. Each run trains for so many
+seconds, counted from its first logged row (so that compiling doesn't count, and mining
+rounds do), is then told to stop, and evaluated. What is done already is not done again.
+Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+from absl import app, flags
+
+_DATA = flags.DEFINE_list("data", "glyphs,fashion_mnist", "Which data.")
+_ONLY = flags.DEFINE_list("only", [], "Which ways; all where none is named.")
+_SECONDS = flags.DEFINE_float("seconds", 60.0, "Training time of a run.")
+_NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Runs of each way.")
+_FOLDER = flags.DEFINE_string("folder", "runs/methods", "Where the runs live.")
+_PICTURE = flags.DEFINE_string("picture", None, "Where to draw the table, as PNG.")
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_METRICS = {"eval/recall_at_1": "recall@1", "eval/map_at_r": "MAP@R"}
+_POLL_S = 0.05
+
+# A small network, so that a minute is long; batches of 128 and of 120 records.
+_BASE = """
+include '{root}/configs/data/{data}.gin'
+include '{root}/configs/models/convnet.gin'
+include '{root}/configs/optimizers/adam.gin'
+include '{root}/configs/losses/{loss}.gin'
+
+ConvNet.filters = (16, 32)
+train.schedule_fn = @PKSchedule
+train.step = @TrainStep()
+train.loop = @LoopOptions()
+train.seed = {seed}
+PKSchedule.seed = {seed}
+TrainStep.objective_fn = @across_replicas
+TrainStep.mining_statistics = None
+LoopOptions.num_steps = 10_000_000
+LoopOptions.steps_per_loop = 25
+LoopOptions.checkpoint_every_steps = 10_000_000
+"""
+_BATCHES = {
+  "glyphs": "PKSchedule.classes_per_batch = 32\nPKSchedule.samples_per_class = 4\n",
+  "fashion_mnist": (
+    "PKSchedule.classes_per_batch = 6\nPKSchedule.samples_per_class = 20\n"
+  ),
+}
+_NUM_GROUPS = {"glyphs": 16, "fashion_mnist": 15}
+_BANK = """
+TrainStep.memory_bank = @MemoryBank()
+MemoryBank.size = 8_192
+MemoryBank.warm_up_steps = 300
+"""
+_MINING = """
+train.mining = @OfflineMining()
+OfflineMining.every_steps = 500
+OfflineMining.miner = @Miner()
+"""
+_HARD_CLASSES = """
+OfflineMining.schedule_fn = @hard_classes
+hard_classes.schedule_fn = @PKSchedule
+hard_classes.hard_share = 0.5
+hard_classes.neighbours_per_seed = 3
+Miner.num_class_neighbours = 32
+"""
+_GROUPS = """
+OfflineMining.schedule_fn = @MinedGroups
+MinedGroups.groups_per_batch = {num_groups}
+MinedGroups.negatives_per_group = 6
+MinedGroups.seed = {seed}
+Miner.examples = @ExampleMining()
+Miner.records_per_class = {records_per_class}
+ExampleMining.window = @RankWindow()
+RankWindow.first = 5
+RankWindow.last = 50
+"""
+# The loss, and what is added to the base.
+_WAYS = {
+  "batch_all": ("batch_all", ""),
+  "batch_hard": ("batch_hard", ""),
+  "semi_hard": ("semi_hard", ""),
+  "curriculum": ("curriculum", ""),
+  "batch_all, memory bank": ("batch_all", _BANK),
+  "contrastive": ("contrastive", ""),
+  "contrastive, memory bank": ("contrastive", _BANK),
+  "batch_all, hard classes": ("batch_all", _MINING + _HARD_CLASSES),
+  "batch_all, offline": ("batch_all", _MINING + _GROUPS),
+}
+# Batches of Fashion-MNIST have all its classes.
+_NOT_POSSIBLE = {("fashion_mnist", "batch_all, hard classes")}
+
+
+def main(_):
+  ways = _ONLY.value or list(_WAYS)
+  for data in _DATA.value:
+    results = pathlib.Path(_FOLDER.value) / f"{data}.jsonl"
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = {(row["way"], row["seed"]) for row in _rows(results)}
+    for seed in range(1, _NUM_SEEDS.value + 1):
+      for way in ways:
+        if (way, seed) not in done and (data, way) not in _NOT_POSSIBLE:
+          row = _run(data, way, seed)
+          with results.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+          print(json.dumps(row), flush=True)
+    _show(data, _rows(results))
+  if _PICTURE.value:
+    _draw(
+      {
+        data: _rows(pathlib.Path(_FOLDER.value) / f"{data}.jsonl")
+        for data in _DATA.value
+      }
+    )
+
+
+def _rows(path):
+  lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+  return [json.loads(line) for line in lines]
+
+
+def _run(data, way, seed):
+  """Trains and evaluates; a row of results."""
+  name = f"{data}-{way.replace(', ', '-').replace(' ', '_')}-{seed}"
+  folder = pathlib.Path(_FOLDER.value, name).absolute()
+  config = folder.with_suffix(".gin")
+  loss, more = _WAYS[way]
+  config.write_text(
+    _BASE.format(root=_ROOT, data=data, loss=loss, seed=seed)
+    + _BATCHES[data]
+    + more.format(
+      seed=seed,
+      num_groups=_NUM_GROUPS[data],
+      records_per_class=2_000 if data == "fashion_mnist" else None,
+    ),
+    encoding="utf-8",
+  )
+  _train(folder, config)
+  _task("evaluate", folder, config).check_returncode()
+  measured = json.loads((folder / "eval" / "metrics.json").read_text())
+  figures = measured["latest"]
+  last = _rows(folder / "metrics.jsonl")[-1]
+  return {
+    "data": data,
+    "way": way,
+    "seed": seed,
+    "seconds": _SECONDS.value,
+    "steps": last["step"],
+    "active": last.get("mining/active_fraction"),
+    **{name: figures[name] for name in _METRICS},
+  }
+
+
+def _train(folder, config):
+  """Trains for so many seconds from the first logged row on."""
+  process = subprocess.Popen(
+    _command("train", folder, config),
+    stderr=subprocess.DEVNULL,
+    cwd=_ROOT,
+  )
+  metrics = folder / "metrics.jsonl"
+  while not (metrics.exists() and metrics.stat().st_size):
+    if process.poll() is not None:
+      raise RuntimeError(f"{config} ended with {process.returncode}")
+    time.sleep(_POLL_S)
+  time.sleep(_SECONDS.value)
+  process.send_signal(signal.SIGTERM)
+  if process.wait() != 3:
+    raise RuntimeError(f"{config} ended with {process.returncode}")
+
+
+def _task(mode, folder, config):
+  return subprocess.run(
+    _command(mode, folder, config), cwd=_ROOT, capture_output=True, text=True
+  )
+
+
+def _command(mode, folder, config):
+  flags_of_run = [f"--mode={mode}", f"--model_dir={folder}", f"--gin_file={config}"]
+  return [sys.executable, "-m", "trainer.task", *flags_of_run]
+
+
+def _show(data, rows):
+  """Mean and standard deviation over the seeds, the best way first."""
+  print(f"\n{data}, {rows[0]['seconds']:g} s a run")
+  print(
+    f"{'':28}{'seeds':>6}{'steps':>8}"
+    + "".join(f"{name:>18}" for name in _METRICS.values())
+  )
+  for way, of_way in _by_way(rows):
+    cells = "".join(
+      f"{np.mean(values):11.4f} ±{np.std(values, ddof=min(1, len(values) - 1)):.4f}"
+      for values in ([row[name] for row in of_way] for name in _METRICS)
+    )
+    steps = np.mean([row["steps"] for row in of_way])
+    print(f"{way:28}{len(of_way):6}{steps:8.0f}{cells}")
+
+
+def _by_way(rows):
+  by_way = {}
+  for row in rows:
+    by_way.setdefault(row["way"], []).append(row)
+  first = next(iter(_METRICS))
+  return sorted(
+    by_way.items(), key=lambda item: -np.mean([row[first] for row in item[1]])
+  )
+
+
+def _draw(by_data):
+  """A point a run, a bar for the mean."""
+  import matplotlib
+
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  figure, grid = pyplot.subplots(
+    len(by_data), len(_METRICS), figsize=(10, 3.4 * len(by_data)), squeeze=False
+  )
+  for axes_of_data, (data, rows) in zip(grid, by_data.items()):
+    for axes, (metric, title) in zip(axes_of_data, _METRICS.items()):
+      ways = _by_way(rows)[::-1]
+      for place, (_, of_way) in enumerate(ways):
+        values = [row[metric] for row in of_way]
+        axes.barh(place, np.mean(values), color="#c5d5e8")
+        axes.plot(values, [place] * len(values), "o", color="#204a87", markersize=4)
+      axes.set_yticks(range(len(ways)), [way for way, _ in ways])
+      lowest = min(row[metric] for row in rows)
+      highest = max(row[metric] for row in rows)
+      axes.set_xlim(lowest - 0.25 * (highest - lowest), None)
+      axes.set_title(f"{data}: {title}, {rows[0]['seconds']:g} s a run")
+  figure.tight_layout()
+  os.makedirs(os.path.dirname(os.path.abspath(_PICTURE.value)), exist_ok=True)
+  figure.savefig(_PICTURE.value, dpi=110)
+
+
+if __name__ == "__main__":
+  app.run(main)
