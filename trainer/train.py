@@ -15,6 +15,7 @@ from trainer import preemption
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule, Schedule
+from trainer.distribute.objective import WithinGroups
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
@@ -180,6 +181,11 @@ def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
   check_batch(schedule, parts.step, num_replicas)
+  if parts.mining is not None and isinstance(parts.step.objective_fn, WithinGroups):
+    raise UserError(
+      "train.mining draws what labels tell apart, and WithinGroups goes by a list; set "
+      "TrainStep.objective_fn = @across_replicas."
+    )
   tpu_limits.check_if_on_tpu(parts.step)
   return parts, schedule
 
@@ -273,12 +279,8 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
       f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
     )
-  group_size = getattr(step.objective_fn, "group_size", num_samples)
-  if group_size != num_samples:
-    raise UserError(
-      f"WithinGroups has groups of {group_size} records, and those of the schedule "
-      f"have {num_samples}; set its num_positives and num_negatives."
-    )
+  if isinstance(step.objective_fn, WithinGroups):
+    step.objective_fn.check_groups(getattr(schedule, "group", None))
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
       f"PKSchedule.samples_per_class={num_samples} leaves "

@@ -132,6 +132,13 @@ def test_what_is_no_list_is_refused(make, content, name, message):
     make(content, name)
 
 
+def test_several_arrays_are_refused(index, tmp_path):
+  np.savez(tmp_path / "list", one=np.zeros((3, 3), int))
+  path = (tmp_path / "list.npz").rename(tmp_path / "list.npy")
+  with pytest.raises(UserError, match="no array, but several"):
+    TripletSchedule(index, file=str(path), triplets_per_batch=2, seed=1)
+
+
 def test_a_file_that_is_not_there_is_refused(index):
   with pytest.raises(UserError, match=r"nowhere\.csv can't be read"):
     TripletSchedule(index, file="nowhere.csv", triplets_per_batch=2, seed=1)

@@ -307,7 +307,7 @@ def test_an_objective_that_says_what_is_positive_is_refused():
     collectives=OneReplica(),
   )
   anchors = Anchors(embeddings, labels, is_real.astype(np.float32))
-  with pytest.raises(UserError, match="objective_fn says itself what is positive"):
+  with pytest.raises(UserError, match="goes by labels, and WithinGroups by the list"):
     WithinGroups()(reminded, anchors, OneReplica())
 
 

@@ -125,6 +125,15 @@ def test_replicas_come_to_what_one_does(mirrored, loss, num_replicas):
   assert parity.is_equal(found), parity.table([("within groups", found)])
 
 
+@pytest.mark.parametrize(
+  ("group", "message"),
+  [(None, "draws classes"), ((1, 6), "1 positives and 2 negatives .* have 1 and 6")],
+)
+def test_batches_of_other_groups_are_refused(group, message):
+  with pytest.raises(UserError, match=message):
+    WithinGroups(num_negatives=2).check_groups(group)
+
+
 def test_a_group_without_positives_or_negatives_is_refused():
   with pytest.raises(UserError, match="at least 1"):
     WithinGroups(num_negatives=0)

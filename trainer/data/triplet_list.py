@@ -43,7 +43,7 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
   try:
     content = paths.read_bytes(file)
   except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror}.") from error
+    raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
   if file.endswith(".npy"):
     triplets = _numbers_of_array(file, content)
     is_known = (triplets >= 0) & (triplets < index.num_records)
@@ -58,6 +58,8 @@ def _numbers_of_array(file: str, content: bytes) -> np.ndarray:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
   except (ValueError, EOFError, OSError) as error:
     raise UserError(f"{file} is no array: {error}.") from error
+  if not isinstance(numbers, np.ndarray):
+    raise UserError(f"{file} is no array, but several.")
   if numbers.ndim != 2 or numbers.shape[1] != 3 or numbers.dtype.kind not in "iu":
     raise UserError(
       f"{file} has shape {numbers.shape} and type {numbers.dtype}; needed are record "

@@ -15,8 +15,8 @@ from trainer.data import distinct_stream, permutation, triplet_list
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 
-# What a hash is for, so that no two uses of one seed are alike (1 to 4: others).
-_TRIPLETS = 5
+# What a hash is for, so that no two uses of one seed are alike (1 to 7: others).
+_TRIPLETS = 8
 
 
 @gin.register
@@ -28,6 +28,8 @@ class TripletSchedule:
   """
 
   rows_parameter = "TripletSchedule.triplets_per_batch"
+  # Positives and negatives of a row, after its anchor.
+  group = (1, 1)
 
   def __init__(
     self,
@@ -73,8 +75,8 @@ class TripletSchedule:
     num_drawn = len(self._triplets)
     if not num_drawn:
       raise UserError(
-        f"{file} has no triplet to train on: {len(listed)} have records of classes "
-        "that are not trained on."
+        f"{file} has no triplet to train on: of {len(listed)} that could be learned "
+        "from, all have records of classes that are not trained on."
       )
     logging.info(
       "%s: %d triplets, and %d of classes that are not trained on.",

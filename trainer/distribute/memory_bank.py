@@ -169,11 +169,6 @@ class RemindedLoss:
     """
     if candidates.labels.dtype == tf.bool:
       raise UserError("MemoryBank keeps one label of an example, not several.")
-    if candidates.is_relevant is not None:
-      raise UserError(
-        "MemoryBank adds candidates that labels tell apart, and this "
-        "TrainStep.objective_fn says itself what is positive; leave one of them out."
-      )
     if candidates.is_relevant is not None or candidates.is_compared is not None:
       raise UserError(
         "MemoryBank goes by labels, and WithinGroups by the list; set "

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, Protocol
+from typing import Any, Callable, NamedTuple, Optional, Protocol
 
 import gin
 import tensorflow as tf
@@ -95,9 +95,9 @@ def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Sha
 class WithinGroups:
   """The first row of each group against the rest of its group, as a list says.
 
-  For batches of triplets or of mined groups: a row is an anchor, what it is to be near,
-  and what it is to be far from, whatever their labels are. Rows of other groups are not
-  looked at. L = Σ_r total_r / Σ_r count_r: any number of replicas gives the same.
+  For batches of triplets: a row is an anchor, what it is to be near, and what it is to
+  be far from, whatever their labels are. Rows of other groups are not looked at.
+  L = Σ_r total_r / Σ_r count_r: any number of replicas gives the same.
 
   Args:
     num_positives: p >= 1, how many rows after the anchor are its positives.
@@ -113,8 +113,32 @@ class WithinGroups:
         f"WithinGroups.num_positives={num_positives} and num_negatives="
         f"{num_negatives} must be at least 1."
       )
-    self._num_positives = num_positives
-    self.group_size = 1 + num_positives + num_negatives
+    self._group = (num_positives, num_negatives)
+    self._group_size = 1 + num_positives + num_negatives
+
+  def check_groups(self, group: Optional[tuple[int, int]]) -> None:
+    """Checks that a batch has such groups.
+
+    Args:
+      group: positives and negatives of each row of a batch; None where rows are no
+        groups.
+
+    Raises:
+      UserError: it has not.
+    """
+    if group is None:
+      raise UserError(
+        "WithinGroups needs batches of groups, and this train.schedule_fn draws "
+        "classes; set it to @TripletSchedule, or TrainStep.objective_fn to "
+        "@across_replicas."
+      )
+    if group != self._group:
+      raise UserError(
+        "WithinGroups has {} positives and {} negatives a group, and the schedule's "
+        "groups have {} and {}; set num_positives and num_negatives.".format(
+          *self._group, *group
+        )
+      )
 
   def __call__(self, loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
     """The share of a replica.
@@ -131,7 +155,7 @@ class WithinGroups:
     candidates = _gathered(anchors, collectives)
     groups, places = self._groups_and_places(tf.range(candidates.labels.shape[0]))
     own_groups, own_places = self._groups_and_places(candidates.positions)
-    is_positive = tf.logical_and(places > 0, places <= self._num_positives)
+    is_positive = tf.logical_and(places > 0, places <= self._group[0])
     is_own = tf.equal(own_groups[:, None], groups[None, :])
     return _share(
       loss,
@@ -144,7 +168,7 @@ class WithinGroups:
 
   def _groups_and_places(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Of rows of the global batch, [n]: which group, and which place in it."""
-    return rows // self.group_size, rows % self.group_size
+    return rows // self._group_size, rows % self._group_size
 
 
 def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
