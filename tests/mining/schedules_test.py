@@ -134,8 +134,11 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
   allowed = set(range(30) if classes is None else classes)
   drawn, base = schedule.batches(_STEPS), plain.batches(_STEPS)
   assert drawn.shape == (200, 10, 3)
-  for batch, base_classes in zip(drawn, index.labels[base][:, :, 0]):
-    rows = index.labels[batch]
+  for batch, plain_batch in zip(drawn, base):
+    rows, base_classes = index.labels[batch], index.labels[plain_batch][:, 0]
+    for seed in (0, 1):  # What the stream gives has the members that it says.
+      same = batch[rows[:, 0] == base_classes[seed]]
+      np.testing.assert_array_equal(same, plain_batch[[seed]])
     assert (rows == rows[:, :1]).all()
     assert len(set(batch.ravel())) == 30
     assert rows[:, 0].tolist() == _expected_classes(

@@ -124,12 +124,12 @@ class NeighbouringClasses:
     is_drawn = _is_first(every) & (every >= 0)
     is_drawn &= np.cumsum(is_drawn, axis=1) <= self._num_drawn
     columns = self._columns_in_order(is_drawn)
-    blocks = self._blocks(steps, every)
-    blocks[:, : self._num_seeds] = base.blocks[:, : self._num_seeds]
-    blocks[:, hard.shape[1] :] = base.blocks[:, self._num_seeds :]
-    return Draws(
-      *(np.take_along_axis(each, columns, axis=1) for each in (every, blocks))
-    )
+    classes = np.take_along_axis(every, columns, axis=1)
+    # The columns of the neighbours lie between the two parts of the other stream's.
+    is_near = (columns >= self._num_seeds) & (columns < hard.shape[1])
+    of_stream = np.where(columns < self._num_seeds, columns, columns - near.shape[1])
+    blocks = np.take_along_axis(base.blocks, np.where(is_near, 0, of_stream), axis=1)
+    return Draws(classes, np.where(is_near, self._blocks(steps, classes), blocks))
 
   def _near(self, seeds: np.ndarray) -> np.ndarray:
     """[S, m·s] int64 classes, the nearest of all seeds first; −1 for none."""
