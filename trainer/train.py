@@ -141,7 +141,7 @@ def _build(
   rounds = _make_rounds(run, parts, schedule, checkpoints)
   drawn: Schedule = schedule
   if rounds is not None:
-    rounds.resume(first_step)
+    rounds.resume(first_step, loop.num_steps)
     drawn = rounds.schedule
   batches = dataset.training_batches(drawn)
   inner = _make_inner_loop(batches, step, first_step, checkpoints)

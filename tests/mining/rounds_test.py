@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -72,10 +74,12 @@ def _harm(folder, step):
 
 def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path):
   rounds = _rounds(tmp_path, miner=_mined)
-  rounds.resume(0)
+  rounds.resume(0, 50)
   assert rounds.metrics(0) == {}
-  assert [step for step in range(1, 25) if rounds.decide(step)] == [10, 20]
-  assert _drawn(rounds, 0, 9, 10, 19, 20, 21) == [-7, -7, 10, 10, 20, 20]
+  assert [step for step in range(1, 15) if rounds.decide(step)] == [10]
+  assert _drawn(rounds, 0, 9, 10, 19) == [-7, -7, 10, 10]
+  assert [step for step in range(15, 25) if rounds.decide(step)] == [20]
+  assert _drawn(rounds, 10, 19, 20, 21) == [10, 10, 20, 20]
   assert rounds.schedule.batch(12).shape == (3, 4)
   assert rounds.metrics(24) == {
     "mining/round_step": 20.0,
@@ -88,12 +92,12 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
 def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
   _write(tmp_path, 8)
   rounds = _rounds(tmp_path)
-  rounds.resume(0)
+  rounds.resume(0, 50)
   assert rounds.decide(10)
   assert not rounds.decide(20)
   _write(tmp_path, 18)
   again = _rounds(tmp_path)
-  again.resume(12)
+  again.resume(12, 50)
   assert not again.decide(20)
   assert _drawn(again, 12, 25) == [8, 8]
   assert again.decide(30)
@@ -102,19 +106,58 @@ def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
 
 def test_that_there_was_no_round_is_honoured_too(tmp_path):
   rounds = _rounds(tmp_path)
-  rounds.resume(0)
+  rounds.resume(0, 50)
   assert not rounds.decide(10)
   _write(tmp_path, 8)
   again = _rounds(tmp_path)
-  again.resume(10)
+  again.resume(10, 50)
   assert _drawn(again, 10, 19) == [-7, -7]
   assert again.decide(20)
 
 
 def test_a_run_that_was_killed_before_it_mined_mines_when_it_goes_on(tmp_path):
   rounds = _rounds(tmp_path, miner=_mined)
-  rounds.resume(10)
+  rounds.resume(10, 50)
   assert _drawn(rounds, 10) == [10]
+
+
+def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
+  def few(index, mining_round, *, classes):
+    if len(mining_round.arrays["anchors"]) < 20:
+      raise UserError("too few anchors")
+    return _of_step(index, mining_round, classes=classes)
+
+  def mined_few(step):
+    return Mined(example_arrays(num_anchors=3), {"counts": {}})
+
+  rounds = _rounds(tmp_path, miner=mined_few, schedule_fn=few)
+  with pytest.raises(UserError, match=r"^too few anchors$"):
+    rounds.decide(10)
+  assert Ledger(str(tmp_path)).decisions() == {}
+  again = _rounds(tmp_path, miner=_mined, schedule_fn=few)
+  again.resume(10, 50)
+  assert _drawn(again, 10) == [10]
+
+
+def test_where_no_step_is_left_nothing_is_mined(tmp_path):
+  rounds = _rounds(tmp_path, miner=_mined)
+  rounds.resume(30, 30)
+  assert round_folder.steps(str(tmp_path)) == []
+  # A training that is made longer goes on as one that was as long from the start.
+  rounds.resume(30, 40)
+  assert round_folder.steps(str(tmp_path)) == [30]
+
+
+def test_where_all_rounds_are_gone_batches_are_plain_and_stay_so(tmp_path):
+  _write(tmp_path, 8)
+  rounds = _rounds(tmp_path)
+  rounds.decide(10)
+  round_folder.remove(str(tmp_path), 8)
+  assert rounds.decide(20)
+  again = _rounds(tmp_path)
+  again.resume(25, 50)
+  assert _drawn(rounds, 25) == _drawn(again, 25) == [-7]
+  assert rounds.metrics(25) == again.metrics(25) == {}
 
 
 def test_of_rounds_beside_a_damaged_one_is_passed_over(tmp_path, caplog):
@@ -133,7 +176,7 @@ def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
   with pytest.raises(
     UserError, match=r"no mining round.*rounds.jsonl has it from step"
   ):
-    _rounds(tmp_path, miner=_mined).resume(14)
+    _rounds(tmp_path, miner=_mined).resume(14, 50)
 
 
 def test_rounds_go_that_no_checkpoint_comes_back_to(tmp_path):
@@ -187,7 +230,7 @@ def test_a_damaged_ledger_is_told_in_one_line(tmp_path, content, message):
   (tmp_path / "mining").mkdir()
   (tmp_path / "mining" / "rounds.jsonl").write_text(content)
   with pytest.raises(UserError, match=rf"rounds.jsonl is damaged \({message}"):
-    _rounds(tmp_path).resume(0)
+    _rounds(tmp_path).resume(0, 50)
 
 
 def test_the_ledger_is_plain_text(tmp_path):
@@ -238,8 +281,20 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
 
 def test_steps_of_several_rounds_are_drawn_together():
   schedule = ScheduleByRounds(_Constant(0))
-  schedule.hold(4, _Constant(1))
-  schedule.hold(8, _Constant(2, (6, 2)))
-  drawn = schedule.batches(np.array([9, 0, 3, 4, 7, 8]))
-  assert drawn.shape == (6, 3, 4)
-  assert drawn[:, 2, 1].tolist() == [2, 0, 0, 1, 1, 2]
+  schedule.hold(4, _Constant(1, (6, 2)))
+  drawn = schedule.batches(np.array([9, 0, 3, 4]))
+  assert drawn.shape == (4, 3, 4)
+  assert drawn[:, 2, 1].tolist() == [1, 0, 0, 1]
+
+
+def test_the_schedule_that_holds_and_the_one_before_are_kept():
+  schedule, held = ScheduleByRounds(_Constant(0)), []
+  for number in (1, 2, 3):
+    held.append(_Constant(number))
+    schedule.hold(10 * number, held[-1])
+  held = [weakref.ref(each) for each in held]
+  gc.collect()
+  assert [each() is None for each in held] == [True, False, False]
+  assert schedule.batches(np.array([29, 30]))[:, 0, 0].tolist() == [2, 3]
+  with pytest.raises(ValueError, match="from step 20 on are kept; got 19"):
+    schedule.batches(np.array([30, 19]))

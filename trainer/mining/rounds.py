@@ -1,7 +1,7 @@
 """The mining rounds of a training: which one holds, from which step on.
 
-decided before? ─► mine, or take the newest ─► ledger ─► schedule ─► prune
- ledger             miner, round_folder                   offline_mining
+decided before? ─► mine, or take the newest ─► schedule ─► ledger ─► hold ─► prune
+ ledger             miner, round_folder         offline_mining       schedule_by_rounds
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Callable, Optional
+from typing import Callable, NamedTuple, Optional
 
 import tensorflow as tf
 from absl import logging
@@ -27,6 +27,13 @@ from trainer.mining.round_folder import MiningRound
 from trainer.mining.schedule_by_rounds import ScheduleByRounds
 
 _POLL_S = 1.0
+
+
+class _Opened(NamedTuple):
+  """A round, and what is drawn of it."""
+
+  mining_round: MiningRound
+  schedule: Schedule
 
 
 class Rounds:
@@ -61,20 +68,22 @@ class Rounds:
     self.schedule = ScheduleByRounds(plain)
     self._options = options
     self._dataset = dataset
+    self._plain = plain
     self._model_dir = model_dir
     self._mine_fn = mine_fn
     self._oldest_step_fn = oldest_step_fn
     self._made_of = made_of(dataset)
     self._ledger = Ledger(model_dir)
     self._workers = current_workers()
-    self._current: Optional[MiningRound] = None
+    self._current: Optional[_Opened] = None
     self._damaged: set[int] = set()
 
-  def resume(self, first_step: int) -> None:
+  def resume(self, first_step: int, num_steps: int) -> None:
     """Takes up the round that holds at a step, and decides if that is due there.
 
     Args:
       first_step: number of steps done.
+      num_steps: of the whole training; where none is left, nothing is decided.
 
     Raises:
       UserError: that round is gone, or as in `decide`.
@@ -82,8 +91,9 @@ class Rounds:
     decisions = self._decisions()
     before = [step for step in decisions if step < first_step]
     if before:
-      self._hold(before[-1], decisions[before[-1]])
-    self.decide(first_step)
+      self._hold(before[-1], self._opened_again(before[-1], decisions[before[-1]]))
+    if first_step < num_steps:
+      self.decide(first_step)
 
   def is_due(self, step: int) -> bool:
     """Whether there is something to decide after so many steps."""
@@ -106,12 +116,14 @@ class Rounds:
       return False
     decisions = self._decisions()
     if step in decisions:
-      round_step = decisions[step]
+      opened = self._opened_again(step, decisions[step])
     else:
       is_mining = self._mine_fn is not None
       round_step = self._mined(step) if is_mining else self._newest(step)
+      # First: a round that does not fit can then be mined anew.
+      opened = self._opened(round_step)
       self._workers.chief_first(lambda: self._ledger.add(step, round_step))
-    has_changed = self._hold(step, round_step)
+    has_changed = self._hold(step, opened)
     self._workers.chief_first(self._prune)
     return has_changed
 
@@ -119,10 +131,11 @@ class Rounds:
     """Which round holds, its age after so many steps, and what was counted in it."""
     if self._current is None:
       return {}
-    counts = self._current.facts.get("counts", {})
+    mining_round = self._current.mining_round
+    counts = mining_round.facts.get("counts", {})
     return {
-      "mining/round_step": float(self._current.step),
-      "mining/round_age_steps": float(step - self._current.step),
+      "mining/round_step": float(mining_round.step),
+      "mining/round_age_steps": float(step - mining_round.step),
       **{f"mining/round_{name}": float(value) for name, value in counts.items()},
     }
 
@@ -183,7 +196,7 @@ class Rounds:
     for round_step in round_folder.steps(self._model_dir):
       if round_step > step or round_step in self._damaged:
         continue
-      if self._current is not None and round_step == self._current.step:
+      if self._current and round_step == self._current.mining_round.step:
         return round_step
       try:
         MiningRound(self._model_dir, round_step, self._made_of)
@@ -193,44 +206,56 @@ class Rounds:
         self._damaged.add(round_step)
     return None
 
-  def _hold(self, step: int, round_step: Optional[int]) -> bool:
-    """Lets a round hold from a step on; whether that changes anything."""
-    if round_step is None or (self._current and self._current.step == round_step):
-      return False
+  def _opened(self, round_step: Optional[int]) -> Optional[_Opened]:
+    """A round and its schedule, on all workers; None for the plain schedule."""
+    if round_step is None:
+      return None
+    if self._current is not None and round_step == self._current.mining_round.step:
+      return self._current
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    current, schedule = self._workers.together(
-      lambda: self._opened(step, int(round_step), num_replicas)
-    )
-    self._current = current
-    self.schedule.hold(step, schedule)
-    logging.info("From step %d: the mining round of step %d.", step, round_step)
-    return True
 
-  def _opened(
-    self, step: int, round_step: int, num_replicas: int
-  ) -> tuple[MiningRound, Schedule]:
+    def open_round() -> _Opened:
+      mining_round = MiningRound(self._model_dir, round_step, self._made_of)
+      schedule = self._options.schedule_of(
+        mining_round, self._dataset, self.schedule.shape, num_replicas
+      )
+      return _Opened(mining_round, schedule)
+
+    return self._workers.together(open_round)
+
+  def _opened_again(self, step: int, round_step: Optional[int]) -> Optional[_Opened]:
+    """What was decided on to hold from a step on."""
     try:
-      opened = MiningRound(self._model_dir, round_step, self._made_of)
+      return self._opened(round_step)
     except UserError as error:
       folder = os.path.dirname(self._ledger.path)
       raise UserError(
         f"{error} {self._ledger.path} has it from step {step} on: put it back, or "
         f"remove {folder} to go on with new rounds."
       ) from error
-    schedule = self._options.schedule_of(
-      opened, self._dataset, self.schedule.shape, num_replicas
-    )
-    return opened, schedule
+
+  def _hold(self, step: int, opened: Optional[_Opened]) -> bool:
+    """Lets a round hold from a step on; whether that changes anything."""
+    if opened is self._current:
+      return False
+    self._current = opened
+    self.schedule.hold(step, self._plain if opened is None else opened.schedule)
+    what = "plain batches"
+    if opened is not None:
+      what = f"the mining round of step {opened.mining_round.step}"
+    logging.info("From step %d: %s.", step, what)
+    return True
 
   def _prune(self) -> None:
     """Removes rounds that no checkpoint comes back to, and that are not to come."""
     if self._current is None:
       return
+    current_step = self._current.mining_round.step
     decisions, oldest = self._ledger.decisions(), self._oldest_step_fn()
     first = max((step for step in decisions if step <= oldest), default=0)
     kept = {each for step, each in decisions.items() if step >= first}
     for round_step in round_folder.steps(self._model_dir):
-      if round_step < self._current.step and round_step not in kept:
+      if round_step < current_step and round_step not in kept:
         round_folder.remove(self._model_dir, round_step)
 
 
