@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import tempfile
 
 import numpy as np
 import pytest
@@ -10,9 +13,11 @@ import pytest
 from tests.mining.corpora import Corpus, distances
 from trainer.data.members import from_labels
 from trainer.errors import UserError
+from trainer.mining import nearest_items
 from trainer.mining.examples import ExampleMining
 from trainer.mining.mislabelled import MislabelledFilter
 from trainer.mining.nearest_items import NearestItems, room_for
+from trainer.mining.neighbours_on_disk import on_disk
 from trainer.mining.positives import Positives
 from trainer.mining.windows import MarginWindow, RankWindow
 
@@ -197,7 +202,28 @@ def test_a_part_of_the_classes_is_mined_among_itself():
   assert (labels != items.labels[mined.anchors][:, None]).all()
 
 
-def test_a_search_by_codes_has_true_distances():
+def test_a_full_temporary_disk_is_told_in_one_line(tmp_path, monkeypatch):
+  def full(descriptor, offset, num_bytes):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+  monkeypatch.setattr(os, "posix_fallocate", full)
+  message = rf"{tmp_path} has no room for 4,000 bytes .*\(No space left on device\)"
+  with pytest.raises(UserError, match=message), on_disk(100, 5):
+    pass
+
+
+def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
+  file = (tmp_path / "neighbours").open("w+b")
+  monkeypatch.setattr(tempfile, "TemporaryFile", lambda: file)
+  with on_disk(1000, 50) as found:
+    assert found.indices.shape == found.distances.shape == (1000, 50)
+    assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * 1000 * 50
+
+
+def test_a_search_by_codes_has_true_distances(monkeypatch):
+  # A part of 5 that ask at a time.
+  monkeypatch.setattr(nearest_items, "_REFINED_BYTES", 5 * 2 * 4 * 21 * 5 + 1)
   corpus = Corpus((90,) * 8, seed=5)
   nearest = NearestItems(corpus.embeddings, "ivf_pq")
   items = np.arange(0, 720, 7)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
+import os
 import shutil
 import types
 import weakref
@@ -194,6 +196,18 @@ def test_rounds_stay_while_there_is_no_checkpoint(tmp_path):
   for step in (10, 20, 30):
     rounds.decide(step)
   assert round_folder.steps(str(tmp_path)) == [30, 20, 10]
+
+
+def test_a_round_that_can_not_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
+  def fail(folder, ignore_errors=False):
+    if not ignore_errors:
+      raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), folder)
+
+  rounds = _rounds(tmp_path, miner=_mined, oldest_step=20)
+  rounds.decide(10)
+  monkeypatch.setattr(shutil, "rmtree", fail)
+  assert rounds.decide(20)
+  assert "round of step 10 stays: Device or resource busy" in caplog.text
 
 
 def test_a_round_beside_that_is_still_to_come_stays(tmp_path):

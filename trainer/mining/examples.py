@@ -6,7 +6,6 @@ Shapes: N items, D dimensions, A anchors, k neighbours, p positives, n negatives
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from typing import NamedTuple, Optional
 
 import gin
@@ -17,6 +16,7 @@ from trainer.errors import UserError
 from trainer.mining.items import Items
 from trainer.mining.mislabelled import MislabelledFilter
 from trainer.mining.nearest_items import NearestItems, room_for
+from trainer.mining.neighbours_on_disk import on_disk
 from trainer.mining.positives import Positives
 from trainer.mining.windows import NegativeWindow
 from trainer.retrieval.search import Neighbours
@@ -86,14 +86,14 @@ class ExampleMining:
       nearest: searches the embeddings.
 
     Raises:
-      UserError: there is no anchor with a positive and a negative.
+      UserError: there is no anchor with a positive and a negative, or no room in the
+        temporary folder.
     """
     num_items = len(items.labels)
     num_neighbours = min(self._num_neighbours(items), num_items - 1)
     if num_neighbours < 1:
       raise UserError(f"{num_items} items are too few to mine among.")
-    with tempfile.TemporaryFile() as file:
-      found = _mapped(file, num_items, num_neighbours)
+    with on_disk(num_items, num_neighbours) as found:
       nearest.search(np.arange(num_items), num_neighbours, found)
       is_doubted = np.zeros(num_items, bool)
       if self.mislabelled is not None:
@@ -226,14 +226,3 @@ class _Choice:
       f"{wider} nearest: all have the anchor's label or are outside of the window; "
       "widen the window, or end mining: there is nothing hard left."
     )
-
-
-def _mapped(file, num_items: int, num_neighbours: int) -> Neighbours:
-  """Room for neighbours in a file."""
-  shape = (num_items, num_neighbours)
-  num_bytes = 4 * num_items * num_neighbours
-  file.truncate(2 * num_bytes)
-  return Neighbours(
-    np.memmap(file, np.int32, "r+", 0, shape),
-    np.memmap(file, np.float32, "r+", num_bytes, shape),
-  )

@@ -10,7 +10,7 @@ import json
 import os
 from typing import Optional
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 from trainer.mining.round_folder import FOLDER
 
 FILE_NAME = os.path.join(FOLDER, "rounds.jsonl")
@@ -65,7 +65,7 @@ class Ledger:
         os.fsync(file.fileno())
       os.replace(f"{self.path}.new", self.path)
     except OSError as error:
-      raise UserError(f"{self.path} can't be written: {error.strerror}.") from error
+      raise UserError(f"{self.path} can't be written: {reason_of(error)}.") from error
 
 
 def _round_of(value: object) -> Optional[int]:

@@ -17,7 +17,9 @@ _MAX_EXACT = 50_000
 KINDS = ("auto", "exact", *faiss_index.KINDS)
 # Items that ask at once.
 _NUM_ASKING = 16_384
-_NUM_REFINED = 1_024
+# Of the embeddings that true distances are computed from at once, twice: of the
+# neighbours, and their differences.
+_REFINED_BYTES = 64 * 2**20
 
 
 class NearestItems:
@@ -123,8 +125,10 @@ def _refined(
 ) -> Neighbours:
   """What was found, by true distances and in their order."""
   distances = np.empty(indices.shape, np.float32)
-  for start in range(0, len(queries), _NUM_REFINED):
-    part = slice(start, start + _NUM_REFINED)
+  row_bytes = 2 * 4 * indices.shape[1] * queries.shape[1]
+  num_rows = max(1, _REFINED_BYTES // row_bytes)
+  for start in range(0, len(queries), num_rows):
+    part = slice(start, start + num_rows)
     difference = embeddings[indices[part]] - queries[part, None]
     distances[part] = np.sqrt(np.einsum("rkd,rkd->rk", difference, difference))
   distances[indices < 0] = np.inf

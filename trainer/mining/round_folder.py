@@ -23,7 +23,7 @@ from typing import Any, Optional
 
 import numpy as np
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 from trainer.mining.miner import Mined
 from trainer.retrieval.embedding_folder import read_json
 from trainer.retrieval.file_hash import sha256_of
@@ -154,7 +154,7 @@ def write(
     shutil.rmtree(aside, ignore_errors=True)
     raise UserError(
       f"the mining round of step {step} can't be written to "
-      f"{os.path.join(model_dir, FOLDER)}: {error.strerror}."
+      f"{os.path.join(model_dir, FOLDER)}: {reason_of(error)}."
     ) from error
 
 
@@ -207,5 +207,5 @@ def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
       return f"it has {size} bytes and not {expected['bytes']}"
     is_same = sha256_of(path) == expected["sha256"]
   except OSError as error:
-    return str(error.strerror)
+    return reason_of(error)
   return None if is_same else "its SHA-256 is another"

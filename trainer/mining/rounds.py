@@ -18,7 +18,7 @@ from trainer import heartbeat
 from trainer.data.dataset import Dataset
 from trainer.data.schedule import Schedule
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
 from trainer.mining.miner import Mined, made_of
@@ -256,7 +256,12 @@ class Rounds:
     kept = {each for step, each in decisions.items() if step >= first}
     for round_step in round_folder.steps(self._model_dir):
       if round_step < current_step and round_step not in kept:
-        round_folder.remove(self._model_dir, round_step)
+        try:
+          round_folder.remove(self._model_dir, round_step)
+        except OSError as error:
+          logging.warning(
+            "The mining round of step %d stays: %s.", round_step, reason_of(error)
+          )
 
 
 def _too_old(options: OfflineMining, step: int, newest: Optional[int]) -> str:
