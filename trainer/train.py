@@ -180,6 +180,7 @@ def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   schedule = parts.make_schedule()
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
+    parts.mining.rehearse(parts.dataset, schedule.shape, num_replicas)
   check_batch(schedule, parts.step, num_replicas)
   if parts.mining is not None and isinstance(parts.step.objective_fn, WithinGroups):
     raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import gc
 import json
 import os
@@ -17,7 +18,8 @@ from tests.mining.corpora import example_arrays, write_round
 from trainer.errors import UserError
 from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
-from trainer.mining.miner import Mined, made_of
+from trainer.mining.mined_groups import MinedGroups
+from trainer.mining.miner import Mined, Miner, made_of
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
 from trainer.mining.schedule_by_rounds import ScheduleByRounds
@@ -53,6 +55,12 @@ def _rounds(folder, *, miner=None, oldest_step=0, **options):
     str(folder),
     mine_fn=miner,
     oldest_step_fn=lambda: oldest_step,
+  )
+
+
+def _groups_of(num_groups):
+  return functools.partial(
+    MinedGroups, groups_per_batch=num_groups, negatives_per_group=2, seed=1
   )
 
 
@@ -279,8 +287,13 @@ def test_batches_of_another_size_are_refused(tmp_path):
     return _Constant(1, (2, 7))
 
   rounds = _rounds(tmp_path, miner=_mined, schedule_fn=larger)
-  with pytest.raises(UserError, match=r"of 2 x 7 = 14 records, and .* of 3 x 4 = 12"):
-    rounds.decide(10)
+  options = OfflineMining(schedule_fn=larger, every_steps=10)
+  for check in (
+    lambda: rounds.decide(10),
+    lambda: options.rehearse(_DATASET, (3, 4), 1),
+  ):
+    with pytest.raises(UserError, match=r"of 2 x 7 = 14 records, and .* of 3 x 4 = 12"):
+      check()
 
 
 def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
@@ -291,6 +304,30 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
     rounds = _rounds(tmp_path, miner=_mined, schedule_fn=three)
     with pytest.raises(UserError, match=r"3 groups .* do not split over 2 replicas"):
       rounds.decide(10)
+
+
+@pytest.mark.parametrize(
+  ("options", "num_replicas", "message"),
+  [
+    ({"schedule_fn": _groups_of(6)}, 4, "6 groups .* do not split over 4 replicas"),
+    ({"schedule_fn": _groups_of(61)}, 1, "=61 but a round has 60 anchors"),
+    ({"miner": Miner(num_class_neighbours=3)}, 1, "no examples for MinedGroups; set"),
+  ],
+)
+def test_what_rounds_can_never_have_is_refused_before_there_is_one(
+  options, num_replicas, message
+):
+  options = OfflineMining(
+    **{"schedule_fn": _groups_of(3), "every_steps": 10, **options}
+  )
+  with pytest.raises(UserError, match=message):
+    options.rehearse(_DATASET, (6, 4), num_replicas)
+
+
+@pytest.mark.parametrize("miner", [None, Miner(examples=object())])
+def test_what_fits_is_not_refused(miner):
+  fits = OfflineMining(schedule_fn=_groups_of(6), every_steps=10, miner=miner)
+  fits.rehearse(_DATASET, (8, 3), 2)
 
 
 def test_steps_of_several_rounds_are_drawn_together():

@@ -12,7 +12,7 @@ import numpy as np
 
 from trainer.data import distinct_stream, members, permutation
 from trainer.errors import UserError
-from trainer.mining.round_folder import MiningRound
+from trainer.mining.round_to_come import Round
 
 # What hashes are for, so that no two uses of one seed are alike (1 to 4: trainer.data).
 _ANCHORS, _POSITIVES, _NEGATIVES = 5, 6, 7
@@ -46,7 +46,7 @@ class MinedGroups:
   def __init__(
     self,
     index: members.Classes,
-    mining_round: MiningRound,
+    mining_round: Round,
     *,
     groups_per_batch: int,
     positives_per_group: int = 1,
@@ -64,16 +64,16 @@ class MinedGroups:
     arrays = mining_round.arrays
     if "anchors" not in arrays:
       raise UserError(
-        f"The round of step {mining_round.step} has no examples for MinedGroups; set "
-        "Miner.examples = @ExampleMining()."
+        "A round has no examples for MinedGroups; set Miner.examples = "
+        "@ExampleMining()."
       )
     self._anchors = arrays["anchors"]
     self._positives, self._negatives = arrays["positives"], arrays["negatives"]
     if len(self._anchors) < groups_per_batch:
       raise UserError(
-        f"MinedGroups.groups_per_batch={groups_per_batch} but the round of step "
-        f"{mining_round.step} has {len(self._anchors)} anchors; choose at most so "
-        "many, or mine in a wider window."
+        f"MinedGroups.groups_per_batch={groups_per_batch} but a round has "
+        f"{len(self._anchors)} anchors; choose at most so many, or mine in a wider "
+        "window."
       )
     self._num_groups = groups_per_batch
     self._num_positives = positives_per_group

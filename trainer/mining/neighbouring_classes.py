@@ -16,7 +16,7 @@ from trainer.data import members, permutation
 from trainer.data.class_stream import ClassStream, Draws
 from trainer.data.schedule import PKSchedule
 from trainer.errors import UserError
-from trainer.mining.round_folder import MiningRound
+from trainer.mining.round_to_come import Round
 
 _BLOCKS = 8  # What a hash is for; see `mined_groups`.
 
@@ -24,7 +24,7 @@ _BLOCKS = 8  # What a hash is for; see `mined_groups`.
 @gin.register
 def with_neighbouring_classes(
   index: members.Classes,
-  mining_round: MiningRound,
+  mining_round: Round,
   *,
   schedule_fn: Callable[..., PKSchedule],
   hard_share: float,
@@ -54,8 +54,7 @@ def with_neighbouring_classes(
     )
   if "class_neighbours" not in mining_round.arrays:
     raise UserError(
-      f"The round of step {mining_round.step} has no neighbours of classes; set "
-      "Miner.num_class_neighbours."
+      "A round has no neighbours of classes; set Miner.num_class_neighbours."
     )
   stream_fn = functools.partial(
     NeighbouringClasses,

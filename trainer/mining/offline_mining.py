@@ -13,7 +13,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.schedule import Schedule
 from trainer.errors import UserError
 from trainer.mining.miner import Miner
-from trainer.mining.round_folder import MiningRound
+from trainer.mining.round_to_come import Round, round_to_come
 
 
 @gin.register
@@ -67,9 +67,25 @@ class OfflineMining:
         f"LoopOptions.steps_per_loop={steps_per_loop}."
       )
 
+  def rehearse(
+    self, dataset: Dataset, plain_shape: Sequence[int], num_replicas: int
+  ) -> None:
+    """Checks, before there is one, that rounds will fit.
+
+    Args:
+      dataset: as in `schedule_of`.
+      plain_shape: likewise.
+      num_replicas: likewise.
+
+    Raises:
+      UserError: as `schedule_of`; the miner doesn't look for what is drawn.
+    """
+    to_come = round_to_come(self.miner, dataset.index)
+    self.schedule_of(to_come, dataset, plain_shape, num_replicas)
+
   def schedule_of(
     self,
-    mining_round: MiningRound,
+    mining_round: Round,
     dataset: Dataset,
     plain_shape: Sequence[int],
     num_replicas: int,
