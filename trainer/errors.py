@@ -39,6 +39,10 @@ class StalledError(RuntimeError):
   exit_status = 4
 
 
+class TooFewExamplesError(UserError):
+  """Mining found fewer examples than a batch has: often because training went well."""
+
+
 class NotFiniteError(RuntimeError):
   """The loss is not finite, and no update was made with it."""
 

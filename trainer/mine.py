@@ -16,7 +16,7 @@ from absl import logging
 
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import TooFewExamplesError, UserError
 from trainer.evaluate import Evaluation
 from trainer.follow import restore_newer
 from trainer.loop.watchdog import watching
@@ -76,7 +76,13 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     step = restore_newer(evaluation, run.model_dir, step, options)
     if step >= num_steps:
       break  # Nothing is trained with a round of the last checkpoint.
-    mined = miner.mine(embedder, dataset, step)
+    try:
+      mined = miner.mine(embedder, dataset, step)
+    except TooFewExamplesError as error:
+      if not round_folder.steps(run.model_dir):
+        raise
+      logging.warning("Step %d: %s The round before stays the newest.", step, error)
+      continue
     round_folder.write(
       run.model_dir,
       step,

@@ -9,7 +9,12 @@ import tensorflow as tf
 
 from trainer import preemption
 from trainer.distribute.workers import Workers, current_workers
-from trainer.errors import PreemptedError, UserError, WorkerFailedError
+from trainer.errors import (
+  PreemptedError,
+  TooFewExamplesError,
+  UserError,
+  WorkerFailedError,
+)
 
 
 def _fail(error):
@@ -42,6 +47,14 @@ def test_a_mistake_is_raised_where_it_was_made_and_elsewhere():
 def test_a_mistake_of_all_workers_is_nobodys_own():
   with pytest.raises(UserError, match=r"^no$"):
     _two_workers(0, '["UserError", "no"]').together(_fail(UserError("no")))
+
+
+def test_a_mistake_is_of_its_kind_on_all_workers():
+  told = '["TooFewExamplesError", "few"]'
+  with pytest.raises(TooFewExamplesError, match=r"^worker 0: few$"):
+    _two_workers(1, told).together(lambda: 5)
+  with pytest.raises(TooFewExamplesError, match=r"^few$"):
+    _two_workers(0, told).together(_fail(TooFewExamplesError("few")))
 
 
 def test_another_error_of_the_chief_ends_the_others_in_one_line():

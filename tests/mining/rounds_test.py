@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests.mining.corpora import example_arrays, write_round
-from trainer.errors import UserError
+from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
 from trainer.mining.mined_groups import MinedGroups
@@ -95,6 +95,7 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
     "mining/round_step": 20.0,
     "mining/round_age_steps": 4.0,
     "mining/round_anchors": 20.0,
+    "mining/rounds_without_examples": 0.0,
   }
   assert Ledger(str(tmp_path)).decisions() == {10: 10, 20: 20}
 
@@ -147,6 +148,48 @@ def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
   again = _rounds(tmp_path, miner=_mined, schedule_fn=few)
   again.resume(10, 50)
   assert _drawn(again, 10) == [10]
+
+
+def _mined_well(step):
+  if step == 20:
+    raise TooFewExamplesError("nothing is hard.")
+  return Mined(example_arrays(num_anchors=2 if step == 10 else 20), {"counts": {}})
+
+
+def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
+  options = {"miner": _mined_well, "schedule_fn": _groups_of(3)}
+  rounds = _rounds(tmp_path, **options)
+  assert not rounds.decide(10)
+  assert rounds.metrics(10) == {"mining/rounds_without_examples": 1.0}
+  assert not rounds.decide(20)
+  assert rounds.decide(30)
+  assert "Step 10: MinedGroups.groups_per_batch=3 but a round has 2" in caplog.text
+  assert "Step 20: nothing is hard. Batches stay" in caplog.text
+  again = _rounds(tmp_path, **options)
+  again.resume(25, 50)
+  assert _drawn(again, 25) == [-7]
+  assert again.metrics(25) == {"mining/rounds_without_examples": 2.0}
+  assert again.decide(30)
+  assert again.metrics(30) == rounds.metrics(30)
+
+
+@pytest.mark.parametrize("step", [10, 20])
+def test_where_that_is_wanted_too_few_examples_are_an_error(tmp_path, step):
+  options = {"schedule_fn": _groups_of(3), "when_too_few": "stop"}
+  rounds = _rounds(tmp_path, miner=_mined_well, **options)
+  with pytest.raises(TooFewExamplesError):
+    rounds.decide(step)
+  assert Ledger(str(tmp_path)).decisions() == {}
+
+
+def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path):
+  for _ in range(2):
+    rounds = _rounds(tmp_path, miner=_mined)
+    rounds.resume(0, 50)
+    assert Ledger(str(tmp_path)).decisions() == {}
+    assert round_folder.steps(str(tmp_path)) == []
+    assert rounds.decide(10)
+  assert (tmp_path / "mining_before" / "round-00000010" / "anchors.npy").exists()
 
 
 def test_where_no_step_is_left_nothing_is_mined(tmp_path):
@@ -270,6 +313,7 @@ def test_the_ledger_is_plain_text(tmp_path):
     ({"every_steps": 0}, "every_steps=0 must be at least 1"),
     ({"max_age_steps": 0}, "max_age_steps=0 must be at least 1"),
     ({"max_wait_s": -1.0}, "max_wait_s=-1.0 is below 0"),
+    ({"when_too_few": "go"}, "'go' is neither keep nor stop"),
   ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, message):

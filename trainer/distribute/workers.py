@@ -15,12 +15,19 @@ from trainer import preemption
 from trainer.data.pipeline import Shard
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.rendezvous import differences
-from trainer.errors import PreemptedError, UserError, WorkerFailedError
+from trainer.errors import (
+  PreemptedError,
+  TooFewExamplesError,
+  UserError,
+  WorkerFailedError,
+)
 
 # One size of all that is gathered, for one trace.
 _ROW_SIZE = 1024
+# What is raised on all workers as on the first: a kind before those that it is one of.
 _KINDS = {
-  kind.__name__: kind for kind in (PreemptedError, UserError, WorkerFailedError)
+  kind.__name__: kind
+  for kind in (PreemptedError, TooFewExamplesError, UserError, WorkerFailedError)
 }
 _Made = TypeVar("_Made")
 
@@ -195,7 +202,7 @@ def current_workers() -> Workers:
 
 def _kind(error: Exception) -> type[Exception]:
   """As what the others raise it."""
-  kinds = (kind for kind in (UserError, PreemptedError) if isinstance(error, kind))
+  kinds = (kind for kind in _KINDS.values() if isinstance(error, kind))
   return next(kinds, WorkerFailedError)
 
 

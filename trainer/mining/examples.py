@@ -12,7 +12,7 @@ import gin
 import numpy as np
 
 from trainer import heartbeat
-from trainer.errors import UserError
+from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.items import Items
 from trainer.mining.mislabelled import MislabelledFilter
 from trainer.mining.nearest_items import NearestItems, room_for
@@ -200,7 +200,8 @@ class _Choice:
       "doubted": num_doubted,
     }
     if not len(anchors):
-      raise UserError(self._why_none(counts, wider))
+      kind = TooFewExamplesError if counts["anchors_without_negative"] else UserError
+      raise kind(self._why_none(counts, wider))
     return MinedExamples(
       anchors,
       self._positives[anchors],

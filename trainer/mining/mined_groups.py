@@ -11,7 +11,7 @@ import gin
 import numpy as np
 
 from trainer.data import distinct_stream, members, permutation
-from trainer.errors import UserError
+from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.round_to_come import Round
 
 # What hashes are for, so that no two uses of one seed are alike (1 to 4: trainer.data).
@@ -70,7 +70,7 @@ class MinedGroups:
     self._anchors = arrays["anchors"]
     self._positives, self._negatives = arrays["positives"], arrays["negatives"]
     if len(self._anchors) < groups_per_batch:
-      raise UserError(
+      raise TooFewExamplesError(
         f"MinedGroups.groups_per_batch={groups_per_batch} but a round has "
         f"{len(self._anchors)} anchors; choose at most so many, or mine in a wider "
         "window."

@@ -32,10 +32,13 @@ class OfflineMining:
     max_age_steps: how many steps behind the training a round may be when it is taken,
       or when it is kept for want of a newer one; before the first round, how many steps
       may pass without. None for any.
+    when_too_few: where a round has fewer examples than a batch, as nothing may be hard
+      in the end where training goes well: "keep" the batches as they are, with a
+      warning, or "stop".
     max_wait_s: how long to wait for a round that is not too old, seconds.
 
   Raises:
-    UserError: a number is too small.
+    UserError: a number is too small, or `when_too_few` is neither.
   """
 
   schedule_fn: Callable[..., Schedule]
@@ -43,6 +46,7 @@ class OfflineMining:
   miner: Optional[Miner] = None
   max_age_steps: Optional[int] = None
   max_wait_s: float = 0.0
+  when_too_few: str = "keep"
 
   def __post_init__(self):
     for name in ("every_steps", "max_age_steps"):
@@ -51,6 +55,11 @@ class OfflineMining:
         raise UserError(f"OfflineMining.{name}={value} must be at least 1.")
     if self.max_wait_s < 0:
       raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} is below 0.")
+
+    if self.when_too_few not in ("keep", "stop"):
+      raise UserError(
+        f"OfflineMining.when_too_few={self.when_too_few!r} is neither keep nor stop."
+      )
 
   def check(self, steps_per_loop: int) -> None:
     """Checks that rounds begin where the host looks in.

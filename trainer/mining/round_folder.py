@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from typing import Any, Optional
 
 import numpy as np
+from absl import logging
 
 from trainer.errors import UserError, reason_of
 from trainer.mining.miner import Mined
@@ -29,6 +30,7 @@ from trainer.retrieval.embedding_folder import read_json
 from trainer.retrieval.file_hash import sha256_of
 
 FOLDER = "mining"
+_BEFORE = "mining_before"
 _ASIDE, _MANIFEST = "aside", "manifest.json"
 _NAME = re.compile(r"round-(\d{8,18})")
 _ROUND = "round-{:08d}"
@@ -167,6 +169,29 @@ def remove(model_dir: str, step: int) -> None:
     if os.path.exists(manifest):
       os.remove(manifest)
     shutil.rmtree(folder)
+
+
+def set_aside(model_dir: str) -> None:
+  """Puts all rounds, and what was decided of them, into another folder beside.
+
+  Args:
+    model_dir: folder of the run. What was set aside in it before is removed.
+
+  Raises:
+    UserError: it can't be.
+  """
+  folder = os.path.join(model_dir, FOLDER)
+  before = os.path.join(model_dir, _BEFORE)
+  try:
+    if os.path.isdir(before):
+      shutil.rmtree(before)
+    os.replace(folder, before)
+  except OSError as error:
+    raise UserError(
+      f"{folder} is of another training, and can't be renamed to {before}: "
+      f"{reason_of(error)}."
+    ) from error
+  logging.warning("%s is of another training: it is %s now.", folder, before)
 
 
 def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:

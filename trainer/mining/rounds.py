@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional, Union
 
 import tensorflow as tf
 from absl import logging
@@ -18,7 +18,7 @@ from trainer import heartbeat
 from trainer.data.dataset import Dataset
 from trainer.data.schedule import Schedule
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError, reason_of
+from trainer.errors import TooFewExamplesError, UserError, reason_of
 from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
 from trainer.mining.miner import Mined, made_of
@@ -76,6 +76,7 @@ class Rounds:
     self._ledger = Ledger(model_dir)
     self._workers = current_workers()
     self._current: Optional[_Opened] = None
+    self._decided: dict[int, Optional[int]] = {}
     self._damaged: set[int] = set()
 
   def resume(self, first_step: int, num_steps: int) -> None:
@@ -89,6 +90,11 @@ class Rounds:
       UserError: that round is gone, or as in `decide`.
     """
     decisions = self._decisions()
+    if decisions and not first_step:
+      # Of another training: before each of its rounds it had saved a checkpoint.
+      self._workers.chief_first(lambda: round_folder.set_aside(self._model_dir))
+      decisions = {}
+    self._decided = decisions
     before = [step for step in decisions if step < first_step]
     if before:
       self._hold(before[-1], self._opened_again(before[-1], decisions[before[-1]]))
@@ -118,26 +124,36 @@ class Rounds:
     if step in decisions:
       opened = self._opened_again(step, decisions[step])
     else:
-      is_mining = self._mine_fn is not None
-      round_step = self._mined(step) if is_mining else self._newest(step)
       # First: a round that does not fit can then be mined anew.
-      opened = self._opened(round_step)
-      self._workers.chief_first(lambda: self._ledger.add(step, round_step))
+      opened = self._next(step)
+      decisions[step] = None if opened is None else opened.mining_round.step
+      self._workers.chief_first(lambda: self._ledger.add(step, decisions[step]))
+    self._decided = decisions
     has_changed = self._hold(step, opened)
     self._workers.chief_first(self._prune)
     return has_changed
 
   def metrics(self, step: int) -> dict[str, float]:
     """Which round holds, its age after so many steps, and what was counted in it."""
+    counted = self._without_examples(step)
     if self._current is None:
-      return {}
+      return counted
     mining_round = self._current.mining_round
     counts = mining_round.facts.get("counts", {})
     return {
       "mining/round_step": float(mining_round.step),
       "mining/round_age_steps": float(step - mining_round.step),
       **{f"mining/round_{name}": float(value) for name, value in counts.items()},
+      **counted,
     }
+
+  def _without_examples(self, step: int) -> dict[str, float]:
+    """How many rounds of this training found too few, once there was one at all."""
+    decided = [each for each in self._decided.items() if each[0] <= step]
+    if self._mine_fn is None or not decided:
+      return {}
+    num_kept = sum(mined != held for mined, held in decided)
+    return {"mining/rounds_without_examples": float(num_kept)}
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """The chief's, on all workers."""
@@ -147,14 +163,35 @@ class Rounds:
     rows = json.loads(self._workers.exchange(json.dumps(list(own.items())))[0])
     return {step: round_step for step, round_step in rows}
 
+  def _next(self, step: int) -> Optional[_Opened]:
+    """What is to hold: what holds, where a round has too few examples."""
+    is_mining = self._mine_fn is not None
+    try:
+      return self._opened(self._mined(step) if is_mining else self._newest(step))
+    except TooFewExamplesError as error:
+      if self._options.when_too_few == "stop":
+        raise
+      logging.warning("Step %d: %s Batches stay as they are.", step, error)
+      return self._current
+
   def _mined(self, step: int) -> int:
-    """Mines a round of this step."""
+    """Mines a round of this step.
+
+    Raises:
+      TooFewExamplesError: nothing is hard; on all workers, as on the chief.
+    """
     assert self._mine_fn is not None
     start_s = time.monotonic()
-    mined = self._mine_fn(step)
+    mined: Union[Mined, TooFewExamplesError]
+    try:
+      mined = self._mine_fn(step)
+    except TooFewExamplesError as error:
+      mined = error
     index = self._dataset.index
 
     def write():
+      if isinstance(mined, TooFewExamplesError):
+        raise mined
       round_folder.write(
         self._model_dir,
         step,
@@ -163,10 +200,10 @@ class Rounds:
         num_records=index.num_records,
         num_classes=index.num_classes,
       )
+      seconds = time.monotonic() - start_s
+      logging.info("Step %d: mined in %.1f s: %s.", step, seconds, mined.summary())
 
     self._workers.chief_first(write)
-    seconds = time.monotonic() - start_s
-    logging.info("Step %d: mined in %.1f s: %s.", step, seconds, mined.summary())
     return step
 
   def _newest(self, step: int) -> Optional[int]:
