@@ -1,7 +1,7 @@
 """The mining rounds of a training: which one holds, from which step on.
 
 decided before? ─► mine, or take the newest ─► schedule ─► ledger ─► hold ─► prune
- ledger             miner, round_folder         offline_mining       schedule_by_rounds
+ ledger             miner, rounds_beside        offline_mining       schedule_by_rounds
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Callable, NamedTuple, Optional, Union
 import tensorflow as tf
 from absl import logging
 
-from trainer import heartbeat
 from trainer.data.dataset import Dataset
 from trainer.data.schedule import Schedule
 from trainer.distribute.workers import current_workers
@@ -24,9 +23,8 @@ from trainer.mining.ledger import Ledger
 from trainer.mining.miner import Mined, made_of
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.round_folder import MiningRound
+from trainer.mining.rounds_beside import RoundsBeside
 from trainer.mining.schedule_by_rounds import ScheduleByRounds
-
-_POLL_S = 1.0
 
 
 class _Opened(NamedTuple):
@@ -74,10 +72,10 @@ class Rounds:
     self._oldest_step_fn = oldest_step_fn
     self._made_of = made_of(dataset)
     self._ledger = Ledger(model_dir)
+    self._beside = RoundsBeside(options, model_dir, self._made_of)
     self._workers = current_workers()
     self._current: Optional[_Opened] = None
     self._decided: dict[int, Optional[int]] = {}
-    self._damaged: set[int] = set()
 
   def resume(self, first_step: int, num_steps: int) -> None:
     """Takes up the round that holds at a step, and decides if that is due there.
@@ -167,7 +165,7 @@ class Rounds:
     """What is to hold: what holds, where a round has too few examples."""
     is_mining = self._mine_fn is not None
     try:
-      return self._opened(self._mined(step) if is_mining else self._newest(step))
+      return self._opened(self._mined(step) if is_mining else self._taken(step))
     except TooFewExamplesError as error:
       if self._options.when_too_few == "stop":
         raise
@@ -206,42 +204,17 @@ class Rounds:
     self._workers.chief_first(write)
     return step
 
-  def _newest(self, step: int) -> Optional[int]:
+  def _taken(self, step: int) -> Optional[int]:
     """The newest whole round that is not after this step; the chief's, on all workers.
 
     Raises:
       UserError: it is too old, and no other came in time.
     """
+    held = None if self._current is None else self._current.mining_round.step
     own = self._workers.together(
-      lambda: self._waited_for(step) if self._workers.is_chief else None
+      lambda: self._beside.newest(step, held) if self._workers.is_chief else None
     )
     return json.loads(self._workers.exchange(json.dumps(own))[0])
-
-  def _waited_for(self, step: int) -> Optional[int]:
-    deadline_s = time.monotonic() + self._options.max_wait_s
-    while True:
-      newest = self._newest_whole(step)
-      age = step - (newest or 0)
-      if self._options.max_age_steps is None or age <= self._options.max_age_steps:
-        return newest
-      if time.monotonic() >= deadline_s:
-        raise UserError(_too_old(self._options, step, newest))
-      heartbeat.beat()
-      time.sleep(_POLL_S)
-
-  def _newest_whole(self, step: int) -> Optional[int]:
-    for round_step in round_folder.steps(self._model_dir):
-      if round_step > step or round_step in self._damaged:
-        continue
-      if self._current and round_step == self._current.mining_round.step:
-        return round_step
-      try:
-        MiningRound(self._model_dir, round_step, self._made_of)
-        return round_step
-      except UserError as error:
-        logging.warning("%s The round before is taken.", error)
-        self._damaged.add(round_step)
-    return None
 
   def _opened(self, round_step: Optional[int]) -> Optional[_Opened]:
     """A round and its schedule, on all workers; None for the plain schedule."""
@@ -299,16 +272,3 @@ class Rounds:
           logging.warning(
             "The mining round of step %d stays: %s.", round_step, reason_of(error)
           )
-
-
-def _too_old(options: OfflineMining, step: int, newest: Optional[int]) -> str:
-  what = "there is no mining round"
-  if newest is not None:
-    what = f"the newest mining round is of step {newest}"
-  waited = f" after {options.max_wait_s:g} s" if options.max_wait_s else ""
-  return (
-    f"step {step}: {what}{waited}, more than "
-    f"OfflineMining.max_age_steps={options.max_age_steps} behind; is --mode=mine "
-    "running? Raise max_age_steps or max_wait_s, or set OfflineMining.miner to mine in "
-    "the training."
-  )

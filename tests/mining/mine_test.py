@@ -1,0 +1,58 @@
+"""What a process beside the training does with one checkpoint after the other."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+
+from tests.mining.corpora import example_arrays
+from trainer import mine
+from trainer.errors import TooFewExamplesError
+from trainer.mining import round_folder
+from trainer.mining.miner import Mined
+
+_INDEX = types.SimpleNamespace(facts=dict, num_records=60, num_classes=9)
+_DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
+
+
+class _Miner:
+  """Finds nothing hard in some steps."""
+
+  def __init__(self, *bare_steps):
+    self._bare_steps = bare_steps
+
+  def embedder(self, encoder, dataset):
+    return None
+
+  def mine(self, embedder, dataset, step):
+    if step in self._bare_steps:
+      raise TooFewExamplesError(f"nothing is hard in step {step}.")
+    return Mined(example_arrays(), {"counts": {}})
+
+
+def _mine(folder, monkeypatch, *bare_steps):
+  """Mines after steps 10, 20, 30 of 40."""
+  monkeypatch.setattr(mine, "restore_newer", lambda _, folder, step, options: step + 10)
+  run = types.SimpleNamespace(
+    model_dir=str(folder),
+    config=types.SimpleNamespace(values={"train.loop.num_steps": "40"}),
+  )
+  evaluation = types.SimpleNamespace(dataset=_DATASET, encoder=None)
+  mine._mine(run, mine.MineOptions(miner=_Miner(*bare_steps)), evaluation)
+  return round_folder.steps(str(folder))
+
+
+def test_each_checkpoint_before_the_last_is_mined_once(tmp_path, monkeypatch):
+  assert _mine(tmp_path, monkeypatch) == [30, 20, 10]
+
+
+def test_where_nothing_is_hard_the_next_is_mined(tmp_path, monkeypatch, caplog):
+  assert _mine(tmp_path, monkeypatch, 20) == [30, 10]
+  assert "nothing is hard in step 20. The round before" in caplog.text
+
+
+def test_where_nothing_is_hard_at_first_it_ends(tmp_path, monkeypatch):
+  with pytest.raises(TooFewExamplesError, match="in step 10"):
+    _mine(tmp_path, monkeypatch, 10)
