@@ -275,7 +275,9 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
   """
   num_classes, num_samples = schedule.shape
   if num_classes % num_replicas:
-    multiple = max(1, num_classes // num_replicas) * num_replicas
+    multiple = -(-num_classes // num_replicas) * num_replicas
+    if multiple > getattr(schedule, "num_classes", multiple):
+      multiple = max(multiple - num_replicas, num_replicas)
     raise UserError(
       f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
