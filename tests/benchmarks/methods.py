@@ -64,28 +64,17 @@ TrainStep.memory_bank = @MemoryBank()
 MemoryBank.size = 8_192
 MemoryBank.warm_up_steps = 300
 """
-_MINING = """
-train.mining = @OfflineMining()
-OfflineMining.every_steps = 500
-OfflineMining.miner = @Miner()
-"""
 _HARD_CLASSES = """
-OfflineMining.schedule_fn = @hard_classes
-hard_classes.schedule_fn = @PKSchedule
-hard_classes.hard_share = 0.5
-hard_classes.neighbours_per_seed = 3
-Miner.num_class_neighbours = 32
+include '{root}/configs/mining/neighbouring_classes.gin'
+MINING_STEPS = 500
 """
 _GROUPS = """
-OfflineMining.schedule_fn = @MinedGroups
+include '{root}/configs/mining/groups.gin'
+MINING_STEPS = 500
+MINING_SEED = {seed}
 MinedGroups.groups_per_batch = {num_groups}
 MinedGroups.negatives_per_group = 6
-MinedGroups.seed = {seed}
-Miner.examples = @ExampleMining()
 Miner.records_per_class = {records_per_class}
-ExampleMining.window = @RankWindow()
-RankWindow.first = 5
-RankWindow.last = 50
 """
 # The loss, and what is added to the base.
 _WAYS = {
@@ -93,14 +82,14 @@ _WAYS = {
   "batch_hard": ("batch_hard", ""),
   "semi_hard": ("semi_hard", ""),
   "curriculum": ("curriculum", ""),
-  "batch_all, memory bank": ("batch_all", _BANK),
+  "batch_all + memory bank": ("batch_all", _BANK),
   "contrastive": ("contrastive", ""),
-  "contrastive, memory bank": ("contrastive", _BANK),
-  "batch_all, hard classes": ("batch_all", _MINING + _HARD_CLASSES),
-  "batch_all, offline": ("batch_all", _MINING + _GROUPS),
+  "contrastive + memory bank": ("contrastive", _BANK),
+  "batch_all + hard classes": ("batch_all", _HARD_CLASSES),
+  "batch_all + offline": ("batch_all", _GROUPS),
 }
 # Batches of Fashion-MNIST have all its classes.
-_NOT_POSSIBLE = {("fashion_mnist", "batch_all, hard classes")}
+_NOT_POSSIBLE = {("fashion_mnist", "batch_all + hard classes")}
 
 
 def main(_):
@@ -133,7 +122,7 @@ def _rows(path):
 
 def _run(data, way, seed):
   """Trains and evaluates; a row of results."""
-  name = f"{data}-{way.replace(', ', '-').replace(' ', '_')}-{seed}"
+  name = f"{data}-{way.replace(' + ', '-').replace(' ', '_')}-{seed}"
   folder = pathlib.Path(_FOLDER.value, name).absolute()
   config = folder.with_suffix(".gin")
   loss, more = _WAYS[way]
@@ -141,6 +130,7 @@ def _run(data, way, seed):
     _BASE.format(root=_ROOT, data=data, loss=loss, seed=seed)
     + _BATCHES[data]
     + more.format(
+      root=_ROOT,
       seed=seed,
       num_groups=_NUM_GROUPS[data],
       records_per_class=2_000 if data == "fashion_mnist" else None,
