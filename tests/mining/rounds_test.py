@@ -160,7 +160,8 @@ def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
   options = {"miner": _mined_well, "schedule_fn": _groups_of(3)}
   rounds = _rounds(tmp_path, **options)
   assert not rounds.decide(10)
-  assert rounds.metrics(10) == {"mining/rounds_without_examples": 1.0}
+  assert rounds.metrics(10) == {}
+  assert rounds.metrics(11) == {"mining/rounds_without_examples": 1.0}
   assert not rounds.decide(20)
   assert rounds.decide(30)
   assert "Step 10: MinedGroups.groups_per_batch=3 but a round has 2" in caplog.text
@@ -170,7 +171,7 @@ def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
   assert _drawn(again, 25) == [-7]
   assert again.metrics(25) == {"mining/rounds_without_examples": 2.0}
   assert again.decide(30)
-  assert again.metrics(30) == rounds.metrics(30)
+  assert again.metrics(31) == rounds.metrics(31)
 
 
 @pytest.mark.parametrize("step", [10, 20])

@@ -11,7 +11,8 @@ from tests.faults import runs as runs_lib
 from tests.faults.runs import Runs
 from trainer.mining.ledger import Ledger
 
-_SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 4")
+# All are kept, to go back to one.
+_SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 10")
 _MINING = (
   *_SHORT,
   "train.mining = @OfflineMining()",
@@ -63,6 +64,7 @@ def _forget_checkpoints_after(model_dir, step):
   for path in (model_dir / "checkpoints").glob("ckpt-*"):
     if int(path.name.split(".")[0][len("ckpt-") :]) > step:
       path.unlink()
+  assert list((model_dir / "checkpoints").glob(f"ckpt-{step}.*"))
 
 
 @pytest.mark.resume

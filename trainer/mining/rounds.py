@@ -146,8 +146,12 @@ class Rounds:
     }
 
   def _without_examples(self, step: int) -> dict[str, float]:
-    """How many rounds of this training found too few, once there was one at all."""
-    decided = [each for each in self._decided.items() if each[0] <= step]
+    """How many rounds before a step found too few, once there was one at all.
+
+    Not the one of that step: it is decided on when this is logged. A run that goes on
+    knows of it already.
+    """
+    decided = [each for each in self._decided.items() if each[0] < step]
     if self._mine_fn is None or not decided:
       return {}
     num_kept = sum(mined != held for mined, held in decided)
