@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
+from sklearn.metrics import roc_auc_score
 
 from trainer.errors import UserError
 from trainer.retrieval.clustering import Clustering
@@ -39,6 +40,9 @@ def test_auc_is_the_share_of_pairs_of_pairs_in_order():
   wins = [(p < n) + (p == n) / 2 for p in positives for n in negatives]
   got = Verification().measure(embeddings, labels)
   assert got["eval/roc_auc"] == pytest.approx(np.mean(wins))
+  is_positive = np.repeat([1, 0], [len(positives), len(negatives)])
+  of_scikit_learn = roc_auc_score(is_positive, -np.array([*positives, *negatives]))
+  assert got["eval/roc_auc"] == pytest.approx(of_scikit_learn)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.01, 0.001])
