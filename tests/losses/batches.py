@@ -29,7 +29,7 @@ def random_batch(name, num_dimensions=5):
 def arguments(embeddings, labels, weights=None, rows=None, **given):
   """Anchors and candidates of one device; with `rows`, those anchors alone.
 
-  `is_relevant` and `is_compared` are [B, B], of all anchors.
+  `is_relevant` and `is_compared` are [B, B], of all anchors; None for none.
   """
   embeddings = tf.convert_to_tensor(embeddings)
   labels = tf.convert_to_tensor(labels)
@@ -41,7 +41,9 @@ def arguments(embeddings, labels, weights=None, rows=None, **given):
   candidates = Candidates(
     embeddings, labels, tf.constant(weights > 0), tf.constant(rows, tf.int32)
   )
-  given = {name: tf.constant(pairs[rows]) for name, pairs in given.items()}
+  given = {
+    name: tf.constant(pairs[rows]) for name, pairs in given.items() if pairs is not None
+  }
   return anchors, candidates._replace(**given)
 
 
