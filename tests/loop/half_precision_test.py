@@ -116,19 +116,23 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
   np.testing.assert_allclose(share.loss, expected, rtol=1e-6)
 
 
-# Each replica's gradient to a weight is rounded once, where one replica's sum is; on a
-# CPU the sums of float16 are taken in its own digits, which is some roundings more.
+# Which sums are taken in half precision, and so how many roundings there are, is the
+# processor's matter: replicas differ from one replica as two results differ that are
+# each as far from single precision as that one is.
 @pytest.mark.parametrize("num_replicas", [2, 4])
-@pytest.mark.parametrize(
-  ("precision", "tolerance"), [("mixed_bfloat16", 2.0**-8), ("mixed_float16", 2.0**-9)]
-)
-def test_replicas_train_as_one_of_the_same_precision(
-  mirrored, precision, tolerance, num_replicas
-):
+@pytest.mark.parametrize("precision", _PRECISIONS)
+def test_replicas_train_as_one_of_the_same_precision(mirrored, precision, num_replicas):
   steps = [lambda: _step(precision), [_batch()]]
   wanted = parity.expected(*steps, 1)
   got = parity.trained(mirrored(num_replicas), *steps)
-  assert _error(got.gradients, wanted.gradients) < tolerance
+  exact = [gradient.numpy() for gradient in _gradients("float32")]
+  roundings = _error(wanted.gradients, exact)
+  assert roundings < _bound(precision)
+  limit = np.sqrt(2) * roundings
+  assert _error(got.gradients, wanted.gradients) < limit
   found = parity.errors(got, wanted)
   assert found["loss"] <= parity.TOLERANCE
-  assert found["weights"] < 2e-4
+  # A step of SGD is 0.02 of the gradient.
+  length = np.linalg.norm([np.linalg.norm(gradient) for gradient in wanted.gradients])
+  largest = max(np.abs(weight).max() for weight in wanted.weights)
+  assert found["weights"] < 0.02 * limit * length / largest
