@@ -11,9 +11,10 @@ from trainer.distribute.objective import mines_across_replicas
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
 from trainer.errors import CheckFailedError, UserError
 from trainer.loop import parity
+from trainer.loop.batch_check import check_batch
 from trainer.loop.step import TrainStep
 from trainer.run import Hardware, Run
-from trainer.train import Parts, check_batch
+from trainer.train import Parts
 
 _NUM_STEPS = 3
 _NUM_REPLICAS = (1, 2, 4)

@@ -46,10 +46,22 @@ class FollowOptions:
   timeout_s: Optional[float] = None
 
   def __post_init__(self):
-    for name in ("poll_s", "timeout_s"):
-      value = getattr(self, name)
-      if value is not None and value <= 0:
-        raise UserError(f"follow.{name}={value} must be above 0.")
+    check_times("follow", poll_s=self.poll_s, timeout_s=self.timeout_s)
+
+
+def check_times(mode: str, **times: Optional[float]) -> None:
+  """Checks the times by which a mode follows a run.
+
+  Args:
+    mode: for the message.
+    **times: seconds by name; None for no limit.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+  for name, value in times.items():
+    if value is not None and value <= 0:
+      raise UserError(f"{mode}.{name}={value} must be above 0.")
 
 
 def main(run: Run) -> None:

@@ -18,7 +18,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.evaluate import Evaluation
-from trainer.follow import restore_newer
+from trainer.follow import check_times, restore_newer
 from trainer.loop.watchdog import watching
 from trainer.mining import round_folder
 from trainer.mining.miner import Miner, made_of
@@ -48,10 +48,7 @@ class MineOptions:
   timeout_s: Optional[float] = None
 
   def __post_init__(self):
-    for name in ("poll_s", "timeout_s"):
-      value = getattr(self, name)
-      if value is not None and value <= 0:
-        raise UserError(f"mine.{name}={value} must be above 0.")
+    check_times("mine", poll_s=self.poll_s, timeout_s=self.timeout_s)
 
 
 def main(run: Run) -> None:

@@ -19,7 +19,8 @@ from trainer.distribute.objective import WithinGroups
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.loop import actions, log_file, micro_batches, tpu_limits, words
+from trainer.loop import actions, log_file, tpu_limits, words
+from trainer.loop.batch_check import check_batch
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.diagnosis import Diagnosis
 from trainer.loop.inner import InnerLoop
@@ -260,42 +261,6 @@ def _chief_actions(run: Run, first_step: int) -> list[actions.Action]:
     actions.WriteEvents(run.model_dir),
     actions.SaveOperativeConfig(run.model_dir),
   ]
-
-
-def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
-  """Checks that a batch fits the replicas, the loss and the micro-batches.
-
-  Args:
-    schedule: of P classes and K samples.
-    step: its loss may need positives, its micro-batches a batch that they divide.
-    num_replicas: among which the classes are divided.
-
-  Raises:
-    UserError: it does not.
-  """
-  num_classes, num_samples = schedule.shape
-  if num_classes % num_replicas:
-    multiple = -(-num_classes // num_replicas) * num_replicas
-    if multiple > getattr(schedule, "num_classes", multiple):
-      multiple = max(multiple - num_replicas, num_replicas)
-    raise UserError(
-      f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
-      f"replicas; try {multiple}."
-    )
-  if isinstance(step.objective_fn, WithinGroups):
-    step.objective_fn.check_groups(getattr(schedule, "group", None))
-  if step.loss.needs_positives and num_samples < 2:
-    raise UserError(
-      f"PKSchedule.samples_per_class={num_samples} leaves "
-      f"{type(step.loss).__name__} without positives; it needs at least 2."
-    )
-  size = num_classes * num_samples // num_replicas
-  micro_batches.check_size(step.options.num_micro_batches, size)
-
-
-def _rows_parameter(schedule: PKSchedule) -> str:
-  """What says how many rows a batch has; that of classes, where nothing else does."""
-  return getattr(schedule, "rows_parameter", "PKSchedule.classes_per_batch")
 
 
 def _make_inner_loop(

@@ -12,7 +12,8 @@ from trainer.distribute.objective import across_replicas
 from trainer.errors import UserError
 from trainer.loop import micro_batches
 from trainer.loop.per_part import PerPart
-from trainer.loop.step import TrainStep, Update
+from trainer.loop.proposal import Update
+from trainer.loop.step import TrainStep
 from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.models.backbones import ConvNet, Perceptron

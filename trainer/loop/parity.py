@@ -19,7 +19,8 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.distribute.memory_bank import Entries
 from trainer.distribute.objective import mines_across_replicas
-from trainer.loop.step import TrainStep, Update
+from trainer.loop.proposal import Update
+from trainer.loop.step import TrainStep
 from trainer.losses.statistics import summarize
 
 TOLERANCE = 1e-5

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import gin
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import Collectives, OneReplica
-from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
+from trainer.distribute.memory_bank import MemoryBank, RemindedLoss
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
 from trainer.loop import gradients as gradients_lib
 from trainer.loop import loss_scale, micro_batches
 from trainer.loop.averages import AveragedWeights
 from trainer.loop.per_part import PerPart
+from trainer.loop.proposal import Proposal, Update
 from trainer.loop.step_options import StepOptions
 from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
 from trainer.losses.terms import Anchors, LossFn, Ratio
@@ -26,35 +27,6 @@ from trainer.models.dropout import examples_at
 _MINING_STATISTICS = MiningStatistics()
 _OPTIONS = StepOptions()
 _ACTIVE = "mining/active_fraction"
-
-
-class Update(NamedTuple):
-  """What a step changes; equal on all replicas.
-
-  Attributes:
-    gradients: of the global loss, to each trainable variable.
-    entries: of the global batch, for the memory bank; None without one.
-    active: terms of the loss that are not 0, and all terms, for a curriculum.
-  """
-
-  gradients: list[tf.Tensor]
-  entries: Optional[Entries] = None
-  active: Ratio = Ratio(0.0, 0.0)
-
-
-class Proposal(NamedTuple):
-  """An update that was computed and not yet made.
-
-  Attributes:
-    update: what it changes.
-    statistics: of this replica; they add up over replicas and steps.
-    is_finite: [] bool, whether embeddings, loss and gradients of all replicas are
-      finite; equal on all replicas.
-  """
-
-  update: Update
-  statistics: Mapping[str, Any]
-  is_finite: tf.Tensor
 
 
 @gin.register

@@ -14,8 +14,9 @@ from trainer.data.decode import Decoder
 from trainer.data.members import MemberTable
 from trainer.data.pipeline import Batch
 from trainer.errors import UserError
+from trainer.loop.batch_check import check_batch
 from trainer.loop.step import TrainStep
-from trainer.train import Parts, check_batch
+from trainer.train import Parts
 
 # More classes, and more samples of one, than a batch will have; none is looked up.
 _NUM_CLASSES, _NUM_SAMPLES = 2**20, 2**20
