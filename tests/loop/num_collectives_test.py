@@ -39,9 +39,12 @@ def _sizes_of_sums(graph):
   return {size: number / _NUM_REPLICAS for size, number in sizes.items()}
 
 
-def _num_weights_and_flag(step):
-  """With the gradients, in the same sum, travels whether a replica's are not finite."""
-  return sum(v.shape.num_elements() for v in step.trainable_variables) + 1
+def _num_weights_and_more(step):
+  """With the gradients, in the same sum, travel three numbers.
+
+  Whether a replica's are not finite, and the two that are its active fraction.
+  """
+  return sum(v.shape.num_elements() for v in step.trainable_variables) + 3
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 12])
@@ -49,7 +52,7 @@ def test_gradients_travel_once_a_step_whatever_the_micro_batches(
   mirrored, num_micro_batches
 ):
   graph, step = _graph_and_step(mirrored(2), "gathered", num_micro_batches)
-  num_sent = _num_weights_and_flag(step)
+  num_sent = _num_weights_and_more(step)
   # The count; the gradient to the gathered embeddings; the gradients to the weights.
   assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_sent: 1}
   operations = [each.type for each in graph.get_operations()]
@@ -62,5 +65,5 @@ def test_gradients_travel_once_a_step_whatever_the_micro_batches(
 
 def test_without_a_gather_the_gradients_alone_travel(mirrored):
   graph, step = _graph_and_step(mirrored(2), "alone", 3)
-  num_sent = _num_weights_and_flag(step)
+  num_sent = _num_weights_and_more(step)
   assert _sizes_of_sums(graph) == {num_sent: 1}

@@ -50,6 +50,37 @@ def test_dropout_is_for_training_only():
   assert np.any(backbone(inputs, training=True) != backbone(inputs, training=True))
 
 
+@pytest.mark.parametrize("power", [1.0, 3.0, 8.0])
+def test_the_gradients_of_the_generalized_mean_are_those_of_its_definition(power):
+  rng = np.random.default_rng(5)
+  # Features much alike: the two logarithms of the chain rule all but cancel.
+  features = 4.0 + 0.1 * rng.normal(size=(3, 5, 5, 7))
+  upstream = rng.normal(size=(3, 7))
+  exact = [tf.Variable(features), tf.Variable(power, dtype=tf.float64)]
+  with tf.GradientTape() as tape:
+    mean = tf.reduce_mean(exact[0] ** exact[1], (1, 2)) ** (1.0 / exact[1])
+    value = tf.reduce_sum(mean * upstream)
+  wanted = tape.gradient(value, exact)
+  pooling = GeneralizedMean(initial_power=power)
+  inputs = tf.Variable(features, dtype=tf.float32)
+  with tf.GradientTape() as tape:
+    value = tf.reduce_sum(pooling(inputs) * tf.cast(upstream, tf.float32))
+  got = tape.gradient(value, [inputs, pooling.power])
+  for one, other in zip(got, wanted):
+    error = np.abs(one.numpy() - other.numpy()).max() / np.abs(other.numpy()).max()
+    assert error < 1e-5, error
+
+
+def test_the_generalized_mean_of_features_near_zero_is_finite_in_half_precision():
+  pooling = GeneralizedMean(initial_power=8.0)
+  features = tf.Variable(tf.fill([1, 2, 2, 1], 1e-5))
+  with tf.GradientTape() as tape:
+    value = pooling(tf.cast(features, tf.float16))
+  gradients = tape.gradient(value, [features, pooling.power])
+  np.testing.assert_allclose(value, [[1e-5]], rtol=1e-2)
+  assert all(np.isfinite(each).all() for each in gradients)
+
+
 def test_generalized_mean_of_power_one_is_the_average():
   features = _images(2, 4, 3)
   got = GeneralizedMean(initial_power=1.0)(features)
