@@ -190,6 +190,13 @@ def test_replicas_with_a_bank_train_as_one(
   assert parity.is_equal(found), parity.table([(objective, found)])
 
 
+def test_a_compiled_step_with_a_bank_is_the_plain_one():
+  wanted = parity.expected(_step_maker("gathered", True), _batches(4), 1)
+  make_step = _step_maker("gathered", True, compiled="step")
+  found = parity.errors(parity.expected(make_step, _batches(4), 1), wanted)
+  assert parity.is_equal(found), parity.table([("compiled", found)])
+
+
 def test_a_bank_changes_what_is_learned_once_it_is_warm():
   with_bank, without = (
     parity.expected(_step_maker("gathered", is_there), _batches(4), 1)

@@ -94,6 +94,7 @@ def _maker(
   hidden_units=(16,),
   dropout_rate=0.0,
   num_micro_batches=1,
+  compiled="nothing",
   **parts,
 ):
   def make_step():
@@ -104,7 +105,7 @@ def _maker(
       loss=make_loss(),
       objective_fn=_OBJECTIVES[objective],
       optimizer=_OPTIMIZERS[optimizer](),
-      options=StepOptions(num_micro_batches=num_micro_batches),
+      options=StepOptions(num_micro_batches=num_micro_batches, compiled=compiled),
       **parts,
     )
     step.create_variables((_INPUT_SIZE,))
