@@ -9,6 +9,10 @@ import pytest
 from optuna.storages.journal import JournalFileBackend
 
 from tests.sweep import command_test
+from trainer.sweep import spec
+from trainer.sweep.points import PointBuilder
+from trainer.sweep.process import Ending
+from trainer.sweep.study import StudyTrials
 
 _TPE = "log_range/MARGIN = (0.01, 1.0)\nsweep.method = 'tpe'\nsweep.num_trials = {}\n"
 _State = optuna.trial.TrialState
@@ -89,6 +93,26 @@ def test_trial_of_a_killed_sweep_is_taken_up_where_it_was(sweep, folder, sweep_f
   assert len(_trials(folder, _State.COMPLETE)) == 1
   assert list(command_test._calls(folder).values()) == [1]
   assert command_test._num_steps(folder) == 5
+
+
+def test_a_trial_that_ends_while_another_sweep_looks_is_not_made_again(
+  folder, sweep_file, monkeypatch
+):
+  read = spec.read(sweep_file(_TPE.format(2)))
+  sweep_dir = str(folder / "runs" / "sweeps" / "mine")
+  one, other = (
+    StudyTrials(read, PointBuilder(read), sweep_dir, None) for _ in range(2)
+  )
+  trial, hold = one.take(), other._hold
+
+  def hold_late(number):
+    if number == trial.trial.number:
+      one.finish(trial, Ending.DONE, 0.5)
+    return hold(number)
+
+  monkeypatch.setattr(other, "_hold", hold_late)
+  assert other.take().trial.number == 1
+  assert [each.state for each in _trials(folder)] == [_State.COMPLETE, _State.RUNNING]
 
 
 def test_two_sweeps_share_a_study_in_a_database(folder, sweep_file):

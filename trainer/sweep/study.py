@@ -182,14 +182,20 @@ class StudyTrials:
 
   def _reclaim(self) -> None:
     """Queues the trials again on which nobody works any more."""
-    for trial in self._study.get_trials(deepcopy=False, states=(_State.RUNNING,)):
+    for trial in self._running():
       is_seen = self._is_journal or trial.user_attrs.get(_HOST) == socket.gethostname()
       lock = self._hold(trial.number) if is_seen else None
-      if lock is not None:
-        # The run's folder has the checkpoint; only Optuna needs a new number.
-        self._study.enqueue_trial(dict(trial.params))
-        self._study.tell(trial.number, state=_State.FAIL)
-        lock.close()
+      if lock is None:
+        continue
+      with lock:
+        # Since it was listed, it may have been told how it ended, and let go.
+        if trial.number in {each.number for each in self._running()}:
+          # The run's folder has the checkpoint; only Optuna needs a new number.
+          self._study.enqueue_trial(dict(trial.params))
+          self._study.tell(trial.number, state=_State.FAIL)
+
+  def _running(self) -> list[optuna.trial.FrozenTrial]:
+    return self._study.get_trials(deepcopy=False, states=(_State.RUNNING,))
 
   def _hold(self, number: int) -> Optional[TextIO]:
     """The trial's lock file, locked and open; None if another holds it."""
