@@ -371,8 +371,10 @@ def test_what_rounds_can_never_have_is_refused_before_there_is_one(
 
 @pytest.mark.parametrize("miner", [None, Miner(examples=object())])
 def test_what_fits_is_not_refused(miner):
-  fits = OfflineMining(schedule_fn=_groups_of(6), every_steps=10, miner=miner)
-  fits.rehearse(_DATASET, (8, 3), 2)
+  options = OfflineMining(schedule_fn=_groups_of(6), every_steps=10, miner=miner)
+  options.rehearse(_DATASET, (8, 3), 2)
+  with pytest.raises(UserError, match=r"6 groups .* do not split over 4 replicas"):
+    options.rehearse(_DATASET, (8, 3), 4)
 
 
 def test_steps_of_several_rounds_are_drawn_together():

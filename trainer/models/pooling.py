@@ -62,8 +62,8 @@ def _power_mean(features: tf.Tensor, power: tf.Tensor):
     parts = features / mean
     logarithm = power * tf.math.log(parts)
     share = tf.exp(logarithm)
-    num_positions = tf.cast(tf.size(features) / tf.size(mean), features.dtype)
-    to_features = upstream * share / (parts * num_positions)
+    num_positions = tf.reduce_prod(tf.shape(features)[1:3])
+    to_features = upstream * share / (parts * tf.cast(num_positions, parts.dtype))
     bends = share * logarithm - tf.math.expm1(logarithm)
     by_power = mean * tf.reduce_mean(bends, axis=(1, 2), keepdims=True)
     return to_features, tf.reduce_sum(upstream * by_power) / power**2
