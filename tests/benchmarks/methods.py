@@ -1,6 +1,6 @@
 """Ways to mine compared: equal time on this machine, classes never seen, several seeds.
 
-  python -m tests.benchmarks.methods [--data=glyphs,fashion_mnist] [--seconds=60]
+  python -m tests.benchmarks.methods [--data=glyphs,fashion_mnist] [--seconds=30]
     [--num_seeds=3] [--folder=runs/methods] [--only=batch_all,...] [--picture=FILE]
 
 The data must be there, as for the runs of the same names. Each run trains for so many
@@ -24,7 +24,7 @@ from absl import app, flags
 
 _DATA = flags.DEFINE_list("data", "glyphs,fashion_mnist", "Which data.")
 _ONLY = flags.DEFINE_list("only", [], "Which ways; all where none is named.")
-_SECONDS = flags.DEFINE_float("seconds", 60.0, "Training time of a run.")
+_SECONDS = flags.DEFINE_float("seconds", 30.0, "Training time of a run.")
 _NUM_SEEDS = flags.DEFINE_integer("num_seeds", 3, "Runs of each way.")
 _FOLDER = flags.DEFINE_string("folder", "runs/methods", "Where the runs live.")
 _PICTURE = flags.DEFINE_string("picture", None, "Where to draw the table, as PNG.")
@@ -41,6 +41,7 @@ include '{root}/configs/optimizers/adam.gin'
 include '{root}/configs/losses/{loss}.gin'
 
 ConvNet.filters = (16, 32)
+Encoder.pooling = 'flatten'
 train.schedule_fn = @PKSchedule
 train.step = @TrainStep()
 train.loop = @LoopOptions()
@@ -48,6 +49,7 @@ train.seed = {seed}
 PKSchedule.seed = {seed}
 TrainStep.objective_fn = @across_replicas
 TrainStep.mining_statistics = None
+evaluate.verification = None
 LoopOptions.num_steps = 10_000_000
 LoopOptions.steps_per_loop = 25
 LoopOptions.checkpoint_every_steps = 10_000_000
@@ -58,6 +60,7 @@ _BATCHES = {
     "PKSchedule.classes_per_batch = 6\nPKSchedule.samples_per_class = 20\n"
   ),
 }
+_RECORDS_PER_CLASS = {"glyphs": 4, "fashion_mnist": 2_000}
 _NUM_GROUPS = {"glyphs": 16, "fashion_mnist": 15}
 _BANK = """
 TrainStep.memory_bank = @MemoryBank()
@@ -67,6 +70,7 @@ MemoryBank.warm_up_steps = 300
 _HARD_CLASSES = """
 include '{root}/configs/mining/neighbouring_classes.gin'
 MINING_STEPS = 500
+Miner.records_per_class = {records_per_class}
 """
 _GROUPS = """
 include '{root}/configs/mining/groups.gin'
@@ -133,7 +137,7 @@ def _run(data, way, seed):
       root=_ROOT,
       seed=seed,
       num_groups=_NUM_GROUPS[data],
-      records_per_class=2_000 if data == "fashion_mnist" else None,
+      records_per_class=_RECORDS_PER_CLASS[data],
     ),
     encoding="utf-8",
   )

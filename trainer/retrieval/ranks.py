@@ -94,6 +94,11 @@ def ranks_of_relevant(
 
 def _ranks(distances: np.ndarray, relevant: np.ndarray) -> np.ndarray:
   """Ascending ranks, from 1, of items [R] in the order of distances [G]."""
+  if not len(relevant):
+    return np.empty(0, np.int64)
+  # What is farther than all that is relevant has no say: in a trained space, most.
+  near = np.flatnonzero(distances <= distances[relevant].max())
+  distances, relevant = distances[near], np.searchsorted(near, relevant)
   if len(relevant) > _MAX_COUNTED:
     is_relevant = np.zeros(len(distances), bool)
     is_relevant[relevant] = True
