@@ -14,6 +14,7 @@ from typing import Optional
 import gin
 from absl import logging
 
+from trainer.data.claim import claiming
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
@@ -65,6 +66,18 @@ def main(run: Run) -> None:
 
 
 def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
+  """Mines into the run's folder, alone.
+
+  Raises:
+    UserError: another process does; or as `Miner.mine` and `round_folder.write`.
+  """
+  folder = os.path.join(run.model_dir, round_folder.FOLDER)
+  os.makedirs(folder, exist_ok=True)
+  with claiming(folder, "mining into"):
+    _follow(run, options, evaluation)
+
+
+def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   dataset, miner = evaluation.dataset, options.miner
   embedder = miner.embedder(evaluation.encoder, dataset)
   num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])

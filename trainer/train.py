@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Callable, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import gin
 import tensorflow as tf
@@ -16,6 +16,7 @@ from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule, Schedule
 from trainer.distribute.objective import WithinGroups
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
@@ -168,7 +169,7 @@ def _build(
 
     def go_on(first_step: int) -> None:
       dataset = batches.dataset(workers.shard(), first_step=first_step)
-      inner.go_on_with(_distributed(dataset))
+      inner.go_on_with(ReplicaBatches(tf.distribute.get_strategy(), dataset))
 
     change = ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
     outer.add_action(change)
@@ -267,16 +268,11 @@ def _make_inner_loop(
   batches: Batches, step: TrainStep, first_step: int, checkpoints: Checkpoints
 ) -> InnerLoop:
   dataset = batches.dataset(current_workers().shard(), first_step=first_step)
+  strategy = tf.distribute.get_strategy()
   return InnerLoop(
     step=step,
-    strategy=tf.distribute.get_strategy(),
-    batches=_distributed(dataset),
+    strategy=strategy,
+    batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
     words_fn=lambda: words.speak(preemption.current(), checkpoints),
   )
-
-
-def _distributed(dataset: tf.data.Dataset) -> Any:
-  """Iterator over replica batches."""
-  strategy = tf.distribute.get_strategy()
-  return iter(strategy.distribute_datasets_from_function(lambda _: dataset))

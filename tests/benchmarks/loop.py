@@ -17,6 +17,7 @@ from absl import app
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.objective import across_replicas
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
 from trainer.loop.inner import InnerLoop
 from trainer.loop.step import TrainStep
@@ -61,7 +62,7 @@ def _loop(strategy):
   loop = InnerLoop(
     step=step,
     strategy=strategy,
-    batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
+    batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
     words_fn=lambda: np.zeros([2], np.int32),
   )

@@ -24,6 +24,7 @@ from trainer.data.schedule import PKSchedule
 from trainer.data.sources import Item, encode_png
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.objective import across_replicas
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.strategy import make_strategy
 from trainer.loop.inner import InnerLoop
 from trainer.loop.step import TrainStep
@@ -74,8 +75,8 @@ def _loops(strategy, index):
   num_replicas = strategy.num_replicas_in_sync
   shard = Shard(0, num_replicas, num_replicas)
   dataset = Batches(index, schedule, decoder).dataset(shard)
-  batches = iter(strategy.distribute_datasets_from_function(lambda _: dataset))
-  one_batch = next(batches)
+  batches = ReplicaBatches(strategy, dataset)
+  one_batch = next(batches.iterator)
 
   @tf.function
   def bare(num_steps):

@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 from tests.distribute.rendezvous_test import free_addresses
+from trainer.mining.round_folder import MiningRound
 from trainer.retrieval.embedding_folder import EmbeddingFolder
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -31,6 +32,21 @@ _PARAMS = (
   "LoopOptions.checkpoint_every_steps = 4",
   "PKSchedule.classes_per_batch = 6",
   "TrainStep.mining_statistics = None",  # They take long to compile.
+)
+_MINING = (
+  "train.mining = @OfflineMining()",
+  "OfflineMining.every_steps = 2",
+  "OfflineMining.miner = @Miner()",
+  "OfflineMining.schedule_fn = @with_neighbouring_classes",
+  "with_neighbouring_classes.schedule_fn = @PKSchedule",
+  "with_neighbouring_classes.hard_share = 0.5",
+  "with_neighbouring_classes.neighbours_per_seed = 2",
+  "Miner.num_class_neighbours = 3",
+  "Miner.examples = @ExampleMining()",
+  "Miner.records_per_class = 40",
+  "ExampleMining.window = @RankWindow()",
+  "RankWindow.first = 1",
+  "RankWindow.last = 8",
 )
 _TIMEOUT_S = 300
 
@@ -96,10 +112,10 @@ def folder(tmp_path_factory):
 
 
 @functools.cache
-def _finished(folder, num_workers):
+def _finished(folder, num_workers, *params):
   """The folder of a run of so many workers, and what each of them printed."""
-  model_dir = folder / f"of_{num_workers}"
-  done = _run_workers([_command(folder, model_dir)] * num_workers)
+  model_dir = folder / f"of_{num_workers}{'_with_more' if params else ''}"
+  done = _run_workers([_command(folder, model_dir, *params)] * num_workers)
   assert [status for *_, status in done] == [0] * num_workers, done
   return model_dir, done
 
@@ -123,11 +139,31 @@ def _rows(model_dir):
 @pytest.mark.parity
 @pytest.mark.parametrize("num_workers", [2, 3])
 def test_workers_end_with_the_weights_of_one_process(folder, num_workers):
-  one, many = (_weights(_finished(folder, num)[0]) for num in (1, num_workers))
-  assert one.keys() == many.keys()
-  for name, expected in one.items():
-    atol = 1e-5 * np.abs(expected).max()
-    np.testing.assert_allclose(many[name], expected, rtol=1e-5, atol=atol)
+  one, many = (_finished(folder, num)[0] for num in (1, num_workers))
+  _assert_same_weights(many, one)
+
+
+@pytest.mark.parity
+def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
+  one, two = (_finished(folder, num, *_MINING)[0] for num in (1, 2))
+  for step in (2, 4):
+    mined = [MiningRound(str(each), step, {}).arrays for each in (one, two)]
+    neighbours, examples = zip(
+      *((each["class_neighbours"], each["negatives"]) for each in mined)
+    )
+    np.testing.assert_array_equal(*neighbours)
+    # Two neighbours may be equally near, to a rounding error.
+    assert np.mean(np.equal(*examples)) > 0.99
+  assert [row.get("mining/round_step") for row in _rows(two)] == [None, 2.0, 4.0]
+  _assert_same_weights(two, one)
+
+
+def _assert_same_weights(got, expected):
+  got, expected = _weights(got), _weights(expected)
+  assert got.keys() == expected.keys()
+  for name, value in expected.items():
+    atol = 1e-5 * np.abs(value).max()
+    np.testing.assert_allclose(got[name], value, rtol=1e-5, atol=atol)
 
 
 def _measured(model_dir):

@@ -9,6 +9,7 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.memory_bank import MemoryBank
 from trainer.distribute.objective import across_replicas
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.loop.inner import InnerLoop
 from trainer.loop.step import TrainStep
 from trainer.losses import SupervisedContrastiveLoss
@@ -58,7 +59,7 @@ def _loop(strategy, step, images, words=(0, 0)):
   return InnerLoop(
     step=step,
     strategy=strategy,
-    batches=iter(strategy.distribute_datasets_from_function(lambda _: dataset)),
+    batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
     words_fn=lambda: np.array(words, np.int32),
   )
@@ -99,6 +100,6 @@ def test_what_the_host_says_comes_back_over_all_replicas(mirrored):
     assert done.words.tolist() == [2, 0]
     # Other batches are taken, from their first on, and nothing is traced again.
     dataset = _dataset(_images(0, 0.0))
-    loop.go_on_with(iter(strategy.distribute_datasets_from_function(lambda _: dataset)))
+    loop.go_on_with(ReplicaBatches(strategy, dataset))
     assert loop.run(_NUM_STEPS).num_steps == _NUM_STEPS
     assert loop._run.experimental_get_tracing_count() == 1

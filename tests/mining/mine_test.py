@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 
 from tests.mining.corpora import example_arrays
 from trainer import mine
-from trainer.errors import TooFewExamplesError
+from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round_folder
 from trainer.mining.miner import Mined
 
@@ -56,3 +58,33 @@ def test_where_nothing_is_hard_the_next_is_mined(tmp_path, monkeypatch, caplog):
 def test_where_nothing_is_hard_at_first_it_ends(tmp_path, monkeypatch):
   with pytest.raises(TooFewExamplesError, match="in step 10"):
     _mine(tmp_path, monkeypatch, 10)
+
+
+# Holds the claim until its input ends.
+_OTHER = """
+import sys
+from trainer.data import claim
+with claim.claiming(sys.argv[1], "mining into"):
+  print("here", flush=True)
+  sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
+  (tmp_path / "mining").mkdir()
+  other = subprocess.Popen(
+    [sys.executable, "-c", _OTHER, str(tmp_path / "mining")],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert other.stdout.readline() == "here\n"
+    with pytest.raises(UserError, match=f"process {other.pid} of .* is mining into"):
+      _mine(tmp_path, monkeypatch)
+    assert round_folder.steps(str(tmp_path)) == []
+    other.kill()
+    other.wait()
+    assert _mine(tmp_path, monkeypatch) == [30, 20, 10]
+  finally:
+    other.kill()

@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.distribute.collectives import current_collectives
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.loop.step import TrainStep
 
 
@@ -34,7 +35,7 @@ class InnerLoop:
   Args:
     step: one update on one replica.
     strategy: the replicas.
-    batches: distributed iterator over replica batches.
+    batches: of the replicas.
     zero_statistics: zeros in the structure that a step returns.
     words_fn: what this host has to say to all, [n] int32; asked once a call, after the
       steps.
@@ -45,7 +46,7 @@ class InnerLoop:
     *,
     step: TrainStep,
     strategy: tf.distribute.Strategy,
-    batches: Any,
+    batches: ReplicaBatches,
     zero_statistics: Mapping[str, Any],
     words_fn: Callable[[], np.ndarray],
   ):
@@ -61,15 +62,15 @@ class InnerLoop:
     Args:
       num_steps: how many; another number doesn't trace again.
     """
-    done = self._run(self._batches, tf.constant(num_steps))
+    done = self._run(self._batches.iterator, tf.constant(num_steps))
     num_done, totals, words = tf.nest.map_structure(lambda each: each.numpy(), done)
     return Done(int(num_done), totals, words)
 
-  def go_on_with(self, batches: Any) -> None:
+  def go_on_with(self, batches: ReplicaBatches) -> None:
     """Takes other batches from here on; nothing is traced again.
 
     Args:
-      batches: distributed iterator over replica batches of the same shapes.
+      batches: of the replicas, of the same shapes.
     """
     self._batches = batches
 

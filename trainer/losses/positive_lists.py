@@ -59,21 +59,35 @@ def lists_of_classes(anchors: Anchors, candidates: Candidates) -> PositiveLists:
     anchors: A of them.
     candidates: C of them.
   """
-  is_padding = tf.cast(tf.logical_not(candidates.is_valid), tf.int32)
-  order = tf.argsort(is_padding, stable=True)
+  order = _valid_first(candidates.is_valid)
   order = tf.gather(order, tf.argsort(tf.gather(candidates.labels, order), stable=True))
   labels = tf.gather(candidates.labels, order)
   starts = tf.searchsorted(labels, anchors.labels)
   ends = tf.searchsorted(labels, anchors.labels, side="right")
-  num_valid = tf.concat([[0], tf.cumsum(1 - tf.gather(is_padding, order))], 0)
+  is_valid = tf.cast(tf.gather(candidates.is_valid, order), tf.int32)
+  num_valid = tf.concat([[0], tf.cumsum(is_valid)], 0)
   num_of_class = tf.gather(num_valid, ends) - tf.gather(num_valid, starts)
   is_own_valid = tf.gather(candidates.is_valid, candidates.positions)
   return PositiveLists(
     table=order,
     starts=starts,
     sizes=num_of_class - tf.cast(is_own_valid, tf.int32),
-    skipped=tf.gather(tf.argsort(order), candidates.positions),
+    skipped=tf.gather(_inverse(order), candidates.positions),
   )
+
+
+def _valid_first(is_valid: tf.Tensor) -> tf.Tensor:
+  """[C] int32, the order of candidates in which padding is last, without a sort."""
+  ones = tf.cast(is_valid, tf.int32)
+  num_before, num_valid = tf.cumsum(ones, exclusive=True), tf.reduce_sum(ones)
+  numbers = tf.range(tf.shape(ones)[0])
+  return _inverse(tf.where(is_valid, num_before, num_valid + numbers - num_before))
+
+
+def _inverse(order: tf.Tensor) -> tf.Tensor:
+  """[C] int32, at which place of an order [C] each number stands."""
+  size = tf.shape(order)
+  return tf.scatter_nd(order[:, None], tf.range(size[0]), size)
 
 
 def lists_of_pairs(is_positive: tf.Tensor) -> PositiveLists:

@@ -5,6 +5,7 @@ Shapes: T anchors of a tile, C candidates. s is a similarity, τ the temperature
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Optional
 
@@ -26,6 +27,9 @@ from trainer.losses.temperature import (
   check_temperature,
   value_of,
 )
+
+# Of the least positive float32 that is not denormal.
+_LOG_OF_LEAST = math.log(2.0**-126)
 
 
 class _SoftmaxLoss(AnchorwiseLoss):
@@ -178,10 +182,12 @@ def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTe
     logits: [T, C] float32.
     pairs: which are of positives and which of negatives.
   """
-  negative = log_sum_exp(logits, pairs.is_negative)[:, None]
-  costs = tf.where(pairs.is_positive, tf.nn.softplus(negative - logits), 0.0)
+  excess = log_sum_exp(logits, pairs.is_negative)[:, None] - logits
+  costs = tf.where(pairs.is_positive, tf.nn.softplus(excess), 0.0)
+  # The same as costs > 0, without an exponential function of each pair.
+  is_active = tf.logical_and(pairs.is_positive, excess > _LOG_OF_LEAST)
   return AnchorTerms(
-    tf.reduce_sum(costs, 1), num_members(costs > 0.0), num_members(pairs.is_positive)
+    tf.reduce_sum(costs, 1), num_members(is_active), num_members(pairs.is_positive)
   )
 
 

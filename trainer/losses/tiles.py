@@ -30,10 +30,10 @@ from trainer.losses.terms import Anchors, Candidates
 # us. A float32 matrix of the first has 2 MB, about what a core's caches hold; an
 # accelerator wants few launches.
 _PAIRS_PER_TILE = {False: 2**19, True: 2**24}
-# Fewer rows leave the matrix products short of work; but beyond so many pairs, what one
-# tile takes is past the caches, and past what malloc keeps: each tile would get new
-# pages of the system, which takes as long as the products.
-_ENOUGH_ROWS, _MAX_PAIRS, _MIN_ROWS = 128, 2**21, 32
+# Fewer rows leave the matrix products short of work; but a matrix of more pairs is past
+# the 32 MB that malloc keeps: each tile would get new pages of the system, which takes
+# as long as the products.
+_ENOUGH_ROWS, _MAX_PAIRS, _MIN_ROWS = 128, 5 * 2**20, 32
 
 MIN_PAIRS_TO_COMPILE = 2**16
 
@@ -159,7 +159,10 @@ def _num_rows(
     num_candidates = max(1, candidates.labels.shape[0])
     enough = min(_ENOUGH_ROWS, max(_MIN_ROWS, _MAX_PAIRS // num_candidates))
     rows_per_tile = max(enough, pairs_per_tile // num_candidates)
-  return rows_per_tile if rows_per_tile < anchors.labels.shape[0] else None
+  num_anchors = anchors.labels.shape[0]
+  num_tiles = -(-num_anchors // rows_per_tile)
+  # Equally many in each: padding is computed too.
+  return -(-num_anchors // num_tiles) if num_tiles > 1 else None
 
 
 class _Tiles(NamedTuple):

@@ -16,6 +16,7 @@ from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
 from trainer.data.schedule import SequentialSchedule
 from trainer.distribute.collectives import current_collectives
+from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.workers import current_workers
 
 
@@ -72,8 +73,9 @@ class Embedder:
     num_steps = schedule.num_batches - first_step
     shard = current_workers().shard()
     local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)
+    replica_batches = ReplicaBatches(self._strategy, local)
     with batches.naming_bad_records(first_step, schedule.num_batches - 1):
-      for batch in self._strategy.distribute_datasets_from_function(lambda _: local):
+      for batch in replica_batches.iterator:
         heartbeat.beat()
         is_to_end = tf.constant(float(preemption.current().is_to_end))
         done = self._embed_fn(batch, is_to_end)
