@@ -89,6 +89,8 @@ _WAYS = {
   "batch_all + memory bank": ("batch_all", _BANK),
   "contrastive": ("contrastive", ""),
   "contrastive + memory bank": ("contrastive", _BANK),
+  "info_nce": ("info_nce", ""),
+  "info_nce + memory bank": ("info_nce", _BANK),
   "batch_all + hard classes": ("batch_all", _HARD_CLASSES),
   "batch_all + offline": ("batch_all", _GROUPS),
 }
