@@ -215,30 +215,35 @@ def _by_way(rows):
 
 
 def _draw(by_data):
-  """A point a run, a bar for the mean."""
+  """A point a run, a line at the mean; needs matplotlib."""
   import matplotlib
 
   matplotlib.use("Agg")
   from matplotlib import pyplot
 
+  numbers_of_ways = [len(_by_way(rows)) for rows in by_data.values()]
   figure, grid = pyplot.subplots(
-    len(by_data), len(_METRICS), figsize=(10, 3.4 * len(by_data)), squeeze=False
+    len(by_data),
+    len(_METRICS),
+    figsize=(10, 0.6 + 0.34 * sum(numbers_of_ways)),
+    squeeze=False,
+    sharey="row",
+    height_ratios=numbers_of_ways,
   )
   for axes_of_data, (data, rows) in zip(grid, by_data.items()):
+    ways = _by_way(rows)[::-1]
     for axes, (metric, title) in zip(axes_of_data, _METRICS.items()):
-      ways = _by_way(rows)[::-1]
       for place, (_, of_way) in enumerate(ways):
         values = [row[metric] for row in of_way]
-        axes.barh(place, np.mean(values), color="#c5d5e8")
         axes.plot(values, [place] * len(values), "o", color="#204a87", markersize=4)
+        axes.plot([np.mean(values)] * 2, [place - 0.3, place + 0.3], color="#a40000")
       axes.set_yticks(range(len(ways)), [way for way, _ in ways])
-      lowest = min(row[metric] for row in rows)
-      highest = max(row[metric] for row in rows)
-      axes.set_xlim(lowest - 0.25 * (highest - lowest), None)
-      axes.set_title(f"{data}: {title}, {rows[0]['seconds']:g} s a run")
+      axes.set_ylim(-0.6, len(ways) - 0.4)
+      axes.grid(axis="x", alpha=0.4)
+      axes.set_title(f"{data}: {title}", fontsize=10)
   figure.tight_layout()
   os.makedirs(os.path.dirname(os.path.abspath(_PICTURE.value)), exist_ok=True)
-  figure.savefig(_PICTURE.value, dpi=110)
+  figure.savefig(_PICTURE.value, dpi=90)
 
 
 if __name__ == "__main__":
