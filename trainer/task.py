@@ -15,8 +15,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from trainer import errors, preemption
-from trainer.data import tensorflow_io
+from trainer import errors, leaving, preemption
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,4 +278,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-  tensorflow_io.leave(main(sys.argv))
+  leaving.leave(main(sys.argv))

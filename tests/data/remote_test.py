@@ -77,7 +77,7 @@ def _make_bucket(address):
       time.sleep(0.2)
 
 
-# After S3 was used, tensorflow-io aborts while Python ends: see `tensorflow_io.leave`.
+# After S3 was used, tensorflow-io aborts while Python ends: see `leaving.leave`.
 _ALL_BY_S3 = """
 import os, sys, pytest
 status = pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]])

@@ -5,11 +5,8 @@ It has no release for Python 3.12 and later; what needs it says so there.
 
 from __future__ import annotations
 
-import atexit
 import functools
-import os
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from trainer.errors import UserError
 
@@ -39,20 +36,3 @@ def _import() -> tuple[Any, str]:
   except Exception as error:  # Its compiled part raises more than ImportError.
     return None, str(error).strip().splitlines()[0]
   return tensorflow_io, ""
-
-
-def leave(status: int) -> NoReturn:
-  """Ends the process with a status.
-
-  After S3 was used, tensorflow-io aborts the process while Python tears it down, so
-  that a run that succeeded would end with status 134. So it is not torn down.
-
-  Args:
-    status: of the process.
-  """
-  if "tensorflow_io" in sys.modules:
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-  sys.exit(status)

@@ -7,12 +7,12 @@ left to a thread.
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
 from typing import Any
 
 import tensorflow as tf
+
+from trainer import leaving
 
 
 class ReplicaBatches:
@@ -25,15 +25,9 @@ class ReplicaBatches:
 
   def __init__(self, strategy: tf.distribute.Strategy, dataset: tf.data.Dataset):
     self._held = [iter(strategy.distribute_datasets_from_function(lambda _: dataset))]
-    weakref.finalize(self, _clear_aside, self._held).atexit = False
+    weakref.finalize(self, leaving.let_go, self._held).atexit = False
 
   @property
   def iterator(self) -> Any:
     """The distributed iterator; not to be kept longer than this."""
     return self._held[0]
-
-
-def _clear_aside(held: list[Any]) -> None:
-  """Empties a list in another thread."""
-  with contextlib.suppress(RuntimeError):  # Where the interpreter ends.
-    threading.Thread(target=held.clear, daemon=True).start()
