@@ -184,7 +184,7 @@ def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTe
   """
   excess = log_sum_exp(logits, pairs.is_negative)[:, None] - logits
   costs = tf.where(pairs.is_positive, tf.nn.softplus(excess), 0.0)
-  # The same as costs > 0, without an exponential function of each pair.
+  # As costs > 0, but for denormal ones, without an exponential function of each pair.
   is_active = tf.logical_and(pairs.is_positive, excess > _LOG_OF_LEAST)
   return AnchorTerms(
     tf.reduce_sum(costs, 1), num_members(is_active), num_members(pairs.is_positive)
