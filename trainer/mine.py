@@ -20,6 +20,7 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.evaluate import Evaluation
 from trainer.follow import check_times, restore_newer
+from trainer.loop.run_folder import check_writable
 from trainer.loop.watchdog import watching
 from trainer.mining import round_folder
 from trainer.mining.miner import Miner, made_of
@@ -69,9 +70,11 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   """Mines into the run's folder, alone.
 
   Raises:
-    UserError: another process does; or as `Miner.mine` and `round_folder.write`.
+    UserError: another process does, or it can't be written to; or as `Miner.mine` and
+      `round_folder.write`.
   """
   folder = os.path.join(run.model_dir, round_folder.FOLDER)
+  check_writable(run.model_dir)
   os.makedirs(folder, exist_ok=True)
   with claiming(folder, "mining into"):
     _follow(run, options, evaluation)

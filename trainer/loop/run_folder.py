@@ -37,7 +37,7 @@ def open_run_folder(run: Run) -> Iterator[None]:
     UserError: the folder can't be written to, another process trains in it, or it holds
       a run of another configuration and `run.allow_config_change` is not set.
   """
-  _check_writable(run.model_dir)
+  check_writable(run.model_dir)
   with claim.claiming(run.model_dir, "training in"):
     saved.check_same(run.config, run.model_dir, run.allow_config_change)
     saved.save(run.config, run.model_dir)
@@ -73,7 +73,15 @@ def _size(folder: str) -> int:
     return sum(entry.stat().st_size for entry in entries)
 
 
-def _check_writable(folder: str) -> None:
+def check_writable(folder: str) -> None:
+  """Makes a run's folder if it is missing, and checks that files can be made in it.
+
+  Args:
+    folder: `model_dir` of the run.
+
+  Raises:
+    UserError: they can't.
+  """
   try:
     os.makedirs(folder, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
