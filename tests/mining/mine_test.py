@@ -92,5 +92,5 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeyp
 
 def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(tmp_path, monkeypatch):
   (tmp_path / "run").write_text("no folder")
-  with pytest.raises(UserError, match="--model_dir=.*run can't be written to: "):
+  with pytest.raises(UserError, match=r"--model_dir=.*run can't be written to: "):
     _mine(tmp_path / "run", monkeypatch)
