@@ -1,13 +1,14 @@
 """A mining round against FAISS's own search: python -m tests.benchmarks.mining.
 
 20,000 × 128 and 50,000 classes, and with --full 200,000 × 128 and a million classes:
-time as a ratio in one run, and memory above the embeddings; then what a batch of hard
-classes takes. --kind=KIND for one kind of index, --classes
-for the second part alone.
+time as a ratio in one run, memory above the embeddings, and how much is found of what
+there is; then what a batch of hard classes takes. --examples and --classes for one part
+alone.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 import types
@@ -21,13 +22,15 @@ from trainer.data.schedule import PKSchedule
 from trainer.mining import class_neighbours
 from trainer.mining import items as items_lib
 from trainer.mining.examples import ExampleMining
-from trainer.mining.nearest_items import NearestItems
+from trainer.mining.nearest_items import NearestItems, room_for
 from trainer.mining.neighbouring_classes import with_neighbouring_classes
 from trainer.mining.windows import RankWindow
 from trainer.retrieval import faiss_index
 
 _NUM_DIMENSIONS, _PER_CLASS, _DEPTH = 128, 20, 50
 _NUM_CLASS_NEIGHBOURS = 32
+# Of what is compared with an exact search.
+_NUM_ASKING = 2_000
 _GOAL = 1.3
 
 
@@ -36,15 +39,15 @@ def main() -> None:
   import faiss
 
   is_full = "--full" in sys.argv
-  kinds = [flag[len("--kind=") :] for flag in sys.argv if flag.startswith("--kind=")]
   print(f"TensorFlow {tf.__version__}, FAISS {faiss.__version__}")
-  for kind in () if "--classes" in sys.argv else kinds or ("flat", "ivf_flat"):
-    _examples(200_000 if is_full else 20_000, kind)
-  _classes(1_000_000 if is_full else 50_000)
+  if "--classes" not in sys.argv:
+    _examples(200_000 if is_full else 20_000)
+  if "--examples" not in sys.argv:
+    _classes(1_000_000 if is_full else 50_000)
 
 
-def _examples(num_items: int, kind: str) -> None:
-  """A round of examples, and the search that it needs, by FAISS alone."""
+def _examples(num_items: int) -> None:
+  """A round of examples, and what FAISS alone takes to build and search an index."""
   rng = np.random.default_rng(0)
   labels = np.repeat(np.arange(num_items // _PER_CLASS), _PER_CLASS).astype(np.int32)
   centres = rng.standard_normal((num_items // _PER_CLASS, _NUM_DIMENSIONS), np.float32)
@@ -55,6 +58,7 @@ def _examples(num_items: int, kind: str) -> None:
   classes = np.arange(len(centres), dtype=np.int32)
   contents = np.arange(num_items, dtype=np.uint64)
   mining = ExampleMining(window=RankWindow(first=5, last=_DEPTH))
+  num_neighbours = _DEPTH + _PER_CLASS
   found, cpu = {}, {}
 
   def counted(name, run):
@@ -67,27 +71,55 @@ def _examples(num_items: int, kind: str) -> None:
 
     return run_and_count
 
-  def ours():
+  def a_round():
     items = items_lib.draw(table, classes, None, 0)
-    nearest = NearestItems(embeddings, kind)
+    nearest = NearestItems(embeddings, "auto")
+    found["kind"] = nearest.kind
     found["mined"] = mining.mine(embeddings, items, contents, nearest)
 
-  def theirs():
+  def search_by(kind):
     index = faiss_index.build(embeddings, kind)
-    index.search(embeddings, _DEPTH + _PER_CLASS + 1)
+    found[kind] = index.search(embeddings, num_neighbours + 1)[1]
 
-  runs = {"a round": ours, "FAISS": theirs}
-  runs = {name: counted(name, run) for name, run in runs.items()}
+  a_round()
+  kinds = dict.fromkeys((found["kind"], "flat" if num_items <= 20_000 else "ivf_flat"))
+  runs = {"a round": counted("a round", a_round)}
+  for kind in kinds:
+    name = f"FAISS, {kind}"
+    runs[name] = counted(name, functools.partial(search_by, kind))
   costs = measure.compare(runs, num_rounds=1)
-  measure.show(
-    f"{num_items:,} x {_NUM_DIMENSIONS}, {kind}, k = {_DEPTH + _PER_CLASS} "
-    f"(goal: {_GOAL} x)",
-    costs,
-    "FAISS",
-  )
-  ratio = cpu["a round"] / cpu["FAISS"]
-  print(f"  all cores' time: {ratio:.2f} x FAISS's {cpu['FAISS']:.1f} s")
+  for kind in kinds:
+    name = f"FAISS, {kind}"
+    measure.show(
+      f"{num_items:,} x {_NUM_DIMENSIONS}, k = {num_neighbours} (goal: {_GOAL} x)",
+      {each: costs[each] for each in ("a round", name)},
+      name,
+    )
+    ratio = cpu["a round"] / cpu[name]
+    print(f"  all cores' time: {ratio:.2f} x FAISS's {cpu[name]:.1f} s")
   print(f"  {found['mined'].counts}")
+  _recalls(embeddings, {kind: found[kind] for kind in kinds}, num_neighbours)
+
+
+def _recalls(
+  embeddings: np.ndarray, found: dict[str, np.ndarray], num_neighbours: int
+) -> None:
+  """How much of what is nearest was found, of a sample."""
+  asking = np.random.default_rng(2).permutation(len(embeddings))[:_NUM_ASKING]
+  room = room_for(len(asking), num_neighbours)
+  nearest = NearestItems(embeddings, "flat")
+  exact = nearest.search(asking, num_neighbours, room).indices.copy()
+  room = NearestItems(embeddings, "auto").search(asking, num_neighbours, room)
+  shares = {"a round": _share(room.indices, exact)}
+  for kind, indices in found.items():
+    shares[f"FAISS, {kind}"] = _share(indices[asking], exact)
+  for name, share in shares.items():
+    print(f"  {name:24}{share:8.4f} of the {num_neighbours} nearest")
+
+
+def _share(found: np.ndarray, exact: np.ndarray) -> float:
+  hits = [len(np.intersect1d(*rows)) for rows in zip(found, exact)]
+  return float(np.mean(hits)) / exact.shape[1]
 
 
 def _classes(num_classes: int) -> None:
@@ -122,6 +154,12 @@ def _classes(num_classes: int) -> None:
   print(f"  {seconds:.1f} s, {cpu:.1f} s of all cores together")
   print(f"  {megabytes:.0f} MB above the means' {means.nbytes / 1e6:.0f}")
   print(f"  of the 9 nearest {share:.4f} are of the same ten")
+  asking = rng.permutation(num_classes)[:_NUM_ASKING]
+  exact = NearestItems(means, "flat").search(
+    asking, _NUM_CLASS_NEIGHBOURS, room_for(len(asking), _NUM_CLASS_NEIGHBOURS)
+  )
+  share = _share(neighbours[asking], exact.indices)
+  print(f"  {share:.4f} of the {_NUM_CLASS_NEIGHBOURS} nearest are found")
   _batches(num_classes, neighbours)
 
 

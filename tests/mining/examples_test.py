@@ -13,7 +13,6 @@ import pytest
 from tests.mining.corpora import Corpus, distances
 from trainer.data.members import from_labels
 from trainer.errors import UserError
-from trainer.mining import nearest_items
 from trainer.mining.examples import ExampleMining
 from trainer.mining.mislabelled import MislabelledFilter
 from trainer.mining.nearest_items import NearestItems, room_for
@@ -221,9 +220,7 @@ def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
     assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * 1000 * 50
 
 
-def test_a_search_by_codes_has_true_distances(monkeypatch):
-  # A part of 5 that ask at a time.
-  monkeypatch.setattr(nearest_items, "_REFINED_BYTES", 5 * 2 * 4 * 21 * 5 + 1)
+def test_a_search_by_codes_has_true_distances():
   corpus = Corpus((90,) * 8, seed=5)
   nearest = NearestItems(corpus.embeddings, "ivf_pq")
   items = np.arange(0, 720, 7)
@@ -233,6 +230,17 @@ def test_a_search_by_codes_has_true_distances(monkeypatch):
   true = distances(corpus.embeddings)[items[:, None], found.indices]
   np.testing.assert_allclose(found.distances[is_there], true[is_there], rtol=1e-5)
   assert (np.diff(np.where(is_there, found.distances, 1e9), axis=1) >= 0).all()
+
+
+def test_a_search_by_codes_finds_nearly_all_that_is_nearest():
+  corpus = Corpus((90,) * 8, seed=5)
+  nearest = NearestItems(corpus.embeddings, "ivf_pq")
+  found = nearest.search(np.arange(720), 20, room_for(720, 20))
+  true = distances(corpus.embeddings)
+  np.fill_diagonal(true, np.inf)
+  exact = np.argsort(true, axis=1)[:, :20]
+  shares = [len(np.intersect1d(*rows)) / 20 for rows in zip(found.indices, exact)]
+  assert np.mean(shares) > 0.98
 
 
 def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):

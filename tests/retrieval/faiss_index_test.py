@@ -23,7 +23,7 @@ def _embeddings(num_items=2_000, num_dimensions=16):
 
 @pytest.mark.parametrize(
   ("kind", "least_recall"),
-  [("flat", 0.999), ("hnsw", 0.95), ("ivf_flat", 0.8), ("ivf_pq", 0.3)],
+  [("flat", 0.999), ("hnsw", 0.95), ("ivf_flat", 0.8), ("ivf_pq", 0.7)],
 )
 def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp_path):
   embeddings = _embeddings()
@@ -74,7 +74,7 @@ def test_the_kind_goes_by_the_number_of_items(num_items, kind):
   assert faiss_index.choose_kind(num_items) == kind
 
 
-@pytest.mark.parametrize(("num_items", "kind"), [(30, "ivf_flat"), (200, "ivf_pq")])
+@pytest.mark.parametrize(("num_items", "kind"), [(30, "ivf_flat"), (38, "ivf_pq")])
 def test_too_few_items_for_cells_are_refused(num_items, kind):
   with pytest.raises(UserError, match="too few"):
     faiss_index.build(_embeddings(num_items), kind)

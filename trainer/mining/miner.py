@@ -63,7 +63,7 @@ class Miner:
     records_per_class: of how many records of a class at most a round is made, drawn
       anew for each; None for all.
     index_kind: "exact"; a kind of FAISS index: "flat", "ivf_flat", "ivf_pq", "hnsw"; or
-      "auto": exact or flat up to 50,000 items, then IVF-Flat, from a million IVF-PQ.
+      "auto": exact or flat up to 50,000 items, then IVF-PQ.
     global_batch_size: records embedded at once, over all replicas.
     seed: of the records that are drawn, and of the positives.
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from trainer import heartbeat
 from trainer.errors import UserError
-from trainer.retrieval import faiss_index
+from trainer.retrieval import faiss_index, faiss_library
 from trainer.retrieval.search import Neighbours, faiss_serves, nearest
 
 # Up to so many items all are compared.
@@ -17,9 +17,8 @@ _MAX_EXACT = 50_000
 KINDS = ("auto", "exact", *faiss_index.KINDS)
 # Items that ask at once.
 _NUM_ASKING = 16_384
-# Of the embeddings that true distances are computed from at once, twice: of the
-# neighbours, and their differences.
-_REFINED_BYTES = 64 * 2**20
+# Codes find so many times as many, of which the nearest by true distances are kept.
+_REFINED = 2
 
 
 class NearestItems:
@@ -31,8 +30,7 @@ class NearestItems:
   Args:
     embeddings: [N, D] float32, finite.
     kind: one of `KINDS`; "auto" compares all up to 50,000 items (by FAISS's flat index
-      on the processor of one replica, else by the devices), and beyond takes what
-      `faiss_index.choose_kind` says: IVF-Flat, and from a million on IVF-PQ.
+      on the processor of one replica, else by the devices), and beyond IVF-PQ.
 
   Raises:
     UserError: the kind is unknown, or FAISS is not installed.
@@ -53,8 +51,8 @@ class NearestItems:
       items: [R] int64.
       num_neighbours: k < N.
       out: gets them: indices [R, k] int32, where a cell of the index had no more −1;
-        and distances [R, k] float32, there infinite. Codes' distances are computed
-        anew from the embeddings.
+        and distances [R, k] float32, there infinite. Codes find twice as many, and
+        which of them are nearest is computed from the embeddings.
 
     Returns:
       `out`.
@@ -75,9 +73,11 @@ class NearestItems:
         np.pad(queries, padding), self._embeddings, num_neighbours=num_neighbours
       )
       return Neighbours(*(each[: len(items)] for each in found))
-    squares, indices = self._index.search(queries, num_neighbours)
     if self.kind == "ivf_pq":
-      return _refined(queries, self._embeddings, indices)
+      num_asked = min(_REFINED * num_neighbours, len(self._embeddings))
+      _, indices = self._index.search(queries, num_asked)
+      return _refined(queries, self._embeddings, indices, num_neighbours)
+    squares, indices = self._index.search(queries, num_neighbours)
     distances = np.sqrt(np.maximum(squares, 0.0))
     return Neighbours(indices, np.where(indices >= 0, distances, np.inf))
 
@@ -96,7 +96,7 @@ def _chosen(kind: str, num_items: int) -> str:
   if kind != "auto":
     return kind
   if num_items > _MAX_EXACT:
-    return faiss_index.choose_kind(num_items)
+    return "ivf_pq"
   # Rounding errors may swap neighbours: a window needs no proof that they didn't.
   return "flat" if faiss_serves() else "exact"
 
@@ -121,18 +121,17 @@ def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
 
 
 def _refined(
-  queries: np.ndarray, embeddings: np.ndarray, indices: np.ndarray
+  queries: np.ndarray, embeddings: np.ndarray, indices: np.ndarray, num_neighbours: int
 ) -> Neighbours:
-  """What was found, by true distances and in their order."""
-  distances = np.empty(indices.shape, np.float32)
-  row_bytes = 2 * 4 * indices.shape[1] * queries.shape[1]
-  num_rows = max(1, _REFINED_BYTES // row_bytes)
-  for start in range(0, len(queries), num_rows):
-    part = slice(start, start + num_rows)
-    difference = embeddings[indices[part]] - queries[part, None]
-    distances[part] = np.sqrt(np.einsum("rkd,rkd->rk", difference, difference))
-  distances[indices < 0] = np.inf
-  order = np.argsort(distances, axis=1, kind="stable")
-  return Neighbours(
-    *(np.take_along_axis(each, order, axis=1) for each in (indices, distances))
+  """The k nearest of those found [R, more], by true distances and in their order."""
+  faiss = faiss_library.load()
+  squares = np.empty(indices.shape, np.float32)
+  # Infinite where the index is −1.
+  faiss.fvec_L2sqr_by_idx(
+    *map(faiss.swig_ptr, (squares, queries, embeddings, indices)),
+    embeddings.shape[1],
+    *indices.shape,
   )
+  order = np.argsort(squares, axis=1, kind="stable")[:, :num_neighbours]
+  indices, squares = (np.take_along_axis(each, order, 1) for each in (indices, squares))
+  return Neighbours(indices, np.sqrt(squares))

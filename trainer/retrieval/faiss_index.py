@@ -27,9 +27,9 @@ KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
 # Up to so many items a search of all is fast; from so many on, codes save memory.
 _MAX_FLAT, _MIN_CODES = 20_000, 1_000_000
 _HNSW_LINKS, _HNSW_EFFORT = 32, 128
-_BITS_A_CODE, _DIMENSIONS_A_CODE = 8, 4
-# FAISS wants so many items a centre to train.
-_TRAINED_A_CENTRE = 39
+_BITS_A_DIMENSION = 4
+# Of the items so many a cell find its centre, drawn by FAISS; it warns below the least.
+_LEAST_A_CELL, _MOST_A_CELL = 39, 64
 _NUM_MEASURED, _MEASURED_K = 1_000, 10
 
 
@@ -45,7 +45,7 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
 
   - flat: every item is compared, exactly.
   - ivf_flat: 4√N cells, of which 1/16 are searched, at least 8.
-  - ivf_pq: the same, with a byte for every 4 dimensions instead of 16.
+  - ivf_pq: the same, with 4 bits a dimension instead of 32, looked at 32 items at once.
   - hnsw: a graph of 32 links an item, searched with effort 128.
 
   Args:
@@ -76,19 +76,19 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
 
 
 def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) -> Any:
-  num_cells = min(round(4 * math.sqrt(num_items)), num_items // _TRAINED_A_CENTRE)
-  num_codes = 2**_BITS_A_CODE if has_codes else 0
-  if num_cells < 1 or num_items < num_codes:
+  num_cells = min(round(4 * math.sqrt(num_items)), num_items // _LEAST_A_CELL)
+  if num_cells < 1:
     raise UserError(
       f"{num_items} items are too few for cells of an index; take index.kind='flat'."
     )
   quantizer = faiss.IndexFlatL2(num_dimensions)
   if has_codes:
-    most = max(1, num_dimensions // _DIMENSIONS_A_CODE)
-    parts = max(part for part in range(1, most + 1) if num_dimensions % part == 0)
-    index = faiss.IndexIVFPQ(quantizer, num_dimensions, num_cells, parts, _BITS_A_CODE)
+    index = faiss.IndexIVFPQFastScan(
+      quantizer, num_dimensions, num_cells, num_dimensions, _BITS_A_DIMENSION
+    )
   else:
     index = faiss.IndexIVFFlat(quantizer, num_dimensions, num_cells)
+  index.cp.max_points_per_centroid = _MOST_A_CELL
   index.nprobe = min(num_cells, max(8, num_cells // 16))
   return index
 
