@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -17,6 +19,8 @@ from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
 from trainer.loop import parity
 from trainer.loop.checkpoint import Checkpoints
+from trainer.losses.distances import euclidean
+from trainer.losses.jitter import JitteredLoss
 from trainer.losses.statistics import summarize
 from trainer.losses.terms import Anchors, Candidates
 from trainer.tpu_check import run_step
@@ -136,6 +140,25 @@ def test_a_loss_sees_the_batch_and_what_the_bank_has_beside_it(row):
     bank.add(added)
     memory.add(step, *rows)
     assert len(others) > 0 or step == 0
+
+
+def test_jitter_moves_the_batch_and_neither_what_the_bank_has_nor_what_it_gets():
+  seen = []
+
+  def remember(anchors, candidates):
+    seen.append(candidates)
+    return ROWS[0].make()(anchors, candidates)
+
+  remember.comparison, remember.margin = euclidean, None
+  bank, first, second = _bank(warm_up_steps=0), *itertools.islice(_steps(), 2)
+  jittered = JitteredLoss(loss=remember, scale=0.1)
+  for step, rows in enumerate((first, second)):
+    *_, added = _reminded(jittered, bank, step, *rows)
+    np.testing.assert_array_equal(added.embeddings, rows[0])
+    bank.add(added)
+  moves = np.linalg.norm(seen[1].embeddings - second[0], axis=1)
+  assert (moves > 0.01).all() and (moves < 0.3).all()
+  np.testing.assert_array_equal(seen[1].fixed_embeddings[:_BATCH], first[0])
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 40])
