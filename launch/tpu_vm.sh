@@ -7,8 +7,8 @@
 #   resume    after a preemption: delete what is left, create, install, run
 #   delete    delete the TPU and its queued resource
 # Options: --type=v5litepod-8, --version=RUNTIME, --project=P, --spot, --worker=W,
-# --dry_run to print the commands. model_dir is a folder of a bucket: the hosts' disks go
-# with them.
+# --dry_run to print the commands. --model_dir=gs://BUCKET/FOLDER: the hosts' disks go with
+# them, so the bucket is mounted there by gcsfuse.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -32,8 +32,8 @@ for word in "$@"; do
     --worker=?*) worker=$value ;;
     --spot) spot=(--spot) ;;
     --dry_run) is_dry=yes ;;
-    --model_dir=gs://?*) model_dir=$value rest+=("$word") ;;
-    --model_dir*) fail "$word is not in a bucket (gs://...), and a TPU's disk goes with it." ;;
+    --model_dir=gs://?*/?*) model_dir=$value ;;
+    --model_dir*) fail "$word is not in a bucket (gs://BUCKET/FOLDER), and a TPU's disk goes with it." ;;
     --zone* | --project* | --type* | --version* | --worker*) fail "$word has no value that fits." ;;
     -*) rest+=("$word") ;;
     *) [ -z "$run" ] || fail "two run files, $run and $word; one is needed."
@@ -71,12 +71,17 @@ install() {
   do_it gcloud compute tpus tpu-vm scp --recurse --worker=all "${place[@]}" \
     trainer configs setup.py pyproject.toml README.md LICENSE "$name:retrieval-trainer"
   tpu ssh --worker=all --command="cd retrieval-trainer && python3 -m pip install -q absl-py gin-config google-crc32c scikit-learn 'numpy<2' && python3 -m pip install -q --no-deps --editable ."
+  tpu ssh --worker=all --command="command -v gcsfuse >/dev/null || { echo 'error: these hosts have no gcsfuse; install it: https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2; exit 2; }"
 }
 
 run() {
-  local task
-  task=$(printf ' %q' python3 -m trainer.task --mode=train_and_evaluate --strategy=tpu --gin_file="$run" "${rest[@]}")
-  tpu ssh --worker="${worker:-all}" --command="cd retrieval-trainer && nohup$task >log.txt 2>&1 </dev/null &"
+  local bucket=${model_dir#gs://} mount task
+  local folder=bucket/${bucket#*/}
+  bucket=${bucket%%/*}
+  # A mining round is a folder that is renamed when it is whole.
+  mount="mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=1000 $bucket bucket"
+  task=$(printf ' %q' python3 -m trainer.task --mode=train_and_evaluate --strategy=tpu --gin_file="$run" --model_dir="$folder" ${rest[@]+"${rest[@]}"})
+  tpu ssh --worker="${worker:-all}" --command="cd retrieval-trainer && mkdir -p bucket && { $mount; } && nohup$task >log.txt 2>&1 </dev/null &"
 }
 
 delete() {

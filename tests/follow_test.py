@@ -59,6 +59,44 @@ def test_where_only_an_older_one_is_whole_a_newer_one_is_waited_for(tmp_path):
   assert _restore_newer(restores, tmp_path, step=10) == 30
 
 
+def test_a_training_that_began_anew_is_told_in_one_line(tmp_path):
+  _place(tmp_path, 10)
+  with pytest.raises(
+    UserError, match=r"is of step 10, after one of step 20: its train"
+  ):
+    _restore_newer(_Restores(), tmp_path, step=20)
+
+
+# What a run evaluates, and mines for, without a training.
+_ALONE = """
+evaluate.dataset = @Dataset()
+Dataset.folder = '{data}'
+Dataset.split = @HashSplit()
+HashSplit.evaluation_fraction = 0.5
+Dataset.decoder = @VectorDecoder()
+VectorDecoder.size = 2
+evaluate.encoder = @ConvNet()
+ConvNet.filters = (4,)
+mine.miner = @Miner()
+Miner.num_class_neighbours = 2
+"""
+
+
+@pytest.mark.parametrize(
+  ("mode", "words"),
+  [
+    ("follow", "train.loop.num_steps is not set"),
+    ("mine", "train.mining is not set, so that the training takes no rounds"),
+  ],
+)
+def test_what_follows_no_training_is_told_in_one_line(tmp_path, capsys, mode, words):
+  config = tmp_path / "alone.gin"
+  config.write_text(_ALONE.format(data=tmp_path / "data"))
+  flags = [f"--gin_file={config}", f"--model_dir={tmp_path / 'run'}"]
+  assert task.main(["trainer", f"--mode={mode}", *flags]) == 2
+  assert words in capsys.readouterr().err
+
+
 _SELECTION = (
   "train_and_evaluate.selection = @Selection()",
   "Selection.every_steps = 5",

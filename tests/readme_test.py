@@ -9,7 +9,8 @@ import shlex
 
 import pytest
 
-from trainer import task
+import trainer.parts  # noqa: F401  Registers what a run file names.
+from trainer import config, task
 
 ROOT = pathlib.Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -102,3 +103,12 @@ def test_command_that_does_not_exist_is_found(text, problem):
 def test_command_that_exists_passes():
   text = "./launch/local.sh configs/runs/digits.gin --num_virtual_replicas=4"
   assert problems(shlex.split(text)) == []
+
+
+def test_the_run_file_for_ones_own_data_is_whole(readme, tmp_path):
+  [block] = re.findall(r"^```gin\n(# my_run\.gin\n.*?)^```", readme, re.M | re.DOTALL)
+  run_file = tmp_path / "my_run.gin"
+  run_file.write_text(block.replace("/path/to/", f"{ROOT}/"), encoding="utf-8")
+  for mode in ("ingest", "validate", "train_and_evaluate"):
+    read = config.read([str(run_file)], needed=task.MODES[mode].roots)
+    assert read.values["ingest.folder"] == "'/data/products'"

@@ -73,6 +73,10 @@ def test_module_run_as_a_program_exits_with_the_status():
     ([], ["--mode is missing"]),
     (["--mode=train"], ["--gin_file is missing"]),
     (["--mode=train", "--gin_file=x.gin"], ["--model_dir is missing"]),
+    (
+      ["--mode=train", "--gin_file=x.gin", "--model_dir=gs://b/run"],
+      ["--model_dir=gs://b/run is no folder of this machine"],
+    ),
   ],
 )
 def test_flag_that_does_not_fit_is_refused(refusal, flags, words):

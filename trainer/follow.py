@@ -67,6 +67,7 @@ def check_times(mode: str, **times: Optional[float]) -> None:
 def main(run: Run) -> None:
   """Measures checkpoints until that of the last step."""
   _check_alone(run)
+  num_steps = num_steps_of(run)
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
@@ -83,7 +84,6 @@ def main(run: Run) -> None:
       encoder=evaluation.encoder,
       last_step=_newest(run.model_dir),
     )
-    num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
     step = evaluations.last_step
     while step < num_steps:
       step = restore_newer(evaluation, run.model_dir, step, options)
@@ -119,6 +119,21 @@ def _check_alone(run: Run) -> None:
     )
 
 
+def num_steps_of(run: Run) -> int:
+  """The last step of the training that a mode follows.
+
+  Raises:
+    UserError: no training is configured.
+  """
+  try:
+    return int(ast.literal_eval(run.config.values[_NUM_STEPS]))
+  except (KeyError, ValueError, TypeError) as error:
+    raise UserError(
+      f"{_NUM_STEPS} is not set, so that nothing says when the training ends; give the "
+      "gin files of the training."
+    ) from error
+
+
 class Patience(Protocol):
   """How long a checkpoint is waited for.
 
@@ -149,11 +164,17 @@ def restore_newer(
     Its step.
 
   Raises:
-    UserError: none comes in time, or it is of another encoder.
+    UserError: none comes in time, it is of another encoder, or the training began
+      anew.
   """
   start_s = time.monotonic()
   while True:
     newest = _newest(model_dir)
+    if 0 < newest < step:
+      raise UserError(
+        f"The newest checkpoint of {model_dir} is of step {newest}, after one of step "
+        f"{step}: its training began anew; start this again."
+      )
     if newest > step:
       restored = _restore(evaluation, model_dir, newest)
       if restored > step:

@@ -6,9 +6,9 @@ and removes those that it needs no more.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Optional
 
 import gin
@@ -19,14 +19,15 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.evaluate import Evaluation
-from trainer.follow import check_times, restore_newer
+from trainer.follow import check_times, num_steps_of, restore_newer
 from trainer.loop.run_folder import check_writable
 from trainer.loop.watchdog import watching
 from trainer.mining import round_folder
 from trainer.mining.miner import Miner, made_of
+from trainer.mining.round_folder import MiningRound, OtherDataError
 from trainer.run import Run
 
-_NUM_STEPS, _MINER = "train.loop.num_steps", "train.mining.miner"
+_MINING, _MINER = "train.mining", "train.mining.miner"
 _CHECKPOINT = "evaluate.checkpoint"
 
 
@@ -56,6 +57,7 @@ class MineOptions:
 def main(run: Run) -> None:
   """Mines with each new checkpoint until that of the last step."""
   _check_config(run)
+  num_steps_of(run)  # Before all else, if it isn't known.
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
@@ -83,8 +85,8 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
 def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   dataset, miner = evaluation.dataset, options.miner
   embedder = miner.embedder(evaluation.encoder, dataset)
-  num_steps = ast.literal_eval(run.config.values[_NUM_STEPS])
-  step = max(round_folder.steps(run.model_dir), default=0)
+  num_steps = num_steps_of(run)
+  step = _newest_whole(run.model_dir, made_of(dataset))
   while step < num_steps:
     step = restore_newer(evaluation, run.model_dir, step, options)
     if step >= num_steps:
@@ -108,6 +110,18 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
 
 
+def _newest_whole(model_dir: str, made_of_what: Mapping[str, str]) -> int:
+  """The step of the newest round that needn't be made again; 0 where there is none."""
+  for step in round_folder.steps(model_dir):
+    try:
+      return MiningRound(model_dir, step, made_of_what).step
+    except OtherDataError:
+      raise
+    except UserError as error:
+      logging.warning("%s It is passed over.", error)
+  return 0
+
+
 def _check_config(run: Run) -> None:
   """Checks that the training takes rounds of others, and of the newest checkpoints.
 
@@ -115,6 +129,11 @@ def _check_config(run: Run) -> None:
     UserError: it doesn't.
   """
   values = run.config.values
+  if values.get(_MINING, "None") == "None":
+    raise UserError(
+      f"{_MINING} is not set, so that the training takes no rounds; set it to "
+      "@OfflineMining(), for the training as well."
+    )
   if values.get(_MINER, "None") != "None":
     raise UserError(
       f"{_MINER} mines in the training itself; leave it out (None), and give the miner "

@@ -229,6 +229,12 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
       raise errors.UserError(
         f"--{name} is missing: {_summary(values[name])} See --help."
       )
+  if "://" in values.model_dir:
+    # Files are renamed there, claimed and added to, which no store can.
+    raise errors.UserError(
+      f"--model_dir={values.model_dir} is no folder of this machine, and none that is "
+      "mounted, as by gcsfuse; data may be on a store, a run's own files may not."
+    )
   return values
 
 

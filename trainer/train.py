@@ -15,13 +15,11 @@ from trainer import preemption
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule, Schedule
-from trainer.distribute.objective import WithinGroups
 from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
 from trainer.loop import actions, log_file, tpu_limits, words
-from trainer.loop.batch_check import check_batch
+from trainer.loop.batch_check import check_batch, check_groups
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.diagnosis import Diagnosis
 from trainer.loop.inner import InnerLoop
@@ -180,15 +178,11 @@ def _build(
 def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
   parts = Parts()  # type: ignore[call-arg]  # They are gin's.
   schedule = parts.make_schedule()
+  check_batch(schedule, parts.step, num_replicas)
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
-    parts.mining.rehearse(parts.dataset, schedule.shape, num_replicas)
-  check_batch(schedule, parts.step, num_replicas)
-  if parts.mining is not None and isinstance(parts.step.objective_fn, WithinGroups):
-    raise UserError(
-      "train.mining draws what labels tell apart, and WithinGroups goes by a list; set "
-      "TrainStep.objective_fn = @across_replicas."
-    )
+    mined = parts.mining.rehearse(parts.dataset, schedule.shape, num_replicas)
+    check_groups(mined, parts.step, "OfflineMining.schedule_fn")
   tpu_limits.check_if_on_tpu(parts.step)
   return parts, schedule
 

@@ -95,6 +95,7 @@ _BAD = {
   "a record that there is not": [1, 7, 99],
   "a negative of the anchor's own class": [1, 7, 13],
   "the anchor for its positive": [1, 1, 2],
+  "one record for positive and negative": [1, 8, 8],
 }
 
 
@@ -110,6 +111,18 @@ def test_bad_triplets_are_counted_and_refused_or_left_out(make, reason, as_keys)
   assert make_it(bad_triplets="leave_out").num_triplets == 6
 
 
+@pytest.mark.parametrize(
+  ("listed", "classes", "why"),
+  [
+    ([[1, 1, 2]], None, "it is empty, or all of it was left out"),
+    ([[1, 7, 2]], [3, 4], "1 could be learned from, of classes that are not trained"),
+  ],
+)
+def test_a_list_with_nothing_to_train_on_says_why(make, listed, classes, why):
+  with pytest.raises(UserError, match=why):
+    make(listed, "a.npy", bad_triplets="leave_out", classes=classes)
+
+
 def test_a_positive_may_be_of_another_class(make):
   assert make([[0, 3, 1]], "a.npy").num_triplets == 1
 
@@ -120,7 +133,7 @@ def test_a_positive_may_be_of_another_class(make):
     ("anchor,positive\na,b\n", "a.csv", "no column 'negative'"),
     ("anchor,positive,negative\n0.png,1.png\n", "a.csv", "line 2 lacks a key"),
     ('anchor,positive,negative\n"0.png,1', "a.csv", "after line"),
-    ("anchor,positive,negative\n", "a.csv", "no triplet to train on"),
+    ("anchor,positive,negative\n", "a.csv", "no triplet to train on: it is empty"),
     ("not an array", "a.npy", "is no array"),
     (np.zeros((3, 2), int), "a.npy", r"shape \(3, 2\)"),
     (np.zeros((3, 3)), "a.npy", "type float64"),

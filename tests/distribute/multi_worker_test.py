@@ -158,6 +158,17 @@ def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
   assert _weights_that_differ(two, one) == []
 
 
+def test_a_worker_that_has_no_room_to_mine_ends_all_in_one_line(folder):
+  _finished(folder, 1)  # For its data.
+  command = _command(folder, folder / "no_room", *_MINING, mode="train")
+  of_16_kb = ["bash", "-c", 'ulimit -f 16; exec "$@"', "-", *command]
+  for _, errors, status in _run_workers([command, of_16_kb]):
+    assert status == 2, errors
+    assert "Traceback" not in errors
+    assert "has no room for" in errors.splitlines()[-1]
+    assert errors.splitlines()[-1].startswith("error: worker 1: ")
+
+
 def _weights_that_differ(got, expected):
   """Names of weights that one run lacks, or that differ by more than 1e-5."""
   got, expected = _weights(got), _weights(expected)

@@ -22,7 +22,7 @@ class HarmfulDecoder:
   """
 
   def __init__(self, *, decoder, not_finite_key: str = "", hang_file: str = ""):
-    self.shape = decoder.shape
+    self.shape, self.features = decoder.shape, decoder.features
     self._decoder = decoder
     self._key = not_finite_key
     self._hang_file = hang_file

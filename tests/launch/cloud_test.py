@@ -130,6 +130,7 @@ def test_vertex_gets_a_source_distribution_and_the_whole_config(gcloud, tmp_path
     (("tpu_vm.sh", "create", "mine"), "--zone=ZONE is needed"),
     (("tpu_vm.sh", "run", *_TPU, RUN), "--model_dir=gs://BUCKET/FOLDER is needed"),
     (("tpu_vm.sh", "run", *_TPU, RUN, "--model_dir=runs/x"), "is not in a bucket"),
+    (("tpu_vm.sh", "run", *_TPU, RUN, "--model_dir=gs://b"), "is not in a bucket"),
     (("tpu_vm.sh", "run", *_TPU, "/x.gin"), "below configs is needed"),
     (("vertex.sh",), "a run file is needed"),
     (("vertex.sh", RUN), "--region=REGION is needed"),

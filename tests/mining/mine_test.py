@@ -60,6 +60,16 @@ def test_where_nothing_is_hard_at_first_it_ends(tmp_path, monkeypatch):
     _mine(tmp_path, monkeypatch, 10)
 
 
+def test_a_round_that_was_damaged_is_made_again(tmp_path, monkeypatch, caplog):
+  _mine(tmp_path, monkeypatch)
+  path = tmp_path / "mining" / "round-00000030" / "anchors.npy"
+  whole = path.read_bytes()
+  path.write_bytes(whole[:-1])
+  assert _mine(tmp_path, monkeypatch) == [30, 20, 10]
+  assert path.read_bytes() == whole
+  assert "anchors.npy is damaged" in caplog.text
+
+
 # Holds the claim until its input ends.
 _OTHER = """
 import sys

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from trainer.data import writer
 from trainer.data.dataset import Dataset
 from trainer.data.decode import VectorDecoder
+from trainer.data.sources import Item
 from trainer.data.sources_arrays import NumpySource
 from trainer.data.split import ListSplit
 from trainer.errors import UserError
@@ -65,8 +67,10 @@ def _vectors(dataset):
   return dataset.decoder(tf.constant(records)).numpy()
 
 
-def test_records_have_the_same_hash_where_all_but_key_and_label_is_alike(dataset):
-  found = content.hashes(dataset.index, np.arange(_NUM_RECORDS))
+def test_records_have_the_same_hash_where_what_is_decoded_is_alike(dataset):
+  found = content.hashes(
+    dataset.index, np.arange(_NUM_RECORDS), features=dataset.decoder.features
+  )
   vectors = _vectors(dataset)
   is_alike = (vectors[:, None] == vectors[None]).all(axis=2)
   assert is_alike.sum() == _NUM_RECORDS + 2 * len(_COPIES)
@@ -99,6 +103,56 @@ def test_a_round_has_records_of_the_training_classes_and_no_copies(dataset):
     arrays["class_neighbours"][dataset.train_classes],
     dataset.train_classes[order[:, 1:3]],
   )
+
+
+def _of_items(folder, bad_records="refuse"):
+  """Records with a number each, which isn't decoded; the last may have no vector."""
+  vectors, labels = _data()
+  items = [
+    Item(str(n), str(label), features={"vector": vector, "number": n})
+    for n, (vector, label) in enumerate(zip(vectors, labels))
+  ]
+  if bad_records == "replace":
+    items[-1] = items[-1]._replace(features={"number": 0})
+  writer.write_records(items, str(folder), records_per_shard=50, fingerprint={})
+  return Dataset(
+    folder=str(folder),
+    split=ListSplit(evaluation_classes=("3",)),
+    decoder=VectorDecoder(size=_SIZE),
+    bad_records=bad_records,
+  )
+
+
+def test_copies_are_known_by_what_is_decoded_whatever_else_records_have(tmp_path):
+  mined = _mine(_of_items(tmp_path))
+  num_copies = np.isin(_COPIES, np.flatnonzero(_data()[1] != 3)).all(axis=1).sum()
+  assert num_copies > 0
+  assert mined.facts["counts"]["with_copy_of_another_label"] == 2 * num_copies
+
+
+def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
+  dataset = _of_items(tmp_path, "replace")
+  bad = _NUM_RECORDS - 1
+  instead = bad % _NUM_CLASSES  # The first of its class is the next after the last.
+  arrays = _mine(dataset).arrays
+  lists = [
+    np.r_[anchor, row] for anchor, row in zip(arrays["anchors"], arrays["negatives"])
+  ]
+  assert "records-00001.tfrecord: record 39 cannot be decoded" in caplog.text
+  both = [
+    {bad, instead} & set(each[1:]) for each in lists if each[0] not in (bad, instead)
+  ]
+  assert any(each == {bad, instead} for each in both)
+  of = {anchor: row for anchor, row in zip(arrays["anchors"], arrays["positives"])}
+  assert instead not in of[bad]
+  assert bad not in of[instead]
+  with pytest.raises(UserError, match="cannot be decoded"):
+    refusing = Dataset(
+      folder=str(tmp_path),
+      split=ListSplit(evaluation_classes=("3",)),
+      decoder=dataset.decoder,
+    )
+    _mine(refusing)
 
 
 def test_replicas_mine_the_same(dataset, mirrored):
@@ -145,6 +199,8 @@ def test_other_training_classes_are_other_data(dataset):
   [
     ({"examples": None}, "nothing to look for"),
     ({"records_per_class": 0}, "records_per_class=0"),
+    ({"num_class_neighbours": -1}, "num_class_neighbours=-1 must be at least 0"),
+    ({"global_batch_size": 0}, "global_batch_size=0 must be at least 1"),
     ({"index_kind": "best"}, "index_kind='best' is none of auto"),
   ],
 )

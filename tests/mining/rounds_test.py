@@ -20,6 +20,7 @@ from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
 from trainer.mining.mined_groups import MinedGroups
 from trainer.mining.miner import Mined, Miner, made_of
+from trainer.mining.neighbouring_classes import with_neighbouring_classes
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
 from trainer.mining.schedule_by_rounds import ScheduleByRounds
@@ -36,8 +37,12 @@ class _Constant:
     return np.full((len(steps), *self.shape), self._number)
 
 
+# Nine classes of twelve records, of which five are trained on.
 _INDEX = types.SimpleNamespace(
-  facts=lambda: {"the number of records": 60}, num_records=60, num_classes=9
+  facts=lambda: {"the number of records": 60},
+  num_records=60,
+  num_classes=9,
+  member_table=types.SimpleNamespace(starts=12 * np.arange(10)),
 )
 _DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
 
@@ -101,9 +106,9 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
 
 
 def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
-  _write(tmp_path, 8)
   rounds = _rounds(tmp_path)
   rounds.resume(0, 50)
+  _write(tmp_path, 8)
   assert rounds.decide(10)
   assert not rounds.decide(20)
   _write(tmp_path, 18)
@@ -115,10 +120,11 @@ def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
   assert _drawn(again, 29, 30) == [8, 18]
 
 
-def test_that_there_was_no_round_is_honoured_too(tmp_path):
+def test_that_there_was_no_round_is_said_and_honoured_too(tmp_path, caplog):
   rounds = _rounds(tmp_path)
   rounds.resume(0, 50)
   assert not rounds.decide(10)
+  assert "Step 10: there is no mining round yet" in caplog.text
   _write(tmp_path, 8)
   again = _rounds(tmp_path)
   again.resume(10, 50)
@@ -193,6 +199,13 @@ def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path)
   assert (tmp_path / "mining_before" / "round-00000010" / "anchors.npy").exists()
 
 
+def test_so_are_rounds_made_beside_it_of_which_none_was_taken(tmp_path):
+  _write(tmp_path, 5)
+  _rounds(tmp_path).resume(0, 50)
+  assert round_folder.steps(str(tmp_path)) == []
+  assert (tmp_path / "mining_before" / "round-00000005" / "anchors.npy").exists()
+
+
 def test_where_no_step_is_left_nothing_is_mined(tmp_path):
   rounds = _rounds(tmp_path, miner=_mined)
   rounds.resume(30, 30)
@@ -221,6 +234,22 @@ def test_of_rounds_beside_a_damaged_one_is_passed_over(tmp_path, caplog):
   assert rounds.decide(10)
   assert _drawn(rounds, 10) == [5]
   assert "round-00000008/anchors.npy is damaged" in caplog.text
+
+
+def test_one_that_was_damaged_and_is_made_anew_is_taken(tmp_path):
+  _write(tmp_path, 5, 8)
+  _harm(tmp_path, 8)
+  rounds = _rounds(tmp_path)
+  assert rounds.decide(10)
+  _write(tmp_path, 8)
+  assert rounds.decide(20)
+  assert _drawn(rounds, 10, 20) == [5, 8]
+
+
+def test_a_round_beside_of_other_data_is_refused(tmp_path):
+  write_round(tmp_path, 8, {"the number of records": "61"}, **example_arrays())
+  with pytest.raises(UserError, match="mined of other data: the number of records"):
+    _rounds(tmp_path).decide(10)
 
 
 def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
@@ -278,6 +307,19 @@ def test_a_round_that_is_too_old_ends_the_run_in_one_line(tmp_path, written, mes
   rounds.decide(10)
   assert _drawn(rounds, 10) == [8 if written else -7]
   with pytest.raises(UserError, match=f"step 30: {message}.*max_age_steps=15 behind"):
+    rounds.decide(30)
+
+
+def test_a_round_kept_for_want_of_another_may_get_too_old(tmp_path):
+  def mined_once(step):
+    if step > 10:
+      raise TooFewExamplesError("nothing is hard.")
+    return _mined(step)
+
+  rounds = _rounds(tmp_path, miner=mined_once, max_age_steps=15)
+  assert rounds.decide(10)
+  assert not rounds.decide(20)
+  with pytest.raises(UserError, match=r"of step 10, .*max_age_steps=15 behind"):
     rounds.decide(30)
 
 
@@ -356,6 +398,27 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
   [
     ({"schedule_fn": _groups_of(6)}, 4, "6 groups .* do not split over 4 replicas"),
     ({"schedule_fn": _groups_of(61)}, 1, "=61 but a round has 60 anchors"),
+    (
+      {
+        "schedule_fn": _groups_of(16),
+        "miner": Miner(examples=object(), records_per_class=3),
+      },
+      1,
+      "=16 but a round has 15 anchors",
+    ),
+    (
+      {
+        "schedule_fn": functools.partial(
+          with_neighbouring_classes,
+          schedule_fn=None,
+          hard_share=0.5,
+          neighbours_per_seed=4,
+        ),
+        "miner": Miner(num_class_neighbours=3),
+      },
+      1,
+      "neighbours_per_seed=4, and a round has 3 of each class; raise Miner",
+    ),
     ({"miner": Miner(num_class_neighbours=3)}, 1, "no examples for MinedGroups; set"),
   ],
 )

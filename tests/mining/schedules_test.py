@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from tests.mining.corpora import example_arrays, write_round
+from trainer import mining
 from trainer.data.class_weights import SizeWeights
 from trainer.data.members import from_labels
-from trainer.data.pipeline import Shard, _local_rows
+from trainer.data.pipeline import Batches, Shard
 from trainer.data.schedule import PKSchedule
+from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
+from trainer.mining import round_folder
 from trainer.mining.mined_groups import MinedGroups
 from trainer.mining.neighbouring_classes import with_neighbouring_classes
 
@@ -180,11 +186,45 @@ def test_steps_drawn_together_are_those_drawn_alone(tmp_path):
       np.testing.assert_array_equal(schedule.batch(step), together[row])
 
 
-def test_replicas_have_the_rows_of_the_batch_between_them(tmp_path):
+class _Numbers:
+  """Records that say nothing but their number."""
+
+  labels = np.zeros(200, np.int32)
+
+  def read(self, numbers):
+    return [str(number).encode() for number in numbers]
+
+
+def test_workers_read_the_rows_of_the_batch_between_them(tmp_path):
   for schedule in _both(tmp_path):
-    rows = schedule.batch(11).ravel()
-    parts = [rows[_local_rows(Shard(replica, 1, 2), len(rows))] for replica in range(2)]
-    np.testing.assert_array_equal(np.concatenate(parts), rows)
+    batches = Batches(_Numbers(), schedule, lambda rows: tf.strings.to_number(rows))
+    parts = [
+      batches.dataset(Shard(worker, 1, 2), first_step=11, num_steps=3)
+      for worker in range(2)
+    ]
+    for step, read in enumerate(zip(*parts), 11):
+      rows = np.concatenate([batch.record_numbers for batch in read])
+      np.testing.assert_array_equal(rows, schedule.batch(step).ravel())
+
+
+def test_groups_are_compared_within_where_they_are_as_large(examples):
+  group = _groups(examples).group
+  WithinGroups(num_positives=2, num_negatives=4).check_groups(group, "a schedule")
+  with pytest.raises(UserError, match=r"of OfflineMining\.schedule_fn have 2 and 4"):
+    WithinGroups().check_groups(group, "OfflineMining.schedule_fn")
+
+
+def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, examples):
+  page = (pathlib.Path(mining.__file__).parent / "README.md").read_text()
+  [recipe] = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
+  folder = round_folder.path_of(str(tmp_path), 40)
+  said = recipe.replace("runs/one/mining/round-00002000", folder)
+  exec(said.replace("triplets.npy", str(tmp_path / "triplets.npy")), {})
+  listed = np.load(tmp_path / "triplets.npy")
+  assert len(listed) == np.count_nonzero(examples.arrays["negatives"] >= 0)
+  for anchor, positive, negative in listed:
+    assert positive == examples.arrays["positives"][anchor][0]
+    assert negative in examples.arrays["negatives"][anchor]
 
 
 @pytest.mark.parametrize(

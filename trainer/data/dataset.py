@@ -26,14 +26,16 @@ class Dataset:
     train_classes: int32 ids.
     evaluation_classes: int32 ids, disjoint from `train_classes`.
     decoder: makes inputs of records.
+    replacements: of bad records, by others of their classes; None where bad ones are
+      refused.
 
   Args:
     folder: folder of TFRecord shards with their index, or a pattern of shards.
     split: divides the classes.
     decoder: makes inputs of records.
     augmentation: changes what is trained on at random; None for no change.
-    bad_records: "refuse" a record that can't be read or decoded, or, while training,
-      "replace" it by another of its class, which is logged.
+    bad_records: "refuse" a record that can't be read or decoded, or, while training
+      and mining, "replace" it by another of its class, which is logged.
 
   Raises:
     UserError: there is no index, one side has no class, or `bad_records` is not known.
@@ -58,7 +60,9 @@ class Dataset:
     self.train_classes, self.evaluation_classes = split.split(self.index.class_names)
     self.decoder = decoder
     self._augmentation = augmentation
-    self._is_replacing = bad_records == "replace"
+    self.replacements: Optional[Replacements] = None
+    if bad_records == "replace":
+      self.replacements = Replacements(self.index, decoder)
 
   def training_batches(self, schedule: Schedule) -> Batches:
     """The batches of a schedule, augmented, bad records treated as wanted."""
@@ -67,7 +71,5 @@ class Dataset:
       schedule,
       self.decoder,
       augmentation=self._augmentation,
-      replacements=(
-        Replacements(self.index, self.decoder) if self._is_replacing else None
-      ),
+      replacements=self.replacements,
     )

@@ -22,6 +22,10 @@ class Decoder(Protocol):
   def shape(self) -> tuple[int, ...]:
     """Shape of one input."""
 
+  @property
+  def features(self) -> tuple[str, ...]:
+    """Names of the features of an example that an input is made of."""
+
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
     """[B] serialized `tf.train.Example` to [B, *shape] float32."""
 
@@ -61,6 +65,7 @@ class ImageDecoder:
     if max_pixels < 1:
       raise UserError(f"ImageDecoder.max_pixels={max_pixels} must be at least 1.")
     self.shape = (height, width, channels)
+    self.features = (feature,)
     self._feature = feature
     self._max_pixels = max_pixels
 
@@ -114,6 +119,7 @@ class VectorDecoder:
     if size < 1:
       raise UserError(f"VectorDecoder.size={size} must be at least 1.")
     self.shape = (size,)
+    self.features = (feature,)
     self._feature = feature
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:

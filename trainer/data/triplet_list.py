@@ -1,13 +1,14 @@
-"""Lists of triplets from files: a miner's, clicks, judgements.
+"""Lists of triplets from files: clicks, judgements, what a miner of one's own found.
 
 Shapes: n triplets.
 """
 
 from __future__ import annotations
 
+import array
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
@@ -26,7 +27,7 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
   """Reads a list, and leaves out what can't be learned from.
 
   That is a triplet of which a key is unknown, the negative is of the anchor's own
-  class, or the positive is the anchor.
+  class, or the positive is the anchor or the negative.
 
   Args:
     file: CSV, or TSV by its name, with the columns anchor, positive and negative, of
@@ -49,7 +50,8 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
     is_known = (triplets >= 0) & (triplets < index.num_records)
     triplets = np.where(is_known, triplets, _UNKNOWN)
   else:
-    triplets = _numbers_of_keys(file, _keys_of_table(file, content), index)
+    keys, triplets = _keys_of_table(file, content)
+    triplets = _numbers_of_keys(file, keys, index)[triplets]
   return _without_bad(file, triplets, index.labels, is_strict)
 
 
@@ -68,47 +70,58 @@ def _numbers_of_array(file: str, content: bytes) -> np.ndarray:
   return numbers.astype(np.int64)
 
 
-def _keys_of_table(file: str, content: bytes) -> list[Sequence[str]]:
-  """The keys of each row, in the order of the columns."""
+def _keys_of_table(file: str, content: bytes) -> tuple[dict[str, int], np.ndarray]:
+  """Each key once, numbered as they come; and rows of these numbers, [n, 3]."""
   delimiter = "\t" if file.endswith(".tsv") else ","
-  text = io.StringIO(content.decode("utf-8-sig", errors="replace"), newline="")
-  rows = csv.DictReader(text, delimiter=delimiter, strict=True)
-  keys: list[Sequence[str]] = []
+  text = io.TextIOWrapper(
+    io.BytesIO(content), encoding="utf-8-sig", errors="replace", newline=""
+  )
+  rows = csv.reader(text, delimiter=delimiter, strict=True)
+  keys: dict[str, int] = {}
+  numbers = array.array("i")
   try:
-    missing = [name for name in COLUMNS if name not in (rows.fieldnames or ())]
+    header = next(rows, [])
+    missing = [name for name in COLUMNS if name not in header]
     if missing:
       raise UserError(
         f"{file} has no column {missing[0]!r} in its first row; it needs "
         f"{', '.join(COLUMNS)}."
       )
+    columns = [header.index(name) for name in COLUMNS]
     for row in rows:
-      keys.append([row[name] for name in COLUMNS])
-      if not all(keys[-1]):
+      if not row:
+        continue
+      if len(row) <= max(columns) or not all(row[column] for column in columns):
         raise UserError(f"{file}: line {rows.line_num} lacks a key.")
+      numbers.extend(keys.setdefault(row[column], len(keys)) for column in columns)
   except csv.Error as error:
     raise UserError(f"{file}: after line {rows.line_num}: {error}.") from error
-  return keys
+  return keys, np.array(numbers, np.int32).reshape(-1, len(COLUMNS))
 
 
 def _numbers_of_keys(
-  file: str, keys: Sequence[Sequence[str]], index: RecordIndex
+  file: str, keys: Mapping[str, int], index: RecordIndex
 ) -> np.ndarray:
-  wanted = {key for row in keys for key in row}
-  numbers: dict[str, int] = {}
+  """[number of keys] int64, the record number of each; −1 for none."""
+  numbers = np.full(len(keys), _UNKNOWN, np.int64)
   logging.info("Reading %d records for the keys of %s.", index.num_records, file)
   for number, name in enumerate(record_names(index, np.arange(index.num_records))):
-    if name in wanted and numbers.setdefault(name, number) != number:
+    key = keys.get(name)
+    if key is None:
+      continue
+    if numbers[key] != _UNKNOWN:
       raise UserError(
         f"The key {name!r} of {file} is that of two records: "
-        f"{index.describe(numbers[name])} and {index.describe(number)}."
+        f"{index.describe(int(numbers[key]))} and {index.describe(number)}."
       )
-  unknown = sorted(wanted.difference(numbers))
-  if unknown:
+    numbers[key] = number
+  unknown = np.flatnonzero(numbers == _UNKNOWN)
+  if len(unknown):
+    first = min(name for name, key in keys.items() if numbers[key] == _UNKNOWN)
     logging.warning(
-      "%s has %d keys that no record has, such as %r.", file, len(unknown), unknown[0]
+      "%s has %d keys that no record has, such as %r.", file, len(unknown), first
     )
-  rows = [[numbers.get(key, _UNKNOWN) for key in row] for row in keys]
-  return np.array(rows, np.int64).reshape(-1, len(COLUMNS))
+  return numbers
 
 
 def _without_bad(
@@ -121,6 +134,7 @@ def _without_bad(
     "a negative of the anchor's own class": is_known
     & (labels[anchors] == labels[negatives]),
     "the anchor for its positive": is_known & (anchors == positives),
+    "one record for positive and negative": is_known & (positives == negatives),
   }
   for reason, is_bad in reasons.items():
     num_bad = int(np.count_nonzero(is_bad))

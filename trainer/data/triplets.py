@@ -50,7 +50,8 @@ class TripletSchedule:
       triplets_per_batch: T.
       seed: another seed, another order.
       bad_triplets: "refuse" a list, or "leave_out" those triplets, that have unknown
-        records, a negative of the anchor's own class, or the anchor for its positive.
+        records, a negative of the anchor's own class, or the anchor or the negative for
+        their positive.
       classes: int32 ids of the classes to draw from; None for all.
 
     Raises:
@@ -74,10 +75,10 @@ class TripletSchedule:
       self._triplets = listed[is_drawn[index.labels[listed]].all(axis=1)]
     num_drawn = len(self._triplets)
     if not num_drawn:
-      raise UserError(
-        f"{file} has no triplet to train on: of {len(listed)} that could be learned "
-        "from, all have records of classes that are not trained on."
-      )
+      why = "it is empty, or all of it was left out"
+      if len(listed):
+        why = f"{len(listed)} could be learned from, of classes that are not trained on"
+      raise UserError(f"{file} has no triplet to train on: {why}.")
     logging.info(
       "%s: %d triplets, and %d of classes that are not trained on.",
       file,

@@ -116,28 +116,27 @@ class WithinGroups:
     self._group = (num_positives, num_negatives)
     self._group_size = 1 + num_positives + num_negatives
 
-  def check_groups(self, group: Optional[tuple[int, int]]) -> None:
+  def check_groups(self, group: Optional[tuple[int, int]], schedule_name: str) -> None:
     """Checks that a batch has such groups.
 
     Args:
       group: positives and negatives of each row of a batch; None where rows are no
         groups.
+      schedule_name: of the parameter that has the batches' schedule.
 
     Raises:
       UserError: it has not.
     """
     if group is None:
       raise UserError(
-        "WithinGroups needs batches of groups, and this train.schedule_fn draws "
-        "classes; set it to @TripletSchedule, or TrainStep.objective_fn to "
-        "@across_replicas."
+        f"WithinGroups needs batches of groups, and this {schedule_name} draws "
+        "classes; set it to @TripletSchedule (train) or @MinedGroups (OfflineMining), "
+        "or TrainStep.objective_fn to @across_replicas."
       )
     if group != self._group:
       raise UserError(
-        "WithinGroups has {} positives and {} negatives a group, and the schedule's "
-        "groups have {} and {}; set num_positives and num_negatives.".format(
-          *self._group, *group
-        )
+        "WithinGroups has {} positives and {} negatives a group, and the groups of {} "
+        "have {} and {}; make them equal.".format(*self._group, schedule_name, *group)
       )
 
   def __call__(self, loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:

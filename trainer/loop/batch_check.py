@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trainer.data.schedule import PKSchedule
+from trainer.data.schedule import PKSchedule, Schedule
 from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
 from trainer.loop import micro_batches
@@ -29,8 +29,7 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
       f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
     )
-  if isinstance(step.objective_fn, WithinGroups):
-    step.objective_fn.check_groups(getattr(schedule, "group", None))
+  check_groups(schedule, step, "train.schedule_fn")
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
       f"PKSchedule.samples_per_class={num_samples} leaves "
@@ -38,6 +37,22 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
     )
   size = num_classes * num_samples // num_replicas
   micro_batches.check_size(step.options.num_micro_batches, size)
+
+
+def check_groups(schedule: Schedule, step: TrainStep, schedule_name: str) -> None:
+  """Checks that batches have groups, where a step goes by them.
+
+  Args:
+    schedule: of the batches.
+    step: its objective may go by groups.
+    schedule_name: of the parameter that has the schedule.
+
+  Raises:
+    UserError: they have not, or others.
+  """
+  if isinstance(step.objective_fn, WithinGroups):
+    group = getattr(schedule, "group", None)
+    step.objective_fn.check_groups(group, schedule_name)
 
 
 def _rows_parameter(schedule: PKSchedule) -> str:

@@ -98,8 +98,12 @@ class Loop:
     saving = safety.preemption.saving(lambda: safety.checkpoints.newest)
     with saving, safety.watchdog.stepping(self._step):
       step = self._step()
-      while step < self._options.num_steps and not self._is_over:
-        step = self._run_once(step)
+      try:
+        while step < self._options.num_steps and not self._is_over:
+          step = self._run_once(step)
+      except UserError:
+        safety.checkpoints.wait()  # For one that is being written.
+        raise
       self._finish()
 
   def _step(self) -> int:

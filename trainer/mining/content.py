@@ -1,4 +1,4 @@
-"""What records hold beside their key and label, so that copies are known.
+"""What inputs are made of, so that copies of a record are known.
 
 Shapes: N records.
 """
@@ -6,49 +6,64 @@ Shapes: N records.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from typing import Optional
 
 import numpy as np
 import tensorflow as tf
 
 from trainer import heartbeat
+from trainer.data.bad_records import Replacements
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 
 _READ_AT_ONCE = 4_096
-_KEY_FEATURE = "key"
 
 
-def hashes(index: RecordIndex, record_numbers: np.ndarray) -> np.ndarray:
-  """A hash of each record's features beside key and label.
+def hashes(
+  index: RecordIndex,
+  record_numbers: np.ndarray,
+  *,
+  features: Sequence[str],
+  replacements: Optional[Replacements] = None,
+) -> np.ndarray:
+  """A hash of each record's features that inputs are made of.
 
   Args:
     index: the records.
     record_numbers: [N] int64.
+    features: their names, as a decoder has them: file names, addresses and other things
+      that copies don't share are not among them.
+    replacements: of bad records, which are copies of what is put in their place; None
+      to refuse them.
 
   Returns:
-    [N] uint64; equal where every byte of the content is.
+    [N] uint64; equal where every byte of those features is.
 
   Raises:
     UserError: a record can't be read, or is no example.
   """
-  left_out = (_KEY_FEATURE, index.manifest.label_feature)
   found = np.empty(len(record_numbers), np.uint64)
   for start in range(0, len(found), _READ_AT_ONCE):
     heartbeat.beat()
     numbers = record_numbers[start : start + _READ_AT_ONCE]
-    for place, record in enumerate(index.read(numbers), start):
-      found[place] = _hash(record, left_out, index, int(record_numbers[place]))
+    if replacements is not None:
+      numbers = replacements.replace(numbers)
+    for place, (number, record) in enumerate(zip(numbers, index.read(numbers)), start):
+      found[place] = _hash(record, features, index, int(number))
   return found
 
 
 def _hash(
-  record: bytes, left_out: tuple[str, str], index: RecordIndex, number: int
+  record: bytes, features: Sequence[str], index: RecordIndex, number: int
 ) -> int:
   try:
     example = tf.train.Example.FromString(record)
   except Exception as error:  # protobuf has its own.
     raise UserError(f"{index.describe(number)} is no tf.train.Example.") from error
-  for name in left_out:
-    example.features.feature.pop(name, None)
-  content = example.SerializeToString(deterministic=True)
-  return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+  content = tf.train.Example()
+  for name in features:
+    if name in example.features.feature:
+      content.features.feature[name].CopyFrom(example.features.feature[name])
+  serialized = content.SerializeToString(deterministic=True)
+  return int.from_bytes(hashlib.blake2b(serialized, digest_size=8).digest(), "little")

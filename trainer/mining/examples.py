@@ -5,6 +5,7 @@ Shapes: N items, D dimensions, A anchors, k neighbours, p positives, n negatives
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import NamedTuple, Optional
 
@@ -12,6 +13,7 @@ import gin
 import numpy as np
 
 from trainer import heartbeat
+from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.items import Items
 from trainer.mining.mislabelled import MislabelledFilter
@@ -22,9 +24,10 @@ from trainer.mining.windows import NegativeWindow
 from trainer.retrieval.search import Neighbours
 
 _POSITIVES = Positives()
-_ROWS_AT_ONCE, _ROWS_AGAIN = 2_048, 16_384
-# How many times as many neighbours are looked at where most have the anchor's label.
-_WIDER = 4
+_ROWS_AT_ONCE = 2_048
+# How many times as many neighbours are looked at where most have the anchor's label; in
+# how many bytes at once, of about 20 a neighbour.
+_WIDER, _BYTES_AGAIN = 4, 2**27
 
 
 class MinedExamples(NamedTuple):
@@ -93,7 +96,11 @@ class ExampleMining:
     num_neighbours = min(self._num_neighbours(items), num_items - 1)
     if num_neighbours < 1:
       raise UserError(f"{num_items} items are too few to mine among.")
-    with on_disk(num_items, num_neighbours) as found:
+    with contextlib.ExitStack() as opened:
+      # Where one worker has no room, all end.
+      found = current_workers().together(
+        lambda: opened.enter_context(on_disk(num_items, num_neighbours))
+      )
       nearest.search(np.arange(num_items), num_neighbours, found)
       is_doubted = np.zeros(num_items, bool)
       if self.mislabelled is not None:
@@ -102,8 +109,9 @@ class ExampleMining:
       choice.add(np.arange(num_items), found)
     wider = min(_WIDER * num_neighbours, num_items - 1)
     again = choice.unfilled() if wider > num_neighbours else np.empty(0, np.int64)
-    for start in range(0, len(again), _ROWS_AGAIN):
-      rows = again[start : start + _ROWS_AGAIN]
+    num_rows = max(1, _BYTES_AGAIN // (20 * wider))
+    for start in range(0, len(again), num_rows):
+      rows = again[start : start + num_rows]
       choice.add(rows, nearest.search(rows, wider, room_for(len(rows), wider)))
     return choice.finished(num_looked_at_again=len(again), wider=wider)
 

@@ -29,6 +29,7 @@ class MinedGroups:
 
   Attributes:
     shape: (T, 1 + p + n).
+    group: (p, n), as `WithinGroups` asks for it.
 
   Args:
     index: of the records; what it has is not looked at.
@@ -80,6 +81,7 @@ class MinedGroups:
     self._num_negatives = negatives_per_group
     self._seed = int(permutation.mix(seed, mining_round.step)[0])
     self.shape = (groups_per_batch, 1 + positives_per_group + negatives_per_group)
+    self.group = (positives_per_group, negatives_per_group)
 
   def batch(self, step: int) -> np.ndarray:
     """[T, 1 + p + n] int64, the record numbers of a step."""

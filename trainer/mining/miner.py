@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from trainer.data import permutation
 from trainer.data.dataset import Dataset
-from trainer.data.records import RecordIndex
+from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.loop.step import TrainStep
 from trainer.mining import class_neighbours, content
@@ -86,16 +86,21 @@ class Miner:
         "Miner has nothing to look for: set Miner.examples = @ExampleMining(), or "
         "Miner.num_class_neighbours."
       )
-    if self.records_per_class is not None and self.records_per_class < 1:
-      raise UserError(
-        f"Miner.records_per_class={self.records_per_class} must be at least 1, or None."
-      )
+    least = {"num_class_neighbours": 0, "records_per_class": 1, "global_batch_size": 1}
+    for name, at_least in least.items():
+      value = getattr(self, name)
+      if value is not None and value < at_least:
+        raise UserError(f"Miner.{name}={value} must be at least {at_least}.")
 
   def embedder(self, encoder: tf.keras.Model, dataset: Dataset) -> Embedder:
     """What embeds for all rounds; it is traced once."""
-    size = self.global_batch_size
-    index, decoder = dataset.index, dataset.decoder
-    return Embedder(encoder, index, decoder, global_batch_size=size)
+    return Embedder(
+      encoder,
+      dataset.index,
+      dataset.decoder,
+      global_batch_size=self.global_batch_size,
+      replacements=dataset.replacements,
+    )
 
   def mining_of(self, step: TrainStep, dataset: Dataset) -> Callable[[int], Mined]:
     """Mines with the encoder of a training, averaged where that is what is evaluated.
@@ -129,33 +134,32 @@ class Miner:
     Raises:
       UserError: an embedding is not finite, or nothing is found.
     """
-    index = dataset.index
     key = int(permutation.mix(self.seed, _ITEMS, step)[0])
     items = items_lib.draw(
-      index.member_table, dataset.train_classes, self.records_per_class, key
+      dataset.index.member_table, dataset.train_classes, self.records_per_class, key
     )
     embeddings = _embedded(embedder, items.record_numbers)
     check_finite(embeddings)
-    return self.mine_embedded(embeddings, items, index)
+    return self._mine_embedded(embeddings, items, dataset)
 
-  def mine_embedded(
-    self, embeddings: np.ndarray, items: Items, index: RecordIndex
+  def _mine_embedded(
+    self, embeddings: np.ndarray, items: Items, dataset: Dataset
   ) -> Mined:
-    """Mines among items whose embeddings are there.
-
-    Args:
-      embeddings: [N, D] float32, finite.
-      items: N of them.
-      index: has their records.
-    """
+    """Mines among items [N] whose embeddings [N, D] are there."""
+    index = dataset.index
     arrays: dict[str, np.ndarray] = {}
     facts: dict[str, Any] = {
       "num_dimensions": embeddings.shape[1],
       "counts": {"items": len(items.labels), "classes": len(items.class_ids)},
     }
     if self.examples is not None:
-      nearest = NearestItems(embeddings, self.index_kind)
-      contents = _contents(index, items.record_numbers.tobytes())
+      # Where one worker can't, all end. They may search together, so not in here.
+      nearest, contents = current_workers().together(
+        lambda: (
+          NearestItems(embeddings, self.index_kind),
+          _contents(dataset, items.record_numbers.tobytes()),
+        )
+      )
       mined = self.examples.mine(embeddings, items, contents, nearest)
       arrays.update(_as_records(mined, items.record_numbers))
       doubted = items.record_numbers[mined.doubted[:_NUM_NAMES]]
@@ -208,6 +212,11 @@ def _as_records(
 
 
 @functools.lru_cache(maxsize=1)
-def _contents(index: RecordIndex, record_numbers: bytes) -> np.ndarray:
+def _contents(dataset: Dataset, record_numbers: bytes) -> np.ndarray:
   """Kept from one round to the next, where they mine among the same records."""
-  return content.hashes(index, np.frombuffer(record_numbers, np.int64))
+  return content.hashes(
+    dataset.index,
+    np.frombuffer(record_numbers, np.int64),
+    features=dataset.decoder.features,
+    replacements=dataset.replacements,
+  )

@@ -6,6 +6,7 @@ Shapes: N items, D dimensions, R items that ask, k neighbours.
 from __future__ import annotations
 
 import numpy as np
+from absl import logging
 
 from trainer import heartbeat
 from trainer.errors import UserError
@@ -30,7 +31,9 @@ class NearestItems:
   Args:
     embeddings: [N, D] float32, finite.
     kind: one of `KINDS`; "auto" compares all up to 50,000 items (by FAISS's flat index
-      on the processor of one replica, else by the devices), and beyond IVF-PQ.
+      on the processor of one replica, else by the devices), and beyond takes IVF-PQ,
+      where FAISS is installed. Fewer items than a cell of an index has are all
+      compared.
 
   Raises:
     UserError: the kind is unknown, or FAISS is not installed.
@@ -83,20 +86,34 @@ class NearestItems:
 
 
 def check_kind(kind: str) -> None:
-  """Checks that there is such a kind of search.
+  """Checks that there is such a kind of search, here.
 
   Raises:
-    UserError: there is not.
+    UserError: there is not, or it needs FAISS, which is not installed.
   """
   if kind not in KINDS:
     raise UserError(f"Miner.index_kind={kind!r} is none of {', '.join(KINDS)}.")
+  if kind in faiss_index.KINDS and not faiss_library.is_installed():
+    raise UserError(
+      f"Miner.index_kind={kind!r} needs FAISS: pip install "
+      "'retrieval-trainer[search]', or take 'exact', which compares all on the devices."
+    )
 
 
 def _chosen(kind: str, num_items: int) -> str:
+  if kind in faiss_index.KINDS_WITH_CELLS and num_items < faiss_index.LEAST_A_CELL:
+    return "flat"
   if kind != "auto":
     return kind
   if num_items > _MAX_EXACT:
-    return "ivf_pq"
+    if faiss_library.is_installed():
+      return "ivf_pq"
+    logging.warning(
+      "Without FAISS all %d items are compared with each other; for an index: pip "
+      "install 'retrieval-trainer[search]'.",
+      num_items,
+    )
+    return "exact"
   # Rounding errors may swap neighbours: a window needs no proof that they didn't.
   return "flat" if faiss_serves() else "exact"
 
@@ -125,8 +142,7 @@ def _refined(
 ) -> Neighbours:
   """The k nearest of those found [R, more], by true distances and in their order."""
   faiss = faiss_library.load()
-  squares = np.empty(indices.shape, np.float32)
-  # Infinite where the index is −1.
+  squares = np.full(indices.shape, np.inf, np.float32)  # So it stays at an index of −1.
   faiss.fvec_L2sqr_by_idx(
     *map(faiss.swig_ptr, (squares, queries, embeddings, indices)),
     embeddings.shape[1],

@@ -44,7 +44,7 @@ def with_neighbouring_classes(
 
   Raises:
     UserError: the share is outside 0 to 1, there is no neighbour, the round has no
-      neighbours of classes, or fewer than P classes can be drawn.
+      neighbours of classes or fewer of each, or fewer than P classes can be drawn.
   """
   if not 0 <= hard_share <= 1 or neighbours_per_seed < 1:
     raise UserError(
@@ -52,13 +52,20 @@ def with_neighbouring_classes(
       f"{neighbours_per_seed} neighbours a seed is not possible; take a share from 0 "
       "to 1, and at least 1 neighbour."
     )
-  if "class_neighbours" not in mining_round.arrays:
+  neighbours = mining_round.arrays.get("class_neighbours")
+  if neighbours is None:
     raise UserError(
       "A round has no neighbours of classes; set Miner.num_class_neighbours."
     )
+  if neighbours.shape[1] < neighbours_per_seed:
+    raise UserError(
+      f"with_neighbouring_classes.neighbours_per_seed={neighbours_per_seed}, and a "
+      f"round has {neighbours.shape[1]} of each class; raise "
+      "Miner.num_class_neighbours, to several times as many: neighbourhoods overlap."
+    )
   stream_fn = functools.partial(
     NeighbouringClasses,
-    neighbours=mining_round.arrays["class_neighbours"],
+    neighbours=neighbours,
     hard_share=hard_share,
     neighbours_per_seed=neighbours_per_seed,
     round_step=mining_round.step,

@@ -55,7 +55,6 @@ class OfflineMining:
         raise UserError(f"OfflineMining.{name}={value} must be at least 1.")
     if self.max_wait_s < 0:
       raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} is below 0.")
-
     if self.when_too_few not in ("keep", "stop"):
       raise UserError(
         f"OfflineMining.when_too_few={self.when_too_few!r} is neither keep nor stop."
@@ -76,9 +75,38 @@ class OfflineMining:
         f"LoopOptions.steps_per_loop={steps_per_loop}."
       )
 
+  def check_age(self, step: int, round_step: Optional[int]) -> None:
+    """Checks that a round is not too old to train with.
+
+    Args:
+      step: number of steps done.
+      round_step: of the round; None where there is none.
+
+    Raises:
+      UserError: it is.
+    """
+    if self.max_age_steps is None or step - (round_step or 0) <= self.max_age_steps:
+      return
+    what = "there is no mining round"
+    if round_step is not None:
+      what = f"the newest mining round is of step {round_step}"
+    if self.miner is None:
+      waited = f" after {self.max_wait_s:g} s" if self.max_wait_s else ""
+      advice = (
+        "is --mode=mine running? Raise max_age_steps or max_wait_s, or set "
+        "OfflineMining.miner to mine in the training"
+      )
+    else:
+      waited = ""
+      advice = "raise max_age_steps, or mine in a wider window"
+    raise UserError(
+      f"step {step}: {what}{waited}, more than "
+      f"OfflineMining.max_age_steps={self.max_age_steps} behind; {advice}."
+    )
+
   def rehearse(
     self, dataset: Dataset, plain_shape: Sequence[int], num_replicas: int
-  ) -> None:
+  ) -> Schedule:
     """Checks, before there is one, that rounds will fit.
 
     Args:
@@ -86,11 +114,14 @@ class OfflineMining:
       plain_shape: likewise.
       num_replicas: likewise.
 
+    Returns:
+      As those of rounds will be, but with nothing to draw.
+
     Raises:
       UserError: as `schedule_of`; the miner doesn't look for what is drawn.
     """
-    to_come = round_to_come(self.miner, dataset.index)
-    self.schedule_of(to_come, dataset, plain_shape, num_replicas)
+    to_come = round_to_come(self.miner, dataset)
+    return self.schedule_of(to_come, dataset, plain_shape, num_replicas)
 
   def schedule_of(
     self,

@@ -16,6 +16,8 @@ from trainer.mining.items import Items
 from trainer.mining.windows import first_columns
 
 _CHOICES = ("random", "hardest", "easiest")
+# Of embeddings and their differences.
+_BYTES_AT_ONCE = 2**26
 
 
 class ChosenPositives(NamedTuple):
@@ -80,23 +82,19 @@ class Positives:
     candidates, is_there = self._candidates(anchors, items)
     is_there &= is_allowed[candidates]
     is_there &= contents[candidates] != contents[anchors, None]
-    difference = embeddings[candidates] - embeddings[anchors, None]
-    distances = np.sqrt(np.einsum("rmd,rmd->rm", difference, difference))
     if self.choice != "random":
+      distances = _distances(embeddings, anchors, candidates)
       order = distances if self.choice == "easiest" else -distances
       order = np.argsort(order, axis=1, kind="stable")
-      candidates, is_there, distances = (
-        np.take_along_axis(each, order, axis=1)
-        for each in (candidates, is_there, distances)
+      candidates, is_there = (
+        np.take_along_axis(each, order, axis=1) for each in (candidates, is_there)
       )
     columns = first_columns(is_there, self.num_positives)
-    chosen, far = (
-      np.take_along_axis(each, np.maximum(columns, 0), axis=1)
-      for each in (candidates, distances)
-    )
+    chosen = np.take_along_axis(candidates, np.maximum(columns, 0), axis=1)
+    distances = _distances(embeddings, anchors, chosen)
     is_chosen = columns >= 0
     return ChosenPositives(
-      np.where(is_chosen, chosen, -1), np.where(is_chosen, far, -np.inf)
+      np.where(is_chosen, chosen, -1), np.where(is_chosen, distances, -np.inf)
     )
 
   def _candidates(
@@ -115,3 +113,17 @@ class Positives:
     places = items.places[anchors] - starts
     places = (places[:, None] + steps) % sizes[:, None]
     return items.by_class[starts[:, None] + places], steps < sizes[:, None]
+
+
+def _distances(
+  embeddings: np.ndarray, anchors: np.ndarray, items: np.ndarray
+) -> np.ndarray:
+  """[R, m] float32, from anchors [R] to items [R, m]."""
+  distances = np.empty(items.shape, np.float32)
+  bytes_a_row = 2 * 4 * items.shape[1] * embeddings.shape[1]
+  num_rows = max(1, _BYTES_AT_ONCE // bytes_a_row)
+  for start in range(0, len(items), num_rows):
+    rows = slice(start, start + num_rows)
+    difference = embeddings[items[rows]] - embeddings[anchors[rows], None]
+    distances[rows] = np.sqrt(np.einsum("rmd,rmd->rm", difference, difference))
+  return distances

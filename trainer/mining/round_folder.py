@@ -38,6 +38,10 @@ _NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2
 _OF_EXAMPLES = ("anchors", "positives", "negatives")
 
 
+class OtherDataError(UserError):
+  """A round is of other records or classes than those that are trained on."""
+
+
 class MiningRound:
   """A round that is whole.
 
@@ -52,7 +56,8 @@ class MiningRound:
     made_of: what tells the records and the classes from others, by name.
 
   Raises:
-    UserError: it is not there, not whole, or of other records.
+    UserError: it is not there, or not whole.
+    OtherDataError: it is of other records or classes.
   """
 
   def __init__(self, model_dir: str, step: int, made_of: Mapping[str, Any]):
@@ -76,7 +81,7 @@ class MiningRound:
       ) from error
     for name, wanted in made_of.items():
       if found.get(name) != str(wanted):
-        raise UserError(
+        raise OtherDataError(
           f"{folder} was mined of other data: {name} was {found.get(name)} and is "
           f"{wanted}; remove the round, and mine again."
         )
@@ -109,6 +114,14 @@ def steps(model_dir: str) -> list[int]:
   names = os.listdir(folder) if os.path.isdir(folder) else []
   matches = (_NAME.fullmatch(name) for name in names)
   return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def time_of(model_dir: str, step: int) -> int:
+  """When a round was made, in nanoseconds of the file system; 0 where it is gone."""
+  try:
+    return os.stat(os.path.join(path_of(model_dir, step), _MANIFEST)).st_mtime_ns
+  except OSError:
+    return 0
 
 
 def write(

@@ -1,6 +1,6 @@
 """What a schedule must know of a round, and a round that is not mined yet.
 
-Shapes: N records, L classes of the data.
+Shapes: N records that can be mined among, L classes of the data.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import NamedTuple, Optional, Protocol
 
 import numpy as np
 
-from trainer.data.records import RecordIndex
+from trainer.data.dataset import Dataset
 from trainer.mining.miner import Miner
 
 
@@ -33,24 +33,39 @@ class RoundToCome(NamedTuple):
   arrays: Mapping[str, np.ndarray]
 
 
-def round_to_come(miner: Optional[Miner], index: RecordIndex) -> RoundToCome:
-  """A round with all arrays that a miner gives, for checks before there is one.
+def round_to_come(miner: Optional[Miner], dataset: Dataset) -> RoundToCome:
+  """A round as large as a miner's can be, for checks before there is one.
 
   Args:
     miner: None where another process mines, from which anything may come.
-    index: of the records. Each is an anchor: no round has more.
+    dataset: its training classes are mined among. Each record is an anchor: no round
+      has more.
 
   Returns:
     Arrays that take no memory.
   """
-  num_records, num_classes = index.num_records, index.num_classes
+  num_classes = dataset.index.num_classes
   shapes: dict[str, tuple[int, ...]] = {}
   if miner is None or miner.examples is not None:
-    lists = (num_records, 1)
-    shapes.update(anchors=(num_records,), positives=lists, negatives=lists)
+    num_anchors = _num_items(
+      dataset, None if miner is None else miner.records_per_class
+    )
+    lists = (num_anchors, 1)
+    shapes.update(anchors=(num_anchors,), positives=lists, negatives=lists)
   if miner is None or miner.num_class_neighbours:
-    shapes["class_neighbours"] = (num_classes, 1)
+    num_neighbours = num_classes if miner is None else miner.num_class_neighbours
+    shapes["class_neighbours"] = (num_classes, num_neighbours)
   nothing = np.int32(-1)
   return RoundToCome(
     0, {name: np.broadcast_to(nothing, shape) for name, shape in shapes.items()}
+  )
+
+
+def _num_items(dataset: Dataset, records_per_class: Optional[int]) -> int:
+  """N."""
+  sizes = np.diff(dataset.index.member_table.starts)[dataset.train_classes]
+  return int(
+    sizes.sum()
+    if records_per_class is None
+    else sizes.clip(max=records_per_class).sum()
   )

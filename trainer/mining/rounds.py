@@ -88,9 +88,9 @@ class Rounds:
       UserError: that round is gone, or as in `decide`.
     """
     decisions = self._decisions()
-    if decisions and not first_step:
+    if not first_step:
       # Of another training: before each of its rounds it had saved a checkpoint.
-      self._workers.chief_first(lambda: round_folder.set_aside(self._model_dir))
+      self._workers.chief_first(self._set_aside)
       decisions = {}
     self._decided = decisions
     before = [step for step in decisions if step < first_step]
@@ -157,6 +157,11 @@ class Rounds:
     num_kept = sum(mined != held for mined, held in decided)
     return {"mining/rounds_without_examples": float(num_kept)}
 
+  def _set_aside(self) -> None:
+    """Puts away what another training left, if it left any."""
+    if self._ledger.decisions() or round_folder.steps(self._model_dir):
+      round_folder.set_aside(self._model_dir)
+
   def _decisions(self) -> dict[int, Optional[int]]:
     """The chief's, on all workers."""
     own = self._workers.together(
@@ -173,6 +178,8 @@ class Rounds:
     except TooFewExamplesError as error:
       if self._options.when_too_few == "stop":
         raise
+      held = None if self._current is None else self._current.mining_round.step
+      self._options.check_age(step, held)
       logging.warning("Step %d: %s Batches stay as they are.", step, error)
       return self._current
 
@@ -250,6 +257,12 @@ class Rounds:
 
   def _hold(self, step: int, opened: Optional[_Opened]) -> bool:
     """Lets a round hold from a step on; whether that changes anything."""
+    if opened is None and self._mine_fn is None:
+      logging.warning(
+        "Step %d: there is no mining round yet, and batches are plain ones; is "
+        "--mode=mine running?",
+        step,
+      )
     if opened is self._current:
       return False
     self._current = opened

@@ -12,7 +12,7 @@ from trainer import heartbeat
 from trainer.errors import UserError
 from trainer.mining import round_folder
 from trainer.mining.offline_mining import OfflineMining
-from trainer.mining.round_folder import MiningRound
+from trainer.mining.round_folder import MiningRound, OtherDataError
 
 _POLL_S = 1.0
 
@@ -32,7 +32,8 @@ class RoundsBeside:
     self._options = options
     self._model_dir = model_dir
     self._made_of = made_of
-    self._damaged: set[int] = set()
+    # By what tells a round from one that was made anew: whether it is whole.
+    self._looked_at: dict[tuple[int, int], bool] = {}
 
   def newest(self, step: int, held: Optional[int]) -> Optional[int]:
     """The newest whole round that is not after a step; waits if it is too old.
@@ -45,42 +46,37 @@ class RoundsBeside:
       Its step; None where there is none.
 
     Raises:
-      UserError: it is too old, and no other came in time.
+      UserError: it is too old, and no other came in time; or it is of other data.
     """
     deadline_s = time.monotonic() + self._options.max_wait_s
     while True:
       newest = self._newest_whole(step, held)
-      age = step - (newest or 0)
-      if self._options.max_age_steps is None or age <= self._options.max_age_steps:
+      try:
+        self._options.check_age(step, newest)
         return newest
-      if time.monotonic() >= deadline_s:
-        raise UserError(_too_old(self._options, step, newest))
+      except UserError:
+        if time.monotonic() >= deadline_s:
+          raise
       heartbeat.beat()
       time.sleep(_POLL_S)
 
   def _newest_whole(self, step: int, held: Optional[int]) -> Optional[int]:
     for round_step in round_folder.steps(self._model_dir):
-      if round_step > step or round_step in self._damaged:
+      if round_step > step:
         continue
-      if round_step == held:
-        return held
-      try:
-        MiningRound(self._model_dir, round_step, self._made_of)
+      if round_step == held or self._is_whole(round_step):
         return round_step
-      except UserError as error:
-        logging.warning("%s The round before is taken.", error)
-        self._damaged.add(round_step)
     return None
 
-
-def _too_old(options: OfflineMining, step: int, newest: Optional[int]) -> str:
-  what = "there is no mining round"
-  if newest is not None:
-    what = f"the newest mining round is of step {newest}"
-  waited = f" after {options.max_wait_s:g} s" if options.max_wait_s else ""
-  return (
-    f"step {step}: {what}{waited}, more than "
-    f"OfflineMining.max_age_steps={options.max_age_steps} behind; is --mode=mine "
-    "running? Raise max_age_steps or max_wait_s, or set OfflineMining.miner to mine in "
-    "the training."
-  )
+  def _is_whole(self, round_step: int) -> bool:
+    made = round_step, round_folder.time_of(self._model_dir, round_step)
+    if made not in self._looked_at:
+      try:
+        MiningRound(self._model_dir, round_step, self._made_of)
+        self._looked_at[made] = True
+      except OtherDataError:
+        raise
+      except UserError as error:
+        logging.warning("%s The round before is taken.", error)
+        self._looked_at[made] = False
+    return self._looked_at[made]

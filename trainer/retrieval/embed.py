@@ -6,11 +6,13 @@ Shapes: N records, D dimensions, B records of a step.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Optional
 
 import numpy as np
 import tensorflow as tf
 
 from trainer import heartbeat, preemption
+from trainer.data.bad_records import Replacements
 from trainer.data.decode import Decoder
 from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
@@ -31,6 +33,7 @@ class Embedder:
     index: gives the records.
     decoder: makes inputs of them.
     global_batch_size: wanted; rounded up to what the replicas divide.
+    replacements: puts others in the place of bad records; None to refuse them.
   """
 
   def __init__(
@@ -40,6 +43,7 @@ class Embedder:
     decoder: Decoder,
     *,
     global_batch_size: int,
+    replacements: Optional[Replacements] = None,
   ):
     self._strategy = tf.distribute.get_strategy()
     num_replicas = self._strategy.num_replicas_in_sync
@@ -47,6 +51,7 @@ class Embedder:
     self._encoder = encoder
     self._index = index
     self._decoder = decoder
+    self._replacements = replacements
     # Traced once, however often a training is evaluated.
     self._embed_fn = tf.function(
       lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end))
@@ -69,7 +74,9 @@ class Embedder:
     """
     size = self.global_batch_size
     schedule = SequentialSchedule(record_numbers, records_per_batch=size)
-    batches = Batches(self._index, schedule, self._decoder)
+    batches = Batches(
+      self._index, schedule, self._decoder, replacements=self._replacements
+    )
     num_steps = schedule.num_batches - first_step
     shard = current_workers().shard()
     local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)

@@ -23,13 +23,14 @@ from trainer.retrieval.file_hash import sha256_of
 from trainer.retrieval.search import Neighbours, check_sizes, nearest
 
 FILE_NAME, MANIFEST_NAME = "index.faiss", "manifest.json"
-KINDS = ("flat", "ivf_flat", "ivf_pq", "hnsw")
+KINDS_WITH_CELLS = ("ivf_flat", "ivf_pq")
+KINDS = ("flat", *KINDS_WITH_CELLS, "hnsw")
 # Up to so many items a search of all is fast; from so many on, codes save memory.
 _MAX_FLAT, _MIN_CODES = 20_000, 1_000_000
 _HNSW_LINKS, _HNSW_EFFORT = 32, 128
 _BITS_A_DIMENSION = 4
 # Of the items so many a cell find its centre, drawn by FAISS; it warns below the least.
-_LEAST_A_CELL, _MOST_A_CELL = 39, 64
+LEAST_A_CELL, _MOST_A_CELL = 39, 64
 _NUM_MEASURED, _MEASURED_K = 1_000, 10
 
 
@@ -66,20 +67,20 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
   elif kind == "hnsw":
     index = faiss.IndexHNSWFlat(num_dimensions, _HNSW_LINKS)
     index.hnsw.efSearch = _HNSW_EFFORT
-  elif kind in ("ivf_flat", "ivf_pq"):
+  elif kind in KINDS_WITH_CELLS:
     index = _cells(faiss, num_items, num_dimensions, has_codes=kind == "ivf_pq")
     index.train(embeddings)
   else:
-    raise UserError(f"index.kind={kind!r} is none of auto, {', '.join(KINDS)}.")
+    raise UserError(f"{kind!r} is no kind of index; take one of {', '.join(KINDS)}.")
   index.add(embeddings)
   return index
 
 
 def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) -> Any:
-  num_cells = min(round(4 * math.sqrt(num_items)), num_items // _LEAST_A_CELL)
+  num_cells = min(round(4 * math.sqrt(num_items)), num_items // LEAST_A_CELL)
   if num_cells < 1:
     raise UserError(
-      f"{num_items} items are too few for cells of an index; take index.kind='flat'."
+      f"{num_items} items are too few for cells of an index; take the kind 'flat'."
     )
   quantizer = faiss.IndexFlatL2(num_dimensions)
   if has_codes:
