@@ -75,10 +75,13 @@ class AnchorwiseLoss(tf.Module):
     comparison: how an anchor and a candidate are compared.
     needs_positives: whether nothing is learned from a batch in which no class comes
       twice.
-    needs_lists: whether the terms are made of one positive after the other.
+    uses_lists: whether the terms are made of one positive after the other, where
+      labels give lists of them.
+    needs_lists: whether they are also where lists take a sort of every row.
   """
 
   needs_positives = True
+  uses_lists = False
   needs_lists = False
 
   def __init__(
@@ -127,7 +130,8 @@ class AnchorwiseLoss(tf.Module):
       UserError: as `check_batch`.
     """
     check_batch(anchors, candidates)
-    lists = positive_lists(anchors, candidates) if self.needs_lists else None
+    uses_lists = self.uses_lists or self.needs_lists
+    lists = positive_lists(anchors, candidates) if uses_lists else None
     # What padding holds may be anything, and 0 times NaN is NaN.
     vectors_fn = self.comparison.vectors_fn
     own = _zero_unless(anchors.weights > 0.0, anchors.embeddings)

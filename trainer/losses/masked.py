@@ -18,9 +18,10 @@ def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
     values: [T, C] float32.
     is_member: [T, C] bool.
   """
-  has_member = tf.reduce_any(is_member, 1)
   masked = tf.where(is_member, values, LOG_OF_NOTHING)
   largest = tf.stop_gradient(tf.reduce_max(masked, 1, keepdims=True))
+  # Not a pass of its own. What is not a number is a member.
+  has_member = ~(largest[:, 0] <= LOG_OF_NOTHING)
   shares = tf.where(is_member, tf.exp(masked - largest), 0.0)
   total = tf.where(has_member, tf.reduce_sum(shares, 1), 1.0)
   return tf.where(has_member, tf.math.log(total) + largest[:, 0], LOG_OF_NOTHING)

@@ -6,7 +6,7 @@ Shapes: T anchors of a tile, C candidates. s is a similarity, τ the temperature
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Optional
 
 import gin
@@ -50,8 +50,13 @@ class _SoftmaxLoss(AnchorwiseLoss):
     self._temperature = temperature
 
   def parameters(self) -> list[tf.Tensor]:
-    """The temperature."""
-    return [value_of(self._temperature)]
+    """The temperature, if it is learned: else its gradient is a pass for nothing."""
+    is_learned = isinstance(self._temperature, LearnedTemperature)
+    return [value_of(self._temperature)] if is_learned else []
+
+  def _temperature_of(self, parameters: Sequence[tf.Tensor]) -> tf.Tensor:
+    """Of a tile."""
+    return parameters[0] if parameters else value_of(self._temperature)
 
 
 @gin.register
@@ -69,6 +74,8 @@ class InfoNCELoss(_SoftmaxLoss):
   https://arxiv.org/abs/2002.05709.
   """
 
+  uses_lists = True
+
   def __init__(self, *, temperature: Temperature, rows_per_tile: Optional[int] = None):
     super().__init__(
       temperature=temperature,
@@ -80,8 +87,8 @@ class InfoNCELoss(_SoftmaxLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term a positive pair; see the base class."""
-    (temperature,) = parameters
-    return positives_against_negatives(compared / temperature, pairs)
+    logits = compared / self._temperature_of(parameters)
+    return positives_against_negatives(logits, pairs)
 
 
 @gin.register
@@ -96,6 +103,8 @@ class NPairsLoss(AnchorwiseLoss):
   Source: Sohn 2016, Improved Deep Metric Learning with Multi-class N-pair Loss
   Objective (NIPS).
   """
+
+  uses_lists = True
 
   def __init__(self, *, rows_per_tile: Optional[int] = None):
     super().__init__(
@@ -134,8 +143,7 @@ class SupervisedContrastiveLoss(_SoftmaxLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
-    (temperature,) = parameters
-    logits = compared / temperature
+    logits = compared / self._temperature_of(parameters)
     everyone = log_sum_exp(logits, pairs.is_either)
     own = tf.reduce_sum(tf.where(pairs.is_positive, logits, 0.0), 1)
     num_positives = num_members(pairs.is_positive)
@@ -167,8 +175,7 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
-    (temperature,) = parameters
-    logits = -compared / temperature
+    logits = -compared / self._temperature_of(parameters)
     positive = log_sum_exp(logits, pairs.is_positive)
     negative = log_sum_exp(logits, pairs.is_negative)
     has_positive = num_members(pairs.is_positive) > 0.0
@@ -180,15 +187,73 @@ def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTe
 
   Args:
     logits: [T, C] float32.
-    pairs: which are of positives and which of negatives.
+    pairs: which are of positives and which of negatives; with lists of the positives
+      to go through them, without to look at every pair for them.
   """
-  excess = log_sum_exp(logits, pairs.is_negative)[:, None] - logits
-  costs = tf.where(pairs.is_positive, tf.nn.softplus(excess), 0.0)
-  # As costs > 0, but for denormal ones, without an exponential function of each pair.
-  is_active = tf.logical_and(pairs.is_positive, excess > _LOG_OF_LEAST)
-  return AnchorTerms(
-    tf.reduce_sum(costs, 1), num_members(is_active), num_members(pairs.is_positive)
+  lists = pairs.lists
+  if lists is None:
+    by, num_terms = _by_pairs, num_members(pairs.is_positive)
+  else:
+    by, num_terms = _by_lists, tf.cast(lists.sizes, tf.float32)
+
+  @tf.custom_gradient
+  def sums(logits: tf.Tensor) -> tuple[tuple[tf.Tensor, tf.Tensor], Callable]:
+    negative = log_sum_exp(logits, pairs.is_negative)
+    total, num_active, pull = by(logits, negative, pairs)
+
+    def gradient(upstream: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
+      # The share of a negative, of all of them; and that of a positive beside them.
+      ratios = tf.exp(logits - negative[:, None])
+      of_positives = tf.where(pairs.is_positive, -1.0 / (1.0 + ratios), 0.0)
+      slope = tf.where(pairs.is_negative, pull[:, None] * ratios, of_positives)
+      return upstream[:, None] * slope
+
+    return (total, num_active), gradient
+
+  total, num_active = sums(logits)
+  return AnchorTerms(total, num_active, num_terms)
+
+
+def _by_pairs(
+  logits: tf.Tensor, negative: tf.Tensor, pairs: Relevance
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """[T] each: sum of the terms, how many are above 0, sum of their slopes."""
+  costs, is_active, slopes = _terms(negative[:, None] - logits, pairs.is_positive)
+  total, pull = (tf.reduce_sum(each, 1) for each in (costs, slopes))
+  return total, num_members(is_active), pull
+
+
+def _by_lists(
+  logits: tf.Tensor, negative: tf.Tensor, pairs: Relevance
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """The same, one positive of all anchors after the other."""
+  lists = pairs.lists
+  assert lists is not None
+
+  def body(k, total, num_active, pull):  # type: ignore[no-untyped-def]
+    places, is_positive = lists.places(k)
+    excess = negative - tf.gather_nd(logits, places)
+    costs, is_active, slopes = _terms(excess, is_positive)
+    is_active = tf.cast(is_active, tf.float32)
+    return k + 1, total + costs, num_active + is_active, pull + slopes
+
+  zeros = tf.zeros_like(negative)
+  _, *sums = tf.while_loop(
+    lambda k, *_: k < tf.reduce_max(lists.sizes),
+    body,
+    (tf.constant(0), zeros, zeros, zeros),
   )
+  return tuple(sums)
+
+
+def _terms(
+  excess: tf.Tensor, is_positive: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  """Of positives: the term, whether it is above 0, and its slope; of others 0."""
+  costs = tf.where(is_positive, tf.nn.softplus(excess), 0.0)
+  # As costs > 0, but for denormal ones, without an exponential function of each pair.
+  is_active = tf.logical_and(is_positive, excess > _LOG_OF_LEAST)
+  return costs, is_active, tf.where(is_positive, tf.nn.sigmoid(excess), 0.0)
 
 
 def _of_anchors(costs: tf.Tensor, is_counted: tf.Tensor) -> AnchorTerms:
