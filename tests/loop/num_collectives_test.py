@@ -16,7 +16,7 @@ _NUM_REPLICAS, _NUM_GATHERED = 2, 24 * 6  # Embeddings of the global batch.
 
 def _graph_and_step(strategy, objective, num_micro_batches):
   make_step = _maker(
-    LOSSES["InfoNCELoss-learned"],
+    LOSSES["SupervisedContrastiveLoss-learned"],  # Its terms have no loop.
     objective,
     "sgd",
     num_micro_batches=num_micro_batches,

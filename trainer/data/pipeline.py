@@ -32,6 +32,8 @@ _MAX_STEPS_DRAWN, _MAX_RECORDS_DRAWN = 64, 16_384
 _NUM_READING = 2
 # More steps than tf.data works at before they are asked for.
 _NUM_READ_AHEAD = 2 * _MAX_STEPS_DRAWN
+# To convert by AutoGraph what has no conditions takes a second of a run's start.
+_as_it_is = tf.autograph.experimental.do_not_convert
 PADDING_LABEL = -1
 PADDING_RECORD = -1
 
@@ -116,8 +118,11 @@ class Batches:
     options.experimental_distribute.auto_shard_policy = no_sharding
     worker_batches = (
       self._record_numbers(shard, first_step, num_steps)
-      .map(self._read, _NUM_READING)
-      .map(lambda step, *read: self._decode(step, shard, *read), tf.data.AUTOTUNE)
+      .map(_as_it_is(self._read), _NUM_READING)
+      .map(
+        _as_it_is(lambda step, *read: self._decode(step, shard, *read)),
+        tf.data.AUTOTUNE,
+      )
     )
     return (
       _per_replica(worker_batches, shard.num_local_replicas)
@@ -177,7 +182,7 @@ class Batches:
 
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     steps = tf.data.Dataset.range(first_step, end).batch(num_abreast)
-    return steps.map(draw_steps, 1).prefetch(1).unbatch()
+    return steps.map(_as_it_is(draw_steps), 1).prefetch(1).unbatch()
 
   def _read(
     self, step: tf.Tensor, numbers: tf.Tensor, is_real: tf.Tensor
@@ -265,4 +270,4 @@ def _per_replica(
     shape = [num_local_replicas, rows]
     return Batch(*(tf.reshape(each, shape + each.shape[1:]) for each in batch))
 
-  return worker_batches.map(cut).unbatch()
+  return worker_batches.map(_as_it_is(cut)).unbatch()

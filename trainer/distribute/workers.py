@@ -51,7 +51,7 @@ class Workers:
     )
     self.num_local_replicas = self._strategy.num_replicas_in_sync // self.num_workers
     # Kept: run without a function, a strategy traces each call, and warns of it.
-    self._gather_fn = tf.function(self._gather_on_replicas)
+    self._gather_fn = tf.function(self._gather_on_replicas, autograph=False)
 
   @property
   def is_chief(self) -> bool:

@@ -12,6 +12,10 @@ from trainer.distribute.collectives import current_collectives
 from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.loop.step import TrainStep
 
+# AutoGraph is for the loop below alone: to convert what runs inside of it, which has no
+# conditions, takes a third of a run's start.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
 
 class Done(NamedTuple):
   """What a call of the inner loop did.
@@ -92,29 +96,37 @@ class InnerLoop:
     words = self._strategy.run(self._as_given, args=(self._words(),))
     return num_done, *tf.nest.map_structure(self._sum, (totals, words))
 
+  @_as_it_is
   def _words(self):
     words = tf.numpy_function(self._words_fn, [], tf.int32)
     return tf.ensure_shape(words, np.shape(self._words_fn()))
 
+  @_as_it_is
   def _sum(self, value):
     return self._strategy.reduce("SUM", value, axis=None)
 
+  @_as_it_is
   def _as_given(self, value):
     return tf.identity(value)
 
+  @_as_it_is
   def _zeros(self):
     return tf.nest.map_structure(tf.zeros_like, self._zero_statistics)
 
+  @_as_it_is
   def _propose(self, batch):
     return self._step.propose(batch, current_collectives())
 
+  @_as_it_is
   def _apply_and_add(self, proposal, totals):
     self._step.apply(proposal.update)
     return tf.nest.map_structure(tf.add, totals, proposal.statistics)
 
+  @_as_it_is
   def _forward_state(self):
     return [tf.identity(variable) for variable in self._step.forward_state]
 
+  @_as_it_is
   def _restore(self, values):
     for variable, value in zip(self._step.forward_state, values):
       variable.assign(value)

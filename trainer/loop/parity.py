@@ -94,7 +94,7 @@ def trained(
     step.apply(proposal.update)
     return proposal.update.gradients, proposal.statistics
 
-  @tf.function
+  @tf.function(autograph=False)
   def update(batch):
     gradients, statistics = strategy.run(on_replica, (batch,))
     sums = tf.nest.map_structure(

@@ -70,11 +70,11 @@ class TrainStep:
     self._advancing = [part for part in parts if hasattr(part, "advance")]
     self.propose, self.apply = self._propose, self._apply
     if options.compiled == "step":
-      self.propose = tf.function(self._propose, jit_compile=True)
-      self.apply = tf.function(self._apply, jit_compile=True)
+      self.propose = tf.function(self._propose, jit_compile=True, autograph=False)
+      self.apply = tf.function(self._apply, jit_compile=True, autograph=False)
     self._encode_fn = self._encode
     if options.compiled == "encoder":
-      self._encode_fn = tf.function(self._encode, jit_compile=True)
+      self._encode_fn = tf.function(self._encode, jit_compile=True, autograph=False)
     self._variables: list[tf.Variable] = []
 
   def create_variables(self, input_shape: Sequence[int]) -> None:
@@ -252,7 +252,7 @@ class TrainStep:
     embeddings = tf.TensorSpec([num_examples, self.encoder.embedding_size])
     specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, v.dtype), batch)
 
-    @tf.function
+    @tf.function(autograph=False)
     def loss_alone(embeddings, batch):
       alone = OneReplica()
       loss = self._reminded_loss(batch, alone)

@@ -100,7 +100,9 @@ class AnchorwiseLoss(tf.Module):
     self._reduction_fn = REDUCTIONS[reduction]
     self._rows_per_tile = rows_per_tile
     # Made once: a function made at each call would be compiled at each call.
-    self._compiled_fn = tf.function(self._sums_and_slopes, jit_compile=True)
+    self._compiled_fn = tf.function(
+      self._sums_and_slopes, jit_compile=True, autograph=False
+    )
 
   @property
   def margin(self) -> Optional[float]:

@@ -44,7 +44,7 @@ def _join(
 
 
 # In one pass over what may be far larger than a cache.
-_compiled_join = tf.function(_join, jit_compile=True)
+_compiled_join = tf.function(_join, jit_compile=True, autograph=False)
 
 
 def _norms(vectors: tf.Tensor, comparison: Comparison) -> tf.Tensor:

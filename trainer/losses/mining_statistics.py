@@ -67,7 +67,7 @@ class MiningStatistics:
       )
     self._num_anchors = num_anchors
     self._every_steps = every_steps
-    self._compiled_fn = tf.function(_sums, jit_compile=True)
+    self._compiled_fn = tf.function(_sums, jit_compile=True, autograph=False)
 
   def observing(self, loss: MinedLoss, step_fn: Callable[[], tf.Tensor]) -> LossFn:
     """The loss, with these statistics added to its own; of other steps, nothing.
@@ -79,7 +79,7 @@ class MiningStatistics:
 
     def observed(anchors: Anchors, candidates: Candidates) -> LossTerms:
       terms = loss(anchors, candidates)
-      look = tf.function(lambda: self(loss, anchors, candidates))
+      look = tf.function(lambda: self(loss, anchors, candidates), autograph=False)
       like = look.get_concrete_function().structured_outputs
 
       def pass_over() -> Mapping[str, Any]:

@@ -9,7 +9,6 @@ import dataclasses
 
 import gin
 import numpy as np
-from sklearn import cluster, metrics
 
 
 @gin.register
@@ -40,6 +39,8 @@ class Clustering:
     Returns:
       "eval/nmi", in [0, 1]; one class gives nothing.
     """
+    from sklearn import cluster, metrics  # Late: it takes half a second to load.
+
     kept = self._drawn(np.asarray(labels))
     labels = labels[kept]
     num_classes = len(np.unique(labels))

@@ -54,7 +54,8 @@ class Embedder:
     self._replacements = replacements
     # Traced once, however often a training is evaluated.
     self._embed_fn = tf.function(
-      lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end))
+      lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end)),
+      autograph=False,
     )
 
   def embed(

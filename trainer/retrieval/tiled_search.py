@@ -60,7 +60,9 @@ def _merge_fn(
   strategy: tf.distribute.Strategy,
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
   """Kept, so that it is traced once for a shape and not at each call."""
-  return tf.function(lambda *arguments: strategy.run(_merged, arguments))
+  return tf.function(
+    lambda *arguments: strategy.run(_merged, arguments), autograph=False
+  )
 
 
 def _parts(

@@ -11,7 +11,6 @@ from typing import Optional
 
 import gin
 import numpy as np
-from sklearn import metrics
 
 from trainer.errors import UserError
 
@@ -68,6 +67,8 @@ class Verification:
     distances = [_distances(embeddings, pairs) for pairs in (positives, negatives)]
     is_positive = np.repeat([1, 0], [len(each) for each in distances])
     nearness = -np.concatenate(distances)
+    from sklearn import metrics  # Late: it takes half a second to load.
+
     false_rates, true_rates, thresholds = metrics.roc_curve(
       is_positive, nearness, drop_intermediate=False
     )

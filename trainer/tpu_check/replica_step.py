@@ -45,7 +45,7 @@ def export(step: TrainStep, batch: Batch, num_replicas: int) -> Program:
     with using(collectives), for_accelerator():
       return dict(step(Batch(*parts), collectives))
 
-  function = tf.function(update, jit_compile=True)
+  function = tf.function(update, jit_compile=True, autograph=False)
   graph = function.get_concrete_function(*batch)
   # The key of a resource is all that tells which variable a graph has captured.
   by_handle = {id(variable.handle): variable for variable in graph.variables}
