@@ -12,6 +12,8 @@ import functools
 import sys
 import time
 import types
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -48,6 +50,44 @@ def main() -> None:
 
 def _examples(num_items: int) -> None:
   """A round of examples, and what FAISS alone takes to build and search an index."""
+  embeddings, a_round = _corpus(num_items)
+  num_neighbours = _DEPTH + _PER_CLASS
+  found, cpu = {}, {}
+
+  def counted(name, run):
+    """Also counts all cores' time, which other processes change little."""
+
+    def run_and_count():
+      start = time.process_time()
+      found[name] = run()
+      cpu[name] = min(cpu.get(name, np.inf), time.process_time() - start)
+
+    return run_and_count
+
+  def search_by(kind):
+    index = faiss_index.build(embeddings, kind)
+    return index.search(embeddings, num_neighbours + 1)[1]
+
+  kind, _ = a_round()
+  kinds = dict.fromkeys((kind, "flat" if num_items <= 20_000 else "ivf_flat"))
+  runs = {"a round": a_round}
+  runs |= {f"FAISS, {kind}": functools.partial(search_by, kind) for kind in kinds}
+  costs = measure.compare({n: counted(n, run) for n, run in runs.items()}, num_rounds=1)
+  for name in list(runs)[1:]:
+    measure.show(
+      f"{num_items:,} x {_NUM_DIMENSIONS}, k = {num_neighbours} (goal: {_GOAL} x)",
+      {each: costs[each] for each in ("a round", name)},
+      name,
+    )
+    ratio = cpu["a round"] / cpu[name]
+    print(f"  all cores' time: {ratio:.2f} x FAISS's {cpu[name]:.1f} s")
+  _, mined = found.pop("a round")
+  print(f"  {mined.counts}")
+  _recalls(embeddings, found, num_neighbours)
+
+
+def _corpus(num_items: int) -> tuple[np.ndarray, Callable[[], tuple[str, Any]]]:
+  """Embeddings in classes, and a round of them: kind of search, and what it found."""
   rng = np.random.default_rng(0)
   labels = np.repeat(np.arange(num_items // _PER_CLASS), _PER_CLASS).astype(np.int32)
   centres = rng.standard_normal((num_items // _PER_CLASS, _NUM_DIMENSIONS), np.float32)
@@ -58,47 +98,13 @@ def _examples(num_items: int) -> None:
   classes = np.arange(len(centres), dtype=np.int32)
   contents = np.arange(num_items, dtype=np.uint64)
   mining = ExampleMining(window=RankWindow(first=5, last=_DEPTH))
-  num_neighbours = _DEPTH + _PER_CLASS
-  found, cpu = {}, {}
-
-  def counted(name, run):
-    """Also counts all cores' time, which other processes change little."""
-
-    def run_and_count():
-      start = time.process_time()
-      run()
-      cpu[name] = min(cpu.get(name, np.inf), time.process_time() - start)
-
-    return run_and_count
 
   def a_round():
     items = items_lib.draw(table, classes, None, 0)
     nearest = NearestItems(embeddings, "auto")
-    found["kind"] = nearest.kind
-    found["mined"] = mining.mine(embeddings, items, contents, nearest)
+    return nearest.kind, mining.mine(embeddings, items, contents, nearest)
 
-  def search_by(kind):
-    index = faiss_index.build(embeddings, kind)
-    found[kind] = index.search(embeddings, num_neighbours + 1)[1]
-
-  a_round()
-  kinds = dict.fromkeys((found["kind"], "flat" if num_items <= 20_000 else "ivf_flat"))
-  runs = {"a round": counted("a round", a_round)}
-  for kind in kinds:
-    name = f"FAISS, {kind}"
-    runs[name] = counted(name, functools.partial(search_by, kind))
-  costs = measure.compare(runs, num_rounds=1)
-  for kind in kinds:
-    name = f"FAISS, {kind}"
-    measure.show(
-      f"{num_items:,} x {_NUM_DIMENSIONS}, k = {num_neighbours} (goal: {_GOAL} x)",
-      {each: costs[each] for each in ("a round", name)},
-      name,
-    )
-    ratio = cpu["a round"] / cpu[name]
-    print(f"  all cores' time: {ratio:.2f} x FAISS's {cpu[name]:.1f} s")
-  print(f"  {found['mined'].counts}")
-  _recalls(embeddings, {kind: found[kind] for kind in kinds}, num_neighbours)
+  return embeddings, a_round
 
 
 def _recalls(
@@ -111,8 +117,8 @@ def _recalls(
   exact = nearest.search(asking, num_neighbours, room).indices.copy()
   room = NearestItems(embeddings, "auto").search(asking, num_neighbours, room)
   shares = {"a round": _share(room.indices, exact)}
-  for kind, indices in found.items():
-    shares[f"FAISS, {kind}"] = _share(indices[asking], exact)
+  for name, indices in found.items():
+    shares[name] = _share(indices[asking], exact)
   for name, share in shares.items():
     print(f"  {name:24}{share:8.4f} of the {num_neighbours} nearest")
 
