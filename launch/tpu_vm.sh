@@ -67,21 +67,22 @@ queue() {
 
 # The image brings TensorFlow for TPUs, which pip must not replace.
 install() {
-  tpu ssh --worker=all --command="mkdir -p retrieval-trainer"
+  tpu ssh --worker=all --command="command -v gcsfuse >/dev/null || { echo 'error: these hosts have no gcsfuse; install it: https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2; exit 2; }" &&
+  tpu ssh --worker=all --command="mkdir -p retrieval-trainer" &&
   do_it gcloud compute tpus tpu-vm scp --recurse --worker=all "${place[@]}" \
-    trainer configs setup.py pyproject.toml README.md LICENSE "$name:retrieval-trainer"
+    trainer configs setup.py pyproject.toml README.md LICENSE "$name:retrieval-trainer" &&
   tpu ssh --worker=all --command="cd retrieval-trainer && python3 -m pip install -q absl-py gin-config google-crc32c scikit-learn 'numpy<2' && python3 -m pip install -q --no-deps --editable ."
-  tpu ssh --worker=all --command="command -v gcsfuse >/dev/null || { echo 'error: these hosts have no gcsfuse; install it: https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2; exit 2; }"
 }
 
 run() {
   local bucket=${model_dir#gs://} mount task
-  local folder=bucket/${bucket#*/}
+  local path=${bucket#*/}
   bucket=${bucket%%/*}
+  local mounted=buckets/$bucket
   # A mining round is a folder that is renamed when it is whole.
-  mount="mountpoint -q bucket || gcsfuse --implicit-dirs --rename-dir-limit=1000 $bucket bucket"
-  task=$(printf ' %q' python3 -m trainer.task --mode=train_and_evaluate --strategy=tpu --gin_file="$run" --model_dir="$folder" ${rest[@]+"${rest[@]}"})
-  tpu ssh --worker="${worker:-all}" --command="cd retrieval-trainer && mkdir -p bucket && { $mount; } && nohup$task >log.txt 2>&1 </dev/null &"
+  mount="mkdir -p $mounted && { mountpoint -q $mounted || gcsfuse --implicit-dirs --rename-dir-limit=1000 $bucket $mounted; }"
+  task=$(printf ' %q' python3 -m trainer.task --mode=train_and_evaluate --strategy=tpu --gin_file="$run" --model_dir="$mounted/$path" ${rest[@]+"${rest[@]}"})
+  tpu ssh --worker="${worker:-all}" --command="cd retrieval-trainer && $mount && { nohup$task >log.txt 2>&1 </dev/null & }"
 }
 
 delete() {

@@ -85,7 +85,7 @@ Miner.num_class_neighbours = 2
 @pytest.mark.parametrize(
   ("mode", "words"),
   [
-    ("follow", "train.loop.num_steps is not set"),
+    ("follow", "train.loop.num_steps is not set to a number"),
     ("mine", "train.mining is not set, so that the training takes no rounds"),
   ],
 )

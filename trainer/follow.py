@@ -82,7 +82,7 @@ def main(run: Run) -> None:
       patience=None,
       model_dir=run.model_dir,
       encoder=evaluation.encoder,
-      last_step=_newest(run.model_dir),
+      last_step=newest_step(run.model_dir),
     )
     step = evaluations.last_step
     while step < num_steps:
@@ -96,7 +96,8 @@ def _steps(model_dir: str) -> list[int]:
   return checkpoint_files.steps(os.path.join(model_dir, checkpoint_files.FOLDER))
 
 
-def _newest(model_dir: str) -> int:
+def newest_step(model_dir: str) -> int:
+  """The step of the newest checkpoint of a run; 0 where there is none."""
   return max(_steps(model_dir), default=0)
 
 
@@ -127,10 +128,10 @@ def num_steps_of(run: Run) -> int:
   """
   try:
     return int(ast.literal_eval(run.config.values[_NUM_STEPS]))
-  except (KeyError, ValueError, TypeError) as error:
+  except (KeyError, ValueError, TypeError, SyntaxError) as error:
     raise UserError(
-      f"{_NUM_STEPS} is not set, so that nothing says when the training ends; give the "
-      "gin files of the training."
+      f"{_NUM_STEPS} is not set to a number, so that nothing says when the training "
+      "ends; give the gin files of the training."
     ) from error
 
 
@@ -169,7 +170,7 @@ def restore_newer(
   """
   start_s = time.monotonic()
   while True:
-    newest = _newest(model_dir)
+    newest = newest_step(model_dir)
     if 0 < newest < step:
       raise UserError(
         f"The newest checkpoint of {model_dir} is of step {newest}, after one of step "

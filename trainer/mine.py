@@ -19,7 +19,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.evaluate import Evaluation
-from trainer.follow import check_times, num_steps_of, restore_newer
+from trainer.follow import check_times, newest_step, num_steps_of, restore_newer
 from trainer.loop.run_folder import check_writable
 from trainer.loop.watchdog import watching
 from trainer.mining import round_folder
@@ -84,9 +84,11 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
 
 def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   dataset, miner = evaluation.dataset, options.miner
+  miner.check(dataset)
   embedder = miner.embedder(evaluation.encoder, dataset)
   num_steps = num_steps_of(run)
-  step = _newest_whole(run.model_dir, made_of(dataset))
+  # A training may have gone back, and make checkpoints again that were mined already.
+  step = min(_newest_whole(run.model_dir, made_of(dataset)), newest_step(run.model_dir))
   while step < num_steps:
     step = restore_newer(evaluation, run.model_dir, step, options)
     if step >= num_steps:

@@ -64,6 +64,11 @@ class Parts:
     dataset = self.dataset
     return self.schedule_fn(dataset.index, classes=dataset.train_classes)
 
+  def facts(self) -> dict[str, object]:
+    """By name, what must be alike on all workers and no configuration has."""
+    mining = {} if self.mining is None else self.mining.facts()
+    return {**self.dataset.index.facts(), **mining}
+
   def create_variables(self) -> None:
     """Creates the variables of the step, from the seed."""
     tf.keras.utils.set_random_seed(self.seed)
@@ -120,7 +125,7 @@ def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   workers.rehearse(lambda: _make_parts(num_replicas)[0].create_variables())
   parts, schedule = _make_parts(num_replicas)
-  workers.agree(parts.dataset.index.facts())
+  workers.agree(parts.facts())
   with contextlib.ExitStack() as opened:
     workers.chief_first(lambda: opened.enter_context(open_run_folder(run)))
     yield _build(run, watchdog, parts, schedule)

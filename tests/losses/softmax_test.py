@@ -7,6 +7,7 @@ import tensorflow as tf
 from tests.losses import batches, oracles, pair_oracles
 from trainer import losses
 from trainer.errors import UserError
+from trainer.losses import softmax
 
 _LOSSES = [
   (
@@ -54,6 +55,30 @@ def test_learned_temperature_has_the_gradient_of_the_definition(
 def test_temperature_not_above_zero_is_refused(loss_class):
   with pytest.raises(UserError, match="temperature=0 is not above 0"):
     loss_class(temperature=0)
+
+
+@pytest.mark.parametrize("name", batches.LABELS)
+@pytest.mark.parametrize("temperature", [0.5, 1e-3])
+def test_going_through_the_positives_gives_what_all_pairs_give(
+  monkeypatch, name, temperature
+):
+  embeddings, labels = batches.random_batch(name)
+  weights = np.ones(len(labels), np.float32)
+  weights[-1] = len(labels) == 1  # Or else padding.
+  by_way = {}
+  for way, least in (("lists", 0), ("pairs", 10**9)):
+    monkeypatch.setattr(softmax, "_MIN_PAIRS_OF_LISTS", least)
+    variable = losses.LearnedTemperature(initial=temperature)
+    with tf.GradientTape() as tape:
+      loss = losses.InfoNCELoss(temperature=variable)
+      terms = loss(*batches.arguments(embeddings, labels, weights))
+    to_temperature = tape.gradient(terms.total, variable.trainable_variables)[0]
+    active = terms.statistics["mining/active_fraction"]
+    evaluated = batches.evaluate(loss, embeddings, labels, weights)
+    by_way[way] = [*evaluated, to_temperature, *active]
+  for by_lists, by_pairs in zip(by_way["lists"], by_way["pairs"]):
+    np.testing.assert_allclose(by_lists, by_pairs, rtol=1e-5, atol=1e-5)
+  assert np.isfinite(by_way["lists"][2]).all()
 
 
 def test_tiny_temperature_does_not_overflow():

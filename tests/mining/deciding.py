@@ -32,7 +32,11 @@ INDEX = types.SimpleNamespace(
   num_classes=9,
   member_table=types.SimpleNamespace(starts=12 * np.arange(10)),
 )
-DATASET = types.SimpleNamespace(index=INDEX, train_classes=np.arange(5))
+DATASET = types.SimpleNamespace(
+  index=INDEX,
+  train_classes=np.arange(5),
+  decoder=types.SimpleNamespace(features=("x",)),
+)
 
 
 def of_step(index, mining_round, *, classes):

@@ -13,6 +13,7 @@ import pytest
 from tests.mining.corpora import Corpus, distances
 from trainer.data.members import from_labels
 from trainer.errors import UserError
+from trainer.mining import nearest_items
 from trainer.mining.examples import ExampleMining
 from trainer.mining.mislabelled import MislabelledFilter
 from trainer.mining.nearest_items import NearestItems, room_for
@@ -218,6 +219,16 @@ def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
   with on_disk(1000, 50) as found:
     assert found.indices.shape == found.distances.shape == (1000, 50)
     assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * 1000 * 50
+
+
+def test_a_search_by_codes_is_the_same_in_parts(monkeypatch):
+  nearest = NearestItems(Corpus((90,) * 8, seed=5).embeddings, "ivf_pq")
+  items = np.arange(720)
+  whole = nearest.search(items, 20, room_for(720, 20))
+  monkeypatch.setattr(nearest_items, "_MIN_ASKING", 7)
+  monkeypatch.setattr(nearest_items, "_TABLE_BYTES", 1)
+  parts = nearest.search(items, 20, room_for(720, 20))
+  np.testing.assert_array_equal(whole.indices, parts.indices)
 
 
 def test_a_search_by_codes_has_true_distances():

@@ -25,6 +25,9 @@ class _Miner:
   def __init__(self, *bare_steps):
     self._bare_steps = bare_steps
 
+  def check(self, dataset):
+    assert dataset is _DATASET
+
   def embedder(self, encoder, dataset):
     return None
 

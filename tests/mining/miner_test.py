@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -207,6 +209,13 @@ def test_other_training_classes_are_other_data(dataset):
 def test_a_miner_that_can_not_be_is_refused(dataset, options, message):
   with pytest.raises(UserError, match=message):
     _mine(dataset, **options)
+
+
+def test_a_decoder_that_does_not_say_what_it_reads_is_refused_before_mining():
+  dataset = types.SimpleNamespace(decoder=types.SimpleNamespace(shape=(3,)))
+  Miner(num_class_neighbours=1).check(dataset)
+  with pytest.raises(UserError, match="needs an attribute `features`"):
+    Miner(examples=object()).check(dataset)
 
 
 def test_embeddings_that_are_not_finite_are_told(dataset):

@@ -101,8 +101,9 @@ class Loop:
       try:
         while step < self._options.num_steps and not self._is_over:
           step = self._run_once(step)
-      except UserError:
-        safety.checkpoints.wait()  # For one that is being written.
+      except Exception:
+        with safety.watchdog.acting():
+          safety.checkpoints.wait()  # For one that is being written.
         raise
       self._finish()
 

@@ -12,6 +12,7 @@ from typing import Optional
 import gin
 import tensorflow as tf
 
+from trainer.losses.accelerator import is_accelerated
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import (
   Comparison,
@@ -27,7 +28,10 @@ from trainer.losses.temperature import (
   check_temperature,
   value_of,
 )
+from trainer.losses.tiles import MIN_PAIRS_TO_COMPILE
 
+# Fewer are not compiled, and each step of a loop would cost as much as a pass.
+_MIN_PAIRS_OF_LISTS = MIN_PAIRS_TO_COMPILE
 # Of the least positive float32 that is not denormal.
 _LOG_OF_LEAST = math.log(2.0**-126)
 
@@ -187,11 +191,12 @@ def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTe
 
   Args:
     logits: [T, C] float32.
-    pairs: which are of positives and which of negatives; with lists of the positives
-      to go through them, without to look at every pair for them.
+    pairs: which are of positives and which of negatives; with lists of the positives,
+      a processor goes through them in large batches, where each pass over all pairs
+      that is saved counts.
   """
-  lists = pairs.lists
-  if lists is None:
+  lists, num_pairs = pairs.lists, logits.shape.num_elements() or 0
+  if lists is None or num_pairs < _MIN_PAIRS_OF_LISTS or is_accelerated():
     by, num_terms = _by_pairs, num_members(pairs.is_positive)
   else:
     by, num_terms = _by_lists, tf.cast(lists.sizes, tf.float32)

@@ -14,10 +14,27 @@ import tensorflow as tf
 
 from trainer import heartbeat
 from trainer.data.bad_records import Replacements
+from trainer.data.decode import Decoder
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 
-_READ_AT_ONCE = 4_096
+# Records, and of those whether they are bad: that decodes them.
+_READ_AT_ONCE, _TRIED_AT_ONCE = 4_096, 256
+
+
+def features_of(decoder: Decoder) -> Sequence[str]:
+  """The names of the features that a decoder makes inputs of.
+
+  Raises:
+    UserError: it doesn't say.
+  """
+  features = getattr(decoder, "features", None)
+  if not features:
+    raise UserError(
+      f"{type(decoder).__name__} needs an attribute `features`, the names of what it "
+      "reads of an example: by these, copies of a record are known."
+    )
+  return features
 
 
 def hashes(
@@ -48,7 +65,8 @@ def hashes(
     heartbeat.beat()
     numbers = record_numbers[start : start + _READ_AT_ONCE]
     if replacements is not None:
-      numbers = replacements.replace(numbers)
+      parts = np.array_split(numbers, -(-len(numbers) // _TRIED_AT_ONCE))
+      numbers = np.concatenate([replacements.replace(part) for part in parts])
     for place, (number, record) in enumerate(zip(numbers, index.read(numbers)), start):
       found[place] = _hash(record, features, index, int(number))
   return found

@@ -92,6 +92,15 @@ class Miner:
       if value is not None and value < at_least:
         raise UserError(f"Miner.{name}={value} must be at least {at_least}.")
 
+  def check(self, dataset: Dataset) -> None:
+    """Checks, before anything is mined, that copies of its records can be known.
+
+    Raises:
+      UserError: they can't.
+    """
+    if self.examples is not None:
+      content.features_of(dataset.decoder)
+
   def embedder(self, encoder: tf.keras.Model, dataset: Dataset) -> Embedder:
     """What embeds for all rounds; it is traced once."""
     return Embedder(
@@ -217,6 +226,6 @@ def _contents(dataset: Dataset, record_numbers: bytes) -> np.ndarray:
   return content.hashes(
     dataset.index,
     np.frombuffer(record_numbers, np.int64),
-    features=dataset.decoder.features,
+    features=content.features_of(dataset.decoder),
     replacements=dataset.replacements,
   )

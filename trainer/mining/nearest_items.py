@@ -16,8 +16,9 @@ from trainer.retrieval.search import Neighbours, faiss_serves, nearest
 # Up to so many items all are compared.
 _MAX_EXACT = 50_000
 KINDS = ("auto", "exact", *faiss_index.KINDS)
-# Items that ask at once.
-_NUM_ASKING = 16_384
+# Items that ask at once: at most so many, and by codes as many as have so many bytes of
+# tables, 80 a dimension.
+_MAX_ASKING, _MIN_ASKING, _TABLE_BYTES = 16_384, 256, 2**27
 # Codes find so many times as many, of which the nearest by true distances are kept.
 _REFINED = 2
 
@@ -60,9 +61,13 @@ class NearestItems:
     Returns:
       `out`.
     """
-    for start in range(0, len(items), _NUM_ASKING):
+    num_asking = _MAX_ASKING
+    if self.kind == "ivf_pq":
+      by_bytes = _TABLE_BYTES // (80 * self._embeddings.shape[1])
+      num_asking = min(_MAX_ASKING, max(_MIN_ASKING, by_bytes))
+    for start in range(0, len(items), num_asking):
       heartbeat.beat()
-      part = slice(start, start + _NUM_ASKING)
+      part = slice(start, start + num_asking)
       found = self._found(items[part], num_neighbours + 1)
       out.indices[part], out.distances[part] = _without_self(found, items[part])
     return out
@@ -71,7 +76,7 @@ class NearestItems:
     queries = self._embeddings[items]
     if self._index is None:
       # In few sizes: the devices trace each of them anew.
-      padding = [(0, min(_NUM_ASKING, _power_of_two(len(items))) - len(items)), (0, 0)]
+      padding = [(0, min(_MAX_ASKING, _power_of_two(len(items))) - len(items)), (0, 0)]
       found = nearest(
         np.pad(queries, padding), self._embeddings, num_neighbours=num_neighbours
       )

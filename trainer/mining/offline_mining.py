@@ -14,6 +14,7 @@ from trainer.data.schedule import Schedule
 from trainer.errors import UserError
 from trainer.mining.miner import Miner
 from trainer.mining.round_to_come import Round, round_to_come
+from trainer.retrieval import faiss_library
 
 
 @gin.register
@@ -59,6 +60,11 @@ class OfflineMining:
       raise UserError(
         f"OfflineMining.when_too_few={self.when_too_few!r} is neither keep nor stop."
       )
+
+  def facts(self) -> dict[str, object]:
+    """By name, what must be alike on all workers, which search each or together."""
+    is_mining = self.miner is not None
+    return {"FAISS is installed": faiss_library.is_installed()} if is_mining else {}
 
   def check(self, steps_per_loop: int) -> None:
     """Checks that rounds begin where the host looks in.
@@ -120,6 +126,8 @@ class OfflineMining:
     Raises:
       UserError: as `schedule_of`; the miner doesn't look for what is drawn.
     """
+    if self.miner is not None:
+      self.miner.check(dataset)
     to_come = round_to_come(self.miner, dataset)
     return self.schedule_of(to_come, dataset, plain_shape, num_replicas)
 
