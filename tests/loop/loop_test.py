@@ -44,13 +44,14 @@ class _NotedCheckpoints:
   def __init__(self, failure):
     self.failure = failure
     self.saved = []
+    self.waited_for = []
     self.newest = "the newest is noted"
 
   def save(self, step):
     self.saved.append(step)
 
   def wait(self):
-    pass
+    self.waited_for = list(self.saved)
 
 
 class _Policy:
@@ -115,6 +116,20 @@ def test_a_resumed_loop_ends_on_the_same_steps():
   calls, reports = _run_loop(first_step=6)
   assert calls == [2, 2]
   assert [report.step for report in reports] == [8, 10]
+
+
+@pytest.mark.parametrize("error", [UserError("a mistake"), MemoryError("a fault")])
+def test_what_is_being_saved_is_waited_for_before_an_error_ends_the_run(error):
+  parts = _Parts()
+
+  def save_and_fail(report):
+    parts.checkpoints.save(report.step)
+    raise error
+
+  parts.loop.add_action(save_and_fail)
+  with pytest.raises(type(error), match=str(error)):
+    parts.loop.run()
+  assert parts.checkpoints.waited_for == [4]
 
 
 def test_a_finished_run_does_nothing():
