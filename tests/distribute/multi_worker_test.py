@@ -137,13 +137,16 @@ def _rows(model_dir):
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize(
+  "num_workers", [2, pytest.param(3, marks=pytest.mark.thorough)]
+)
 def test_workers_end_with_the_weights_of_one_process(folder, num_workers):
   one, many = (_finished(folder, num)[0] for num in (1, num_workers))
   assert _weights_that_differ(many, one) == []
 
 
 @pytest.mark.parity
+@pytest.mark.thorough
 def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
   one, two = (_finished(folder, num, *_MINING)[0] for num in (1, 2))
   for step in (2, 4):
