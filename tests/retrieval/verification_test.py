@@ -79,6 +79,84 @@ def test_pairs_that_are_drawn_give_about_what_all_give():
   assert drawn["eval/roc_auc"] != whole["eval/roc_auc"]
 
 
+# From a few more than all pairs to a hundred times as many.
+@pytest.mark.parametrize("max_pairs", [30, 1_500, 4_500, 7_600])
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_the_order_of_the_items_does_not_change_what_is_measured(
+  max_pairs, is_reversed
+):
+  # Four classes lie on each other, twelve far apart; 7,680 negative pairs.
+  rng = np.random.default_rng(8)
+  labels = np.repeat(np.arange(16), 8)
+  centres = 10.0 * rng.normal(size=(16, 6))
+  centres[:4] = centres[0]
+  embeddings = centres[labels] + 0.3 * rng.normal(size=(128, 6))
+  if is_reversed:
+    embeddings, labels = embeddings[::-1], labels[::-1]
+  embeddings = embeddings.astype(np.float32)
+  positives, negatives = map(np.array, _distances(embeddings, labels))
+  wins = np.mean(negatives > np.median(positives))
+  drawn = [
+    _drawn_distances(embeddings, labels, max_pairs=max_pairs, seed=seed)[1]
+    for seed in range(10)
+  ]
+  got = np.mean([negatives > np.median(positives) for negatives in drawn])
+  left_out = 1 - max_pairs / len(negatives)
+  deviation = np.sqrt(wins * (1 - wins) * left_out / (10 * max_pairs))
+  assert got == pytest.approx(wins, abs=4 * deviation)
+
+
+def _drawn_distances(embeddings, labels, **options):
+  pairs = Verification(**options)._pairs(labels)
+  return [
+    np.linalg.norm(embeddings[side[:, 0]] - embeddings[side[:, 1]], axis=1)
+    for side in pairs
+  ]
+
+
+@pytest.mark.parametrize("max_pairs", [3, 17, 40])
+def test_each_pair_is_drawn_equally_often_and_never_twice(max_pairs):
+  labels = np.array([3, 0, 1, 3, 1, 3, 0, 3, 3, 2, 3, 1])
+  num_draws = 1_500
+  counts = np.zeros([2, 12, 12])
+  for seed in range(num_draws):
+    for kind, side in enumerate(
+      Verification(max_pairs=max_pairs, seed=seed)._pairs(labels)
+    ):
+      one, other = np.sort(side, axis=1).T
+      assert len(set(zip(one.tolist(), other.tolist()))) == len(side)
+      counts[kind, one, other] += 1
+  is_same = labels[:, None] == labels
+  is_pair = np.triu(np.ones([12, 12], bool), 1)
+  for kind, is_of_kind in enumerate((is_pair & is_same, is_pair & ~is_same)):
+    assert not counts[kind][~is_of_kind].any()
+    share = min(1.0, max_pairs / is_of_kind.sum())
+    deviation = np.sqrt(num_draws * share * (1 - share))
+    assert np.abs(counts[kind][is_of_kind] - num_draws * share).max() <= 4.5 * deviation
+
+
+def test_pairs_of_many_items_are_drawn_in_memory_of_the_pairs():
+  labels = np.arange(60_000) // 3  # 1.8 billion negative pairs.
+  positives, negatives = Verification(max_pairs=5_000)._pairs(labels)
+  assert len(positives) == len(negatives) == 5_000
+  assert (labels[positives[:, 0]] == labels[positives[:, 1]]).all()
+  assert (labels[negatives[:, 0]] != labels[negatives[:, 1]]).all()
+  assert abs(negatives.mean() / 60_000 - 0.5) < 0.01
+
+
+def test_near_pairs_far_from_zero_are_measured_as_those_around_zero():
+  embeddings, labels = _items()
+  embeddings = np.round(embeddings * 2**10) / 2**10  # On a grid that both places have.
+  near = Verification().measure(embeddings.astype(np.float32), labels)
+  far = Verification().measure((embeddings + 4096.0).astype(np.float32), labels)
+  assert far == pytest.approx(near, rel=1e-12)
+
+
+def test_no_items_have_no_pairs():
+  found = Verification().measure(np.zeros([0, 3], np.float32), np.zeros(0, int))
+  assert found == {}
+
+
 def test_one_class_has_no_negative_pairs_to_verify():
   assert Verification().measure(np.eye(3, dtype=np.float32), np.zeros(3, int)) == {}
 

@@ -14,9 +14,6 @@ import numpy as np
 
 from trainer.errors import UserError
 
-# Of drawing negative pairs.
-_MAX_ROUNDS = 20
-
 
 @gin.register
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +21,8 @@ class Verification:
   """ROC of pairs, nearer ones first.
 
   Rates are taken within positive and within negative pairs, so they don't depend on how
-  many there are of each; of more than `max_pairs`, so many are drawn.
+  many there are of each. Of more than `max_pairs`, so many are drawn uniformly without
+  replacement.
 
   Attributes:
     false_positive_rates: at which the true-positive rate is told.
@@ -96,60 +94,68 @@ class Verification:
     """[n, 2] positive and [m, 2] negative pairs of items, each pair once."""
     if self.max_pairs < 1:
       raise UserError(f"Verification.max_pairs={self.max_pairs} must be at least 1.")
-    num_items = len(labels)
     rng = np.random.default_rng(self.seed)
-    if num_items * (num_items - 1) // 2 <= 2 * self.max_pairs:
-      pairs = np.stack(np.triu_indices(num_items, 1), axis=1)
-      is_positive = labels[pairs[:, 0]] == labels[pairs[:, 1]]
-      sides = (pairs[is_positive], pairs[~is_positive])
-    else:
-      sides = (
-        _positives(labels, self.max_pairs, rng),
-        _drawn_negatives(labels, self.max_pairs, rng),
-      )
-    return sides[0][: self.max_pairs], sides[1][: self.max_pairs]
+    order = np.argsort(labels, kind="stable")
+    _, class_of, sizes = np.unique(
+      labels[order], return_inverse=True, return_counts=True
+    )
+    places = np.arange(len(labels))
+    ends = np.cumsum(sizes)[class_of]
+    # Of an item in the order of classes: the rest of its class, then all later classes.
+    sides = ((places + 1, ends - places - 1), (ends, len(labels) - ends))
+    positives, negatives = (
+      order[_drawn_pairs(firsts, counts, self.max_pairs, rng)]
+      for firsts, counts in sides
+    )
+    return positives, negatives
 
 
 def _tpr_at(false_positive_rate: float) -> str:
   return f"eval/tpr_at_fpr_{false_positive_rate:g}"
 
 
-def _drawn_negatives(
-  labels: np.ndarray, num_pairs: int, rng: np.random.Generator
+def _drawn_pairs(
+  firsts: np.ndarray, counts: np.ndarray, max_pairs: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """[n, 2] items of two classes; fewer than asked for where one class is nearly all."""
-  found: list[np.ndarray] = []
-  for _ in range(_MAX_ROUNDS):
-    drawn = rng.integers(len(labels), size=[num_pairs, 2])
-    found.append(drawn[labels[drawn[:, 0]] != labels[drawn[:, 1]]])
-    if sum(map(len, found)) >= num_pairs:
-      break
-  return np.concatenate(found)
+  """Pairs of places: all, or `max_pairs` drawn uniformly without replacement.
+
+  Args:
+    firsts: [N] int64, the first partner of each place; the others follow it.
+    counts: [N] int64, the number of its partners.
+    max_pairs: at most so many pairs are returned.
+    rng: draws them.
+
+  Returns:
+    [n, 2] int64, ordered by the first place.
+  """
+  last_numbers = np.cumsum(counts)
+  num_pairs = int(counts.sum())
+  numbers = _distinct(num_pairs, min(max_pairs, num_pairs), rng)
+  places = np.searchsorted(last_numbers, numbers, side="right")
+  partners = numbers - last_numbers[places] + counts[places] + firsts[places]
+  return np.stack([places, partners], axis=1)
 
 
-def _positives(
-  labels: np.ndarray, num_pairs: int, rng: np.random.Generator
-) -> np.ndarray:
-  """[n, 2] distinct items of one class: all pairs, or as many drawn, equally likely."""
-  order = np.argsort(labels, kind="stable")
-  _, starts, sizes = np.unique(labels[order], return_index=True, return_counts=True)
-  num_of_class = sizes * (sizes - 1.0)
-  if num_of_class.sum() / 2 <= num_pairs:
-    of_classes = [
-      start + np.stack(np.triu_indices(size, 1), axis=1)
-      for start, size in zip(starts, sizes)
-    ]
-    return order[np.concatenate([np.empty([0, 2], np.int64), *of_classes])]
-  classes = rng.choice(len(sizes), num_pairs, p=num_of_class / num_of_class.sum())
-  first = rng.integers(sizes[classes])
-  others = rng.integers(sizes[classes] - 1)
-  second = others + (others >= first)
-  return order[starts[classes][:, None] + np.stack([first, second], axis=1)]
+def _distinct(population: int, size: int, rng: np.random.Generator) -> np.ndarray:
+  """[size] int64, ascending distinct numbers below `population`, each set as likely.
+
+  Memory grows with the size, not with the population.
+  """
+  if population <= 4 * size:
+    return np.sort(rng.permutation(population)[:size])
+  found = np.empty(0, np.int64)
+  # Each round draws exactly what is missing, so no number is dropped by its size.
+  while len(found) < size:
+    drawn = rng.integers(population, size=size - len(found))
+    found = np.union1d(found, drawn)
+  return found
 
 
 def _distances(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-  """[n] float64 Euclidean distances, without cancellation."""
+  """[n] float64 Euclidean distances, from differences in float64."""
   parts = np.array_split(pairs, max(1, len(pairs) // 50_000))
-  return np.concatenate(
-    [np.linalg.norm(embeddings[p[:, 0]] - embeddings[p[:, 1]], axis=1) for p in parts]
-  ).astype(np.float64)
+  distances = []
+  for part in parts:
+    differences = embeddings[part[:, 0]].astype(np.float64) - embeddings[part[:, 1]]
+    distances.append(np.sqrt(np.einsum("nd,nd->n", differences, differences)))
+  return np.concatenate(distances)
