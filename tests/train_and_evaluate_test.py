@@ -125,6 +125,37 @@ def test_another_configuration_in_the_same_folder_is_refused_and_named(folder):
   assert "--allow_config_change" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.resume
+def test_an_allowed_change_of_the_rate_is_logged_and_used_at_once(folder):
+  _finished(folder, 1)  # The records are there.
+  model_dir = folder / "changed"
+  assert _run(folder, model_dir, mode="train").returncode == 0
+  params = (*_SHORT, "NUM_STEPS = 16", "LEARNING_RATE = 0.05")
+  done = _run(folder, model_dir, "--allow_config_change", mode="train", params=params)
+  assert done.returncode == 0, done.stderr
+  rates = {step: row["train/learning_rate"] for step, row in _rows(model_dir).items()}
+  assert rates == {
+    step: pytest.approx(0.001 if step <= 12 else 0.05) for step in range(2, 17, 2)
+  }
+  changed = "train.step.optimizer.learning_rate: 0.001 before, 0.05 now"
+  assert changed in (model_dir / "log.txt").read_text() + done.stderr
+
+
+def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_is(folder):
+  _finished(folder, 1)  # The records are there.
+  model_dir = folder / "unchanged"
+  assert _run(folder, model_dir, mode="train").returncode == 0
+  config = (model_dir / "config.gin").read_text()
+  params = (*_SHORT, "StepOptions.averaging_decay = 0.9")
+  done = _run(folder, model_dir, "--allow_config_change", mode="train", params=params)
+  assert done.returncode == 2
+  assert (
+    "it differs in averages (it has 0 other variables, and lacks"
+    in done.stderr.splitlines()[-1]
+  )
+  assert (model_dir / "config.gin").read_text() == config
+
+
 @pytest.mark.parametrize(
   ("params", "flags", "message"),
   [

@@ -12,6 +12,7 @@ import gin
 import tensorflow as tf
 
 from trainer import preemption
+from trainer.config import saved
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
 from trainer.data.schedule import PKSchedule, Schedule
@@ -143,6 +144,8 @@ def _build(
   workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
   first_step = workers.together(checkpoints.restore) or 0
   workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
+  # Not before a checkpoint fits it, or a refused change would stay in the folder.
+  workers.chief_first(lambda: saved.save(run.config, run.model_dir))
   rounds = _make_rounds(run, parts, schedule, checkpoints)
   drawn: Schedule = schedule
   if rounds is not None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import logging
+import types
+
 import pytest
 
 from tests.config import toy_parts
@@ -53,10 +56,40 @@ def test_long_difference_is_cut(tmp_path):
     saved.check_same(many, str(tmp_path))
 
 
-def test_another_config_goes_on_where_that_is_allowed(tmp_path):
+def test_another_config_goes_on_where_that_is_allowed_and_is_logged(tmp_path, caplog):
   saved.save(_load(), str(tmp_path))
   changed = _load("ToyLoss.margin = 0.6")
-  saved.check_same(changed, str(tmp_path), allow_change=True)
+  with caplog.at_level(logging.INFO):
+    saved.check_same(changed, str(tmp_path), allow_change=True)
+  assert "toy_train.loss.margin: 0.5 before, 0.6 now" in caplog.text
   saved.save(changed, str(tmp_path))
   saved.check_same(changed, str(tmp_path))
   assert "ToyLoss.margin = 0.6" in (tmp_path / saved.CONFIG).read_text()
+
+
+def _config(**values):
+  """A config with these values, the path's dots written as two underscores."""
+  paths = {path.replace("__", "."): value for path, value in values.items()}
+  return types.SimpleNamespace(training_values=paths, hash="", text="")
+
+
+def test_a_first_value_that_a_checkpoint_has_replaced_cannot_change(tmp_path):
+  folder = str(tmp_path)
+  saved.save(_config(train__step__loss__temperature__initial="0.1"), folder)
+  changed = _config(train__step__loss__temperature__initial="0.2")
+  with pytest.raises(errors.UserError, match="only used at the first step"):
+    saved.check_same(changed, folder, allow_change=True, is_resumed=True)
+  saved.check_same(changed, folder, allow_change=True, is_resumed=False)
+
+
+def test_initial_weights_that_a_checkpoint_has_replaced_are_logged(tmp_path, caplog):
+  folder = str(tmp_path)
+  saved.save(_config(train__seed="1", train__loss="a"), folder)
+  with caplog.at_level(logging.INFO):
+    saved.check_same(
+      _config(train__seed="2", train__loss="b"),
+      folder,
+      allow_change=True,
+      is_resumed=True,
+    )
+  assert "train.seed: 1 before, 2 now; the weights are those of the" in caplog.text

@@ -7,6 +7,7 @@ from typing import Optional
 
 import gin
 import tensorflow as tf
+from absl import logging
 
 from trainer import config as config_lib
 from trainer import errors
@@ -15,6 +16,9 @@ CONFIG = "config.gin"
 OPERATIVE_CONFIG = "operative_config.gin"
 _VALUE = "#   "
 _NUM_SHOWN = 5
+# What gives a variable its first value, which a checkpoint replaces.
+_INITIAL_VALUES = (".temperature.initial",)
+_INITIAL_WEIGHTS = ("train.seed", ".backbone.weights")
 
 
 def save(config: config_lib.Config, model_dir: str) -> None:
@@ -36,17 +40,41 @@ def save_operative(model_dir: str) -> None:
 
 
 def check_same(
-  config: config_lib.Config, model_dir: str, allow_change: bool = False
+  config: config_lib.Config,
+  model_dir: str,
+  allow_change: bool = False,
+  is_resumed: bool = False,
 ) -> None:
   """Refuses to go on in a folder that holds another config, unless that is allowed.
+
+  Each change that is allowed is logged.
+
+  Args:
+    config: of this run.
+    model_dir: its folder.
+    allow_change: whether another config may go on.
+    is_resumed: whether the folder has a checkpoint. Then values that are only used at
+      the first step must not change.
 
   Raises:
     UserError: what differs.
   """
   before = read_values(model_dir)
-  if allow_change or before is None or before == config.training_values:
+  if before is None or before == config.training_values:
     return
   lines = config_lib.diff(before, config.training_values)
+  if allow_change:
+    for line in lines:
+      path = line.partition(":")[0]
+      if is_resumed and path.endswith(_INITIAL_VALUES):
+        raise errors.UserError(
+          f"{line}; the value is only used at the first step, and the checkpoints of "
+          f"{model_dir} are past it: set it back, or take another --model_dir."
+        )
+      if is_resumed and path.endswith(_INITIAL_WEIGHTS):
+        line += "; the weights are those of the checkpoint"
+      logging.info("Changed configuration: %s.", line)
+    return
   more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
   raise errors.UserError(
     f"{model_dir} holds another config: {'; '.join(lines[:_NUM_SHOWN] + more)}. Take "

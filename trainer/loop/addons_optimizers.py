@@ -12,7 +12,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.loop.schedules import LearningRate, check_learning_rate
+from trainer.loop.schedules import LearningRate, as_schedule
 
 
 class OlderOptimizer(tf.Module):
@@ -58,6 +58,16 @@ class OlderOptimizer(tf.Module):
     """That of the next step, [] float32."""
     return self._with_rate_fn()._decayed_lr(tf.float32)
 
+  def hyperparameters(self) -> dict[str, tf.Variable]:
+    """Returns variables by name; see `trainer.loop.optimizers.hyperparameters`."""
+    optimizers = {id(each): each for each in (self._optimizer, self._with_rate_fn())}
+    return {
+      name: value
+      for optimizer in optimizers.values()
+      for name, value in optimizer._hyper.items()
+      if isinstance(value, tf.Variable)
+    }
+
   @property
   def variables(self) -> list[tf.Variable]:
     """The optimizer's variables."""
@@ -87,10 +97,10 @@ def novograd(
   Raises:
     UserError: the learning rate is not positive, or Addons is not there.
   """
-  check_learning_rate("novograd", learning_rate)
+  rate = as_schedule("novograd", learning_rate)
   return OlderOptimizer(
     _addons("novograd").NovoGrad(
-      learning_rate,
+      rate,
       weight_decay=weight_decay,
       beta_1=beta_1,
       beta_2=beta_2,
@@ -122,10 +132,10 @@ def rectified_adam(
   Raises:
     UserError: the learning rate is not positive, or Addons is not there.
   """
-  check_learning_rate("rectified_adam", learning_rate)
+  rate = as_schedule("rectified_adam", learning_rate)
   addons = _addons("rectified_adam")
   optimizer = addons.RectifiedAdam(
-    learning_rate, weight_decay=weight_decay, **_clipping(global_clipnorm)
+    rate, weight_decay=weight_decay, **_clipping(global_clipnorm)
   )
   if not lookahead_steps:
     return OlderOptimizer(optimizer)

@@ -16,6 +16,7 @@ from trainer.loop import snapshot
 from trainer.loop.averages import AveragedWeights
 from trainer.loop.background import Background
 from trainer.loop.checkpoint_files import FOLDER
+from trainer.loop.optimizers import hyperparameters
 from trainer.models.batch_norms import make_replicas_equal
 
 # TensorFlow's reader raises the last two for a file that is not its own.
@@ -129,6 +130,8 @@ class Checkpoints:
     """Restores the newest checkpoint that is whole, naming those that are not.
 
     To an encoder alone its averaged weights are given, where the checkpoint has them.
+    Hyperparameters of the optimizer keep the values of the configuration, and each that
+    the checkpoint has otherwise is logged.
 
     Returns:
       The number of steps done; None where there is no checkpoint.
@@ -141,6 +144,10 @@ class Checkpoints:
     if step is None:
       return None
     path = files.prefix(self._folder, step)
+    configured = {
+      name: (variable, variable.numpy())
+      for name, variable in hyperparameters(self._optimizer).items()
+    }
     try:
       self._check_size(path)
       self._check_bank(path)
@@ -153,12 +160,22 @@ class Checkpoints:
         _assign_averages(self._encoder, path)
     except (AssertionError, ValueError) as error:
       raise UserError(
-        f"{path} does not fit this configuration: {_first_line(error)}"
+        f"{path} does not fit this configuration: {self._misfit(path, error)}"
       ) from error
     except _UNREADABLE as error:
       raise UserError(
         f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
       ) from error
+    for name, (variable, value) in configured.items():
+      if variable.numpy() != value:
+        logging.info(
+          "%s: the checkpoint has %g; %g of this configuration is used after step %d.",
+          name,
+          variable.numpy(),
+          value,
+          step,
+        )
+        variable.assign(value)
     self.notes = files.notes(self._folder, step)
     self.saved_step = self._asked_step = step
     logging.info("Restored %s.", path)
@@ -201,6 +218,24 @@ class Checkpoints:
       raise ValueError(
         f"its memory bank has {there}, and TrainStep.memory_bank says {wanted}"
       )
+
+  def _misfit(self, path: str, error: Exception) -> str:
+    """Names the parts of which a checkpoint has other variables than this run."""
+    saved = snapshot.saved_paths(path)
+    mine = snapshot.variable_paths(self._checkpoint)
+    parts = []
+    for part in sorted({name.split("/", 1)[0] for name in saved ^ mine}):
+      more, fewer = (
+        sum(name.split("/", 1)[0] == part for name in names)
+        for names in (saved - mine, mine - saved)
+      )
+      parts.append(f"{part} (it has {more} other variables, and lacks {fewer})")
+    if not parts or self._optimizer is None:
+      return _first_line(error)
+    return (
+      f"it differs in {', '.join(parts)}. Such a change needs a new run: take another "
+      "--model_dir."
+    )
 
   def _write(self, values: snapshot.Snapshot, step: int, notes: dict[str, int]) -> None:
     """Writes aside and publishes; a failure is kept, and what is there stays."""

@@ -6,13 +6,37 @@ the replicas: clipped before, each replica would clip by its own norm.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, Optional
 
 import gin
 import tensorflow as tf
 
 from trainer.loop.lamb import Lamb
-from trainer.loop.schedules import LearningRate, check_learning_rate
+from trainer.loop.schedules import LearningRate, as_schedule
+
+
+def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
+  """Returns the variables of an optimizer whose values the configuration sets.
+
+  They are saved with the optimizer, and a checkpoint of another configuration would
+  replace them: constant learning rates of Keras' optimizers, and all that the older
+  kind of optimizer has.
+
+  Args:
+    optimizer: a Keras optimizer, `PerPart` or `OlderOptimizer`, built.
+
+  Returns:
+    Variables by name, such as "backbone.learning_rate".
+  """
+  if optimizer is None:
+    return {}
+  if hasattr(optimizer, "hyperparameters"):
+    return optimizer.hyperparameters()
+  rate = getattr(optimizer, "_learning_rate", None)
+  inner = getattr(optimizer, "inner_optimizer", None)  # Of a LossScaleOptimizer.
+  if inner is not None:
+    return hyperparameters(inner)
+  return {"learning_rate": rate} if isinstance(rate, tf.Variable) else {}
 
 
 @gin.register
@@ -39,9 +63,8 @@ def adam(
   Raises:
     UserError: the learning rate is not positive.
   """
-  check_learning_rate("adam", learning_rate)
   return tf.keras.optimizers.Adam(
-    learning_rate,
+    as_schedule("adam", learning_rate),
     beta_1=beta_1,
     beta_2=beta_2,
     epsilon=epsilon,
@@ -71,9 +94,8 @@ def sgd(
   Raises:
     UserError: the learning rate is not positive.
   """
-  check_learning_rate("sgd", learning_rate)
   return tf.keras.optimizers.SGD(
-    learning_rate,
+    as_schedule("sgd", learning_rate),
     momentum=momentum,
     nesterov=is_nesterov,
     global_clipnorm=global_clipnorm,
@@ -120,9 +142,8 @@ def adamw(
   Raises:
     UserError: the learning rate is not positive.
   """
-  check_learning_rate("adamw", learning_rate)
   return _AdamW(
-    learning_rate,
+    as_schedule("adamw", learning_rate),
     weight_decay=weight_decay,
     beta_1=beta_1,
     beta_2=beta_2,
@@ -157,9 +178,8 @@ def lamb(
   Raises:
     UserError: the learning rate is not positive.
   """
-  check_learning_rate("lamb", learning_rate)
   return Lamb(
-    learning_rate,
+    as_schedule("lamb", learning_rate),
     weight_decay_rate=weight_decay_rate,
     beta_1=beta_1,
     beta_2=beta_2,

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import gin
 import tensorflow as tf
 
+from trainer.loop import optimizers
+
 
 @gin.register
 class PerPart(tf.Module):
@@ -58,6 +60,14 @@ class PerPart(tf.Module):
   def learning_rate(self):
     """The head's."""
     return self.head.learning_rate
+
+  def hyperparameters(self) -> dict[str, tf.Variable]:
+    """Returns those of both; see `trainer.loop.optimizers.hyperparameters`."""
+    return {
+      f"{part}.{name}": variable
+      for part, optimizer in (("backbone", self.backbone), ("head", self.head))
+      for name, variable in optimizers.hyperparameters(optimizer).items()
+    }
 
   @property
   def variables(self):

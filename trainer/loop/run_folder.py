@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from trainer.config import saved
 from trainer.data import claim
 from trainer.errors import UserError
+from trainer.loop import checkpoint_files
 from trainer.run import Run
 
 # What a run leaves, all readable without this package.
@@ -39,8 +40,14 @@ def open_run_folder(run: Run) -> Iterator[None]:
   """
   check_writable(run.model_dir)
   with claim.claiming(run.model_dir, "training in"):
-    saved.check_same(run.config, run.model_dir, run.allow_config_change)
-    saved.save(run.config, run.model_dir)
+    saved.check_same(
+      run.config,
+      run.model_dir,
+      run.allow_config_change,
+      is_resumed=bool(
+        checkpoint_files.steps(os.path.join(run.model_dir, checkpoint_files.FOLDER))
+      ),
+    )
     yield
 
 

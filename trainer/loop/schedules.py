@@ -153,11 +153,23 @@ def scaled_to_batch(
 LearningRate = Union[float, tf.keras.optimizers.schedules.LearningRateSchedule]
 
 
-def check_learning_rate(name: str, learning_rate: LearningRate) -> None:
-  """Refuses a learning rate that is not above 0.
+def as_schedule(
+  name: str, learning_rate: LearningRate
+) -> tf.keras.optimizers.schedules.LearningRateSchedule:
+  """Returns a schedule for a learning rate, so that no variable holds the rate.
+
+  Keras keeps a constant rate in a variable of the optimizer. A checkpoint would restore
+  it, and the rate of a changed configuration would have no effect.
+
+  Args:
+    name: of the optimizer, for the message.
+    learning_rate: a number or a schedule.
 
   Raises:
-    UserError: it is not.
+    UserError: the learning rate is a number that is not above 0.
   """
-  if isinstance(learning_rate, (int, float)) and learning_rate <= 0:
+  if not isinstance(learning_rate, (int, float)):
+    return learning_rate
+  if not learning_rate > 0:
     raise UserError(f"{name}.learning_rate={learning_rate} must be greater than 0.")
+  return Constant(peak=learning_rate)

@@ -6,6 +6,7 @@ So that they can be written while the variables go on changing.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -29,6 +30,40 @@ def take(checkpoint: tf.train.Checkpoint) -> Snapshot:
     for name, tensor in tensors.items():
       values[name] = _on_host(tensor)
   return values
+
+
+def variable_paths(checkpoint: tf.train.Checkpoint) -> set[str]:
+  """Returns the paths of the variables that a checkpoint would save, without values.
+
+  Args:
+    checkpoint: what is saved.
+
+  Returns:
+    Such as "encoder/_head/kernel", as in TensorFlow's files.
+  """
+  view = tf.train.TrackableView(checkpoint)
+  # Breadth first, as TensorFlow names what can be reached in several ways.
+  queue: list[tuple[str, Any]] = [("", checkpoint)]
+  seen = {id(checkpoint)}
+  paths = set()
+  for path, each in queue:
+    for name, child in view.children(each).items():
+      if id(child) not in seen:
+        seen.add(id(child))
+        queue.append((f"{path}/{name}" if path else name, child))
+    if isinstance(each, tf.Variable):
+      paths.add(path)
+  return paths
+
+
+def saved_paths(prefix: str) -> set[str]:
+  """Returns the paths of the variables that a checkpoint file has.
+
+  Args:
+    prefix: path of the files, without their endings.
+  """
+  names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+  return {name.split("/.", 1)[0] for name in names if "/." in name}
 
 
 def write(snapshot: Snapshot, prefix: str) -> None:
