@@ -68,6 +68,8 @@ def ingest(
     fingerprint["resize"] = resize.describe()
   if _is_done(folder, fingerprint):
     return
+  if unreadable == "refuse":
+    source.check()
   from trainer.data import prepare, writer  # Late: TensorFlow isn't needed before.
 
   record_writer = writer.RecordWriter(
@@ -81,8 +83,9 @@ def ingest(
       source.loaders(), folder, fingerprint, num_items=source.num_items()
     )
   )
-  for line in (written.line(), *written.warnings()):
-    logging.info("%s: %s", folder, line)
+  logging.info("%s: %s", folder, written.line())
+  for line in written.warnings():
+    logging.warning("%s: %s", folder, line)
 
 
 def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:

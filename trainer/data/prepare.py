@@ -11,12 +11,11 @@ import tensorflow as tf
 
 from trainer.data import image_head, tensorflow_io
 from trainer.data.resize import Resize
-from trainer.data.sources import Item, Value
+from trainer.data.sources import RECORD_FEATURES, Item, Value
 from trainer.errors import UserError
 
 LABEL_FEATURE = "label"
 _LARGEST_INTEGER = np.iinfo(np.int64).max
-_RESERVED = ("image", LABEL_FEATURE, "key")
 
 
 class Prepared(NamedTuple):
@@ -55,7 +54,7 @@ class Preparer:
     """
     image = None if item.image is None else self._checked_image(item.key, item.image)
     values: dict[str, Value] = dict(item.features)
-    for name in _RESERVED:
+    for name in RECORD_FEATURES:
       if name in values:
         raise UserError(
           f"{item.key} has a further feature {name!r}, a name that is taken; rename it."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple, Optional, Union
 
 import gin
@@ -13,6 +13,8 @@ from trainer.errors import UserError
 
 # What a feature of a record can hold.
 Value = Union[str, bytes, int, float, Sequence[int], Sequence[float], np.ndarray]
+# Features that ingest gives each record.
+RECORD_FEATURES = ("image", "label", "key")
 
 
 class Item(NamedTuple):
@@ -51,6 +53,15 @@ class Source(abc.ABC):
   def num_items(self) -> Optional[int]:
     """How many items there are; None where only reading all would tell."""
     return None
+
+  def check(self) -> None:  # noqa: B027  Most sources find faults only by reading.
+    """Raises if an item is found to be bad without reading it.
+
+    Ingest calls it where a bad item is refused, before anything is written.
+
+    Raises:
+      UserError: naming the first such item.
+    """
 
   def items(self) -> Iterator[Item]:
     """Every item, loaded one after the other."""
@@ -94,6 +105,25 @@ class DigitsSource(Source):
     images = np.round(digits.images * 15.9375).astype(np.uint8)
     for number, (image, label) in enumerate(zip(images, digits.target)):
       yield ItemLoader(Item(f"digits/{number}", str(label), encode_png(image)))
+
+
+def feature_names(columns: Iterable[str]) -> dict[str, str]:
+  """The names that columns of a table get as features of a record.
+
+  Args:
+    columns: neither the image's nor the label's; one without a name is left out.
+
+  Returns:
+    Feature by column: the column's own name, or with "_column" behind it where each
+    record has a feature of that name already.
+  """
+  names = {column: column for column in columns if column}
+  for column in names:
+    if column in RECORD_FEATURES:
+      names[column] = f"{column}_column"
+      while names[column] in names:
+        names[column] += "_"
+  return names
 
 
 def text_of(value: object, where: str) -> str:

@@ -6,14 +6,16 @@ Shapes: n triplets.
 from __future__ import annotations
 
 import array
-import csv
+import collections
 import io
+import posixpath
 from collections.abc import Mapping
 
 import numpy as np
 from absl import logging
 
 from trainer.data import paths
+from trainer.data.csv_file import CsvFile
 from trainer.data.record_names import record_names
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
@@ -30,8 +32,8 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
   class, or the positive is the anchor or the negative.
 
   Args:
-    file: CSV, or TSV by its name, with the columns anchor, positive and negative, of
-      keys; or an .npy array [n, 3] of record numbers.
+    file: a table as `CsvFile` reads it, with the columns anchor, positive and negative,
+      of keys; or an .npy array [n, 3] of record numbers.
     index: the records; all are read once where there are keys to be found.
     is_strict: whether such triplets are an error.
 
@@ -41,21 +43,21 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
   Raises:
     UserError: the file can't be read, is no such list, or has such triplets.
   """
-  try:
-    content = paths.read_bytes(file)
-  except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
-  if file.endswith(".npy"):
-    triplets = _numbers_of_array(file, content)
+  if file.lower().endswith(".npy"):
+    triplets = _numbers_of_array(file)
     is_known = (triplets >= 0) & (triplets < index.num_records)
     triplets = np.where(is_known, triplets, _UNKNOWN)
   else:
-    keys, triplets = _keys_of_table(file, content)
+    keys, triplets = _keys_of_table(file)
     triplets = _numbers_of_keys(file, keys, index)[triplets]
   return _without_bad(file, triplets, index.labels, is_strict)
 
 
-def _numbers_of_array(file: str, content: bytes) -> np.ndarray:
+def _numbers_of_array(file: str) -> np.ndarray:
+  try:
+    content = paths.read_bytes(file)
+  except OSError as error:
+    raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
   except (ValueError, EOFError, OSError) as error:
@@ -70,32 +72,20 @@ def _numbers_of_array(file: str, content: bytes) -> np.ndarray:
   return numbers.astype(np.int64)
 
 
-def _keys_of_table(file: str, content: bytes) -> tuple[dict[str, int], np.ndarray]:
+def _keys_of_table(file: str) -> tuple[dict[str, int], np.ndarray]:
   """Each key once, numbered as they come; and rows of these numbers, [n, 3]."""
-  delimiter = "\t" if file.endswith(".tsv") else ","
-  text = io.TextIOWrapper(
-    io.BytesIO(content), encoding="utf-8-sig", errors="replace", newline=""
-  )
-  rows = csv.reader(text, delimiter=delimiter, strict=True)
+  # A key that is no UTF-8 is known by the text that stands for it.
+  table = CsvFile(file, COLUMNS, errors="replace")
+  note = table.separator_note()
+  if note is not None:
+    logging.warning("%s", note)
+  columns = [table.columns.index(name) for name in COLUMNS]
   keys: dict[str, int] = {}
   numbers = array.array("i")
-  try:
-    header = next(rows, [])
-    missing = [name for name in COLUMNS if name not in header]
-    if missing:
-      raise UserError(
-        f"{file} has no column {missing[0]!r} in its first row; it needs "
-        f"{', '.join(COLUMNS)}."
-      )
-    columns = [header.index(name) for name in COLUMNS]
-    for row in rows:
-      if not row:
-        continue
-      if len(row) <= max(columns) or not all(row[column] for column in columns):
-        raise UserError(f"{file}: line {rows.line_num} lacks a key.")
-      numbers.extend(keys.setdefault(row[column], len(keys)) for column in columns)
-  except csv.Error as error:
-    raise UserError(f"{file}: after line {rows.line_num}: {error}.") from error
+  for line, cells in table.rows():
+    if len(cells) <= max(columns) or not all(cells[column] for column in columns):
+      raise UserError(f"{file}: line {line} lacks a key.")
+    numbers.extend(keys.setdefault(cells[column], len(keys)) for column in columns)
   return keys, np.array(numbers, np.int32).reshape(-1, len(COLUMNS))
 
 
@@ -104,24 +94,45 @@ def _numbers_of_keys(
 ) -> np.ndarray:
   """[number of keys] int64, the record number of each; −1 for none."""
   numbers = np.full(len(keys), _UNKNOWN, np.int64)
+  meant = np.full(len(keys), _UNKNOWN, np.int64)
+  respelt = _respelt(keys)
   logging.info("Reading %d records for the keys of %s.", index.num_records, file)
   for number, name in enumerate(record_names(index, np.arange(index.num_records))):
-    key = keys.get(name)
-    if key is None:
-      continue
-    if numbers[key] != _UNKNOWN:
-      raise UserError(
-        f"The key {name!r} of {file} is that of two records: "
-        f"{index.describe(int(numbers[key]))} and {index.describe(number)}."
-      )
-    numbers[key] = number
-  unknown = np.flatnonzero(numbers == _UNKNOWN)
-  if len(unknown):
-    first = min(name for name, key in keys.items() if numbers[key] == _UNKNOWN)
-    logging.warning(
-      "%s has %d keys that no record has, such as %r.", file, len(unknown), first
-    )
+    for found, named in ((numbers, keys.get(name)), (meant, respelt.get(name))):
+      if named is None:
+        continue
+      first = int(np.max(found[named]))
+      if first != _UNKNOWN:
+        raise UserError(
+          f"The key {name!r} of {file} is that of two records: "
+          f"{index.describe(first)} and {index.describe(number)}."
+        )
+      found[named] = number
+  is_meant = (numbers == _UNKNOWN) & (meant != _UNKNOWN)
+  _warn_of_keys(file, keys, is_meant, "keys are read without blanks or as plain paths")
+  numbers = np.where(is_meant, meant, numbers)
+  is_unknown = numbers == _UNKNOWN
+  _warn_of_keys(file, keys, is_unknown, "keys are those of no record")
   return numbers
+
+
+def _respelt(keys: Mapping[str, int]) -> dict[str, list[int]]:
+  """Numbers of the keys that have another, plain spelling, by that spelling."""
+  respelt = collections.defaultdict(list)
+  for key, number in keys.items():
+    plain = posixpath.normpath(key.strip().replace("\\", "/"))
+    if plain != key and plain not in keys:
+      respelt[plain].append(number)
+  return respelt
+
+
+def _warn_of_keys(
+  file: str, keys: Mapping[str, int], is_wanted: np.ndarray, what: str
+) -> None:
+  if is_wanted.any():
+    first = next(name for name, key in keys.items() if is_wanted[key])
+    num_wanted = np.count_nonzero(is_wanted)
+    logging.warning("%s: %d %s, such as %r.", file, num_wanted, what, first)
 
 
 def _without_bad(

@@ -45,8 +45,8 @@ class TripletSchedule:
 
     Args:
       index: the records; all are read once, at the start, where the list has keys.
-      file: CSV, or TSV by its name, with the columns anchor, positive and negative, of
-        the records' keys; or an .npy array [n, 3] of record numbers.
+      file: CSV or TSV with the columns anchor, positive and negative, of the records'
+        keys; or an .npy array [n, 3] of record numbers.
       triplets_per_batch: T.
       seed: another seed, another order.
       bad_triplets: "refuse" a list, or "leave_out" those triplets, that have unknown

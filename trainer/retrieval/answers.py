@@ -119,7 +119,7 @@ def answer(
 
 def _queries(name: str, kept: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
   if os.path.exists(name):
-    if name.endswith(".npy"):
+    if name.lower().endswith(".npy"):
       vectors = np.atleast_2d(_vectors(name))
       return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
     return [Query(name, embed_fn(_content(name)))]
