@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.retrieval import rank_oracles
+from tests.retrieval import near_embeddings, rank_oracles
 from trainer.retrieval import ranks as ranks_lib
 from trainer.retrieval.judgements import ItemLabels, LabelJudgements
 from trainer.retrieval.ranks import ranks_of_relevant
@@ -71,3 +71,50 @@ def test_a_common_offset_changes_no_rank():
   # Far away float32 has a grid of 2^-14 there, on which both stand.
   embeddings = np.round(embeddings * 2**10) / 2**10
   assert _got(embeddings + 1000.0, labels) == _got(embeddings, labels)
+
+
+def _true_ranks(embeddings, labels):
+  """Of each item, by its float64 differences from all others."""
+  found = []
+  for query, order in enumerate(near_embeddings.true_order(embeddings, embeddings)):
+    others = order[order != query]
+    found.append((np.flatnonzero(labels[others] == labels[query]) + 1).tolist())
+  return found
+
+
+@pytest.mark.parametrize("case", near_embeddings.CASES)
+@pytest.mark.parametrize(
+  ("num_classes", "max_counted", "max_share"),
+  [(60, 64, 1 / 32), (60, 0, 1.0), (3, 64, 1 / 32), (3, 64, 1.0), (3, 1000, 0.0)],
+)
+def test_ranks_are_those_of_float64_differences(
+  case, num_classes, max_counted, max_share, monkeypatch
+):
+  monkeypatch.setattr(ranks_lib, "_MAX_COUNTED", max_counted)
+  monkeypatch.setattr(ranks_lib, "_MAX_SHARE_UNDECIDED", max_share)
+  embeddings = near_embeddings.CASES[case]
+  labels = np.random.default_rng(8).integers(0, num_classes, len(embeddings))
+  assert _got(embeddings, labels) == _true_ranks(embeddings, labels)
+
+
+def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
+  gallery = near_embeddings.scattered(1e-4)
+  queries = near_embeddings.scattered(3e-4, num_items=50) + np.float32(1e-3)
+  labels = np.random.default_rng(9).integers(0, 20, 290)
+  judged = LabelJudgements(np.arange(240, 290), np.arange(240), ItemLabels(labels))
+  order = near_embeddings.true_order(queries, gallery)
+  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
+    is_relevant = labels[order[query]] == labels[240 + query]
+    np.testing.assert_array_equal(ranks, np.flatnonzero(is_relevant) + 1)
+
+
+def test_excluded_items_are_not_counted_where_float32_decides_nothing():
+  embeddings, labels = near_embeddings.CASES["huge"], np.arange(240) % 6
+  cameras = np.arange(240) % 4
+  everything = np.arange(240)
+  judged = LabelJudgements(everything, everything, ItemLabels(labels), cameras)
+  order = near_embeddings.true_order(embeddings, embeddings)
+  for query, ranks in enumerate(ranks_of_relevant(embeddings, embeddings, judged)):
+    relevant, excluded = judged.judge(query)
+    others = order[query][~np.isin(order[query], excluded)]
+    np.testing.assert_array_equal(ranks, np.flatnonzero(np.isin(others, relevant)) + 1)

@@ -3,7 +3,8 @@
 Every metric of a ranking follows from these ranks; the ranking itself is never written
 down, so neither its length nor the size of a class is limited.
 
-Shapes: Q queries, G gallery items, D dimensions, R items relevant to a query.
+Shapes: Q queries, G gallery items, D dimensions, R items relevant to a query, n some
+queries, or items that are not relevant.
 """
 
 from __future__ import annotations
@@ -11,21 +12,20 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent import futures
-from typing import Protocol
+from typing import Optional, Protocol
 
 import numpy as np
 
 from trainer import heartbeat
+from trainer.retrieval import exact_distances
+from trainer.retrieval.exact_distances import ROUNDOFF_32, ROUNDOFF_64
 
 # Distances held at once, 256 MB.
 _MAX_DISTANCES = 64_000_000
 # Up to so many relevant items, counting what is nearer than each beats sorting.
 _MAX_COUNTED = 64
-# Of uint16, less what float32 may round up.
-_MAX_KEY = 65_000.0
-# Rows and columns of a product are multiples of it: then one kernel makes them all, and
-# copies of an item are equally near wherever they are.
-_KERNEL = 32
+# Up to this share of the gallery, differences of vectors beat a product in float64.
+_MAX_SHARE_UNDECIDED = 1 / 32
 # Parts of what is held at once, for threads to take.
 _NUM_PARTS = 16
 
@@ -51,8 +51,9 @@ def ranks_of_relevant(
 ) -> Iterator[np.ndarray]:
   """The ranks of each query's relevant items, exact.
 
-  Order is by Euclidean distance in float32; among equal ones the lower gallery index
-  comes first.
+  Order is by Euclidean distance, as float64 differences of the vectors give it; among
+  equal ones the lower gallery index comes first. What float32 products can't tell apart
+  is compared in float64.
 
   Args:
     queries: [Q, D] float32, finite.
@@ -63,69 +64,158 @@ def ranks_of_relevant(
   Yields:
     Of each query in order: [R] int64 ranks, ascending, from 1.
   """
-  # ‖q − g‖² orders as ‖g‖² / 2 − q·g does; near 0 the digits are those that differ. By
-  # whole numbers, which change nothing that is exact.
-  centre = np.rint(gallery.mean(axis=0))
-  padded = _padded(gallery - centre, _KERNEL)
-  # Nothing is as far as what is padding.
-  half_norms = np.full(len(padded), np.inf, np.float32)
-  half_norms[: len(gallery)] = 0.5 * np.sum(padded[: len(gallery)] ** 2, axis=1)
-  num_rows = max(_KERNEL, min(len(queries), max_distances // len(gallery)))
-
-  def of_some(first: int, rows: np.ndarray) -> list[np.ndarray]:
-    found = []
-    for query, distances in enumerate(rows, first):
-      relevant, excluded = judgements.judge(query)
-      distances[excluded] = np.inf
-      found.append(_ranks(distances, relevant))
-    return found
-
+  ranking = _Ranking(queries, gallery, judgements)
+  num_rows = max(1, min(len(queries), max_distances // max(1, len(gallery))))
+  room = np.empty([num_rows, len(gallery)], np.float32)
   with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     for start in range(0, len(queries), num_rows):
       heartbeat.beat()
-      rows = queries[start : start + num_rows] - centre
-      distances = half_norms - _padded(rows, _KERNEL) @ padded.T
-      distances = distances[: len(rows), : len(gallery)]
-      parts = np.array_split(distances, min(len(rows), _NUM_PARTS))
+      nearness = ranking.nearness(start, room[: len(queries) - start])
+      parts = np.array_split(nearness, min(len(nearness), _NUM_PARTS))
       firsts = start + np.cumsum([0, *map(len, parts[:-1])])
-      for found in threads.map(of_some, firsts.tolist(), parts):
+      for found in threads.map(ranking.ranks, firsts.tolist(), parts):
         yield from found
 
 
-def _ranks(distances: np.ndarray, relevant: np.ndarray) -> np.ndarray:
-  """Ascending ranks, from 1, of items [R] in the order of distances [G]."""
-  if not len(relevant):
-    return np.empty(0, np.int64)
-  # What is farther than all that is relevant has no say: in a trained space, most.
-  near = np.flatnonzero(distances <= distances[relevant].max())
-  distances, relevant = distances[near], np.searchsorted(near, relevant)
-  if len(relevant) > _MAX_COUNTED:
-    is_relevant = np.zeros(len(distances), bool)
-    is_relevant[relevant] = True
-    return np.flatnonzero(is_relevant[_stable_order(distances)]) + 1
-  found = np.sort(distances[relevant])
-  nearer = np.array([np.count_nonzero(distances < each) for each in found], np.int64)
-  equal = np.array([np.count_nonzero(distances == each) for each in found], np.int64)
-  for value in np.unique(found[equal > 1]):
-    places = np.flatnonzero(distances == value)
-    nearer[found == value] += np.flatnonzero(np.isin(places, relevant))
-  return nearer + 1
+class _Ranking:
+  """Queries and their gallery, less what all items have in common."""
+
+  def __init__(self, queries: np.ndarray, gallery: np.ndarray, judgements: Judgements):
+    self._queries, self._gallery = queries, gallery
+    self._judgements = judgements
+    self._offset = exact_distances.common_offset(gallery)
+    self._items = gallery - self._offset
+    squares = np.einsum("gd,gd->g", self._items, self._items, dtype=np.float64)
+    self._half_norms = (0.5 * squares).astype(np.float32)
+    self._largest_norm = float(squares.max(initial=0.0)) ** 0.5
+    is_exact = exact_distances.is_exact_in_float32(self._offset, queries, gallery)
+    self._roundoff = 0.0 if is_exact else ROUNDOFF_32
+
+  def nearness(self, start: int, out: np.ndarray) -> np.ndarray:
+    """‖g‖² / 2 − ⟨q, g⟩ of the queries from one on, into [n, G] float32."""
+    rows = self._queries[start : start + len(out)] - self._offset
+    np.matmul(rows, self._items.T, out=out)
+    return np.subtract(self._half_norms, out, out=out)
+
+  def ranks(self, start: int, nearness: np.ndarray) -> list[np.ndarray]:
+    """Ranks of the queries from one on.
+
+    Args:
+      start: the first query.
+      nearness: [n, G] float32, is overwritten.
+    """
+    centred = self._queries[start : start + len(nearness)] - self._offset
+    norms = np.sqrt(np.einsum("qd,qd->q", centred, centred, dtype=np.float64)).tolist()
+    found: list[Optional[np.ndarray]] = []
+    for row, norm in enumerate(norms):
+      found.append(self._ranks(start + row, nearness[row], norm, self._roundoff))
+      if found[-1] is None:  # So will be most of the others.
+        break
+    found += [None] * (len(norms) - len(found))
+    undecided = [row for row, ranks in enumerate(found) if ranks is None]
+    if undecided:
+      queries = start + np.array(undecided)
+      again, *_ = exact_distances.nearness_in_float64(
+        self._queries[queries], self._gallery, self._offset
+      )
+      for row, values in zip(undecided, again):
+        found[row] = self._ranks(start + row, values, norms[row], ROUNDOFF_64)
+    return [ranks for ranks in found if ranks is not None]
+
+  def _ranks(
+    self, query: int, nearness: np.ndarray, norm: float, roundoff: float
+  ) -> Optional[np.ndarray]:
+    """Ranks of a query; None where float32 leaves too much undecided.
+
+    Two items whose nearness differs by more than two errors are in their true order.
+    For each relevant item, others within that are compared by their true distances.
+
+    Args:
+      query: its number.
+      nearness: [G] float32 or float64, is overwritten.
+      norm: of the query, less the offset.
+      roundoff: of the nearness; 0 where it is exact.
+    """
+    relevant, excluded = self._judgements.judge(query)
+    if not len(relevant):
+      return np.empty(0, np.int64)
+    relevant = relevant[np.argsort(nearness[relevant])]
+    own = nearness[relevant]
+    nearness[excluded] = nearness[relevant] = np.inf
+    error = self._error(norm, float(own[-1]), roundoff)
+    if roundoff == ROUNDOFF_32 and not error < np.inf:
+      return None
+    low, high = ((own + sign * 2.0 * error).astype(own.dtype) for sign in (-1, 1))
+    # What is farther than all that is relevant has no say: in a trained space, most.
+    near = np.flatnonzero(nearness <= min(high[-1], np.finfo(own.dtype).max))
+    others = nearness[near]
+    num_nearer, num_perhaps = _counts(others, low, high)
+    is_open = num_nearer < num_perhaps
+    if is_open.any():
+      most = _MAX_SHARE_UNDECIDED * len(nearness)
+      if roundoff == ROUNDOFF_32 and (num_perhaps - num_nearer).sum() > most:
+        return None
+      is_close = _is_between(others, low[is_open], high[is_open])
+      items = np.append(near[is_close], relevant[is_open])
+      values = np.append(others[is_close], own[is_open])
+      if roundoff:
+        values = exact_distances.squared_distances(
+          self._queries[query, None], self._gallery, items[None]
+        )[0]
+      nearer_before = np.searchsorted(np.sort(others[is_close]), low[is_open])
+      nearer = _num_before(values, items, np.count_nonzero(is_close))
+      num_nearer[is_open] += nearer - nearer_before
+    return np.sort(num_nearer) + np.arange(1, len(num_nearer) + 1)
+
+  def _error(self, norm: float, farthest: float, roundoff: float) -> float:
+    """The error that matters for items up to the farthest relevant one."""
+    if not roundoff:
+      return 0.0
+    reach = 1.01 * (norm + max(0.0, 2.0 * farthest + norm**2) ** 0.5)
+    longest = min(self._largest_norm, reach)
+    num_dimensions = self._gallery.shape[1]
+    return float(exact_distances.product_error(num_dimensions, norm, longest, roundoff))
 
 
-def _stable_order(distances: np.ndarray) -> np.ndarray:
-  """[G] int64, the order of distances [G] float32, where some may be infinite.
+def _counts(
+  others: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """How many of others [n] are below each low and up to each high, [R] int64 each."""
+  if len(low) > _MAX_COUNTED:
+    in_order = np.sort(others)
+    return np.searchsorted(in_order, low), np.searchsorted(in_order, high, "right")
+  below = [np.count_nonzero(others < each) for each in low]
+  up_to = [np.count_nonzero(others <= each) for each in high]
+  return np.array(below, np.int64), np.array(up_to, np.int64)
 
-  Sorted by 16 bits first, which takes time in proportion to G, and then what is nearly
-  in order: a third of the time that argsort takes.
+
+def _is_between(others: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+  """[n] bool, which of others [n] are from a low to its high, [R] each, ascending."""
+  is_between = np.zeros(len(others), bool)
+  if len(low) <= _MAX_COUNTED:
+    for lowest, highest in zip(low, high):
+      is_between |= (others >= lowest) & (others <= highest)
+    return is_between
+  order = np.argsort(others)
+  in_order = others[order]
+  firsts = np.searchsorted(in_order, low)
+  ends = np.searchsorted(in_order, high, "right")
+  opened, closed = (
+    np.bincount(each, minlength=len(others) + 1) for each in (firsts, ends)
+  )
+  is_between[order] = np.cumsum(opened - closed)[:-1] > 0
+  return is_between
+
+
+def _num_before(values: np.ndarray, items: np.ndarray, num_others: int) -> np.ndarray:
+  """[R] int64, how many others are before each relevant item.
+
+  Args:
+    values: [n + R], of the others and then of the relevant items.
+    items: [n + R] int64; of equal values the lower item is before the other.
+    num_others: n.
   """
-  low = distances.min()
-  high = distances.max(where=np.isfinite(distances), initial=low)
-  scale = _MAX_KEY / (high - low) if high > low else 0.0
-  keys = ((np.minimum(distances, high) - low) * np.float32(scale)).astype(np.uint16)
-  roughly = np.argsort(keys, kind="stable")
-  return roughly[np.argsort(distances[roughly], kind="stable")]
-
-
-def _padded(rows: np.ndarray, multiple: int) -> np.ndarray:
-  """Rows, followed by zeros up to a multiple."""
-  return np.pad(rows, [(0, -len(rows) % multiple), (0, 0)])
+  order = np.lexsort((items, values))
+  num_before = np.empty(len(order), np.int64)
+  num_before[order] = np.cumsum(order < num_others)
+  return num_before[num_others:]
