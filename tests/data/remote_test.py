@@ -100,7 +100,7 @@ def test_all_of_this_file_holds_by_s3s_protocol():
       text=True,
     )
   assert done.returncode == 0, done.stdout[-3000:]
-  assert re.search(r"^9 passed, 1 skipped", done.stdout, re.MULTILINE), done.stdout
+  assert re.search(r"^10 passed, 1 skipped", done.stdout, re.MULTILINE), done.stdout
 
 
 def _write_images(folder):
@@ -148,6 +148,17 @@ def test_images_are_ingested_and_read_elsewhere(elsewhere):
   decoder = ImageDecoder(height=6, width=6, channels=1)
   images = decoder(tf.constant(index.read(np.arange(8)[::-1]))).numpy()[..., 0] * 255
   np.testing.assert_allclose(images, [_image(n) for n in reversed(range(8))], atol=1e-3)
+
+
+def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, caplog):
+  folder = f"{elsewhere}/nested"
+  for name in ("a/0.png", "b/1.png", "b/x/2.png", "b/x/notes.txt"):
+    paths.make_folder(os.path.dirname(f"{folder}/{name}"))
+    paths.write_bytes(f"{folder}/{name}", name.encode())
+  assert ImageFolderSource(folder=folder).num_items() == 2
+  assert "1 images in folders below the class folders (b/x/2.png)" in caplog.text
+  items = ImageFolderSource(folder=folder, subfolders="classes").items()
+  assert [item.label for item in items] == ["a", "b", "b/x"]
 
 
 def test_batches_are_those_of_the_schedule(elsewhere):

@@ -122,7 +122,7 @@ def test_a_link_to_itself_is_named(tmp_path):
     (tmp_path / name / "0.png").write_bytes(encode_png(_image(0)))
   (tmp_path / "b" / "1.png").symlink_to("1.png")
   with pytest.raises(UserError, match=r"b/1\.png can't be read: Too many levels"):
-    ImageFolderSource(folder=str(tmp_path)).fingerprint()
+    ImageFolderSource(folder=str(tmp_path)).check()
 
 
 def test_a_class_folder_that_links_to_its_parent_ends(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import os
 import struct
 
@@ -14,6 +15,7 @@ from trainer.data.sources import DigitsSource
 from trainer.data.sources_folder import ImageFolderSource
 from trainer.data.sources_idx import IdxSource
 from trainer.errors import UserError
+from trainer.ingest import ingest
 
 
 def _idx_bytes(shape, content):
@@ -104,6 +106,11 @@ def test_two_labels_of_one_name_are_refused(idx_folder):
     _source(idx_folder, class_names=("a", "b", "a"))
 
 
+def test_a_text_for_the_names_of_labels_is_refused(idx_folder):
+  with pytest.raises(UserError, match="class_names='abc' must be a list of names"):
+    _source(idx_folder, class_names="abc")
+
+
 @pytest.mark.parametrize("pairs", [(), ("images", "labels"), [("images",)]])
 def test_pairs_that_are_none_are_refused(pairs):
   with pytest.raises(UserError, match=r"IdxSource\.pairs=.* must be pairs"):
@@ -191,12 +198,187 @@ def test_image_files_are_kept_byte_for_byte(image_folder):
     assert item.image == (image_folder / item.key).read_bytes()
 
 
-def test_hidden_and_other_files_are_passed_over(image_folder):
+def test_hidden_and_other_files_are_left_out(image_folder, caplog):
   for name in (".hidden.png", "Thumbs.db", "notes.txt"):
     (image_folder / "b" / name).write_bytes(b"no image")
   (image_folder / ".cache").mkdir()
   (image_folder / "loose.png").write_bytes(b"in no class")
   assert len(_folder_items(image_folder)) == 6
+  assert "1 images beside the class folders (loose.png)" in caplog.text
+  assert "2 files without the ending of an image (1 .db, 1 .txt)" in caplog.text
+
+
+def _add_images(folder, *names):
+  for name in names:
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(name.encode())
+
+
+def _keys_and_labels(folder, **options):
+  items = ImageFolderSource(folder=str(folder), **options).items()
+  return [(item.key, item.label) for item in items]
+
+
+@pytest.fixture
+def nested_folder(tmp_path):
+  """Two classes, one with images in folders below it, and a third with no other."""
+  _add_images(tmp_path, "a/0.png", "b/0.JPG", "b/x/1.tiff", "b/x/y/2.png", "c/z/3.jp2")
+  return tmp_path
+
+
+def test_images_below_class_folders_are_counted(nested_folder, caplog):
+  found = _keys_and_labels(nested_folder)
+  assert found == [("a/0.png", "a"), ("b/0.JPG", "b")]
+  assert "3 images in folders below the class folders" in caplog.text
+  assert "(b/x/1.tiff, b/x/y/2.png, c/z/3.jp2)" in caplog.text
+
+
+def test_many_images_below_class_folders_take_one_line(nested_folder, caplog):
+  _add_images(nested_folder, *(f"a/more/{number}.png" for number in range(20)))
+  _keys_and_labels(nested_folder)
+  lines = [record.message for record in caplog.records if " below " in record.message]
+  assert len(lines) == 1
+  assert "23 images" in lines[0]
+  assert lines[0].count(".png") == 5
+
+
+def test_images_below_class_folders_can_have_their_class(nested_folder, caplog):
+  assert _keys_and_labels(nested_folder, subfolders="of_class") == [
+    ("a/0.png", "a"),
+    ("b/0.JPG", "b"),
+    ("b/x/1.tiff", "b"),
+    ("b/x/y/2.png", "b"),
+    ("c/z/3.jp2", "c"),
+  ]
+  assert not caplog.text
+
+
+def test_folders_below_class_folders_can_be_classes(nested_folder, caplog):
+  assert _keys_and_labels(nested_folder, subfolders="classes") == [
+    ("a/0.png", "a"),
+    ("b/0.JPG", "b"),
+    ("b/x/1.tiff", "b/x"),
+    ("b/x/y/2.png", "b/x/y"),
+    ("c/z/3.jp2", "c/z"),
+  ]
+  assert not caplog.text
+
+
+@pytest.mark.parametrize("subfolders", ["leave_out", "of_class", "classes"])
+def test_links_to_a_folder_above_end(nested_folder, subfolders):
+  for name in ("b/x/up", "loop", "a/self"):
+    (nested_folder / name).symlink_to(nested_folder, target_is_directory=True)
+  (nested_folder / "b/x/y/b").symlink_to(nested_folder / "b")
+  (nested_folder / "b/itself").symlink_to(nested_folder / "b/itself")
+  (nested_folder / "itself").symlink_to(nested_folder / "itself")
+  num_files = {"leave_out": 2, "of_class": 5, "classes": 5}[subfolders]
+  found = _keys_and_labels(nested_folder, subfolders=subfolders)
+  assert len(found) == num_files
+
+
+def test_the_treatment_of_folders_below_is_in_the_fingerprint(nested_folder):
+  sources = [
+    ImageFolderSource(folder=str(nested_folder), subfolders=subfolders)
+    for subfolders in ("leave_out", "of_class", "classes")
+  ]
+  fingerprints = [str(source.fingerprint()) for source in sources]
+  assert len({*fingerprints}) == 3
+  assert "subfolders" not in fingerprints[0]
+
+
+def test_an_unknown_treatment_of_folders_below_is_refused():
+  with pytest.raises(UserError, match="choose 'leave_out', 'of_class', 'classes'"):
+    ImageFolderSource(folder="a", subfolders="all")
+
+
+@pytest.fixture
+def split_folder(tmp_path):
+  """Classes in two splits, and files beside them."""
+  _add_images(tmp_path, "train/a/0.png", "train/b/1.png", "Val/a/2.png", "Val/c/3.png")
+  (tmp_path / "notes").mkdir()
+  (tmp_path / "notes" / "info.json").write_text("{}")
+  return tmp_path
+
+
+@pytest.mark.parametrize("subfolders", ["leave_out", "of_class", "classes"])
+def test_splits_above_the_class_folders_are_explained(split_folder, subfolders):
+  source = ImageFolderSource(folder=str(split_folder), subfolders=subfolders)
+  message = r"holds Val, train above the class folders; set ImageFolderSource\.splits ="
+  with pytest.raises(UserError, match=message):
+    source.fingerprint()
+
+
+def test_splits_that_are_named_are_read(split_folder, caplog):
+  source = ImageFolderSource(folder=str(split_folder), splits=("train", "Val"))
+  assert [(item.key, item.label, item.features) for item in source.items()] == [
+    ("train/a/0.png", "a", {"split": "train"}),
+    ("train/b/1.png", "b", {"split": "train"}),
+    ("Val/a/2.png", "a", {"split": "Val"}),
+    ("Val/c/3.png", "c", {"split": "Val"}),
+  ]
+  assert source.fingerprint()["splits"] == ["train", "Val"]
+  assert "1 folders that ImageFolderSource.splits does not name (notes)" in caplog.text
+
+
+def test_nested_classes_of_splits_are_named_without_the_split(split_folder):
+  _add_images(split_folder, "train/a/x/4.png", "Val/a/x/5.png")
+  options = {"splits": ("train", "Val"), "subfolders": "classes"}
+  labels = {label for _, label in _keys_and_labels(split_folder, **options)}
+  assert labels == {"a", "a/x", "b", "c"}
+
+
+def test_one_split_can_be_the_folder(split_folder):
+  found = _keys_and_labels(split_folder / "train")
+  assert found == [("a/0.png", "a"), ("b/1.png", "b")]
+
+
+def test_a_split_that_is_not_there_is_named(split_folder):
+  with pytest.raises(UserError, match="test can't be read: No such file"):
+    _keys_and_labels(split_folder, splits=("train", "test"))
+
+
+def test_splits_as_a_text_are_refused():
+  with pytest.raises(UserError, match="splits='train' must be a list of names"):
+    ImageFolderSource(folder="a", splits="train")
+
+
+def test_classes_with_names_of_splits_are_read_with_a_warning(tmp_path, caplog):
+  _add_images(tmp_path, "train/0.png", "test/1.png")
+  assert len(_keys_and_labels(tmp_path)) == 2
+  assert "the classes have the names of splits: test, train" in caplog.text
+
+
+def test_empty_splits_take_folders_with_such_names_for_classes(split_folder):
+  found = _keys_and_labels(split_folder, splits=(), subfolders="of_class")
+  assert {label for _, label in found} == {"train", "Val"}
+
+
+def test_a_class_named_like_a_split_among_others_is_a_class(tmp_path, caplog):
+  _add_images(tmp_path, "test/0.png", "a/1.png", "b/2.png")
+  assert {label for _, label in _keys_and_labels(tmp_path)} == {"test", "a", "b"}
+  assert not caplog.text
+
+
+def test_a_broken_link_is_left_out_where_bad_items_are(image_folder):
+  (image_folder / "b" / "9.png").symlink_to(image_folder / "gone")
+  (image_folder / "b" / "8.png").symlink_to(image_folder / "b" / "8.png")
+  target = image_folder.parent / "left_out_records"
+  source = ImageFolderSource(folder=str(image_folder))
+  ingest(source=source, folder=str(target), unreadable="leave_out")
+  summary = json.loads((target / "index" / "summary.json").read_text())
+  assert summary["num_records"] == 6
+  assert [reason.split(" can't")[0][-7:] for reason in summary["unreadable"]] == [
+    "b/8.png",
+    "b/9.png",
+  ]
+
+
+def test_a_broken_link_is_refused_before_anything_is_written(image_folder):
+  (image_folder / "b" / "9.png").symlink_to(image_folder / "gone")
+  target = image_folder.parent / "refused_records"
+  with pytest.raises(UserError, match=r"b/9\.png can't be read: No such file"):
+    ingest(source=ImageFolderSource(folder=str(image_folder)), folder=str(target))
+  assert not target.exists()
 
 
 def test_another_size_of_a_file_is_another_fingerprint(image_folder):
@@ -211,7 +393,7 @@ def test_another_size_of_a_file_is_another_fingerprint(image_folder):
 def test_class_folders_without_images_are_left_out_and_named(image_folder, caplog):
   (image_folder / "bare").mkdir()
   assert {item.label for item in _folder_items(image_folder)} == {"Käse Brot", "b"}
-  assert "1 class folders hold no image and are left out: bare" in caplog.text
+  assert "1 class folders hold no image and are left out (bare)" in caplog.text
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -240,7 +422,7 @@ def test_a_folder_that_is_a_file_is_named(tmp_path):
 def test_a_broken_link_is_named(image_folder):
   (image_folder / "b" / "9.png").symlink_to(image_folder / "gone")
   with pytest.raises(UserError, match=r"b/9\.png can't be read: No such file"):
-    ImageFolderSource(folder=str(image_folder)).fingerprint()
+    ImageFolderSource(folder=str(image_folder)).check()
 
 
 def test_a_folder_named_like_an_image_is_named(image_folder):

@@ -77,3 +77,11 @@ def test_a_list_can_name_the_classes_to_train_on():
 def test_classes_to_train_on_must_be_others_that_exist(train_classes, message):
   with pytest.raises(UserError, match=message):
     ListSplit(evaluation_classes=["b"], train_classes=train_classes).split(["a", "b"])
+
+
+@pytest.mark.parametrize("argument", ["evaluation_classes", "train_classes"])
+@pytest.mark.parametrize("names", ["12", [1, 2], ["1", 2]])
+def test_what_is_no_list_of_names_is_refused(argument, names):
+  options = {"evaluation_classes": ["1"], argument: names}
+  with pytest.raises(UserError, match=rf"ListSplit\.{argument}=.* must be a list of"):
+    ListSplit(**options)

@@ -134,10 +134,18 @@ def list_folders(path: str) -> list[str]:
   """The names of the folders in a folder, sorted."""
   if not is_remote(path):
     with os.scandir(path) as entries:
-      return sorted(entry.name for entry in entries if entry.is_dir())
+      return sorted(entry.name for entry in entries if _is_dir(entry))
   with as_os_errors(path):
     is_folder = gfile(path).isdir
     return [n for n in list_folder(path) if is_folder(os.path.join(path, n))]
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+  """Whether it is a folder; a link that can't be followed is none."""
+  try:
+    return entry.is_dir()
+  except OSError:
+    return False
 
 
 def matching(pattern: str) -> list[str]:

@@ -26,7 +26,8 @@ class IdxSource(Source):
     class_names: names of labels 0, 1, …; None for the numbers themselves.
 
   Raises:
-    UserError: a pair is no pair, or two labels have the same name.
+    UserError: a pair is no pair, `class_names` is a text, or two labels have the same
+      name.
   """
 
   def __init__(
@@ -40,6 +41,10 @@ class IdxSource(Source):
       raise UserError(
         f"IdxSource.pairs={pairs!r} must be pairs of file names: "
         "(('images', 'labels'), ...)."
+      )
+    if isinstance(class_names, str):
+      raise UserError(
+        f"IdxSource.class_names={class_names!r} must be a list of names, one a label."
       )
     if class_names is not None and len(set(class_names)) != len(class_names):
       raise UserError("IdxSource.class_names must be different names for each label.")

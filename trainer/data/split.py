@@ -81,7 +81,7 @@ class ListSplit:
     train_classes: names of the classes to train on; None for all others.
 
   Raises:
-    UserError: a name is in both.
+    UserError: a name is in both, or is no text.
   """
 
   def __init__(
@@ -90,8 +90,10 @@ class ListSplit:
     evaluation_classes: Sequence[str],
     train_classes: Optional[Sequence[str]] = None,
   ):
-    self._evaluation_classes = list(evaluation_classes)
-    self._train_classes = None if train_classes is None else list(train_classes)
+    self._evaluation_classes = _names("evaluation_classes", evaluation_classes)
+    self._train_classes = None
+    if train_classes is not None:
+      self._train_classes = _names("train_classes", train_classes)
     in_both = sorted({*self._evaluation_classes} & {*(self._train_classes or ())})
     if in_both:
       raise UserError(
@@ -118,6 +120,16 @@ class ListSplit:
       return split
     chosen = _chosen(ids, "train_classes", self._train_classes)
     return split._replace(train=np.flatnonzero(chosen).astype(np.int32))
+
+
+def _names(argument: str, names: Sequence[str]) -> list[str]:
+  """The names of a list; a single text would be taken for its letters."""
+  if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    raise UserError(
+      f"ListSplit.{argument}={names!r} must be a list of class names, each a text in "
+      "quotes."
+    )
+  return list(names)
 
 
 def _chosen(ids: dict[str, int], argument: str, names: Sequence[str]) -> np.ndarray:
