@@ -99,8 +99,9 @@ def test_vectors_are_answered_one_by_one_and_bad_ones_told(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   vectors = np.array(kept.embeddings[:3])
   vectors[1, 5] = np.nan
-  np.save(folder / "vectors.npy", vectors)
-  answers = _answers(folder, capsys, f"--query={folder / 'vectors.npy'}", status=2)
+  with open(folder / "vectors.NPY", "wb") as file:
+    np.save(file, vectors)
+  answers = _answers(folder, capsys, f"--query={folder / 'vectors.NPY'}", status=2)
   assert [len(answer["hits"]) for answer in answers] == [10, 0, 10]
   assert "not finite" in answers[1]["error"]
 

@@ -315,6 +315,14 @@ def test_triplets_are_read_as_tools_write_them(tmp_path, name, text, encoding):
   np.testing.assert_array_equal(read_triplets(path, index, is_strict=True), [[0, 2, 1]])
 
 
+def test_an_array_of_triplets_is_known_by_its_ending_in_capitals(tmp_path):
+  index = _named_records(tmp_path, ["a/0", "a/1", "a/2"])
+  with open(tmp_path / "t.NPY", "wb") as file:
+    np.save(file, np.array([[0, 2, 1]]))
+  triplets = read_triplets(str(tmp_path / "t.NPY"), index, is_strict=True)
+  np.testing.assert_array_equal(triplets, [[0, 2, 1]])
+
+
 def test_a_key_as_it_is_comes_before_its_plain_spelling(tmp_path):
   index = _named_records(tmp_path, ["a\\0", "a/1", "a/0"])
   path = _write(tmp_path, "anchor,positive,negative\na\\0,a/0,a/1\n")
