@@ -39,11 +39,15 @@ class _BrokenLoss(SupervisedContrastiveLoss):
     return terms._replace(total=terms.total * float("inf"))
 
 
+@tf.custom_gradient
+def _steep_zero(embeddings):
+  return tf.zeros([]), lambda upstream: upstream * tf.fill(embeddings.shape, np.inf)
+
+
 class _SteepLoss(SupervisedContrastiveLoss):
   def __call__(self, anchors, candidates):
     terms = super().__call__(anchors, candidates)
-    nought = tf.reduce_sum(anchors.embeddings) * 0.0
-    return terms._replace(total=terms.total + tf.sqrt(nought))
+    return terms._replace(total=terms.total + _steep_zero(anchors.embeddings))
 
 
 @pytest.fixture
@@ -119,4 +123,4 @@ def test_weights_whose_gradient_it_is_are_named(diagnose):
 
 
 def test_what_is_finite_when_computed_again_is_said_to_be(diagnose):
-  assert diagnose().startswith("computed again on one device, all is finite")
+  assert diagnose().startswith("computed again, all is finite")

@@ -58,9 +58,10 @@ class ShowProgress:
 
   def _line(self, report: Report) -> str:
     metrics = report.metrics
+    loss = metrics.get("train/loss")
     parts = [
       f"step {report.step}/{report.num_steps}",
-      f"loss {metrics['train/loss']:.5f}",
+      "no update" if loss is None else f"loss {loss:.5f}",
     ]
     if "mining/active_fraction" in metrics:
       parts.append(f"active {metrics['mining/active_fraction']:.1%}")

@@ -124,9 +124,8 @@ class InnerLoop:
 
   @_as_it_is
   def _forward_state(self):
-    return [tf.identity(variable) for variable in self._step.forward_state]
+    return self._step.read_forward_state()
 
   @_as_it_is
   def _restore(self, values):
-    for variable, value in zip(self._step.forward_state, values):
-      variable.assign(value)
+    self._step.write_forward_state(values)

@@ -145,7 +145,10 @@ class Loop:
       parts.append(done.statistics)
       step += done.num_steps
       if step < end:
-        self._safety.not_finite.pass_over(step)
+        with (
+          self._safety.watchdog.acting()
+        ):  # The step is compiled again to look at it.
+          self._safety.not_finite.pass_over(step)
         step += 1
     total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
     return total, words.understand(done.words)

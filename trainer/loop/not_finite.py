@@ -10,6 +10,7 @@ from absl import logging
 from trainer.errors import NotFiniteError
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.loop_options import LoopOptions
+from trainer.loop.per_part import set_step
 
 _COUNT = "not_finite_steps"
 
@@ -71,7 +72,7 @@ class NotFinitePolicy:
     else:
       logging.warning("Step %d: %s; its batch is skipped.", step, diagnosis)
     self._checkpoints.notes[_COUNT] = count
-    self._optimizer.iterations.assign(step + 1)
+    set_step(self._optimizer, step + 1)
 
   def _stop(self, step: int, why: str) -> None:
     self._checkpoints.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import gin
 import tensorflow as tf
@@ -52,6 +53,11 @@ class PerPart(tf.Module):
         optimizer.apply_gradients(mine, **options)
 
   @property
+  def parts(self) -> tuple[tf.keras.optimizers.Optimizer, ...]:
+    """Both optimizers."""
+    return self.backbone, self.head
+
+  @property
   def iterations(self):
     """Number of steps done."""
     return self.head.iterations
@@ -73,3 +79,14 @@ class PerPart(tf.Module):
   def variables(self):
     """The variables of both."""
     return [*self.backbone.variables, *self.head.variables]
+
+
+def set_step(optimizer: Any, step: int) -> None:
+  """Sets the number of steps done in every counter that an optimizer has.
+
+  Args:
+    optimizer: built; `PerPart` has a counter for each part.
+    step: number of steps done.
+  """
+  for each in getattr(optimizer, "parts", (optimizer,)):
+    each.iterations.assign(step)

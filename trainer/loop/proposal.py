@@ -31,8 +31,8 @@ class Proposal(NamedTuple):
   Attributes:
     update: what it changes.
     statistics: of this replica; they add up over replicas and steps.
-    is_finite: [] bool, whether embeddings, loss and gradients of all replicas are
-      finite; equal on all replicas.
+    is_finite: [] bool, whether embeddings, moving averages, loss and gradients of all
+      replicas are finite, and the gradients' squared norm; equal on all replicas.
   """
 
   update: Update

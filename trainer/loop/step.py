@@ -10,7 +10,11 @@ import gin
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
-from trainer.distribute.collectives import Collectives, OneReplica
+from trainer.distribute.collectives import (
+  Collectives,
+  OneReplica,
+  current_collectives,
+)
 from trainer.distribute.memory_bank import MemoryBank, RemindedLoss
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
 from trainer.loop import gradients as gradients_lib
@@ -21,7 +25,6 @@ from trainer.loop.proposal import Proposal, Update
 from trainer.loop.step_options import StepOptions
 from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
 from trainer.losses.terms import Anchors, LossFn, Ratio
-from trainer.models.batch_norms import batch_norms
 from trainer.models.dropout import examples_at
 
 _MINING_STATISTICS = MiningStatistics()
@@ -104,9 +107,33 @@ class TrainStep:
 
   @property
   def forward_state(self) -> list[tf.Variable]:
-    """What the forward pass itself changes: moving averages of batch normalisation."""
-    norms = batch_norms(self.encoder)
-    return [variable for norm in norms for variable in norm.non_trainable_variables]
+    """Variables that a forward pass may write, such as moving averages.
+
+    Those of a frozen layer are among them. Weights are not, frozen or trained.
+    """
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    found = [*self.encoder.variables, *getattr(self.loss, "variables", ())]
+    return [
+      variable
+      for variable in found
+      if not variable.trainable and (num_replicas == 1 or _is_writable(variable))
+    ]
+
+  def read_forward_state(self) -> list[tf.Tensor]:
+    """Copies of this replica's forward state; to be called on each replica."""
+    return [tf.identity(variable) for variable in self.forward_state]
+
+  def write_forward_state(self, values: Sequence[tf.Tensor]) -> None:
+    """Restores this replica's forward state; to be called on each replica.
+
+    Args:
+      values: from `read_forward_state`.
+    """
+    for variable, value in zip(self.forward_state, values):
+      if _is_summed(variable):
+        replica = current_collectives().replica_id
+        value = tf.where(tf.equal(replica, 0), value, tf.zeros_like(value))
+      variable.assign(value)
 
   @property
   def trainable_variables(self) -> list[tf.Variable]:
@@ -136,11 +163,20 @@ class TrainStep:
       collectives: the other replicas.
     """
     share, num_bad, update = self._checked_update(batch, collectives)
-    is_finite = tf.equal(num_bad, 0.0)
-    # An optimizer that scales the loss takes a smaller scale where gradients overflow.
-    if not loss_scale.has_scale(self.optimizer):
-      is_finite &= _are_finite(update.gradients)
+    is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(update.gradients)
     return Proposal(update, self._with_loss(share, collectives.num_replicas), is_finite)
+
+  def _is_applicable(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """[] bool, whether gradients leave weights and moments finite.
+
+    Optimizers square gradients, so the square of their global norm must be finite. An
+    optimizer that scales the loss leaves an update with infinite gradients out, and
+    takes a smaller scale, until the scale is 1.
+    """
+    is_applicable = tf.math.is_finite(tf.linalg.global_norm(gradients))
+    if loss_scale.has_scale(self.optimizer):
+      is_applicable |= ~_are_finite(gradients) & (self.optimizer.loss_scale > 1.0)
+    return is_applicable
 
   def _apply(self, update: Update) -> None:
     """Updates the weights, their averages, the memory bank, and a curriculum."""
@@ -195,8 +231,10 @@ class TrainStep:
     else:
       micro_batches.check_size(num_parts, num_examples)
       value, local = gradients_lib.of_micro_batches(*arguments, num_parts)
-    # Some more numbers in the same sum: no replica need be asked again.
-    is_bad = tf.cast(~_are_finite([value.loss, *seen]), tf.float32)
+    # Some more numbers in the same sum: no replica need be asked again. An overflow
+    # inside of the network may show in the moving averages alone.
+    written = [each for each in self.forward_state if each.dtype.is_floating]
+    is_bad = tf.cast(~_are_finite([value.loss, *seen, *written]), tf.float32)
     active = value.statistics.get(_ACTIVE, Ratio(0.0, 0.0))
     more = tf.stack([is_bad, active.total, active.count])
     counts, *gradients = collectives.sum([more, *local])
@@ -261,6 +299,20 @@ class TrainStep:
     outputs = loss_alone.get_concrete_function(embeddings, specs).structured_outputs
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
 
+  def embed_layerwise(self, batch: Batch, collectives: Collectives) -> None:
+    """Embeds this replica's batch as a step does, without what XLA compiles or loops.
+
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+    """
+    num_examples = batch.labels.shape[0]
+    size = num_examples // self.options.num_micro_batches
+    step = tf.cast(self.optimizer.iterations, tf.int32)
+    for first in range(0, num_examples, size):
+      place = collectives.replica_id * num_examples + first
+      self._encode(batch.inputs[first : first + size], step, place)
+
   def _encode(self, inputs, step, first_example):
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
@@ -274,3 +326,15 @@ class TrainStep:
 def _are_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
   """[] bool, whether every number of every tensor is finite."""
   return tf.reduce_all([tf.reduce_all(tf.math.is_finite(each)) for each in tensors])
+
+
+def _is_writable(variable: tf.Variable) -> bool:
+  """Whether TensorFlow lets several replicas write a variable in a step."""
+  is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
+  return is_local or variable.aggregation != tf.VariableAggregation.NONE
+
+
+def _is_summed(variable: tf.Variable) -> bool:
+  """Whether a variable becomes the sum of what the replicas assign."""
+  is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
+  return not is_local and variable.aggregation == tf.VariableAggregation.SUM
