@@ -28,6 +28,14 @@ def test_progress_is_a_line_a_report_in_a_log(caplog):
   ]
 
 
+def test_progress_without_an_update_says_so(caplog):
+  metrics = {name: v for name, v in _METRICS.items() if name.startswith("train/")}
+  del metrics["train/loss"]
+  with caplog.at_level("INFO", logger="absl"):
+    ShowProgress()(Report(40, 100, metrics))
+  assert caplog.messages == ["step 40/100  no update  1,234 images/s  2:00 left"]
+
+
 def test_progress_is_in_place_on_a_terminal(monkeypatch):
   terminal = _Terminal()
   monkeypatch.setattr(sys, "stderr", terminal)

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer.errors import NotFiniteError, UserError
 from trainer.loop import checkpoint_files, run_folder, snapshot
 from trainer.loop.checkpoint import Checkpoints
+from trainer.loop.per_part import PerPart
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 
@@ -42,6 +43,35 @@ def _checkpoints(tmp_path, encoder, **options):
 
 def test_a_run_without_checkpoint_has_nothing_to_restore(tmp_path):
   assert _checkpoints(tmp_path, _encoder()).restore() is None
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_is_never_written(tmp_path, bad):
+  encoder = _encoder()
+  checkpoints = _checkpoints(tmp_path, encoder)
+  checkpoints.save(6)
+  weight = encoder.trainable_variables[0]
+  weight.assign(tf.tensor_scatter_nd_update(weight, [[0, 1]], [bad]))
+  expected = "step 7: encoder/.*kernel .1 in all. not finite .* checkpoint is of step 6"
+  with pytest.raises(NotFiniteError, match=expected):
+    checkpoints.save(7)
+  checkpoints.wait()
+  assert checkpoints.steps() == [6]
+
+
+@pytest.mark.resume
+def test_both_counters_of_an_optimizer_per_part_are_the_step_after_a_resume(tmp_path):
+  encoder = _encoder()
+  optimizer = PerPart(
+    backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
+  )
+  optimizer.divide(encoder.backbone_variables)
+  optimizer.build(encoder.trainable_variables)
+  optimizer.head.iterations.assign(7)  # As runs left it that had skipped batches.
+  checkpoints = _Written(model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer)
+  checkpoints.save(7)
+  assert checkpoints.restore() == 7
+  assert [int(part.iterations) for part in optimizer.parts] == [7, 7]
 
 
 @pytest.mark.resume

@@ -19,12 +19,34 @@ from trainer.models.encoder import Encoder
 _NUM_STEPS, _SIZE, _BAD_STEP = 4, 6, 2
 
 
-def _step():
+class _Statistics(tf.keras.layers.Layer):
+  """Counts calls and sums up inputs in variables of every kind that replicas have."""
+
+  def __init__(self):
+    super().__init__()
+    kinds = [("AUTO", "MEAN"), ("AUTO", "SUM"), ("ON_READ", "SUM"), ("ON_READ", "MEAN")]
+    self.statistics = [
+      self.add_weight(
+        name=f"{synchronization}_{aggregation}",
+        initializer="ones",
+        trainable=False,
+        synchronization=getattr(tf.VariableSynchronization, synchronization),
+        aggregation=getattr(tf.VariableAggregation, aggregation),
+      )
+      for synchronization, aggregation in kinds
+    ]
+
+  def call(self, inputs):
+    for each in self.statistics:
+      each.assign(0.5 * tf.reduce_sum(inputs))
+    return inputs
+
+
+def _step(backbone=None):
   tf.keras.utils.set_random_seed(1)
+  backbone = backbone or ConvNet(filters=(3,), normalization="batch")
   step = TrainStep(
-    encoder=Encoder(
-      backbone=ConvNet(filters=(3,), normalization="batch"), embedding_size=4
-    ),
+    encoder=Encoder(backbone=backbone, embedding_size=4),
     loss=SupervisedContrastiveLoss(temperature=0.2),
     objective_fn=across_replicas,
     optimizer=tf.keras.optimizers.Adam(0.01),
@@ -70,13 +92,25 @@ def _values(step):
   return [variable.numpy() for part in parts for variable in part.variables]
 
 
-@pytest.mark.parametrize(("bad_replica", "bad_value"), [(0, np.nan), (1, np.inf)])
+# The last two overflow inside: the convolution's outputs, or the variance alone, whose
+# reciprocal root is 0, so that embeddings, loss and gradients are finite.
+@pytest.mark.parametrize(
+  ("bad_replica", "bad_value", "normalization"),
+  [
+    (0, np.nan, "batch"),
+    (1, np.inf, "batch"),
+    (1, 3e38, "batch"),
+    (0, 3e38, "synchronized_batch"),
+    (1, 1e25, "batch"),
+    (0, 1e25, "synchronized_batch"),
+  ],
+)
 def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
-  mirrored, bad_replica, bad_value
+  mirrored, bad_replica, bad_value, normalization
 ):
   strategy = mirrored(2)
   with strategy.scope():
-    step = _step()
+    step = _step(ConvNet(filters=(3,), normalization=normalization))
     loop = _loop(strategy, step, _images(bad_replica, bad_value))
     first = loop.run(_BAD_STEP)
     before = _values(step)
@@ -90,6 +124,25 @@ def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
     np.testing.assert_array_equal(got, expected)
   assert all(np.isfinite(value).all() for value in _values(step))
   assert any(np.any(now != then) for now, then in zip(_values(step), after))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_statistics_of_a_layer_of_ones_own_are_restored(mirrored, num_replicas):
+  strategy = mirrored(num_replicas)
+  images = _images(0, 1e38)[:, :num_replicas]
+  with strategy.scope():
+    layers = [_Statistics(), tf.keras.layers.Rescaling(1e3), tf.keras.layers.Flatten()]
+    step = _step(tf.keras.Sequential(layers))
+    loop = _loop(strategy, step, images)
+    loop.run(_BAD_STEP)
+    results = strategy.experimental_local_results
+    before = [[v.numpy() for v in results(each)] for each in step.forward_state]
+    assert loop.run(1).num_steps == 0
+    after = [[v.numpy() for v in results(each)] for each in step.forward_state]
+    assert loop.run(1).num_steps == 1
+    behind = [[v.numpy() for v in results(each)] for each in step.forward_state]
+  assert len(before) == 4 and before == after and after != behind
+  assert all(0 < value < 1e3 for values in before for value in values)
 
 
 def test_what_the_host_says_comes_back_over_all_replicas(mirrored):

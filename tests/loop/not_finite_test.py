@@ -10,14 +10,16 @@ import tensorflow as tf
 from trainer.errors import NotFiniteError
 from trainer.loop.loop_options import LoopOptions
 from trainer.loop.not_finite import NotFinitePolicy
+from trainer.loop.per_part import PerPart, set_step
+from trainer.loop.schedules import Cosine
 
 
 class _Parts:
   """A policy, and what it changes; going back restores step 4."""
 
-  def __init__(self, **options):
-    self.optimizer = tf.keras.optimizers.SGD(0.1)
-    self.optimizer.iterations.assign(7)
+  def __init__(self, optimizer=None, **options):
+    self.optimizer = optimizer or tf.keras.optimizers.SGD(0.1)
+    set_step(self.optimizer, 7)
     self.checkpoints = types.SimpleNamespace(
       notes={}, wait=lambda: None, newest="the newest checkpoint is of step 4"
     )
@@ -35,7 +37,7 @@ class _Parts:
   def _restore(self):
     self.restored.append(4)
     self.checkpoints.notes = {}
-    self.optimizer.iterations.assign(4)
+    set_step(self.optimizer, 4)
 
 
 def test_it_stops_and_says_what_where_and_what_is_saved():
@@ -63,6 +65,23 @@ def test_going_back_restores_and_goes_on_past_the_batch():
     parts.checkpoints.notes["not_finite_steps"] = step - 6
   assert parts.restored == [4, 4]
   assert int(parts.optimizer.iterations) == 9
+
+
+@pytest.mark.parametrize("policy", ["skip", "go_back"])
+def test_every_part_of_an_optimizer_continues_at_the_same_step_and_rate(policy):
+  schedule = Cosine(peak=0.1, num_steps=20)
+  per_part = PerPart(
+    backbone=tf.keras.optimizers.SGD(schedule), head=tf.keras.optimizers.SGD(schedule)
+  )
+  weights = [tf.Variable(1.0), tf.Variable(1.0)]
+  per_part.divide(weights[:1])
+  per_part.build(weights)
+  parts = _Parts(per_part, when_not_finite=policy)
+  parts.policy.pass_over(7)
+  assert [int(part.iterations) for part in per_part.parts] == [8, 8]
+  per_part.apply_gradients([(tf.constant(1.0), weight) for weight in weights])
+  moves = [1.0 - float(weight) for weight in weights]
+  assert moves == pytest.approx([float(schedule(8))] * 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("policy", ["skip", "go_back"])

@@ -113,6 +113,47 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
     np.testing.assert_array_equal(variable.numpy(), value)
 
 
+def _steep_zero(embeddings, gradient):
+  """A loss of 0 whose gradient is given, however the loss is scaled."""
+
+  @tf.custom_gradient
+  def nought(embeddings):
+    return tf.zeros([]), lambda _: tf.fill(embeddings.shape, gradient)
+
+  return nought(embeddings)
+
+
+class _SteepLoss(SupervisedContrastiveLoss):
+  gradient = np.inf
+
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    steep = _steep_zero(anchors.embeddings, self.gradient)
+    return terms._replace(total=terms.total + steep)
+
+
+@pytest.mark.parametrize(
+  ("precision", "scale", "gradient", "is_finite"),
+  [
+    ("mixed_float16", 2.0, np.inf, True),  # A smaller scale may help.
+    ("mixed_float16", 1.0, np.inf, False),
+    ("mixed_float16", 1.0, 1.0, True),
+    ("float32", None, np.inf, False),
+    ("float32", None, 1e22, False),  # Its square overflows in moments and in norms.
+    ("float32", None, 1e15, True),
+  ],
+)
+def test_gradients_that_no_scale_makes_finite_are_no_update(
+  precision, scale, gradient, is_finite
+):
+  step = _step(precision=precision)
+  step.loss = _SteepLoss(temperature=0.2)
+  step.loss.gradient = gradient
+  if scale:
+    step.optimizer._loss_scale._current_loss_scale.assign(scale)
+  assert bool(step.propose(_batch(), OneReplica()).is_finite) == is_finite
+
+
 def test_clipping_is_of_the_gradients_of_all_replicas_together(mirrored):
   def moved(strategy):
     with strategy.scope():

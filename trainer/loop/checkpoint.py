@@ -10,17 +10,19 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.distribute.memory_bank import MemoryBank
-from trainer.errors import UserError, reason_of
+from trainer.errors import NotFiniteError, UserError, reason_of
 from trainer.loop import checkpoint_files as files
 from trainer.loop import snapshot
 from trainer.loop.averages import AveragedWeights
 from trainer.loop.background import Background
 from trainer.loop.checkpoint_files import FOLDER
 from trainer.loop.optimizers import hyperparameters
+from trainer.loop.per_part import set_step
 from trainer.models.batch_norms import make_replicas_equal
 
 # TensorFlow's reader raises the last two for a file that is not its own.
 _UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
+_NUM_SHOWN = 3
 _BANK = "memory_bank/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
 
 
@@ -98,12 +100,21 @@ class Checkpoints:
 
     Args:
       step: number of steps done.
+
+    Raises:
+      NotFiniteError: a value is not finite; on all workers, and nothing is written.
     """
     if step == self._asked_step:
       return
     self._asked_step = step
     make_replicas_equal(self._encoder)
     values = snapshot.take(self._checkpoint)
+    bad = snapshot.not_finite(values)
+    if bad:
+      raise NotFiniteError(
+        f"step {step}: {', '.join(bad[:_NUM_SHOWN])} ({len(bad)} in all) not finite "
+        f"after the update, so no checkpoint is written; {self.newest}."
+      )
     if self._is_chief:
       notes = dict(self.notes)
       self._background.start(lambda: self._write(values, step, notes))
@@ -166,6 +177,8 @@ class Checkpoints:
       raise UserError(
         f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
       ) from error
+    if self._optimizer is not None:
+      set_step(self._optimizer, step)
     for name, (variable, value) in configured.items():
       if variable.numpy() != value:
         logging.info(

@@ -66,6 +66,22 @@ def saved_paths(prefix: str) -> set[str]:
   return {name.split("/.", 1)[0] for name in names if "/." in name}
 
 
+def not_finite(snapshot: Snapshot) -> list[str]:
+  """Returns the paths of the values that hold NaN or an infinity, sorted.
+
+  Args:
+    snapshot: the values.
+  """
+  return sorted(
+    name.split("/.", 1)[0]
+    for name, value in snapshot.items()
+    if np.issubdtype(value.dtype, np.floating)
+    and value.size
+    # NaN is passed on by both, and no array of flags is made.
+    and not (np.isfinite(value.min()) and np.isfinite(value.max()))
+  )
+
+
 def write(snapshot: Snapshot, prefix: str) -> None:
   """Writes TensorFlow's two files.
 
