@@ -118,14 +118,98 @@ def test_import_of_the_package_is_followed(tmp_path):
   assert read.text.startswith("import trainer.errors  #")
 
 
-def test_silent_override_is_warned_of_with_both_places(tmp_path, caplog):
-  (tmp_path / "base.gin").write_text(GOOD)
-  (tmp_path / "run.gin").write_text("include 'base.gin'\ntoy.ToyLoss.margin = 0.7\n")
-  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
-  assert read.values["toy_train.loss.margin"] == "0.7"
-  assert len(caplog.messages) == 1
-  assert "run.gin:2: toy.ToyLoss.margin = 0.7" in caplog.text
-  assert "base.gin:2" in caplog.text
+@pytest.fixture
+def overrides(tmp_path, caplog):
+  """Writes files and reads some; returns the margin, and level and text of each log."""
+
+  def read(files, *names):
+    for name, text in files.items():
+      (tmp_path / name).write_text(text)
+    caplog.set_level("DEBUG", logger="absl")
+    paths = [str(tmp_path / name) for name in names or ["run.gin"]]
+    values = config.read(paths, roots=toy_parts.ROOTS).values
+    lines = [r.getMessage().replace(f"{tmp_path}/", "") for r in caplog.records]
+    levels = [r.levelname for r in caplog.records]
+    return values["toy_train.loss.margin"], list(zip(levels, lines))
+
+  return read
+
+
+_BASE = {"base.gin": GOOD}
+
+
+def test_override_of_an_include_is_logged_for_debugging_with_both_places(overrides):
+  run = "include 'base.gin'\ntoy.ToyLoss.margin = 0.7\n"
+  margin, [(level, line)] = overrides({**_BASE, "run.gin": run})
+  assert margin == "0.7"
+  assert level == "DEBUG"
+  assert line == (
+    "run.gin:2: toy.ToyLoss.margin = 0.7 replaces the value 0.5 of base.gin:2."
+  )
+
+
+def test_override_of_an_include_of_an_include_is_no_warning(overrides):
+  files = {
+    **_BASE,
+    "middle.gin": "include 'base.gin'\nToyLoss.margin = 0.6\n",
+    "run.gin": "include 'middle.gin'\nToyLoss.margin = 0.7\n",
+  }
+  margin, logged = overrides(files)
+  assert margin == "0.7"
+  assert [level for level, _ in logged] == ["DEBUG", "DEBUG"]
+
+
+def test_a_second_file_of_the_command_line_may_override_the_first(overrides):
+  files = {"run.gin": GOOD, "more.gin": "ToyLoss.margin = 0.7\n"}
+  margin, [(level, _)] = overrides(files, "run.gin", "more.gin")
+  assert (margin, level) == ("0.7", "DEBUG")
+
+
+_CONFLICTS = {
+  "two includes": (
+    {
+      "other.gin": "ToyLoss.margin = 0.9\n",
+      "run.gin": "include 'base.gin'\ninclude 'other.gin'\n",
+    },
+    "0.9",
+    "other.gin:1: ToyLoss.margin = 0.9 replaces the value 0.5 of base.gin:2.",
+  ),
+  "an include that comes twice and undoes another": (
+    {
+      "a.gin": "include 'base.gin'\nToyLoss.margin = 0.7\n",
+      "run.gin": "include 'a.gin'\ninclude 'base.gin'\n",
+    },
+    "0.5",
+    "base.gin:2: ToyLoss.margin = 0.5 replaces the value 0.7 of a.gin:2.",
+  ),
+  "an include after the line": (
+    {"run.gin": "ToyLoss.margin = 0.7\ninclude 'base.gin'\n"},
+    "0.5",
+    "base.gin:2: ToyLoss.margin = 0.5 replaces the value 0.7 of run.gin:1.",
+  ),
+  "two lines of one file": (
+    {"run.gin": GOOD + "ToyLoss.margin = 0.7\n"},
+    "0.7",
+    "run.gin:3: ToyLoss.margin = 0.7 replaces the value 0.5 of run.gin:2.",
+  ),
+}
+
+
+@pytest.mark.parametrize("name", _CONFLICTS)
+def test_files_that_disagree_are_warned_of_with_both_places(overrides, name):
+  files, expected, message = _CONFLICTS[name]
+  margin, logged = overrides({**_BASE, **files})
+  assert margin == expected
+  assert [line for level, line in logged if level == "WARNING"] == [message]
+
+
+def test_two_includes_that_agree_are_not_mentioned(overrides):
+  files = {
+    **_BASE,
+    "other.gin": "ToyLoss.margin = 0.5\n",
+    "run.gin": "include 'base.gin'\ninclude 'other.gin'\ninclude 'base.gin'\n",
+  }
+  assert overrides(files) == ("0.5", [])
 
 
 def test_override_by_flag_is_no_warning(tmp_path, caplog):

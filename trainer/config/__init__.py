@@ -150,7 +150,7 @@ def assemble(
   lint.import_modules(given, allowed_imports)
   bindings = [s for s in given if isinstance(s, statements.Binding)]
   lint.check_names(bindings)
-  lint.warn_of_overrides(bindings)
+  lint.log_overrides(bindings)
   in_effect = list({lint.identity(binding): binding for binding in bindings}.values())
   resolved = resolve.resolve(in_effect, roots, needed)
   if resolved.missing:

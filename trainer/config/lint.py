@@ -68,19 +68,35 @@ def check_names(bindings: Sequence[Binding]) -> None:
         _check_macro(value, macros, binding.origin)
 
 
-def warn_of_overrides(bindings: Sequence[Binding]) -> None:
-  """Warns of each binding in a file that an earlier one in a file has already set."""
-  first: dict[tuple[str, str, str], Binding] = {}
+def log_overrides(bindings: Sequence[Binding]) -> None:
+  """Logs each binding in a file that replaces another value of an earlier one.
+
+  A file may replace what it includes, and a file of the command line what came before
+  it: that is logged for debugging. Any other replacement is a warning: two included
+  files or two lines of one file disagree, or an include follows the line it replaces.
+  """
+  in_effect: dict[tuple[str, str, str], Binding] = {}
   for binding in bindings:
     if binding.is_flag:
       continue
-    earlier = first.setdefault(identity(binding), binding)
-    if earlier.origin != binding.origin:
-      logging.warning(
-        "%s: %s replaces the value %r of %s.",
-        *(binding.origin, binding, earlier.value, earlier.origin),
-      )
-    first[identity(binding)] = binding
+    earlier = in_effect.get(identity(binding))
+    in_effect[identity(binding)] = binding
+    if earlier is None or repr(earlier.value) == repr(binding.value):
+      continue
+    log_fn = logging.debug if _is_intended(earlier, binding) else logging.warning
+    log_fn(
+      "%s: %s replaces the value %r of %s.",
+      *(binding.origin, binding, earlier.value, earlier.origin),
+    )
+
+
+def _is_intended(earlier: Binding, later: Binding) -> bool:
+  """Whether the later file includes the earlier one, or is of the command line."""
+  *_, file = later.files
+  is_of_command_line = len(later.files) == 1
+  return file in earlier.files[:-1] or (
+    is_of_command_line and file != earlier.files[-1]
+  )
 
 
 def identity(binding: Binding) -> tuple[str, str, str]:

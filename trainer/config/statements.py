@@ -52,6 +52,8 @@ class Binding:
     parameter: "" for a macro.
     value: a literal that may hold `Reference` and `Macro`.
     origin: `file:line`, or the flag.
+    files: the file of the command line, each one included from there on, and last the
+      one that holds the binding; none for a flag.
   """
 
   scope: str
@@ -59,6 +61,7 @@ class Binding:
   parameter: str
   value: Any
   origin: str
+  files: tuple[str, ...] = ()
 
   @property
   def key(self) -> str:
@@ -160,8 +163,9 @@ def _parse(text, origin_fn, folder, including) -> Iterator[Statement]:
     elif isinstance(statement, config_parser.ImportStatement):
       yield Import(statement.module, origin)
     elif isinstance(statement, config_parser.BindingStatement):
+      name, parameter = statement.selector, statement.arg_name
       yield Binding(
-        statement.scope, statement.selector, statement.arg_name, statement.value, origin
+        statement.scope, name, parameter, statement.value, origin, including
       )
 
 

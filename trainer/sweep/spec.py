@@ -166,7 +166,7 @@ def _options(bindings: Sequence[Binding]) -> Options:
 
 def _in_effect(given: Sequence[Statement]) -> list[Statement]:
   """Each name once, with its last value; imports stay."""
-  lint.warn_of_overrides([s for s in given if isinstance(s, Binding)])
+  lint.log_overrides([s for s in given if isinstance(s, Binding)])
   by_key: dict[Any, Statement] = {}
   for statement in given:
     is_binding = isinstance(statement, Binding)
