@@ -334,3 +334,25 @@ def test_a_compressed_shard_is_told_from_a_damaged_one(tmp_path, method):
     UserError, match=rf"a\.tfrecord is compressed \({method}\).* decompress the file"
   ):
     index_records(str(tmp_path), label_feature="y")
+
+
+@pytest.mark.parametrize(
+  ("labels", "message"),
+  [
+    ([b"a", b"b", b""], r"s\.tfrecord: record 2 has an empty label"),
+    ([1, 2, [3, 4]], r"s\.tfrecord: record 2 has 2 labels in 'y'"),
+    ([1, 2, []], r"s\.tfrecord: record 2 has 0 labels in 'y'"),
+    ([1, 2, 2.5], r"s\.tfrecord: record 2 has a label of type float_list"),
+  ],
+)
+def test_a_record_without_one_label_is_named(tmp_path, labels, message):
+  _write(tmp_path / "s.tfrecord", [_example(y=label) for label in labels])
+  with pytest.raises(UserError, match=message):
+    index_records(str(tmp_path), label_feature="y")
+
+
+def test_labels_of_64_bits_stay_apart(tmp_path):
+  labels = [2**63 - 1, 2**63 - 2, -(2**63), 2**53, 2**53 + 1]
+  _write(tmp_path / "s.tfrecord", [_example(y=label) for label in labels])
+  index = index_records(str(tmp_path), label_feature="y")
+  assert [index.class_names[n] for n in index.labels] == [str(n) for n in labels]

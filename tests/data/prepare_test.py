@@ -167,3 +167,49 @@ def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
 def test_an_image_whose_size_is_not_found_is_refused(file):
   with pytest.raises(UserError, match=r"odd is no image .* its size is not found"):
     Preparer(max_pixels=2000)(Item("odd", "a", file))
+
+
+def _feature(value):
+  record = Preparer(max_pixels=100)(Item("k", "c", None, {"x": value}))
+  feature = tf.train.Example.FromString(record.data).features.feature["x"]
+  kind = feature.WhichOneof("kind")
+  return kind, list(getattr(feature, kind).value)
+
+
+@pytest.mark.parametrize(
+  ("value", "kept"),
+  [
+    (True, ("int64_list", [1])),
+    (np.array([True, False]), ("int64_list", [1, 0])),
+    (np.array([], np.int8), ("int64_list", [])),
+    (np.array([], np.float64), ("float_list", [])),
+    (np.array([], object), ("bytes_list", [])),
+    (["a", b"b\0"], ("bytes_list", [b"a", b"b\0"])),
+    (np.array(["ö", "b"]), ("bytes_list", ["ö".encode(), b"b"])),
+    (2.0**24, ("float_list", [2.0**24])),
+    (np.array([1e9 + 1, 0.5]), ("float_list", [1e9, 0.5])),
+    (float("nan"), ("float_list", pytest.approx([np.nan], nan_ok=True))),
+  ],
+)
+def test_a_feature_keeps_values_and_type(value, kept):
+  assert _feature(value) == kept
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (2.0**24 + 1, "has 16777217.0 in the feature 'x'; records keep floats of 32 bits"),
+    (np.array([0.0, -1e300]), r"has -1e\+300 in the feature 'x'"),
+    (["a", 1], "a feature 'x' of type object"),
+    (np.array([b"a", None], object), "a feature 'x' of type object"),
+  ],
+)
+def test_a_feature_that_a_record_would_change_is_refused(value, message):
+  with pytest.raises(UserError, match=message):
+    _feature(value)
+
+
+def test_masked_values_are_refused():
+  with pytest.raises(ValueError, match="masked"):
+    _feature(np.ma.masked_array([1, 2], [False, True]))
+  assert _feature(np.ma.masked_array([1, 2], False)) == ("int64_list", [1, 2])

@@ -16,6 +16,8 @@ from trainer.errors import UserError
 
 LABEL_FEATURE = "label"
 _LARGEST_INTEGER = np.iinfo(np.int64).max
+_FLOAT_BYTES = 4
+_LARGEST_WHOLE_FLOAT = 2.0**53
 
 
 class Prepared(NamedTuple):
@@ -57,7 +59,8 @@ class Preparer:
     for name in RECORD_FEATURES:
       if name in values:
         raise UserError(
-          f"{item.key} has a further feature {name!r}, a name that is taken; rename it."
+          f"{item.key} has a further feature {name!r}, a name that is taken; "
+          "rename it, or leave it out."
         )
     if image is not None:
       values["image"] = image
@@ -123,17 +126,63 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
     value = value.encode()
   if isinstance(value, bytes):
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-  array = np.asarray(value).ravel()
+  array = _flat(value)
+  if array.dtype.kind == "O":
+    texts = [each.encode() if isinstance(each, str) else each for each in array]
+    if all(isinstance(each, bytes) for each in texts):
+      return tf.train.Feature(bytes_list=tf.train.BytesList(value=texts))
   if array.dtype.kind == "u" and array.size and array.max() > _LARGEST_INTEGER:
     raise UserError(
       f"{key} has {array.max()} in the feature {name!r}; records keep integers up to "
       f"{_LARGEST_INTEGER}."
     )
   if array.dtype.kind in "iub":
-    return tf.train.Feature(int64_list=tf.train.Int64List(value=array.tolist()))
+    return tf.train.Feature(
+      int64_list=tf.train.Int64List(value=array.astype(np.int64).tolist())
+    )
   if array.dtype.kind == "f":
+    _check_precision(array, name, key)
     return tf.train.Feature(float_list=tf.train.FloatList(value=array.tolist()))
   raise UserError(
     f"{key} has a feature {name!r} of type {array.dtype}; it must be text, bytes, "
     "integers or floats."
   )
+
+
+def _flat(value: Value) -> np.ndarray:
+  """All values of a feature, [n]; text and bytes as objects, which keep every byte.
+
+  Raises:
+    ValueError: it is ragged.
+  """
+  if isinstance(value, (list, tuple)) and any(
+    isinstance(v, (str, bytes)) for v in value
+  ):
+    array: np.ndarray = np.empty(len(value), np.dtype(object))
+    array[:] = value
+    return array
+  array = np.asarray(value)
+  if np.ma.is_masked(value):
+    raise ValueError("it has masked values.")
+  return array.ravel().astype(object if array.dtype.kind in "US" else array.dtype)
+
+
+def _check_precision(array: np.ndarray, name: str, key: str) -> None:
+  """Refuses what a float32 would change into another number.
+
+  Rounding is expected. Infinity for a number that is too large is not, nor another
+  identifier for one that is a whole float64.
+  """
+  if array.dtype.itemsize <= _FLOAT_BYTES:
+    return
+  with np.errstate(over="ignore"):
+    kept = array.astype(np.float32)
+  is_changed = np.isfinite(array) & ~np.isfinite(kept)
+  if array.size == 1:
+    is_whole = (array == np.floor(array)) & (np.abs(array) <= _LARGEST_WHOLE_FLOAT)
+    is_changed |= is_whole & (kept != array)
+  if is_changed.any():
+    raise UserError(
+      f"{key} has {array[is_changed][0]} in the feature {name!r}; records keep floats "
+      "of 32 bits, which change it. Make the feature an integer, or leave it out."
+    )

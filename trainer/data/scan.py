@@ -113,8 +113,12 @@ class _LabelParser:
     # TensorFlow's message may quote what is no text.
     except (tf.errors.OpError, UnicodeDecodeError) as error:
       self._explain(records, error)
+    found = labels.tolist()
+    if b"" in found:
+      number = self._num_parsed + found.index(b"")
+      raise UserError(f"{self._path}: record {number} has an empty label.")
     self._num_parsed += len(records)
-    return labels.tolist()
+    return found
 
   def _explain(self, records: Sequence[bytes], error: Exception) -> NoReturn:
     """Names the record that TensorFlow stumbled over."""

@@ -12,7 +12,9 @@ import numpy as np
 from trainer.errors import UserError
 
 # What a feature of a record can hold.
-Value = Union[str, bytes, int, float, Sequence[int], Sequence[float], np.ndarray]
+Value = Union[
+  str, bytes, int, float, Sequence[int], Sequence[float], Sequence[bytes], np.ndarray
+]
 # Features that ingest gives each record.
 RECORD_FEATURES = ("image", "label", "key")
 
@@ -130,12 +132,20 @@ def text_of(value: object, where: str) -> str:
   """A label as text.
 
   Args:
-    value: text, bytes in UTF-8, or a number.
+    value: text, bytes in UTF-8, or an integer. A float that is whole is taken for an
+      integer: a column of integers becomes floats where some are missing.
     where: names it in the message.
 
   Raises:
-    UserError: its bytes are no UTF-8.
+    UserError: it is missing (None, NaN or no text), its bytes are no UTF-8, or it is a
+      float that is not whole.
   """
+  if value is None or value in ("", b"") or value != value:
+    raise UserError(f"{where} has no label; give it one, or leave it out.")
+  if isinstance(value, (float, np.floating)):
+    if not float(value).is_integer():
+      raise UserError(f"{where} has the label {value}; it must be text or an integer.")
+    return str(int(value))
   if not isinstance(value, bytes):
     return str(value)
   try:
