@@ -35,9 +35,13 @@ setup(
     f"tensorflow>=2.19,<2.22; {CURRENT}",
     f"tf-keras>=2.19,<2.22; {CURRENT}",
     f"tensorboard>=2.19; {CURRENT}",  # tf.summary needs it, and no longer brings it.
+    f"pyarrow>=14,<20; {FULL}",  # The last that take NumPy 1.
+    f"pyarrow>=14; {CURRENT}",
     "absl-py",
     "gin-config>=0.5",
     "google-crc32c",
+    "h5py>=3",
+    "lmdb>=1",
     "scikit-learn>=1.5",
     "threadpoolctl>=3",
   ],
@@ -56,14 +60,11 @@ setup(
       "fonttools>=4",
       "hypothesis>=6",
       "kubernetes-validate>=1.29",
-      "lmdb>=1",
       "moto[s3,server]>=5",
       "mypy>=1.15",
       "optuna>=4",
       "packaging>=23",
       "pillow>=9.1",
-      f"pyarrow>=14,<20; {FULL}",  # The last that take NumPy 1.
-      f"pyarrow>=14; {CURRENT}",
       "pytest>=8",
       "pytest-xdist>=3.5",
       "resvg-py>=0.1",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
+
 import h5py
 import numpy as np
 import pytest
@@ -158,3 +161,143 @@ def test_a_group_of_hdf5_is_no_data_set(tmp_path):
 def test_arrays_know_how_many_items_they_have(tmp_path, kind):
   source = _write_arrays(tmp_path, kind, np.zeros((5, 2), np.float32), np.arange(5))
   assert source.num_items() == len(list(source.items())) == 5
+
+
+def _two_datasets(folder, inputs, labels, **attributes):
+  with h5py.File(folder / "a.h5", "w") as file:
+    file["x"], file["y"] = inputs, labels
+    for name, value in attributes.items():
+      file[name[0]].attrs[name[1:]] = value
+  return Hdf5Source(path=str(folder / "a.h5"), inputs="x", labels="y")
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    (np.array([1.0, np.nan]), "/2 has nan in its vector"),
+    (np.array([1.0, np.inf], np.float32), "/2 has inf in its vector"),
+    (np.array([1.0, 1e300]), r"/2 has 1e\+300 in its vector"),
+    (np.array([1, 2**24 + 1]), r"/2 has integers above 16,777,216 in its vector"),
+    (
+      np.array([1, 2**64 - 1], np.uint64),
+      r"/2 has integers above 16,777,216 in its vector",
+    ),
+  ],
+)
+def test_values_that_float32_lacks_are_refused(tmp_path, kind, row, message):
+  vectors = np.ones((4, 2), row.dtype)
+  vectors[2] = row
+  source = _write_arrays(tmp_path, kind, vectors, np.arange(4))
+  loaders = list(source.loaders())
+  assert loaders[1]().features["vector"].tolist() == [1, 1]
+  with pytest.raises(UserError, match=message):
+    loaders[2]()
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+@pytest.mark.parametrize("dtype", [">f4", "<f8", ">i2", "<u8", "<f2"])
+def test_vectors_of_every_type_and_byte_order_come_back(tmp_path, kind, dtype):
+  vectors = np.arange(8).reshape(4, 2).astype(dtype)
+  items = list(_write_arrays(tmp_path, kind, vectors, np.arange(4)).items())
+  found = np.stack([item.features["vector"] for item in items])
+  np.testing.assert_array_equal(found, np.arange(8.0).reshape(4, 2))
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_an_empty_label_is_refused(tmp_path, kind):
+  labels = np.array(["a", "", "b"])
+  source = _write_arrays(tmp_path, kind, np.ones((3, 2), np.float32), labels)
+  with pytest.raises(UserError, match="/1 has no label"):
+    list(source.items())
+
+
+def test_arrays_of_python_objects_are_refused(tmp_path):
+  ragged = np.empty(2, object)
+  ragged[:] = [np.ones(2), np.ones(3)]
+  np.save(tmp_path / "x.npy", ragged, allow_pickle=True)
+  np.save(tmp_path / "y.npy", np.array(["a", None], object), allow_pickle=True)
+  np.save(tmp_path / "z.npy", np.ones((2, 2)))
+  for inputs, labels in (("x", "z"), ("z", "y")):
+    names = [str(tmp_path / f"{name}.npy") for name in (inputs, labels)]
+    with pytest.raises(UserError, match=r"holds Python objects .* save it as numbers"):
+      list(NumpySource(inputs=names[0], labels=names[1]).loaders())
+
+
+@pytest.mark.parametrize("num_bytes", [40, 400])
+def test_a_damaged_head_of_an_array_is_named(tmp_path, num_bytes):
+  path = tmp_path / "x.npy"
+  np.save(path, np.ones((50, 2)))
+  content = path.read_bytes()
+  for hostile in (b"(" * num_bytes, b"{'" * num_bytes, b"\xff" * num_bytes):
+    path.write_bytes(content[:10] + hostile[: len(content) - 10])
+    with pytest.raises(UserError, match=r"x\.npy can't be read as a NumPy file"):
+      list(NumpySource(inputs=str(path), labels=str(path)).loaders())
+
+
+def test_an_array_that_declares_more_than_memory_is_named(tmp_path):
+  file = io.BytesIO()
+  np.lib.format.write_array_header_1_0(
+    file, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50, 2)}
+  )
+  with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+    archive.writestr("x.npy", file.getvalue())
+  name = f"{tmp_path / 'a.npz'}:x"
+  with pytest.raises(UserError, match=r"a\.npz can't be read as a NumPy file"):
+    list(NumpySource(inputs=name, labels=name).loaders())
+
+
+def test_ragged_rows_of_hdf5_are_refused(tmp_path):
+  rows = np.empty(2, object)
+  rows[:] = [np.ones(2, np.float32), np.ones(3, np.float32)]
+  with h5py.File(tmp_path / "a.h5", "w") as file:
+    kind = h5py.vlen_dtype(np.float32)
+    file.create_dataset("x", data=rows, dtype=kind)
+    file["y"] = np.arange(2)
+  source = Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y")
+  with pytest.raises(UserError, match="x has type object and shape"):
+    list(source.loaders())
+
+
+def test_missing_values_by_netcdfs_convention_are_refused(tmp_path):
+  vectors = np.array([[1, 2], [3, -999], [5, 6]], np.float32)
+  source = _two_datasets(
+    tmp_path, vectors, [0, 1, -1], x_FillValue=-999.0, ymissing_value=-1
+  )
+  first, second, third = source.loaders()
+  assert first().features["vector"].tolist() == [1, 2]
+  with pytest.raises(UserError, match=r"x/1 has missing values \(-999\.0\)"):
+    second()
+  with pytest.raises(UserError, match="x/2 has no label"):
+    third()
+
+
+def test_labels_that_were_never_written_are_refused(tmp_path):
+  with h5py.File(tmp_path / "a.h5", "w") as file:
+    file["x"] = np.ones((3, 2), np.float32)
+    file.create_dataset("y", 3, dtype=h5py.string_dtype())[:2] = ["a", "b"]
+  source = Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y")
+  with pytest.raises(UserError, match="x/2 has no label"):
+    list(source.items())
+
+
+def test_data_sets_whose_values_are_in_other_files_are_refused(tmp_path):
+  layout = h5py.VirtualLayout(shape=(3, 2), dtype="f4")
+  layout[:] = h5py.VirtualSource(str(tmp_path / "gone.h5"), "x", shape=(3, 2))
+  with h5py.File(tmp_path / "a.h5", "w") as file:
+    file.create_virtual_dataset("x", layout)
+    file["y"] = np.arange(3)
+  source = Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y")
+  with pytest.raises(UserError, match="'x' is kept in other files; copy it into one"):
+    list(source.loaders())
+
+
+def test_hdf5_is_read_in_parts_in_order(tmp_path):
+  vectors = np.arange(3 << 19, dtype=np.float32).reshape(-1, 1 << 10)
+  labels = [f"c{n % 7}" for n in range(len(vectors))]
+  source = _two_datasets(tmp_path, vectors, labels)
+  items = list(source.items())
+  found = np.stack([item.features["vector"] for item in items])
+  np.testing.assert_array_equal(found, vectors)
+  assert [item.label for item in items] == labels
+  assert [item.key for item in items] == [f"x/{n}" for n in range(len(vectors))]

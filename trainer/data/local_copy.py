@@ -38,6 +38,19 @@ def of(path: str) -> str:
   return copy
 
 
+@contextlib.contextmanager
+def temporary(path: str) -> Iterator[str]:
+  """The local path of a copy of a file that is read once; it is removed in the end.
+
+  Raises:
+    OSError: the file can't be read, or the copy can't be written.
+  """
+  with tempfile.TemporaryDirectory(prefix="retrieval-trainer-") as folder:
+    copy = os.path.join(folder, "copy")
+    retry.patiently(path, lambda: _copy(path, copy))
+    yield copy
+
+
 def _state(path: str) -> str:
   """What tells a file from another of the same path."""
   status = paths.status(path)

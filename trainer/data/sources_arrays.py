@@ -9,6 +9,8 @@ import contextlib
 import functools
 import hashlib
 import io
+import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,20 +19,26 @@ from typing import Any, Optional
 import gin
 import numpy as np
 
-from trainer.data import paths
+from trainer.data import paths, reader_process
 from trainer.data.sources import Item, Loader, Source, encode_png, text_of
 from trainer.errors import UserError
 
-# RuntimeError: a .npz file that is encrypted, or compressed by other means.
+# RuntimeError: a .npz file that is encrypted, or compressed by other means; nested too
+# deep. TokenError, TypeError and MemoryError: a head that is damaged.
 _NO_NUMPY_FILE = (
   OSError,
   ValueError,
   EOFError,
   RuntimeError,
+  TypeError,
+  MemoryError,
+  OverflowError,
+  tokenize.TokenError,
   zipfile.BadZipFile,
   zlib.error,
 )
 _CHUNK_BYTES = 16 << 20
+_HDF5_BATCH_BYTES = 4 << 20
 
 
 @gin.register
@@ -72,8 +80,14 @@ class NumpySource(Source):
     Raises:
       UserError: a file can't be read, or the arrays don't fit each other.
     """
-    arrays = _load_array(self._inputs), _load_array(self._labels)
-    yield from _loaders(self._inputs, *arrays, self._class_names)
+    inputs, labels = _load_array(self._inputs), _load_array(self._labels)
+    _check_fit(self._inputs, inputs, labels)
+    is_image = _is_image(inputs.dtype, inputs.ndim)
+    for number, label in enumerate(labels):
+      key = f"{self._inputs}/{number}"
+      yield functools.partial(
+        _load_row, key, label, self._class_names, inputs, number, is_image
+      )
 
 
 @gin.register
@@ -110,11 +124,9 @@ class Hdf5Source(Source):
 
   def num_items(self) -> Optional[int]:
     """Labels; None where there are none, which `loaders` says."""
-    import h5py  # Late: few need it. TensorFlow brings it.
-
-    with contextlib.suppress(OSError), h5py.File(self._path, "r") as file:
-      labels = file.get(self._names[1])
-      return labels.size if isinstance(labels, h5py.Dataset) else None
+    with contextlib.suppress(UserError):
+      for header, _ in reader_process.read(read_hdf5, self._path, *self._names):
+        return header["num_items"]
     return None
 
   def loaders(self) -> Iterator[Loader]:
@@ -123,41 +135,124 @@ class Hdf5Source(Source):
     Raises:
       UserError: the file can't be read, has no such data set, or they don't fit.
     """
-    import h5py  # Late: few need it. TensorFlow brings it.
-
-    try:
-      with h5py.File(self._path, "r") as file:
-        for name in self._names:
-          if not isinstance(file.get(name), h5py.Dataset):
-            raise UserError(
-              f"{self._path} has no data set {name!r}; it has {', '.join(file)}."
-            )
-        inputs, labels = (file[name] for name in self._names)
-        if h5py.check_string_dtype(labels.dtype):
-          labels = labels.asstr()
-        for load in _loaders(self._names[0], inputs, labels[()], self._class_names):
-          item = load()  # HDF5 does not read side by side.
-          yield functools.partial(_give, item)
-    except UnicodeDecodeError as error:
-      raise UserError(f"{self._path} has a label that is no UTF-8.") from error
-    except OSError as error:
-      raise UserError(f"{self._path} can't be read as HDF5: {error}.") from error
+    name = self._names[0]
+    dtype, shape, is_text = np.dtype(np.uint8), (), False
+    for header, parts in reader_process.read(read_hdf5, self._path, *self._names):
+      if "num_items" in header:
+        dtype, shape = np.dtype(header["dtype"]), tuple(header["shape"])
+        is_text = header["is_text"]
+        continue
+      rows = np.frombuffer(parts[0], dtype).reshape(-1, *shape)
+      labels = parts[1:] if is_text else header["labels"]
+      is_image = _is_image(dtype, 1 + len(shape))
+      for number, (row, label) in enumerate(zip(rows, labels), header["first"]):
+        key = f"{name}/{number}"
+        yield functools.partial(
+          _load, key, label, self._class_names, row, is_image, header["missing"]
+        )
 
 
-def _give(item: Item) -> Item:
-  return item
+def read_hdf5(
+  path: str, name: str, inputs: str, labels: str
+) -> Iterator[reader_process.Message]:
+  """Reads two data sets of an HDF5 file; runs in a reader process.
+
+  Args:
+    path: of the local file.
+    name: of the file, for messages.
+    inputs: name of the data set of images or vectors.
+    labels: name of the data set of labels.
+
+  Yields:
+    First, in the header, the number of items, type and shape of a row, and whether
+    labels are text. Then rows, some at a time: number of the first one and labels in
+    the header; the rows' bytes, and labels that are text.
+
+  Raises:
+    UserError: the file is damaged, or the data sets are missing or don't fit.
+  """
+  import h5py
+
+  try:
+    with h5py.File(path, "r") as file:
+      for each in (inputs, labels):
+        _check_dataset(file, each, name)
+      yield from _read_hdf5(file[inputs], file[labels], inputs)
+  except UserError:
+    raise
+  except (OSError, RuntimeError, ValueError, TypeError, KeyError, MemoryError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"{name} can't be read as HDF5: {reason}.") from error
 
 
-def _loaders(
-  name: str, inputs: Any, labels: np.ndarray, class_names: Optional[Sequence[str]]
-) -> Iterator[Loader]:
-  is_image = inputs.dtype == np.uint8 and inputs.ndim in (3, 4)
+def _check_dataset(file: Any, dataset: str, name: str) -> None:
+  """Refuses what is no array of this file, or has parts that are missing.
+
+  HDF5 gives zeros for the parts of a virtual data set whose files are missing.
+  """
+  import h5py
+
+  found = file.get(dataset)
+  if not isinstance(found, h5py.Dataset) or found.shape is None:
+    raise UserError(f"{name} has no data set {dataset!r}; it has {', '.join(file)}.")
+  if found.is_virtual or found.external or found.file.filename != file.filename:
+    raise UserError(
+      f"{name}: the data set {dataset!r} is kept in other files; copy it into one file."
+    )
+
+
+def _read_hdf5(inputs: Any, labels: Any, name: str) -> Iterator[reader_process.Message]:
+  import h5py
+
+  is_text = labels.dtype.kind == "S" or bool(h5py.check_string_dtype(labels.dtype))
+  _check_fit(name, inputs, labels, is_text)
+  row_shape = inputs.shape[1:]
+  yield (
+    {
+      "num_items": len(labels),
+      "dtype": inputs.dtype.str,
+      "shape": row_shape,
+      "is_text": is_text,
+    },
+    (),
+  )
+  row_bytes = inputs.dtype.itemsize * math.prod(row_shape)
+  step = max(1, _HDF5_BATCH_BYTES // max(1, row_bytes))
+  missing = _missing_value(inputs)
+  missing_label = _missing_value(labels)
+  for first in range(0, len(labels), step):
+    some = labels[first : first + step].tolist()
+    some = [None if each == missing_label else each for each in some]
+    texts = [each or b"" for each in some] if is_text else []
+    header = {
+      "first": first,
+      "labels": [] if is_text else some,
+      "missing": missing,
+    }
+    yield header, [inputs[first : first + step].tobytes(), *texts]
+
+
+def _missing_value(dataset: Any) -> Any:
+  """The value that stands for a missing one by netCDF's convention; None without."""
+  for attribute in ("_FillValue", "missing_value"):
+    value = np.asarray(dataset.attrs.get(attribute, ())).ravel()
+    if value.size == 1:
+      return value[0].item()
+  return None
+
+
+def _is_image(dtype: np.dtype, num_axes: int) -> bool:
+  return dtype == np.uint8 and num_axes in (3, 4)
+
+
+def _check_fit(name: str, inputs: Any, labels: Any, is_text: bool = False) -> None:
+  is_image = _is_image(inputs.dtype, inputs.ndim)
   if not is_image and (inputs.ndim != 2 or inputs.dtype.kind not in "iuf"):
     raise UserError(
       f"{name} has type {inputs.dtype} and shape {tuple(inputs.shape)}; images must be "
       "uint8 and [N, H, W] or [N, H, W, C], vectors numbers and [N, D]."
     )
-  if labels.ndim != 1 or labels.dtype.kind not in "iuOUS":
+  if labels.ndim != 1 or not (is_text or labels.dtype.kind in "iuUS"):
     raise UserError(
       f"The labels of {name} have type {labels.dtype} and shape {labels.shape}; they "
       "must be [N] integers or text."
@@ -167,23 +262,59 @@ def _loaders(
       f"{name} has {len(inputs)} items and {len(labels)} labels; they must be of the "
       "same data."
     )
-  for number in range(len(labels)):
-    label = _class_name(labels[number], class_names, f"{name}/{number}")
-    yield functools.partial(_load, f"{name}/{number}", label, inputs, number, is_image)
 
 
-def _load(key: str, label: str, inputs: Any, number: int, is_image: bool) -> Item:
-  row = np.asarray(inputs[number])
+def _load_row(
+  key: str,
+  label: Any,
+  class_names: Optional[Sequence[str]],
+  inputs: np.ndarray,
+  number: int,
+  is_image: bool,
+) -> Item:
+  return _load(key, label, class_names, np.asarray(inputs[number]), is_image)
+
+
+def _load(
+  key: str,
+  label: Any,
+  class_names: Optional[Sequence[str]],
+  row: np.ndarray,
+  is_image: bool,
+  missing: Any = None,
+) -> Item:
+  class_name = _class_name(label, class_names, key)
+  if missing is not None and (row == missing).any():
+    raise UserError(
+      f"{key} has missing values ({missing}); give them, or leave it out."
+    )
   if is_image:
-    return Item(key, label, encode_png(row))
-  return Item(key, label, None, {"vector": row.astype(np.float32)})
+    return Item(key, class_name, encode_png(row))
+  return Item(key, class_name, None, {"vector": _vector(key, row)})
+
+
+def _vector(key: str, row: np.ndarray) -> np.ndarray:
+  """A row as float32.
+
+  Raises:
+    UserError: a value is missing (NaN), infinite, or an integer beyond float32.
+  """
+  with np.errstate(over="ignore"):
+    vector = row.astype(np.float32)
+  if not np.isfinite(vector).all():
+    bad = row[~np.isfinite(vector)][0]
+    raise UserError(f"{key} has {bad} in its vector; float32 needs finite values.")
+  if row.dtype.kind in "iu" and (np.abs(row.astype(np.float64)) > 2**24).any():
+    raise UserError(
+      f"{key} has integers above {2**24:,} in its vector, which float32 changes; scale "
+      "them, or convert them to floats."
+    )
+  return vector
 
 
 def _class_name(label: Any, class_names: Optional[Sequence[str]], key: str) -> str:
-  if isinstance(label, bytes):
+  if label is None or isinstance(label, (bytes, str)) or class_names is None:
     return text_of(label, key)
-  if isinstance(label, str) or class_names is None:
-    return str(label)
   if not 0 <= label < len(class_names):
     raise UserError(
       f"{key} has label {label}, but class_names names only {len(class_names)} classes."
@@ -219,6 +350,11 @@ def _load_array(name: str) -> np.ndarray:
     raise
   except _NO_NUMPY_FILE as error:
     reason = getattr(error, "strerror", None) or f"{error}".partition("\n")[0]
+    if "bject arrays" in reason or "Python objects" in reason:
+      raise UserError(
+        f"{name} holds Python objects (ragged or mixed rows, or None); save it as "
+        "numbers or text, in an array that is not of type object."
+      ) from error
     raise UserError(f"{path} can't be read as a NumPy file: {reason}.") from error
 
 

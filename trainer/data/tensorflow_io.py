@@ -1,4 +1,4 @@
-"""The one place that imports tensorflow-io: file systems, Parquet, LMDB and WebP.
+"""The one place that imports tensorflow-io: file systems and image formats.
 
 It has no release for Python 3.12 and later; what needs it says so there.
 """

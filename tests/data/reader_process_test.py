@@ -1,0 +1,170 @@
+"""Damaged files end the child process that reads them, and never the run."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import h5py
+import lmdb
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from trainer.data import paths, reader_process
+from trainer.data.sources import encode_png
+from trainer.data.sources_arrays import Hdf5Source
+from trainer.data.sources_tables import LmdbSource, ParquetSource
+from trainer.errors import UserError
+
+_NUM_ITEMS = 60
+
+
+def abort_after_one(path, name):
+  """Reads one message and dies as C++ does on an exception that nobody catches."""
+  yield {"first": name}, [b"\0" * 100_000]
+  os.kill(os.getpid(), signal.SIGABRT)
+
+
+def run_out_of_memory(path, name):
+  """Dies as by Linux where memory is short."""
+  os.kill(os.getpid(), signal.SIGKILL)
+  yield {}, []
+
+
+def fail(path, name):
+  """Raises what no file is to blame for."""
+  print("this must not get between the messages")
+  yield {"pid": os.getpid()}, []
+  raise ZeroDivisionError("a fault of the program")
+
+
+def many(path, name):
+  """More messages than a pipe holds."""
+  while True:
+    yield {"pid": os.getpid()}, [b"\0" * 100_000]
+
+
+@pytest.fixture
+def file(tmp_path):
+  (tmp_path / "a file").write_bytes(b"")
+  return str(tmp_path / "a file")
+
+
+def test_a_reader_that_aborts_is_one_line_after_what_it_sent(file):
+  messages = reader_process.read(abort_after_one, file)
+  assert next(messages) == ({"first": file}, [b"\0" * 100_000])
+  with pytest.raises(UserError, match=r"a file can't be read: .*ended with SIGABRT"):
+    next(messages)
+
+
+def test_a_reader_that_is_killed_is_no_damage(file):
+  with pytest.raises(UserError, match="its reader was killed, perhaps for lack of mem"):
+    list(reader_process.read(run_out_of_memory, file))
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_the_file(file):
+  messages = reader_process.read(fail, file)
+  next(messages)
+  with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
+    next(messages)
+
+
+def test_a_reader_ends_where_its_messages_are_not_wanted(file):
+  messages = reader_process.read(many, file)
+  header, _ = next(messages)
+  messages.close()
+  with pytest.raises(ProcessLookupError):
+    os.kill(header["pid"], 0)
+
+
+def test_a_missing_file_is_named(tmp_path):
+  with pytest.raises(UserError, match="gone can't be read: No such file"):
+    list(reader_process.read(many, str(tmp_path / "gone")))
+
+
+def _image(number):
+  return encode_png(np.full((9, 9), number, np.uint8))
+
+
+def _parquet(folder):
+  table = {
+    "label": [f"c{n % 3}" for n in range(_NUM_ITEMS)],
+    "image": [_image(n) for n in range(_NUM_ITEMS)],
+  }
+  path = folder / "a.parquet"
+  written = pa.table(table)
+  options = {"use_dictionary": False, "compression": "none"}
+  parquet.write_table(written, path, write_page_checksum=True, **options)
+  return path, ParquetSource(pattern=str(path))
+
+
+def _lmdb(folder):
+  environment = lmdb.open(str(folder / "db"), map_size=1 << 20)
+  with environment.begin(write=True) as transaction:
+    for number in range(_NUM_ITEMS):
+      transaction.put(f"c{number % 3}/{number}".encode(), _image(number))
+  environment.close()
+  return folder / "db" / "data.mdb", LmdbSource(path=str(folder / "db"))
+
+
+def _hdf5(folder):
+  path = folder / "a.h5"
+  with h5py.File(path, "w") as file:
+    vectors = np.arange(4.0 * _NUM_ITEMS).reshape(-1, 4)
+    file.create_dataset("x", data=vectors, chunks=(7, 4), fletcher32=True)
+    file["y"] = np.arange(_NUM_ITEMS)
+  return path, Hdf5Source(path=str(path), inputs="x", labels="y")
+
+
+def _without_end(content):
+  return content[: len(content) // 2]
+
+
+def _zeros_inside(content):
+  third = len(content) // 3
+  return content[:third] + bytes(third) + content[2 * third :]
+
+
+def _other_bytes(content):
+  """Random bytes in every page of 512; the same at every call."""
+  damaged = bytearray(content)
+  rng = np.random.default_rng(0)
+  for start in range(0, len(damaged), 512):
+    damaged[start + 40 : start + 48] = rng.bytes(8)
+  return bytes(damaged)
+
+
+@pytest.mark.parametrize("make", [_parquet, _lmdb, _hdf5])
+@pytest.mark.parametrize("damage", [_without_end, _zeros_inside, _other_bytes])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path, make, damage):
+  path, source = make(tmp_path)
+  assert len(list(source.items())) == _NUM_ITEMS
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(UserError, match=f"{path.name} can't be read") as refusal:
+    list(source.items())
+  assert "\n" not in str(refusal.value)
+
+
+def test_a_damaged_page_of_parquet_is_found_by_its_checksum(tmp_path):
+  path, source = _parquet(tmp_path)
+  content = path.read_bytes()
+  [place] = [n for n in range(len(content)) if content.startswith(_image(33), n)]
+  damaged = bytearray(content)
+  damaged[place + 60] ^= 1
+  path.write_bytes(damaged)
+  with pytest.raises(UserError, match=r"can't be read as Parquet: .*checksum"):
+    list(source.items())
+
+
+def test_a_remote_file_is_read_by_a_copy_that_is_removed(tmp_path):
+  local, _ = _parquet(tmp_path)
+  remote = "ram://reader_process/a.parquet"
+  paths.make_folder("ram://reader_process")
+  paths.write_bytes(remote, local.read_bytes())
+  items = list(ParquetSource(pattern=remote).items())
+  assert [item.image for item in items] == [_image(n) for n in range(_NUM_ITEMS)]
+  with reader_process.local_file(remote) as copy:
+    assert os.path.exists(copy)
+  assert not os.path.exists(copy)
