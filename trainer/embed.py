@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -23,7 +24,7 @@ from trainer.ingest import ingest
 from trainer.loop.watchdog import watching
 from trainer.retrieval import provenance
 from trainer.retrieval.embed import Embedder
-from trainer.retrieval.embedding_writer import EmbeddingWriter
+from trainer.retrieval.embedding_writer import EmbeddingWriter, alone
 from trainer.retrieval.items import RecordItems
 from trainer.retrieval.rankings import check_finite
 from trainer.run import Run
@@ -50,7 +51,9 @@ def main(run: Run) -> None:
       **provenance.of_encoder(trained.encoder, run.config.values, step),
       **index.facts(),
     }
-    embedding.write(trained, index, folder, source)
+    with contextlib.ExitStack() as claimed:
+      workers.chief_first(lambda: claimed.enter_context(alone(folder)))
+      embedding.write(trained, index, folder, source)
 
 
 @gin.configurable("embed")

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from typing import Optional
+
 DONE = 0
 FAILURE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
@@ -25,6 +29,10 @@ class UserError(ValueError):
   exit_status = 2
   # Keras adds to what is raised in a layer how it was called, unless it has done so.
   _keras_call_info_injected = True
+
+
+class UnwritableError(UserError):
+  """A file can't be written, as on a full disk."""
 
 
 class PreemptedError(RuntimeError):
@@ -59,3 +67,38 @@ def reason_of(error: Exception) -> str:
     return error.strerror
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   return line.rsplit("; ", 1)[-1].split(" [Op:", 1)[0]
+
+
+# The last is of a limit on the size of files.
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def is_out_of_space(error: BaseException) -> bool:
+  """Returns whether an error means that no disk space is left, or a limit is reached.
+
+  Args:
+    error: `OSError`, or that of a library which gives the system's reason in its text.
+  """
+  if isinstance(error, OSError) and error.errno is not None:
+    return error.errno in _OUT_OF_SPACE
+  text = str(error)
+  # NumPy counts what it wrote, without the system's reason.
+  is_short = isinstance(error, OSError) and "requested and" in text
+  return is_short or any(os.strerror(number) in text for number in _OUT_OF_SPACE)
+
+
+def out_of_space(error: BaseException) -> Optional[UnwritableError]:
+  """Returns the user error for a full disk; None if the reason is another.
+
+  Args:
+    error: whatever was raised where a file is written.
+  """
+  if isinstance(error, UserError) or not is_out_of_space(error):
+    return None
+  if isinstance(error, OSError):
+    path = error.filename or "a file"
+    reason = error.strerror or str(error)
+    text = f"{path} can't be written: {reason}"
+  else:
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+  return UnwritableError(f"{text}; free some disk, and run the same command again.")

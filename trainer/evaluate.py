@@ -62,11 +62,13 @@ def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
 
   def write():
     results = Results(model_dir)
-    results.write_latest(step, evaluated.measurement)
-    evaluated.write_classes(model_dir)
-    evaluated.write_evidence(model_dir, answers)
-    page.write(model_dir)
-    print(results.table())
+    try:
+      results.write_latest(step, evaluated.measurement)
+      evaluated.write_classes(model_dir)
+      evaluated.write_evidence(model_dir, answers)
+      page.write(model_dir)
+    finally:  # What took long to measure is shown even where the disk is full.
+      print(results.table())
 
   current_workers().chief_first(write)
 

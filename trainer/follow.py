@@ -13,10 +13,11 @@ from absl import logging
 
 from trainer import heartbeat
 from trainer.config import saved
+from trainer.data.folder_lock import alone_in
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation, publish
+from trainer.evaluate import BEST_FOLDER, Evaluation, publish
 from trainer.loop import checkpoint_files
 from trainer.loop.watchdog import watching
 from trainer.run import Run
@@ -76,20 +77,29 @@ def main(run: Run) -> None:
     evaluation = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
     check_measured("follow.metric", options.metric, evaluation.metric_names())
     evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
-    os.makedirs(run.model_dir, exist_ok=True)
-    evaluations = Evaluations(
-      metric=options.metric,
-      patience=None,
-      model_dir=run.model_dir,
-      encoder=evaluation.encoder,
-      last_step=newest_step(run.model_dir),
-    )
-    step = evaluations.last_step
-    while step < num_steps:
-      step = restore_newer(evaluation, run.model_dir, step, options)
-      evaluated = evaluation.evaluate()
-      evaluations.add(step, evaluated.measurement.metrics)
-      publish(run.model_dir, step, evaluated)
+    best_folder = os.path.join(run.model_dir, BEST_FOLDER)
+    os.makedirs(best_folder, exist_ok=True)
+    with alone_in(best_folder, "following the run of"):
+      _follow(run, options, evaluation, num_steps)
+
+
+def _follow(
+  run: Run, options: FollowOptions, evaluation: Evaluation, num_steps: int
+) -> None:
+  evaluations = Evaluations(
+    metric=options.metric,
+    patience=None,
+    model_dir=run.model_dir,
+    encoder=evaluation.encoder,
+    last_step=newest_step(run.model_dir),
+  )
+  step = evaluations.last_step
+  while step < num_steps:
+    step = restore_newer(evaluation, run.model_dir, step, options)
+    evaluated = evaluation.evaluate()
+    evaluations.add(step, evaluated.measurement.metrics)
+    publish(run.model_dir, step, evaluated)
+  evaluations.finish()
 
 
 def _steps(model_dir: str) -> list[int]:

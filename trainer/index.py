@@ -9,6 +9,7 @@ from typing import Optional
 import gin
 import numpy as np
 
+from trainer.data.folder_lock import alone_in
 from trainer.errors import UserError
 from trainer.retrieval import faiss_index
 from trainer.retrieval.embedding_folder import EmbeddingFolder
@@ -31,7 +32,9 @@ def main(run: Run) -> None:
   measured = faiss_index.measure(index, embeddings)
   of_what = {"embeddings": os.path.abspath(embeddings_folder), **kept.source}
   manifest = {"kind": kind, **measured, "embeddings_sha256": kept.sha256}
-  faiss_index.write(folder, index, {**manifest, "source": of_what})
+  os.makedirs(folder, exist_ok=True)
+  with alone_in(folder, "indexing into"):
+    faiss_index.write(folder, index, {**manifest, "source": of_what})
   shape = f"{len(embeddings):,} x {embeddings.shape[1]}"
   figures = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
   print(f"{kind}  {shape}  {figures}\n{folder}")

@@ -14,7 +14,6 @@ from typing import Optional
 import gin
 from absl import logging
 
-from trainer.data.claim import claiming
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
@@ -75,10 +74,8 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     UserError: another process does, or it can't be written to; or as `Miner.mine` and
       `round_folder.write`.
   """
-  folder = os.path.join(run.model_dir, round_folder.FOLDER)
   check_writable(run.model_dir)
-  os.makedirs(folder, exist_ok=True)
-  with claiming(folder, "mining into"):
+  with round_folder.alone(run.model_dir):
     _follow(run, options, evaluation)
 
 

@@ -10,6 +10,7 @@ it ends; but one worker of several only where it meets the others, to end with t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import socket
@@ -20,9 +21,11 @@ from typing import Callable, NoReturn, Optional
 
 from trainer.errors import INTERRUPTED, PreemptedError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # How long an exception may take to come through what runs; then the process is ended.
 _UNWINDING_S = 5.0
+# More than `struct sigaction` has on any system: 152 on Linux.
+_SIGACTION_BYTES = 1024
 
 
 class Preemption:
@@ -92,18 +95,18 @@ class Preemption:
       return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
     old_wakeup = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     thread = threading.Thread(target=self._listen, args=(reader,), daemon=True)
     thread.start()
-    self._is_hearing = True
-    self.hear_again()
     try:
-      yield
+      with handlers_restored():
+        self._is_hearing = True
+        self.hear_again()
+        try:
+          yield
+        finally:
+          self._is_hearing = False
     finally:
-      self._is_hearing = False
-      for number, handler in before.items():
-        signal.signal(number, handler)
       signal.set_wakeup_fd(old_wakeup)
       self._ended.set()
       writer.close()
@@ -128,7 +131,7 @@ class Preemption:
     Its handler notes the signal, and keeps it from Python.
     """
     if self._is_hearing:
-      for number in _SIGNALS:
+      for number in SIGNALS:
         signal.signal(number, self._handle)
 
   def _handle(self, number, frame) -> None:
@@ -146,7 +149,7 @@ class Preemption:
     num_interruptions = 0
     for number in iter(lambda: reader.recv(1), b""):
       heard = int.from_bytes(number, "little")
-      if heard not in _SIGNALS:
+      if heard not in SIGNALS:
         continue
       num_interruptions += heard == signal.SIGINT
       if num_interruptions > 1:
@@ -204,6 +207,38 @@ def listening(grace_s: float) -> Iterator[None]:
       yield
   finally:
     _current = before
+
+
+@contextlib.contextmanager
+def handlers_restored() -> Iterator[None]:
+  """Restores the handlers of SIGTERM and SIGINT after the block, those of C included.
+
+  Python does not know handlers that a program which embeds it, or a library, set with
+  the system's own call, and would leave the default action in their place.
+
+  Yields:
+    Nothing.
+  """
+  python_handlers = {number: signal.getsignal(number) for number in SIGNALS}
+  system_handlers = {number: _system_handler(number) for number in SIGNALS}
+  try:
+    yield
+  finally:
+    for number, handler in python_handlers.items():
+      # None: it was set before Python started.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+      _libc().sigaction(int(number), system_handlers[number], None)
+
+
+def _system_handler(number: int) -> ctypes.Array:
+  """The system's `struct sigaction` of a signal, as bytes that only it reads."""
+  found = ctypes.create_string_buffer(_SIGACTION_BYTES)
+  _libc().sigaction(int(number), None, found)
+  return found
+
+
+def _libc() -> ctypes.CDLL:
+  return ctypes.CDLL(None)
 
 
 def _say(line: str) -> None:

@@ -14,7 +14,7 @@ from absl import logging
 
 from trainer.config import suggest
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UnwritableError, UserError
 from trainer.evaluate import BEST_FOLDER, Evaluation
 from trainer.loop.actions import Report
 from trainer.loop.checkpoint import Checkpoints
@@ -174,6 +174,19 @@ class Evaluations:
       self._best.save(step)
       self._best.wait()
 
+  def finish(self) -> None:
+    """Writes what found no room so far.
+
+    Raises:
+      UnwritableError: there still is none, or the best encoder could not be written.
+    """
+    self._file.write_waiting()
+    if self._best.failure:
+      raise UnwritableError(
+        f"the best encoder is lost: {self._best.failure}; free some disk, and train "
+        "again from an earlier checkpoint for it."
+      )
+
   def _told_by_chief(self) -> Standing:
     standing = Standing()
     if self._workers.is_chief:
@@ -225,6 +238,14 @@ class EvaluateNow:
     is_due = step > 0 and step % self._every_steps == 0
     if is_due and self._evaluations.last_step < step:
       self.evaluate(step)
+
+  def finish(self) -> None:
+    """Checks that the best encoder and all evaluations are on the disk.
+
+    Raises:
+      UnwritableError: they aren't.
+    """
+    self._evaluations.finish()
 
   def evaluate(self, step: int) -> None:
     """Evaluates the encoder as it is now.

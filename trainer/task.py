@@ -94,6 +94,12 @@ def main(arguments: Sequence[str]) -> int:
   except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     return errors.INTERRUPTED
+  except Exception as error:
+    full = errors.out_of_space(error)
+    if full is None:
+      raise
+    print(f"error: {_one_line(full)}", file=sys.stderr)
+    return full.exit_status
   return errors.DONE
 
 

@@ -224,6 +224,7 @@ def _make_rounds(
     plain,
     run.model_dir,
     mine_fn=mine_fn,
+    continues_unwritten=parts.loop.when_disk_full == "go_on",
     oldest_step_fn=lambda: min(checkpoints.steps(), default=0),
   )
 

@@ -13,6 +13,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.evaluate import Evaluation, publish
 from trainer.loop import run_folder
+from trainer.loop.actions import Report, WriteOnce
 from trainer.loop.watchdog import watching
 from trainer.retrieval.results import Results
 from trainer.run import Run
@@ -49,7 +50,11 @@ def _train_and_evaluate(run: Run, training: Training) -> None:
   evaluation = workers.together(lambda: _evaluation(training))
   if training.first_step == 0:
     before = evaluation.evaluate().measurement
-    workers.chief_first(lambda: Results(run.model_dir).write_before_training(before))
+    if workers.is_chief:
+      results = Results(run.model_dir)
+      write = WriteOnce(results.path, lambda: results.write_before_training(before))
+      write(Report(0, training.options.num_steps, {}))
+      training.loop.add_action(write)
   _train(run, training, evaluation)
   with training.step.weights_for_evaluation():
     after = evaluation.evaluate()

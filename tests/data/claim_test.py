@@ -74,8 +74,10 @@ def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
 def test_who_touches_its_claim_from_another_machine_is_named(folder):
   path = _put(folder)
   is_over = threading.Event()
-  own = Claim("other", "another machine", 7, "yesterday", "training in")
-  thread = threading.Thread(target=claim._touch, args=(path, own, is_over))
+  own = claim._OwnClaim(folder, "training in")
+  own.path = path
+  own._claim = Claim("other", "another machine", 7, "yesterday", "training in")
+  thread = threading.Thread(target=claim._touch, args=(own, is_over))
   thread.start()
   try:
     words = "process 7 of other"

@@ -230,8 +230,8 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_the_second_process_that_indexes_is_told(folder):
   with (
-    folder_lock.alone_in(str(folder)),
-    pytest.raises(UserError, match="Another process is ingesting into"),
+    folder_lock.alone_in(str(folder), "indexing"),
+    pytest.raises(UserError, match=f"process {os.getpid()} of .* is indexing"),
   ):
     index_records(str(folder), label_feature="y")
 

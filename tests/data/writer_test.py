@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.data import (
+  folder_lock,
   in_place,
   index_builder,
   manifest,
@@ -123,11 +123,11 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path, whole):
 
 
 def test_the_second_process_is_told(tmp_path):
-  descriptor = os.open(tmp_path, os.O_RDONLY)
-  fcntl.flock(descriptor, fcntl.LOCK_EX)
-  with pytest.raises(UserError, match="Another process is ingesting into"):
+  with (
+    folder_lock.alone_in(str(tmp_path), "ingesting into"),
+    pytest.raises(UserError, match=f"process {os.getpid()} of .* is ingesting into"),
+  ):
     _writer().write(_loaders([]), str(tmp_path), {})
-  os.close(descriptor)
   _writer().write(_loaders([]), str(tmp_path), {})
   assert RecordIndex.open(str(tmp_path)).num_records == _NUM_ITEMS
 

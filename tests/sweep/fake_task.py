@@ -41,8 +41,10 @@ def main(arguments):
     return
   os.makedirs(os.path.join(folder, "eval"), exist_ok=True)
   latest = {"step": num_steps, "eval/map_at_r": margin, "eval/recall_at_1": margin}
-  with open(os.path.join(folder, "eval", "metrics.json"), "w") as file:
+  path = os.path.join(folder, "eval", "metrics.json")
+  with open(path + ".new", "w") as file:
     json.dump({"latest": latest}, file)
+  os.replace(path + ".new", path)
   with open(os.path.join(folder, "report.html"), "w"):
     pass
 

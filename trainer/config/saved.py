@@ -11,6 +11,7 @@ from absl import logging
 
 from trainer import config as config_lib
 from trainer import errors
+from trainer.data import paths
 
 CONFIG = "config.gin"
 OPERATIVE_CONFIG = "operative_config.gin"
@@ -102,8 +103,5 @@ def read_values(model_dir: str) -> Optional[dict[str, str]]:
 
 def _write(path: str, text: str) -> None:
   """Writes a file so that no reader sees half of it."""
-  tf.io.gfile.makedirs(os.path.dirname(path))
-  temporary = f"{path}.tmp"
-  with tf.io.gfile.GFile(temporary, "w") as file:
-    file.write(text)
-  tf.io.gfile.rename(temporary, path, overwrite=True)
+  paths.make_folder(os.path.dirname(path))
+  paths.replace_file(path, text)

@@ -2,9 +2,10 @@
 
 Who writes keeps a claim in the folder, a file of its own that says who it is, and
 touches it while it goes on. Whoever comes puts down its own first and looks for others
-then, so that of two that come in the same moment at least one sees the other, and gives
-way. No lock is asked of the file system: those of networks grant them badly, or not at
-all.
+then, so that of two that come in the same moment at least one sees the other. Of claims
+that are not settled yet the one whose file's name comes first stays, and the others are
+withdrawn: exactly one process gets the folder. No lock is asked of the file system:
+those of networks grant them badly, or not at all.
 
 A claim ends with its process: at once where this machine knows it to be gone, else when
 it was not touched for a while, by the clock of the folder's own file system.
@@ -23,7 +24,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from typing import Optional
+from typing import Any, Optional
 
 from absl import logging
 
@@ -51,6 +52,7 @@ class Claim:
     doing: what it does, such as "training in".
     num_touches: how often it was written again; only elsewhere, where a store may date
       its files or not.
+    is_settled: whether its process has the folder, as no other claim was left.
   """
 
   host: str
@@ -59,6 +61,11 @@ class Claim:
   since: str
   doing: str
   num_touches: int = 0
+  is_settled: bool = True
+
+
+# The claims of this process, by path, with its number: a fork has none of them.
+_held: dict[str, int] = {}
 
 
 @contextlib.contextmanager
@@ -79,34 +86,59 @@ def claiming(folder: str, doing: str) -> Iterator[None]:
     UserError: another process writes into it.
     OSError: the claim can't be written.
   """
-  own = Claim(socket.gethostname(), _machine(), os.getpid(), _now(), doing)
-  path = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_ENDING}")
+  own = _OwnClaim(folder, doing)
   is_over = threading.Event()
-  touching = threading.Thread(target=_touch, args=(path, own, is_over), daemon=True)
+  touching = threading.Thread(target=_touch, args=(own, is_over), daemon=True)
+  _held[own.path] = os.getpid()
   try:
-    _write(path, own)
-    began_ns = paths.status(path).modified_ns
+    own.write()
+    began_ns = paths.status(own.path).modified_ns
     touching.start()
-    for other in _others(path):
-      _outlast(other, began_ns)
+    for other in _others(own.path):
+      _outlast(other, own.path, began_ns)
+    own.write(is_settled=True)
     yield
   finally:
     is_over.set()
     if touching.is_alive():
       touching.join()
     with contextlib.suppress(OSError):
-      paths.remove(path)
+      paths.remove(own.path)
+    _held.pop(own.path, None)
 
 
-def _outlast(path: str, began_ns: int) -> None:
+class _OwnClaim:
+  """The claim of this process on a folder.
+
+  Args:
+    folder: it exists.
+    doing: what this process does there.
+  """
+
+  def __init__(self, folder: str, doing: str):
+    self.path = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_ENDING}")
+    self._claim = Claim(
+      socket.gethostname(), _machine(), os.getpid(), _now(), doing, is_settled=False
+    )
+    self._lock = threading.Lock()
+
+  def write(self, **changes: Any) -> None:
+    """Writes the claim with some of its attributes changed."""
+    with self._lock:
+      self._claim = dataclasses.replace(self._claim, **changes)
+      _write(self.path, self._claim)
+
+
+def _outlast(path: str, own_path: str, began_ns: int) -> None:
   """Waits until it is clear that another's claim has ended, and removes it.
 
   Args:
     path: of the other's claim.
+    own_path: of our own, which is not settled yet.
     began_ns: when our own was written, by the clock that dates the other's.
 
   Raises:
-    UserError: the other goes on.
+    UserError: the other has the folder, or comes first.
   """
   start_s = time.monotonic()
   first: Optional[tuple[Claim, int]] = None
@@ -118,31 +150,33 @@ def _outlast(path: str, began_ns: int) -> None:
     first = first or (claim, touched_ns)
     silence_s = (began_ns - touched_ns) / 1e9 + time.monotonic() - start_s
     is_here = claim.machine == _machine()
-    if (is_here and not _is_another_running(claim.pid)) or silence_s > _SILENCE_S:
+    is_ended = is_here and not _is_running(path, claim.pid)
+    if is_ended or silence_s > _SILENCE_S:
       logging.warning("%s is of a process that is gone: %s.", path, _named(claim))
       with contextlib.suppress(FileNotFoundError):
         paths.remove(path)
       return
-    if is_here or (claim, touched_ns) != first:
+    gives_way = not claim.is_settled and path > own_path
+    if not gives_way and (is_here or (claim, touched_ns) != first):
       raise UserError(_in_use(path, claim))
     time.sleep(_LOOK_S)
 
 
-def _touch(path: str, own: Claim, is_over: threading.Event) -> None:
+def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
   """The thread of a claim."""
   for number in itertools.count(1):
     if is_over.wait(_TOUCH_S):
       return
     try:
-      is_there = paths.exists(path)
+      is_there = paths.exists(own.path)
       if not is_there:
-        _leave_to_others(path)
-      if is_there and not paths.is_remote(path):
-        os.utime(path)  # Also where the disk is full.
+        _leave_to_others(own.path)
+      if is_there and not paths.is_remote(own.path):
+        os.utime(own.path)  # Also where the disk is full.
       else:
-        _write(path, dataclasses.replace(own, num_touches=number))
+        own.write(num_touches=number)
     except OSError as error:
-      logging.warning("%s can't be touched: %s.", path, error.strerror)
+      logging.warning("%s can't be touched: %s.", own.path, error.strerror)
 
 
 def _leave_to_others(path: str) -> None:
@@ -179,7 +213,10 @@ def _read(path: str) -> Claim:
 
 
 def _write(path: str, own: Claim) -> None:
-  paths.write_bytes(path, json.dumps(dataclasses.asdict(own)).encode())
+  content = json.dumps(dataclasses.asdict(own)).encode()
+  # Stores show an object whole or not at all.
+  write_fn = paths.write_bytes if paths.is_remote(path) else paths.replace_file
+  write_fn(path, content)
 
 
 def _named(claim: Claim) -> str:
@@ -197,10 +234,10 @@ def _now() -> str:
   return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
-def _is_another_running(pid: int) -> bool:
-  """Whether there is such a process of this machine, other than this one."""
+def _is_running(path: str, pid: int) -> bool:
+  """Whether a process of this machine, or a thread of this one, has the claim."""
   if pid == os.getpid():
-    return False
+    return _held.get(path) == pid
   try:
     os.kill(pid, 0)
   except (ProcessLookupError, OverflowError):

@@ -22,7 +22,7 @@ from trainer.data.index_builder import (
 )
 from trainer.data.progress import Progress
 from trainer.data.records import RecordIndex, locate
-from trainer.errors import UserError
+from trainer.errors import UserError, is_out_of_space
 
 _ENDINGS = (".tfrecord", ".tfrecords")
 
@@ -59,11 +59,12 @@ def index_records(folder_or_pattern: str, *, label_feature: str) -> RecordIndex:
   """
   folder, index_folder = locate(folder_or_pattern)
   try:
-    with alone_in(folder):
+    with alone_in(folder, "indexing"):
       recover_index(index_folder)
       return _index(folder_or_pattern, folder, index_folder, label_feature)
   except OSError as error:
-    raise UserError(f"{folder} can't be read: {error.strerror}.") from error
+    verb = "written to" if is_out_of_space(error) else "read"
+    raise UserError(f"{folder} can't be {verb}: {error.strerror}.") from error
 
 
 def _index(

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
 
 from trainer.data import manifest, paths, retry
+from trainer.data.folder_lock import locked
 
 _CHUNK_BYTES = 16 << 20
 _SMALL_BYTES = 1 << 20
@@ -29,7 +28,7 @@ def of(path: str) -> str:
   name, state = _digest(path.encode()), _state(path)
   start = os.path.join(_folder(), name)
   copy = f"{start}-{state}"
-  with _alone(start + ".lock"):
+  with locked(start + ".lock"):
     if not os.path.exists(copy):
       for old in glob.glob(glob.escape(start) + "-*"):
         os.remove(old)
@@ -74,14 +73,6 @@ def _folder() -> str:
   if not is_own or found.st_mode & 0o022:
     raise PermissionError(13, "it is not of this user alone; set TMPDIR", folder)
   return folder
-
-
-@contextlib.contextmanager
-def _alone(path: str) -> Iterator[None]:
-  """Has other processes of this machine wait."""
-  with open(path, "w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    yield
 
 
 def _copy(path: str, target: str) -> None:

@@ -87,8 +87,7 @@ def write(folder: str, manifest: Manifest) -> None:
   path = os.path.join(folder, FILE_NAME)
   content = {"version": _VERSION, **dataclasses.asdict(manifest)}
   text = json.dumps(content, indent=1, ensure_ascii=False)
-  paths.write_bytes(path + ".partial", text.encode(errors="backslashreplace"))
-  paths.move(path + ".partial", path)
+  paths.replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def retire(folder: str) -> None:

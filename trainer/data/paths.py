@@ -10,9 +10,10 @@ import contextlib
 import errno
 import glob as local_glob
 import os
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Union
 
 from trainer.data import retry
 
@@ -90,6 +91,61 @@ def write_parts(path: str, parts: Iterable[bytes]) -> None:
     file.flush()
     if not is_remote(path):
       os.fsync(file.fileno())
+
+
+def replace_file(path: str, content: Union[bytes, str]) -> None:
+  """Writes a file whole or not at all, over one that exists.
+
+  Args:
+    path: of the file; its folder exists.
+    content: text is written as UTF-8.
+
+  Raises:
+    OSError: it can't be written, naming `path`; the file is unchanged.
+  """
+  with replacing(path) as staged:
+    write_bytes(staged, content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def replacing(path: str) -> Iterator[str]:
+  """Replaces a file by the one that the block writes, if the block raises nothing.
+
+  A reader sees the old file or the new one, whole. Processes that replace the same file
+  at once each write a file of their own: the last to finish wins.
+
+  Args:
+    path: of the file; its folder exists.
+
+  Yields:
+    The path to write, in the same folder.
+
+  Raises:
+    OSError: it can't be written, naming `path`; the file is unchanged.
+  """
+  staged = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.new"
+  try:
+    yield staged
+    if not is_remote(path):
+      _sync(staged)
+    move(staged, path)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      remove(staged)
+    if isinstance(error, OSError):
+      error.filename = path
+    raise
+  if not is_remote(path):
+    with contextlib.suppress(OSError):  # Some file systems do not sync folders.
+      _sync(os.path.dirname(path) or ".")
+
+
+def _sync(path: str) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def status(path: str) -> Status:

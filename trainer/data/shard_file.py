@@ -101,8 +101,7 @@ def write(folder: str, name: str, records: Iterable[Prepared | Unreadable]) -> P
   )
   note = os.path.join(folder, name + _ENDING)
   content = json.dumps(dataclasses.asdict(part)).encode()
-  paths.write_bytes(note + ".new", content)
-  paths.move(note + ".new", note)
+  paths.replace_file(note, content)
   return part
 
 

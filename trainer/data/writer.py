@@ -118,7 +118,7 @@ class RecordWriter:
     aside = os.path.join(folder, _ASIDE)
     try:
       paths.make_folder(folder)
-      with alone_in(folder):
+      with alone_in(folder, "ingesting into"):
         index_builder.recover_index(index_folder)
         try:
           parts = _resume(aside, fingerprint)

@@ -9,11 +9,12 @@ again for TensorFlow. One line of JSON each way.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import socket
 import time
-from collections.abc import Mapping, Sequence
-from typing import Optional
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Optional
 
 from absl import logging
 
@@ -26,7 +27,24 @@ _PORT_PATIENCE_S = 10.0
 # A worker speaks as soon as it is connected; who is silent must not hold up the others.
 _SPEECH_S = 5.0
 _NUM_SHOWN = 3
+# Facts of 1,000 workers are some 100 kB.
+_MAX_MESSAGE_BYTES, _PART_BYTES = 4 << 20, 1 << 16
 Facts = Mapping[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Greeting:
+  """What a worker sends to the chief.
+
+  Attributes:
+    index: number of the worker.
+    addresses: of all workers, as it was started.
+    facts: what all workers must have alike, by name.
+  """
+
+  index: int
+  addresses: tuple[str, ...]
+  facts: Facts
 
 
 def meet(cluster: Cluster, facts: Facts, *, timeout_s: float) -> None:
@@ -102,25 +120,26 @@ def _receive_all(
       greeting = _accept(listener, connections, deadline)
       if greeting is None:
         break
-      stream, content = greeting
-      waiting.append(stream)
+      connection, content = greeting
+      waiting.append(connection)
       mistake = _misfit(content, heard, cluster)
-      heard[content["index"]] = content["facts"]
+      heard[content.index] = content.facts
     missing = sorted(set(range(cluster.num_workers)) - set(heard))
     if mistake is None and not missing:
       mistake = differences([heard[i] for i in range(cluster.num_workers)])
     late = f"{_names(cluster, missing)} did not come within {timeout_s:g} s."
     error = mistake or (late if missing else None)
     answer = {"error": error, "is_mistake": mistake is not None}
-    for stream in waiting:
+    for connection in waiting:
       with contextlib.suppress(OSError):
-        stream.write(json.dumps(answer) + "\n")
-        stream.flush()
+        _send(connection, answer)
   return answer
 
 
-def _accept(listener, connections, deadline):
-  """The next worker's stream and greeting; None when the time is up."""
+def _accept(
+  listener: socket.socket, connections: contextlib.ExitStack, deadline: float
+) -> Optional[tuple[socket.socket, Greeting]]:
+  """Returns the next worker's connection and greeting; None when the time is up."""
   while True:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
@@ -128,25 +147,82 @@ def _accept(listener, connections, deadline):
     listener.settimeout(left_s)
     try:
       connection, _ = listener.accept()
-      connection.settimeout(_SPEECH_S)
       connections.enter_context(connection)
-      stream = connections.enter_context(connection.makefile("rw", encoding="utf-8"))
-      content = json.loads(stream.readline())
-      return stream, {"index": int(content["index"]), **content}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-      # Something else knocks on the port: health checks do.
+      content = _receive(connection, min(deadline, time.monotonic() + _SPEECH_S))
+      return connection, _greeting(content)
+    except (OSError, ValueError) as error:
+      # Something else connects to the port: health checks do.
       logging.debug("Not a worker: %s", error)
 
 
-def _misfit(content: dict, heard: Mapping[int, Facts], cluster: Cluster):
-  if content["addresses"] != list(cluster.addresses):
+def _greeting(content: dict[str, Any]) -> Greeting:
+  """Returns a worker's message, each field checked.
+
+  Raises:
+    ValueError: it is not from a worker.
+  """
+  index, addresses = content.get("index"), content.get("addresses")
+  facts = content.get("facts")
+  if type(index) is not int or index < 0:
+    raise ValueError(f"index {index!r:.40} is no number of a worker")
+  if not isinstance(addresses, list) or not _are_texts(addresses):
+    raise ValueError("addresses are no list of texts")
+  if not isinstance(facts, dict) or not _are_texts(facts.values()):
+    raise ValueError("facts are no texts by name")
+  return Greeting(index, tuple(addresses), facts)
+
+
+def _are_texts(values: Iterable[object]) -> bool:
+  return all(isinstance(value, str) for value in values)
+
+
+def _misfit(
+  greeting: Greeting, heard: Mapping[int, Facts], cluster: Cluster
+) -> Optional[str]:
+  if greeting.addresses != cluster.addresses:
     return (
-      f"worker {content['index']} was started with the cluster "
-      f"{content['addresses']}, the chief with {list(cluster.addresses)}."
+      f"worker {greeting.index} was started with the cluster "
+      f"{list(greeting.addresses)}, the chief with {list(cluster.addresses)}."
     )
-  if content["index"] in heard:
-    return f"two processes say that they are worker {content['index']}."
+  if greeting.index >= cluster.num_workers:
+    return (
+      f"a process says that it is worker {greeting.index} of {cluster.num_workers}, "
+      "which are counted from 0."
+    )
+  if greeting.index in heard:
+    return f"two processes say that they are worker {greeting.index}."
   return None
+
+
+def _send(connection: socket.socket, content: Mapping[str, Any]) -> None:
+  connection.settimeout(_SPEECH_S)
+  connection.sendall(json.dumps(content).encode() + b"\n")
+
+
+def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
+  """Returns the message of whoever connected: one line, a JSON object.
+
+  Raises:
+    OSError: it did not come in time.
+    ValueError: it is too long, or no JSON object.
+  """
+  line = bytearray()
+  while not line.endswith(b"\n"):
+    left_s = deadline - time.monotonic()
+    if left_s <= 0:
+      raise TimeoutError("no whole line in time")
+    connection.settimeout(left_s)
+    part = connection.recv(_PART_BYTES)
+    line += part
+    if not part or len(line) > _MAX_MESSAGE_BYTES:
+      raise ValueError(f"no line within {len(line)} bytes")
+  try:
+    content = json.loads(line)
+  except RecursionError as error:
+    raise ValueError("its JSON is too deep") from error
+  if not isinstance(content, dict):
+    raise ValueError("no JSON object")
+  return content
 
 
 def _report(cluster: Cluster, facts: Facts, deadline: float, timeout_s: float) -> dict:
@@ -167,14 +243,22 @@ def _report(cluster: Cluster, facts: Facts, deadline: float, timeout_s: float) -
     time.sleep(_RETRY_S)
 
 
-def _ask(chief: tuple[str, int], content: dict, left_s: float) -> dict:
+def _ask(chief: tuple[str, int], content: dict, left_s: float) -> dict[str, Any]:
+  """Sends a greeting to the chief, and returns its answer.
+
+  Raises:
+    OSError: there is no chief, or no answer.
+    ValueError: the answer is not from a chief.
+  """
   with socket.create_connection(chief, left_s) as connection:
+    _send(connection, content)
     # The chief waits as long as we do, and tells us who was missing.
-    connection.settimeout(left_s + _PORT_PATIENCE_S)
-    with connection.makefile("rw", encoding="utf-8") as stream:
-      stream.write(json.dumps(content) + "\n")
-      stream.flush()
-      return json.loads(stream.readline())
+    answer = _receive(connection, time.monotonic() + left_s + _PORT_PATIENCE_S)
+  error, is_mistake = answer.get("error"), answer.get("is_mistake")
+  is_text = "error" in answer and (error is None or isinstance(error, str))
+  if not is_text or type(is_mistake) is not bool:
+    raise ValueError("not the answer of a chief")
+  return {"error": error, "is_mistake": is_mistake}
 
 
 def _names(cluster: Cluster, indexes: Sequence[int]) -> str:

@@ -18,8 +18,10 @@ from trainer.distribute.rendezvous import differences
 from trainer.errors import (
   PreemptedError,
   TooFewExamplesError,
+  UnwritableError,
   UserError,
   WorkerFailedError,
+  out_of_space,
 )
 
 # One size of all that is gathered, for one trace.
@@ -27,7 +29,13 @@ _ROW_SIZE = 1024
 # What is raised on all workers as on the first: a kind before those that it is one of.
 _KINDS = {
   kind.__name__: kind
-  for kind in (PreemptedError, TooFewExamplesError, UserError, WorkerFailedError)
+  for kind in (
+    PreemptedError,
+    TooFewExamplesError,
+    UnwritableError,
+    UserError,
+    WorkerFailedError,
+  )
 }
 _Made = TypeVar("_Made")
 
@@ -132,7 +140,7 @@ class Workers:
       if preemption.current().is_to_end:
         raise preemption.current().nothing_to_save()
     except Exception as error:
-      self._raise_first(error)
+      self._raise_first(out_of_space(error) or error)
       raise
     self._raise_first(None)
     return made

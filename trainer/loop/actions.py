@@ -5,6 +5,7 @@ An action is called with a `Report`; the outer loop knows no more of it.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Callable, NamedTuple, Optional
@@ -13,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.config import saved
-from trainer.errors import reason_of
+from trainer.errors import UnwritableError, reason_of
 from trainer.loop.checkpoint import Checkpoints
 from trainer.loop.metrics_file import MetricsFile
 from trainer.losses.collapse import ADVICE, describe_collapse
@@ -93,7 +94,7 @@ class WarnOfCollapse:
 
 
 class WriteMetrics:
-  """A row of `metrics.jsonl` a report."""
+  """A row of `metrics.jsonl` for each report."""
 
   def __init__(self, file: MetricsFile):
     self._file = file
@@ -102,37 +103,104 @@ class WriteMetrics:
     """Appends the report's metrics."""
     self._file.append(report.step, report.metrics)
 
+  def finish(self) -> None:
+    """Writes the rows that found no room so far.
+
+    Raises:
+      UnwritableError: there still is none.
+    """
+    self._file.write_waiting()
+
 
 class WriteEvents:
-  """TensorBoard events in the run's folder."""
+  """TensorBoard events in the run's folder.
 
-  def __init__(self, model_dir: str):
-    self._writer = tf.summary.create_file_writer(model_dir)
+  Readers of a file stop at the first event that is cut off. So reports that find no
+  room on the disk are kept, and written into a new file before the next one.
 
-  def __call__(self, report: Report) -> None:
-    """Writes each metric as a scalar."""
-    try:
-      with self._writer.as_default(step=report.step):
-        for name, value in report.metrics.items():
-          tf.summary.scalar(name, value)
-      self._writer.flush()
-    except tf.errors.OpError as error:  # A full disk: curves are no reason to stop.
-      reason = reason_of(error)
-      logging.warning("Events of step %d can't be written: %s.", report.step, reason)
-
-
-class SaveOperativeConfig:
-  """`operative_config.gin`, once, when the first steps have called all parts."""
+  Args:
+    model_dir: folder of the run.
+  """
 
   def __init__(self, model_dir: str):
     self._model_dir = model_dir
-    self._is_saved = False
+    self._writer: Optional[tf.summary.SummaryWriter] = None
+    self._waiting: list[Report] = []
 
   def __call__(self, report: Report) -> None:
-    """Saves on the first report."""
-    if not self._is_saved:
-      saved.save_operative(self._model_dir)
-      self._is_saved = True
+    """Writes each metric as a scalar."""
+    self._waiting.append(report)
+    self._write_waiting()
+
+  def finish(self) -> None:
+    """Writes the reports that found no room so far; curves are no reason to fail."""
+    if self._waiting:
+      self._write_waiting()
+
+  def _write_waiting(self) -> None:
+    try:
+      if self._writer is None:
+        self._writer = tf.summary.create_file_writer(self._model_dir)
+      for report in self._waiting:
+        with self._writer.as_default(step=report.step):
+          for name, value in report.metrics.items():
+            tf.summary.scalar(name, value)
+      self._writer.flush()
+      self._waiting.clear()
+    except tf.errors.OpError as error:
+      self._writer = None
+      reason, step = reason_of(error), self._waiting[-1].step
+      logging.warning("Events of step %d can't be written: %s.", step, reason)
+
+
+class WriteOnce:
+  """Writes a file on the first report; on a later one, where the disk was full.
+
+  Args:
+    path: of the file, for messages.
+    write_fn: writes it.
+  """
+
+  def __init__(self, path: str, write_fn: Callable[[], None]):
+    self._path = path
+    self._write_fn = write_fn
+    self._is_written = False
+
+  def __call__(self, report: Report) -> None:
+    """Writes it, unless it is written."""
+    del report
+    try:
+      self.finish()
+    except UnwritableError as error:
+      logging.warning("%s.", error)
+
+  def finish(self) -> None:
+    """Writes it, unless it is written.
+
+    Raises:
+      UnwritableError: it can't be written.
+    """
+    if self._is_written:
+      return
+    try:
+      self._write_fn()
+    except OSError as error:
+      raise UnwritableError(
+        f"{self._path} can't be written: {reason_of(error)}"
+      ) from error
+    self._is_written = True
+
+
+class SaveOperativeConfig(WriteOnce):
+  """`operative_config.gin`, when the first steps have called all parts.
+
+  Args:
+    model_dir: folder of the run.
+  """
+
+  def __init__(self, model_dir: str):
+    path = os.path.join(model_dir, saved.OPERATIVE_CONFIG)
+    super().__init__(path, lambda: saved.save_operative(model_dir))
 
 
 class SaveCheckpoint:

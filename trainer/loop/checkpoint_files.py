@@ -15,6 +15,8 @@ import shutil
 from collections.abc import Sequence
 from typing import Any, Optional
 
+from trainer.data import paths
+
 FOLDER = "checkpoints"
 _LIST = "checkpoint"
 _ASIDE = "aside"
@@ -149,8 +151,7 @@ def _write_list(folder: str, newest_first: Sequence[int]) -> None:
   lines = [f'model_checkpoint_path: "ckpt-{newest_first[0]}"']
   lines += [f'all_model_checkpoint_paths: "ckpt-{s}"' for s in reversed(newest_first)]
   path = os.path.join(folder, _LIST)
-  _write(f"{path}.new", "\n".join(lines) + "\n")
-  os.replace(f"{path}.new", path)
+  paths.replace_file(path, "\n".join(lines) + "\n")
 
 
 def _names(step: int) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging as python_logging
 import os
 from collections.abc import Sequence
@@ -17,7 +18,12 @@ FILE_NAME = "log.txt"
 
 
 class _LogFile(python_logging.FileHandler):
-  """Goes without what can't be written: the terminal has it."""
+  """Omits what can't be written: the terminal has it."""
+
+  def emit(self, record):
+    """Writes a record; the first one makes the file, where there is room."""
+    with contextlib.suppress(OSError):
+      super().emit(record)
 
   def handleError(self, record):  # noqa: N802  The base class's name.
     del record
@@ -30,7 +36,7 @@ def keep_log(model_dir: str) -> None:
     model_dir: folder of the run, which exists.
   """
   path = os.path.join(model_dir, FILE_NAME)
-  handler = _LogFile(path, encoding="utf-8")
+  handler = _LogFile(path, encoding="utf-8", delay=True)
   handler.setFormatter(logging.PythonFormatter())
   logging.get_absl_logger().addHandler(handler)
 

@@ -179,3 +179,7 @@ class Loop:
         f"{checkpoints.failure}; {checkpoints.newest}; free some disk, and the same "
         "command does the rest."
       )
+    for action in self._actions:
+      finish = getattr(action, "finish", None)
+      if finish is not None:
+        finish()

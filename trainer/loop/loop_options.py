@@ -25,7 +25,8 @@ class LoopOptions:
       told to stop goes on to its end.
     checkpoint_every_steps: a multiple of `steps_per_loop`.
     num_checkpoints_kept: how many of the newest checkpoints stay.
-    when_disk_full: "go_on" without the checkpoint that could not be written, or "stop".
+    when_disk_full: "go_on" without what could not be written, or "stop" where that is a
+      checkpoint. Either way a run that ends without a file has exit status 2.
     when_not_finite: "stop" before an update that is not finite; "skip" its batch; or
       "go_back" to the newest checkpoint and on with the batch after.
     max_not_finite: how many batches may be passed over in all.

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 
 from absl import logging
 
+from trainer.data import paths
+from trainer.errors import UnwritableError, UserError, reason_of
+
 FILE_NAME = "metrics.jsonl"
 EVALUATIONS_NAME = os.path.join("eval", "history.jsonl")
 
@@ -39,41 +42,84 @@ class MetricsFile:
     """
     row = {"step": step, "time": round(time.time(), 3), **metrics}
     self._waiting.append(json.dumps(row) + "\n")
-    os.makedirs(os.path.dirname(self._path), exist_ok=True)
-    descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    size = os.fstat(descriptor).st_size
-    content = "".join(self._waiting).encode()
     try:
-      while content:
-        content = content[os.write(descriptor, content) :]
-      os.fsync(descriptor)
-      self._waiting.clear()
+      self.write_waiting()
+    except UnwritableError as error:
+      logging.warning("%s.", error)
+
+  def write_waiting(self) -> None:
+    """Writes the rows that are kept.
+
+    Raises:
+      UnwritableError: they can't be written, and stay kept.
+    """
+    if not self._waiting:
+      return
+    try:
+      os.makedirs(os.path.dirname(self._path), exist_ok=True)
+      _append(self._path, "".join(self._waiting).encode())
     except OSError as error:
-      os.ftruncate(descriptor, size)
-      logging.warning("%s can't be written: %s.", self._path, error.strerror)
-    finally:
-      os.close(descriptor)
+      raise UnwritableError(
+        f"{self._path} can't be written: {reason_of(error)}"
+      ) from error
+    self._waiting.clear()
 
   def rows(self) -> Iterator[dict[str, float]]:
-    """The rows; a last line that a killed process left torn is passed over."""
+    """Returns the rows; skips a last line that a killed process left torn.
+
+    Raises:
+      UserError: another line is damaged.
+    """
     if not os.path.exists(self._path):
       return
     with open(self._path, encoding="utf-8") as file:
-      for line in file:
+      for number, line in enumerate(file, 1):
         if line.endswith("\n"):
-          yield json.loads(line)
+          yield _row(self._path, number, line)
 
   def drop_after(self, step: int) -> None:
     """Keeps the rows up to that step, so that each step is there once.
 
     Args:
       step: the last step to keep.
+
+    Raises:
+      UnwritableError: the file can't be written; it is as it was.
+      UserError: a line is damaged.
     """
     kept = [row for row in self.rows() if row["step"] <= step]
-    aside = self._path + ".new"
-    os.makedirs(os.path.dirname(self._path), exist_ok=True)
-    with open(aside, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps(row) + "\n" for row in kept)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(aside, self._path)
+    try:
+      os.makedirs(os.path.dirname(self._path), exist_ok=True)
+      paths.replace_file(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+    except OSError as error:
+      raise UnwritableError(
+        f"{self._path} can't be written: {reason_of(error)}"
+      ) from error
+
+
+def _append(path: str, content: bytes) -> None:
+  """Adds content at the end of a file, and on the disk itself, whole or not at all."""
+  descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+  try:
+    size = os.fstat(descriptor).st_size
+    try:
+      while content:
+        content = content[os.write(descriptor, content) :]
+      os.fsync(descriptor)
+    except OSError:
+      os.ftruncate(descriptor, size)
+      raise
+  finally:
+    os.close(descriptor)
+
+
+def _row(path: str, number: int, line: str) -> dict[str, float]:
+  try:
+    row = json.loads(line)
+    if isinstance(row, dict) and isinstance(row["step"], int):
+      return row
+  except (ValueError, KeyError, RecursionError):
+    pass
+  raise UserError(
+    f"line {number} of {path} is damaged: it is no JSON object with a step; remove it."
+  )

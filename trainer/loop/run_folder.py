@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Iterator
 
 from trainer.config import saved
-from trainer.data import claim
-from trainer.errors import UserError
+from trainer.data.folder_lock import alone_in
+from trainer.errors import UnwritableError, UserError, reason_of
 from trainer.loop import checkpoint_files
 from trainer.run import Run
 
@@ -39,7 +39,13 @@ def open_run_folder(run: Run) -> Iterator[None]:
       a run of another configuration and `run.allow_config_change` is not set.
   """
   check_writable(run.model_dir)
-  with claim.claiming(run.model_dir, "training in"):
+  with contextlib.ExitStack() as claimed:
+    try:
+      claimed.enter_context(alone_in(run.model_dir, "training in"))
+    except OSError as error:
+      raise UnwritableError(
+        f"--model_dir={run.model_dir} can't be written to: {reason_of(error)}."
+      ) from error
     saved.check_same(
       run.config,
       run.model_dir,

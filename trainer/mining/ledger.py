@@ -10,7 +10,8 @@ import json
 import os
 from typing import Optional
 
-from trainer.errors import UserError, reason_of
+from trainer.data import paths
+from trainer.errors import UnwritableError, UserError, reason_of
 from trainer.mining.round_folder import FOLDER
 
 FILE_NAME = os.path.join(FOLDER, "rounds.jsonl")
@@ -53,19 +54,17 @@ class Ledger:
       round_step: the round; None for the plain schedule.
 
     Raises:
-      UserError: it can't be written.
+      UnwritableError: it can't be written.
     """
     decisions = sorted({**self.decisions(), step: round_step}.items())
     rows = (json.dumps({"step": s, "round": r}) + "\n" for s, r in decisions)
     try:
       os.makedirs(os.path.dirname(self.path), exist_ok=True)
-      with open(f"{self.path}.new", "w", encoding="utf-8") as file:
-        file.writelines(rows)
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(f"{self.path}.new", self.path)
+      paths.replace_file(self.path, "".join(rows))
     except OSError as error:
-      raise UserError(f"{self.path} can't be written: {reason_of(error)}.") from error
+      raise UnwritableError(
+        f"{self.path} can't be written: {reason_of(error)}."
+      ) from error
 
 
 def _round_of(value: object) -> Optional[int]:

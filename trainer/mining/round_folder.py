@@ -14,17 +14,19 @@ Shapes: A anchors, p positives, n negatives, L classes, m neighbours of a class.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Optional
 
 import numpy as np
 from absl import logging
 
-from trainer.errors import UserError, reason_of
+from trainer.data.folder_lock import alone_in
+from trainer.errors import UnwritableError, UserError, reason_of
 from trainer.mining.miner import Mined
 from trainer.retrieval.embedding_folder import read_json
 from trainer.retrieval.file_hash import sha256_of
@@ -136,7 +138,7 @@ def write(
   """Writes a round, whole or not at all; one of the same step is replaced.
 
   Args:
-    model_dir: folder of the run.
+    model_dir: folder of the run; no other process writes rounds into it.
     step: number of steps the encoder was trained.
     mined: what it has.
     made_of: what tells the records and the classes from others, by name.
@@ -144,7 +146,7 @@ def write(
     num_classes: of the data.
 
   Raises:
-    UserError: it can't be written; what was there before is as it was.
+    UnwritableError: it can't be written; what was there before is as it was.
   """
   aside = os.path.join(model_dir, FOLDER, _ASIDE)
   try:
@@ -167,10 +169,36 @@ def write(
     os.replace(aside, path_of(model_dir, step))
   except OSError as error:
     shutil.rmtree(aside, ignore_errors=True)
-    raise UserError(
+    raise UnwritableError(
       f"the mining round of step {step} can't be written to "
       f"{os.path.join(model_dir, FOLDER)}: {reason_of(error)}."
     ) from error
+
+
+@contextlib.contextmanager
+def alone(model_dir: str) -> Iterator[None]:
+  """Keeps other processes from writing rounds into the folder of a run.
+
+  Args:
+    model_dir: folder of the run.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    UserError: another process writes rounds into it.
+    UnwritableError: the folder can't be written to.
+  """
+  folder = os.path.join(model_dir, FOLDER)
+  with contextlib.ExitStack() as claimed:
+    try:
+      os.makedirs(folder, exist_ok=True)
+      claimed.enter_context(alone_in(folder, "mining into"))
+    except OSError as error:
+      raise UnwritableError(
+        f"{folder} can't be written to: {reason_of(error)}."
+      ) from error
+    yield
 
 
 def remove(model_dir: str, step: int) -> None:

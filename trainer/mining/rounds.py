@@ -17,7 +17,12 @@ from absl import logging
 from trainer.data.dataset import Dataset
 from trainer.data.schedule import Schedule
 from trainer.distribute.workers import current_workers
-from trainer.errors import TooFewExamplesError, UserError, reason_of
+from trainer.errors import (
+  TooFewExamplesError,
+  UnwritableError,
+  UserError,
+  reason_of,
+)
 from trainer.mining import round_folder
 from trainer.mining.ledger import Ledger
 from trainer.mining.miner import Mined, made_of
@@ -49,6 +54,8 @@ class Rounds:
     plain: the schedule before the first round.
     model_dir: folder of the run, which all workers see.
     mine_fn: mines with the encoder as it is, given the step.
+    continues_unwritten: whether batches stay as they are where a round, or what was
+      decided, can't be written.
     oldest_step_fn: the step of the oldest checkpoint; 0 where there is none. Rounds
       that no checkpoint can come back to are removed.
   """
@@ -61,6 +68,7 @@ class Rounds:
     model_dir: str,
     *,
     mine_fn: Optional[Callable[[int], Mined]],
+    continues_unwritten: bool = False,
     oldest_step_fn: Callable[[], int],
   ):
     self.schedule = ScheduleByRounds(plain)
@@ -69,6 +77,7 @@ class Rounds:
     self._plain = plain
     self._model_dir = model_dir
     self._mine_fn = mine_fn
+    self._continues_unwritten = continues_unwritten
     self._oldest_step_fn = oldest_step_fn
     self._made_of = made_of(dataset)
     self._ledger = Ledger(model_dir)
@@ -122,10 +131,14 @@ class Rounds:
     if step in decisions:
       opened = self._opened_again(step, decisions[step])
     else:
-      # First: a round that does not fit can then be mined anew.
-      opened = self._next(step)
-      decisions[step] = None if opened is None else opened.mining_round.step
-      self._workers.chief_first(lambda: self._ledger.add(step, decisions[step]))
+      try:
+        # First: a round that does not fit can then be mined anew.
+        opened = self._next(step)
+        decisions[step] = None if opened is None else opened.mining_round.step
+        self._workers.chief_first(lambda: self._ledger.add(step, decisions[step]))
+      except UnwritableError as error:
+        self._keep(step, error)
+        return False
     self._decided = decisions
     has_changed = self._hold(step, opened)
     self._workers.chief_first(self._prune)
@@ -178,10 +191,20 @@ class Rounds:
     except TooFewExamplesError as error:
       if self._options.when_too_few == "stop":
         raise
-      held = None if self._current is None else self._current.mining_round.step
-      self._options.check_age(step, held)
-      logging.warning("Step %d: %s Batches stay as they are.", step, error)
+      self._keep(step, error)
       return self._current
+
+  def _keep(self, step: int, error: UserError) -> None:
+    """Keeps the round that holds, in spite of an error.
+
+    Raises:
+      UserError: that round is too old; or the error itself, if it is to end the run.
+    """
+    if isinstance(error, UnwritableError) and not self._continues_unwritten:
+      raise error
+    held = None if self._current is None else self._current.mining_round.step
+    self._options.check_age(step, held)
+    logging.warning("Step %d: %s Batches stay as they are.", step, error)
 
   def _mined(self, step: int) -> int:
     """Mines a round of this step.
@@ -201,14 +224,15 @@ class Rounds:
     def write():
       if isinstance(mined, TooFewExamplesError):
         raise mined
-      round_folder.write(
-        self._model_dir,
-        step,
-        mined,
-        made_of=self._made_of,
-        num_records=index.num_records,
-        num_classes=index.num_classes,
-      )
+      with round_folder.alone(self._model_dir):
+        round_folder.write(
+          self._model_dir,
+          step,
+          mined,
+          made_of=self._made_of,
+          num_records=index.num_records,
+          num_classes=index.num_classes,
+        )
       seconds = time.monotonic() - start_s
       logging.info("Step %d: mined in %.1f s: %s.", step, seconds, mined.summary())
 

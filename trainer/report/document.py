@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import html
-import os
 import string
 from collections.abc import Sequence
 from importlib import resources
 from typing import NamedTuple
+
+from trainer.data import paths
 
 
 class Section(NamedTuple):
@@ -45,10 +46,7 @@ def write(path: str, title: str, summary: str, sections: Sequence[Section]) -> N
     links="".join(f'<a href="#{s.place}">{html.escape(s.name)}</a>' for s in there),
     sections="\n".join(_section(section) for section in there),
   )
-  aside = path + ".new"
-  with open(aside, "w", encoding="utf-8") as file:
-    file.write(page)
-  os.replace(aside, path)
+  paths.replace_file(path, page)
 
 
 def _section(section: Section) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data import paths
 from trainer.data.class_names import ClassNames
+from trainer.data.folder_lock import alone_in
 from trainer.errors import UserError
 from trainer.retrieval.embedding_folder import (
   LABELS_NAME,
@@ -42,7 +44,8 @@ class EmbeddingWriter:
     is_finished: whether the folder holds just these embeddings, whole.
 
   Args:
-    folder: is made if it is missing; what it holds stays until `finish`.
+    folder: is made if it is missing; what it holds stays until `finish`. No other
+      process writes into it: see `alone`.
     shape: (N, D).
     dtype: "float32" or "float16".
     source: what is embedded by what; rows of another source are not gone on with.
@@ -166,6 +169,26 @@ class EmbeddingWriter:
 
 
 @contextlib.contextmanager
+def alone(folder: str) -> Iterator[None]:
+  """Makes a folder of embeddings, and keeps other processes from writing into it.
+
+  Args:
+    folder: is made if it is missing.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    UserError: another process writes into it, or it can't be written to.
+  """
+  with contextlib.ExitStack() as claimed:
+    with _telling_of_failures(folder):
+      os.makedirs(folder, exist_ok=True)
+      claimed.enter_context(alone_in(folder, "embedding into"))
+    yield
+
+
+@contextlib.contextmanager
 def _telling_of_failures(folder: str) -> Iterator[None]:
   try:
     yield
@@ -180,6 +203,4 @@ def _write_text(folder: str, name: str, texts: Iterable[str]) -> None:
 
 
 def _write_json(path: str, content: Mapping[str, Any]) -> None:
-  with open(path + ".new", "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2)
-  os.replace(path + ".new", path)
+  paths.replace_file(path, json.dumps(content, indent=2))

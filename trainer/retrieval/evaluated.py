@@ -6,11 +6,13 @@ Shapes: N items, D dimensions, Q queries, k neighbours.
 from __future__ import annotations
 
 import csv
+import io
 import os
 from typing import NamedTuple
 
 import numpy as np
 
+from trainer.data import paths
 from trainer.data.dataset import Dataset
 from trainer.retrieval import evidence, projector
 from trainer.retrieval.items import RecordItems
@@ -44,10 +46,11 @@ class Evaluated(NamedTuple):
     """Writes `eval/classes.csv`: every class with its metrics, the worst first."""
     rows = class_rows(self.rankings, self.items)
     path = os.path.join(model_dir, "eval", "classes.csv")
-    with open(path, "w", encoding="utf-8", newline="") as file:
-      writer = csv.DictWriter(file, rows[0].keys())
-      writer.writeheader()
-      writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    paths.replace_file(path, text.getvalue())
 
   def sampled_answers(self) -> SampledAnswers:
     """Some queries with something to find, searched by all replicas."""

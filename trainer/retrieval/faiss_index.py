@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data import paths
 from trainer.errors import UserError
 from trainer.retrieval import faiss_library
 from trainer.retrieval.file_hash import sha256_of
@@ -138,10 +139,10 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, FILE_NAME)
   manifest_path = os.path.join(folder, MANIFEST_NAME)
-  faiss_library.load().write_index(index, path + ".new")
-  if os.path.exists(manifest_path):
-    os.remove(manifest_path)
-  os.replace(path + ".new", path)
+  with paths.replacing(path) as staged:
+    faiss_library.load().write_index(index, staged)
+    if os.path.exists(manifest_path):
+      os.remove(manifest_path)
   content = {
     **manifest,
     "num_items": index.ntotal,
@@ -149,9 +150,7 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
     "distance": "euclidean",
     "sha256": sha256_of(path),
   }
-  with open(manifest_path + ".new", "w", encoding="utf-8") as file:
-    json.dump(content, file, indent=2)
-  os.replace(manifest_path + ".new", manifest_path)
+  paths.replace_file(manifest_path, json.dumps(content, indent=2))
 
 
 class KeptIndex:

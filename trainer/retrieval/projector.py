@@ -13,6 +13,7 @@ import os
 import numpy as np
 import tensorflow as tf
 
+from trainer.data import paths
 from trainer.retrieval.evidence import EmbeddingMap, Sprite
 
 CONFIG_FILE = "projector_config.pbtxt"
@@ -48,15 +49,11 @@ def write(model_dir: str, sample: EmbeddingMap, embeddings: np.ndarray) -> None:
     config += (
       f'  sprite {{ image_path: "{_FOLDER}/{_SPRITE}" single_image_dim: {sizes} }}\n'
     )
-  aside = os.path.join(model_dir, CONFIG_FILE + ".new")
-  with open(aside, "w", encoding="utf-8") as file:
-    file.write(config + "}\n")
-  os.replace(aside, os.path.join(model_dir, CONFIG_FILE))
+  paths.replace_file(os.path.join(model_dir, CONFIG_FILE), config + "}\n")
 
 
 def _write(model_dir: str, name: str, content: bytes) -> None:
-  with open(os.path.join(model_dir, _FOLDER, name), "wb") as file:
-    file.write(content)
+  paths.replace_file(os.path.join(model_dir, _FOLDER, name), content)
 
 
 def _one_cell(text: str) -> str:

@@ -8,6 +8,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from trainer.data import paths
+from trainer.errors import UserError
+
 FILE_NAME = os.path.join("eval", "metrics.json")
 _HEADS = {"before_training": "before training", "latest": "after training"}
 # Patterns of the names that are shown, in this order, and their titles.
@@ -48,14 +51,16 @@ class Results:
 
   Args:
     model_dir: folder of the run; results that it holds are read.
+
+  Raises:
+    UserError: the results in it are damaged.
   """
 
   def __init__(self, model_dir: str):
     self.path = os.path.join(model_dir, FILE_NAME)
     self.by_moment: dict[str, dict[str, Any]] = {}
     if os.path.exists(self.path):
-      with open(self.path, encoding="utf-8") as file:
-        self.by_moment = json.load(file)
+      self.by_moment = _read(self.path)
 
   def write_before_training(self, found: Measurement) -> None:
     """Writes what the untrained encoder gives.
@@ -95,10 +100,26 @@ class Results:
 
   def _write(self):
     os.makedirs(os.path.dirname(self.path), exist_ok=True)
-    aside = self.path + ".new"
-    with open(aside, "w", encoding="utf-8") as file:
-      json.dump(self.by_moment, file, indent=2)
-    os.replace(aside, self.path)
+    paths.replace_file(self.path, json.dumps(self.by_moment, indent=2))
+
+
+def _read(path: str) -> dict[str, dict[str, Any]]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+  except (ValueError, RecursionError) as error:
+    raise UserError(
+      f"{path} is damaged ({error}); remove it, and measure again with --mode=evaluate."
+    ) from error
+  is_whole = isinstance(content, dict) and all(
+    isinstance(moment, dict) for moment in content.values()
+  )
+  if not is_whole:
+    raise UserError(
+      f"{path} has no object for each moment; remove it, and measure again with "
+      "--mode=evaluate."
+    )
+  return content
 
 
 def titles(names) -> dict[str, str]:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 
 from trainer.config import saved
+from trainer.data.folder_lock import alone_in
 from trainer.serving import lite, model_card, saved_model
 
 _ASIDE = "aside"
@@ -27,15 +28,20 @@ def replacing(folder: str) -> Iterator[str]:
 
   Yields:
     The folder in which the new one is to be made.
+
+  Raises:
+    UserError: another process exports into the folder.
   """
   aside = os.path.join(folder, _ASIDE)
-  shutil.rmtree(aside, ignore_errors=True)
-  os.makedirs(aside)
-  try:
-    yield aside
-    _publish(aside, folder)
-  finally:
-    shutil.rmtree(aside)
+  os.makedirs(folder, exist_ok=True)
+  with alone_in(folder, "exporting into"):
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    try:
+      yield aside
+      _publish(aside, folder)
+    finally:
+      shutil.rmtree(aside)
 
 
 def _publish(aside: str, folder: str) -> None:

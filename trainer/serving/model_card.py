@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from trainer import __version__
 from trainer.config import saved
+from trainer.data import paths
 from trainer.retrieval.results import Results, titles
 
 FILE_NAME = "MODEL_CARD.md"
@@ -63,8 +64,7 @@ def write(folder: str, facts: Facts, *, model_dir: str) -> str:
     *_section("Files (SHA-256)", _hashes(folder)),
   ]
   path = os.path.join(folder, FILE_NAME)
-  with open(path, "w", encoding="utf-8") as file:
-    file.write("\n".join(lines) + "\n")
+  paths.replace_file(path, "\n".join(lines) + "\n")
   return path
 
 

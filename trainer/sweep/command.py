@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from absl import flags, logging
 
-from trainer import errors, task
+from trainer import errors, preemption, task
 from trainer.config import suggest
 from trainer.sweep import points as points_lib
 from trainer.sweep import rows, spec, sweep_folder, table
@@ -45,8 +45,18 @@ def main(arguments: Sequence[str]) -> int:
       return errors.DONE
     return _run(*_parse(arguments))
   except errors.UserError as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return error.exit_status
+    return _report(error)
+  except OSError as error:
+    full = errors.out_of_space(error)
+    if full is None:
+      raise
+    return _report(full)
+
+
+def _report(error: errors.UserError) -> int:
+  """Prints a user error in one line; the exit status."""
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  return error.exit_status
 
 
 def define_flags() -> flags.FlagValues:
@@ -215,12 +225,10 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
     received.append(number)
     stop.set()
 
-  before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-  try:
+  with preemption.handlers_restored():
+    for number in preemption.SIGNALS:
+      signal.signal(number, note)
     yield received
-  finally:
-    for number, handler in before.items():
-      signal.signal(number, handler)
 
 
 def _found(worker: Worker, trials: Trials, read: spec.Spec) -> list[rows.Row]:

@@ -7,6 +7,7 @@ import os
 import string
 from collections.abc import Sequence
 
+from trainer.data import paths
 from trainer.report import page as report_page
 from trainer.sweep import charts, rows, table
 from trainer.sweep.importance import importances
@@ -88,10 +89,7 @@ def write(found: Sequence[Row], spec: Spec, path: str) -> None:
     importance=shares or "<tr><td>It takes two settings that differ.</td></tr>",
     failures=_failures(found),
   )
-  aside = path + ".new"
-  with open(aside, "w", encoding="utf-8") as file:
-    file.write(page)
-  os.replace(aside, path)
+  paths.replace_file(path, page)
 
 
 def _search_words(options: Options) -> str:

@@ -27,6 +27,7 @@ class Ending(enum.Enum):
   FAILED = "failed"
   STOPPED = "stopped"
   PRUNED = "pruned"
+  BUSY = "busy"  # Another sweep runs it.
 
 
 def run(

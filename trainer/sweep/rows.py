@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import os
+import io
 import re
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Optional
 
+from trainer.data import paths
 from trainer.sweep.points import Point
 from trainer.sweep.run_folder import RunFolder
 from trainer.sweep.spec import Options
@@ -118,21 +119,20 @@ def number(text: str) -> Optional[float]:
 def write_csv(rows: Sequence[Row], options: Options, path: str) -> None:
   """One line a run: rank, settings, seed, state, step, the metric, folder, note."""
   swept = names(rows)
-  aside = path + ".new"
-  with open(aside, "w", encoding="utf-8", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(
-      ["rank", *swept, "seed", "state", "step", options.metric, "folder", "note"]
-    )
-    for rank, row in enumerate(rows, 1):
-      settings = [row.settings.get(name, "") for name in swept]
-      for run in row.runs:
-        seed = "" if run.point.seed is None else run.point.seed
-        value = "" if run.value is None else run.value
-        writer.writerow(
-          [rank, *settings, seed, run.state, run.step, value, run.path, run.note]
-        )
-  os.replace(aside, path)
+  text = io.StringIO(newline="")
+  writer = csv.writer(text)
+  writer.writerow(
+    ["rank", *swept, "seed", "state", "step", options.metric, "folder", "note"]
+  )
+  for rank, row in enumerate(rows, 1):
+    settings = [row.settings.get(name, "") for name in swept]
+    for run in row.runs:
+      seed = "" if run.point.seed is None else run.point.seed
+      value = "" if run.value is None else run.value
+      writer.writerow(
+        [rank, *settings, seed, run.state, run.step, value, run.path, run.note]
+      )
+  paths.replace_file(path, text.getvalue())
 
 
 def _run_row(point: Point, folder: RunFolder, metric: str, is_running: bool) -> RunRow:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Optional
 
+from trainer.data import folder_lock, paths
+from trainer.errors import FAILURE
 from trainer.loop.metrics_file import MetricsFile
 from trainer.retrieval.results import Results
 from trainer.sweep.points import Point
@@ -54,8 +55,7 @@ class RunFolder:
     """
     os.makedirs(self.path, exist_ok=True)
     path = os.path.join(self.path, POINT_FILE)
-    with open(path, "w", encoding="utf-8") as file:
-      file.write(f"# {self._point}\n{self._point.config.text}")
+    paths.replace_file(path, f"# {self._point}\n{self._point.config.text}")
     return path
 
   @property
@@ -92,16 +92,20 @@ class RunFolder:
   @property
   def failure(self) -> Optional[Failure]:
     """Why it failed; None if it did not."""
+    path = os.path.join(self.path, _FAILURE_FILE)
     try:
-      with open(os.path.join(self.path, _FAILURE_FILE), encoding="utf-8") as file:
-        return Failure(**json.load(file))
+      with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+      return Failure(int(content["exit_status"]), str(content["message"]))
     except FileNotFoundError:
       return None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+      return Failure(FAILURE, f"{path} is damaged")
 
   def mark_failed(self, failure: Failure) -> None:
     """Remembers why it failed."""
-    with open(os.path.join(self.path, _FAILURE_FILE), "w", encoding="utf-8") as file:
-      json.dump(failure._asdict(), file)
+    path = os.path.join(self.path, _FAILURE_FILE)
+    paths.replace_file(path, json.dumps(failure._asdict()))
 
   def forget_failure(self) -> None:
     """Forgets a failure, since it is tried again."""
@@ -114,21 +118,17 @@ class RunFolder:
 
     Yields:
       The lock's file, for the run's process to inherit: should the sweep be killed, the
-      run that goes on still holds it. None if another holds it.
+      run that goes on still holds it. None if another holds it; `is_locked` never does.
     """
     os.makedirs(self.path, exist_ok=True)
-    with open(os.path.join(self.path, _LOCK_FILE), "w", encoding="utf-8") as file:
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        yield None
-        return
+    file = folder_lock.try_lock(os.path.join(self.path, _LOCK_FILE))
+    if file is None:
+      yield None
+      return
+    with file:
       yield file.fileno()
 
   @property
   def is_locked(self) -> bool:
     """Whether some sweep works on it now."""
-    if not os.path.exists(os.path.join(self.path, _LOCK_FILE)):
-      return False
-    with self.lock() as held:
-      return held is None
+    return folder_lock.is_locked(os.path.join(self.path, _LOCK_FILE))

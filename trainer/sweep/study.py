@@ -5,13 +5,13 @@ This module alone imports Optuna.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional, TextIO
 
+from trainer.data import folder_lock
 from trainer.errors import UserError
 from trainer.sweep import domains
 from trainer.sweep.points import Point, PointBuilder, meets_constraints
@@ -90,8 +90,7 @@ class StudyTrials:
 
   def take(self) -> Optional[Trial]:
     """The next trial, those that a killed sweep left first."""
-    with self._lock, open(self._ask_lock_path, "w", encoding="utf-8") as file:
-      fcntl.flock(file, fcntl.LOCK_EX)
+    with self._lock, folder_lock.locked(self._ask_lock_path):
       self._reclaim()
       if len(self._counted()) >= (self._spec.options.num_trials or 0):
         return None
@@ -200,10 +199,4 @@ class StudyTrials:
   def _hold(self, number: int) -> Optional[TextIO]:
     """The trial's lock file, locked and open; None if another holds it."""
     path = os.path.join(self._sweep_dir, _LOCK_FOLDER, f"{number}.lock")
-    file = open(path, "w", encoding="utf-8")  # noqa: SIM115  Open as long as locked.
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.close()
-      return None
-    return file
+    return folder_lock.try_lock(path)

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from trainer import config as config_lib
 from trainer.config.statements import Binding
+from trainer.data import paths
 from trainer.errors import UserError
 from trainer.sweep import page, rows
 from trainer.sweep.rows import Row
@@ -34,8 +35,7 @@ def open_sweep_folder(spec: Spec, folder: str) -> None:
   said = _said(spec)
   path = os.path.join(folder, _SPEC_FILE)
   if os.path.exists(path):
-    with open(path, encoding="utf-8") as file:
-      before = json.load(file)
+    before = _read(path)
     lines = config_lib.diff(_fixed(before), _fixed(said))
     if lines:
       more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
@@ -45,12 +45,22 @@ def open_sweep_folder(spec: Spec, folder: str) -> None:
       )
   try:
     os.makedirs(folder, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-      json.dump(said, file, indent=2)
+    paths.replace_file(path, json.dumps(said, indent=2))
   except OSError as error:
     raise UserError(
       f"--sweep_dir={folder} can't be written to: {error.strerror}."
     ) from error
+
+
+def _read(path: str) -> dict[str, str]:
+  try:
+    with open(path, encoding="utf-8") as file:
+      content = json.load(file)
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"{path} is damaged ({error}); remove it.") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{path} is damaged (it has no object); remove it.")
+  return content
 
 
 def write_results(found: Sequence[Row], spec: Spec, folder: str) -> None:

@@ -17,7 +17,8 @@ class Trial:
     points: the same settings with different seeds; one in a list.
 
   Attributes:
-    is_waiting: whether to wait for a run on which another sweep works, or pass it over.
+    is_waiting: whether to wait at once for a run on which another sweep works, or only
+      when no other trial is left.
   """
 
   is_waiting = False

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import fcntl
 import os
 import statistics
 import sys
@@ -12,9 +11,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
-from absl import logging
-
 from trainer.config import suggest
+from trainer.data import folder_lock
 from trainer.errors import UserError
 from trainer.sweep import process
 from trainer.sweep.points import Point
@@ -75,21 +73,30 @@ class Worker:
     return [pool.submit(self._work, device) for device in self._machine.devices]
 
   def _work(self, device: Optional[str]) -> None:
+    busy = []
     try:
       while not self.stop.is_set():
         trial = self._trials.take()
         if trial is None:
-          return
-        self._trials.finish(trial, *self._try(trial, device))
+          break
+        ending, value = self._try(trial, device, is_waiting=trial.is_waiting)
+        if ending is Ending.BUSY:
+          busy.append(trial)
+        else:
+          self._trials.finish(trial, ending, value)
+      for trial in busy:
+        self._trials.finish(trial, *self._try(trial, device, is_waiting=True))
     except BaseException:
       self.stop.set()
       raise
 
-  def _try(self, trial: Trial, device: Optional[str]) -> tuple[Ending, Optional[float]]:
+  def _try(
+    self, trial: Trial, device: Optional[str], *, is_waiting: bool
+  ) -> tuple[Ending, Optional[float]]:
     """Runs the points of a trial; how it ended and the mean of its metric."""
     values = []
     for point in trial.points:
-      ending = self._run(point, trial, device)
+      ending = self._run(point, trial, device, is_waiting)
       if ending is not Ending.DONE:
         return ending, None
       value = self.folder(point).metric(self._options.metric)
@@ -98,15 +105,16 @@ class Worker:
       values.append(value)
     return Ending.DONE, statistics.fmean(values)
 
-  def _run(self, point: Point, trial: Trial, device: Optional[str]) -> Ending:
+  def _run(
+    self, point: Point, trial: Trial, device: Optional[str], is_waiting: bool
+  ) -> Ending:
     folder = self.folder(point)
     while not self.stop.is_set():
       with folder.lock() as lock:
         if lock is not None:
           return self._run_locked(point, trial, device, lock)
-      if not trial.is_waiting:
-        logging.info("%s: another sweep runs it.", point)
-        return Ending.STOPPED
+      if not is_waiting:
+        return Ending.BUSY
       self.stop.wait(_BUSY_POLL_S)
     return Ending.STOPPED
 
@@ -147,13 +155,13 @@ class Worker:
     config = point.config
     ours = {k: v for k, v in config.values.items() if k.startswith("ingest.")}
     path = os.path.join(self._machine.runs_dir, "ingest.lock")
-    with self._ingest_lock, open(path, "w", encoding="utf-8") as file:
+    with self._ingest_lock:
       if not ours or repr(ours) in self._ingested:
         return Ending.DONE, 0
-      fcntl.flock(file, fcntl.LOCK_EX)
-      ending = self._call(
-        "ingest", gin_file, self.folder(point), device, [], lambda: False
-      )
+      with folder_lock.locked(path):
+        ending = self._call(
+          "ingest", gin_file, self.folder(point), device, [], lambda: False
+        )
       if ending[0] is Ending.DONE:
         self._ingested.add(repr(ours))
       return ending

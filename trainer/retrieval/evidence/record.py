@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
+from trainer.data import paths
 from trainer.errors import UserError
 
 FILE_NAME = os.path.join("eval", "evidence.json")
@@ -174,10 +175,7 @@ class Evidence:
     """
     path = os.path.join(model_dir, FILE_NAME)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    aside = path + ".new"
-    with open(aside, "w", encoding="utf-8") as file:
-      json.dump(dataclasses.asdict(self), file)
-    os.replace(aside, path)
+    paths.replace_file(path, json.dumps(dataclasses.asdict(self)))
 
   @classmethod
   def read(cls, model_dir: str) -> Optional[Evidence]:
