@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -259,3 +261,41 @@ def test_more_neighbours_than_there_are_items_have_no_answer(folder, capsys):
     folder, capsys, f"--query={_image(folder, 3)}", params=params, status=2
   )
   assert "2000 neighbours can't be had" in answer["error"]
+
+
+_HOLD = """
+import sys
+from trainer.data.folder_lock import alone_in
+with alone_in(sys.argv[1], "writing into"):
+  print("in", flush=True)
+  sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize(
+  ("mode", "name"), [("embed", "embeddings"), ("index", "index"), ("export", "export")]
+)
+def test_a_second_process_that_writes_into_a_folder_is_refused(
+  folder, mode, name, tmp_path, capsys
+):
+  """Before it touches what the first one has staged."""
+  target = tmp_path / name
+  staged = target / "aside" / "half done"
+  staged.parent.mkdir(parents=True)
+  staged.write_text("of the first")
+  params = [f"{mode}.folder = '{target}'"]
+  with subprocess.Popen(
+    [sys.executable, "-c", _HOLD, str(target)],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  ) as first:
+    assert first.stdout.readline() == "in\n"
+    assert _task(folder, mode, params=params) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"process {first.pid} of " in line
+    assert f"is writing into {target} since" in line
+    assert staged.read_text() == "of the first"
+    first.communicate("")
+  assert _task(folder, mode, params=params) == 0
+  assert not list(target.glob(".in-use-*"))

@@ -51,9 +51,7 @@ def main(run: Run) -> None:
       **provenance.of_encoder(trained.encoder, run.config.values, step),
       **index.facts(),
     }
-    with contextlib.ExitStack() as claimed:
-      workers.chief_first(lambda: claimed.enter_context(alone(folder)))
-      embedding.write(trained, index, folder, source)
+    embedding.write(trained, index, folder, source)
 
 
 @gin.configurable("embed")
@@ -108,8 +106,16 @@ class Embedding:
 
     Raises:
       UserError: a record can't be read, an embedding is not finite, or the folder
-        can't be written to.
+        can't be written to, or another process embeds into it.
     """
+    with contextlib.ExitStack() as claimed:
+      current_workers().chief_first(lambda: claimed.enter_context(alone(folder)))
+      self._write(trained, index, folder, source)
+
+  def _write(
+    self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
+  ) -> None:
+    """Writes what is missing, in a folder that no other process writes into."""
     workers = current_workers()
     embedder = Embedder(
       trained.encoder,

@@ -22,6 +22,14 @@ def main(run: Run) -> None:
   options = IndexOptions()
   embeddings_folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
   folder = options.folder or os.path.join(run.model_dir, "index")
+  EmbeddingFolder(embeddings_folder)  # Before a folder is made.
+  os.makedirs(folder, exist_ok=True)
+  with alone_in(folder, "indexing into"):
+    _write(options, embeddings_folder, folder)
+
+
+def _write(options: IndexOptions, embeddings_folder: str, folder: str) -> None:
+  """Builds the index of a folder of embeddings, measures and writes it."""
   kept = EmbeddingFolder(embeddings_folder)
   embeddings = np.asarray(kept.embeddings, np.float32)
   check_finite(embeddings)
@@ -32,9 +40,7 @@ def main(run: Run) -> None:
   measured = faiss_index.measure(index, embeddings)
   of_what = {"embeddings": os.path.abspath(embeddings_folder), **kept.source}
   manifest = {"kind": kind, **measured, "embeddings_sha256": kept.sha256}
-  os.makedirs(folder, exist_ok=True)
-  with alone_in(folder, "indexing into"):
-    faiss_index.write(folder, index, {**manifest, "source": of_what})
+  faiss_index.write(folder, index, {**manifest, "source": of_what})
   shape = f"{len(embeddings):,} x {embeddings.shape[1]}"
   figures = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
   print(f"{kind}  {shape}  {figures}\n{folder}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import time
 
 import pytest
 
-from trainer.data import claim, paths, writer
+from trainer.data import claim, folder_lock, paths, writer
 from trainer.data.claim import Claim, claiming
 from trainer.data.records import RecordIndex
 from trainer.data.sources import Item
@@ -166,6 +167,110 @@ def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
       thread.join()
   assert max(seen, default=0) <= 1
   assert not _claims(folder)
+
+
+@pytest.mark.parametrize("round_number", range(3))
+def test_of_threads_of_one_process_exactly_one_has_the_folder(folder, round_number):
+  """Those that come at once are refused, and none takes another's claim for stale."""
+  del round_number
+  start, refused, inside = threading.Barrier(6), [], []
+  all_came = threading.Event()
+
+  def come():
+    start.wait()
+    try:
+      with claiming(folder, "writing into"):
+        inside.append(1)
+        assert all_came.wait(30)
+    except UserError as error:
+      refused.append(str(error))
+    if len(refused) == 5:
+      all_came.set()
+
+  threads = [threading.Thread(target=come) for _ in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(inside) == 1
+  assert len(refused) == 5
+  assert all(f"process {os.getpid()} of " in line for line in refused)
+  assert not _claims(folder)
+
+
+def test_a_claim_that_is_not_settled_gives_way_to_one_whose_name_comes_first(folder):
+  path = _put(folder, "zzz", machine=claim._machine(), pid=1, is_settled=False)
+  gone = threading.Timer(0.2, lambda: paths.remove(path))
+  gone.start()
+  with claiming(folder, "writing into"):
+    assert len(_claims(folder)) == 1
+  gone.join()
+
+
+def test_a_claim_whose_name_comes_first_is_left_though_it_is_not_settled(folder):
+  _put(folder, "", machine=claim._machine(), pid=1, is_settled=False)
+  with (
+    pytest.raises(UserError, match="process 1 of other"),
+    claiming(folder, "writing into"),
+  ):
+    pass
+
+
+def test_a_folder_that_can_not_be_written_to_is_read_without_a_claim(
+  tmp_path, monkeypatch
+):
+  def refuse(path, content):
+    raise OSError(errno.EROFS, "Read-only file system", path)
+
+  monkeypatch.setattr(paths, "replace_file", refuse)
+  with folder_lock.alone_in(str(tmp_path), "indexing"):
+    assert not _claims(str(tmp_path))
+
+
+def test_a_lock_is_not_lost_to_those_who_look_whether_it_is_held(tmp_path):
+  path = str(tmp_path / "lock")
+  with folder_lock.try_lock(path):
+    pass
+  is_over = threading.Event()
+
+  def look():
+    while not is_over.is_set():
+      folder_lock.is_locked(path)
+
+  threads = [threading.Thread(target=look) for _ in range(2)]
+  for thread in threads:
+    thread.start()
+  lost = 0
+  for _ in range(500):
+    file = folder_lock.try_lock(path)
+    lost += file is None
+    if file is not None:
+      file.close()
+  is_over.set()
+  for thread in threads:
+    thread.join()
+  assert lost == 0
+
+
+def test_a_lock_that_is_held_is_seen_and_refused(tmp_path):
+  path = str(tmp_path / "lock")
+  assert not folder_lock.is_locked(path)
+  with folder_lock.try_lock(path):
+    assert folder_lock.is_locked(path)
+    assert folder_lock.try_lock(path) is None
+  assert not folder_lock.is_locked(path)
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+  def refuse(*_):
+    raise OSError(errno.ENOLCK, "No locks available")
+
+  monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+  path = str(tmp_path / "lock")
+  with pytest.raises(UserError, match=r"can't be locked \(No locks available"):
+    folder_lock.try_lock(path)
+  with folder_lock.alone_in(str(tmp_path), "embedding into"):  # Needs none.
+    assert len(_claims(str(tmp_path))) == 1
 
 
 _SCRIPT = """

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import socket
+import threading
 import time
 
 import pytest
@@ -113,6 +115,93 @@ def test_something_else_that_knocks_is_passed_over():
       stranger.sendall(b"GET / HTTP/1.0\n")
     meet(Cluster(addresses, 1), {}, timeout_s=20.0)
     assert chief.exception() is None
+
+
+_STRANGERS = (
+  b'{"index": 1}',
+  b'{"index": 1, "addresses": [], "facts": null}',
+  b'{"index": "1", "addresses": ["a:1"], "facts": {}}',
+  b'{"index": true, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": Infinity, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": -1, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": 1, "addresses": [[]], "facts": {}}',
+  b'{"index": 1, "addresses": ["a:1"], "facts": {"x": {}}}',
+  b"[1]",
+  b"null",
+  b"[" * 100_000,
+  b"\xff\xfe",
+  b"",
+)
+
+
+def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 5.0)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    for message in _STRANGERS:
+      with _connect(addresses[0]) as stranger:
+        stranger.sendall(message + b"\n")
+    meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    assert chief.exception() is None
+
+
+def test_a_number_that_no_worker_has_is_refused():
+  addresses = free_addresses(2)
+  greeting = {"index": 2, "addresses": addresses, "facts": {}}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      stranger.sendall(json.dumps(greeting).encode() + b"\n")
+      error = chief.exception()
+  assert isinstance(error, UserError)
+  assert "it is worker 2 of 2" in str(error)
+
+
+def test_a_line_without_end_is_given_up(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.rendezvous._MAX_MESSAGE_BYTES", 1000)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      stranger.sendall(b"x" * 2000)
+      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    assert chief.exception() is None
+
+
+def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 0.3)
+  addresses = free_addresses(2)
+  is_over = threading.Event()
+
+  def drip(stranger):
+    with contextlib.suppress(OSError):
+      while not is_over.wait(0.05):
+        stranger.sendall(b"x")
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      dripping = pool.submit(drip, stranger)
+      try:
+        meet(Cluster(addresses, 1), {}, timeout_s=10.0)
+        assert chief.exception() is None
+      finally:
+        is_over.set()
+        dripping.result()
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"error": 1, "is_mistake": true}'])
+def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
+  addresses = free_addresses(2)
+  server = socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1])))
+  with server, concurrent.futures.ThreadPoolExecutor() as pool:
+    worker = pool.submit(meet, Cluster(addresses, 1), {}, timeout_s=20.0)
+    for line in (answer, b'{"error": null, "is_mistake": false}'):
+      connection, _ = server.accept()
+      with connection:
+        connection.sendall(line + b"\n")
+    assert worker.exception() is None
 
 
 def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):

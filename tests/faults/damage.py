@@ -11,6 +11,7 @@ import subprocess
 from tests.faults import runs as runs_lib
 from tests.faults.kills import EQUAL, ended_as
 from tests.faults.runs import NUM_STEPS, Runs
+from tests.faults.stops import harmful
 from tests.faults.table import Outcome, row
 
 
@@ -72,16 +73,20 @@ def _small_disk(folder):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+def _fill(folder):
+  with contextlib.suppress(OSError), open(folder / "filler", "wb") as file:
+    while True:
+      file.write(bytes(512))
+      file.flush()
+
+
 def _on_full_disk(runs: Runs, name, policy):
   """A run in a folder whose disk is filled once its first checkpoints are there."""
   model_dir = runs.folder / name
   with _small_disk(model_dir):
     running = runs.start(name, f"LoopOptions.when_disk_full = '{policy}'")
     running.wait_until(lambda: runs_lib.newest_step(model_dir) >= 4)
-    with contextlib.suppress(OSError), open(model_dir / "filler", "wb") as file:
-      while True:
-        file.write(bytes(512))
-        file.flush()
+    _fill(model_dir)
     status, seconds = running.wait()
     kept = runs_lib.newest_step(model_dir)
     is_good = runs_lib.all_finite(model_dir)
@@ -99,6 +104,29 @@ def full_disk_where_it_goes_on(runs: Runs) -> Outcome:
   seen = f"{status}, last good stays: {is_good and kept > 0}, then equal: {equal}"
   expected = "2, last good stays: True, then equal: True"
   return Outcome(expected, seen, seconds, NUM_STEPS - kept)
+
+
+@row
+def full_disk_before_the_first_step(runs: Runs) -> Outcome:
+  """No space left; before the first step, when_disk_full = 'go_on'."""
+  name, file = "full-early", runs.folder / "full-early-hangs"
+  model_dir = runs.folder / name
+  policy = "LoopOptions.when_disk_full = 'go_on'"
+  file.write_text("")
+  with _small_disk(model_dir):
+    running = runs.start(name, policy, *harmful(hang_file=str(file)))
+    running.wait_until(lambda: running.said("writing to"))
+    _fill(model_dir)
+    file.unlink()
+    status, seconds = running.wait()
+    is_whole = running.said(f"step {NUM_STEPS}/{NUM_STEPS}  ")
+    said = "can't be written" in running.last_line()
+    (model_dir / "filler").unlink()
+    again, _ = runs.start(name, policy, *harmful(hang_file=str(file))).wait()
+    equal = ended_as(again, model_dir, runs.finished(1)) == EQUAL
+  seen = f"{status}, all steps: {is_whole}, told: {said}, then equal: {equal}"
+  expected = "2, all steps: True, told: True, then equal: True"
+  return Outcome(expected, seen, seconds, NUM_STEPS)
 
 
 @row

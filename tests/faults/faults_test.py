@@ -9,7 +9,11 @@ import pytest
 from tests.faults.every_row import ROWS
 from tests.faults.runs import Runs, newest_step, values
 
-_NEEDS_ROOT = ("full_disk_where_it_goes_on", "full_disk_where_it_stops")
+_NEEDS_ROOT = (
+  "full_disk_before_the_first_step",
+  "full_disk_where_it_goes_on",
+  "full_disk_where_it_stops",
+)
 
 
 @pytest.fixture(scope="module")

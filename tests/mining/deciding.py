@@ -43,7 +43,9 @@ def of_step(index, mining_round, *, classes):
   return Constant(mining_round.step, (2, 6))
 
 
-def make_rounds(folder, *, miner=None, oldest_step=0, **options):
+def make_rounds(
+  folder, *, miner=None, oldest_step=0, continues_unwritten=False, **options
+):
   options = {"schedule_fn": of_step, "every_steps": 10, **options}
   return Rounds(
     OfflineMining(**options),
@@ -51,6 +53,7 @@ def make_rounds(folder, *, miner=None, oldest_step=0, **options):
     Constant(-7),
     str(folder),
     mine_fn=miner,
+    continues_unwritten=continues_unwritten,
     oldest_step_fn=lambda: oldest_step,
   )
 

@@ -9,11 +9,13 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from trainer.sweep import command
+from trainer.sweep import command, points, spec
+from trainer.sweep.run_folder import RunFolder
 
 ROOT = pathlib.Path(__file__).parents[2]
 _TWO = "choice/MARGIN = (0.1, 0.2)"
@@ -176,6 +178,62 @@ def test_two_sweeps_at_once_share_the_points(folder, sweep_file):
     assert process.returncode == 0, errors
   assert list(_calls(folder).values()) == [1, 1, 1, 1]
   assert {row["state"] for row in _table(folder)} == {"finished"}
+
+
+def test_sweep_waits_for_a_run_that_another_makes_and_takes_it_over(folder, sweep_file):
+  """The other ends without a result: no point is missing where the status is 0."""
+  path = sweep_file(_TWO)
+  read = spec.read(path)
+  point = points.listed(read, points.PointBuilder(read))[0]
+  run_folder = RunFolder(str(folder / "runs" / "points"), point, "train_and_evaluate")
+  with run_folder.lock() as lock:
+    assert lock is not None
+    process = _start(folder, path)
+    _wait_for(lambda: len(_calls(folder)) == 1)
+    time.sleep(1.0)
+    assert process.poll() is None
+  _, errors = process.communicate(timeout=60)
+  assert process.returncode == 0, errors
+  assert sorted(_calls(folder).values()) == [1, 1]
+  assert {row["state"] for row in _table(folder)} == {"finished"}
+
+
+def test_polling_a_run_never_takes_its_lock_from_a_worker(folder, sweep_file):
+  read = spec.read(sweep_file(_TWO))
+  point = points.listed(read, points.PointBuilder(read))[0]
+  run_folder = RunFolder(str(folder), point, "train")
+  with run_folder.lock():
+    assert run_folder.is_locked
+  is_over = threading.Event()
+
+  def poll():
+    while not is_over.is_set():
+      RunFolder(str(folder), point, "train").is_locked  # noqa: B018
+
+  thread = threading.Thread(target=poll)
+  thread.start()
+  lost = 0
+  for _ in range(500):
+    with run_folder.lock() as lock:
+      lost += lock is None
+  is_over.set()
+  thread.join()
+  assert lost == 0
+
+
+def test_a_damaged_file_of_a_run_is_told_and_not_a_traceback(
+  sweep, folder, monkeypatch, capsys
+):
+  monkeypatch.setenv("CRASH_ABOVE", "0.15")
+  assert sweep(_TWO) == 1
+  [path] = (folder / "runs" / "points").glob("*/failure.json")
+  for content in ("", "[1]", '{"exit_status": null, "message": 1}', "["):
+    path.write_text(content)
+    assert sweep(_TWO) == 1
+    assert "failure.json is damaged" in capsys.readouterr().out
+  (folder / "runs" / "sweeps" / "mine" / "sweep.json").write_text("[")
+  assert sweep(_TWO) == 2
+  assert "sweep.json is damaged" in capsys.readouterr().err
 
 
 def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):

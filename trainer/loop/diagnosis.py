@@ -20,14 +20,14 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from trainer.data import examples
+from trainer.data import examples, paths
 from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
 from trainer.data.schedule import Schedule
 from trainer.distribute.collectives import Collectives, current_collectives
 from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 from trainer.loop.step import TrainStep
 
 FILE_NAME = "not_finite-{}.json"
@@ -73,7 +73,7 @@ class Diagnosis:
       )
     keys = [self._key(int(number)) for number in np.ravel(self._schedule.batch(step))]
     shown = ", ".join(keys[:_NUM_SHOWN])
-    where = f"; all in {self._write(step, found, keys)}" if self._model_dir else ""
+    where = self._write(step, found, keys) if self._model_dir else ""
     return f"{found}; the batch has {shown}, … ({len(keys)} records{where})"
 
   def _batch(self, step: int) -> Any:
@@ -95,9 +95,12 @@ class Diagnosis:
 
   def _write(self, step: int, found: str, keys: Sequence[str]) -> str:
     path = os.path.join(str(self._model_dir), FILE_NAME.format(step))
-    with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
-      json.dump({"step": step, "what": found, "keys": keys}, file, indent=1)
-    return path
+    content = {"step": step, "what": found, "keys": keys}
+    try:
+      paths.replace_file(path, json.dumps(content, indent=1))
+    except OSError as error:
+      return f"; {path} can't be written: {reason_of(error)}"
+    return f"; all in {path}"
 
 
 class _Check(NamedTuple):

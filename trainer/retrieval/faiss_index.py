@@ -139,18 +139,17 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, FILE_NAME)
   manifest_path = os.path.join(folder, MANIFEST_NAME)
-  with paths.replacing(path) as staged:
-    faiss_library.load().write_index(index, staged)
-    if os.path.exists(manifest_path):
-      os.remove(manifest_path)
-  content = {
-    **manifest,
-    "num_items": index.ntotal,
-    "num_dimensions": index.d,
-    "distance": "euclidean",
-    "sha256": sha256_of(path),
-  }
-  paths.replace_file(manifest_path, json.dumps(content, indent=2))
+  # Both are written before one is replaced: a full disk leaves the old index whole.
+  with paths.replacing(manifest_path) as new_manifest, paths.replacing(path) as new:
+    faiss_library.load().write_index(index, new)
+    content = {
+      **manifest,
+      "num_items": index.ntotal,
+      "num_dimensions": index.d,
+      "distance": "euclidean",
+      "sha256": sha256_of(new),
+    }
+    paths.write_bytes(new_manifest, json.dumps(content, indent=2).encode())
 
 
 class KeptIndex:

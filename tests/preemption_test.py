@@ -1,0 +1,103 @@
+"""Signals: what handled them before a run handles them after it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from trainer import preemption
+
+_ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture
+def c_handler():
+  """Handlers set by the system's own call, as a program that embeds Python does."""
+  received = []
+  make = ctypes.CFUNCTYPE(None, ctypes.c_int)
+  handler = make(received.append)
+  libc = ctypes.CDLL(None)
+  libc.signal.argtypes = [ctypes.c_int, make]
+  before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
+  for number in preemption.SIGNALS:
+    libc.signal(int(number), handler)
+  yield received
+  for number, python_handler in before.items():
+    signal.signal(number, python_handler)
+
+
+def _raise_all():
+  for number in preemption.SIGNALS:
+    os.kill(os.getpid(), number)
+
+
+def test_handlers_of_c_are_there_again_after_a_run(c_handler):
+  with preemption.listening(1.0):
+    pass
+  _raise_all()
+  assert c_handler == [15, 2]
+
+
+def test_handlers_of_c_are_there_again_after_a_run_that_was_told_to_stop(c_handler):
+  with pytest.raises(preemption.PreemptedError), preemption.listening(30.0):
+    os.kill(os.getpid(), signal.SIGTERM)
+    for _ in range(10_000_000):  # Until Python runs its handler.
+      pass
+  assert c_handler == []
+  _raise_all()
+  assert c_handler == [15, 2]
+
+
+def test_a_handler_of_python_is_there_again_after_a_run():
+  received = []
+  before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
+  try:
+    with preemption.listening(1.0):
+      pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert received == [15]
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
+_LIBRARY = """
+#include <signal.h>
+#include <unistd.h>
+static void handle(int number) { (void)number; (void)!write(1, "C handler\\n", 10); }
+__attribute__((constructor)) static void set(void) { signal(SIGTERM, handle); }
+"""
+_PROGRAM = """
+import os, signal
+from trainer import preemption
+assert signal.getsignal(signal.SIGTERM) is None
+with preemption.listening(1.0):
+  print("inside", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+print("after", flush=True)
+"""
+
+
+def test_a_handler_that_python_never_knew_is_no_error(tmp_path):
+  """Set before Python starts, so that Python calls it None."""
+  source, library = tmp_path / "handler.c", tmp_path / "handler.so"
+  source.write_text(_LIBRARY)
+  build = ["cc", "-shared", "-fPIC", "-o", str(library), str(source)]
+  try:
+    subprocess.run(build, check=True, capture_output=True)
+  except (OSError, subprocess.CalledProcessError) as error:
+    pytest.skip(f"no compiler of C: {error}")
+  done = subprocess.run(
+    [sys.executable, "-c", textwrap.dedent(_PROGRAM)],
+    env={**os.environ, "LD_PRELOAD": str(library), "PYTHONPATH": str(_ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.split("\n") == ["inside", "C handler", "after", ""]
