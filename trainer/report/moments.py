@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
@@ -79,7 +78,7 @@ def read(model_dir: str) -> dict[str, Moment]:
     return {
       name: Moment(by_moment[name]) for name in (BEFORE, LATEST) if name in by_moment
     }
-  except (json.JSONDecodeError, AttributeError, TypeError) as error:
+  except (AttributeError, TypeError) as error:
     raise UserError(
       f"{model_dir}/eval/metrics.json can't be read ({error}); measure again with "
       "--mode=evaluate."
