@@ -109,7 +109,8 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
       content = json.load(file)
   except (ValueError, RecursionError) as error:
     raise UserError(
-      f"{path} can't be read ({error}); remove it, and measure again with --mode=evaluate."
+      f"{path} can't be read ({error}); remove it, and measure again with "
+      "--mode=evaluate."
     ) from error
   is_whole = isinstance(content, dict) and all(
     isinstance(moment, dict) for moment in content.values()
