@@ -8,6 +8,7 @@ import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 
 from trainer.data import manifest, paths, retry
 from trainer.data.folder_lock import locked
