@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 import trainer
-from trainer.data import writer
+from trainer.data import triplet_list, writer
 from trainer.data.records import RecordIndex
 from trainer.data.sources import Item, encode_png
+from trainer.data.sources_arrays import NumpySource
 from trainer.errors import UserError
+from trainer.retrieval import answers
 from trainer.retrieval.embedding_folder import EmbeddingFolder
 from trainer.retrieval.embedding_writer import EmbeddingWriter
 
@@ -81,14 +83,47 @@ def test_an_index_is_not_unpickled(plant, tmp_path):
   assert RecordIndex.open(str(folder)).num_records == 6
 
 
-def test_embeddings_are_not_unpickled(plant, tmp_path):
-  folder = tmp_path / "embeddings"
+_HEADS = (b'"""', b"((((", b"{'x", b"\xff\xff")
+
+
+@pytest.mark.parametrize("head", _HEADS)
+def test_a_damaged_head_of_an_array_is_one_line(tmp_path, head):
+  path = tmp_path / "array.npy"
+  np.save(path, np.zeros([3, 3], np.int64))
+  content = path.read_bytes()
+  path.write_bytes(content[:10] + head + content[10 + len(head) :])
+  records = RecordIndex.open(str(_index(tmp_path)))
+  with pytest.raises(UserError, match=r"array\.npy is no array"):
+    triplet_list.read_triplets(str(path), records, is_strict=True)
+  with pytest.raises(UserError, match=r"array\.npy can't be read as a NumPy file"):
+    list(NumpySource(inputs=str(path), labels=str(path)).loaders())
+  with pytest.raises(UserError, match=r"array\.npy holds no array of numbers"):
+    answers._vectors(str(path))
+
+
+def _embeddings(folder):
   embeddings = EmbeddingWriter(
     str(folder), shape=(3, 2), dtype="float32", source={}, rows_per_batch=3
   )
   embeddings.append(np.zeros([3, 2], np.float32))
   embeddings.finish(np.zeros(3, np.int32), ["a", "b", "c"], ["x"])
-  arrays = sorted(folder.glob("*.npy"))
+  return sorted(folder.glob("*.npy"))
+
+
+@pytest.mark.parametrize("head", _HEADS)
+def test_damaged_heads_of_embeddings_are_one_line(tmp_path, head):
+  for path in _embeddings(tmp_path / "embeddings"):
+    good = path.read_bytes()
+    path.write_bytes(good[:10] + head + good[10 + len(head) :])
+    with pytest.raises(UserError, match=r"is missing or damaged; embed again"):
+      EmbeddingFolder(str(tmp_path / "embeddings")).position("a")
+    path.write_bytes(good)
+  assert EmbeddingFolder(str(tmp_path / "embeddings")).position("a") == 0
+
+
+def test_embeddings_are_not_unpickled(plant, tmp_path):
+  folder = tmp_path / "embeddings"
+  arrays = _embeddings(folder)
   assert len(arrays) > 4
   for path in arrays:
     good = path.read_bytes()

@@ -10,9 +10,6 @@ import functools
 import hashlib
 import io
 import math
-import tokenize
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Optional
 
@@ -21,22 +18,8 @@ import numpy as np
 
 from trainer.data import paths, reader_process
 from trainer.data.sources import Item, Loader, Source, encode_png, text_of
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 
-# RuntimeError: a .npz file that is encrypted, or compressed by other means; nested too
-# deep. TokenError, TypeError and MemoryError: a head that is damaged.
-_NO_NUMPY_FILE = (
-  OSError,
-  ValueError,
-  EOFError,
-  RuntimeError,
-  TypeError,
-  MemoryError,
-  OverflowError,
-  tokenize.TokenError,
-  zipfile.BadZipFile,
-  zlib.error,
-)
 _CHUNK_BYTES = 16 << 20
 _HDF5_BATCH_BYTES = 4 << 20
 
@@ -348,8 +331,8 @@ def _load_array(name: str) -> np.ndarray:
     return loaded[array]
   except UserError:
     raise
-  except _NO_NUMPY_FILE as error:
-    reason = getattr(error, "strerror", None) or f"{error}".partition("\n")[0]
+  except Exception as error:  # Python's parser reads the head, and has many.
+    reason = reason_of(error)
     if "bject arrays" in reason or "Python objects" in reason:
       raise UserError(
         f"{name} holds Python objects (ragged or mixed rows, or None); save it as "

@@ -18,7 +18,7 @@ from trainer.data import paths
 from trainer.data.csv_file import CsvFile
 from trainer.data.record_names import record_names
 from trainer.data.records import RecordIndex
-from trainer.errors import UserError
+from trainer.errors import UserError, reason_of
 
 COLUMNS = ("anchor", "positive", "negative")
 _UNKNOWN = -1
@@ -60,8 +60,8 @@ def _numbers_of_array(file: str) -> np.ndarray:
     raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
-  except (ValueError, EOFError, OSError) as error:
-    raise UserError(f"{file} is no array: {error}.") from error
+  except Exception as error:  # Python's parser reads the head, and has many.
+    raise UserError(f"{file} is no array: {reason_of(error)}.") from error
   if not isinstance(numbers, np.ndarray):
     raise UserError(f"{file} is no array, but several.")
   if numbers.ndim != 2 or numbers.shape[1] != 3 or numbers.dtype.kind not in "iu":

@@ -140,7 +140,7 @@ def _content(path: str) -> bytes:
 def _vectors(path: str) -> np.ndarray:
   try:
     vectors = np.load(path, allow_pickle=False)
-  except (OSError, ValueError, EOFError) as error:
+  except Exception as error:  # Python's parser reads the head, and has many.
     raise UserError(f"{path} holds no array of numbers.") from error
   if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiub":
     raise UserError(f"{path} holds no array of numbers.")

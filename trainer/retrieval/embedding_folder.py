@@ -75,7 +75,7 @@ def _mapped(folder: str, name: str) -> np.ndarray:
   path = os.path.join(folder, name)
   try:
     return np.load(path, mmap_mode="r", allow_pickle=False)
-  except (OSError, ValueError) as error:
+  except Exception as error:  # Python's parser reads the head, and has many.
     raise UserError(f"{path} is missing or damaged; embed again.") from error
 
 
