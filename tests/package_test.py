@@ -148,6 +148,7 @@ def test_what_a_training_job_does_not_need_is_an_extra(metadata):
   assert set(metadata.get_all("Provides-Extra")) == {
     "cuda",
     "datasets",
+    "heic",
     "report",
     "search",
     "sweep",

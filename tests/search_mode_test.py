@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from PIL import Image
 
 from trainer import task
 from trainer.data.records import RecordIndex
@@ -95,6 +96,18 @@ def test_a_key_finds_others_than_itself(folder, capsys):
     answer["hits"][0]["class_name"]
     == kept.class_names[int(kept.labels[answer["hits"][0]["item"]])]
   )
+
+
+def test_an_image_of_another_format_is_converted_as_at_ingest(folder, capsys):
+  png, webp = _image(folder, 7), str(folder / "7.webp")
+  with Image.open(png) as image:
+    image.save(webp, lossless=True)
+  wanted, got = _answers(folder, capsys, f"--query={png}", f"--query={webp}")
+  assert got["hits"] == wanted["hits"]
+  pictures = [str(folder / "of_png.png"), str(folder / "of_webp.png")]
+  for query, picture in zip((png, webp), pictures):
+    assert _task(folder, "search", f"--query={query}", f"--picture={picture}") == 0
+  assert tf.io.read_file(pictures[0]) == tf.io.read_file(pictures[1])
 
 
 def test_vectors_are_answered_one_by_one_and_bad_ones_told(folder, capsys):

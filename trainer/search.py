@@ -13,6 +13,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
+from trainer.data import prepare
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 from trainer.evaluate import Evaluation
@@ -104,13 +105,20 @@ def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
     if decode_files is None:
       raise UserError("The encoder's inputs are no images; ask by vectors or keys.")
     restore()
-    try:
-      inputs = decode_files(tf.constant([content]))
-    except tf.errors.InvalidArgumentError as error:
-      raise UserError("It can't be decoded as an image.") from error
+    inputs = _decoded(content, decode_files)
     return trained.encoder(inputs, training=False).numpy()[0]
 
   return embed
+
+
+def _decoded(content: bytes, decode_files) -> tf.Tensor:
+  """[1, H, W, C] float32, an image file of any format that ingest takes."""
+  try:
+    return decode_files(tf.constant([prepare.for_training(content)]))
+  except tf.errors.InvalidArgumentError as error:
+    raise UserError("It can't be decoded as an image.") from error
+  except UserError as error:
+    raise UserError(f"It can't be decoded as an image: {error}") from error
 
 
 def _table(answers: Sequence[Answer]) -> str:
@@ -158,5 +166,6 @@ def _picture_of(asked: Answer, kept: EmbeddingFolder, pictures_fn, decoder):
     return tf.io.decode_png(pictures_fn(np.array([row]))[0])
   if not os.path.exists(asked.query):
     return None
-  [inputs] = decoder.decode_files(tf.constant([tf.io.read_file(asked.query).numpy()]))
+  content = tf.io.read_file(asked.query).numpy()
+  [inputs] = _decoded(content, decoder.decode_files)
   return tf.cast(tf.round(inputs * 255.0), tf.uint8)

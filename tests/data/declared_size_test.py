@@ -80,14 +80,14 @@ _FILES = {
 def test_sizes_are_those_that_the_heads_say():
   heads = [image_head.read(file) for file in _FILES.values()]
   expected = [0 if head is None else head.width * head.height for head in heads]
-  sizes = declared_size.num_pixels(tf.constant(list(_FILES.values())))
+  sizes = declared_size.read(tf.constant(list(_FILES.values()))).num_pixels
   assert dict(zip(_FILES, sizes.numpy())) == dict(zip(_FILES, expected))
   assert sorted(set(expected)) == [0, 16_000 * 16_001, _WIDTH * _HEIGHT]
 
 
 def test_a_jpeg_that_has_no_size_is_an_error():
   with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG"):
-    declared_size.num_pixels(tf.constant([b"\xff\xd8\xff" + bytes(40)]))
+    declared_size.read(tf.constant([b"\xff\xd8\xff" + bytes(40)]))
 
 
 def _record(label, file):

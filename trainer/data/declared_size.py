@@ -1,4 +1,4 @@
-"""How many pixels images declare, in the graph, before anything is decoded.
+"""Pixels and components that images declare, in the graph, before decoding.
 
 The same as `image_head` finds in Python, for many files at once.
 
@@ -6,6 +6,8 @@ Shapes: B files.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -15,14 +17,23 @@ from trainer.data.abreast import each
 _HEAD_BYTES = 30
 
 
-def num_pixels(files: tf.Tensor) -> tf.Tensor:
-  """Width times height by the heads of image files.
+class Declared(NamedTuple):
+  """What the heads of image files say.
+
+  Attributes:
+    num_pixels: [B] int64, width times height; 0 where the format is not known.
+    num_components: [B] int32, of JPEG files; 0 for the others.
+  """
+
+  num_pixels: tf.Tensor
+  num_components: tf.Tensor
+
+
+def read(files: tf.Tensor) -> Declared:
+  """Reads what the heads of image files say.
 
   Args:
     files: [B] string.
-
-  Returns:
-    [B] int64; 0 where the format is not known.
   """
   heads = tf.cast(tf.io.decode_raw(files, tf.uint8, fixed_length=_HEAD_BYTES), tf.int64)
   is_jpeg = _starts_with(heads, b"\xff\xd8\xff")
@@ -36,19 +47,26 @@ def num_pixels(files: tf.Tensor) -> tf.Tensor:
   is_webp = _starts_with(heads, b"RIFF") & _starts_with(heads[:, 8:], b"WEBP")
   sizes = tf.where(is_webp, _webp(heads), sizes)
   # Where JPEG says its size is only found by going through what comes before.
-  return tf.cond(
+  shapes = tf.cond(
     tf.reduce_any(is_jpeg),
-    lambda: tf.where(is_jpeg, _jpeg(files, is_jpeg), sizes),
-    lambda: sizes,
+    lambda: _jpeg(files, is_jpeg),
+    lambda: tf.zeros([tf.size(files), 3], tf.int32),
   )
+  jpeg = tf.reduce_prod(tf.cast(shapes[:, :2], tf.int64), axis=1)
+  return Declared(tf.where(is_jpeg, jpeg, sizes), tf.where(is_jpeg, shapes[:, 2], 0))
 
 
 def _jpeg(files: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
+  """[B, 3] int32: height, width and components of the JPEG files."""
   # A branch for each file would cost more than looking at a file in its place.
   smallest = tf.io.encode_jpeg(tf.zeros([1, 1, 1], tf.uint8))
-  all_jpeg = tf.where(is_jpeg, files, smallest)
-  shapes = each(tf.image.extract_jpeg_shape, all_jpeg, tf.TensorSpec([3], tf.int32))
-  return tf.reduce_prod(tf.cast(shapes[:, :2], tf.int64), axis=1)
+  # Choosing copies the files.
+  all_jpeg = tf.cond(
+    tf.reduce_all(is_jpeg),
+    lambda: files,
+    lambda: tf.where(is_jpeg, files, smallest),
+  )
+  return each(tf.image.extract_jpeg_shape, all_jpeg, tf.TensorSpec([3], tf.int32))
 
 
 def _webp(heads: tf.Tensor) -> tf.Tensor:

@@ -5,14 +5,19 @@ Shapes: B examples, H × W pixels, C channels.
 
 from __future__ import annotations
 
-from typing import Protocol
+import io
+from typing import Optional, Protocol
 
 import gin
 import tensorflow as tf
+from PIL import Image, ImageColor
 
-from trainer.data import declared_size
+from trainer.data import pixels
 from trainer.data.abreast import each
 from trainer.errors import UserError
+
+# Files that are not plain and are decoded at once.
+_PARALLEL_FILES = 32
 
 
 class Decoder(Protocol):
@@ -34,8 +39,9 @@ class Decoder(Protocol):
 class ImageDecoder:
   """PNG, JPEG, GIF (its first picture) and BMP to values in [0, 1].
 
-  An image of another size is resized, smoothed where it shrinks, and rounded to the 256
-  values of a byte.
+  Images are turned upright by their Exif orientation. An image of another size is
+  resized, smoothed where it shrinks, and rounded to the 256 values of a byte. BMP must
+  be uncompressed, of 8, 24 or 32 bits for each pixel. Ingest converts other formats.
 
   Args:
     height: H, pixels.
@@ -43,9 +49,12 @@ class ImageDecoder:
     channels: 1 for grey, 3 for colour; images are converted.
     feature: name of the feature that holds the file's bytes.
     max_pixels: an image that declares more is a bad record, and not decoded.
+    background: colour under transparent pixels of PNG, as a name ("white") or
+      "#rrggbb"; None drops alpha, which leaves the colours that the file holds there.
 
   Raises:
-    UserError: a size or the limit is below 1, or channels are neither 1 nor 3.
+    UserError: a size or the limit is below 1, channels are neither 1 nor 3, or the
+      background is not a colour.
   """
 
   def __init__(
@@ -56,6 +65,7 @@ class ImageDecoder:
     channels: int,
     feature: str = "image",
     max_pixels: int = 100_000_000,
+    background: Optional[str] = None,
   ):
     if height < 1 or width < 1 or channels not in (1, 3):
       raise UserError(
@@ -68,6 +78,8 @@ class ImageDecoder:
     self.features = (feature,)
     self._feature = feature
     self._max_pixels = max_pixels
+    self._black = _black_png(self.shape)
+    self._background = None if background is None else _colour(background)
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
     """[B] string to [B, H, W, C] float32 in [0, 1]."""
@@ -76,31 +88,96 @@ class ImageDecoder:
 
   def decode_files(self, files: tf.Tensor) -> tf.Tensor:
     """[B] string, bytes of image files, to [B, H, W, C] float32 in [0, 1]."""
-    checked = self._checked(files)
-    images = each(self._decode, checked, tf.TensorSpec(self.shape, tf.uint8))
+    facts = pixels.facts(
+      files,
+      channels=self.shape[-1],
+      has_background=self._background is not None,
+    )
+    files = self._checked(files, facts)
+    # A branch for each file would slow down the many that need none.
+    are_plain = tf.reduce_all(facts.is_plain)
+    plain = tf.cond(
+      are_plain, lambda: files, lambda: tf.where(facts.is_plain, files, self._black)
+    )
+    images = each(self._decode_plain, plain, tf.TensorSpec(self.shape, tf.uint8))
+    images = tf.cond(
+      are_plain,
+      lambda: images,
+      lambda: self._with_others(images, files, facts),
+    )
     return tf.cast(images, tf.float32) / 255.0
 
-  def _checked(self, files: tf.Tensor) -> tf.Tensor:
-    """The files, none of which is a decompression bomb."""
-    message = (
-      "an image declares more pixels than the "
-      f"{self._max_pixels:,} allowed by ImageDecoder.max_pixels"
-    )
-    is_small = declared_size.num_pixels(files) <= self._max_pixels
-    check = tf.debugging.assert_equal(is_small, True, message)
-    with tf.control_dependencies([] if check is None else [check]):
+  def _checked(self, files: tf.Tensor, facts: pixels.Facts) -> tf.Tensor:
+    """The files, none of which is a decompression bomb or would be decoded wrongly."""
+    is_small = facts.num_pixels <= self._max_pixels
+    checks = [
+      tf.debugging.assert_equal(
+        is_small,
+        True,
+        "an image declares more pixels than the "
+        f"{self._max_pixels:,} allowed by ImageDecoder.max_pixels",
+      ),
+      tf.debugging.assert_equal(
+        facts.is_refused,
+        False,
+        "a BMP image is compressed or has not 8, 24 or 32 bits for each pixel; ingest "
+        "converts it",
+      ),
+    ]
+    with tf.control_dependencies([check for check in checks if check is not None]):
       return tf.identity(files)
 
-  def _decode(self, file: tf.Tensor) -> tf.Tensor:
-    height, width, channels = self.shape
-    image = tf.io.decode_image(file, channels=channels, expand_animations=False)
-    has_size = tf.reduce_all(tf.shape(image)[:2] == [height, width])
+  def _decode_plain(self, file: tf.Tensor) -> tf.Tensor:
+    return self._sized(
+      tf.io.decode_image(file, channels=self.shape[-1], expand_animations=False)
+    )
+
+  def _with_others(
+    self, images: tf.Tensor, files: tf.Tensor, facts: pixels.Facts
+  ) -> tf.Tensor:
+    """The images, with those of files that are not plain in their places."""
+    places = tf.where(~facts.is_plain)
+
+    def decode(row: tuple[tf.Tensor, ...]) -> tf.Tensor:
+      image = pixels.decode(*row, channels=self.shape[-1], background=self._background)
+      return self._sized(image)
+
+    others = tf.map_fn(
+      decode,
+      tuple(tf.gather_nd(c, places) for c in (files, facts.kind, facts.orientation)),
+      fn_output_signature=tf.TensorSpec(self.shape, tf.uint8),
+      parallel_iterations=_PARALLEL_FILES,
+    )
+    return tf.tensor_scatter_nd_update(images, places, others)
+
+  def _sized(self, image: tf.Tensor) -> tf.Tensor:
+    has_size = tf.reduce_all(tf.shape(image)[:2] == list(self.shape[:2]))
     image = tf.cond(has_size, lambda: image, lambda: self._resize(image))
     return tf.ensure_shape(image, self.shape)
 
   def _resize(self, image: tf.Tensor) -> tf.Tensor:
     resized = tf.image.resize(image, self.shape[:2], antialias=True)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
+
+
+def _black_png(shape: tuple[int, ...]) -> bytes:
+  """A PNG file of a size that needs no resizing."""
+  height, width, channels = shape
+  file = io.BytesIO()
+  Image.new("L" if channels == 1 else "RGB", (width, height)).save(file, "PNG")
+  return file.getvalue()
+
+
+def _colour(name: str) -> tuple[int, int, int]:
+  """Red, green and blue, 0 ... 255, of a colour."""
+  try:
+    red, green, blue = ImageColor.getrgb(name)[:3]
+  except (ValueError, TypeError) as error:
+    raise UserError(
+      f"ImageDecoder.background={name!r} is not a colour; give a name such as 'white', "
+      "or '#rrggbb'."
+    ) from error
+  return red, green, blue
 
 
 @gin.register

@@ -5,8 +5,18 @@ Training decodes PNG and JPEG. Ingest converts the other formats with Pillow.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
+import io
 import re
+import struct
 from typing import NamedTuple, Optional
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from trainer.errors import UserError
 
 
 class ImageFormat(NamedTuple):
@@ -96,6 +106,13 @@ OTHER_ENDINGS = (
   ".xcf",
 )
 
+# Formats whose files are kept byte for byte.
+_KEPT = ("PNG", "JPEG")
+
+# What the bytes of a file have that may say how it is turned.
+_METADATA = (b"Exif", b"eXIf", b"Raw profile", b"tiff:Orientation")
+_ORIENTATION_TAG = 0x0112
+
 # First bytes that `of_content` needs.
 HEAD_BYTES = 16
 
@@ -115,3 +132,116 @@ def of_content(head: bytes) -> Optional[ImageFormat]:
     None where they are of none of `FORMATS`.
   """
   return next((each for each in FORMATS if each.magic.match(head)), None)
+
+
+def is_kept(file: bytes) -> bool:
+  """Whether a file is kept byte for byte, because training decodes its format."""
+  found = of_content(file)
+  return found is not None and found.name in _KEPT
+
+
+def has_metadata(file: bytes) -> bool:
+  """Whether a file may say how it is turned."""
+  return any(mark in file for mark in _METADATA)
+
+
+def orientation(file: bytes) -> int:
+  """The orientation of a PNG or JPEG file as Pillow finds it, in all its metadata.
+
+  Returns:
+    1 ... 8 as Exif has it; 1 where the file says nothing or Pillow can't open it.
+  """
+  try:
+    with Image.open(io.BytesIO(file)) as image:
+      found = image.getexif().get(_ORIENTATION_TAG, 1)
+  except Exception:  # Pillow raises many kinds; whether it decodes is checked later.
+    return 1
+  return found if found in range(1, 9) else 1
+
+
+def with_orientation(file: bytes, orientation: int) -> bytes:
+  """A PNG or JPEG file that decoders of training turn as the orientation says.
+
+  Args:
+    file: a JPEG file gets a further Exif segment, before all others; a PNG file is
+      written anew, upright.
+    orientation: 1 ... 8.
+  """
+  if not file.startswith(b"\xff\xd8"):
+    return as_png(file, max_pixels=None)
+  entry = struct.pack(">HHIHH", _ORIENTATION_TAG, 3, 1, orientation, 0)
+  exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01" + entry + bytes(4)
+  return file[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + file[2:]
+
+
+def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
+  """An image file as PNG: its first picture, upright, with its alpha if it has one.
+
+  Args:
+    file: of any of `FORMATS`.
+    max_pixels: the most that it may declare; None for as many as Pillow opens.
+
+  Raises:
+    UserError: it is of no known format, too large, damaged, or has pixels whose white
+      is not known.
+  """
+  known = of_content(file)
+  if known is None:
+    raise UserError("it begins like no image format that ingest knows.")
+  try:
+    with _opened(file, known) as image:
+      if max_pixels is not None and image.width * image.height > max_pixels:
+        raise UserError(
+          f"it declares {image.width} x {image.height} pixels, more than the "
+          f"{max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
+        )
+      upright = ImageOps.exif_transpose(image)
+      png = io.BytesIO()
+      _in_bytes(upright, known).save(png, "PNG")
+  except UserError:
+    raise
+  except Exception as error:  # Pillow raises many kinds for damaged files.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"it is {known.name}, and Pillow can't decode it: {reason}.") from (
+      error
+    )
+  return png.getvalue()
+
+
+def _opened(file: bytes, known: ImageFormat) -> Image.Image:
+  names = [name for name in known.pillow if name in _pillow_formats()]
+  needs = f"it is {known.name}, which needs {known.needs}; install it, or convert it."
+  if not names:
+    raise UserError(needs)
+  try:
+    return Image.open(io.BytesIO(file), formats=names)
+  except Image.UnidentifiedImageError as error:
+    if known.needs:
+      raise UserError(
+        f"it is {known.name}, and is damaged or needs {known.needs}."
+      ) from error
+    raise UserError(f"it is {known.name}, and is damaged.") from error
+
+
+@functools.cache
+def _pillow_formats() -> frozenset[str]:
+  """Names of the formats that Pillow opens, with pillow-heif where it is installed."""
+  Image.init()
+  with contextlib.suppress(ImportError):
+    importlib.import_module("pillow_heif").register_heif_opener()
+  return frozenset(Image.OPEN)
+
+
+def _in_bytes(image: Image.Image, known: ImageFormat) -> Image.Image:
+  """The image in grey or colours of a byte, with alpha where it has one."""
+  if image.mode.startswith("I;16") or (image.mode == "I" and known.name == "PNM"):
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+  if image.mode in ("I", "F"):
+    raise UserError(
+      f"it is {known.name} with pixels of 32 bits, whose white is not known; convert "
+      "it to 8 or 16 bits."
+    )
+  has_alpha = image.mode in ("LA", "PA", "RGBA", "La", "RGBa")
+  if has_alpha or "transparency" in image.info:
+    return image.convert("LA" if image.mode == "LA" else "RGBA")
+  return image.convert("L" if image.mode in ("1", "L") else "RGB")

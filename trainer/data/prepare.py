@@ -9,7 +9,7 @@ from typing import NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
-from trainer.data import image_head, tensorflow_io
+from trainer.data import image_formats, image_head, orientation
 from trainer.data.resize import Resize
 from trainer.data.sources import RECORD_FEATURES, Item, Value
 from trainer.errors import UserError
@@ -81,35 +81,59 @@ class Preparer:
         f"{key} declares {head.width} x {head.height} pixels, more than the "
         f"{self._max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
       )
-    is_webp = head is not None and head.format == "webp"
-    pixels = _decode_webp(key, file) if is_webp else _decode(key, file)
-    smaller = None if self._resize is None else self._resize(pixels)
-    if smaller is not None:
-      return smaller
-    # The decoders of training know no WebP on every TensorFlow; nothing is lost.
-    return tf.io.encode_png(pixels).numpy() if is_webp else file
+    try:
+      file = for_training(file, self._max_pixels)
+      smaller = None if self._resize is None else self._resize(_native_pixels(file))
+      if smaller is not None:
+        return smaller
+      # The operation of training, on all that its decoder may find.
+      tf.io.decode_image(file, channels=3, expand_animations=False)
+    except UserError as error:
+      raise _no_image(key, file, str(error)) from error
+    except tf.errors.OpError as error:
+      raise _no_image(key, file, error.message) from error
+    return file
 
 
-def _decode(key: str, file: bytes) -> tf.Tensor:
-  try:
-    return tf.io.decode_image(file, expand_animations=False)
-  except tf.errors.OpError as error:
-    raise _no_image(key, file, error.message) from error
+def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
+  """An image file that training decodes to what Pillow shows.
+
+  Args:
+    file: PNG and JPEG are returned as they are, unless their orientation is in metadata
+      that training does not read.
+    max_pixels: the most that an image of another format may declare.
+
+  Raises:
+    UserError: it is of another format, and can't be converted.
+  """
+  if not image_formats.is_kept(file):
+    file = image_formats.as_png(file, max_pixels=max_pixels)
+  if not image_formats.has_metadata(file):
+    return file
+  wanted = image_formats.orientation(file)
+  if wanted != _orientation_in_training(tf.constant(file)):
+    file = image_formats.with_orientation(file, wanted)
+  return file
 
 
-def _decode_webp(key: str, file: bytes) -> tf.Tensor:
-  try:
-    if hasattr(tf.io, "decode_webp"):
-      pixels = tf.io.decode_webp(file, channels=3)
-      return pixels[0] if pixels.shape.rank == 4 else pixels  # Of several pictures.
-    pixels = tensorflow_io.load("WebP images").image.decode_webp(file)
-    return pixels[:, :, :3]
-  except tf.errors.OpError as error:
-    raise _no_image(key, file, error.message) from error
+def _native_pixels(file: bytes) -> tf.Tensor:
+  """[H, W, C] uint8, upright; grey and alpha stay what they are."""
+  # CMYK is no kind of pixels that an encoder of images knows.
+  is_jpeg = file.startswith(b"\xff\xd8")
+  is_cmyk = is_jpeg and tf.image.extract_jpeg_shape(file)[2] > 3
+  image = tf.io.decode_image(file, channels=3 if is_cmyk else 0)
+  if not image_formats.has_metadata(file):
+    return image
+  return orientation.turn_upright(image, _orientation_in_training(tf.constant(file)))
+
+
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+def _orientation_in_training(file: tf.Tensor) -> tf.Tensor:
+  return orientation.of_files(file[tf.newaxis])[0]
 
 
 def _no_image(key: str, file: bytes, message: str) -> UserError:
-  reason = re.sub(r"^{{.*?}} ?", "", message).splitlines()[0]
+  reason = re.sub(r"^{{.*?}} ?|\[Op:.*", "", message).splitlines()[0]
   return UserError(
     f"{key} is no image that can be decoded ({len(file)} bytes): {reason}"
   )

@@ -1,4 +1,4 @@
-"""The one place that imports tensorflow-io: file systems and image formats.
+"""The one place that imports tensorflow-io: file systems of object stores.
 
 It has no release for Python 3.12 and later; what needs it says so there.
 """

@@ -1,0 +1,187 @@
+"""The Exif orientation of image files, in the graph, and images turned upright.
+
+Cameras keep the sensor's rows and note how to turn them. Most files have no such note;
+only those with metadata before their pixels are searched.
+
+Shapes: B files, N of them with metadata, H × W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+# First bytes of a file that show whether metadata follow.
+_HEAD_BYTES = 44
+
+# Segments and chunks before the pixels; more are not searched.
+_MAX_STEPS = 256
+# Entries of the first Exif directory, which is sorted; the orientation is among the
+# first.
+_MAX_ENTRIES = 64
+_ORIENTATION_TAG, _SHORT, _LONG = 0x0112, 3, 4
+# Markers of JPEG after which no metadata come: frame, tables, restart interval.
+_TABLE_MARKERS = (0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD)
+
+
+class _Walk(NamedTuple):
+  """The state of the search, for each file.
+
+  Attributes:
+    position: [N] int32, of the next segment or chunk.
+    exif: [N] int32, of the Exif data's first byte; 0 where none is found yet.
+    is_done: [N] bool.
+  """
+
+  position: tf.Tensor
+  exif: tf.Tensor
+  is_done: tf.Tensor
+
+
+def of_files(files: tf.Tensor) -> tf.Tensor:
+  """Reads the orientation of image files.
+
+  Args:
+    files: [B] string.
+
+  Returns:
+    [B] int32, 1 ... 8 as Exif has it; 1 is upright, and for files that say nothing.
+  """
+  heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_HEAD_BYTES)
+  heads = tf.cast(heads, tf.int32)
+  may_have = _may_have_metadata(heads)
+  upright = tf.ones_like(heads[:, 0])
+
+  def read() -> tf.Tensor:
+    places = tf.where(may_have)
+    orientations = _read(tf.gather_nd(files, places), tf.gather_nd(heads, places))
+    return tf.tensor_scatter_nd_update(upright, places, orientations)
+
+  return tf.cond(tf.reduce_any(may_have), read, lambda: upright)
+
+
+def turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
+  """Turns and mirrors the pixels as the orientation says.
+
+  Args:
+    image: [H, W, C].
+    orientation: [] int32, 1 ... 8.
+
+  Returns:
+    [H, W, C], or [W, H, C] for orientations above 4.
+  """
+  image = tf.cond(
+    orientation >= 5, lambda: tf.transpose(image, [1, 0, 2]), lambda: image
+  )
+  for axis, orientations in ((1, (2, 3, 6, 7)), (0, (3, 4, 7, 8))):
+    is_mirrored = tf.reduce_any(orientation == tf.constant(orientations))
+    image = tf.cond(
+      is_mirrored,
+      lambda image=image, axis=axis: tf.reverse(image, [axis]),
+      lambda image=image: image,
+    )
+  return image
+
+
+def _may_have_metadata(heads: tf.Tensor) -> tf.Tensor:
+  """[B] bool, by the first segment after JPEG's own, or PNG's chunk after IHDR."""
+  is_jpeg = _equals(heads, 0, b"\xff\xd8\xff")
+  has_jfif = _equals(heads, 2, b"\xff\xe0\x00\x10")
+  marker = tf.where(has_jfif, heads[:, 21], heads[:, 3])
+  is_table = tf.reduce_any(marker[:, tf.newaxis] == tf.constant(_TABLE_MARKERS), axis=1)
+  is_png = _equals(heads, 0, b"\x89PNG")
+  return (is_jpeg & ~is_table) | (is_png & ~_equals(heads, 37, b"IDAT"))
+
+
+def _read(files: tf.Tensor, heads: tf.Tensor) -> tf.Tensor:
+  is_jpeg = _equals(heads, 0, b"\xff\xd8")
+  start = _Walk(
+    tf.where(is_jpeg, 2, 8),
+    tf.zeros_like(heads[:, 0]),
+    tf.zeros_like(is_jpeg),
+  )
+  end = tf.while_loop(
+    lambda walk: ~tf.reduce_all(walk.is_done),
+    lambda walk: (_step(files, is_jpeg, walk),),
+    (start,),
+    maximum_iterations=_MAX_STEPS,
+  )[0]
+  return tf.where(end.exif > 0, _of_exif(files, end.exif), 1)
+
+
+def _step(files: tf.Tensor, is_jpeg: tf.Tensor, walk: _Walk) -> _Walk:
+  """Goes to the next segment or chunk, unless this one ends the search."""
+  head = _bytes(files, walk.position, 10)
+  is_exif = tf.where(
+    is_jpeg,
+    _equals(head, 0, b"\xff\xe1") & _equals(head, 4, b"Exif\0\0"),
+    _equals(head, 4, b"eXIf"),
+  )
+  exif = walk.position + tf.where(is_jpeg, 10, 8)
+  length = tf.where(is_jpeg, _segment_length(head), _integer(head[:, :4]) + 12)
+  position = walk.position + length
+  is_end = tf.where(
+    is_jpeg,
+    _equals(head, 0, b"\xff\xda") | _equals(head, 0, b"\xff\xd9"),
+    _equals(head, 4, b"IDAT") | (length < 12),
+  )
+  is_end |= (position >= tf.strings.length(files)) | (position <= walk.position)
+  return _Walk(
+    tf.where(walk.is_done, walk.position, position),
+    tf.where(is_exif & ~walk.is_done, exif, walk.exif),
+    walk.is_done | is_exif | is_end,
+  )
+
+
+def _segment_length(head: tf.Tensor) -> tf.Tensor:
+  """[N] int32, bytes to JPEG's next marker; a byte between segments is skipped."""
+  marker = head[:, 1]
+  is_marker = (head[:, 0] == 0xFF) & (marker != 0xFF)
+  is_alone = (marker <= 0x01) | ((marker >= 0xD0) & (marker <= 0xD8))
+  segment = tf.where(is_alone, 2, 2 + _integer(head[:, 2:4]))
+  return tf.where(is_marker, segment, 1)
+
+
+def _of_exif(files: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+  """[N] int32, from the first directory of the Exif data, which are TIFF's."""
+  head = _bytes(files, start, 8)
+  is_little = _equals(head, 0, b"II")
+  first = start + _ordered(head[:, 4:8], is_little)
+  directory = _bytes(files, first, 2 + 12 * _MAX_ENTRIES)
+  num_entries = _ordered(directory[:, :2], is_little)[:, tf.newaxis]
+  entries = tf.reshape(directory[:, 2:], [-1, _MAX_ENTRIES, 12])
+  is_little = is_little[:, tf.newaxis]
+  short = _ordered(entries[..., 8:10], is_little)
+  long = _ordered(entries[..., 8:12], is_little)
+  kind = _ordered(entries[..., 2:4], is_little)
+  value = tf.where(kind == _SHORT, short, tf.where(kind == _LONG, long, 0))
+  is_it = _ordered(entries[..., :2], is_little) == _ORIENTATION_TAG
+  is_it &= tf.range(_MAX_ENTRIES) < num_entries
+  is_it &= _ordered(entries[..., 4:8], is_little) == 1
+  orientation = tf.reduce_max(tf.where(is_it, value, 0), axis=1)
+  return tf.where((orientation >= 1) & (orientation <= 8), orientation, 1)
+
+
+def _bytes(files: tf.Tensor, start: tf.Tensor, num_bytes: int) -> tf.Tensor:
+  """[N, num_bytes] int32 from a place in each file; zeros behind its end."""
+  start = tf.clip_by_value(start, 0, tf.strings.length(files))
+  pieces = tf.strings.substr(files, start, tf.fill(tf.shape(start), num_bytes))
+  raw = tf.io.decode_raw(pieces, tf.uint8, fixed_length=num_bytes)
+  return tf.cast(raw, tf.int32)
+
+
+def _equals(values: tf.Tensor, first: int, expected: bytes) -> tf.Tensor:
+  part = values[:, first : first + len(expected)]
+  return tf.reduce_all(part == tf.constant(list(expected)), axis=1)
+
+
+def _integer(values: tf.Tensor) -> tf.Tensor:
+  """[..., n] int32 of bytes, the highest first, to [...] int32."""
+  num_bytes = values.shape[-1]
+  factors = [1 << 8 * place for place in reversed(range(num_bytes))]
+  return tf.reduce_sum(values * tf.constant(factors), axis=-1)
+
+
+def _ordered(values: tf.Tensor, is_little: tf.Tensor) -> tf.Tensor:
+  return tf.where(is_little, _integer(tf.reverse(values, [-1])), _integer(values))

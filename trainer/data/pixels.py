@@ -1,0 +1,136 @@
+"""Image files to upright pixels, in the graph: formats, orientation, alpha, grey.
+
+Shapes: B files, H × W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import tensorflow as tf
+
+from trainer.data import declared_size, orientation
+
+# 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as Pillow's.
+_GREY_WEIGHTS = (19595, 38470, 7471)
+
+_OTHER, _PNG, _PALETTE_BMP = range(3)
+_BMP_HEADER_BYTES = 14
+# What BMP needs to say how its pixels are kept.
+_HEAD_BYTES = 34
+
+
+class Facts(NamedTuple):
+  """What the first bytes of files say.
+
+  Attributes:
+    num_pixels: [B] int64, declared; 0 where the format is not known.
+    is_plain: [B] bool, JPEG and PNG that TensorFlow alone decodes as wanted.
+    kind: [B] int32, which way another file is decoded.
+    orientation: [B] int32, 1 ... 8 as Exif has it.
+    is_refused: [B] bool, BMP files that TensorFlow would decode wrongly.
+  """
+
+  num_pixels: tf.Tensor
+  is_plain: tf.Tensor
+  kind: tf.Tensor
+  orientation: tf.Tensor
+  is_refused: tf.Tensor
+
+
+def facts(files: tf.Tensor, *, channels: int, has_background: bool) -> Facts:
+  """Reads the first bytes of image files.
+
+  Args:
+    files: [B] string.
+    channels: C, 1 or 3.
+    has_background: whether transparent pixels are laid over one.
+  """
+  heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_HEAD_BYTES)
+  heads = tf.cast(heads, tf.int32)
+  declared = declared_size.read(files)
+  orientations = orientation.of_files(files)
+  is_png = tf.reduce_all(heads[:, :4] == tf.constant(list(b"\x89PNG")), axis=1)
+  is_bmp = tf.reduce_all(heads[:, :2] == tf.constant(list(b"BM")), axis=1)
+  # libjpeg makes grey of one or three components, not of four (CMYK).
+  is_plain = (declared.num_components >= 1) & (declared.num_components <= 3)
+  is_plain |= (declared.num_components == 4) & (channels == 3)
+  is_plain = (is_plain | (is_png & (not has_background))) & (orientations == 1)
+  kind = tf.where(
+    is_png, _PNG, tf.where(is_bmp & (heads[:, 28] == 8), _PALETTE_BMP, _OTHER)
+  )
+  is_decoded = (heads[:, 14] >= 40) & (heads[:, 30] == 0) & (heads[:, 29] == 0)
+  is_decoded &= (heads[:, 28] == 8) | (heads[:, 28] == 24) | (heads[:, 28] == 32)
+  return Facts(
+    declared.num_pixels,
+    is_plain,
+    kind,
+    orientations,
+    is_bmp & ~is_decoded,
+  )
+
+
+def decode(
+  file: tf.Tensor,
+  kind: tf.Tensor,
+  orientation_of_file: tf.Tensor,
+  *,
+  channels: int,
+  background: Optional[tuple[int, int, int]] = None,
+) -> tf.Tensor:
+  """Decodes an image file that is not plain to upright pixels.
+
+  Args:
+    file: [] string.
+    kind: [] int32, as in `Facts`.
+    orientation_of_file: [] int32.
+    channels: C, 1 or 3.
+    background: red, green and blue under transparent pixels; None drops alpha, which
+      leaves the colours that the file holds there.
+
+  Returns:
+    [H, W, C] uint8.
+  """
+  image = tf.switch_case(
+    kind,
+    [
+      lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
+      lambda: _png(file, background),
+      lambda: _palette_bmp(file),
+    ],
+  )
+  image = tf.ensure_shape(image, [None, None, 3])
+  image = orientation.turn_upright(image, orientation_of_file)
+  return image if channels == 3 else _grey(image)
+
+
+def _png(file: tf.Tensor, background: Optional[tuple[int, int, int]]) -> tf.Tensor:
+  if background is None:
+    return tf.io.decode_png(file, channels=3)
+  # Of 4 channels TensorFlow makes a wrong alpha where pixels have less than 8 bits.
+  image = tf.cast(tf.io.decode_png(file), tf.int32)
+  num_channels = tf.shape(image)[-1]
+  num_colours = num_channels - (num_channels + 1) % 2
+  colours, alpha = image[..., :num_colours], image[..., num_colours:]
+  alpha = tf.cond(num_channels > num_colours, lambda: alpha, lambda: tf.constant(255))
+  mixed = colours * alpha + tf.constant(background) * (255 - alpha)
+  return tf.cast((mixed + 127) // 255, tf.uint8)
+
+
+def _palette_bmp(file: tf.Tensor) -> tf.Tensor:
+  """TensorFlow gives the numbers of the colours; the colours precede the pixels."""
+  numbers = tf.io.decode_bmp(file)[..., 0]
+  head = tf.strings.substr(file, 0, 18)
+  head = tf.cast(tf.io.decode_raw(head, tf.uint8, fixed_length=18), tf.int32)
+  factors = tf.constant([1, 1 << 8, 1 << 16, 1 << 24])
+  first = _BMP_HEADER_BYTES + tf.reduce_sum(head[14:18] * factors)
+  num_bytes = tf.clip_by_value(tf.reduce_sum(head[10:14] * factors) - first, 0, 1024)
+  palette = tf.strings.substr(file, first, num_bytes)
+  palette = tf.reshape(tf.io.decode_raw(palette, tf.uint8, fixed_length=1024), [256, 4])
+  return tf.gather(palette[:, 2::-1], tf.cast(numbers, tf.int32))
+
+
+def _grey(image: tf.Tensor) -> tf.Tensor:
+  weighted = tf.cast(image, tf.int32) * tf.constant(_GREY_WEIGHTS)
+  grey = (tf.reduce_sum(weighted, axis=-1, keepdims=True) + (1 << 15)) // (1 << 16)
+  return tf.cast(grey, tf.uint8)
