@@ -45,12 +45,19 @@ _FUNCTIONS = [losses.batch_all_triplet_loss, losses.batch_hard_triplet_loss]
 @pytest.mark.parametrize("loss_fn", _FUNCTIONS)
 @pytest.mark.parametrize(
   "labels",
-  [np.zeros((6, 1), int), np.eye(6, dtype=int), np.zeros(6), np.zeros(5, int)],
-  ids=["column", "one_hot", "float", "too_few"],
+  [np.zeros((6, 2), int), np.eye(6, dtype=int), np.full(6, 0.5), np.zeros(5, int)],
+  ids=["matrix", "one_hot", "half", "too_few"],
 )
 def test_labels_that_would_broadcast_are_refused(loss_fn, labels):
   with pytest.raises(UserError, match="label"):
     loss_fn(labels, np.zeros((6, 3), np.float32), 0.2)
+
+
+@pytest.mark.parametrize("loss_fn", _FUNCTIONS)
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 3)])
+def test_embeddings_that_are_not_vectors_are_refused(loss_fn, shape):
+  with pytest.raises(UserError, match=r"needed is one vector for each example"):
+    loss_fn(np.zeros(4, int), np.zeros(shape, np.float32), 0.2)
 
 
 @pytest.mark.parametrize("loss_fn", _FUNCTIONS)

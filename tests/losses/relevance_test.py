@@ -47,7 +47,7 @@ def test_labels_beyond_float32_are_told_apart():
   "labels", [np.zeros((3, 1), int), np.eye(3, dtype=np.float32), np.zeros(3)]
 )
 def test_labels_of_another_kind_are_refused(labels):
-  with pytest.raises(UserError, match="squeeze"):
+  with pytest.raises(UserError, match="one integer for each embedding"):
     check_labels(tf.constant(labels), 3)
 
 
@@ -60,6 +60,8 @@ def test_another_number_of_labels_is_refused():
   ("part", "changed", "message"),
   [
     (0, {"weights": tf.ones([3, 1])}, "weights have shape"),
+    (0, {"embeddings": tf.ones([3, 1, 2])}, "one vector for each"),
+    (1, {"embeddings": tf.ones([3])}, "one vector for each"),
     (1, {"is_valid": tf.ones([3, 1], tf.bool)}, "is_valid have shape"),
     (1, {"positions": tf.zeros([1], tf.int32)}, "positions have shape"),
     (1, {"is_relevant": tf.ones([1, 3], tf.bool)}, r"needed is \(3, 3\)"),

@@ -33,7 +33,7 @@ def test_unknown_distance_is_refused(loss_class):
 @_each_class
 def test_column_of_labels_is_refused(loss_class):
   embeddings, labels = batches.random_batch("balanced")
-  with pytest.raises(UserError, match="squeeze"):
+  with pytest.raises(UserError, match="one integer for each"):
     loss_class(margin=0.2)(*batches.arguments(embeddings, labels[:, None]))
 
 

@@ -4,6 +4,7 @@ from trainer.losses.curriculum import CurriculumTripletLoss
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss
 from trainer.losses.jitter import JitteredLoss
+from trainer.losses.keras_loss import KerasLoss
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.pace import ActivePace, LinearPace
 from trainer.losses.pairs import (
@@ -47,6 +48,7 @@ __all__ = [
   "InfoNCELoss",
   "InsideMarginTripletLoss",
   "JitteredLoss",
+  "KerasLoss",
   "LearnedTemperature",
   "LiftedStructureLoss",
   "LinearPace",

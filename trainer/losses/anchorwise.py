@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.distances import Comparison
+from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.positive_lists import lists_of_pairs
 from trainer.losses.relevance import (
   Relevance,
@@ -65,7 +66,7 @@ def _anchors(sums: Sums, weights: tf.Tensor) -> tf.Tensor:
 REDUCTIONS = {"mean_active": _active, "mean_terms": _terms, "mean_anchors": _anchors}
 
 
-class AnchorwiseLoss(tf.Module):
+class AnchorwiseLoss(InBatchLoss):
   """Base of the losses: compares anchors with candidates, tile by tile, and sums up.
 
   Each term of an anchor is multiplied by the anchor's weight, in the sum and in the
@@ -97,6 +98,7 @@ class AnchorwiseLoss(tf.Module):
       )
     super().__init__()
     self.comparison = comparison
+    self._reduction = reduction
     self._reduction_fn = REDUCTIONS[reduction]
     self._rows_per_tile = rows_per_tile
     # Made once: a function made at each call would be compiled at each call.
@@ -125,7 +127,7 @@ class AnchorwiseLoss(tf.Module):
     """Values, of variables of the loss, that the terms have a gradient to."""
     return []
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
     """This replica's sum, count and statistics.
 
     Raises:

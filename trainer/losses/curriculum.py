@@ -16,7 +16,7 @@ from trainer.losses.all_triplets import all_triplets
 from trainer.losses.anchorwise import AnchorTerms
 from trainer.losses.masked import num_members
 from trainer.losses.pace import Pace
-from trainer.losses.penalties import check_margin
+from trainer.losses.penalties import read_margin
 from trainer.losses.relevance import Relevance
 from trainer.losses.terms import Anchors, Candidates, LossTerms, Ratio
 from trainer.losses.triplet import BatchAllTripletLoss
@@ -61,9 +61,8 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     Raises:
       UserError: a number is out of its range, or a way has no pace, or a pace no way.
     """
-    margins, self._hardness = _ends("margin", margin), _ends("hardness", hardness)
-    for each in margins:
-      check_margin(each)
+    margins = tuple(_fixed(each) for each in _ends("margin", margin))
+    self._hardness = _ends("hardness", hardness)
     if not all(0 <= each <= 1 for each in self._hardness):
       raise UserError(
         f"CurriculumTripletLoss.hardness={hardness} must be in 0 to 1: 0 for all "
@@ -81,7 +80,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
       reduction=reduction,
       rows_per_tile=rows_per_tile,
     )
-    self._margins = margins
+    self._margin = margins
     self._pace = pace
     # All replicas have the same, each computes its own: nothing need be sent.
     self._progress = tf.Variable(
@@ -102,7 +101,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     progress = tf.convert_to_tensor(self._progress)
     return [
       first + progress * (last - first)
-      for first, last in (self._hardness, self._margins)
+      for first, last in (self._hardness, self._margin)
     ]
 
   def advance(self, step: tf.Tensor, active: Ratio) -> None:
@@ -116,9 +115,22 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
       progress = tf.convert_to_tensor(self._progress)
       self._progress.assign(self._pace(progress, step, active))
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def check_is_complete(self) -> None:
+    """Checks that there is no pace: nothing but a training of this package calls it.
+
+    Raises:
+      UserError: there is one.
+    """
+    if self._pace is not None:
+      raise UserError(
+        f"CurriculumTripletLoss has a pace, {type(self._pace).__name__}, which only a "
+        "training by `TrainStep` calls after each step; give no pace, and one number "
+        "each for margin and hardness."
+      )
+
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
     """This replica's sum, count and statistics; see the base class."""
-    terms = super().__call__(anchors, candidates)
+    terms = super().terms(anchors, candidates)
     values = zip(("hardness", "margin"), self.parameters())
     found = {f"curriculum/{name}": Ratio(value, tf.ones([])) for name, value in values}
     return terms._replace(statistics={**terms.statistics, **found})
@@ -146,6 +158,17 @@ def _highest(values: tf.Tensor, is_member: tf.Tensor, hardness: tf.Tensor) -> tf
   lowest = tf.reduce_min(tf.where(is_member, values, infinity), 1, keepdims=True)
   reach = (1.0 - hardness) * (highest - lowest)
   return tf.logical_and(is_member, highest - values <= reach)
+
+
+def _fixed(margin: float) -> float:
+  """A margin, which is no variable: a pace is what changes it."""
+  margin = read_margin(margin)
+  if not isinstance(margin, float):
+    raise UserError(
+      f"CurriculumTripletLoss.margin={margin} is no number; give one, or two with a "
+      "pace."
+    )
+  return margin
 
 
 def _ends(name: str, way: Way) -> tuple[float, float]:

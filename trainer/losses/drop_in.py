@@ -9,43 +9,88 @@ Shapes: B embeddings of one device, D dimensions.
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from trainer.losses.relevance import check_labels
-from trainer.losses.terms import Anchors, Candidates, LossTerms
+from trainer.errors import UserError
+from trainer.losses.keras_loss import InBatchLoss, mean_of_batch, terms_of_batch
+from trainer.losses.labels import INTEGER
+from trainer.losses.penalties import Margin, read_margin
 from trainer.losses.triplet import BatchAllTripletLoss, BatchHardTripletLoss
 
 
+class LossAndFraction(NamedTuple):
+  """What `batch_all_triplet_loss` returns; for Keras take `[0]`.
+
+  Attributes:
+    loss: [] float32.
+    fraction_positive: [] float32.
+  """
+
+  loss: tf.Tensor
+  fraction_positive: tf.Tensor
+
+
+def _refuse_tensor(value: LossAndFraction, **_: Any) -> tf.Tensor:
+  """Raises: Keras would take the mean of the two for the loss."""
+  del value
+  raise UserError(
+    "batch_all_triplet_loss returns the loss and a fraction; give Keras the first "
+    "alone, batch_all_triplet_loss(...)[0], or use BatchAllTripletLoss(margin=0.2)."
+  )
+
+
+# Before the conversion of tuples, which has priority 100.
+tf.register_tensor_conversion_function(LossAndFraction, _refuse_tensor, priority=50)
+
+
+@tf.autograph.experimental.do_not_convert
 def batch_all_triplet_loss(
-  labels: tf.Tensor, embeddings: tf.Tensor, margin: float, squared: bool = False
-) -> tuple[tf.Tensor, tf.Tensor]:
+  labels: tf.Tensor,
+  embeddings: tf.Tensor,
+  margin: Margin,
+  squared: bool = False,
+  *,
+  label_encoding: str = INTEGER,
+) -> LossAndFraction:
   """The mean of max(d_ap − d_an + margin, 0) over the triplets where it is above 0.
 
   Args:
-    labels: [B] integer.
+    labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
+      encoding.
     embeddings: [B, D] float.
-    margin: above 0, in the distances' units.
+    margin: above 0, in the distances' units; a variable is read at each call, and gets
+      no gradient.
     squared: squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
+      labels, where those with one in common are positives.
 
   Returns:
     [] float32 loss, and [] float32 fraction of the valid triplets that are above 0;
     both 0 where there is none.
 
   Raises:
-    UserError: the margin is not above 0, or labels are not one integer an embedding.
+    UserError: the margin is not above 0; labels are not one an embedding, or not in
+      the encoding; embeddings are not [B, D].
   """
   loss = _loss(BatchAllTripletLoss, margin, squared)
-  terms = _of_one_device(loss, labels, embeddings)
+  terms = terms_of_batch(loss, labels, embeddings, label_encoding=label_encoding)
   active = terms.statistics["mining/active_fraction"]
-  return (
+  return LossAndFraction(
     tf.math.divide_no_nan(terms.total, terms.count),
     tf.math.divide_no_nan(active.total, active.count),
   )
 
 
+@tf.autograph.experimental.do_not_convert
 def batch_hard_triplet_loss(
-  labels: tf.Tensor, embeddings: tf.Tensor, margin: float, squared: bool = False
+  labels: tf.Tensor,
+  embeddings: tf.Tensor,
+  margin: Margin,
+  squared: bool = False,
+  *,
+  label_encoding: str = INTEGER,
 ) -> tf.Tensor:
   """The mean over anchors of max(hardest d_ap − hardest d_an + margin, 0), [] float32.
 
@@ -53,35 +98,39 @@ def batch_hard_triplet_loss(
   the margin, with gradient 0.
 
   Args:
-    labels: [B] integer.
+    labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
+      encoding.
     embeddings: [B, D] float.
-    margin: above 0, in the distances' units.
+    margin: above 0, in the distances' units; a variable is read at each call, and gets
+      no gradient.
     squared: squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
+      labels, where those with one in common are positives.
 
   Raises:
-    UserError: the margin is not above 0, or labels are not one integer an embedding.
+    UserError: the margin is not above 0; labels are not one an embedding, or not in
+      the encoding; embeddings are not [B, D].
   """
   loss = _loss(BatchHardTripletLoss, margin, squared)
-  terms = _of_one_device(loss, labels, embeddings)
-  return tf.math.divide_no_nan(terms.total, terms.count)
+  return mean_of_batch(loss, labels, embeddings, label_encoding=label_encoding)
 
 
-@functools.lru_cache(maxsize=64)
-def _loss(loss_class, margin: float, squared: bool):  # type: ignore[no-untyped-def]
-  """The loss, kept: each new one is compiled anew."""
+def _loss(loss_class: type, margin: Margin, squared: bool) -> InBatchLoss:
+  """The loss, kept where it can be: each new one is compiled anew."""
+  margin = read_margin(margin)
   distance = "squared_euclidean" if squared else "euclidean"
+  if isinstance(margin, float):
+    return _kept_loss(loss_class, margin, distance)
+  if isinstance(margin, tf.Variable):
+    return _kept_loss_of_variable(loss_class, margin.ref(), distance)
   return loss_class(margin=margin, distance=distance)
 
 
-def _of_one_device(loss, labels, embeddings) -> LossTerms:  # type: ignore[no-untyped-def]
-  labels = tf.convert_to_tensor(labels)
-  embeddings = tf.convert_to_tensor(embeddings)
-  check_labels(labels, embeddings.shape[0])
-  num_embeddings = tf.shape(embeddings)[0]
-  candidates = Candidates(
-    embeddings=embeddings,
-    labels=labels,
-    is_valid=tf.ones([num_embeddings], tf.bool),
-    positions=tf.range(num_embeddings),
-  )
-  return loss(Anchors(embeddings, labels, tf.ones([num_embeddings])), candidates)
+@functools.lru_cache(maxsize=64)
+def _kept_loss(loss_class: type, margin: float, distance: str) -> InBatchLoss:
+  return loss_class(margin=margin, distance=distance)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_loss_of_variable(loss_class: type, margin: Any, distance: str) -> InBatchLoss:
+  return loss_class(margin=margin.deref(), distance=distance)

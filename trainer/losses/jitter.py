@@ -12,13 +12,14 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.distances import Comparison
+from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.terms import Anchors, Candidates, LossTerms
 
 _SEED = (20_260, 1_124)
 
 
 @gin.register
-class JitteredLoss(tf.Module):
+class JitteredLoss(InBatchLoss):
   """A loss of embeddings that are each moved by a small vector of their own.
 
   Where all embeddings are equal, every distance is 0 and so is its gradient: a loss of
@@ -56,7 +57,12 @@ class JitteredLoss(tf.Module):
     """As of the loss."""
     return self._loss.margin
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def check_is_complete(self) -> None:
+    """As of the loss; see the base class."""
+    if isinstance(self._loss, InBatchLoss):
+      self._loss.check_is_complete()
+
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
     """The loss of the moved embeddings; gradients reach the embeddings themselves."""
     embeddings = tf.cast(candidates.embeddings, tf.float32)
     shape = tf.shape(embeddings)

@@ -8,6 +8,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.losses.keras_loss import KerasSerializable
 from trainer.losses.terms import Ratio
 
 
@@ -26,7 +27,7 @@ class Pace(Protocol):
 
 
 @gin.register
-class LinearPace:
+class LinearPace(KerasSerializable):
   """From 0 to 1 in equal steps.
 
   Args:
@@ -44,17 +45,18 @@ class LinearPace:
         "first must be at least 0, and below the last."
       )
     self._first_step = first_step
-    self._num_steps = last_step - first_step
+    self._last_step = last_step
 
   def __call__(self, progress: tf.Tensor, step: tf.Tensor, active: Ratio) -> tf.Tensor:
     """By the step alone; see `Pace`."""
     del progress, active
-    done = tf.cast(step - self._first_step, tf.float32) / self._num_steps
+    done = tf.cast(step - self._first_step, tf.float32)
+    done /= self._last_step - self._first_step
     return tf.clip_by_value(done, 0.0, 1.0)
 
 
 @gin.register
-class ActivePace:
+class ActivePace(KerasSerializable):
   """On where too little is active, back where too much is.
 
   Few active terms are starvation: what is compared is learned, and harder pairs teach

@@ -15,7 +15,12 @@ from trainer.errors import UserError
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import cosine_similarity, distance_named
 from trainer.losses.masked import log_sum_exp, num_members
-from trainer.losses.penalties import check_margin
+from trainer.losses.penalties import (
+  Margin,
+  margin_of,
+  margin_parameters,
+  read_margin,
+)
 from trainer.losses.relevance import Relevance
 
 
@@ -37,23 +42,29 @@ class ContrastiveLoss(AnchorwiseLoss):
   def __init__(
     self,
     *,
-    margin: float,
+    margin: Margin,
     distance: str = "euclidean",
     rows_per_tile: Optional[int] = None,
   ):
-    check_margin(margin)
+    margin = read_margin(margin)
     super().__init__(
       comparison=distance_named(distance),
       reduction="mean_terms",
       rows_per_tile=rows_per_tile,
     )
     self._margin = margin
+    self._distance = distance
+
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term a pair; see the base class."""
-    lacking = tf.where(pairs.is_negative, tf.nn.relu(self._margin - compared), 0.0)
+    margin = margin_of(self._margin, parameters)
+    lacking = tf.where(pairs.is_negative, tf.nn.relu(margin - compared), 0.0)
     offence = tf.where(pairs.is_positive, compared, lacking)
     return AnchorTerms(
       0.5 * tf.reduce_sum(tf.square(offence), 1),
@@ -82,25 +93,31 @@ class LiftedStructureLoss(AnchorwiseLoss):
   def __init__(
     self,
     *,
-    margin: float,
+    margin: Margin,
     distance: str = "euclidean",
     rows_per_tile: Optional[int] = None,
   ):
-    check_margin(margin)
+    margin = read_margin(margin)
     super().__init__(
       comparison=distance_named(distance),
       reduction="mean_terms",
       rows_per_tile=rows_per_tile,
     )
     self._margin = margin
+    self._distance = distance
+
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
+    margin = margin_of(self._margin, parameters)
     costs = tf.nn.relu(
       log_sum_exp(compared, pairs.is_positive)
-      + log_sum_exp(self._margin - compared, pairs.is_negative)
+      + log_sum_exp(margin - compared, pairs.is_negative)
     )
     has_both = tf.cast(pairs.has_both, tf.float32)
     return AnchorTerms(costs, tf.sign(costs), has_both)
@@ -195,10 +212,11 @@ class CircleLoss(AnchorwiseLoss):
   """
 
   def __init__(
-    self, *, margin: float, scale: float, rows_per_tile: Optional[int] = None
+    self, *, margin: Margin, scale: float, rows_per_tile: Optional[int] = None
   ):
-    if not 0 < margin < 1:
-      raise UserError(f"margin={margin} is not in (0, 1); give one such as 0.4.")
+    margin = read_margin(margin)
+    if isinstance(margin, float) and margin >= 1:
+      raise UserError(f"margin={margin:g} is not in (0, 1); give one such as 0.4.")
     if scale <= 0:
       raise UserError(f"scale={scale} is not above 0; give one such as 80.")
     super().__init__(
@@ -207,15 +225,20 @@ class CircleLoss(AnchorwiseLoss):
     self._margin = margin
     self._scale = scale
 
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
+
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
+    margin = margin_of(self._margin, parameters)
     fixed = tf.stop_gradient(compared)
-    push = self._scale * tf.nn.relu(fixed + self._margin)
-    pull = self._scale * tf.nn.relu(1.0 + self._margin - fixed)
-    negative = log_sum_exp(push * (compared - self._margin), pairs.is_negative)
-    positive = log_sum_exp(-pull * (compared - 1.0 + self._margin), pairs.is_positive)
+    push = self._scale * tf.nn.relu(fixed + margin)
+    pull = self._scale * tf.nn.relu(1.0 + margin - fixed)
+    negative = log_sum_exp(push * (compared - margin), pairs.is_negative)
+    positive = log_sum_exp(-pull * (compared - 1.0 + margin), pairs.is_positive)
     has_both = tf.cast(pairs.has_both, tf.float32)
     costs = has_both * tf.nn.softplus(negative + positive)
     return AnchorTerms(costs, tf.cast(costs > 0.0, tf.float32), has_both)

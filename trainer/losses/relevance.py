@@ -51,9 +51,12 @@ def check_batch(anchors: Anchors, candidates: Candidates) -> None:
     candidates: C of them.
 
   Raises:
-    UserError: labels are neither [B] integer nor [B, L] bool, or not of one kind;
-      weights, validity, positions or relevance have another shape than they need.
+    UserError: embeddings are not of rank 2; labels are neither [B] integer nor [B, L]
+      bool, or not of one kind; weights, validity, positions or relevance have another
+      shape than they need.
   """
+  check_embeddings(anchors.embeddings)
+  check_embeddings(candidates.embeddings)
   num_anchors, num_candidates = anchors.embeddings.shape[0], _num_embeddings(candidates)
   check_labels(anchors.labels, num_anchors)
   check_labels(candidates.labels, num_candidates)
@@ -77,6 +80,19 @@ def _check_shape(name: str, tensor: tf.Tensor, shape: list[Optional[int]]) -> No
     raise UserError(f"{name} have shape {tensor.shape}; needed is {tuple(shape)}.")
 
 
+def check_embeddings(embeddings: tf.Tensor) -> None:
+  """Refuses embeddings that are not one vector an example, when traced.
+
+  Raises:
+    UserError: their rank is known, and is not 2.
+  """
+  if embeddings.shape.rank not in (None, 2):
+    raise UserError(
+      f"embeddings have shape {tuple(embeddings.shape)}; needed is one vector for each "
+      "example, shape (B, D): pool or flatten the other dimensions."
+    )
+
+
 def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
   """Refuses labels that would silently broadcast to nonsense, when traced.
 
@@ -89,7 +105,7 @@ def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
     raise UserError(
       f"labels have shape {labels.shape} and type {labels.dtype.name}; needed is one "
       "integer for each embedding, shape (B,), or several labels as bool, shape "
-      "(B, L); squeeze (B, 1) labels, take argmax of one-hot ones, cast floats."
+      "(B, L)."
     )
   if num_embeddings is not None and labels.shape[0] not in (None, num_embeddings):
     raise UserError(

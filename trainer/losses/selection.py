@@ -16,6 +16,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.losses.keras_loss import KerasSerializable
 from trainer.losses.relevance import Relevance
 
 # [T, C] weights of positives, given [T, C] distances.
@@ -81,7 +82,7 @@ def _semi_hard_of_anchor(
 
 
 @gin.register
-class DistanceWeightedNegatives:
+class DistanceWeightedNegatives(KerasSerializable):
   """A negative by chance, as often near as far on the unit sphere.
 
   Probabilities are inverse to q(d) = d^(n−2) (1 − d²/4)^((n−3)/2), the density of

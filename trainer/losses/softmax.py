@@ -12,6 +12,7 @@ from typing import Optional
 import gin
 import tensorflow as tf
 
+from trainer.errors import UserError
 from trainer.losses.accelerator import is_accelerated
 from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import (
@@ -52,6 +53,18 @@ class _SoftmaxLoss(AnchorwiseLoss):
       comparison=comparison, reduction="mean_terms", rows_per_tile=rows_per_tile
     )
     self._temperature = temperature
+
+  def check_is_complete(self) -> None:
+    """Checks that the temperature is a number: Keras trains a model's variables alone.
+
+    Raises:
+      UserError: it is to be learned.
+    """
+    if isinstance(self._temperature, LearnedTemperature):
+      raise UserError(
+        f"{type(self).__name__} has a LearnedTemperature, which `TrainStep` trains and "
+        "Keras does not; give a number, such as temperature=0.1."
+      )
 
   def parameters(self) -> list[tf.Tensor]:
     """The temperature, if it is learned: else its gradient is a pass for nothing."""

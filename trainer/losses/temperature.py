@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Union
+from typing import Any, Union
 
 import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.losses.keras_loss import KerasSerializable
 
 
 @gin.register
-class LearnedTemperature(tf.Module):
+class LearnedTemperature(KerasSerializable, tf.Module):
   """A temperature that training changes, kept above 0 as the exponential of a variable.
 
   Args:
@@ -26,6 +27,10 @@ class LearnedTemperature(tf.Module):
     check_temperature(initial)
     super().__init__()
     self._logarithm = tf.Variable(math.log(initial), name="log_temperature")
+
+  def get_config(self) -> dict[str, Any]:
+    """The temperature as it is now: what is made of it goes on from there."""
+    return {"initial": float(self())}
 
   def __call__(self) -> tf.Tensor:
     """The temperature, [] float32."""

@@ -6,7 +6,7 @@ Shapes: T anchors of a tile, C candidates.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import gin
 import tensorflow as tf
@@ -16,7 +16,12 @@ from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import distance_named
 from trainer.losses.hardest import farthest_positive, nearest_negative
 from trainer.losses.masked import num_members
-from trainer.losses.penalties import check_margin
+from trainer.losses.penalties import (
+  Margin,
+  margin_of,
+  margin_parameters,
+  read_margin,
+)
 from trainer.losses.relevance import Relevance
 from trainer.losses.tiles import Pairs, PairsFn, Slopes, Sums
 
@@ -29,7 +34,8 @@ class MarginTripletLoss(AnchorwiseLoss):
   """Base of the triplet losses that have a margin and a distance.
 
   Args:
-    margin: above 0, in the distance's units.
+    margin: above 0, in the distance's units; a variable is read at each call, and gets
+      no gradient.
     distance: one of `trainer.losses.distances.DISTANCES`.
     reduction: "mean_active" over the terms above 0, "mean_terms" over all that could
       be, "mean_anchors"; None for the loss's own, which is what it is known by.
@@ -44,23 +50,32 @@ class MarginTripletLoss(AnchorwiseLoss):
   def __init__(
     self,
     *,
-    margin: float,
+    margin: Margin,
     distance: str = "euclidean",
     reduction: Optional[str] = None,
     rows_per_tile: Optional[int] = None,
   ):
-    check_margin(margin)
+    margin = read_margin(margin)
     super().__init__(
       comparison=distance_named(distance),
       reduction=reduction or self.own_reduction,
       rows_per_tile=rows_per_tile,
     )
     self._margin = margin
+    self._distance = distance
 
   @property
-  def margin(self) -> float:
-    """In units of what is compared."""
-    return self._margin
+  def margin(self) -> Any:
+    """In units of what is compared, a float or [] float32."""
+    return margin_of(self._margin, self.parameters())
+
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
+
+  def _margin_in(self, parameters: Sequence[tf.Tensor]) -> Any:
+    """Of a tile."""
+    return margin_of(self._margin, parameters)
 
 
 @gin.register
@@ -78,7 +93,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """All triplets of each anchor; see the base class."""
-    total, num_active = all_triplets(compared, pairs, self.margin)
+    total, num_active = all_triplets(compared, pairs, self._margin_in(parameters))
     return AnchorTerms(
       total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
     )
@@ -115,5 +130,5 @@ class BatchHardTripletLoss(MarginTripletLoss):
     """One triplet an anchor; see the base class."""
     positive = farthest_positive(compared, pairs.is_positive)
     negative = nearest_negative(compared, pairs)
-    hinge = tf.nn.relu(positive - negative + self.margin)
+    hinge = tf.nn.relu(positive - negative + self._margin_in(parameters))
     return AnchorTerms(hinge, tf.sign(hinge), tf.ones_like(hinge))

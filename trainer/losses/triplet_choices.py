@@ -6,7 +6,7 @@ Shapes: T anchors, C candidates.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Callable, Optional, TypeVar, Union
+from typing import Any, Callable, Optional, TypeVar, Union
 
 import gin
 import tensorflow as tf
@@ -22,7 +22,10 @@ from trainer.losses.penalties import (
   Margin,
   hinge,
   hinge_of_semi_hard,
+  margin_of,
+  margin_parameters,
   penalty_of,
+  read_margin,
 )
 from trainer.losses.relevance import Relevance
 from trainer.losses.selection import (
@@ -87,13 +90,22 @@ class TripletLoss(AnchorwiseLoss):
       if isinstance(negatives, str)
       else negatives
     )
-    self._penalty_fn = penalty_of(margin)
-    self._margin = None if isinstance(margin, str) else margin
+    self._positives, self._negatives = positives, negatives
+    self._distance, self._reduction = distance, reduction
+    self._margin = margin if _is_soft(margin) else read_margin(margin)
 
   @property
-  def margin(self) -> Optional[float]:
-    """Above 0; None for the soft margin."""
-    return self._margin
+  def margin(self) -> Any:
+    """Above 0, a float or [] float32; None for the soft margin."""
+    return self._margin_in(self.parameters())
+
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
+
+  def _margin_in(self, parameters: Sequence[tf.Tensor]) -> Any:
+    """Of a tile."""
+    return None if _is_soft(self._margin) else margin_of(self._margin, parameters)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
@@ -103,7 +115,7 @@ class TripletLoss(AnchorwiseLoss):
     arguments = (
       self._positives_fn(fixed, pairs),
       lambda positive: self._negatives_fn(fixed, pairs, positive),
-      self._penalty_fn,
+      penalty_of(self._margin_in(parameters)),
     )
     if self.needs_lists:
       return AnchorTerms(*triplets_of_all_positives(compared, pairs.lists, *arguments))
@@ -135,10 +147,10 @@ class SemiHardTripletLoss(MarginTripletLoss):
       pairs.lists,
       positives,
       lambda positive: semi_hard_of_pair(fixed, pairs, positive),
-      hinge(self.margin),
+      hinge(self._margin_in(parameters)),
     )
     num_pairs = tf.reduce_sum(positives, 1)
-    alone = tf.reduce_sum(positives * (compared + self.margin), 1)
+    alone = tf.reduce_sum(positives * (compared + self._margin_in(parameters)), 1)
     has_negative = tf.reduce_any(pairs.is_negative, 1)
     return AnchorTerms(
       tf.where(has_negative, total, alone),
@@ -169,9 +181,20 @@ class InsideMarginTripletLoss(MarginTripletLoss):
         pairs.lists,
         tf.cast(pairs.is_positive, tf.float32),
         lambda positive: negatives,
-        hinge_of_semi_hard(self.margin),
+        hinge_of_semi_hard(self._margin_in(parameters)),
       )
     )
+
+
+def _is_soft(margin: Margin) -> bool:
+  """Whether it is no number.
+
+  Raises:
+    UserError: it is another word than "soft".
+  """
+  if isinstance(margin, str) and margin != "soft":
+    raise UserError(f'margin={margin!r} is unknown; give a number above 0, or "soft".')
+  return isinstance(margin, str)
 
 
 _Function = TypeVar("_Function", bound=Callable)
