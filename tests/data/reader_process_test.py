@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 import h5py
 import lmdb
@@ -30,6 +31,12 @@ def abort_after_one(path, name):
 def run_out_of_memory(path, name):
   """Dies as by Linux where memory is short."""
   os.kill(os.getpid(), signal.SIGKILL)
+  yield {}, []
+
+
+def take_too_much(path, name):
+  """Asks for more memory than a reader may have, and touches none of it."""
+  bytearray(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 6 // 10)
   yield {}, []
 
 
@@ -62,6 +69,12 @@ def test_a_reader_that_aborts_is_one_line_after_what_it_sent(file):
 def test_a_reader_that_is_killed_is_no_damage(file):
   with pytest.raises(UserError, match="its reader was killed, perhaps for lack of mem"):
     list(reader_process.read(run_out_of_memory, file))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
+def test_a_file_that_takes_too_much_memory_is_named(file):
+  with pytest.raises(UserError, match="a file can't be read: it takes more than half"):
+    list(reader_process.read(take_too_much, file))
 
 
 def test_a_fault_of_the_program_is_not_blamed_on_the_file(file):

@@ -147,21 +147,38 @@ def _receive_length(file: IO[bytes]) -> Optional[int]:
   return _LENGTH.unpack(content)[0] if len(content) == _LENGTH.size else None
 
 
-def main() -> None:
-  """Runs the reader that the command line names; sends its messages to the parent."""
-  # Where memory is short, Linux then ends this process and not the parent.
+def _limit_memory() -> None:
+  """Has allocations of more than half of the memory fail, where the system can.
+
+  A damaged file may declare any size. Mapped files do not count.
+  """
+  # Where memory is short all the same, Linux ends this process and not the parent.
   with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")
+  with contextlib.suppress(ImportError, ValueError, OSError):
+    import resource  # POSIX only.
+
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def main() -> None:
+  """Runs the reader that the command line names; sends its messages to the parent."""
+  _limit_memory()
   pipe = os.fdopen(os.dup(1), "wb")
   os.dup2(2, 1)  # What a library prints must not get between the messages.
   try:
     module, name = sys.argv[1].split(":")
     reader = getattr(importlib.import_module(module), name)
-    for header, parts in reader(*json.load(sys.stdin)):
+    arguments = json.load(sys.stdin)
+    for header, parts in reader(*arguments):
       _send(pipe, header, parts)
     _send(pipe, {_END: True}, ())
   except BrokenPipeError:
     pass  # The parent needs no more.
+  except MemoryError:
+    reason = "it takes more than half of the memory, or is damaged"
+    _send(pipe, {_REFUSED: f"{arguments[1]} can't be read: {reason}."}, ())
   except UserError as error:
     _send(pipe, {_REFUSED: str(error)}, ())
   except Exception:
