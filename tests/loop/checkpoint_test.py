@@ -90,6 +90,22 @@ def test_an_encoder_comes_back_without_its_optimizer(tmp_path):
   np.testing.assert_array_equal(restored.variables[0], saved.variables[0])
 
 
+def test_what_a_layer_keeps_of_its_weights_is_made_of_the_restored_ones(tmp_path):
+  def normalizing(mean, variance):
+    layer = tf.keras.layers.Normalization()
+    encoder = Encoder(backbone=tf.keras.Sequential([layer]), embedding_size=3)
+    encoder.create_variables((4,))
+    layer.set_weights([np.full(4, mean), np.full(4, variance), np.int64(1)])
+    layer.finalize_state()
+    return encoder
+
+  saved, restored = normalizing(0.5, 0.25), normalizing(0.0, 1.0)
+  _checkpoints(tmp_path, saved).save(7)
+  assert Checkpoints(model_dir=str(tmp_path), encoder=restored).restore() == 7
+  inputs = tf.constant([[0.1, 0.9, 0.4, 0.7]])
+  np.testing.assert_array_equal(restored(inputs), saved(inputs))
+
+
 def test_restoring_makes_no_variable_for_which_workers_would_wait(tmp_path, mirrored):
   made = []
 

@@ -177,6 +177,7 @@ class Checkpoints:
       raise UserError(
         f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
       ) from error
+    _refresh_constants(self._encoder)
     if self._optimizer is not None:
       set_step(self._optimizer, step)
     for name, (variable, value) in configured.items():
@@ -280,6 +281,13 @@ def _words_of(shape: Optional[Sequence[int]]) -> str:
 
 def _first_line(error: Exception) -> str:
   return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _refresh_constants(encoder: tf.keras.Model) -> None:
+  """Lets layers such as Normalization compute with the weights that were restored."""
+  for layer in encoder.submodules:
+    if isinstance(layer, tf.keras.layers.Layer):
+      layer.finalize_state()
 
 
 def _assign_averages(encoder: tf.keras.Model, path: str) -> None:
