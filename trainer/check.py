@@ -14,7 +14,7 @@ from trainer.loop import parity
 from trainer.loop.batch_check import check_batch
 from trainer.loop.step import TrainStep
 from trainer.run import Hardware, Run
-from trainer.train import Parts
+from trainer.train import Parts, make_parts
 
 _NUM_STEPS = 3
 _NUM_REPLICAS = (1, 2, 4)
@@ -30,7 +30,7 @@ def main(run: Run) -> None:
   """
   # The rest of the run is gin's, and nothing is written.
   _use_cpu_alone(run.hardware)
-  parts = Parts()  # type: ignore[call-arg]  # They are gin's.
+  parts = make_parts()
   schedule = parts.make_schedule()
   batches = _batches(parts, schedule)
   rows = []
@@ -85,7 +85,7 @@ def _strategy(num_replicas: int) -> tf.distribute.Strategy:
 
 
 def _make_step() -> TrainStep:
-  parts = Parts()  # type: ignore[call-arg]
+  parts = make_parts()
   parts.create_variables()
   return parts.step
 

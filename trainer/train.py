@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional
@@ -19,6 +21,7 @@ from trainer.data.schedule import PKSchedule, Schedule
 from trainer.distribute.replica_batches import ReplicaBatches
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
 from trainer.loop import actions, log_file, tpu_limits, words
 from trainer.loop.batch_check import check_batch, check_groups
 from trainer.loop.checkpoint import Checkpoints
@@ -37,6 +40,8 @@ from trainer.mining.rounds import Rounds
 from trainer.models.dropout import set_seed
 from trainer.run import Run
 
+_NUM_SEEDS = 2**32
+
 
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +53,7 @@ class Parts:
     schedule_fn: makes the schedule of the dataset's training classes.
     step: one update; its encoder, loss and optimizer.
     loop: how long, how often to log and to save.
-    seed: of the initial weights and of dropout.
+    seed: of the initial weights and of dropout; in 0…2³²−1.
     mining: rounds of mining over the whole corpus, from which batches are drawn after
       the first; None for the schedule alone.
   """
@@ -75,6 +80,31 @@ class Parts:
     tf.keras.utils.set_random_seed(self.seed)
     self.step.create_variables(self.dataset.decoder.shape)
     set_seed(self.step.encoder, self.seed)
+
+
+def make_parts(*given: object) -> Parts:
+  """Makes the parts that gin describes.
+
+  The seed is set before: a Keras model of which gin has the function gets its weights
+  when gin calls it, and not in `create_variables`.
+
+  Args:
+    given: the first of the parts, where they are not gin's.
+
+  Returns:
+    The parts, without the variables that `create_variables` creates.
+
+  Raises:
+    UserError: the seed is no integer in 0…2³²−1, or a part can't be made.
+  """
+  bound = gin.get_bindings("train", resolve_references=False).get("seed")
+  seed = copy.deepcopy(bound)  # What gin does to a macro.
+  if seed is not None:
+    if not isinstance(seed, int) or not 0 <= seed < _NUM_SEEDS:
+      raise UserError(f"train.seed={seed!r} must be an integer in [0, {_NUM_SEEDS}).")
+    # Another one than of `create_variables`, or layers would begin alike.
+    tf.keras.utils.set_random_seed((seed + _NUM_SEEDS // 2) % _NUM_SEEDS)
+  return Parts(*given)  # type: ignore[arg-type, call-arg]  # The rest is gin's.
 
 
 class Training(NamedTuple):
@@ -138,6 +168,8 @@ def _build(
   workers = current_workers()
   dataset, step, loop = parts.dataset, parts.step, parts.loop
   parts.create_variables()
+  if workers.num_workers > 1:
+    workers.agree({"SHA-256 of the initial weights": hash_weights(step.encoder)})
   checkpoints = workers.together(lambda: _make_checkpoints(run, parts))
   # One more than are kept: the oldest goes after the newest is there.
   num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
@@ -184,7 +216,7 @@ def _build(
 
 
 def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
-  parts = Parts()  # type: ignore[call-arg]  # They are gin's.
+  parts = make_parts()
   schedule = parts.make_schedule()
   check_batch(schedule, parts.step, num_replicas)
   if parts.mining is not None:
@@ -193,6 +225,15 @@ def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
     check_groups(mined, parts.step, "OfflineMining.schedule_fn")
   tpu_limits.check_if_on_tpu(parts.step)
   return parts, schedule
+
+
+def hash_weights(encoder: tf.keras.Model) -> str:
+  """A hash of this worker's weights, such as each loads from a file of its own."""
+  digest = hashlib.sha256()
+  for variable in encoder.variables:
+    local = tf.distribute.get_strategy().experimental_local_results(variable)
+    digest.update(local[0].numpy().tobytes())
+  return digest.hexdigest()
 
 
 def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:

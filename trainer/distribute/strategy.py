@@ -173,7 +173,7 @@ def divide_cpu(num_devices: int) -> None:
     except RuntimeError as error:
       raise UserError(
         f"--num_virtual_replicas={num_devices} must be set before TensorFlow uses a "
-        "device."
+        "device; a module that gin imports must make no tensor or model by itself."
       ) from error
 
 

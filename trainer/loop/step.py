@@ -17,6 +17,7 @@ from trainer.distribute.collectives import (
 )
 from trainer.distribute.memory_bank import MemoryBank, RemindedLoss
 from trainer.distribute.objective import Loss, ObjectiveFn, Share
+from trainer.errors import UserError
 from trainer.loop import gradients as gradients_lib
 from trainer.loop import loss_scale, micro_batches
 from trainer.loop.averages import AveragedWeights
@@ -87,10 +88,11 @@ class TrainStep:
       input_shape: shape of one input.
 
     Raises:
-      UserError: the encoder can't be embedded in micro-batches, or the step not be
-        compiled for these replicas.
+      UserError: the encoder has variables from before its strategy, can't be embedded
+        in micro-batches, or the step not be compiled for these replicas.
     """
     self.encoder.create_variables(input_shape)
+    _check_scope(self.encoder)
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     self.options.check_compiled(self.encoder, num_replicas)
     if self.options.num_micro_batches != 1:
@@ -338,3 +340,14 @@ def _is_summed(variable: tf.Variable) -> bool:
   """Whether a variable becomes the sum of what the replicas assign."""
   is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
   return not is_local and variable.aggregation == tf.VariableAggregation.SUM
+
+
+def _check_scope(encoder: tf.keras.Model) -> None:
+  extended = tf.distribute.get_strategy().extended
+  for variable in encoder.variables:
+    if not extended.variable_created_in_scope(variable):
+      raise UserError(
+        f"the variable {variable.name} was created before the run's seed and strategy "
+        "were set, as at the import of a module; create the model in the function that "
+        "gin calls."
+      )

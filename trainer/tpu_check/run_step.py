@@ -16,7 +16,7 @@ from trainer.data.pipeline import Batch
 from trainer.errors import UserError
 from trainer.loop.batch_check import check_batch
 from trainer.loop.step import TrainStep
-from trainer.train import Parts
+from trainer.train import Parts, make_parts
 
 # More classes, and more samples of one, than a batch will have; none is looked up.
 _NUM_CLASSES, _NUM_SAMPLES = 2**20, 2**20
@@ -92,7 +92,7 @@ def of_run() -> RunStep:
   """
   decoder = _decoder()
   # By place, because gin makes what is given by name all the same.
-  parts = Parts(_DeclaredDataset(decoder))  # type: ignore[arg-type, call-arg]
+  parts = make_parts(_DeclaredDataset(decoder))
   shape = _schedule_shape(parts)
   parts.create_variables()
   return RunStep(parts.step, tuple(decoder.shape), *shape)
