@@ -150,6 +150,124 @@ def test_training_changes_nothing_in_a_frozen_keras_application():
     np.testing.assert_array_equal(variable.numpy(), value)
 
 
+class _LazyNorm(tf.keras.layers.Layer):
+  """Makes its layers when it is built, as layers of users do."""
+
+  def build(self, input_shape):
+    self.norm = tf.keras.layers.BatchNormalization()
+    super().build(input_shape)
+
+  def call(self, inputs, training=None):
+    return self.norm(inputs, training=training)
+
+
+def test_training_changes_nothing_in_frozen_layers_that_are_made_late():
+  encoder = Encoder(backbone=_LazyNorm(), embedding_size=2, is_backbone_frozen=True)
+  encoder.create_variables((8, 8, 3))
+  before = [variable.numpy() for variable in encoder.variables]
+  encoder(_images(2, 8, 3), training=True)
+  for variable, value in zip(encoder.variables, before):
+    np.testing.assert_array_equal(variable.numpy(), value)
+
+
+def _model(*outputs, inputs=None):
+  inputs = tf.keras.Input([8, 8, 1]) if inputs is None else inputs
+  features = tf.keras.layers.Conv2D(4, 3, name="first")(inputs)
+  second = tf.keras.layers.Conv2D(5, 5, name="second")(inputs)
+  named = {"first": features, "second": second}
+  made = [named[name] for name in outputs]
+  return tf.keras.Model(inputs, made if len(made) > 1 else made[0])
+
+
+class _Returning(tf.keras.layers.Layer):
+  """Gives what a function makes of its inputs."""
+
+  def __init__(self, make):
+    super().__init__()
+    self._make = make
+
+  def call(self, inputs, training=None):
+    return self._make(inputs)
+
+
+def test_what_is_frozen_in_a_backbone_stays_frozen():
+  backbone = _model("first")
+  backbone.get_layer("first").trainable = False
+  encoder = Encoder(backbone=backbone, embedding_size=2, pooling="average")
+  encoder.create_variables((8, 8, 1))
+  assert [v.name for v in encoder.backbone_variables] == []
+  assert len(encoder.trainable_variables) == 2
+
+
+@pytest.mark.parametrize("output", ["second", 1, "dict"])
+def test_a_named_output_of_the_backbone_is_taken(output):
+  model = _model("first", "second")
+  images = _images(3, 8, 1)
+  backbone = model
+  if output == "dict":
+    backbone = _Returning(lambda inputs: dict(zip(("a", "dict"), model(inputs))))
+  encoder = Encoder(
+    backbone=backbone, embedding_size=2, pooling="average", backbone_output=output
+  )
+  got = encoder(images)
+  alone = Encoder(
+    backbone=_Returning(lambda inputs: model(inputs)[1]),
+    embedding_size=2,
+    pooling="average",
+  )
+  alone(images)
+  alone.set_weights(encoder.get_weights()[-2:])
+  np.testing.assert_array_equal(got, alone(images))
+
+
+@pytest.mark.parametrize(
+  ("backbone", "options", "message"),
+  [
+    (_Returning(lambda x: {"a": x, "b": x}), {}, "dict of 'a': .*, 'b': .* one tensor"),
+    (_Returning(lambda x: [x, x]), {}, r"list of 0: \[B, 8, 8, 1\], 1: "),
+    (_Returning(lambda x: []), {}, "list of nothing"),
+    (_Returning(lambda x: {"a": x}), {"backbone_output": "c"}, "output='c': .* 'a'"),
+    (_Returning(lambda x: x), {"backbone_output": "c"}, "one output; leave it out"),
+    (_Returning(lambda x: x[:, 0]), {"pooling": "max"}, "or set it to 'flatten'"),
+    (_Returning(lambda x: x[:, 0, 0, 0]), {}, r"shape \[1\] for .* needs \[B, F\]"),
+    (
+      _Returning(lambda x: tf.concat([x, x], 0)),
+      {},
+      r"\[2, 8, 8, 1\] for a batch of 1",
+    ),
+    (_Returning(lambda x: tf.cast(x, tf.int32)), {}, "features of int32"),
+    (_Returning(lambda x: tf.RaggedTensor.from_tensor(x)), {}, "of RaggedTensor"),
+    (
+      _model("first", inputs=tf.keras.Input([9, 9, 1])),
+      {},
+      r"takes inputs of \[9, 9, 1",
+    ),
+    (
+      tf.keras.Sequential([tf.keras.Input([8, 8, 1], dtype="uint8")]),
+      {},
+      "takes uint8, and inputs are float32",
+    ),
+    (_model("first"), {"precision": "mixed_bfloat16"}, "has its variables already"),
+    (ConvNet, {}, "no Keras layer or model"),
+  ],
+)
+def test_a_backbone_without_one_tensor_of_features_is_refused(
+  backbone, options, message
+):
+  with pytest.raises(UserError, match=message):
+    encoder = Encoder(backbone=backbone, embedding_size=2, **options)
+    encoder.create_variables((8, 8, 1))
+
+
+@pytest.mark.parametrize(("scale", "num_warnings"), [(1 / 255, 1), (255.0, 0)])
+def test_a_model_that_scales_pixels_of_8_bits_is_warned_of(scale, num_warnings, caplog):
+  layers = [tf.keras.Input([8, 8, 1]), tf.keras.layers.Rescaling(scale)]
+  encoder = Encoder(backbone=tf.keras.Sequential(layers), embedding_size=2)
+  encoder.create_variables((8, 8, 1))
+  warned = [r for r in caplog.records if "images come in [0, 1]" in r.getMessage()]
+  assert len(warned) == num_warnings
+
+
 def test_dropout_has_other_masks_with_another_seed():
   encoder = Encoder(
     backbone=Perceptron(hidden_units=(50,), dropout_rate=0.5), embedding_size=4

@@ -5,6 +5,8 @@ Shapes: B examples, H × W positions, F features.
 
 from __future__ import annotations
 
+from typing import Any, Optional
+
 import tensorflow as tf
 
 from trainer.errors import UserError
@@ -96,3 +98,37 @@ def make_pooling(name: str) -> tf.keras.layers.Layer:
       f"Encoder.pooling={name!r} is unknown; choose from {', '.join(sorted(POOLINGS))}."
     )
   return POOLINGS[name]()
+
+
+def check_features(features: Any, *, num_examples: Optional[int], pooling: str) -> None:
+  """Checks that a backbone's features can be pooled.
+
+  Args:
+    features: what the backbone gives.
+    num_examples: B; None where it is not known yet.
+    pooling: a key of `POOLINGS`.
+
+  Raises:
+    UserError: they are no dense float tensor of B examples, or of another rank.
+  """
+  needed = "[B, F] or more axes" if pooling == "flatten" else "[B, H, W, F]"
+  is_dense = tf.is_tensor(features) and not isinstance(
+    features, (tf.RaggedTensor, tf.SparseTensor)
+  )
+  if not is_dense or not features.dtype.is_floating:
+    kind = features.dtype.name if is_dense else type(features).__name__
+    raise UserError(
+      f"the backbone gives features of {kind}; needed is a dense float tensor of "
+      f"{needed}."
+    )
+  shape = features.shape
+  if shape.rank is None:
+    return
+  is_rank_right = shape.rank >= 2 if pooling == "flatten" else shape.rank == 4
+  counts = {num_examples, shape[0] if shape.rank else num_examples} - {None}
+  if not is_rank_right or len(counts) > 1:
+    raise UserError(
+      f"the backbone gives features of shape {shape.as_list()} for a batch of "
+      f"{num_examples or 'B'}; Encoder.pooling={pooling!r} needs {needed}"
+      + ("." if pooling == "flatten" else ", or set it to 'flatten'.")
+    )

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import tensorflow as tf
 
+from trainer.errors import UserError
+
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 
 
@@ -14,12 +16,27 @@ def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
   """Sets the type in which a layer and all inside of it compute.
 
   Args:
-    layer: not yet built; its variables will be float32.
+    layer: its variables are float32, whether they exist or will be created.
     precision: one of `PRECISIONS`.
+
+  Raises:
+    UserError: variables exist, and can't be read in another type than their own.
   """
-  for each in [layer, *layer.submodules]:
-    if isinstance(each, tf.keras.layers.Layer):
-      each._set_dtype_policy(precision)
+  layers = [
+    each
+    for each in [layer, *layer.submodules]
+    if isinstance(each, tf.keras.layers.Layer)
+  ]
+  for each in layers:
+    has_variables = bool(each._trainable_weights or each._non_trainable_weights)
+    if has_variables and each.dtype_policy.name != precision != "float32":
+      raise UserError(
+        f"Encoder.precision={precision!r}: the backbone's layer {each.name!r} has its "
+        f"variables already and computes in {each.dtype_policy.name}; build it with "
+        f"dtype={precision!r}, or set 'float32'."
+      )
+  for each in layers:
+    each._set_dtype_policy(precision)
 
 
 @contextlib.contextmanager
