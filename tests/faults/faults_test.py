@@ -14,6 +14,13 @@ _NEEDS_ROOT = (
   "full_disk_where_it_goes_on",
   "full_disk_where_it_stops",
 )
+# Of all combinations, those that have each choice once.
+_OVERFLOWS = (
+  "overflow_stop_2_batch_1",
+  "overflow_skip_1_batch_10",
+  "overflow_go_back_2_synchronized_10",
+  "overflow_of_a_variance_alone",
+)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,10 @@ def runs(tmp_path_factory):
 
 def _row(name):
   is_short = name.startswith("killed") or name == "told_one_worker_of_two"
-  return pytest.param(name, marks=pytest.mark.resume if is_short else ())
+  marks = [pytest.mark.resume] if is_short else []
+  if name.startswith("overflow") and name not in _OVERFLOWS:
+    marks.append(pytest.mark.thorough)
+  return pytest.param(name, marks=marks)
 
 
 @pytest.mark.parametrize("name", map(_row, ROWS))

@@ -1,7 +1,8 @@
-"""A record whose pixels are no numbers."""
+"""A record whose pixels are NaN, and one that overflows inside of the network."""
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import numpy as np
@@ -112,3 +113,120 @@ def _notes(path):
   """Step and digest of each update that a worker made."""
   with open(path, encoding="ascii") as lines:
     return [(int(step), digest) for step, digest in map(str.split, lines)]
+
+
+# A bank of ten batches, and half precision, whose largest number is 65,504.
+_OVERFLOWING = (
+  "NUM_STEPS = 20",
+  "LoopOptions.checkpoint_every_steps = 10",
+  "Encoder.precision = 'mixed_float16'",
+  "TrainStep.memory_bank = @MemoryBank()",
+  "MemoryBank.size = 160",
+  "MemoryBank.warm_up_steps = 2",
+)
+# The steps of which the bank has entries at the end.
+_REMEMBERED = {
+  "stop": [*range(10)],
+  "skip": [9, 10, 11, 12, *range(14, 20)],
+  "go_back": [*range(6, 10), *range(14, 20)],
+}
+_STATES = {
+  "moving averages": ("moving_",),
+  "averages of weights": ("averages/averages/",),
+  "loss scale": ("current_loss_scale",),
+  "optimizer": (
+    "optimizer/_variables",
+    "optimizer/_momentums",
+    "optimizer/_velocities",
+  ),
+  "memory bank": ("memory_bank/contents/embeddings",),
+}
+
+
+def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop):
+  """A run in which one record overflows inside, and what each state is at its end."""
+  name = f"overflow-{policy}-{num_replicas}-{normalization}-{steps_per_loop}"
+  running = runs.start(
+    name,
+    *harmful(large_key=_key_drawn(runs), factor=1e6),
+    *_OVERFLOWING,
+    f"LoopOptions.when_not_finite = '{policy}'",
+    f"LoopOptions.steps_per_loop = {steps_per_loop}",
+    f"ConvNet.normalization = '{normalization}'",
+    flags=(f"--num_virtual_replicas={num_replicas}",),
+  )
+  status, seconds = running.wait()
+  model_dir = runs.folder / name
+  newest = 10 if policy == "stop" else 20
+  parts = [f"{status}", f"step {runs_lib.newest_step(model_dir)}"]
+  parts += _damaged_states(model_dir, _REMEMBERED[policy], newest)
+  told = json.loads((model_dir / f"not_finite-{_BAD_STEP}.json").read_text())
+  if not told["what"].startswith("the output of layer "):
+    parts.append(f"said to be {told['what']}")
+  expected = f"{5 if policy == 'stop' else 0}, step {newest}"
+  return Outcome(expected, ", ".join(parts), seconds)
+
+
+def _damaged_states(model_dir, remembered, newest) -> list[str]:
+  """The states of a run's checkpoints that are not as they must be, in words."""
+  found = [] if runs_lib.all_finite(model_dir) else ["not finite"]
+  values, before = (runs_lib.values(model_dir, step) for step in (newest, 10))
+
+  def of(*words):
+    return [n for n in values if any(word in n for word in words)]
+
+  for state, words in _STATES.items():
+    if not any(np.any(values[name]) for name in of(*words)):
+      found.append(f"{state}: none saved, or all 0")
+  counters = {int(values[name]) for name in of("iteration")}
+  if counters != {newest}:
+    found.append(f"optimizer counters at {counters}")
+  [steps] = [values[name] for name in of("memory_bank/contents/steps")]
+  if sorted(set(steps.tolist())) != remembered:
+    found.append(f"memory bank of steps {sorted(set(steps.tolist()))}")
+  # The first scales are too large; after step 10 no gradient overflows.
+  [scale] = of("current_loss_scale")
+  if values[scale] != before[scale]:
+    found.append(f"loss scale {before[scale]}, then {values[scale]}")
+  return found
+
+
+def _overflow_row(policy, num_replicas, normalization, steps_per_loop):
+  def overflow(runs: Runs) -> Outcome:
+    return _overflowing(runs, policy, num_replicas, normalization, steps_per_loop)
+
+  kind = normalization.split("_")[0]
+  overflow.__name__ = f"overflow_{policy}_{num_replicas}_{kind}_{steps_per_loop}"
+  place = f"{num_replicas} replicas, {kind}, {steps_per_loop} steps a loop"
+  overflow.__doc__ = f"Overflow inside, {policy}; {place}."
+  return overflow
+
+
+for _case in itertools.product(
+  ("stop", "skip", "go_back"), (1, 2), ("batch", "synchronized_batch"), (1, 10)
+):
+  row(_overflow_row(*_case))
+
+
+@row
+def overflow_of_a_variance_alone(runs: Runs) -> Outcome:
+  """Overflow of a variance, go_back; float32, an optimizer per part, 2 replicas."""
+  running = runs.start(
+    "overflow-variance",
+    *harmful(large_key=_key_drawn(runs), factor=1e25),
+    *("NUM_STEPS = 20", "LoopOptions.checkpoint_every_steps = 10"),
+    *("LoopOptions.steps_per_loop = 10", "LoopOptions.when_not_finite = 'go_back'"),
+    "TrainStep.optimizer = @PerPart()",
+    *("PerPart.backbone = @backbone/adam()", "PerPart.head = @head/adam()"),
+    flags=("--num_virtual_replicas=2",),
+  )
+  status, seconds = running.wait()
+  model_dir = runs.folder / "overflow-variance"
+  values = runs_lib.values(model_dir)
+  counters = [int(v) for name, v in sorted(values.items()) if "iteration" in name]
+  told = json.loads((model_dir / f"not_finite-{_BAD_STEP}.json").read_text())
+  is_named = "moving_variance" in told["what"]
+  is_finite = runs_lib.all_finite(model_dir)
+  seen = f"{status}, finite: {is_finite}, named: {is_named}, counters {counters}"
+  expected = "0, finite: True, named: True, counters [20, 20]"
+  return Outcome(expected, seen, seconds)

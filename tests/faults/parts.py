@@ -18,13 +18,24 @@ class HarmfulDecoder:
   Args:
     decoder: the other.
     not_finite_key: key of the record whose pixels become NaN; "" for none.
+    large_key: key of the record whose pixels are multiplied; "" for none.
+    factor: by how much; pixels stay finite.
     hang_file: path of the file; "" for none.
   """
 
-  def __init__(self, *, decoder, not_finite_key: str = "", hang_file: str = ""):
+  def __init__(
+    self,
+    *,
+    decoder,
+    not_finite_key: str = "",
+    large_key: str = "",
+    factor: float = 1.0,
+    hang_file: str = "",
+  ):
     self.shape, self.features = decoder.shape, decoder.features
     self._decoder = decoder
-    self._key = not_finite_key
+    self._key = not_finite_key or large_key
+    self._factor = float("nan") if not_finite_key else factor
     self._hang_file = hang_file
 
   def __call__(self, records):
@@ -36,7 +47,7 @@ class HarmfulDecoder:
       feature = {"key": tf.io.FixedLenFeature([], tf.string)}
       keys = tf.io.parse_example(records, feature)["key"]
       bad = tf.reshape(tf.equal(keys, self._key), [-1, 1, 1, 1])
-      images = tf.where(bad, float("nan"), images)
+      images = tf.where(bad, (images + 1.0) * self._factor, images)
     return images
 
   def _wait(self, images):
