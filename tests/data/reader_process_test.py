@@ -40,6 +40,13 @@ def take_too_much(path, name):
   yield {}, []
 
 
+def loop_for_ever(path, name):
+  """Computes without end, as C libraries do on some damaged files."""
+  yield {}, []
+  while True:
+    pass
+
+
 def fail(path, name):
   """Raises what no file is to blame for."""
   print("this must not get between the messages")
@@ -75,6 +82,14 @@ def test_a_reader_that_is_killed_is_no_damage(file):
 def test_a_file_that_takes_too_much_memory_is_named(file):
   with pytest.raises(UserError, match="a file can't be read: it takes more than half"):
     list(reader_process.read(take_too_much, file))
+
+
+def test_a_reader_that_loops_for_ever_is_ended(file, monkeypatch):
+  monkeypatch.setattr(reader_process, "_SILENCE_S", 2.0)
+  messages = reader_process.read(loop_for_ever, file)
+  assert next(messages) == ({}, [])
+  with pytest.raises(UserError, match=r"a file can't .* no progress for 2 s"):
+    next(messages)
 
 
 def test_a_fault_of_the_program_is_not_blamed_on_the_file(file):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import json
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -28,6 +30,8 @@ Reader = Callable[..., Iterator[Message]]
 
 _PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
 _LENGTH = struct.Struct("<Q")
+# Longest wait for a message: libraries loop for ever on some damaged files.
+_SILENCE_S = 300.0
 _END, _REFUSED, _FAILED = "end", "refused", "failed"
 
 
@@ -44,7 +48,7 @@ def read(reader: Reader, path: str, *arguments: Any) -> Iterator[Message]:
     The messages of the reader.
 
   Raises:
-    UserError: the file can't be read, or the child died while reading it.
+    UserError: the file can't be read, or the child died or hung while reading it.
   """
   try:
     with local_file(path) as local:
@@ -78,8 +82,9 @@ def _messages(reader: Reader, path: str, arguments: Sequence[Any]) -> Iterator[M
     with contextlib.suppress(BrokenPipeError):  # A dead child is reported below.
       process.stdin.write(json.dumps(arguments).encode())
       process.stdin.close()
+    pipe = io.BufferedReader(_PipeWithDeadline(process.stdout.fileno()), 1 << 16)
     while True:
-      message = _receive(process.stdout)
+      message = _receive(pipe)
       if message is None:
         raise UserError(_death(path, process.wait()))
       header, _ = message
@@ -90,10 +95,37 @@ def _messages(reader: Reader, path: str, arguments: Sequence[Any]) -> Iterator[M
       if _END in header:
         return
       yield message
+  except TimeoutError as error:
+    raise UserError(
+      f"{path} can't be read: it is damaged (its reader made no progress for "
+      f"{_SILENCE_S:g} s)."
+    ) from error
   finally:
     process.kill()
     process.stdout.close()
     process.wait()
+
+
+class _PipeWithDeadline(io.RawIOBase):
+  """Reads a pipe; raises TimeoutError where nothing arrives in time."""
+
+  def __init__(self, descriptor: int):
+    self._descriptor = descriptor
+
+  def readable(self) -> bool:
+    """Returns true."""
+    return True
+
+  def readinto(self, buffer) -> int:
+    """Waits for some bytes, and returns how many there were; 0 at the end."""
+    if hasattr(select, "poll"):  # On POSIX systems.
+      poll = select.poll()
+      poll.register(self._descriptor, select.POLLIN)
+      if not poll.poll(1000 * _SILENCE_S):
+        raise TimeoutError
+    content = os.read(self._descriptor, len(buffer))
+    buffer[: len(content)] = content
+    return len(content)
 
 
 def _start(name: str) -> subprocess.Popen[bytes]:
