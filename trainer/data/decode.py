@@ -6,13 +6,14 @@ Shapes: B examples, H × W pixels, C channels.
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from typing import Optional, Protocol
 
 import gin
 import tensorflow as tf
 from PIL import Image, ImageColor
 
-from trainer.data import pixels
+from trainer.data import orientation, pixels
 from trainer.data.abreast import each
 from trainer.errors import UserError
 
@@ -120,17 +121,17 @@ class ImageDecoder:
       tf.debugging.assert_equal(
         facts.is_refused,
         False,
-        "a BMP image is compressed or has not 8, 24 or 32 bits for each pixel; ingest "
-        "converts it",
+        "an image is WebP, or BMP that is compressed or not of 8, 24 or 32 bits for "
+        "each pixel; ingest converts it",
       ),
     ]
     with tf.control_dependencies([check for check in checks if check is not None]):
       return tf.identity(files)
 
   def _decode_plain(self, file: tf.Tensor) -> tf.Tensor:
-    return self._sized(
-      tf.io.decode_image(file, channels=self.shape[-1], expand_animations=False)
-    )
+    height, width, channels = self.shape
+    image = tf.io.decode_image(file, channels=channels, expand_animations=False)
+    return tf.ensure_shape(_sized(image, [height, width]), self.shape)
 
   def _with_others(
     self, images: tf.Tensor, files: tf.Tensor, facts: pixels.Facts
@@ -139,8 +140,15 @@ class ImageDecoder:
     places = tf.where(~facts.is_plain)
 
     def decode(row: tuple[tf.Tensor, ...]) -> tf.Tensor:
-      image = pixels.decode(*row, channels=self.shape[-1], background=self._background)
-      return self._sized(image)
+      file, kind, orientation_of_file = row
+      image = pixels.decode(
+        file, kind, channels=self.shape[-1], background=self._background
+      )
+      # Turned when they are small: turning a photo costs as much as decoding it.
+      height, width, _ = self.shape
+      size = tf.where(orientation_of_file >= 5, [width, height], [height, width])
+      turned = orientation.turn_upright(_sized(image, size), orientation_of_file)
+      return tf.ensure_shape(turned, self.shape)
 
     others = tf.map_fn(
       decode,
@@ -150,14 +158,16 @@ class ImageDecoder:
     )
     return tf.tensor_scatter_nd_update(images, places, others)
 
-  def _sized(self, image: tf.Tensor) -> tf.Tensor:
-    has_size = tf.reduce_all(tf.shape(image)[:2] == list(self.shape[:2]))
-    image = tf.cond(has_size, lambda: image, lambda: self._resize(image))
-    return tf.ensure_shape(image, self.shape)
 
-  def _resize(self, image: tf.Tensor) -> tf.Tensor:
-    resized = tf.image.resize(image, self.shape[:2], antialias=True)
+def _sized(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:
+  """The image in a size of height and width, rounded to bytes."""
+
+  def resize() -> tf.Tensor:
+    resized = tf.image.resize(image, size, antialias=True)
     return tf.saturate_cast(tf.round(resized), tf.uint8)
+
+  has_size = tf.reduce_all(tf.shape(image)[:2] == size)
+  return tf.cond(has_size, lambda: image, resize)
 
 
 def _black_png(shape: tuple[int, ...]) -> bytes:

@@ -1,4 +1,4 @@
-"""Image files to upright pixels, in the graph: formats, orientation, alpha, grey.
+"""Image files to pixels, in the graph: formats, palettes, alpha, grey.
 
 Shapes: B files, H × W pixels, C channels.
 """
@@ -28,7 +28,8 @@ class Facts(NamedTuple):
     is_plain: [B] bool, JPEG and PNG that TensorFlow alone decodes as wanted.
     kind: [B] int32, which way another file is decoded.
     orientation: [B] int32, 1 ... 8 as Exif has it.
-    is_refused: [B] bool, BMP files that TensorFlow would decode wrongly.
+    is_refused: [B] bool, BMP and WebP files that TensorFlow decodes wrongly, or not in
+      every version.
   """
 
   num_pixels: tf.Tensor
@@ -52,6 +53,7 @@ def facts(files: tf.Tensor, *, channels: int, has_background: bool) -> Facts:
   orientations = orientation.of_files(files)
   is_png = tf.reduce_all(heads[:, :4] == tf.constant(list(b"\x89PNG")), axis=1)
   is_bmp = tf.reduce_all(heads[:, :2] == tf.constant(list(b"BM")), axis=1)
+  is_webp = tf.reduce_all(heads[:, 8:12] == tf.constant(list(b"WEBP")), axis=1)
   # libjpeg makes grey of one or three components, not of four (CMYK).
   is_plain = (declared.num_components >= 1) & (declared.num_components <= 3)
   is_plain |= (declared.num_components == 4) & (channels == 3)
@@ -66,24 +68,22 @@ def facts(files: tf.Tensor, *, channels: int, has_background: bool) -> Facts:
     is_plain,
     kind,
     orientations,
-    is_bmp & ~is_decoded,
+    (is_bmp & ~is_decoded) | is_webp,
   )
 
 
 def decode(
   file: tf.Tensor,
   kind: tf.Tensor,
-  orientation_of_file: tf.Tensor,
   *,
   channels: int,
   background: Optional[tuple[int, int, int]] = None,
 ) -> tf.Tensor:
-  """Decodes an image file that is not plain to upright pixels.
+  """Decodes an image file that is not plain to pixels, turned as it holds them.
 
   Args:
     file: [] string.
     kind: [] int32, as in `Facts`.
-    orientation_of_file: [] int32.
     channels: C, 1 or 3.
     background: red, green and blue under transparent pixels; None drops alpha, which
       leaves the colours that the file holds there.
@@ -100,7 +100,6 @@ def decode(
     ],
   )
   image = tf.ensure_shape(image, [None, None, 3])
-  image = orientation.turn_upright(image, orientation_of_file)
   return image if channels == 3 else _grey(image)
 
 
