@@ -19,13 +19,12 @@ def test_no_product_in_float32_is_off_by_more_than_the_bound(num_dimensions, sca
     for size in (30, 300)
   )
   zero = np.zeros(num_dimensions, np.float32)
-  exact, query_norms, largest = exact_distances.nearness_in_float64(
-    queries, gallery, zero
-  )
+  [exact] = exact_distances.nearness_in_float64(queries, gallery, zero)
   half_norms = 0.5 * np.sum(gallery**2, axis=1)
   off = np.abs(half_norms - queries @ gallery.T - exact).max(axis=1)
+  norms = np.linalg.norm(queries, axis=1), np.linalg.norm(gallery, axis=1).max()
   bound = exact_distances.product_error(
-    num_dimensions, query_norms, largest, exact_distances.ROUNDOFF_32
+    num_dimensions, *norms, exact_distances.ROUNDOFF_32
   )
   assert (off <= bound).all()
   assert (bound < 1e3 * off.max()).all()
@@ -85,21 +84,26 @@ def test_offset_keeps_what_lies_around_zero_or_on_a_grid():
 
 @pytest.mark.parametrize("case", near_embeddings.CASES)
 @pytest.mark.parametrize("num_neighbours", [1, 7, 240])
-def test_nearest_in_float64_are_those_of_differences(case, num_neighbours, monkeypatch):
-  monkeypatch.setattr(exact_distances, "_MAX_NEARNESSES", 2_000)
+@pytest.mark.parametrize("is_loose", [False, True])
+def test_nearest_in_float64_are_those_of_differences(
+  case, num_neighbours, is_loose, monkeypatch
+):
+  monkeypatch.setattr(exact_distances, "_NUM_QUERIES", 10)
   monkeypatch.setattr(exact_distances, "_MAX_NUMBERS", 500)
   monkeypatch.setattr(exact_distances, "_NUM_CONVERTED", 100)
   gallery = near_embeddings.CASES[case]
   queries = gallery[::10]
+  distances = near_embeddings.true_distances(queries, gallery)
+  last = 240 if is_loose else num_neighbours
   indices, squares = exact_distances.nearest_in_float64(
     queries,
     gallery,
     exact_distances.common_offset(gallery),
     num_neighbours=num_neighbours,
+    at_most=np.sort(distances, axis=1)[:, last - 1] ** 2,
   )
   wanted = near_embeddings.true_order(queries, gallery)[:, :num_neighbours]
   np.testing.assert_array_equal(indices, wanted)
-  distances = near_embeddings.true_distances(queries, gallery)
   np.testing.assert_allclose(
     np.sqrt(squares), np.take_along_axis(distances, wanted, 1), rtol=1e-12
   )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from tests.retrieval import near_embeddings
 from trainer.errors import UserError
-from trainer.retrieval import certain_search, tiled_search
+from trainer.retrieval import certain_search, search, tiled_search
 from trainer.retrieval.judgements import ItemLabels, LabelJudgements
 from trainer.retrieval.neighbourhoods import sampled_answers
 from trainer.retrieval.search import nearest
@@ -85,20 +86,93 @@ def test_items_in_half_precision_are_taken_as_they_are():
   np.testing.assert_array_equal(got.indices, wanted)
 
 
-def test_what_is_certain_is_right_however_close_items_are(monkeypatch):
-  # Items within FAISS's rounding error of each other, and beyond it.
+@pytest.mark.parametrize("searches_by_faiss", [False, True])
+def test_what_is_certain_is_right_however_close_items_are(
+  searches_by_faiss, monkeypatch
+):
   monkeypatch.setattr(certain_search, "_NUM_ITEMS", 100)
+  monkeypatch.setattr(search, "faiss_serves", lambda: searches_by_faiss)
+  # Items within the rounding error of each other, and beyond it.
   base = _random((60, 16), 3)
   spreads = np.repeat(10.0 ** -np.arange(8), 40)[:, None]
   gallery = (base[:1] + spreads * _random((320, 16), 4)).astype(np.float32)
-  found = certain_search.search_by_faiss(
-    base, gallery, np.zeros(16, np.float32), num_neighbours=7
+  zero = np.zeros(16, np.float32)
+  found = certain_search.prove(
+    base,
+    gallery,
+    zero,
+    search._candidates(base, gallery, zero, 7),
+    num_neighbours=7,
+    roundoff=2.0**-24,
   )
   assert found.is_certain.any() and not found.is_certain.all()
   wanted = _by_sorting(base, gallery, 7)
   np.testing.assert_array_equal(
     found.indices[found.is_certain], wanted[found.is_certain]
   )
+
+
+@pytest.mark.parametrize("case", near_embeddings.CASES)
+@pytest.mark.parametrize("searches_by_faiss", [False, True])
+@pytest.mark.parametrize("num_neighbours", [1, 30, 240])
+def test_neighbours_and_distances_are_those_of_float64_differences(
+  case, searches_by_faiss, num_neighbours, monkeypatch
+):
+  monkeypatch.setattr(search, "faiss_serves", lambda: searches_by_faiss)
+  gallery = near_embeddings.CASES[case]
+  queries = gallery[::7]
+  got = nearest(queries, gallery, num_neighbours=num_neighbours)
+  wanted = near_embeddings.true_order(queries, gallery)[:, :num_neighbours]
+  np.testing.assert_array_equal(got.indices, wanted)
+  distances = near_embeddings.true_distances(queries, gallery)
+  np.testing.assert_allclose(
+    got.distances, np.take_along_axis(distances, wanted, 1), rtol=1e-6, atol=2.0**-149
+  )
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_near_duplicates_come_in_their_order_with_their_distances(
+  mirrored, num_replicas
+):
+  rng = np.random.default_rng(1)
+
+  def unit(shape):
+    vectors = rng.normal(size=shape)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+  queries = unit((20, 64))
+  near = [queries + step * 1e-4 * unit((20, 64)) for step in (3, 1, 5, 2, 4)]
+  gallery = np.concatenate([unit((400, 64)), *near]).astype(np.float32)
+  with mirrored(num_replicas).scope():
+    got = nearest(queries.astype(np.float32), gallery, num_neighbours=5)
+  places = 400 + 20 * np.array([1, 3, 0, 4, 2]) + np.arange(20)[:, None]
+  np.testing.assert_array_equal(got.indices, places)
+  wanted = np.tile(1e-4 * np.arange(1, 6), (20, 1))
+  np.testing.assert_allclose(got.distances, wanted, rtol=5e-3)
+
+
+def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
+  # As of TensorFloat-32: the tiles see 11 bits of each number.
+  filled = tiled_search._filled
+
+  def rounded(*arguments):
+    bits = filled(*arguments).view(np.uint32) + np.uint32(0x800)
+    return (bits & np.uint32(0xFFFFF000)).view(np.float32)
+
+  monkeypatch.setattr(tiled_search, "_filled", rounded)
+  monkeypatch.setattr(search, "faiss_serves", lambda: False)
+  monkeypatch.setattr(search, "_unit_roundoff", lambda: 2.0**-11)
+  queries, gallery = _random((30, 8), 1), _random((700, 8), 2)
+  got = nearest(queries, gallery, num_neighbours=20)
+  np.testing.assert_array_equal(got.indices, _by_sorting(queries, gallery, 20))
+
+
+def test_vectors_in_double_precision_are_taken_as_single():
+  vectors = np.random.default_rng(3).normal(size=(90, 6)) + 1e3
+  got = nearest(vectors[:9], vectors, num_neighbours=4)
+  wanted = nearest(np.float32(vectors[:9]), np.float32(vectors), num_neighbours=4)
+  for one, other in zip(got, wanted):
+    np.testing.assert_array_equal(one, other)
 
 
 def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):

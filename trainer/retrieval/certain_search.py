@@ -1,33 +1,44 @@
-"""The search of `trainer.retrieval.search` by FAISS, with a proof for each query.
+"""A proof, for each query of a search in float32, that it found the nearest items.
 
-FAISS takes distances in float32 from a product of matrices. Of a few more items than
-are asked for, distances are taken again in float64, from differences: they give the
-order. That no other item belongs among the first k follows where the k-th is nearer
-than anything FAISS left out, by more than its largest rounding error.
+A search by products in float32, on the devices or by FAISS, finds a few more items than
+are asked for. Their distances are taken again in float64, from differences: they give
+the order. That no other item belongs among the first k follows where the k-th is nearer
+than anything that was not found, by more than the largest rounding error.
 
-Shapes: Q queries, G gallery items, D dimensions, k neighbours, E >= k found by FAISS.
+Shapes: Q queries, G gallery items, D dimensions, k neighbours, E >= k found.
 """
 
 from __future__ import annotations
 
+import os
+from concurrent import futures
 from typing import NamedTuple
 
 import numpy as np
 
 from trainer import heartbeat
-from trainer.retrieval import faiss_library
+from trainer.retrieval import exact_distances, faiss_library
 
-# Items found beside those asked for: room between the last of these and all others.
-_NUM_MORE = 16
 # Queries and items given to FAISS at once: 128 MB of items at 128 dimensions.
 _NUM_QUERIES, _NUM_ITEMS = 16_384, 262_144
-# Numbers in float64 that are held at once, 32 MB.
-_MAX_NUMBERS = 4_000_000
-_UNIT_ROUNDOFF = 2.0**-24
+_SMALLEST_NORMAL = 2.0**-126
+
+
+class Candidates(NamedTuple):
+  """What a search in float32 found.
+
+  Attributes:
+    indices: [Q, E] int64, in any order.
+    last: [Q] float, the largest of their squared distances, as they were compared: no
+      other item has a smaller one.
+  """
+
+  indices: np.ndarray
+  last: np.ndarray
 
 
 class Found(NamedTuple):
-  """What FAISS found.
+  """What is known of the nearest items.
 
   Attributes:
     indices: [Q, k] int64, nearest first; among equal ones the lower index first.
@@ -40,44 +51,76 @@ class Found(NamedTuple):
   is_certain: np.ndarray
 
 
-def search_by_faiss(
-  queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, *, num_neighbours: int
+def prove(
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  offset: np.ndarray,
+  candidates: Candidates,
+  *,
+  num_neighbours: int,
+  roundoff: float,
 ) -> Found:
-  """For each query the items nearest to it.
+  """The k nearest of the candidates, and whether they are the nearest of all.
 
   Args:
-    queries: [Q, D] float; may be mapped.
+    queries: [Q, D] float32.
     gallery: [G, D] float; may be mapped.
-    offset: [D] float32, subtracted from both before float32 is reckoned in.
-    num_neighbours: k <= G.
+    offset: [D] float32, was subtracted from both before float32 was reckoned in.
+    candidates: E of each query; E = G, or more than k.
+    num_neighbours: k <= E.
+    roundoff: of the products by which they were found.
   """
-  parts = [
-    _search_part(queries[start : start + _NUM_QUERIES], gallery, offset, num_neighbours)
-    for start in range(0, max(1, len(queries)), _NUM_QUERIES)
-  ]
-  return Found(*(np.concatenate(each) for each in zip(*parts)))
-
-
-def _search_part(
-  queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_neighbours: int
-) -> Found:
-  num_found = min(num_neighbours + _NUM_MORE, len(gallery))
-  centred = np.asarray(queries, np.float32) - offset
-  indices, last = _candidates(centred, gallery, offset, num_found)
-  indices, squares = _in_order(queries, gallery, indices, num_neighbours)
-  if num_found == len(gallery):
+  ids = np.sort(candidates.indices, axis=1)
+  num_threads = os.cpu_count() or 1
+  parts = (np.array_split(each, num_threads) for each in (queries, ids))
+  with futures.ThreadPoolExecutor(num_threads) as threads:
+    squares = np.concatenate(
+      list(
+        threads.map(
+          lambda *part: exact_distances.squared_distances(part[0], gallery, part[1]),
+          *parts,
+        )
+      )
+    )
+  order = np.argsort(squares, axis=1, kind="stable")[:, :num_neighbours]
+  indices, squares = (
+    np.take_along_axis(each, order, axis=1) for each in (ids, squares)
+  )
+  if ids.shape[1] == len(gallery):
     return Found(indices, squares, np.ones(len(queries), bool))
   # An item as near as the k-th is no longer than the query's length and that distance.
   kth = np.sqrt(squares[:, -1])
-  reach = 2.0 * np.linalg.norm(centred.astype(np.float64), axis=1) + kth
-  error = (queries.shape[1] + 8) * _UNIT_ROUNDOFF * reach**2
-  return Found(indices, squares, squares[:, -1] < last - error)
+  centred = queries.astype(np.float64) - offset
+  reach = 2.0 * np.linalg.norm(centred, axis=1) + kth
+  num_roundings = queries.shape[1] + 8
+  error = num_roundings * (roundoff * reach**2 + 4.0 * _SMALLEST_NORMAL)
+  error = np.where(reach**2 < 1e37, error, np.inf)
+  return Found(indices, squares, squares[:, -1] < candidates.last - error)
+
+
+def candidates_of_faiss(
+  queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, *, num_found: int
+) -> Candidates:
+  """Candidates by FAISS, which computes on the processor.
+
+  Args:
+    queries: [Q, D] float32.
+    gallery: [G, D] float; may be mapped.
+    offset: [D] float32, subtracted from both.
+    num_found: E <= G.
+  """
+  parts = [
+    _candidates(
+      queries[start : start + _NUM_QUERIES] - offset, gallery, offset, num_found
+    )
+    for start in range(0, max(1, len(queries)), _NUM_QUERIES)
+  ]
+  return Candidates(*(np.concatenate(each) for each in zip(*parts)))
 
 
 def _candidates(
   centred: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_found: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Indices [Q, E] by FAISS, in any order; and the largest of their squares, [Q]."""
+) -> Candidates:
   faiss = faiss_library.load()
   indices = np.zeros([len(centred), 0], np.int64)
   squares = np.zeros([len(centred), 0], np.float32)
@@ -91,23 +134,4 @@ def _candidates(
       best = np.argpartition(squares, num_found - 1, axis=1)[:, :num_found]
       squares = np.take_along_axis(squares, best, axis=1)
       indices = np.take_along_axis(indices, best, axis=1)
-  return indices, squares.max(axis=1, initial=0.0)
-
-
-def _in_order(
-  queries: np.ndarray, gallery: np.ndarray, indices: np.ndarray, num_neighbours: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """The k nearest of [Q, E] items in float64: indices and squares [Q, k]."""
-  size = (len(queries), num_neighbours)
-  ordered, squares = np.empty(size, np.int64), np.empty(size)
-  num_rows = max(1, _MAX_NUMBERS // (indices.shape[1] * gallery.shape[1]))
-  for start in range(0, len(queries), num_rows):
-    rows = slice(start, start + num_rows)
-    ids = np.sort(indices[rows], axis=1)
-    differences = gallery[ids].astype(np.float64)
-    differences -= queries[rows, None]
-    found = np.einsum("qed,qed->qe", differences, differences)
-    order = np.argsort(found, axis=1, kind="stable")[:, :num_neighbours]
-    ordered[rows] = np.take_along_axis(ids, order, axis=1)
-    squares[rows] = np.take_along_axis(found, order, axis=1)
-  return ordered, squares
+  return Candidates(indices, squares.max(axis=1, initial=0.0))

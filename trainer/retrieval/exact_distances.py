@@ -9,7 +9,7 @@ Shapes: Q queries, G gallery items, D dimensions, k neighbours, n items of a que
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Union
 
 import numpy as np
@@ -21,10 +21,10 @@ ROUNDOFF_32, ROUNDOFF_64 = 2.0**-24, 2.0**-53
 _NUM_SAMPLED = 4_096
 # Rows that are looked at first, as nearly all data are on no grid.
 _NUM_LOOKED_AT = 256
-# Numbers in float64 that are held at once, 32 MB and 128 MB.
-_MAX_NUMBERS, _MAX_NEARNESSES = 4_000_000, 16_000_000
-# Items that are converted to float64 at once: a part that a cache holds.
-_NUM_CONVERTED = 8_192
+# Differences that are held at once, 512 KB, which a cache holds.
+_MAX_NUMBERS = 65_536
+# Items that are converted to float64 at once, and queries they are compared with.
+_NUM_CONVERTED, _NUM_QUERIES = 8_192, 512
 # What is smaller may be flushed to zero.
 _SMALLEST_NORMAL = 2.0**-126
 
@@ -120,68 +120,98 @@ def squared_distances(
   num_rows = max(1, num_columns // max(1, indices.shape[1]))
   for row in range(0, len(queries), num_rows):
     rows = slice(row, row + num_rows)
+    own = queries[rows, None].astype(np.float64)
     for column in range(0, indices.shape[1], num_columns):
       columns = slice(column, column + num_columns)
-      differences = gallery[indices[rows, columns]].astype(np.float64)
-      differences -= queries[rows, None]
-      squares[rows, columns] = np.einsum("qnd,qnd->qn", differences, differences)
+      differences = gallery.take(indices[rows, columns], axis=0).astype(np.float64)
+      differences -= own
+      np.einsum("qnd,qnd->qn", differences, differences, out=squares[rows, columns])
   return squares
 
 
 def nearness_in_float64(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Nearness by products in float64.
+) -> Iterator[np.ndarray]:
+  """Nearness by products in float64, of one part of the gallery after the other.
 
   Args:
     queries: [Q, D] float.
     gallery: [G, D] float; may be mapped.
     offset: [D] float32, subtracted from both.
 
-  Returns:
-    [Q, G] float64; the norms [Q] of the queries, less the offset; and the largest norm
-    of an item.
+  Yields:
+    [Q, n] float64.
   """
   centred = queries.astype(np.float64) - offset
-  nearness = np.empty([len(queries), len(gallery)])
-  largest = 0.0
   for start in range(0, len(gallery), _NUM_CONVERTED):
     items = gallery[start : start + _NUM_CONVERTED].astype(np.float64) - offset
-    squares = np.einsum("gd,gd->g", items, items)
-    largest = max(largest, float(squares.max()))
-    part = nearness[:, start : start + _NUM_CONVERTED]
-    np.subtract(0.5 * squares, centred @ items.T, out=part)
-  return nearness, np.linalg.norm(centred, axis=1), largest**0.5
+    half_norms = 0.5 * np.einsum("gd,gd->g", items, items)
+    yield half_norms - centred @ items.T
 
 
 def nearest_in_float64(
-  queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, *, num_neighbours: int
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  offset: np.ndarray,
+  *,
+  num_neighbours: int,
+  at_most: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Indices and squared distances [Q, k] of the nearest items, proven for each query.
 
-  Every item whose nearness is within two errors of the k-th is compared by float64
-  differences; among equal ones the lower index comes first.
+  Every item whose nearness may be among the k best is compared by float64 differences;
+  among equal ones the lower index comes first.
 
   Args:
     queries: [Q, D] float.
     gallery: [G, D] float; may be mapped.
     offset: [D] float32, subtracted from both before products.
     num_neighbours: k <= G.
+    at_most: [Q] float64, squared distances that some k items do not exceed.
   """
   size = (len(queries), num_neighbours)
   indices, squares = np.empty(size, np.int64), np.empty(size)
-  num_rows = max(1, _MAX_NEARNESSES // len(gallery))
-  for start in range(0, len(queries), num_rows):
+  for start in range(0, len(queries), _NUM_QUERIES):
     heartbeat.beat()
-    rows = queries[start : start + num_rows]
-    nearness, norms, largest = nearness_in_float64(rows, gallery, offset)
-    last = np.partition(nearness, num_neighbours - 1, axis=1)[:, num_neighbours - 1]
-    reach = norms + np.sqrt(np.maximum(2.0 * last + norms**2, 0.0))
-    reach = np.minimum(1.01 * reach, largest)
-    error = product_error(gallery.shape[1], norms, reach, ROUNDOFF_64)
-    for row, limit in enumerate(last + 2.0 * error):
-      found = np.flatnonzero(nearness[row] <= limit)
-      exact = squared_distances(rows[row, None], gallery, found[None])[0]
+    rows = slice(start, start + _NUM_QUERIES)
+    candidates = _perhaps_nearest(
+      queries[rows], gallery, offset, num_neighbours, at_most[rows]
+    )
+    for row, found in enumerate(candidates, start):
+      exact = squared_distances(queries[row, None], gallery, found[None])[0]
       order = np.argsort(exact, kind="stable")[:num_neighbours]
-      indices[start + row], squares[start + row] = found[order], exact[order]
+      indices[row], squares[row] = found[order], exact[order]
   return indices, squares
+
+
+def _perhaps_nearest(
+  queries: np.ndarray,
+  gallery: np.ndarray,
+  offset: np.ndarray,
+  num_neighbours: int,
+  at_most: np.ndarray,
+) -> Iterator[np.ndarray]:
+  """For each query the items that may be among its k nearest, [n] int64 ascending."""
+  norms = np.linalg.norm(queries.astype(np.float64) - offset, axis=1)
+  reach = norms + np.sqrt(at_most)
+  error = product_error(gallery.shape[1], norms, reach, ROUNDOFF_64)
+  limits = 0.5 * (at_most - norms**2) + 2.0 * error
+  best = np.full([len(queries), num_neighbours], np.inf)
+  found: list[tuple[np.ndarray, ...]] = []
+  start = 0
+  for nearness in nearness_in_float64(queries, gallery, offset):
+    is_near = nearness <= limits[:, None]
+    if np.count_nonzero(is_near) > best.size:
+      both = np.concatenate([best, nearness], axis=1)
+      best = np.partition(both, num_neighbours - 1, axis=1)[:, :num_neighbours]
+      limits = np.minimum(limits, best.max(axis=1) + 2.0 * error)
+      is_near = nearness <= limits[:, None]
+    rows, columns = np.nonzero(is_near)
+    found.append((rows, start + columns, nearness[is_near]))
+    start += nearness.shape[1]
+  all_rows, items, values = (np.concatenate(each) for each in zip(*found))
+  is_near = values <= limits[all_rows]
+  all_rows, items = all_rows[is_near], items[is_near]
+  order = np.argsort(all_rows, kind="stable")
+  ends = np.cumsum(np.bincount(all_rows, minlength=len(queries)))
+  return iter(np.split(items[order], ends[:-1]))

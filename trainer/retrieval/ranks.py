@@ -115,10 +115,10 @@ class _Ranking:
     undecided = [row for row, ranks in enumerate(found) if ranks is None]
     if undecided:
       queries = start + np.array(undecided)
-      again, *_ = exact_distances.nearness_in_float64(
+      again = exact_distances.nearness_in_float64(
         self._queries[queries], self._gallery, self._offset
       )
-      for row, values in zip(undecided, again):
+      for row, values in zip(undecided, np.concatenate(list(again), axis=1)):
         found[row] = self._ranks(start + row, values, norms[row], ROUNDOFF_64)
     return [ranks for ranks in found if ranks is not None]
 

@@ -31,7 +31,7 @@ def search_by_tiles(
   max_queries: int = _NUM_QUERIES,
   max_items: int = _NUM_ITEMS,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices [Q, k] int64 and squared distances [Q, k] float32, nearest first.
+  """Indices [Q, k] int64 and squared distances [Q, k] float64, nearest first.
 
   A [queries, items] matrix of distances never exists: a tile's products are reduced to
   the k best before the next. Nearness is compared as q·g − ‖g‖²/2 in float32; among
@@ -114,7 +114,8 @@ def _nearest_of_part(
     place = tf.constant([start, len(items)], tf.int32)
     nearness, indices = merge(local, tile, place, nearness, indices)
   found = strategy.gather(nearness, axis=0).numpy()
-  squares = np.sum(queries**2, axis=1, keepdims=True) - 2.0 * found
+  norms = np.einsum("qd,qd->q", queries, queries, dtype=np.float64)
+  squares = norms[:, None] - 2.0 * found.astype(np.float64)
   return strategy.gather(indices, axis=0).numpy().astype(np.int64), squares
 
 
