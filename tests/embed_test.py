@@ -226,7 +226,7 @@ def test_a_folder_that_can_not_be_written_to_is_told(tmp_path):
 def test_where_the_chief_can_not_write_the_other_workers_end(
   trained, tmp_path, monkeypatch, num_written
 ):
-  told = ["null", "[0, false]"] if num_written is not None else []
+  told = ["null", "null", "[0, false]"] if num_written is not None else []
   told.append('["UserError", "the disk is full"]')
   workers = Workers()
   workers.index, workers.num_workers = 1, 2

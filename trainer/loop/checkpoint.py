@@ -169,6 +169,8 @@ class Checkpoints:
       else:
         status.expect_partial()
         _assign_averages(self._encoder, path)
+    except UserError:
+      raise
     except (AssertionError, ValueError) as error:
       raise UserError(
         f"{path} does not fit this configuration: {self._misfit(path, error)}"
@@ -229,8 +231,9 @@ class Checkpoints:
     there = _words_of(shapes.get(_BANK))
     wanted = _words_of(self._memory_bank and self._memory_bank.shape)
     if there != wanted:
-      raise ValueError(
-        f"its memory bank has {there}, and TrainStep.memory_bank says {wanted}"
+      raise UserError(
+        f"{path} does not fit this configuration: its memory bank has {there}, and "
+        f"TrainStep.memory_bank says {wanted}."
       )
 
   def _misfit(self, path: str, error: Exception) -> str:
