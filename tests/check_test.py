@@ -29,12 +29,13 @@ def check(tmp_path_factory):
   """Runs a mode on the digits."""
   folder = tmp_path_factory.mktemp("check")
 
-  def run(*params, mode="check"):
+  def run(*params, flags=(), path=_REPOSITORY, mode="check"):
     params = (f"DATA_DIR = '{folder / 'digits'}'", *params)
     command = [sys.executable, "-m", "trainer.task", f"--mode={mode}"]
     command += [f"--gin_file={_DIGITS}", f"--model_dir={folder / 'run'}"]
-    command += [f"--gin_param={param}" for param in params]
-    environment = {**os.environ, "PYTHONPATH": str(_REPOSITORY)}
+    command += [*flags, *(f"--gin_param={param}" for param in params)]
+    paths = os.pathsep.join([str(_REPOSITORY), str(path)])
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert not (folder / "run").exists()
     return done
@@ -56,6 +57,33 @@ def test_a_run_that_any_number_of_replicas_trains_alike_passes(check):
   head, columns, *_ = done.stdout.splitlines()
   assert "one replica with the whole batch" in head
   assert columns.split() == ["loss", "gradients", "weights", "statistics"]
+
+
+_OWN_MODULE = """
+import gin
+import tensorflow as tf
+
+@gin.register
+def functional(features):
+  images = tf.keras.Input([8, 8, 1])
+  return tf.keras.Model(images, features(images))
+"""
+_OWN_CONFIG = """
+import own_module
+Encoder.backbone = @functional()
+functional.features = @ConvNet()
+"""
+
+
+@pytest.mark.parity
+def test_a_model_that_has_its_weights_from_gin_is_alike_on_all_replicas(
+  check, tmp_path
+):
+  (tmp_path / "own_module.py").write_text(_OWN_MODULE)
+  (tmp_path / "own.gin").write_text(_OWN_CONFIG)
+  flags = [f"--gin_file={tmp_path / 'own.gin'}", "--allow_gin_import=own_module"]
+  done = check(flags=flags, path=tmp_path)
+  assert _verdicts(done) == {1: "ok", 2: "ok", 4: "ok"}, done.stdout + done.stderr
 
 
 def test_a_run_in_which_replicas_differ_fails_with_status_one(check):

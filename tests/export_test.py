@@ -141,6 +141,7 @@ def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
   checkpoints.wait()
   assert _task(run, data) == 0
   card = (run / "export" / "MODEL_CARD.md").read_text()
+  assert "Maps float32 inputs of shape [8, 8, 1], images with values in [0, 1]" in card
   assert "| steps | 3 |" in card
   assert "run --mode=evaluate after step 3" in card
   model = (run / "export" / "saved_model" / "saved_model.pb").read_bytes()

@@ -129,6 +129,7 @@ def _facts(run: Run, trained: Evaluation, step: int) -> model_card.Facts:
     checkpoint=trained.checkpoint,
     config_hash=run.config.hash,
     input_shape=tuple(dataset.decoder.shape),
+    is_image=hasattr(dataset.decoder, "decode_files"),
     embedding_size=trained.encoder.embedding_size,
     data={
       **dataset.index.facts(),

@@ -228,25 +228,22 @@ def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
 
 @pytest.fixture(scope="module")
 def own_folders(folder):
-  """A folder for each of two workers, with weights; those of the second are damaged."""
-  folders = [folder / "whole", folder / "damaged"]
-  for each in folders:
+  """Folders for workers: with weights, with other weights and with damaged ones."""
+  folders = {name: folder / name for name in ("whole", "other", "damaged")}
+  for each in folders.values():
     each.mkdir()
-  network = tf.keras.applications.MobileNet(
-    include_top=False, weights=None, input_shape=(32, 32, 1)
-  )
-  network.save_weights(str(folders[0] / "weights.h5"))
-  (folders[1] / "weights.h5").write_bytes(b"no weights")
+    network = tf.keras.applications.MobileNet(
+      include_top=False, weights=None, input_shape=(32, 32, 1)
+    )
+    network.save_weights(str(each / "weights.h5"))
+  (folders["damaged"] / "weights.h5").write_bytes(b"no weights")
   return folders
 
 
-@pytest.mark.parametrize("mode", ["train", "evaluate"])
-def test_weights_that_are_damaged_on_one_worker_end_all_in_one_line(
-  folder, own_folders, mode
-):
+def _with_weights(folder, model_dir, mode):
+  """A command that loads the weights of the folder in which it runs."""
   _finished(folder, 1)  # For its data.
-  model_dir = folder / f"never_{mode}"
-  command = _command(
+  return _command(
     folder,
     model_dir,
     "TrainStep.encoder = @Encoder()",
@@ -261,12 +258,28 @@ def test_weights_that_are_damaged_on_one_worker_end_all_in_one_line(
     mode=mode,
     replaced={"include '../models/convnet.gin'\n": ""},
   )
-  for _, errors, status in _run_workers([command] * 2, own_folders):
+
+
+@pytest.mark.parametrize(
+  ("mode", "second", "message", "unwritten"),
+  [
+    ("train", "damaged", "worker 1: weights.h5 does not fit MobileNet", ""),
+    ("evaluate", "damaged", "worker 1: weights.h5 does not fit MobileNet", ""),
+    ("train", "other", "the workers differ: SHA-256 of the initial", "checkpoints"),
+  ],
+)
+def test_weights_that_are_damaged_or_others_on_one_worker_end_all_in_one_line(
+  folder, own_folders, mode, second, message, unwritten
+):
+  model_dir = folder / f"never_{mode}_{second}"
+  command = _with_weights(folder, model_dir, mode)
+  folders = [own_folders["whole"], own_folders[second]]
+  for _, errors, status in _run_workers([command] * 2, folders):
     assert status == 2, errors
     assert "Traceback" not in errors
     last = errors.splitlines()[-1]
-    assert last.startswith("error: worker 1: weights.h5 does not fit MobileNet"), last
-  assert not model_dir.exists()
+    assert last.startswith(f"error: {message}"), last
+  assert not (model_dir / unwritten).exists()
 
 
 def test_workers_of_different_configurations_are_refused(folder):

@@ -26,6 +26,7 @@ class Facts(NamedTuple):
     checkpoint: which of the run's, "newest" or "best".
     config_hash: of the run's configuration.
     input_shape: of one input.
+    is_image: whether inputs are images, with values in [0, 1].
     embedding_size: D.
     data: about the records and classes, by title.
   """
@@ -35,6 +36,7 @@ class Facts(NamedTuple):
   checkpoint: str
   config_hash: str
   input_shape: tuple[int, ...]
+  is_image: bool
   embedding_size: int
   data: Mapping[str, Any]
 
@@ -50,10 +52,13 @@ def write(folder: str, facts: Facts, *, model_dir: str) -> str:
   Returns:
     Path of the card.
   """
+  inputs = f"float32 inputs of shape {list(facts.input_shape)}"
+  if facts.is_image:
+    inputs = f"{inputs}, images with values in [0, 1],"
   lines = [
     f"# {facts.name}",
     "",
-    f"Maps inputs of shape {list(facts.input_shape)} to embeddings of "
+    f"Maps {inputs} to embeddings of "
     f"{facts.embedding_size} dimensions, to be compared by Euclidean distance.",
     *_section("Training", _training(facts)),
     *_section("Data", facts.data),
