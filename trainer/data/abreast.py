@@ -27,7 +27,9 @@ def each(
     [B, ...].
   """
   # One trace, called for each file: tracing it for each took most of a run's start.
-  file_fn = tf.function(file_fn, input_signature=[tf.TensorSpec([], tf.string)])
+  file_fn = tf.function(
+    file_fn, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
+  )
   num_files = files.shape[0]
   if not num_files:
     return tf.map_fn(file_fn, files, fn_output_signature=spec)

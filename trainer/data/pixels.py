@@ -14,7 +14,7 @@ from trainer.data import declared_size, orientation
 # 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as Pillow's.
 _GREY_WEIGHTS = (19595, 38470, 7471)
 
-_OTHER, _PNG, _PALETTE_BMP = range(3)
+_OTHER, _PALETTE_BMP, _ALPHA_PNG = range(3)
 _BMP_HEADER_BYTES = 14
 # What BMP needs to say how its pixels are kept.
 _HEAD_BYTES = 34
@@ -58,9 +58,8 @@ def facts(files: tf.Tensor, *, channels: int, has_background: bool) -> Facts:
   is_plain = (declared.num_components >= 1) & (declared.num_components <= 3)
   is_plain |= (declared.num_components == 4) & (channels == 3)
   is_plain = (is_plain | (is_png & (not has_background))) & (orientations == 1)
-  kind = tf.where(
-    is_png, _PNG, tf.where(is_bmp & (heads[:, 28] == 8), _PALETTE_BMP, _OTHER)
-  )
+  kind = tf.where(is_bmp & (heads[:, 28] == 8), _PALETTE_BMP, _OTHER)
+  kind = tf.where(is_png, _ALPHA_PNG, kind) if has_background else kind
   is_decoded = (heads[:, 14] >= 40) & (heads[:, 30] == 0) & (heads[:, 29] == 0)
   is_decoded &= (heads[:, 28] == 8) | (heads[:, 28] == 24) | (heads[:, 28] == 32)
   return Facts(
@@ -91,28 +90,25 @@ def decode(
   Returns:
     [H, W, C] uint8.
   """
-  image = tf.switch_case(
-    kind,
-    [
-      lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
-      lambda: _png(file, background),
-      lambda: _palette_bmp(file),
-    ],
-  )
-  image = tf.ensure_shape(image, [None, None, 3])
+  branches = [
+    lambda: tf.io.decode_image(file, channels=3, expand_animations=False),
+    lambda: _palette_bmp(file),
+  ]
+  if background is not None:
+    branches.append(lambda: _over(background, file))
+  image = tf.ensure_shape(tf.switch_case(kind, branches), [None, None, 3])
   return image if channels == 3 else _grey(image)
 
 
-def _png(file: tf.Tensor, background: Optional[tuple[int, int, int]]) -> tf.Tensor:
-  if background is None:
-    return tf.io.decode_png(file, channels=3)
+def _over(background: tuple[int, int, int], file: tf.Tensor) -> tf.Tensor:
+  """A PNG file over a colour."""
   # Of 4 channels TensorFlow makes a wrong alpha where pixels have less than 8 bits.
   image = tf.cast(tf.io.decode_png(file), tf.int32)
   num_channels = tf.shape(image)[-1]
   num_colours = num_channels - (num_channels + 1) % 2
-  colours, alpha = image[..., :num_colours], image[..., num_colours:]
-  alpha = tf.cond(num_channels > num_colours, lambda: alpha, lambda: tf.constant(255))
-  mixed = colours * alpha + tf.constant(background) * (255 - alpha)
+  opaque = tf.pad(image, [[0, 0], [0, 0], [0, 1]], constant_values=255)
+  alpha = opaque[..., num_colours : num_colours + 1]
+  mixed = image[..., :num_colours] * alpha + tf.constant(background) * (255 - alpha)
   return tf.cast((mixed + 127) // 255, tf.uint8)
 
 
