@@ -16,14 +16,18 @@ _MIN_NUMBERS_TO_COMPILE = 2**16
 
 
 def in_one(
-  vectors: tf.Tensor, fixed: Optional[tf.Tensor], comparison: Comparison
+  vectors: tf.Tensor,
+  fixed: Optional[tf.Tensor],
+  comparison: Comparison,
+  offset: Optional[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
   """Vectors, those that are fixed last, and their squared norms.
 
   Args:
-    vectors: [C − F, D], of the first candidates.
+    vectors: [C − F, D], of the first candidates, less the offset.
     fixed: [F, D] float, embeddings of the last ones; None where there are none.
     comparison: makes vectors of embeddings, and says whether norms are needed.
+    offset: [D], is subtracted from the fixed vectors; None for none.
 
   Returns:
     [C, D] vectors, and [C] squared norms: 0 where they are not needed.
@@ -33,13 +37,17 @@ def in_one(
   size = fixed.shape.num_elements()
   is_large = size is not None and size >= _MIN_NUMBERS_TO_COMPILE
   join = _compiled_join if is_large else _join
-  return join(vectors, fixed, comparison)
+  return join(vectors, fixed, comparison, offset)
 
 
 def _join(
-  vectors: tf.Tensor, fixed: tf.Tensor, comparison: Comparison
+  vectors: tf.Tensor,
+  fixed: tf.Tensor,
+  comparison: Comparison,
+  offset: Optional[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  joined = tf.concat([vectors, comparison.vectors_fn(fixed)], 0)
+  fixed = comparison.vectors_fn(fixed)
+  joined = tf.concat([vectors, fixed if offset is None else fixed - offset], 0)
   return joined, _norms(joined, comparison)
 
 

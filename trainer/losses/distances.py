@@ -4,21 +4,29 @@ Shapes: A anchors, C candidates, D dimensions.
 
 The Gram form ‖a‖² − 2⟨a, c⟩ + ‖c‖² costs one matrix product and subtracts nearly equal
 numbers: in float32 a squared distance carries an error of up to about 5 ulp of
-‖a‖² + ‖c‖². What is below that error is taken for a duplicate: its distance is exactly
-0, with gradient 0, for every split of the batch over replicas. Where products are not
-float32 but TensorFloat-32, as GPUs may take them, that fails: `make_strategy` turns it
-off. The exact forms take products in float64, whose error is 5e8 times smaller.
+‖a‖² + ‖c‖². What the candidates have in common is subtracted before, so these are the
+norms of what is left, which are about the spread of the batch. What is below that error
+is taken for a duplicate: its distance is exactly 0, with gradient 0, for every split of
+the batch over replicas. Where products are not float32 but TensorFloat-32, as GPUs may
+take them, that fails: `make_strategy` turns it off. The exact forms take products in
+float64, whose error is 5e8 times smaller.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import tensorflow as tf
 
 from trainer.errors import UserError
 
+# Vectors of which mean and spread are taken.
+_NUM_SAMPLED = 64
+# Units below the last place of a mean are of no use; float32 has none below the other.
+_LAST_PLACE, _SMALLEST_NORMAL = 2.0**-22, 2.0**-126
+# The exponent of a float32, among its bits.
+_EXPONENT_BITS = 0x7F800000
 # Eight ulp of ‖a‖² + ‖c‖² ≈ 2‖a‖²; five is the most seen for 8 to 2,048 dimensions.
 _DUPLICATE_ULPS = 2 * 8
 _ULP = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
@@ -51,8 +59,40 @@ class Comparison(NamedTuple):
       [A, C] float32.
     """
     left, right = self.vectors_fn(anchors), self.vectors_fn(candidates)
+    if self.uses_norms:
+      offset = common_offset(right)
+      left, right = left - offset, right - offset
     products = tf.matmul(left, right, transpose_b=True)
     return self.compare_fn(products, squared_norms(left), squared_norms(right))
+
+
+def common_offset(
+  vectors: tf.Tensor, is_counted: Optional[tf.Tensor] = None
+) -> tf.Tensor:
+  """About the mean of some vectors, which their distances do not depend on.
+
+  In each dimension it is rounded to a power of 2 about as large as the spread: vectors
+  around zero, or on a grid, stay as they are. Of many vectors some are looked at.
+
+  Args:
+    vectors: [N, D] float.
+    is_counted: [N] bool, false for padding, whose vectors are 0; None for all.
+
+  Returns:
+    [D] as the vectors are, without gradient; 0 where there is nothing but padding.
+  """
+  step = max(1, (vectors.shape[0] or 0) // _NUM_SAMPLED)
+  fixed = tf.cast(tf.stop_gradient(vectors[::step]), tf.float32)
+  weights = tf.ones_like(fixed[None, :, 0])
+  if is_counted is not None:
+    weights = tf.cast(is_counted[None, ::step], tf.float32)
+  weights = tf.math.divide_no_nan(weights, tf.reduce_sum(weights))
+  mean = tf.matmul(weights, fixed)
+  spread = tf.matmul(weights, tf.abs(fixed - mean))
+  least = tf.maximum(_LAST_PLACE * tf.abs(mean), _SMALLEST_NORMAL)
+  bits = tf.bitcast(tf.maximum(spread, least), tf.int32)
+  unit = tf.bitcast(tf.bitwise.bitwise_and(bits, _EXPONENT_BITS), tf.float32)
+  return tf.cast(tf.round(mean / unit) * unit, vectors.dtype)[0]
 
 
 def squared_norms(vectors: tf.Tensor) -> tf.Tensor:

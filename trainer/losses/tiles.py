@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from trainer.losses.accelerator import is_accelerated
 from trainer.losses.candidate_vectors import in_one
-from trainer.losses.distances import Comparison, squared_norms
+from trainer.losses.distances import Comparison, common_offset, squared_norms
 from trainer.losses.positive_lists import PositiveLists
 from trainer.losses.terms import Anchors, Candidates
 
@@ -118,11 +118,16 @@ def sum_over_tiles(
     vectors: tf.Tensor, candidate_vectors: tf.Tensor, *parameters: tf.Tensor
   ) -> tuple[tuple[tf.Tensor, ...], Callable]:
     # An outer tape must not record the tiles: it would keep all of them.
-    fresh, fixed = tf.stop_gradient(candidate_vectors), candidates.fixed_embeddings
-    joined, norms = in_one(fresh, fixed, comparison)
+    vectors, fresh = tf.stop_gradient(vectors), tf.stop_gradient(candidate_vectors)
+    fixed, offset = candidates.fixed_embeddings, None
+    if comparison.uses_norms:
+      # Distances don't depend on it, so that it has no part in the gradient.
+      offset = common_offset(fresh, candidates.is_valid[: fresh.shape[0]])
+      vectors, fresh = vectors - offset, fresh - offset
+    joined, norms = in_one(fresh, fixed, comparison, offset)
     tiles = _Tiles(
       pairs_fn,
-      anchors._replace(embeddings=tf.stop_gradient(vectors)),
+      anchors._replace(embeddings=vectors),
       candidates._replace(embeddings=joined, fixed_embeddings=None),
       norms,
       None if fixed is None else fresh.shape[0],
