@@ -88,7 +88,7 @@ class SearchOptions:
         f"{self.index} is an index of other embeddings than are kept now; run "
         "--mode=index again."
       )
-    return lambda queries, k: index.nearest(queries, num_neighbours=k)
+    return lambda queries, k: index.nearest(queries, kept.embeddings, num_neighbours=k)
 
 
 def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
@@ -126,7 +126,7 @@ def _table(answers: Sequence[Answer]) -> str:
   for each in answers:
     lines.append(each.query if each.error is None else f"{each.query}: {each.error}")
     lines += [
-      f"{rank:>4}{hit.distance:10.4f}  {hit.class_name:<24}{hit.key}"
+      f"{rank:>4}{hit.distance:12.4g}  {hit.class_name:<24}{hit.key}"
       for rank, hit in enumerate(each.hits, 1)
     ]
   return "\n".join(lines)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from tests.mining.corpora import Corpus
+from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.mining import class_neighbours
+from trainer.mining.nearest_items import NearestItems, room_for
 
 _SIZES = (4, 9, 1, 0, 7, 30)
 
@@ -65,6 +67,45 @@ def test_neighbours_of_classes_are_the_nearest_means(num_neighbours, kind):
     np.testing.assert_array_equal(got[class_id, : len(expected)], expected)
     assert (got[class_id, len(expected) :] == -1).all()
   assert (np.delete(got, ids, axis=0) == -1).all()
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat"])
+def test_classes_of_a_collapsed_space_have_their_nearest_means(kind):
+  corpus = Corpus(_SIZES)
+  items = corpus.items()
+  rows = 0.3 + 1e-4 * np.random.default_rng(2).normal(size=(len(items.labels), 16))
+  rows = rows.astype(np.float32)
+  means = class_neighbours.centroids(rows, items)
+  exact = [
+    np.mean(rows[items.labels == label], axis=0, dtype=np.float64)
+    for label in items.class_ids
+  ]
+  np.testing.assert_allclose(means, exact, rtol=1e-14)
+  got = class_neighbours.find(
+    means, items.class_ids, num_classes=6, num_neighbours=4, kind=kind
+  )
+  for mean, class_id in zip(exact, items.class_ids):
+    order = np.argsort(np.linalg.norm(np.array(exact) - mean, axis=1), kind="stable")
+    np.testing.assert_array_equal(got[class_id], items.class_ids[order[1:]])
+
+
+@pytest.mark.parametrize("kind", ["exact", "flat", "ivf_flat", "ivf_pq", "hnsw"])
+@pytest.mark.parametrize("case", ["collapsed to 0.0001", "scattered by 0.0001"])
+def test_items_that_are_near_each_other_are_found_at_their_true_distances(kind, case):
+  embeddings = near_embeddings.CASES[case]
+  asking = np.arange(0, len(embeddings), 3)
+  room = room_for(len(asking), 20)
+  found = NearestItems(embeddings, kind).search(asking, 20, room)
+  distances = near_embeddings.true_distances(embeddings[asking], embeddings)
+  is_found = found.indices >= 0
+  wanted = np.take_along_axis(distances, np.maximum(found.indices, 0), axis=1)
+  np.testing.assert_allclose(found.distances[is_found], wanted[is_found], rtol=1e-4)
+  distances[np.arange(len(asking)), asking] = np.inf
+  order = np.argsort(distances, axis=1, kind="stable")[:, :20]
+  if kind in ("exact", "flat"):
+    np.testing.assert_array_equal(found.indices, order)
+  right = [len(np.intersect1d(*rows)) for rows in zip(found.indices, order)]
+  assert np.mean(right) > 0.5 * 20
 
 
 def test_a_single_class_has_no_neighbours():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 
+import faiss
 import numpy as np
 import pytest
 
+from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.retrieval import faiss_index
 from trainer.retrieval.faiss_index import KeptIndex
@@ -33,7 +35,7 @@ def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp
   assert measured["queries_per_second"] > 0
   faiss_index.write(str(tmp_path), index, {"kind": kind})
   kept = KeptIndex(str(tmp_path))
-  found = kept.nearest(embeddings[:50], num_neighbours=10)
+  found = kept.nearest(embeddings[:50], embeddings, num_neighbours=10)
   exact = nearest(embeddings[:50], embeddings, num_neighbours=10)
   same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*(found[:1] + exact[:1]))])
   assert same >= least_recall - 0.1
@@ -57,13 +59,54 @@ def test_a_single_item_has_nothing_to_measure():
   assert faiss_index.measure(index, embeddings) == {}
 
 
-def test_a_flat_index_gives_the_distances_of_exact_search(tmp_path):
-  embeddings = _embeddings()
-  faiss_index.write(str(tmp_path), faiss_index.build(embeddings, "flat"), {})
-  found = KeptIndex(str(tmp_path)).nearest(embeddings[:9] + 0.01, num_neighbours=5)
-  exact = nearest(embeddings[:9] + 0.01, embeddings, num_neighbours=5)
-  np.testing.assert_array_equal(found.indices, exact.indices)
-  np.testing.assert_allclose(found.distances, exact.distances, atol=1e-3)
+@pytest.mark.parametrize("kind", faiss_index.KINDS)
+def test_what_an_index_finds_has_the_order_and_distances_of_differences(kind, tmp_path):
+  embeddings = near_embeddings.scattered(1e-4, num_items=1_000)
+  queries = embeddings[:40] + np.float32(1e-5)
+  index = faiss_index.build(embeddings, kind)
+  faiss_index.write(str(tmp_path), index, {"kind": kind})
+  found = KeptIndex(str(tmp_path)).nearest(queries, embeddings, num_neighbours=5)
+  distances = near_embeddings.true_distances(queries, embeddings)
+  wanted = np.take_along_axis(distances, found.indices, axis=1)
+  np.testing.assert_allclose(found.distances, wanted, rtol=1e-6)
+  assert (np.diff(found.distances, axis=1) >= 0).all()
+  if kind == "flat":
+    order = near_embeddings.true_order(queries, embeddings)
+    np.testing.assert_array_equal(found.indices, order[:, :5])
+
+
+@pytest.mark.parametrize(
+  ("kind", "least_recall"), [("flat", 0.999), ("hnsw", 0.95), ("ivf_flat", 0.8)]
+)
+def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
+  kind, least_recall, tmp_path
+):
+  # At a distance of 1,000 times the spread float32 products have no digit left.
+  embeddings = np.round(_embeddings() * 2**10) / 2**10 + np.float32(4096.0)
+  index = faiss_index.build(embeddings, kind)
+  assert faiss_index.measure(index, embeddings)["recall_at_10"] >= least_recall
+  faiss_index.write(str(tmp_path), index, {"kind": "as FAISS reads it"})
+  kept = KeptIndex(str(tmp_path))
+  assert (kept._index.ntotal, kept._index.d) == (2_000, 16)
+  _, read = kept._index.search(embeddings[:50], 10)
+  np.testing.assert_array_equal(read, index.search(embeddings[:50], 10)[1])
+
+
+def test_an_index_around_zero_is_what_faiss_calls_by_its_kind():
+  index = faiss_index.build(_embeddings() - _embeddings().mean(axis=0), "hnsw")
+  assert type(index).__name__ == "IndexHNSWFlat"
+
+
+def test_cells_with_fewer_items_than_asked_for_give_no_item_at_the_end(tmp_path):
+  embeddings = _embeddings(80)
+  index = faiss_index.build(embeddings, "ivf_flat")
+  faiss_index.write(str(tmp_path), index, {"kind": "ivf_flat"})
+  kept = KeptIndex(str(tmp_path))
+  faiss.extract_index_ivf(kept._index).nprobe = 1
+  found = kept.nearest(embeddings[:3], embeddings, num_neighbours=80)
+  assert (found.indices[:, -1] == -1).all()
+  assert np.isinf(found.distances[found.indices < 0]).all()
+  assert np.isfinite(found.distances[found.indices >= 0]).all()
 
 
 @pytest.mark.parametrize(
@@ -108,9 +151,9 @@ def test_a_manifest_that_says_nothing_is_no_index(folder, content):
 
 def test_more_neighbours_than_items_are_refused(folder):
   with pytest.raises(UserError, match="51 neighbours"):
-    KeptIndex(str(folder)).nearest(_embeddings(2), num_neighbours=51)
+    KeptIndex(str(folder)).nearest(_embeddings(2), _embeddings(50), num_neighbours=51)
 
 
 def test_queries_of_other_dimensions_are_refused(folder):
   with pytest.raises(UserError, match=r"8 dimensions .* 16"):
-    KeptIndex(str(folder)).nearest(_embeddings(2, 8), num_neighbours=1)
+    KeptIndex(str(folder)).nearest(_embeddings(2, 8), _embeddings(50), num_neighbours=1)

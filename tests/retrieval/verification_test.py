@@ -171,6 +171,12 @@ def test_clusters_that_are_the_classes_give_one():
   assert Clustering().measure(embeddings, labels)["eval/nmi"] == pytest.approx(1.0)
 
 
+def test_clusters_of_a_collapsed_space_are_those_of_one_around_zero():
+  embeddings, labels = _items(spread=0.001)
+  collapsed = (np.float64(embeddings) * 1e-4 + 0.5).astype(np.float32)
+  assert Clustering().measure(collapsed, labels)["eval/nmi"] == pytest.approx(1.0)
+
+
 def test_clustering_is_the_mutual_information_of_its_definition():
   embeddings, labels = _items(60)
   clusters = KMeans(5, n_init=1, random_state=0).fit_predict(embeddings)

@@ -31,10 +31,10 @@ class NearestItems:
 
   Args:
     embeddings: [N, D] float32, finite.
-    kind: one of `KINDS`; "auto" compares all up to 50,000 items (by FAISS's flat index
-      on the processor of one replica, else by the devices), and beyond takes IVF-PQ,
-      where FAISS is installed. Fewer items than a cell of an index has are all
-      compared.
+    kind: one of `KINDS`; "auto" compares all up to 50,000 items, and beyond takes
+      IVF-PQ, where FAISS is installed. Fewer items than a cell of an index has are all
+      compared. "flat" and "exact" both compare all, by FAISS on the processor of one
+      replica where it is installed, else by the devices.
 
   Raises:
     UserError: the kind is unknown, or FAISS is not installed.
@@ -44,7 +44,8 @@ class NearestItems:
     check_kind(kind)
     self._embeddings = embeddings
     self.kind = kind = _chosen(kind, len(embeddings))
-    self._index = None if kind == "exact" else faiss_index.build(embeddings, kind)
+    is_exact = kind in ("exact", "flat")
+    self._index = None if is_exact else faiss_index.build(embeddings, kind)
 
   def search(
     self, items: np.ndarray, num_neighbours: int, out: Neighbours
@@ -55,8 +56,8 @@ class NearestItems:
       items: [R] int64.
       num_neighbours: k < N.
       out: gets them: indices [R, k] int32, where a cell of the index had no more −1;
-        and distances [R, k] float32, there infinite. Codes find twice as many, and
-        which of them are nearest is computed from the embeddings.
+        and distances [R, k] float32, there infinite. Order and distances of what an
+        index finds are computed from the embeddings; codes find twice as many.
 
     Returns:
       `out`.
@@ -75,19 +76,17 @@ class NearestItems:
   def _found(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
     queries = self._embeddings[items]
     if self._index is None:
-      # In few sizes: the devices trace each of them anew.
-      padding = [(0, min(_MAX_ASKING, _power_of_two(len(items))) - len(items)), (0, 0)]
-      found = nearest(
-        np.pad(queries, padding), self._embeddings, num_neighbours=num_neighbours
-      )
+      if not faiss_serves():
+        # In few sizes: the devices trace each of them anew.
+        size = min(_MAX_ASKING, _power_of_two(len(items)))
+        queries = np.resize(queries, [size, queries.shape[1]])
+      found = nearest(queries, self._embeddings, num_neighbours=num_neighbours)
       return Neighbours(*(each[: len(items)] for each in found))
+    num_asked = num_neighbours
     if self.kind == "ivf_pq":
       num_asked = min(_REFINED * num_neighbours, len(self._embeddings))
-      _, indices = self._index.search(queries, num_asked)
-      return _refined(queries, self._embeddings, indices, num_neighbours)
-    squares, indices = self._index.search(queries, num_neighbours)
-    distances = np.sqrt(np.maximum(squares, 0.0))
-    return Neighbours(indices, np.where(indices >= 0, distances, np.inf))
+    _, indices = self._index.search(queries, num_asked)
+    return _refined(queries, self._embeddings, indices, num_neighbours)
 
 
 def check_kind(kind: str) -> None:
@@ -119,7 +118,6 @@ def _chosen(kind: str, num_items: int) -> str:
       num_items,
     )
     return "exact"
-  # Rounding errors may swap neighbours: a window needs no proof that they didn't.
   return "flat" if faiss_serves() else "exact"
 
 

@@ -71,17 +71,7 @@ def prove(
     roundoff: of the products by which they were found.
   """
   ids = np.sort(candidates.indices, axis=1)
-  num_threads = os.cpu_count() or 1
-  parts = (np.array_split(each, num_threads) for each in (queries, ids))
-  with futures.ThreadPoolExecutor(num_threads) as threads:
-    squares = np.concatenate(
-      list(
-        threads.map(
-          lambda *part: exact_distances.squared_distances(part[0], gallery, part[1]),
-          *parts,
-        )
-      )
-    )
+  squares = _squared_distances(queries, gallery, ids)
   order = np.argsort(squares, axis=1, kind="stable")[:, :num_neighbours]
   indices, squares = (
     np.take_along_axis(each, order, axis=1) for each in (ids, squares)
@@ -90,12 +80,26 @@ def prove(
     return Found(indices, squares, np.ones(len(queries), bool))
   # An item as near as the k-th is no longer than the query's length and that distance.
   kth = np.sqrt(squares[:, -1])
-  centred = queries.astype(np.float64) - offset
-  reach = 2.0 * np.linalg.norm(centred, axis=1) + kth
+  centred = queries - offset
+  norms = np.sqrt(np.einsum("qd,qd->q", centred, centred, dtype=np.float64))
+  reach = 2.0 * norms + kth
   num_roundings = queries.shape[1] + 8
   error = num_roundings * (roundoff * reach**2 + 4.0 * _SMALLEST_NORMAL)
   error = np.where(reach**2 < 1e37, error, np.inf)
   return Found(indices, squares, squares[:, -1] < candidates.last - error)
+
+
+def _squared_distances(
+  queries: np.ndarray, gallery: np.ndarray, indices: np.ndarray
+) -> np.ndarray:
+  """[Q, E] float64, by all cores."""
+  num_parts = os.cpu_count() or 1
+  parts = (np.array_split(each, num_parts) for each in (queries, indices))
+  with futures.ThreadPoolExecutor(num_parts) as threads:
+    found = threads.map(
+      lambda *part: exact_distances.squared_distances(part[0], gallery, part[1]), *parts
+    )
+    return np.concatenate(list(found))
 
 
 def candidates_of_faiss(

@@ -20,6 +20,7 @@ import numpy as np
 from trainer.data import paths
 from trainer.errors import UserError
 from trainer.retrieval import faiss_library
+from trainer.retrieval.exact_distances import common_offset, squared_distances
 from trainer.retrieval.file_hash import sha256_of
 from trainer.retrieval.search import Neighbours, check_sizes, nearest
 
@@ -33,6 +34,8 @@ _BITS_A_DIMENSION = 4
 # Of the items so many a cell find its centre, drawn by FAISS; it warns below the least.
 LEAST_A_CELL, _MOST_A_CELL = 39, 64
 _NUM_MEASURED, _MEASURED_K = 1_000, 10
+# Items that are added at once, and found beside those asked for.
+_NUM_ADDED, _NUM_MORE = 262_144, 16
 
 
 def choose_kind(num_items: int) -> str:
@@ -54,6 +57,9 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
     embeddings: [N, D] float32, finite.
     kind: one of `KINDS`.
 
+  The index itself subtracts what all items have in common from items and queries, as
+  FAISS compares in float32.
+
   Returns:
     A FAISS index of Euclidean distance.
 
@@ -70,11 +76,35 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
     index.hnsw.efSearch = _HNSW_EFFORT
   elif kind in KINDS_WITH_CELLS:
     index = _cells(faiss, num_items, num_dimensions, has_codes=kind == "ivf_pq")
-    index.train(embeddings)
   else:
     raise UserError(f"{kind!r} is no kind of index; take one of {', '.join(KINDS)}.")
-  index.add(embeddings)
+  offset = common_offset(embeddings)
+  if kind in KINDS_WITH_CELLS:
+    index.train(_training_vectors(embeddings, offset, index.nlist))
+  if offset.any():
+    index = _less_offset(faiss, index, offset)
+  for start in range(0, num_items, _NUM_ADDED):
+    index.add(embeddings[start : start + _NUM_ADDED])
   return index
+
+
+def _training_vectors(
+  embeddings: np.ndarray, offset: np.ndarray, num_cells: int
+) -> np.ndarray:
+  """Of which FAISS finds the centres of cells; it draws among them once more."""
+  if not offset.any():
+    return embeddings
+  num_drawn = min(len(embeddings), num_cells * _MOST_A_CELL)
+  drawn = np.random.default_rng(0).permutation(len(embeddings))[:num_drawn]
+  return embeddings[np.sort(drawn)] - offset
+
+
+def _less_offset(faiss: Any, index: Any, offset: np.ndarray) -> Any:
+  """An index that subtracts an offset from items and queries."""
+  centring = faiss.CenteringTransform(len(offset))
+  faiss.copy_array_to_vector(offset, centring.mean)
+  centring.is_trained = True
+  return faiss.IndexPreTransform(centring, index)
 
 
 def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) -> Any:
@@ -181,16 +211,31 @@ class KeptIndex:
       )
     self._index = faiss_library.load().read_index(path)
 
-  def nearest(self, queries: np.ndarray, *, num_neighbours: int) -> Neighbours:
+  def nearest(
+    self, queries: np.ndarray, embeddings: np.ndarray, *, num_neighbours: int
+  ) -> Neighbours:
     """For each query about its nearest items; fewer where cells hold fewer: index −1.
+
+    What the index finds, and a few more, is put in the order of true distances. A flat
+    index compares all items, and so does this without it, exactly.
 
     Args:
       queries: [Q, D] float32, finite.
+      embeddings: [N, D] float32, of which the index is; may be mapped.
       num_neighbours: k <= N.
 
     Raises:
       UserError: k exceeds the gallery, or the dimensions differ.
     """
     check_sizes(queries, (self._index.ntotal, self._index.d), num_neighbours)
-    squares, indices = self._index.search(queries, num_neighbours)
-    return Neighbours(indices, np.sqrt(np.maximum(squares, 0.0)))
+    if self.manifest.get("kind") == "flat":
+      return nearest(queries, embeddings, num_neighbours=num_neighbours)
+    num_found = min(num_neighbours + _NUM_MORE, self._index.ntotal)
+    found = np.sort(self._index.search(queries, num_found)[1], axis=1)
+    squares = squared_distances(queries, embeddings, np.maximum(found, 0))
+    squares[found < 0] = np.inf
+    order = np.argsort(squares, axis=1, kind="stable")[:, :num_neighbours]
+    indices, squares = (
+      np.take_along_axis(each, order, axis=1) for each in (found, squares)
+    )
+    return Neighbours(indices, np.sqrt(squares).astype(np.float32))
