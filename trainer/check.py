@@ -73,6 +73,8 @@ def _use_cpu_alone(hardware: Hardware) -> None:
 
 def _differences(batches: list[Batch], num_replicas: int) -> dict[str, float]:
   wanted = parity.expected(_make_step, batches, num_replicas)
+  scales = parity.gradient_scales(_make_step, batches[0])
+  wanted = wanted._replace(gradient_scales=scales)
   got = parity.trained(_strategy(num_replicas), _make_step, batches)
   return parity.errors(got, wanted)
 

@@ -10,7 +10,7 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.distribute.objective import across_replicas
 from trainer.errors import UserError
-from trainer.loop import micro_batches
+from trainer.loop import micro_batches, parity
 from trainer.loop.per_part import PerPart
 from trainer.loop.proposal import Update
 from trainer.loop.step import TrainStep
@@ -234,3 +234,23 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
 def test_options_that_do_not_fit_are_refused(options, message):
   with pytest.raises(UserError, match=message):
     _step(**options)
+
+
+def test_a_gradient_is_as_large_as_its_examples_before_they_cancel():
+  step, batch = _step(), _batch()
+  weights = step.trainable_variables
+  with tf.GradientTape() as tape:
+    embeddings = step.encoder(batch.inputs, training=True)
+    tape.watch(embeddings)
+    loss = SupervisedContrastiveLoss(temperature=0.2)(batch.labels, embeddings)
+  slopes = tape.gradient(loss, embeddings)
+  squares = [np.zeros(weight.shape) for weight in weights]
+  for row in range(len(batch.labels)):
+    with tf.GradientTape() as tape:
+      embedding = step.encoder(batch.inputs[row : row + 1], training=True)
+      product = tf.reduce_sum(embedding * slopes[row])
+    for total, gradient in zip(squares, tape.gradient(product, weights)):
+      total += np.square(tf.convert_to_tensor(gradient).numpy())
+  sizes = [np.sqrt(total).max() for total in squares]
+  scales = parity.gradient_scales(_step, batch)
+  assert all(0.3 * n < scale < 3 * n for n, scale in zip(sizes, scales))

@@ -24,6 +24,7 @@ from trainer.loop.step import TrainStep
 from trainer.losses.statistics import summarize
 
 TOLERANCE = 1e-5
+_NUM_DRAWS = 3
 QUANTITIES = ("loss", "gradients", "weights", "statistics")
 
 
@@ -35,12 +36,15 @@ class Outcome(NamedTuple):
     gradients: of the first step, to each trainable variable.
     weights: each trainable variable after the last step.
     statistics: of the first step, by name.
+    gradient_scales: the largest number of each gradient before the gradients of the
+      examples cancel each other; empty unless it was measured.
   """
 
   loss: list[np.ndarray]
   gradients: list[np.ndarray]
   weights: list[np.ndarray]
   statistics: dict[str, np.ndarray]
+  gradient_scales: Sequence[float] = ()
 
 
 def expected(
@@ -107,8 +111,50 @@ def trained(
   return _outcome(step, tf.nest.map_structure(lambda value: value.numpy(), results))
 
 
+def gradient_scales(make_step: Callable[[], TrainStep], batch: Batch) -> list[float]:
+  """Measures how large each gradient is before examples cancel each other.
+
+  A float32 sum is rounded in proportion to its terms. The sign of each example's
+  gradient is drawn at random, which leaves the terms as large as they are: in the mean
+  over the draws, the square of the result is the sum of their squares.
+
+  Args:
+    make_step: makes the step and its variables, alike each time.
+    batch: a global batch, [G, ...].
+
+  Returns:
+    For each trainable variable, the largest number of a few draws.
+  """
+  step = make_step()
+  encode = step.encoder.call
+  scales = [0.0] * len(step.trainable_variables)
+  for seed in range(_NUM_DRAWS):
+    step.encoder.call = _with_random_signs(encode, seed)
+    gradients = step.propose(batch, OneReplica()).update.gradients
+    sizes = [float(tf.reduce_max(tf.abs(each))) for each in gradients]
+    scales = [max(pair) for pair in zip(scales, sizes)]
+  return scales
+
+
+def _with_random_signs(encode: Callable, seed: int) -> Callable:
+  """The encoder, the gradient of each example multiplied by 1 or −1."""
+
+  def times_signs(gradient):
+    shape = [tf.shape(gradient)[0], 1]
+    noise = tf.random.stateless_uniform(shape, [seed, 0], -1.0, 1.0)
+    return gradient * tf.cast(tf.sign(noise), gradient.dtype)
+
+  @tf.custom_gradient
+  def identity(embeddings):
+    return embeddings, times_signs
+
+  return lambda inputs, **options: identity(encode(inputs, **options))
+
+
 def errors(got: Outcome, wanted: Outcome) -> dict[str, float]:
   """The largest error of each quantity, relative to the tensor's largest number.
+
+  That of a gradient is relative to its scale, where `wanted` has one.
 
   That of the weights is relative to the largest of all weights: Adam divides a gradient
   that is a rounding error by its own size, and a bias that started at 0 is then no
@@ -128,8 +174,8 @@ def errors(got: Outcome, wanted: Outcome) -> dict[str, float]:
   largest = max(np.abs(weight).max() for weight in wanted.weights)
   return {
     "loss": _error(got.loss, wanted.loss),
-    "gradients": _error(got.gradients, wanted.gradients),
-    "weights": _error(got.weights, wanted.weights, scale=largest),
+    "gradients": _error(got.gradients, wanted.gradients, wanted.gradient_scales),
+    "weights": _error(got.weights, wanted.weights, [largest] * len(wanted.weights)),
     "statistics": _error(*statistics),
   }
 
@@ -163,9 +209,10 @@ def _outcome(step: TrainStep, results: list) -> Outcome:
   )
 
 
-def _error(got, wanted, scale=None) -> float:
+def _error(got, wanted, scales=()) -> float:
   # Where all should be 0, nothing but 0 is right.
-  scales = [scale or np.abs(each).max() or np.float32(1e-30) for each in wanted]
+  least = scales or [np.float32(1e-30)] * len(wanted)
+  scales = [max(np.abs(each).max(), size) for each, size in zip(wanted, least)]
   found = [
     np.abs(one - other).max() / size for one, other, size in zip(got, wanted, scales)
   ]
