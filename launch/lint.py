@@ -15,7 +15,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from absl import flags, logging
 
-from trainer import config, errors, task
+from trainer import errors, task
+from trainer.config import run_config
 
 
 def main(arguments) -> int:
@@ -27,9 +28,9 @@ def main(arguments) -> int:
     values(arguments)
     flags.FLAGS(["lint"])
     logging.set_verbosity(logging.ERROR)
-    importlib.import_module("trainer.parts")
+    importlib.import_module("trainer.gin_registrations")
     needed = task.MODES[values.mode].roots
-    assembled = config.read(
+    assembled = run_config.read(
       values.gin_file,
       values.gin_param,
       needed=needed,

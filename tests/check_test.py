@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from trainer import check as check_mode
+from trainer.cli import check as check_lib
 from trainer.errors import UserError
 from trainer.run import Hardware, Run
 
@@ -133,4 +133,4 @@ def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reaso
 )
 def test_other_devices_than_the_cpu_are_refused(hardware, flag):
   with pytest.raises(UserError, match=f"of this machine's CPU, not {flag}; leave"):
-    check_mode.main(Run("nowhere", config=None, hardware=hardware))
+    check_lib.main(Run("nowhere", config=None, hardware=hardware))

@@ -8,23 +8,21 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import embed
-from trainer.data.dataset import Dataset
-from trainer.data.decode import ImageDecoder
+from trainer.cli import embed
+from trainer.cli.embed import Embedding
+from trainer.cli.evaluate import Evaluation
+from trainer.cli.ingest import ingest
+from trainer.data.dataset import Dataset, ListSplit
+from trainer.data.images import ImageDecoder
 from trainer.data.records import RecordIndex
-from trainer.data.sources import DigitsSource
-from trainer.data.split import ListSplit
+from trainer.data.sources.source import DigitsSource
 from trainer.distribute.workers import Workers
-from trainer.embed import Embedding
 from trainer.errors import UserError
-from trainer.evaluate import Evaluation
-from trainer.ingest import ingest
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.retrieval import embedding_writer, provenance
-from trainer.retrieval.embedding_folder import EmbeddingFolder
-from trainer.retrieval.embedding_writer import EmbeddingWriter
-from trainer.retrieval.items import RecordItems
+from trainer.retrieval import embedding_store
+from trainer.retrieval.embedding_store import EmbeddingFolder, EmbeddingWriter
+from trainer.retrieval.ground_truth import RecordItems
 
 _NUM_DIGITS = 1797
 
@@ -164,7 +162,7 @@ def appended(monkeypatch):
 def test_what_a_killed_embedding_noted_is_not_embedded_again(
   trained, tmp_path, monkeypatch, appended, method, num_calls, num_left
 ):
-  monkeypatch.setattr(embedding_writer, "_ROWS_PER_NOTE", 1)
+  monkeypatch.setattr(embedding_store, "_ROWS_PER_NOTE", 1)
   with monkeypatch.context() as patched, pytest.raises(_Killed):
     _dies_after(patched, method, num_calls)
     _embed(trained, tmp_path)
@@ -286,7 +284,7 @@ def test_an_encoder_is_known_again_on_any_number_of_replicas(mirrored):
       encoder.variables[0].assign(tf.fill(encoder.variables[0].shape, kernel))
       for variable in encoder.variables[1:]:
         variable.assign(tf.ones(variable.shape))
-      return provenance.of_encoder(encoder, {"evaluate.encoder.a": "1"}, 3)
+      return embedding_store.encoder_provenance(encoder, {"evaluate.encoder.a": "1"}, 3)
 
   assert told(1, 0.1) == told(3, 0.1)
   assert told(1, 0.1) != told(1, 0.2)

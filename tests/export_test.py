@@ -12,13 +12,13 @@ import pytest
 import tensorflow as tf
 
 from trainer import task
-from trainer.data.decode import ImageDecoder, VectorDecoder
+from trainer.cli.export import Export, check_error
+from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.errors import UserError
-from trainer.export import Export, check_error
-from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
-from trainer.serving import lite, saved_model
+from trainer.serving import saved_model
+from trainer.training.checkpoint import Checkpoints
 
 _DIGITS = "configs/runs/digits.gin"
 
@@ -40,7 +40,7 @@ def encoder():
 def folder(encoder, tmp_path_factory):
   folder = tmp_path_factory.mktemp("export")
   decoder = ImageDecoder(height=8, width=8, channels=1)
-  saved_model.save(encoder, decoder, str(folder), fixed_batch_size=3)
+  saved_model.save_saved_model(encoder, decoder, str(folder), fixed_batch_size=3)
   return folder
 
 
@@ -111,7 +111,7 @@ def test_the_script_beside_it_needs_only_tensorflow(encoder, folder, tmp_path):
 
 
 def test_tensorflow_lite_answers_too(encoder, folder, tmp_path):
-  path = lite.save(str(folder / "saved_model"), str(tmp_path))
+  path = saved_model.save_lite(str(folder / "saved_model"), str(tmp_path))
   runner = tf.lite.Interpreter(model_path=path).get_signature_runner()
   pixels = _pixels(1)
   got = runner(inputs=pixels.astype(np.float32) / 255.0)["embeddings"]
@@ -121,7 +121,7 @@ def test_tensorflow_lite_answers_too(encoder, folder, tmp_path):
 def test_vectors_have_no_signature_for_images(tmp_path):
   encoder = Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=2)
   encoder.create_variables((5,))
-  path = saved_model.save(encoder, VectorDecoder(size=5), str(tmp_path))
+  path = saved_model.save_saved_model(encoder, VectorDecoder(size=5), str(tmp_path))
   assert set(tf.saved_model.load(path).signatures) == {"serving_default"}
   assert not (tmp_path / "embed_images.py").exists()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trainer import follow, task
+from trainer import task
+from trainer.cli import follow
 from trainer.errors import UserError
 
 _OPTIONS = follow.FollowOptions(poll_s=0.01, timeout_s=5.0)

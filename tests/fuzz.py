@@ -25,12 +25,11 @@ import numpy as np
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from trainer.data import examples, framing, index_arrays
-from trainer.data.bad_records import reason_of
-from trainer.data.decode import ImageDecoder, VectorDecoder
-from trainer.data.in_place import index_records
-from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
+from trainer.data import index_arrays, tfrecord
+from trainer.data.images import ImageDecoder, VectorDecoder
+from trainer.data.indexing import index_records
+from trainer.data.records import RecordIndex, reason_of
+from trainer.data.samplers import PKSchedule
 from trainer.errors import UserError
 
 _MAX_GROWTH_BYTES = 1 << 30
@@ -55,7 +54,7 @@ def _example(number):
 
 
 _RECORDS = [_example(n).SerializeToString() for n in range(_NUM_RECORDS)]
-_SHARD = b"".join(map(framing.frame, _RECORDS))
+_SHARD = b"".join(map(tfrecord.frame_record, _RECORDS))
 
 
 @st.composite
@@ -104,14 +103,14 @@ def _shard(content):
     records = index.read(np.arange(index.num_records))
     assert records == _walk(content)
     names = [index.class_names[label] for label in index.labels]
-    labels = [examples.values(record, "")["label"][0] for record in records]
+    labels = [tfrecord.feature_values(record, "")["label"][0] for record in records]
     assert names == [label.decode() for label in labels]
 
 
 def _record(content):
   """A record of any bytes, whose checksums are right, among those that are whole."""
   with tempfile.TemporaryDirectory() as folder:
-    frames = [*map(framing.frame, _RECORDS[:2]), framing.frame(content)]
+    frames = [*map(tfrecord.frame_record, _RECORDS[:2]), tfrecord.frame_record(content)]
     pathlib.Path(folder, "a.tfrecord").write_bytes(b"".join(frames))
     index = index_records(folder, label_feature="label")
     assert index.read([2]) == [content]
@@ -122,7 +121,7 @@ def _record(content):
 
 def _values(content):
   """Any bytes, taken for an example."""
-  for name, values in examples.values(content, "a record").items():
+  for name, values in tfrecord.feature_values(content, "a record").items():
     assert isinstance(name, str) and values
 
 

@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 import trainer
-from trainer.data import triplet_list, writer
+from trainer.data import ingestion, triplet_sampler
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, encode_png
-from trainer.data.sources_arrays import NumpySource
+from trainer.data.sources.arrays import NumpySource
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
-from trainer.retrieval import answers
-from trainer.retrieval.embedding_folder import EmbeddingFolder
-from trainer.retrieval.embedding_writer import EmbeddingWriter
+from trainer.retrieval import query
+from trainer.retrieval.embedding_store import EmbeddingFolder, EmbeddingWriter
 
 _PACKAGE = pathlib.Path(trainer.__file__).parent
 _UNPICKLERS = {
@@ -65,7 +64,7 @@ def _index(tmp_path):
   image = encode_png(np.zeros((4, 4), np.uint8))
   items = [Item(str(number), str(number % 2), image) for number in range(6)]
   folder = str(tmp_path / "data")
-  writer.write_records(items, folder, records_per_shard=10, fingerprint={})
+  ingestion.write_records(items, folder, records_per_shard=10, fingerprint={})
   return tmp_path / "data"
 
 
@@ -94,11 +93,11 @@ def test_a_damaged_head_of_an_array_is_one_line(tmp_path, head):
   path.write_bytes(content[:10] + head + content[10 + len(head) :])
   records = RecordIndex.open(str(_index(tmp_path)))
   with pytest.raises(UserError, match=r"array\.npy is no array"):
-    triplet_list.read_triplets(str(path), records, is_strict=True)
+    triplet_sampler.read_triplets(str(path), records, is_strict=True)
   with pytest.raises(UserError, match=r"array\.npy can't be read as a NumPy file"):
     list(NumpySource(inputs=str(path), labels=str(path)).loaders())
   with pytest.raises(UserError, match=r"array\.npy holds no array of numbers"):
-    answers._vectors(str(path))
+    query._vectors(str(path))
 
 
 def _embeddings(folder):

@@ -14,14 +14,14 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from trainer.data import writer
-from trainer.data.decode import ImageDecoder
+from trainer.cli.ingest import ingest
+from trainer.data import ingestion
+from trainer.data.images import ImageDecoder
 from trainer.data.records import RecordIndex
-from trainer.data.sources import DigitsSource, Item, encode_png
-from trainer.data.sources_folder import ImageFolderSource
-from trainer.data.sources_idx import IdxSource
+from trainer.data.sources.arrays import IdxSource
+from trainer.data.sources.image_folders import ImageFolderSource
+from trainer.data.sources.source import DigitsSource, Item, encode_png
 from trainer.errors import UserError
-from trainer.ingest import ingest
 
 
 def _write_idx(path, array):
@@ -117,7 +117,7 @@ def test_an_interrupted_ingest_is_not_taken_for_whole(idx_folder):
   items = list(_idx_source(idx_folder).items())
   broken = [*items[:7], items[7]._replace(image=b"")]
   with pytest.raises(UserError, match=r"images/7 is no image .* \(0 bytes\)"):
-    writer.write_records(broken, target, records_per_shard=4, fingerprint={})
+    ingestion.write_records(broken, target, records_per_shard=4, fingerprint={})
   with pytest.raises(UserError, match="has no index; run --mode=ingest"):
     RecordIndex.open(target)
   ingest(source=_idx_source(idx_folder), folder=target)
@@ -158,7 +158,7 @@ def test_a_shard_without_records_is_refused(tmp_path):
 def test_one_class_is_refused_and_leaves_nothing(tmp_path):
   items = [Item(str(n), "only", encode_png(np.zeros((2, 2), np.uint8))) for n in (0, 1)]
   with pytest.raises(UserError, match=r"has 1 class \(only\); retrieval needs"):
-    writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+    ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   assert list(tmp_path.iterdir()) == []
 
 
@@ -251,7 +251,6 @@ except UserError as error:
 
 _KILLED = """
 import os, signal, sys
-import trainer
 from trainer.data import writer
 from trainer.data.sources import DigitsSource
 def items():

@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from trainer import preemption
+from trainer.runtime import shutdown
 
 _ROOT = pathlib.Path(__file__).parents[1]
 
@@ -25,8 +25,8 @@ def c_handler():
   handler = make(received.append)
   libc = ctypes.CDLL(None)
   libc.signal.argtypes = [ctypes.c_int, make]
-  before = {number: signal.getsignal(number) for number in preemption.SIGNALS}
-  for number in preemption.SIGNALS:
+  before = {number: signal.getsignal(number) for number in shutdown.SIGNALS}
+  for number in shutdown.SIGNALS:
     libc.signal(int(number), handler)
   yield received
   for number, python_handler in before.items():
@@ -34,19 +34,19 @@ def c_handler():
 
 
 def _raise_all():
-  for number in preemption.SIGNALS:
+  for number in shutdown.SIGNALS:
     os.kill(os.getpid(), number)
 
 
 def test_handlers_of_c_are_there_again_after_a_run(c_handler):
-  with preemption.listening(1.0):
+  with shutdown.listening_for_signals(1.0):
     pass
   _raise_all()
   assert c_handler == [15, 2]
 
 
 def test_handlers_of_c_are_there_again_after_a_run_that_was_told_to_stop(c_handler):
-  with pytest.raises(preemption.PreemptedError), preemption.listening(30.0):
+  with pytest.raises(shutdown.PreemptedError), shutdown.listening_for_signals(30.0):
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(10_000_000):  # Until Python runs its handler.
       pass
@@ -59,7 +59,7 @@ def test_a_handler_of_python_is_there_again_after_a_run():
   received = []
   before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
   try:
-    with preemption.listening(1.0):
+    with shutdown.listening_for_signals(1.0):
       pass
     os.kill(os.getpid(), signal.SIGTERM)
     assert received == [15]

@@ -9,8 +9,9 @@ import shlex
 
 import pytest
 
-import trainer.parts  # noqa: F401  Registers what a run file names.
-from trainer import config, task
+import trainer.gin_registrations  # noqa: F401  Registers what a run file names.
+from trainer import task
+from trainer.config import run_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -110,5 +111,5 @@ def test_the_run_file_for_ones_own_data_is_whole(readme, tmp_path):
   run_file = tmp_path / "my_run.gin"
   run_file.write_text(block.replace("/path/to/", f"{ROOT}/"), encoding="utf-8")
   for mode in ("ingest", "validate", "train_and_evaluate"):
-    read = config.read([str(run_file)], needed=task.MODES[mode].roots)
+    read = run_config.read([str(run_file)], needed=task.MODES[mode].roots)
     assert read.values["ingest.folder"] == "'/data/products'"

@@ -15,13 +15,13 @@ from PIL import Image
 from trainer import task
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
-from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
-from trainer.retrieval import answers as answers_lib
-from trainer.retrieval import faiss_index, provenance
-from trainer.retrieval.embedding_folder import EmbeddingFolder
-from trainer.retrieval.search import nearest
+from trainer.retrieval import embedding_store, faiss_index
+from trainer.retrieval import query as query_lib
+from trainer.retrieval.embedding_store import EmbeddingFolder
+from trainer.retrieval.knn import nearest
+from trainer.training.checkpoint import Checkpoints
 
 _DIGITS = "configs/runs/digits.gin"
 
@@ -193,7 +193,7 @@ def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
     calls.append((len(queries), k))
     return nearest(queries, kept.embeddings, num_neighbours=k)
 
-  found = answers_lib.answer(
+  found = query_lib.answer(
     [vectors, kept.keys[1], "no such key"],
     kept,
     embed_fn=lambda _: np.zeros(64),
@@ -239,8 +239,10 @@ def test_an_image_is_not_compared_with_embeddings_of_other_weights(folder, capsy
 def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
   shutil.copytree(folder / "run" / "embeddings", tmp_path / "embeddings")
   embeddings = np.load(tmp_path / "embeddings" / "embeddings.npy")
-  index = faiss_index.build(embeddings[::-1].copy(), "flat")
-  faiss_index.write(str(tmp_path / "index"), index, {"embeddings_sha256": "0" * 64})
+  index = faiss_index.build_index(embeddings[::-1].copy(), "flat")
+  faiss_index.write_index(
+    str(tmp_path / "index"), index, {"embeddings_sha256": "0" * 64}
+  )
   params = [f"search.index = '{tmp_path / 'index'}'"]
   assert _task(folder, "search", "--query=x", params=params) == 2
   assert "index of other embeddings" in capsys.readouterr().err
@@ -248,9 +250,9 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
 
 def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
   index = RecordIndex.open(str(folder / "data"))
-  provenance.check_same_records(index.facts(), index)
+  embedding_store.check_same_records(index.facts(), index)
   with pytest.raises(UserError, match=r"of other records: the number of records was 3"):
-    provenance.check_same_records({"the number of records": "3"}, index)
+    embedding_store.check_same_records({"the number of records": "3"}, index)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,12 @@ import pytest
 import tensorflow as tf
 
 from trainer import task
+from trainer.cli.train_and_evaluate import Evaluations, Selection, Standing
 from trainer.errors import UserError
-from trainer.loop.checkpoint import Checkpoints
-from trainer.loop.loop_options import LoopOptions
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.selection import Evaluations, Selection, Standing
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.options import LoopOptions
 
 _DIGITS = "configs/runs/digits.gin"
 _PARAMS = (

@@ -111,7 +111,7 @@ def test_value_that_a_part_refuses_is_told_without_gins_trail(
   refusal, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(
-    "trainer.train.main", lambda run: gin.get_configurable("LoopOptions")()
+    "trainer.cli.train.main", lambda run: gin.get_configurable("LoopOptions")()
   )
   line = refusal(*_train(tmp_path), "--gin_param=LoopOptions.steps_per_loop = 0")
   assert line == "error: LoopOptions.steps_per_loop=0 must be at least 1."

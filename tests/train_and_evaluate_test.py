@@ -13,7 +13,7 @@ import sys
 
 import pytest
 
-from trainer.loop.logged_names import LOGGED
+from trainer.training.callbacks import LOGGED
 
 _REPOSITORY = pathlib.Path(__file__).parents[1]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import trainer.parts  # noqa: F401  Registers parts with gin.
-from trainer import train
+import trainer.gin_registrations  # noqa: F401  Registers parts with gin.
+from trainer.cli import train
 from trainer.errors import UserError
 
 _SHAPE = (32, 32, 3)

@@ -7,16 +7,15 @@ import json
 import numpy as np
 import pytest
 
-from trainer.data import draw_statistics, writer
-from trainer.data.dataset import Dataset
-from trainer.data.decode import ImageDecoder
-from trainer.data.members import from_labels
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import Item, encode_png
-from trainer.data.split import ListSplit
+from trainer.cli.validate import validate
+from trainer.data import ingestion, statistics
+from trainer.data.dataset import Dataset, ListSplit
+from trainer.data.images import ImageDecoder
+from trainer.data.index_arrays import members_from_labels
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 from trainer.run import Hardware, Run
-from trainer.validate import validate
 
 
 def _dataset(folder, bad=()):
@@ -26,7 +25,7 @@ def _dataset(folder, bad=()):
   ]
   for number in bad:
     items[number] = Item(f"bad {number}", items[number].label, features={"x": 1})
-  writer.write_records(items, str(folder), records_per_shard=15, fingerprint={})
+  ingestion.write_records(items, str(folder), records_per_shard=15, fingerprint={})
   return Dataset(
     folder=str(folder),
     split=ListSplit(evaluation_classes=["c3"]),
@@ -80,7 +79,7 @@ def _with_a_small_class(folder):
     Item(str(n), label, encode_png(np.full((4, 4), n, np.uint8)))
     for n, label in enumerate(labels)
   ]
-  writer.write_records(items, str(folder), records_per_shard=15, fingerprint={})
+  ingestion.write_records(items, str(folder), records_per_shard=15, fingerprint={})
   return Dataset(
     folder=str(folder),
     split=ListSplit(evaluation_classes=["d"]),
@@ -140,12 +139,12 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
 
 def test_draws_are_counted():
   sizes = [2, 5, 9, 4]
-  table = from_labels(np.repeat(np.arange(4), sizes).astype(np.int32), 4)
+  table = members_from_labels(np.repeat(np.arange(4), sizes).astype(np.int32), 4)
   classes = np.array([0, 1, 2], np.int32)
   schedule = PKSchedule(
     table, classes_per_batch=2, samples_per_class=4, seed=0, classes=classes
   )
-  drawn = draw_statistics.draw_statistics(schedule, table, classes, 3)
+  drawn = statistics.draw_statistics(schedule, table, classes, 3)
   assert (drawn.num_draws, drawn.num_classes, drawn.num_records) == (24, 3, 16)
   assert drawn.class_epochs == 2.0
   assert drawn.most_draws_of_a_class == 2
@@ -157,8 +156,8 @@ def test_draws_are_counted():
 
 
 def test_classes_that_never_come_are_counted():
-  table = from_labels(np.repeat(np.arange(9), 3).astype(np.int32), 9)
+  table = members_from_labels(np.repeat(np.arange(9), 3).astype(np.int32), 9)
   schedule = PKSchedule(table, classes_per_batch=2, samples_per_class=2, seed=0)
-  drawn = draw_statistics.draw_statistics(schedule, table, np.arange(9), 2)
+  drawn = statistics.draw_statistics(schedule, table, np.arange(9), 2)
   assert drawn.num_classes_never_drawn == 5
   assert "5 never come" in drawn.lines()[1]

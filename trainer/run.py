@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 from trainer import __version__
-from trainer import config as config_lib
+from trainer.config import run_config
+from trainer.runtime.watchdog import STALL_FILE, Watchdog
 
 # The distributions whose versions change what is computed.
 _DISTRIBUTIONS = ("tensorflow", "tf-keras", "tensorflow-addons", "numpy")
@@ -69,7 +72,7 @@ class Run:
   """
 
   model_dir: str
-  config: config_lib.Config
+  config: run_config.Config
   hardware: Hardware
   allow_config_change: bool = False
   asked: Asked = _NOTHING_ASKED
@@ -89,3 +92,23 @@ def _version(distribution: str) -> str:
     return importlib.metadata.version(distribution)
   except importlib.metadata.PackageNotFoundError:
     return "not installed"
+
+
+@contextlib.contextmanager
+def watching(run: Run, worker_index: int) -> Iterator[Watchdog]:
+  """Watches a block of a run.
+
+  Args:
+    run: its folder gets the stack of every thread if the block makes no progress.
+    worker_index: index of this worker.
+
+  Yields:
+    The watchdog.
+  """
+  watchdog = Watchdog(
+    os.path.join(run.model_dir, STALL_FILE.format(worker_index)),
+    start_deadline_s=run.hardware.start_deadline_s,
+    step_deadline_s=run.hardware.step_deadline_s,
+  )
+  with watchdog.watching():
+    yield watchdog

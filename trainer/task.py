@@ -15,7 +15,8 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from trainer import errors, leaving, preemption
+from trainer import errors
+from trainer.runtime import shutdown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,31 +35,35 @@ class Mode:
 
 
 MODES = {
-  "ingest": Mode("Turn raw data into records.", "trainer.ingest", ("ingest",)),
-  "validate": Mode("Look at data before training.", "trainer.validate", ("validate",)),
-  "train": Mode("Train, or resume where it stopped.", "trainer.train", ("train",)),
-  "evaluate": Mode("Measure retrieval.", "trainer.evaluate", ("evaluate",)),
+  "ingest": Mode("Turn raw data into records.", "trainer.cli.ingest", ("ingest",)),
+  "validate": Mode(
+    "Look at data before training.", "trainer.cli.validate", ("validate",)
+  ),
+  "train": Mode("Train, or resume where it stopped.", "trainer.cli.train", ("train",)),
+  "evaluate": Mode("Measure retrieval.", "trainer.cli.evaluate", ("evaluate",)),
   "train_and_evaluate": Mode(
     "Ingest if needed, train, measure before and after.",
-    "trainer.train_and_evaluate",
+    "trainer.cli.train_and_evaluate",
     ("train", "evaluate"),
   ),
   "follow": Mode(
-    "Measure each checkpoint of a run, beside it.", "trainer.follow", ("evaluate",)
+    "Measure each checkpoint of a run, beside it.", "trainer.cli.follow", ("evaluate",)
   ),
   "mine": Mode(
     "Mine rounds of each checkpoint of a run, beside it.",
-    "trainer.mine",
+    "trainer.cli.mine",
     ("mine", "evaluate"),
   ),
-  "embed": Mode("Write embeddings of records.", "trainer.embed", ("evaluate",)),
-  "index": Mode("Index embeddings for fast search.", "trainer.index", ()),
-  "search": Mode("Find what is nearest to --query.", "trainer.search", ("evaluate",)),
+  "embed": Mode("Write embeddings of records.", "trainer.cli.embed", ("evaluate",)),
+  "index": Mode("Index embeddings for fast search.", "trainer.cli.index", ()),
+  "search": Mode(
+    "Find what is nearest to --query.", "trainer.cli.search", ("evaluate",)
+  ),
   "export": Mode(
-    "Write a SavedModel that answers by itself.", "trainer.export", ("evaluate",)
+    "Write a SavedModel that answers by itself.", "trainer.cli.export", ("evaluate",)
   ),
   "check": Mode(
-    "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.check", ("train",)
+    "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.cli.check", ("train",)
   ),
 }
 STRATEGIES = ("auto", "cpu", "mirrored", "multi_worker", "tpu")
@@ -86,7 +91,7 @@ def main(arguments: Sequence[str]) -> int:
       print(help_text())
     else:
       values = _parse(arguments)
-      with preemption.listening(values.grace_s):
+      with shutdown.listening_for_signals(values.grace_s):
         _run(values)
   except _RUN_ERRORS as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
@@ -251,10 +256,11 @@ def _run(values: flags.FlagValues) -> None:
   flags.FLAGS(["trainer"])
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
-  from trainer import config, run  # Late: see the module's docstring.
-  from trainer.distribute import lost_workers
+  from trainer import run  # Late: see the module's docstring.
+  from trainer.config import run_config
+  from trainer.distribute import workers
 
-  importlib.import_module("trainer.parts")
+  importlib.import_module("trainer.gin_registrations")
   # TensorFlow logs every reduction of a value over replicas as information.
   python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
   mode = MODES[values.mode]
@@ -267,11 +273,11 @@ def _run(values: flags.FlagValues) -> None:
     step_deadline_s=values.step_deadline_s,
     start_deadline_s=values.start_deadline_s,
   )
-  with lost_workers.naming_lost_workers():
+  with workers.naming_lost_workers():
     module.main(
       run.Run(
         model_dir=values.model_dir,
-        config=config.load(
+        config=run_config.load(
           values.gin_file,
           values.gin_param,
           needed=mode.roots,
@@ -290,4 +296,4 @@ def _one_line(error: Exception) -> str:
 
 
 if __name__ == "__main__":
-  leaving.leave(main(sys.argv))
+  shutdown.exit_process(main(sys.argv))

@@ -16,9 +16,9 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from trainer.loop.checkpoint import Checkpoints
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
+from trainer.training.checkpoint import Checkpoints
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 40, "Size of a checkpoint.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Examples a step.")

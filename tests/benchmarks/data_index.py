@@ -27,9 +27,8 @@ import numpy as np
 import tensorflow as tf
 
 from tests.benchmarks.data_speed import _blobs
-from trainer.data import index_builder, scan
-from trainer.data.in_place import index_records
-from trainer.data.index_builder import ShardIndex
+from trainer.data import indexing
+from trainer.data.indexing import ShardIndex, index_records
 
 _NUM_ROUNDS = 5
 _NUM_REAL = 20_000
@@ -101,7 +100,7 @@ def _seconds(run):
 
 def _large_part(folder, num_records):
   """The index of a shard of many records, which are those of a small one repeated."""
-  small = scan.scan(folder, "records.tfrecord", "label")
+  small = indexing.scan_shard(folder, "records.tfrecord", "label")
   numbers = np.arange(num_records) % _NUM_REAL
   num_classes = num_records // _RECORDS_A_CLASS
   return ShardIndex(
@@ -124,7 +123,7 @@ def _large(num_records):
     (folder / "index").mkdir()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     start = time.perf_counter()
-    index_builder.write_index(str(folder / "index"), [part], label_feature="label")
+    indexing.write_index(str(folder / "index"), [part], label_feature="label")
     seconds = time.perf_counter() - start
     above = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
     num_bytes = sum(path.stat().st_size for path in (folder / "index").iterdir())

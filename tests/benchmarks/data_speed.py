@@ -18,13 +18,13 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from trainer.data import index_builder, scan, writer
-from trainer.data.decode import ImageDecoder
-from trainer.data.members import MemberTable
+from trainer.data import indexing, ingestion
+from trainer.data.images import ImageDecoder
+from trainer.data.index_arrays import MemberTable
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import Item
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item
 
 _NUM_ROUNDS = 5
 
@@ -83,9 +83,9 @@ def _write_shard(folder, records):
 
 
 def _index(folder, label_feature="label"):
-  parts = [scan.scan(str(folder), "records.tfrecord", label_feature)]
+  parts = [indexing.scan_shard(str(folder), "records.tfrecord", label_feature)]
   (folder / "index").mkdir()
-  index_builder.write_index(str(folder / "index"), parts, label_feature=label_feature)
+  indexing.write_index(str(folder / "index"), parts, label_feature=label_feature)
   return RecordIndex.open(str(folder))
 
 
@@ -187,7 +187,7 @@ def _jpeg():
     folder = pathlib.Path(name)
     files = [_photo(number) for number in range(64)]
     items = [Item(str(n), str(n % 128), files[n % 64]) for n in range(num_records)]
-    writer.write_records(items, name, records_per_shard=num_records, fingerprint={})
+    ingestion.write_records(items, name, records_per_shard=num_records, fingerprint={})
     index = RecordIndex.open(name)
     schedule = PKSchedule(index, classes_per_batch=16, samples_per_class=4, seed=0)
     batches = Batches(index, schedule, decoder)

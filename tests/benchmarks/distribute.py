@@ -21,13 +21,13 @@ from absl import app, logging
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
-from trainer.distribute.objective import across_replicas
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
-from trainer.loop.step import TrainStep
 from trainer.losses import BatchHardTripletLoss
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.loss_terms import Anchors, Candidates
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
+from trainer.training.step import TrainStep
 
 _EMBEDDING_SIZE, _NUM_ROUNDS = 128, 15
 _REPLICA_BATCH, _IMAGE_SIZE, _STEPS_PER_CALL = 64, 28, 10

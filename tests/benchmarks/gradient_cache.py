@@ -19,12 +19,12 @@ from absl import app, flags
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica
-from trainer.distribute.objective import across_replicas
-from trainer.loop.step import TrainStep
-from trainer.loop.step_options import StepOptions
 from trainer.losses import SupervisedContrastiveLoss
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
 
 _MEASURED = flags.DEFINE_integer("num_micro_batches", 0, "Measure the memory of this.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 512, "Examples.")

@@ -16,14 +16,13 @@ import tensorflow as tf
 from absl import app
 
 from trainer.data.pipeline import Batch
-from trainer.distribute.objective import across_replicas
-from trainer.distribute.replica_batches import ReplicaBatches
-from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
-from trainer.loop.inner import InnerLoop
-from trainer.loop.step import TrainStep
+from trainer.distribute.strategy import ReplicaBatches, divide_cpu, mirrored_on_cpu
 from trainer.losses import BatchHardTripletLoss
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
+from trainer.training.loop import InnerLoop
+from trainer.training.step import TrainStep
 
 _NUM_STEPS, _NUM_ROUNDS, _REPLICA_BATCH = 100, 7, 16
 

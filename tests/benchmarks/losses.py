@@ -22,7 +22,7 @@ import tensorflow as tf
 
 from tests.benchmarks import measure, references
 from trainer import losses
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.loss_terms import Anchors, Candidates
 
 _NUM_DIMENSIONS = 128
 _MARGIN = 0.2

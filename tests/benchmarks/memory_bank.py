@@ -23,10 +23,10 @@ import tensorflow as tf
 
 from trainer import losses
 from trainer.distribute.collectives import OneReplica
-from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
-from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
+from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
 from trainer.losses.distances import cosine_similarity
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.loss_terms import Anchors, Candidates
+from trainer.losses.tiled_loss import AnchorTerms, AnchorwiseLoss
 
 _BATCH, _BANK, _NUM_DIMENSIONS = 256, 65_536, 128
 _NUM_CLASSES, _SAMPLES_PER_CLASS = 16_384, 4

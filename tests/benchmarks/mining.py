@@ -19,14 +19,13 @@ import numpy as np
 import tensorflow as tf
 
 from tests.benchmarks import measure
-from trainer.data.members import MemberTable, from_labels
-from trainer.data.schedule import PKSchedule
-from trainer.mining import class_neighbours
-from trainer.mining import items as items_lib
-from trainer.mining.examples import ExampleMining
-from trainer.mining.nearest_items import NearestItems, room_for
-from trainer.mining.neighbouring_classes import with_neighbouring_classes
-from trainer.mining.windows import RankWindow
+from trainer.data.index_arrays import MemberTable, members_from_labels
+from trainer.data.samplers import PKSchedule
+from trainer.mining import corpus, corpus_search
+from trainer.mining.corpus_search import NearestItems, room_for
+from trainer.mining.mined_examples import ExampleMining
+from trainer.mining.mined_samplers import with_neighbouring_classes
+from trainer.mining.negative_windows import RankWindow
 from trainer.retrieval import faiss_index
 
 _NUM_DIMENSIONS, _PER_CLASS, _DEPTH = 128, 20, 50
@@ -65,7 +64,7 @@ def _examples(num_items: int) -> None:
     return run_and_count
 
   def search_by(kind):
-    index = faiss_index.build(embeddings, kind)
+    index = faiss_index.build_index(embeddings, kind)
     return index.search(embeddings, num_neighbours + 1)[1]
 
   kind, _ = a_round()
@@ -94,13 +93,13 @@ def _corpus(num_items: int) -> tuple[np.ndarray, Callable[[], tuple[str, Any]]]:
   noise = rng.standard_normal((num_items, _NUM_DIMENSIONS), np.float32)
   embeddings = centres[labels] + noise
   embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True)
-  table = from_labels(labels, len(centres))
+  table = members_from_labels(labels, len(centres))
   classes = np.arange(len(centres), dtype=np.int32)
   contents = np.arange(num_items, dtype=np.uint64)
   mining = ExampleMining(window=RankWindow(first=5, last=_DEPTH))
 
   def a_round():
-    items = items_lib.draw(table, classes, None, 0)
+    items = corpus.draw_items(table, classes, None, 0)
     nearest = NearestItems(embeddings, "auto")
     return nearest.kind, mining.mine(embeddings, items, contents, nearest)
 
@@ -139,7 +138,7 @@ def _classes(num_classes: int) -> None:
   found = {}
 
   def find():
-    found["neighbours"] = class_neighbours.find(
+    found["neighbours"] = corpus_search.find_class_neighbours(
       means,
       ids,
       num_classes=num_classes,

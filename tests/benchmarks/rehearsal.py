@@ -17,8 +17,7 @@ import time
 import tensorflow as tf
 from absl import app
 
-from trainer.models.applications import KerasApplication
-from trainer.models.backbones import ConvNet
+from trainer.models.backbones import ConvNet, KerasApplication
 from trainer.models.encoder import Encoder
 
 _SHAPE, _NUM_ROUNDS = (64, 64, 3), 3

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tests.benchmarks import measure
-from trainer.retrieval.search import nearest
+from trainer.retrieval.knn import nearest
 
 _NUM_NEIGHBOURS = 100
 

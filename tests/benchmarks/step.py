@@ -16,22 +16,21 @@ import numpy as np
 import tensorflow as tf
 from absl import app, flags
 
-from trainer.data import writer
-from trainer.data.decode import ImageDecoder
+from trainer.data import ingestion
+from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import Item, encode_png
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item, encode_png
 from trainer.distribute.collectives import current_collectives
-from trainer.distribute.objective import across_replicas
-from trainer.distribute.replica_batches import ReplicaBatches
-from trainer.distribute.strategy import make_strategy
-from trainer.loop.inner import InnerLoop
-from trainer.loop.step import TrainStep
+from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.losses import BatchAllTripletLoss
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.run import Hardware
+from trainer.training.loop import InnerLoop
+from trainer.training.step import TrainStep
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 28, "Height and width, pixels.")
 _NUM_REPLICAS = flags.DEFINE_integer("num_replicas", 1, "Virtual replicas.")
@@ -41,7 +40,7 @@ _NUM_STEPS, _NUM_ROUNDS = 30, 5
 def main(_):
   strategy = make_strategy(Hardware("auto", _NUM_REPLICAS.value))
   with tempfile.TemporaryDirectory() as folder, strategy.scope():
-    writer.write_records(_items(), folder, records_per_shard=1000, fingerprint={})
+    ingestion.write_records(_items(), folder, records_per_shard=1000, fingerprint={})
     whole, bare = _loops(strategy, RecordIndex.open(folder))
     for loop in (whole, bare):
       loop(2)  # Traces it.

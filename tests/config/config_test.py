@@ -4,7 +4,8 @@ import gin
 import pytest
 
 from tests.config import toy_parts
-from trainer import config, errors
+from trainer import errors
+from trainer.config import run_config
 
 RUN = """
 # What must be set: nothing.
@@ -26,7 +27,7 @@ def run_file(tmp_path):
 
 
 def _read(*params, files=()):
-  return config.read([str(f) for f in files], params, roots=toy_parts.ROOTS)
+  return run_config.read([str(f) for f in files], params, roots=toy_parts.ROOTS)
 
 
 def test_values_are_those_the_roots_receive(run_file):
@@ -38,14 +39,14 @@ def test_values_are_those_the_roots_receive(run_file):
 
 
 def test_gin_receives_what_was_read(run_file):
-  config.load([str(run_file)], ["toy_train.steps = 30"], roots=toy_parts.ROOTS)
+  run_config.load([str(run_file)], ["toy_train.steps = 30"], roots=toy_parts.ROOTS)
   _, loss, steps, *_ = toy_parts.toy_train("run")
   assert (loss.margin, steps) == (0.5, 30)
 
 
 def test_loading_replaces_what_gin_held(run_file):
   gin.bind_parameter("OtherToyLoss.scale", 3.0)
-  config.load([str(run_file)], roots=toy_parts.ROOTS)
+  run_config.load([str(run_file)], roots=toy_parts.ROOTS)
   assert toy_parts.ToyLoss is not None
   assert "OtherToyLoss" not in gin.config_str()
 
@@ -96,13 +97,13 @@ def test_binds_tells_whether_a_root_is_configured(run_file):
 def test_diff_tells_each_value_before_and_now(run_file):
   before = _read(files=[run_file])
   now = _read("MARGIN = 0.6", "toy_train.data = None", files=[run_file])
-  assert config.diff(before.values, now.values) == [
+  assert run_config.diff(before.values, now.values) == [
     "toy_train.data: unset before, None now",
     "toy_train.loss.margin: 0.5 before, 0.6 now",
   ]
-  assert config.diff(now.values, now.values) == []
+  assert run_config.diff(now.values, now.values) == []
 
 
 def test_a_needed_root_must_have_all_it_requires(run_file):
   with pytest.raises(errors.UserError, match=r"toy_evaluate\.data must be set"):
-    config.read([str(run_file)], roots=toy_parts.ROOTS, needed=["toy_evaluate"])
+    run_config.read([str(run_file)], roots=toy_parts.ROOTS, needed=["toy_evaluate"])

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from tests.config import toy_parts
-from trainer import config, errors
+from trainer import errors
+from trainer.config import run_config
 
 GOOD = "toy_train.loss = @ToyLoss()\nToyLoss.margin = 0.5\n"
 
@@ -15,7 +16,7 @@ def lint(tmp_path):
   def read(text: str) -> str:
     (tmp_path / "run.gin").write_text(text)
     with pytest.raises(errors.UserError) as refusal:
-      config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+      run_config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
     message = str(refusal.value)
     assert "\n" not in message
     return message.replace(f"{tmp_path}/", "")
@@ -108,13 +109,13 @@ def test_missing_parameter_names_the_flag_that_sets_it(lint):
 
 def test_position_argument_of_an_uncalled_part_is_the_callers(tmp_path):
   (tmp_path / "run.gin").write_text(GOOD + "toy_train.data = @ToyPipeline")
-  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+  read = run_config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
   assert read.values["toy_train.data"] == "@ToyPipeline"
 
 
 def test_import_of_the_package_is_followed(tmp_path):
   (tmp_path / "run.gin").write_text("import trainer.errors\n" + GOOD)
-  read = config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
+  read = run_config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
   assert read.text.startswith("import trainer.errors  #")
 
 
@@ -127,7 +128,7 @@ def overrides(tmp_path, caplog):
       (tmp_path / name).write_text(text)
     caplog.set_level("DEBUG", logger="absl")
     paths = [str(tmp_path / name) for name in names or ["run.gin"]]
-    values = config.read(paths, roots=toy_parts.ROOTS).values
+    values = run_config.read(paths, roots=toy_parts.ROOTS).values
     lines = [r.getMessage().replace(f"{tmp_path}/", "") for r in caplog.records]
     levels = [r.levelname for r in caplog.records]
     return values["toy_train.loss.margin"], list(zip(levels, lines))
@@ -215,7 +216,7 @@ def test_two_includes_that_agree_are_not_mentioned(overrides):
 def test_override_by_flag_is_no_warning(tmp_path, caplog):
   (tmp_path / "run.gin").write_text(GOOD)
   params = ["ToyLoss.margin = 0.7", "ToyLoss.margin = 0.8"]
-  read = config.read([str(tmp_path / "run.gin")], params, roots=toy_parts.ROOTS)
+  read = run_config.read([str(tmp_path / "run.gin")], params, roots=toy_parts.ROOTS)
   assert read.values["toy_train.loss.margin"] == "0.8"
   assert caplog.messages == []
 
@@ -223,6 +224,6 @@ def test_override_by_flag_is_no_warning(tmp_path, caplog):
 def test_import_of_another_package_is_followed_where_it_is_allowed(tmp_path):
   (tmp_path / "run.gin").write_text("import tests.config.toy_parts\n" + GOOD)
   run_file, roots = [str(tmp_path / "run.gin")], toy_parts.ROOTS
-  assert config.read(run_file, roots=roots, allowed_imports=["tests.config"])
+  assert run_config.read(run_file, roots=roots, allowed_imports=["tests.config"])
   with pytest.raises(errors.UserError, match=r"--allow_gin_import=tests\.config\.toy"):
-    config.read(run_file, roots=roots, allowed_imports=["tests.conf"])
+    run_config.read(run_file, roots=roots, allowed_imports=["tests.conf"])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.config import toy_parts
-from trainer import config
+from trainer.config import run_config
 
 
 def _load(*params):
-  return config.load([], params, roots=toy_parts.ROOTS)
+  return run_config.load([], params, roots=toy_parts.ROOTS)
 
 
 def test_scoped_twins_get_their_own_bindings():

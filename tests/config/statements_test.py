@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from trainer import errors
-from trainer.config import statements
+from trainer.config import gin_statements
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
 
 def _refusal(*args):
   with pytest.raises(errors.UserError) as refusal:
-    statements.read(*args)
+    gin_statements.read_statements(*args)
   assert "\n" not in str(refusal.value)
   return str(refusal.value)
 
@@ -25,7 +25,7 @@ def _refusal(*args):
 def test_include_is_found_beside_the_file_that_names_it(folder):
   (folder / "models" / "m.gin").write_text("M.x = 1\n")
   (folder / "runs" / "r.gin").write_text("include '../models/m.gin'\nR.y = 2\n")
-  read = statements.read([str(folder / "runs" / "r.gin")], [])
+  read = gin_statements.read_statements([str(folder / "runs" / "r.gin")], [])
   assert [str(statement) for statement in read] == ["M.x = 1", "R.y = 2"]
   assert read[0].origin == f"{folder}/models/m.gin:1"
 
@@ -33,21 +33,21 @@ def test_include_is_found_beside_the_file_that_names_it(folder):
 def test_include_is_found_from_the_working_directory(folder):
   (folder / "elsewhere" / "m.gin").write_text("M.x = 1\n")
   (folder / "runs" / "r.gin").write_text("include 'm.gin'\n")
-  read = statements.read(["../runs/r.gin"], [])
+  read = gin_statements.read_statements(["../runs/r.gin"], [])
   assert read[0].origin == "m.gin:1"
 
 
 def test_flags_come_after_files(folder):
   (folder / "r.gin").write_text("R.y = 2\n")
-  read = statements.read(["../r.gin"], ["R.y = 3"])
+  read = gin_statements.read_statements(["../r.gin"], ["R.y = 3"])
   assert [statement.value for statement in read] == [2, 3]
   assert read[1].origin == "--gin_param='R.y = 3'"
 
 
 def test_values_are_written_as_gin_reads_them(folder):
   text = "a/b/R.y = [@s/X(), @X, (%M,), {'k': -1.5e-07}, 'it\\'s', None, True]"
-  (read,) = statements.read([], [text])
-  (again,) = statements.read([], [str(read)])
+  (read,) = gin_statements.read_statements([], [text])
+  (again,) = gin_statements.read_statements([], [str(read)])
   assert str(again) == str(read)
   assert again.value == read.value
 

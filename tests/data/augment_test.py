@@ -6,15 +6,23 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
-from trainer.data.augment import Augmentation, Blur, Colour, Cutout, Flip
-from trainer.data.augment_geometry import CropAndResize, Rotation, Shift
-from trainer.data.decode import ImageDecoder
+from trainer.data import ingestion
+from trainer.data.augment import (
+  Augmentation,
+  Blur,
+  Colour,
+  CropAndResize,
+  Cutout,
+  Flip,
+  Rotation,
+  RowRandom,
+  Shift,
+)
+from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.row_random import RowRandom
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import Item, encode_png
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
 _CHANGES = [
@@ -198,7 +206,7 @@ def index(tmp_path_factory):
     Item(str(n), str(n % 6), encode_png(rng.integers(0, 256, (8, 8)).astype(np.uint8)))
     for n in range(30)
   ]
-  writer.write_records(items, folder, records_per_shard=30, fingerprint={})
+  ingestion.write_records(items, folder, records_per_shard=30, fingerprint={})
   return RecordIndex.open(folder)
 
 

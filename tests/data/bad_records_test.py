@@ -6,15 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
-from trainer.data.bad_records import Replacements, reason_of
-from trainer.data.dataset import Dataset
-from trainer.data.decode import ImageDecoder
+from trainer.data import ingestion
+from trainer.data.dataset import Dataset, ListSplit
+from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
-from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import Item, encode_png
-from trainer.data.split import ListSplit
+from trainer.data.records import RecordIndex, Replacements, reason_of
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
 _DECODER = ImageDecoder(height=4, width=4, channels=1)
@@ -29,7 +27,7 @@ def folder(tmp_path):
     for n in range(30)
   ]
   items[_UNDECODABLE] = Item("none", "c1", features={"x": 1})
-  writer.write_records(items, str(tmp_path), records_per_shard=30, fingerprint={})
+  ingestion.write_records(items, str(tmp_path), records_per_shard=30, fingerprint={})
   start = int(np.load(tmp_path / "index" / "offsets.npy")[_CORRUPT])
   path = tmp_path / "records-00000.tfrecord"
   content = bytearray(path.read_bytes())
@@ -98,7 +96,7 @@ def test_a_class_without_any_good_record_is_refused(tmp_path):
     Item(str(n), "ab"[n % 2], encode_png(np.eye(4, dtype=np.uint8))) for n in range(6)
   ]
   items[1::2] = [Item(str(n), "b", features={"x": 1}) for n in range(3)]
-  writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+  ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   replacements = Replacements(RecordIndex.open(str(tmp_path)), _DECODER)
   with pytest.raises(UserError, match="Class 'b' has no record that can be read"):
     replacements.replace(np.array([0, 1]))
@@ -155,7 +153,7 @@ def test_a_class_without_any_good_record_is_named_from_within_the_pipeline(tmp_p
     Item(str(n), "ab"[n % 2], encode_png(np.eye(4, dtype=np.uint8))) for n in range(6)
   ]
   items[1::2] = [Item(str(n), "b", features={"x": 1}) for n in range(3)]
-  writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+  ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   index = RecordIndex.open(str(tmp_path))
   schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
   batches = Batches(

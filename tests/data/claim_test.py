@@ -14,11 +14,12 @@ import time
 
 import pytest
 
-from trainer.data import claim, folder_lock, paths, writer
-from trainer.data.claim import Claim, claiming
+from trainer.data import ingestion
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item
+from trainer.data.sources.source import Item
 from trainer.errors import UserError
+from trainer.runtime import filesystem, lease
+from trainer.runtime.lease import Lease, holding_lease
 
 
 @pytest.fixture(params=["here", "elsewhere"])
@@ -26,27 +27,29 @@ def folder(request, tmp_path):
   """A folder of this machine's file system, and one that is not."""
   name = re.sub("[^a-z0-9]+", "-", request.node.name)
   path = str(tmp_path) if request.param == "here" else f"ram://claims-{name}"
-  paths.make_folder(path)
+  filesystem.make_folder(path)
   return path
 
 
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
-  monkeypatch.setattr(claim, "_TOUCH_S", 0.05)
-  monkeypatch.setattr(claim, "_LOOK_S", 0.01)
-  monkeypatch.setattr(claim, "_SILENCE_S", 1.0)
+  monkeypatch.setattr(lease, "_TOUCH_S", 0.05)
+  monkeypatch.setattr(lease, "_LOOK_S", 0.01)
+  monkeypatch.setattr(lease, "_SILENCE_S", 1.0)
 
 
 def _claims(folder):
-  return [name for name in paths.list_folder(folder) if name.startswith(".in-use-")]
+  return [
+    name for name in filesystem.list_folder(folder) if name.startswith(".in-use-")
+  ]
 
 
 def _put(folder, name="other", **changes):
   """The claim of another process, and its path; by default on another machine."""
-  own = Claim("other", "another machine", 7, "yesterday", "training in")
+  own = Lease("other", "another machine", 7, "yesterday", "training in")
   content = json.dumps({**dataclasses.asdict(own), **changes})
   path = f"{folder}/.in-use-{name}.json"
-  paths.write_bytes(path, content.encode())
+  filesystem.write_bytes(path, content.encode())
   return path
 
 
@@ -59,15 +62,15 @@ def process():
 
 def test_a_folder_is_claimed_while_it_is_used_and_no_longer(folder):
   for _ in range(2):
-    with claiming(folder, "training in"):
+    with holding_lease(folder, "training in"):
       assert len(_claims(folder)) == 1
     assert not _claims(folder)
 
 
 def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
-  _put(folder, host="mine", machine=claim._machine(), pid=process.pid)
+  _put(folder, host="mine", machine=lease._machine(), pid=process.pid)
   words = f"process {process.pid} of mine is training in {folder} since yesterday; "
-  with pytest.raises(UserError, match=words), claiming(folder, "training in"):
+  with pytest.raises(UserError, match=words), holding_lease(folder, "training in"):
     pass
   assert _claims(folder) == [".in-use-other.json"]
 
@@ -75,14 +78,14 @@ def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
 def test_who_touches_its_claim_from_another_machine_is_named(folder):
   path = _put(folder)
   is_over = threading.Event()
-  own = claim._OwnClaim(folder, "training in")
+  own = lease._OwnClaim(folder, "training in")
   own.path = path
-  own._claim = Claim("other", "another machine", 7, "yesterday", "training in")
-  thread = threading.Thread(target=claim._touch, args=(own, is_over))
+  own._claim = Lease("other", "another machine", 7, "yesterday", "training in")
+  thread = threading.Thread(target=lease._touch, args=(own, is_over))
   thread.start()
   try:
     words = "process 7 of other"
-    with pytest.raises(UserError, match=words), claiming(folder, "training in"):
+    with pytest.raises(UserError, match=words), holding_lease(folder, "training in"):
       pass
   finally:
     is_over.set()
@@ -92,12 +95,12 @@ def test_who_touches_its_claim_from_another_machine_is_named(folder):
 def test_who_is_gone_from_this_machine_is_passed_over_at_once(
   folder, process, caplog, monkeypatch
 ):
-  monkeypatch.setattr(claim, "_SILENCE_S", 3600.0)
+  monkeypatch.setattr(lease, "_SILENCE_S", 3600.0)
   process.kill()
   process.wait()
   for pid in (process.pid, os.getpid(), 2**80):  # A container counts anew.
-    _put(folder, str(pid), machine=claim._machine(), pid=pid)
-  with claiming(folder, "training in"):
+    _put(folder, str(pid), machine=lease._machine(), pid=pid)
+  with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1
   assert caplog.text.count("of a process that is gone") == 3
 
@@ -105,10 +108,10 @@ def test_who_is_gone_from_this_machine_is_passed_over_at_once(
 def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
   tmp_path, process, monkeypatch
 ):
-  path = _put(tmp_path, machine=claim._machine(), pid=process.pid)
+  path = _put(tmp_path, machine=lease._machine(), pid=process.pid)
   os.utime(path, (time.time() - 3600,) * 2)
-  monkeypatch.setattr(claim, "_SILENCE_S", 1800.0)
-  with claiming(str(tmp_path), "training in"):
+  monkeypatch.setattr(lease, "_SILENCE_S", 1800.0)
+  with holding_lease(str(tmp_path), "training in"):
     assert not os.path.exists(path)
 
 
@@ -116,10 +119,10 @@ def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
   folder, monkeypatch
 ):
   path = _put(folder)
-  monkeypatch.setattr(claim, "_SILENCE_S", 0.2)
+  monkeypatch.setattr(lease, "_SILENCE_S", 0.2)
   start_s = time.monotonic()
-  with claiming(folder, "training in"):
-    assert not paths.exists(path)
+  with holding_lease(folder, "training in"):
+    assert not filesystem.exists(path)
   assert time.monotonic() - start_s > 0.15
 
 
@@ -127,16 +130,16 @@ def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
   "content", [b"", b"[1]", b'{"pid": "x"}', b"\xff", b" " * 10**5]
 )
 def test_a_claim_that_says_nothing_ends_by_its_silence(folder, content, monkeypatch):
-  monkeypatch.setattr(claim, "_SILENCE_S", 0.1)
-  paths.write_bytes(f"{folder}/.in-use-x.json", content)
-  with claiming(folder, "training in"):
+  monkeypatch.setattr(lease, "_SILENCE_S", 0.1)
+  filesystem.write_bytes(f"{folder}/.in-use-x.json", content)
+  with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1
 
 
 def test_a_claim_that_is_removed_by_hand_is_put_back(folder):
-  with claiming(folder, "training in"):
+  with holding_lease(folder, "training in"):
     [name] = _claims(folder)
-    paths.remove(f"{folder}/{name}")
+    filesystem.remove(f"{folder}/{name}")
     end_s = time.monotonic() + 20
     while _claims(folder) != [name]:
       assert time.monotonic() < end_s
@@ -150,7 +153,7 @@ def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
   def come():
     start.wait()
     try:
-      with claiming(folder, "training in"):
+      with holding_lease(folder, "training in"):
         inside.append(1)
         seen.append(len(inside))
         time.sleep(0.3)
@@ -159,7 +162,7 @@ def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
       pass
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(claim, "_machine", lambda: f"machine {threading.get_ident()}")
+    patch.setattr(lease, "_machine", lambda: f"machine {threading.get_ident()}")
     threads = [threading.Thread(target=come) for _ in range(8)]
     for thread in threads:
       thread.start()
@@ -179,7 +182,7 @@ def test_of_threads_of_one_process_exactly_one_has_the_folder(folder, round_numb
   def come():
     start.wait()
     try:
-      with claiming(folder, "writing into"):
+      with holding_lease(folder, "writing into"):
         inside.append(1)
         assert all_came.wait(30)
     except UserError as error:
@@ -199,19 +202,19 @@ def test_of_threads_of_one_process_exactly_one_has_the_folder(folder, round_numb
 
 
 def test_a_claim_that_is_not_settled_gives_way_to_one_whose_name_comes_first(folder):
-  path = _put(folder, "zzz", machine=claim._machine(), pid=1, is_settled=False)
-  gone = threading.Timer(0.2, lambda: paths.remove(path))
+  path = _put(folder, "zzz", machine=lease._machine(), pid=1, is_settled=False)
+  gone = threading.Timer(0.2, lambda: filesystem.remove(path))
   gone.start()
-  with claiming(folder, "writing into"):
+  with holding_lease(folder, "writing into"):
     assert len(_claims(folder)) == 1
   gone.join()
 
 
 def test_a_claim_whose_name_comes_first_is_left_though_it_is_not_settled(folder):
-  _put(folder, "", machine=claim._machine(), pid=1, is_settled=False)
+  _put(folder, "", machine=lease._machine(), pid=1, is_settled=False)
   with (
     pytest.raises(UserError, match="process 1 of other"),
-    claiming(folder, "writing into"),
+    holding_lease(folder, "writing into"),
   ):
     pass
 
@@ -222,27 +225,27 @@ def test_a_folder_that_can_not_be_written_to_is_read_without_a_claim(
   def refuse(path, content):
     raise OSError(errno.EROFS, "Read-only file system", path)
 
-  monkeypatch.setattr(paths, "replace_file", refuse)
-  with folder_lock.alone_in(str(tmp_path), "indexing"):
+  monkeypatch.setattr(filesystem, "replace_file", refuse)
+  with lease.locked_folder(str(tmp_path), "indexing"):
     assert not _claims(str(tmp_path))
 
 
 def test_a_lock_is_not_lost_to_those_who_look_whether_it_is_held(tmp_path):
   path = str(tmp_path / "lock")
-  with folder_lock.try_lock(path):
+  with lease.try_lock(path):
     pass
   is_over = threading.Event()
 
   def look():
     while not is_over.is_set():
-      folder_lock.is_locked(path)
+      lease.is_locked(path)
 
   threads = [threading.Thread(target=look) for _ in range(2)]
   for thread in threads:
     thread.start()
   lost = 0
   for _ in range(500):
-    file = folder_lock.try_lock(path)
+    file = lease.try_lock(path)
     lost += file is None
     if file is not None:
       file.close()
@@ -254,22 +257,22 @@ def test_a_lock_is_not_lost_to_those_who_look_whether_it_is_held(tmp_path):
 
 def test_a_lock_that_is_held_is_seen_and_refused(tmp_path):
   path = str(tmp_path / "lock")
-  assert not folder_lock.is_locked(path)
-  with folder_lock.try_lock(path):
-    assert folder_lock.is_locked(path)
-    assert folder_lock.try_lock(path) is None
-  assert not folder_lock.is_locked(path)
+  assert not lease.is_locked(path)
+  with lease.try_lock(path):
+    assert lease.is_locked(path)
+    assert lease.try_lock(path) is None
+  assert not lease.is_locked(path)
 
 
 def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
   def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
-  monkeypatch.setattr(folder_lock.fcntl, "flock", refuse)
+  monkeypatch.setattr(lease.fcntl, "flock", refuse)
   path = str(tmp_path / "lock")
   with pytest.raises(UserError, match=r"can't be locked \(No locks available"):
-    folder_lock.try_lock(path)
-  with folder_lock.alone_in(str(tmp_path), "embedding into"):  # Needs none.
+    lease.try_lock(path)
+  with lease.locked_folder(str(tmp_path), "embedding into"):  # Needs none.
     assert len(_claims(str(tmp_path))) == 1
 
 
@@ -294,7 +297,7 @@ def test_a_process_that_stood_still_until_another_came_is_ended(tmp_path):
     assert first.stdout.readline() == "in\n"
     first.send_signal(19)  # SIGSTOP
     time.sleep(1.1)
-    with claiming(str(tmp_path), "training in"):
+    with holding_lease(str(tmp_path), "training in"):
       first.send_signal(18)  # SIGCONT
       assert first.wait(20) == 2
     words = first.stderr.read()
@@ -308,15 +311,15 @@ def test_a_second_writer_of_data_elsewhere_is_told_who_the_first_is():
   ]
 
   def write():
-    writer.write_records(items, folder, records_per_shard=5, fingerprint={})
+    ingestion.write_records(items, folder, records_per_shard=5, fingerprint={})
 
-  paths.make_folder(folder)
+  filesystem.make_folder(folder)
   path = _put(
-    folder, machine=claim._machine(), pid=os.getppid(), doing="ingesting into"
+    folder, machine=lease._machine(), pid=os.getppid(), doing="ingesting into"
   )
   with pytest.raises(UserError, match="is ingesting into ram://claimed-data since"):
     write()
-  paths.remove(path)
+  filesystem.remove(path)
   write()
   assert RecordIndex.open(folder).num_records == 8
   assert not _claims(folder)

@@ -7,10 +7,9 @@ import collections
 import numpy as np
 import pytest
 
-from trainer.data.class_stream import EqualClasses, WeightedClasses
-from trainer.data.class_weights import SizeWeights
-from trainer.data.members import from_labels
-from trainer.data.schedule import PKSchedule
+from trainer.data.class_sampling import EqualClasses, SizeWeights, WeightedClasses
+from trainer.data.index_arrays import members_from_labels
+from trainer.data.samplers import PKSchedule
 from trainer.errors import UserError
 
 
@@ -54,7 +53,7 @@ def test_steps_drawn_together_are_those_drawn_alone(stream):
 
 def test_with_power_one_an_epoch_has_every_record_once():
   sizes = [4, 8, 16, 2, 40, 12]
-  table = from_labels(np.repeat(np.arange(6), sizes).astype(np.int32), 6)
+  table = members_from_labels(np.repeat(np.arange(6), sizes).astype(np.int32), 6)
   schedule = PKSchedule(
     table, classes_per_batch=1, samples_per_class=2, seed=0, weights=SizeWeights()
   )

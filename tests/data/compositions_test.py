@@ -7,13 +7,13 @@ import functools
 import numpy as np
 import pytest
 
-from trainer.data.compositions import (
+from trainer.data.index_arrays import members_from_labels
+from trainer.data.samplers import (
   OneGroupSchedule,
+  PKSchedule,
   with_hard_classes,
   with_lone_images,
 )
-from trainer.data.members import from_labels
-from trainer.data.schedule import PKSchedule
 from trainer.errors import UserError
 
 
@@ -21,7 +21,7 @@ class _Index:
   def __init__(self, sizes, class_names=None):
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     self.labels = labels
-    self.member_table = from_labels(labels, len(sizes))
+    self.member_table = members_from_labels(labels, len(sizes))
     self.num_classes = len(sizes)
     self.members = self.member_table.members
     self.class_names = class_names or [f"class {n}" for n in range(len(sizes))]

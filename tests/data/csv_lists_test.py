@@ -8,15 +8,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
+from trainer.cli.ingest import ingest
+from trainer.data import ingestion
 from trainer.data.csv_file import CsvFile
-from trainer.data.record_names import record_names
-from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, encode_png
-from trainer.data.sources_manifest import ManifestSource
-from trainer.data.triplet_list import read_triplets
+from trainer.data.records import RecordIndex, record_names
+from trainer.data.sources.image_lists import ManifestSource
+from trainer.data.sources.source import Item, encode_png
+from trainer.data.triplet_sampler import read_triplets
 from trainer.errors import UserError
-from trainer.ingest import ingest
 
 _ROWS = [("im/0.png", "a"), ("im/1.png", "b")]
 
@@ -295,7 +294,7 @@ def _named_records(folder, keys):
   items = [
     Item(key, f"c{number % 2}", _image(number)) for number, key in enumerate(keys)
   ]
-  writer.write_records(items, str(folder / "r"), records_per_shard=9, fingerprint={})
+  ingestion.write_records(items, str(folder / "r"), records_per_shard=9, fingerprint={})
   return RecordIndex.open(str(folder / "r"))
 
 

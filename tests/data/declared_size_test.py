@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import declared_size, image_head
-from trainer.data.bad_records import reason_of
-from trainer.data.dataset import Dataset
-from trainer.data.decode import ImageDecoder
-from trainer.data.in_place import index_records
+from trainer.data import image_formats, images
+from trainer.data.dataset import Dataset, ListSplit
+from trainer.data.images import ImageDecoder
+from trainer.data.indexing import index_records
 from trainer.data.pipeline import Shard
-from trainer.data.schedule import PKSchedule
-from trainer.data.split import ListSplit
+from trainer.data.records import reason_of
+from trainer.data.samplers import PKSchedule
 from trainer.errors import UserError
 
 _WIDTH, _HEIGHT = 20_000, 30_011
@@ -78,16 +77,16 @@ _FILES = {
 
 
 def test_sizes_are_those_that_the_heads_say():
-  heads = [image_head.read(file) for file in _FILES.values()]
+  heads = [image_formats.read_image_head(file) for file in _FILES.values()]
   expected = [0 if head is None else head.width * head.height for head in heads]
-  sizes = declared_size.read(tf.constant(list(_FILES.values()))).num_pixels
+  sizes = images.read_declared_size(tf.constant(list(_FILES.values()))).num_pixels
   assert dict(zip(_FILES, sizes.numpy())) == dict(zip(_FILES, expected))
   assert sorted(set(expected)) == [0, 16_000 * 16_001, _WIDTH * _HEIGHT]
 
 
 def test_a_jpeg_that_has_no_size_is_an_error():
   with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG"):
-    declared_size.read(tf.constant([b"\xff\xd8\xff" + bytes(40)]))
+    images.read_declared_size(tf.constant([b"\xff\xd8\xff" + bytes(40)]))
 
 
 def _record(label, file):

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from trainer.data import writer
+from trainer.data import ingestion
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item
+from trainer.data.sources.source import Item
 from trainer.errors import UserError
 
 _NUM_RECORDS = 23
@@ -22,7 +22,7 @@ def folder(tmp_path):
     Item(f"key {n}", ("a", "Ähre", "b 1")[n % 3], features={"number": n})
     for n in range(_NUM_RECORDS)
   ]
-  writer.write_records(items, str(tmp_path), records_per_shard=5, fingerprint={})
+  ingestion.write_records(items, str(tmp_path), records_per_shard=5, fingerprint={})
   return tmp_path
 
 

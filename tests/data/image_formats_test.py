@@ -12,10 +12,9 @@ import tensorflow as tf
 from PIL import Image, ImageOps, PngImagePlugin
 
 from trainer.data import image_formats, orientation
-from trainer.data.decode import ImageDecoder
-from trainer.data.prepare import Preparer
-from trainer.data.resize import Resize
-from trainer.data.sources import Item
+from trainer.data.example_encoder import ExampleEncoder, Resize
+from trainer.data.images import ImageDecoder
+from trainer.data.sources.source import Item
 from trainer.errors import UserError
 
 
@@ -120,7 +119,7 @@ def _decoded(file, shape, **options):
 
 
 def _ingested(file, **options):
-  record = Preparer(max_pixels=10**6, **options)(Item("picture", "a", file))
+  record = ExampleEncoder(max_pixels=10**6, **options)(Item("picture", "a", file))
   example = tf.train.Example.FromString(record.data)
   return example.features.feature["image"].bytes_list.value[0]
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import folder_lock, framing, in_place, plain_pass, scan
-from trainer.data.in_place import RecordsInPlace, index_records
+from trainer.cli.ingest import ingest
+from trainer.data import indexing, tfrecord
+from trainer.data.indexing import ExistingTFRecords, index_records
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
-from trainer.ingest import ingest
+from trainer.runtime import lease
 
 
 def _example(**features):
@@ -83,7 +84,7 @@ def test_a_pattern_names_the_shards(folder):
 
 def test_the_mode_ingest_indexes_in_place(folder, caplog):
   caplog.set_level("INFO")
-  ingest(source=RecordsInPlace(label_feature="y"), folder=str(folder))
+  ingest(source=ExistingTFRecords(label_feature="y"), folder=str(folder))
   assert RecordIndex.open(str(folder)).num_records == 63
   assert "63 records of 5 classes" in caplog.text
 
@@ -100,8 +101,10 @@ def test_new_shards_are_added_without_reading_the_old(folder, monkeypatch):
   names = list(old.class_names)
   _write(folder / "a first.tfrecord", _labelled([b"class 3", b"a new", b"class 1"]))
   scanned = []
-  true_scan = scan.scan
-  monkeypatch.setattr(scan, "scan", lambda *a: scanned.append(a[1]) or true_scan(*a))
+  true_scan = indexing.scan_shard
+  monkeypatch.setattr(
+    indexing, "scan_shard", lambda *a: scanned.append(a[1]) or true_scan(*a)
+  )
   index = index_records(str(folder), label_feature="y")
   assert scanned == ["a first.tfrecord"]
   assert list(index.class_names) == [*names, "a new"]
@@ -114,7 +117,7 @@ def test_new_shards_are_added_without_reading_the_old(folder, monkeypatch):
 
 def test_an_index_that_is_whole_is_left(folder, monkeypatch):
   index_records(str(folder), label_feature="y")
-  monkeypatch.setattr(in_place, "write_index", None)
+  monkeypatch.setattr(indexing, "write_index", None)
   assert index_records(str(folder), label_feature="y").num_records == 63
 
 
@@ -230,7 +233,7 @@ def test_a_missing_folder_is_named(tmp_path):
 
 def test_the_second_process_that_indexes_is_told(folder):
   with (
-    folder_lock.alone_in(str(folder), "indexing"),
+    lease.locked_folder(str(folder), "indexing"),
     pytest.raises(UserError, match=f"process {os.getpid()} of .* is indexing"),
   ):
     index_records(str(folder), label_feature="y")
@@ -283,8 +286,10 @@ def test_only_a_shard_with_another_time_is_read_again(folder, monkeypatch):
   before = index_records(str(folder), label_feature="y")
   os.utime(folder / "part 1.tfrecord", (1, 1))
   scanned = []
-  true_scan = scan.scan
-  monkeypatch.setattr(scan, "scan", lambda *a: scanned.append(a[1]) or true_scan(*a))
+  true_scan = indexing.scan_shard
+  monkeypatch.setattr(
+    indexing, "scan_shard", lambda *a: scanned.append(a[1]) or true_scan(*a)
+  )
   for _ in range(2):
     index = index_records(str(folder), label_feature="y")
   assert scanned == ["part 1.tfrecord"]
@@ -294,7 +299,7 @@ def test_only_a_shard_with_another_time_is_read_again(folder, monkeypatch):
 
 def _forged(num_bytes):
   length = struct.pack("<Q", num_bytes)
-  return length + struct.pack("<I", framing.masked_crc(length)) + b"1234"
+  return length + struct.pack("<I", tfrecord.masked_crc(length)) + b"1234"
 
 
 @pytest.mark.parametrize("num_bytes", [1, 2**45, 2**64 - 1])
@@ -308,12 +313,12 @@ def test_a_forged_length_is_named(folder, num_bytes):
 def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
   expected = index_records(str(folder), label_feature="y")
   os.utime(folder / "part 1.tfrecord", (1, 1))
-  monkeypatch.setattr(scan, "_BATCH_BYTES", 100)
-  monkeypatch.setattr(plain_pass, "_CHUNK_BYTES", 50)
+  monkeypatch.setattr(indexing, "_BATCH_BYTES", 100)
+  monkeypatch.setattr(tfrecord, "_CHUNK_BYTES", 50)
   sizes = []
-  true_numbers_of = scan.Labels.numbers_of
+  true_numbers_of = indexing.Labels.numbers_of
   monkeypatch.setattr(
-    scan.Labels,
+    indexing.Labels,
     "numbers_of",
     lambda self, names: sizes.append(len(names)) or true_numbers_of(self, names),
   )

@@ -11,12 +11,12 @@ import pytest
 import tensorflow as tf
 from pyarrow import parquet
 
-from trainer.data.prepare import Preparer
+from trainer.cli.ingest import ingest
+from trainer.data.example_encoder import ExampleEncoder
 from trainer.data.records import RecordIndex
-from trainer.data.sources import encode_png
-from trainer.data.sources_tables import ParquetSource
+from trainer.data.sources.source import encode_png
+from trainer.data.sources.tables import ParquetSource
 from trainer.errors import UserError
-from trainer.ingest import ingest
 
 _NUM_ROWS = 12
 _LABELS = [f"c{n // 3}" for n in range(_NUM_ROWS)]
@@ -39,7 +39,7 @@ def _features(source):
   """What each record keeps beside image, label and key, as lists."""
   rows = []
   for number, item in enumerate(source.items()):
-    record = Preparer(max_pixels=100)(item)
+    record = ExampleEncoder(max_pixels=100)(item)
     found = tf.train.Example.FromString(record.data).features.feature
     assert (item.label, item.image) == (_LABELS[number], _image(number))
     further = {name: f for name, f in found.items() if name not in _RESERVED}
@@ -105,7 +105,7 @@ def test_an_empty_list_keeps_the_type_of_its_column(tmp_path):
   given = pa.array([[n] * (n % 2) for n in range(_NUM_ROWS)], pa.list_(pa.int32()))
   texts = pa.array([["a"] * (n % 2) for n in range(_NUM_ROWS)])
   first, *_ = _source(tmp_path, x=given, t=texts).items()
-  record = Preparer(max_pixels=100)(first).data
+  record = ExampleEncoder(max_pixels=100)(first).data
   found = tf.train.Example.FromString(record).features.feature
   assert found["x"].WhichOneof("kind") == "int64_list"
   assert found["t"].WhichOneof("kind") == "bytes_list"

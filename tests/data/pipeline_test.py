@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
-from trainer.data.decode import ImageDecoder, VectorDecoder
+from trainer.data import ingestion
+from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule, SequentialSchedule
-from trainer.data.sources import Item, encode_png
+from trainer.data.samplers import PKSchedule, SequentialSchedule
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
 _NUM_CLASSES, _NUM_EACH = 6, 5
@@ -32,7 +32,7 @@ def index(tmp_path_factory):
     Item(f"item {n}", f"class {n % _NUM_CLASSES}", encode_png(_image(n)))
     for n in range(_NUM_CLASSES * _NUM_EACH)
   ]
-  writer.write_records(items, folder, records_per_shard=7, fingerprint={})
+  ingestion.write_records(items, folder, records_per_shard=7, fingerprint={})
   return RecordIndex.open(folder)
 
 

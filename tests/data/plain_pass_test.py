@@ -7,19 +7,19 @@ import struct
 
 import pytest
 
-from trainer.data import framing, plain_pass
+from trainer.data import tfrecord
 
 
 def _forged(num_bytes):
   length = struct.pack("<Q", num_bytes)
-  return length + struct.pack("<I", framing.masked_crc(length)) + b"1234"
+  return length + struct.pack("<I", tfrecord.masked_crc(length)) + b"1234"
 
 
 def test_a_forged_length_is_named_in_a_plain_pass(tmp_path):
-  (tmp_path / "a").write_bytes(framing.frame(b"x") + _forged(2**45))
-  caught = pytest.raises(framing.FramingError, match="is cut short")
+  (tmp_path / "a").write_bytes(tfrecord.frame_record(b"x") + _forged(2**45))
+  caught = pytest.raises(tfrecord.FramingError, match="is cut short")
   with (tmp_path / "a").open("rb") as file, caught as damage:
-    list(plain_pass.records(file))
+    list(tfrecord.iterate_records(file))
   assert damage.value.number == 1
 
 
@@ -28,20 +28,20 @@ def test_a_plain_pass_is_the_same_whatever_is_read_at_once(
   tmp_path, monkeypatch, chunk_bytes
 ):
   expected = [os.urandom(n) for n in (0, 1, 3000, 0, 16, 40)]
-  (tmp_path / "a").write_bytes(b"".join(map(framing.frame, expected)))
-  monkeypatch.setattr(plain_pass, "_CHUNK_BYTES", chunk_bytes)
+  (tmp_path / "a").write_bytes(b"".join(map(tfrecord.frame_record, expected)))
+  monkeypatch.setattr(tfrecord, "_CHUNK_BYTES", chunk_bytes)
   with (tmp_path / "a").open("rb") as file:
-    assert list(plain_pass.records(file)) == expected
+    assert list(tfrecord.iterate_records(file)) == expected
 
 
 def test_records_before_a_damaged_one_are_given_by_a_plain_pass(tmp_path):
-  frames = [framing.frame(bytes([n])) for n in range(5)]
+  frames = [tfrecord.frame_record(bytes([n])) for n in range(5)]
   frames[3] = frames[3][:-1] + bytes([frames[3][-1] ^ 1])
   (tmp_path / "a").write_bytes(b"".join(frames))
   given = []
-  expected = pytest.raises(framing.FramingError, match="corrupt data")
+  expected = pytest.raises(tfrecord.FramingError, match="corrupt data")
   with (tmp_path / "a").open("rb") as file, expected as damage:
-    for record in plain_pass.records(file):
+    for record in tfrecord.iterate_records(file):
       given.append(record)
   assert given == [b"\0", b"\1", b"\2"]
   assert damage.value.number == 3

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import image_head
-from trainer.data.prepare import Preparer
-from trainer.data.resize import Resize
-from trainer.data.sources import Item, encode_png
+from trainer.data import image_formats
+from trainer.data.example_encoder import ExampleEncoder, Resize
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
 
@@ -47,7 +46,7 @@ def _bomb(width=20_000, height=20_000):
 
 
 def _prepared_image(item, **options):
-  record = Preparer(max_pixels=10_000, **options)(item)
+  record = ExampleEncoder(max_pixels=10_000, **options)(item)
   features = tf.train.Example.FromString(record.data).features.feature
   return features["image"].bytes_list.value[0]
 
@@ -55,7 +54,9 @@ def _prepared_image(item, **options):
 @pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
 def test_the_head_says_format_and_size(format_name):
   file = _encoded(format_name, _image())
-  assert image_head.read(file) == image_head.Head(format_name, 40, 60)
+  assert image_formats.read_image_head(file) == image_formats.ImageHead(
+    format_name, 40, 60
+  )
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
@@ -64,45 +65,47 @@ def test_the_head_of_each_kind_of_webp_says_the_size(options):
 
   file = io.BytesIO()
   Image.fromarray(_image()).save(file, "webp", **options)
-  assert image_head.read(file.getvalue()) == image_head.Head("webp", 40, 60)
+  assert image_formats.read_image_head(file.getvalue()) == image_formats.ImageHead(
+    "webp", 40, 60
+  )
 
 
 @pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
 def test_a_head_cut_anywhere_is_no_failure(format_name):
   file = _encoded(format_name, _image())
   for length in range(64):
-    head = image_head.read(file[:length])
+    head = image_formats.read_image_head(file[:length])
     assert head is None or (head.width, head.height) in ((40, 60), (0, 0))
 
 
 def test_a_decompression_bomb_is_refused_by_its_declared_size():
   with pytest.raises(UserError, match=r"boom declares 20000 x 20000 pixels, more than"):
-    Preparer(max_pixels=100_000_000)(Item("boom", "a", _bomb()))
+    ExampleEncoder(max_pixels=100_000_000)(Item("boom", "a", _bomb()))
 
 
 def test_an_image_of_no_bytes_is_named():
   with pytest.raises(UserError, match=r"empty is no image .* \(0 bytes\)"):
-    Preparer(max_pixels=10_000)(Item("empty", "a", b""))
+    ExampleEncoder(max_pixels=10_000)(Item("empty", "a", b""))
 
 
 def test_webp_is_kept_as_png_with_the_same_pixels():
   image = _image()
   kept = _prepared_image(Item("w", "a", _encoded("webp", image)))
-  assert image_head.read(kept).format == "png"
+  assert image_formats.read_image_head(kept).format == "png"
   np.testing.assert_array_equal(tf.io.decode_png(kept), image)
 
 
 def test_a_webp_cut_short_is_named():
   file = _encoded("webp", _image())
   with pytest.raises(UserError, match="w is no image that can be decoded"):
-    Preparer(max_pixels=10_000)(Item("w", "a", file[: len(file) // 2]))
+    ExampleEncoder(max_pixels=10_000)(Item("w", "a", file[: len(file) // 2]))
 
 
 def test_images_are_made_smaller_keeping_their_proportions():
   kept = _prepared_image(
     Item("i", "a", encode_png(_image())), resize=Resize(longest_side=30)
   )
-  assert image_head.read(kept) == image_head.Head("png", 20, 30)
+  assert image_formats.read_image_head(kept) == image_formats.ImageHead("png", 20, 30)
   expected = tf.image.resize(_image(), (30, 20), antialias=True)
   np.testing.assert_allclose(tf.io.decode_png(kept), expected, atol=0.51)
 
@@ -110,7 +113,7 @@ def test_images_are_made_smaller_keeping_their_proportions():
 def test_images_can_be_kept_as_jpeg():
   resize = Resize(longest_side=30, jpeg_quality=90)
   kept = _prepared_image(Item("i", "a", encode_png(_image())), resize=resize)
-  assert image_head.read(kept) == image_head.Head("jpeg", 20, 30)
+  assert image_formats.read_image_head(kept) == image_formats.ImageHead("jpeg", 20, 30)
 
 
 def test_images_that_are_small_enough_are_kept_byte_for_byte():
@@ -128,7 +131,7 @@ def test_images_that_are_small_enough_are_kept_byte_for_byte():
 )
 def test_what_makes_no_record_is_refused(item, message):
   with pytest.raises(UserError, match=message):
-    Preparer(max_pixels=10_000)(item)
+    ExampleEncoder(max_pixels=10_000)(item)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +151,7 @@ def test_arrays_that_are_no_images_are_refused(shape):
 def test_an_integer_beyond_those_of_records_is_named():
   item = Item("k", "a", features={"x": 2**63})
   with pytest.raises(UserError, match="k has 9223372036854775808 in the feature 'x'"):
-    Preparer(max_pixels=10)(item)
+    ExampleEncoder(max_pixels=10)(item)
 
 
 def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
@@ -156,9 +159,9 @@ def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
   start = 4 + int.from_bytes(file[4:6], "big")
   odd = file[:start] + b"\0" + file[start:]
   assert tf.io.decode_jpeg(odd).shape == (60, 40, 3)
-  assert image_head.read(odd) == image_head.Head("jpeg", 40, 60)
+  assert image_formats.read_image_head(odd) == image_formats.ImageHead("jpeg", 40, 60)
   with pytest.raises(UserError, match="declares 40 x 60 pixels, more than"):
-    Preparer(max_pixels=2000)(Item("odd", "a", odd))
+    ExampleEncoder(max_pixels=2000)(Item("odd", "a", odd))
 
 
 @pytest.mark.parametrize(
@@ -166,11 +169,11 @@ def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
 )
 def test_an_image_whose_size_is_not_found_is_refused(file):
   with pytest.raises(UserError, match=r"odd is no image .* its size is not found"):
-    Preparer(max_pixels=2000)(Item("odd", "a", file))
+    ExampleEncoder(max_pixels=2000)(Item("odd", "a", file))
 
 
 def _feature(value):
-  record = Preparer(max_pixels=100)(Item("k", "c", None, {"x": value}))
+  record = ExampleEncoder(max_pixels=100)(Item("k", "c", None, {"x": value}))
   feature = tf.train.Example.FromString(record.data).features.feature["x"]
   kind = feature.WhichOneof("kind")
   return kind, list(getattr(feature, kind).value)

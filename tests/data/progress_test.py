@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from trainer.data import progress, sources, writer
-from trainer.data.prepare import Preparer
-from trainer.data.progress import Progress
-from trainer.data.sources import Item, ItemLoader
+from trainer.data import ingestion
+from trainer.data.example_encoder import ExampleEncoder
+from trainer.data.sources import source as source_lib
+from trainer.data.sources.source import Item, ItemLoader
+from trainer.runtime import progress
+from trainer.runtime.progress import Progress
 
 
 def _at(monkeypatch, seconds):
@@ -46,7 +48,7 @@ def test_without_a_count_there_is_no_time_left():
   assert "left" not in bar.line()
 
 
-class _Source(sources.Source):
+class _Source(source_lib.Source):
   def fingerprint(self):
     return {"source": "test"}
 
@@ -62,7 +64,9 @@ class _Source(sources.Source):
 def test_ingest_shows_each_item_of_all(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(progress, "_LOG_INTERVAL_S", 0.0)
   caplog.set_level("INFO")
-  record_writer = writer.RecordWriter(Preparer(max_pixels=9), records_per_shard=3)
+  record_writer = ingestion.RecordWriter(
+    ExampleEncoder(max_pixels=9), records_per_shard=3
+  )
   source = _Source()
   record_writer.write(source.loaders(), str(tmp_path), {}, num_items=source.num_items())
   counts = re.findall(r"ingesting .* (\d)/8 items .* s left", caplog.text)

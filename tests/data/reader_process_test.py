@@ -13,11 +13,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from trainer.data import paths, reader_process
-from trainer.data.sources import encode_png
-from trainer.data.sources_arrays import Hdf5Source
-from trainer.data.sources_tables import LmdbSource, ParquetSource
+from trainer.data.sources import reader_process
+from trainer.data.sources.arrays import Hdf5Source
+from trainer.data.sources.source import encode_png
+from trainer.data.sources.tables import LmdbSource, ParquetSource
 from trainer.errors import UserError
+from trainer.runtime import filesystem
 
 _NUM_ITEMS = 60
 
@@ -189,8 +190,8 @@ def test_a_damaged_page_of_parquet_is_found_by_its_checksum(tmp_path):
 def test_a_remote_file_is_read_by_a_copy_that_is_removed(tmp_path):
   local, _ = _parquet(tmp_path)
   remote = "ram://reader_process/a.parquet"
-  paths.make_folder("ram://reader_process")
-  paths.write_bytes(remote, local.read_bytes())
+  filesystem.make_folder("ram://reader_process")
+  filesystem.write_bytes(remote, local.read_bytes())
   items = list(ParquetSource(pattern=remote).items())
   assert [item.image for item in items] == [_image(n) for n in range(_NUM_ITEMS)]
   with reader_process.local_file(remote) as copy:

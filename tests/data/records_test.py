@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import framing, writer
+from trainer.data import ingestion, tfrecord
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, encode_png
+from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
 _NUM_RECORDS, _RECORDS_PER_SHARD = 23, 5
@@ -27,7 +27,7 @@ def folder(tmp_path):
   """Shards of five records; classes of unequal size, in no order."""
   labels = np.random.default_rng(3).choice(_NAMES, _NUM_RECORDS, p=(0.6, 0.3, 0.1))
   items = [_item(number, str(label)) for number, label in enumerate(labels)]
-  writer.write_records(
+  ingestion.write_records(
     items, str(tmp_path), records_per_shard=_RECORDS_PER_SHARD, fingerprint={}
   )
   return tmp_path
@@ -88,7 +88,7 @@ def test_frames_are_those_of_tensorflow(tmp_path):
   with tf.io.TFRecordWriter(str(path)) as file:
     for record in records:
       file.write(record)
-  assert path.read_bytes() == b"".join(map(framing.frame, records))
+  assert path.read_bytes() == b"".join(map(tfrecord.frame_record, records))
 
 
 @pytest.mark.parametrize(

@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import local_copy, paths, retry, writer
-from trainer.data.bad_records import Replacements
-from trainer.data.decode import VectorDecoder
-from trainer.data.records import RecordIndex, UnreadableError
-from trainer.data.sources import Item
+from trainer.data import index_arrays, ingestion
+from trainer.data.images import VectorDecoder
+from trainer.data.records import RecordIndex, Replacements, UnreadableError
+from trainer.data.sources.source import Item
 from trainer.errors import UserError
+from trainer.runtime import filesystem
 
 
 @pytest.fixture
 def elsewhere(request, tmp_path, monkeypatch):
   """A folder that is not of this machine's file system; copies are the test's own."""
-  monkeypatch.setattr(retry, "_WAITS_S", (0.001, 0.001))
-  monkeypatch.setattr(local_copy.tempfile, "tempdir", str(tmp_path))
+  monkeypatch.setattr(filesystem, "_WAITS_S", (0.001, 0.001))
+  monkeypatch.setattr(index_arrays.tempfile, "tempdir", str(tmp_path))
   return "ram://faults-" + re.sub("[^a-z0-9]+", "-", request.node.name)
 
 
@@ -31,7 +31,7 @@ def _write(folder, num_records=8):
     Item(str(n), f"class {n % 2}", features={"vector": [float(n)]})
     for n in range(num_records)
   ]
-  writer.write_records(items, folder, records_per_shard=5, fingerprint={})
+  ingestion.write_records(items, folder, records_per_shard=5, fingerprint={})
   return RecordIndex.open(folder)
 
 
@@ -92,7 +92,7 @@ def test_a_missing_shard_is_an_error_and_no_bad_record(tmp_path):
 
 def test_an_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
   labels = np.array(_write(elsewhere).labels)
-  monkeypatch.setattr(local_copy, "_copy", None)
+  monkeypatch.setattr(index_arrays, "_copy", None)
   again = RecordIndex.open(elsewhere)
   np.testing.assert_array_equal(again.labels, labels)
   assert isinstance(again.labels, np.memmap)
@@ -100,11 +100,11 @@ def test_an_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
 
 def test_another_index_is_another_copy_and_the_old_one_goes(elsewhere, tmp_path):
   path = f"{elsewhere}/file"
-  paths.make_folder(elsewhere)
+  filesystem.make_folder(elsewhere)
   contents = [b"a" * 100, b"b" * 100, b"c" * 7]
   for content in contents:
-    paths.write_bytes(path, content)
-    copy = local_copy.of(path)
+    filesystem.write_bytes(path, content)
+    copy = index_arrays.local_copy_of(path)
     with open(copy, "rb") as file:
       assert file.read() == content
   [folder] = tmp_path.iterdir()
@@ -123,7 +123,7 @@ def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp
 
 def test_only_what_may_pass_is_io_error():
   def kind(error):
-    with pytest.raises(OSError) as caught, paths.as_os_errors("ram://x"):
+    with pytest.raises(OSError) as caught, filesystem.as_os_errors("ram://x"):
       raise error(None, None, "why")
     return caught.value.errno
 

@@ -15,16 +15,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import in_place, paths, remote
-from trainer.data.decode import ImageDecoder
+from trainer.cli.ingest import ingest
+from trainer.data import indexing
+from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
-from trainer.data.sources import encode_png
-from trainer.data.sources_folder import ImageFolderSource
-from trainer.data.sources_manifest import ManifestSource
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.image_folders import ImageFolderSource
+from trainer.data.sources.image_lists import ManifestSource
+from trainer.data.sources.source import encode_png
 from trainer.errors import UserError
-from trainer.ingest import ingest
+from trainer.runtime import filesystem
 
 _FOLDER_VARIABLE = "REMOTE_TEST_FOLDER"
 _START_S = 60
@@ -105,10 +106,10 @@ def test_all_of_this_file_holds_by_s3s_protocol():
 
 def _write_images(folder):
   for label in ("a", "b ü"):
-    paths.make_folder(f"{folder}/{label}")
+    filesystem.make_folder(f"{folder}/{label}")
     for number in range(4):
       path = f"{folder}/{label}/{number}.png"
-      paths.write_bytes(path, encode_png(_image(number + 4 * (label != "a"))))
+      filesystem.write_bytes(path, encode_png(_image(number + 4 * (label != "a"))))
 
 
 def _ingested(folder):
@@ -123,23 +124,23 @@ def _ingested(folder):
 
 def test_files_come_back_as_they_were_written(elsewhere):
   path = f"{elsewhere}/deep/file"
-  paths.make_folder(f"{elsewhere}/deep")
-  paths.write_bytes(path, bytes(range(256)) * 40)
-  assert paths.read_bytes(path) == bytes(range(256)) * 40
-  assert paths.status(path).num_bytes == 256 * 40
-  assert remote.read_range(path, 255, 4) == b"\xff\x00\x01\x02"
-  assert remote.read_range(path, 256 * 40 - 2, 9) == b"\xfe\xff"
-  paths.move(path, path + "2")
-  assert paths.list_folder(f"{elsewhere}/deep") == ["file2"]
-  assert paths.matching(f"{elsewhere}/deep/f*") == [path + "2"]
+  filesystem.make_folder(f"{elsewhere}/deep")
+  filesystem.write_bytes(path, bytes(range(256)) * 40)
+  assert filesystem.read_bytes(path) == bytes(range(256)) * 40
+  assert filesystem.status(path).num_bytes == 256 * 40
+  assert filesystem.read_range(path, 255, 4) == b"\xff\x00\x01\x02"
+  assert filesystem.read_range(path, 256 * 40 - 2, 9) == b"\xfe\xff"
+  filesystem.move(path, path + "2")
+  assert filesystem.list_folder(f"{elsewhere}/deep") == ["file2"]
+  assert filesystem.matching(f"{elsewhere}/deep/f*") == [path + "2"]
 
 
 def test_a_missing_file_is_an_os_error(elsewhere):
   with pytest.raises(OSError, match="No such file"):
-    paths.read_bytes(f"{elsewhere}/gone")
+    filesystem.read_bytes(f"{elsewhere}/gone")
   with pytest.raises(OSError, match="No such file"):
-    remote.read_range(f"{elsewhere}/gone", 0, 9)
-  assert not paths.exists(f"{elsewhere}/gone")
+    filesystem.read_range(f"{elsewhere}/gone", 0, 9)
+  assert not filesystem.exists(f"{elsewhere}/gone")
 
 
 def test_images_are_ingested_and_read_elsewhere(elsewhere):
@@ -153,8 +154,8 @@ def test_images_are_ingested_and_read_elsewhere(elsewhere):
 def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, caplog):
   folder = f"{elsewhere}/nested"
   for name in ("a/0.png", "b/1.png", "b/x/2.png", "b/x/notes.txt"):
-    paths.make_folder(os.path.dirname(f"{folder}/{name}"))
-    paths.write_bytes(f"{folder}/{name}", name.encode())
+    filesystem.make_folder(os.path.dirname(f"{folder}/{name}"))
+    filesystem.write_bytes(f"{folder}/{name}", name.encode())
   assert ImageFolderSource(folder=folder).num_items() == 2
   assert "1 images in folders below the class folders (b/x/2.png)" in caplog.text
   items = ImageFolderSource(folder=folder, subfolders="classes").items()
@@ -178,15 +179,15 @@ def test_a_finished_ingest_is_left_as_it_is(elsewhere):
 
 def test_shards_elsewhere_are_indexed_in_place(elsewhere):
   _ingested(elsewhere)
-  paths.remove_folder(f"{elsewhere}/records/index")
-  index = in_place.index_records(f"{elsewhere}/records", label_feature="label")
+  filesystem.remove_folder(f"{elsewhere}/records/index")
+  index = indexing.index_records(f"{elsewhere}/records", label_feature="label")
   assert index.num_records == len(index.read(np.arange(8))) == 8
 
 
 def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
   index = _ingested(elsewhere)
   path = f"{elsewhere}/records/records-00001.tfrecord"
-  paths.write_bytes(path, paths.read_bytes(path)[:-7])
+  filesystem.write_bytes(path, filesystem.read_bytes(path)[:-7])
   with pytest.raises(
     UserError, match=r"records-00001\.tfrecord: record 2 is cut short"
   ):
@@ -198,7 +199,7 @@ def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
 def test_a_list_elsewhere_names_its_images(elsewhere):
   _write_images(f"{elsewhere}/images")
   text = "path,label\na/1.png,x\nb ü/0.png,y\n"
-  paths.write_bytes(f"{elsewhere}/images/list.csv", text.encode())
+  filesystem.write_bytes(f"{elsewhere}/images/list.csv", text.encode())
   items = list(ManifestSource(path=f"{elsewhere}/images/list.csv").items())
   assert [item.label for item in items] == ["x", "y"]
   assert items[1].image == encode_png(_image(4))

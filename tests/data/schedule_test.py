@@ -7,13 +7,13 @@ import collections
 import numpy as np
 import pytest
 
-from trainer.data.members import MemberTable, from_labels
-from trainer.data.schedule import PKSchedule, SequentialSchedule
+from trainer.data.index_arrays import MemberTable, members_from_labels
+from trainer.data.samplers import PKSchedule, SequentialSchedule
 from trainer.errors import UserError
 
 
 def _table(sizes):
-  return from_labels(
+  return members_from_labels(
     np.repeat(np.arange(len(sizes)), sizes).astype(np.int32), len(sizes)
   )
 

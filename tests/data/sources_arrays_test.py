@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data.sources_arrays import Hdf5Source, NumpySource
+from trainer.data.sources.arrays import Hdf5Source, NumpySource
 from trainer.errors import UserError
 
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
-from trainer.data.prepare import Preparer
+from trainer.cli.ingest import ingest
+from trainer.data import ingestion
+from trainer.data.example_encoder import ExampleEncoder
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, encode_png
-from trainer.data.sources_folder import ImageFolderSource
-from trainer.data.sources_manifest import ManifestSource
-from trainer.data.sources_tables import LmdbSource, ParquetSource, TfRecordSource
+from trainer.data.sources.image_folders import ImageFolderSource
+from trainer.data.sources.image_lists import ManifestSource
+from trainer.data.sources.source import Item, encode_png
+from trainer.data.sources.tables import LmdbSource, ParquetSource, TfRecordSource
 from trainer.errors import UserError
-from trainer.ingest import ingest
 
 
 def _image(number):
@@ -208,7 +208,7 @@ def _records(folder):
     Item(f"k{n}", f"c{n % 2}", encode_png(_image(n)), {"n": n, "v": [1.5, n]})
     for n in range(4)
   ]
-  writer.write_records(items, str(folder), records_per_shard=3, fingerprint={})
+  ingestion.write_records(items, str(folder), records_per_shard=3, fingerprint={})
   return str(folder / "*.tfrecord")
 
 
@@ -340,7 +340,7 @@ def test_features_of_a_tfrecord_keep_type_and_values_when_written_anew(tmp_path)
   }
   pattern = _tfrecords(tmp_path, {"label": (bytes, [b"c"]), **further})
   source = TfRecordSource(pattern=pattern, image_feature=None, features=list(further))
-  record = Preparer(max_pixels=1)(next(source.items())).data
+  record = ExampleEncoder(max_pixels=1)(next(source.items())).data
   found = tf.train.Example.FromString(record).features.feature
   given = next(iter(tf.data.TFRecordDataset(pattern))).numpy()
   expected = tf.train.Example.FromString(given).features.feature

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data.sources import DigitsSource
-from trainer.data.sources_folder import ImageFolderSource
-from trainer.data.sources_idx import IdxSource
+from trainer.cli.ingest import ingest
+from trainer.data.sources.arrays import IdxSource
+from trainer.data.sources.image_folders import ImageFolderSource
+from trainer.data.sources.source import DigitsSource
 from trainer.errors import UserError
-from trainer.ingest import ingest
 
 
 def _idx_bytes(shape, content):

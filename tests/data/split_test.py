@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trainer.data.split import HashSplit, ListSplit
+from trainer.data.dataset import HashSplit, ListSplit
 from trainer.errors import UserError
 
 _NAMES = [f"class {i}" for i in range(1000)]

@@ -7,10 +7,10 @@ import functools
 import numpy as np
 import pytest
 
-from trainer.data import writer
+from trainer.data import ingestion
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, encode_png
-from trainer.data.triplets import TripletSchedule
+from trainer.data.sources.source import Item, encode_png
+from trainer.data.triplet_sampler import TripletSchedule
 from trainer.errors import UserError
 
 _IMAGE = encode_png(np.zeros((2, 2), np.uint8))
@@ -24,7 +24,7 @@ def index(tmp_path_factory):
   items = [
     Item(f"{n}.png", f"class {n % _NUM_CLASSES}", _IMAGE) for n in range(_NUM_RECORDS)
   ]
-  writer.write_records(items, folder, records_per_shard=9, fingerprint={})
+  ingestion.write_records(items, folder, records_per_shard=9, fingerprint={})
   return RecordIndex.open(folder)
 
 
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there_is_refused(index):
 
 def test_a_key_of_two_records_is_refused(tmp_path):
   items = [Item("same", str(n), _IMAGE) for n in range(3)]
-  writer.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
+  ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   path = tmp_path / "list.csv"
   path.write_text("anchor,positive,negative\nsame,same,same\n")
   with pytest.raises(UserError, match=r"'same' of .* is that of two records"):

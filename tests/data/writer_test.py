@@ -8,20 +8,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import (
-  folder_lock,
-  in_place,
-  index_builder,
-  manifest,
-  paths,
-  publishing,
-  summary,
-  writer,
-)
-from trainer.data.prepare import Preparer
+from trainer.data import indexing, ingestion, manifest, shards
+from trainer.data.example_encoder import ExampleEncoder
 from trainer.data.records import RecordIndex
-from trainer.data.sources import Item, ItemLoader
+from trainer.data.sources.source import Item, ItemLoader
 from trainer.errors import UserError
+from trainer.runtime import filesystem, lease
 
 _NUM_ITEMS = 900
 
@@ -36,8 +28,8 @@ def _items():
 
 
 def _writer(**options):
-  preparer = Preparer(max_pixels=10_000)
-  return writer.RecordWriter(preparer, records_per_shard=50, **options)
+  preparer = ExampleEncoder(max_pixels=10_000)
+  return ingestion.RecordWriter(preparer, records_per_shard=50, **options)
 
 
 def _files(folder):
@@ -91,10 +83,10 @@ def test_an_ingest_stopped_while_it_is_published_goes_on(
 
   if stop_at == 20:  # After all shards, before the index.
     monkeypatch.setattr(
-      publishing.index_builder, "publish_index", lambda *_: stop_it_there()
+      shards.index_builder, "publish_index", lambda *_: stop_it_there()
     )
   else:
-    monkeypatch.setattr(paths, "move", stop)
+    monkeypatch.setattr(filesystem, "move", stop)
 
   def stop_it_there():
     raise KeyboardInterrupt
@@ -124,7 +116,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path, whole):
 
 def test_the_second_process_is_told(tmp_path):
   with (
-    folder_lock.alone_in(str(tmp_path), "ingesting into"),
+    lease.locked_folder(str(tmp_path), "ingesting into"),
     pytest.raises(UserError, match=f"process {os.getpid()} of .* is ingesting into"),
   ):
     _writer().write(_loaders([]), str(tmp_path), {})
@@ -148,7 +140,7 @@ def test_unreadable_items_are_left_out_and_named_if_wanted(tmp_path, caplog):
   parts = _writer(leave_out_unreadable=True).write(
     map(ItemLoader, items), str(tmp_path), {}
   )
-  written = summary.of_parts(parts)
+  written = shards.summary_of_parts(parts)
   assert written.num_records == RecordIndex.open(str(tmp_path)).num_records == 99
   assert "bad one is no image" in written.warnings()[0]
   assert "bad one is no image" in caplog.text
@@ -160,7 +152,9 @@ def test_duplicates_are_found_by_content_those_of_other_classes_first(tmp_path):
     for n in range(12)
   ]
   items.append(Item("again", "class 2", features={"text": "2"}))
-  written = summary.of_parts(_writer().write(map(ItemLoader, items), str(tmp_path), {}))
+  written = shards.summary_of_parts(
+    _writer().write(map(ItemLoader, items), str(tmp_path), {})
+  )
   assert written.num_duplicates == 3
   assert written.num_duplicates_of_other_class == 2
   assert written.duplicates[0] == ("key 0", "key 10")
@@ -171,10 +165,12 @@ def test_duplicates_are_found_by_content_those_of_other_classes_first(tmp_path):
 
 def test_a_summary_says_the_ends_of_the_sizes(tmp_path):
   items = [Item(str(n), "ab"[n > 1], features={"x": n}) for n in range(7)]
-  written = summary.of_parts(_writer().write(map(ItemLoader, items), str(tmp_path), {}))
+  written = shards.summary_of_parts(
+    _writer().write(map(ItemLoader, items), str(tmp_path), {})
+  )
   line = "7 records of 2 classes, from 2 (a) to 5 (b) a class."
   assert written.line() == line
-  assert summary.of_index(RecordIndex.open(str(tmp_path))).line() == line
+  assert shards.summary_of_index(RecordIndex.open(str(tmp_path))).line() == line
   assert '"num_records": 7' in (tmp_path / "index" / "summary.json").read_text()
 
 
@@ -199,7 +195,7 @@ def test_a_file_of_the_users_own_is_not_written_over(tmp_path):
 def test_shards_indexed_in_place_are_not_written_over(tmp_path, whole):
   shard = tmp_path / "records-00000.tfrecord"
   shard.write_bytes(whole[shard.relative_to(tmp_path)])
-  in_place.index_records(str(tmp_path), label_feature="label")
+  indexing.index_records(str(tmp_path), label_feature="label")
   with pytest.raises(UserError, match=r"records-00000\.tfrecord is there already"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert shard.read_bytes() == whole[shard.relative_to(tmp_path)]
@@ -228,7 +224,7 @@ def test_an_ingest_killed_while_it_replaces_its_own_shards_goes_on(
       raise KeyboardInterrupt
     os.replace(source, target)
 
-  monkeypatch.setattr(paths, "move", stop)
+  monkeypatch.setattr(filesystem, "move", stop)
   with pytest.raises(KeyboardInterrupt):
     _writer().write(_loaders([]), str(tmp_path), {"source": "a"})
   monkeypatch.undo()
@@ -256,7 +252,7 @@ def test_a_pattern_is_no_folder_to_write_into(tmp_path):
 def test_an_index_that_was_out_of_the_way_is_put_back(tmp_path):
   (tmp_path / "index.old").mkdir()
   (tmp_path / "index.old" / "labels.npy").write_bytes(b"old")
-  index_builder.recover_index(str(tmp_path / "index"))
+  indexing.recover_index(str(tmp_path / "index"))
   assert (tmp_path / "index" / "labels.npy").read_bytes() == b"old"
   assert not (tmp_path / "index.old").exists()
 
@@ -274,7 +270,7 @@ def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
       raise PermissionError(13, "Permission denied", target)
     os.replace(source, target)
 
-  monkeypatch.setattr(paths, "move", fail)
+  monkeypatch.setattr(filesystem, "move", fail)
   with pytest.raises(UserError, match="can't be written to: Permission denied"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert list(tmp_path.iterdir()) == []
@@ -284,24 +280,24 @@ def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
   "error", [ValueError("odd"), tf.errors.InternalError(None, None, "odd")]
 )
 def test_whatever_an_item_can_not_be_kept_for_names_it(tmp_path, error):
-  class Failing(Preparer):
+  class Failing(ExampleEncoder):
     def __call__(self, item):
       raise error
 
-  odd = writer.RecordWriter(Failing(max_pixels=1), records_per_shard=9)
+  odd = ingestion.RecordWriter(Failing(max_pixels=1), records_per_shard=9)
   with pytest.raises(UserError, match="key 0 can't be kept: odd"):
     odd.write(map(ItemLoader, _items()), str(tmp_path), {})
 
 
 def test_records_are_written_one_by_one(tmp_path, monkeypatch):
   sizes = []
-  true_write = paths.write_parts
+  true_write = filesystem.write_parts
 
   def watched(path, parts):
     parts = list(parts) if path.endswith(".json.new") else parts
     true_write(path, (sizes.append(len(part)) or part for part in parts))
 
-  monkeypatch.setattr(paths, "write_parts", watched)
+  monkeypatch.setattr(filesystem, "write_parts", watched)
   _writer().write(_loaders([]), str(tmp_path), {})
   lengths = RecordIndex.open(str(tmp_path)).arrays.lengths
   assert set(lengths + 16) <= set(sizes)

@@ -7,10 +7,10 @@ import pytest
 import tensorflow as tf
 
 from trainer.distribute.collectives import OneReplica, current_collectives
-from trainer.distribute.objective import across_replicas
 from trainer.distribute.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.losses.terms import Anchors, LossTerms
+from trainer.losses.loss_terms import Anchors, LossTerms
+from trainer.losses.objectives import across_replicas
 from trainer.run import Hardware
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import tensorflow as tf
 
-from trainer.distribute.lost_workers import naming_lost_workers
+from trainer.distribute.workers import naming_lost_workers
 from trainer.errors import StalledError
 
 

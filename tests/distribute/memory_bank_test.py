@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import trainer.parts  # noqa: F401  Registers what a run file names.
+import trainer.gin_registrations  # noqa: F401  Registers what a run file names.
 from tests.distribute.parity_test import LOSSES, _batches, _maker
 from tests.losses.table import ROWS
-from trainer import config
+from trainer.config import run_config
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.collectives import OneReplica
-from trainer.distribute.memory_bank import Entries, MemoryBank, RemindedLoss
-from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
-from trainer.loop import parity
-from trainer.loop.checkpoint import Checkpoints
+from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
 from trainer.losses.distances import euclidean
 from trainer.losses.jitter import JitteredLoss
-from trainer.losses.statistics import summarize
-from trainer.losses.terms import Anchors, Candidates
-from trainer.tpu_check import run_step
+from trainer.losses.loss_terms import Anchors, Candidates
+from trainer.losses.metric_accumulators import summarize
+from trainer.losses.objectives import WithinGroups
+from trainer.tpu_check import replica_program
+from trainer.training import parity
+from trainer.training.checkpoint import Checkpoints
 
 _RUN_FILE = "configs/runs/glyphs_memory_bank.gin"
 _SIZE, _WARM_UP, _BATCH = 11, 1, 6
@@ -307,8 +307,8 @@ def test_the_run_file_with_a_bank_trains():
     "PKSchedule.classes_per_batch = 2",
     "TrainStep.mining_statistics = None",
   ]
-  config.load([_RUN_FILE], small, needed=("train",))
-  run = run_step.of_run()
+  run_config.load([_RUN_FILE], small, needed=("train",))
+  run = replica_program.step_of_run()
   specs = run.replica_batch(run.num_classes, 1)
   inputs = tf.random.stateless_uniform(specs.inputs.shape, (1, 2))
   labels = tf.repeat(tf.range(2), run.num_samples)

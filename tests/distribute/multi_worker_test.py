@@ -14,8 +14,8 @@ import pytest
 import tensorflow as tf
 
 from tests.distribute.rendezvous_test import free_addresses
-from trainer.mining.round_folder import MiningRound
-from trainer.retrieval.embedding_folder import EmbeddingFolder
+from trainer.mining.round import MiningRound
+from trainer.retrieval.embedding_store import EmbeddingFolder
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")

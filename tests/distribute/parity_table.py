@@ -9,7 +9,7 @@ import sys
 
 from tests.distribute.parity_test import ALL, LOSSES, errors_of
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
-from trainer.loop import parity
+from trainer.training import parity
 
 
 def main() -> int:

@@ -19,14 +19,14 @@ import tensorflow as tf
 from tests.losses.table import ROWS
 from trainer import losses
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
-from trainer.distribute.objective import across_replicas, per_replica
-from trainer.loop import parity
-from trainer.loop.step import TrainStep
-from trainer.loop.step_options import StepOptions
 from trainer.losses import LearnedTemperature
-from trainer.losses.anchorwise import AnchorwiseLoss
+from trainer.losses.objectives import across_replicas, per_replica
+from trainer.losses.tiled_loss import AnchorwiseLoss
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
 
 pytestmark = pytest.mark.parity
 

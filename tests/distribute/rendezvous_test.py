@@ -11,8 +11,7 @@ import time
 
 import pytest
 
-from trainer.distribute.cluster import Cluster
-from trainer.distribute.rendezvous import differences, meet
+from trainer.distribute.cluster import Cluster, differences, meet
 from trainer.errors import StalledError, UserError
 
 
@@ -135,7 +134,7 @@ _STRANGERS = (
 
 
 def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 5.0)
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 5.0)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -159,7 +158,7 @@ def test_a_number_that_no_worker_has_is_refused():
 
 
 def test_a_line_without_end_is_given_up(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.rendezvous._MAX_MESSAGE_BYTES", 1000)
+  monkeypatch.setattr("trainer.distribute.cluster._MAX_MESSAGE_BYTES", 1000)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -170,7 +169,7 @@ def test_a_line_without_end_is_given_up(monkeypatch):
 
 
 def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 0.3)
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.3)
   addresses = free_addresses(2)
   is_over = threading.Event()
 
@@ -205,7 +204,7 @@ def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
 
 
 def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.rendezvous._SPEECH_S", 0.2)
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.2)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -217,7 +216,7 @@ def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
 
 
 def test_a_port_in_use_is_named(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.rendezvous._PORT_PATIENCE_S", 0.0)
+  monkeypatch.setattr("trainer.distribute.cluster._PORT_PATIENCE_S", 0.0)
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match=f"of this worker, {address}, can't be had"):

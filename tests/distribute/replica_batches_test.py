@@ -7,7 +7,7 @@ import time
 
 import tensorflow as tf
 
-from trainer.distribute.replica_batches import ReplicaBatches
+from trainer.distribute.strategy import ReplicaBatches
 
 _LONG_S = 30.0
 

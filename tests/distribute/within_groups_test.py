@@ -10,18 +10,18 @@ import tensorflow as tf
 
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
-from trainer.distribute.objective import WithinGroups
 from trainer.errors import UserError
-from trainer.loop import parity
-from trainer.loop.step import TrainStep
 from trainer.losses import (
   BatchAllTripletLoss,
   BatchHardTripletLoss,
   InfoNCELoss,
 )
-from trainer.losses.terms import Anchors
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.objectives import WithinGroups
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.step import TrainStep
 
 _MARGIN = 0.5
 

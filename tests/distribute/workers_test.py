@@ -7,7 +7,6 @@ import signal
 import pytest
 import tensorflow as tf
 
-from trainer import preemption
 from trainer.distribute.workers import Workers, current_workers
 from trainer.errors import (
   PreemptedError,
@@ -15,6 +14,7 @@ from trainer.errors import (
   UserError,
   WorkerFailedError,
 )
+from trainer.runtime import shutdown
 
 
 def _fail(error):
@@ -74,8 +74,8 @@ def test_a_worker_that_is_told_to_stop_takes_the_others_along():
 
 
 def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
-  told = preemption.Preemption(30.0)
-  monkeypatch.setattr(preemption, "_current", told)
+  told = shutdown.Preemption(30.0)
+  monkeypatch.setattr(shutdown, "_current", told)
   told.join_others(1)
   told._handle(signal.SIGTERM, None)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped where there was nothing"):

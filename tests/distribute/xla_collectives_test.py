@@ -10,9 +10,8 @@ import tensorflow as tf
 
 from tests.distribute.parity_test import LOSSES, _batches, _maker
 from trainer.data.pipeline import Batch
-from trainer.distribute.collectives import OneReplica
-from trainer.distribute.xla_collectives import XlaCollectives
-from trainer.losses.statistics import summarize
+from trainer.distribute.collectives import OneReplica, XlaCollectives
+from trainer.losses.metric_accumulators import summarize
 
 
 def _step_and_result(make_collectives, **options):

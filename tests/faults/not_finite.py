@@ -11,9 +11,9 @@ from tests.faults import runs as runs_lib
 from tests.faults.runs import NUM_STEPS, Runs
 from tests.faults.stops import harmful
 from tests.faults.table import Outcome, row
-from trainer.data import examples
+from trainer.data import tfrecord
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSchedule
+from trainer.data.samplers import PKSchedule
 
 _BAD_STEP = 13
 
@@ -31,7 +31,7 @@ def _key_drawn(runs: Runs) -> str:
   number = int(schedule.batch(_BAD_STEP)[0, 0])
   assert all(number not in schedule.batch(step) for step in range(_BAD_STEP))
   [record] = index.read([number])
-  return examples.values(record, "record")["key"][0].decode()
+  return tfrecord.feature_values(record, "record")["key"][0].decode()
 
 
 def _poisoned(runs: Runs, name, policy, *params):

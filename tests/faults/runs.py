@@ -143,8 +143,8 @@ def differences(model_dir, whole) -> list[str]:
 def largest_error(model_dir, whole) -> float:
   """Largest relative difference of a weight, an average or a moment of the optimizer.
 
-  Of weights and averages relative to the largest of all, as `trainer.loop.parity` says
-  why; of moments to the largest of their tensor.
+  Of weights and averages relative to the largest of all, for the reason that
+  `trainer.training.parity` gives; of moments to the largest of their tensor.
   """
   got, expected = values(model_dir), values(whole)
   assert got.keys() == expected.keys()

@@ -1,5 +1,4 @@
 """What the runs of the fault table import, once, before they are forked."""
 
-import trainer.parts
-import trainer.train
-import trainer.train_and_evaluate  # noqa: F401
+import trainer.cli.train
+import trainer.cli.train_and_evaluate  # noqa: F401

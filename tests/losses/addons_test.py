@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer import losses
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.loss_terms import Anchors, Candidates
 
 
 @pytest.fixture(scope="module")

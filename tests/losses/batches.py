@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses.loss_terms import Anchors, Candidates
 
 # Few sizes: a loss is compiled for each.
 LABELS = {

@@ -11,8 +11,8 @@ import tensorflow as tf
 from tests.losses import batches
 from trainer import losses
 from trainer.errors import UserError
-from trainer.losses.collapse import describe_collapse
-from trainer.losses.statistics import summarize
+from trainer.losses.metric_accumulators import summarize
+from trainer.losses.mining_statistics import describe_collapse
 
 _STATISTICS = losses.MiningStatistics()
 _LABELS = np.repeat(np.arange(6, dtype=np.int32), 4)

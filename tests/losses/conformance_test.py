@@ -9,7 +9,7 @@ import tensorflow as tf
 from tests.losses import batches, definition, oracles
 from tests.losses.table import ROWS
 from trainer import losses
-from trainer.losses.anchorwise import AnchorwiseLoss
+from trainer.losses.tiled_loss import AnchorwiseLoss
 
 each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 

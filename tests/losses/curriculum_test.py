@@ -8,10 +8,7 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer.data.pipeline import Batch
-from trainer.distribute.objective import across_replicas
 from trainer.errors import UserError
-from trainer.loop import parity
-from trainer.loop.step import TrainStep
 from trainer.losses import (
   ActivePace,
   BatchAllTripletLoss,
@@ -21,10 +18,13 @@ from trainer.losses import (
   MiningStatistics,
   TripletLoss,
 )
-from trainer.losses.statistics import summarize
-from trainer.losses.terms import Ratio
+from trainer.losses.loss_terms import Ratio
+from trainer.losses.metric_accumulators import summarize
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.step import TrainStep
 
 _HARDEST = {"positives": "hardest", "negatives": "hardest", "reduction": "mean_active"}
 

@@ -3,14 +3,14 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.losses.hardest import farthest_positive, nearest_negative
-from trainer.losses.relevance import Relevance
+from trainer.losses.loss_terms import PairMasks
+from trainer.losses.triplet import farthest_positive, nearest_negative
 
 _DISTANCES = tf.constant([[0.0, 3.0, 5.0, 4.0], [2.0, 0.0, 7.0, 1.0]])
 
 
 def _pairs(positive, negative):
-  return Relevance(
+  return PairMasks(
     *(tf.constant(np.array(each, bool)) for each in (positive, negative))
   )
 

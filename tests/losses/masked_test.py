@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.losses.masked import LOG_OF_NOTHING, log_sum_exp, num_members
+from trainer.losses.softmax import LOG_OF_NOTHING, log_sum_exp, num_members
 
 _VALUES = tf.constant([[1.0, 2.0, 500.0], [-900.0, -901.0, 3.0], [0.0, 1.0, 2.0]])
 _IS_MEMBER = tf.constant(

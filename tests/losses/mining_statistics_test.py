@@ -9,8 +9,8 @@ import tensorflow as tf
 from tests.losses import batches
 from trainer import losses
 from trainer.errors import UserError
-from trainer.losses.statistics import summarize
-from trainer.losses.terms import Anchors
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.metric_accumulators import summarize
 
 _MARGIN = 0.8
 _LOSS = losses.BatchAllTripletLoss(margin=_MARGIN)

@@ -5,8 +5,7 @@ import pytest
 import tensorflow as tf
 
 from tests.losses import batches
-from trainer.losses.positive_lists import lists_of_pairs
-from trainer.losses.relevance import positive_lists, relevance
+from trainer.losses.loss_terms import lists_of_pairs, pair_masks, positive_lists
 
 
 def _columns(lists):
@@ -22,7 +21,7 @@ def _columns(lists):
 
 
 def _expected(anchors, candidates):
-  is_positive = relevance(anchors, candidates).is_positive.numpy()
+  is_positive = pair_masks(anchors, candidates).is_positive.numpy()
   return [set(np.flatnonzero(row)) for row in is_positive]
 
 
@@ -53,7 +52,7 @@ def test_several_labels_an_example_have_lists_too():
   labels = np.random.default_rng(0).random((9, 4)) < 0.4
   arguments = batches.arguments(np.zeros((9, 2), np.float32), labels)
   assert positive_lists(*arguments) is None
-  lists = lists_of_pairs(relevance(*arguments).is_positive)
+  lists = lists_of_pairs(pair_masks(*arguments).is_positive)
   assert _columns(lists) == _expected(*arguments)
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import trainer.loop.step  # noqa: F401  Registers TrainStep.
+import trainer.training.step  # noqa: F401  Registers TrainStep.
 from tests.losses import batches, golden
 from trainer.losses import presets
-from trainer.losses.anchorwise import AnchorwiseLoss
+from trainer.losses.tiled_loss import AnchorwiseLoss
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs/losses").glob("*.gin"))
 

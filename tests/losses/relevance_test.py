@@ -6,14 +6,14 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer.errors import UserError
-from trainer.losses.relevance import check_batch, check_labels, relevance
+from trainer.losses.loss_terms import check_batch, check_labels, pair_masks
 
 _EMBEDDINGS = np.zeros((3, 2), np.float32)
 
 
 def test_anchor_itself_and_padding_are_neither_positive_nor_negative():
   weights = np.array([1, 1, 0], np.float32)
-  pairs = relevance(*batches.arguments(_EMBEDDINGS, np.array([1, 1, 1]), weights))
+  pairs = pair_masks(*batches.arguments(_EMBEDDINGS, np.array([1, 1, 1]), weights))
   expected = [[False, True, False], [True, False, False], [True, True, False]]
   np.testing.assert_array_equal(pairs.is_positive, expected)
   assert not pairs.is_negative.numpy().any()
@@ -21,7 +21,7 @@ def test_anchor_itself_and_padding_are_neither_positive_nor_negative():
 
 def test_examples_that_share_a_label_are_positives():
   labels = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], bool)
-  pairs = relevance(*batches.arguments(_EMBEDDINGS, labels))
+  pairs = pair_masks(*batches.arguments(_EMBEDDINGS, labels))
   expected = [[False, True, False], [True, False, False], [False, False, False]]
   np.testing.assert_array_equal(pairs.is_positive, expected)
   np.testing.assert_array_equal(
@@ -32,14 +32,14 @@ def test_examples_that_share_a_label_are_positives():
 def test_given_relevance_goes_before_labels():
   anchors, candidates = batches.arguments(_EMBEDDINGS, np.array([1, 1, 2]))
   given = np.array([[0, 0, 1], [0, 0, 0], [1, 0, 0]], bool)
-  pairs = relevance(anchors, candidates._replace(is_relevant=tf.constant(given)))
+  pairs = pair_masks(anchors, candidates._replace(is_relevant=tf.constant(given)))
   np.testing.assert_array_equal(pairs.is_positive, given)
   assert pairs.is_negative.numpy()[0, 1]
 
 
 def test_labels_beyond_float32_are_told_apart():
   labels = np.array([2**31 - 1, 2**31 - 2, 2**31 - 1], np.int32)
-  pairs = relevance(*batches.arguments(_EMBEDDINGS, labels))
+  pairs = pair_masks(*batches.arguments(_EMBEDDINGS, labels))
   np.testing.assert_array_equal(pairs.is_positive.numpy()[0], [False, False, True])
 
 

@@ -5,15 +5,15 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses.relevance import Relevance
+from trainer.losses.loss_terms import PairMasks
 from trainer.losses.selection import NEGATIVES, POSITIVES, DistanceWeightedNegatives
 
 _DISTANCES = tf.constant([[0.0, 1.0, 1.5, 1.2, 3.0, 1.2]])
-_PAIRS = Relevance(
+_PAIRS = PairMasks(
   tf.constant([[False, True, True, False, False, False]]),
   tf.constant([[False, False, False, True, True, True]]),
 )
-_NONE = Relevance(*(tf.zeros_like(each) for each in _PAIRS[:2]))
+_NONE = PairMasks(*(tf.zeros_like(each) for each in _PAIRS[:2]))
 
 
 @pytest.mark.parametrize(

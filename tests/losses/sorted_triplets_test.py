@@ -8,10 +8,9 @@ import tensorflow as tf
 
 from tests.losses import batches
 from trainer import losses
-from trainer.losses import sorted_triplets, triplet
-from trainer.losses.all_triplets import all_triplets
-from trainer.losses.positive_lists import lists_of_pairs
-from trainer.losses.relevance import Relevance
+from trainer.losses import triplet, triplet_sums
+from trainer.losses.loss_terms import PairMasks, lists_of_pairs
+from trainer.losses.triplet_sums import all_triplets
 
 
 def _random_pairs(seed, num_kinds=3):
@@ -20,7 +19,7 @@ def _random_pairs(seed, num_kinds=3):
   distances = np.round(random.gamma(2, 0.5, (12, 40)), 1 if seed % 2 else 6)
   kinds = random.integers(0, num_kinds, distances.shape)
   is_positive, is_negative = (tf.constant(kinds == kind) for kind in (0, 1))
-  pairs = Relevance(is_positive, is_negative, lists_of_pairs(is_positive))
+  pairs = PairMasks(is_positive, is_negative, lists_of_pairs(is_positive))
   return tf.constant(distances, tf.float32), pairs
 
 
@@ -45,7 +44,7 @@ def test_sums_counts_and_slopes_are_those_of_the_loop(seed, num_kinds):
 def test_small_hinges_are_not_lost_in_large_distances():
   distances = tf.constant([[1000.0, 1000.0625, 1000.125, 5000.0]])
   is_positive = tf.constant([[True, False, False, False]])
-  pairs = Relevance(is_positive, ~is_positive)
+  pairs = PairMasks(is_positive, ~is_positive)
   total, num_active = all_triplets(distances, pairs, 0.25)
   assert total.numpy() == pytest.approx(0.1875 + 0.125)
   assert num_active.numpy() == 2
@@ -69,13 +68,13 @@ def test_batch_all_is_the_same_by_sorting_whole_and_in_tiles(
 
 
 def test_a_large_class_takes_the_sorted_form(monkeypatch):
-  calls, plain = [], sorted_triplets.sums_and_slope
+  calls, plain = [], triplet_sums.sorted_sums_and_slope
 
   def counted(*arguments):
     calls.append(arguments)
     return plain(*arguments)
 
-  monkeypatch.setattr(sorted_triplets, "sums_and_slope", counted)
+  monkeypatch.setattr(triplet_sums, "sorted_sums_and_slope", counted)
   embeddings = np.random.default_rng(0).normal(size=(300, 4)).astype(np.float32)
   labels = np.repeat(np.arange(2, dtype=np.int32), [270, 30])
   total, count, gradient = batches.evaluate(

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.losses import statistics
-from trainer.losses.terms import Ratio
+from trainer.losses import metric_accumulators
+from trainer.losses.loss_terms import Ratio
 
 _COUNTED = np.array([1, 1, 0, 1, 1, 1], bool)
 
 
 def _summary(statistic):
-  return statistics.summarize(
+  return metric_accumulators.summarize(
     {"a": tf.nest.map_structure(lambda each: each.numpy(), statistic)}
   )
 
@@ -24,30 +24,34 @@ def _numbers(seed=0):
 
 def test_ratio_is_the_mean_of_what_counts():
   numbers = _numbers()
-  summary = _summary(statistics.ratio(tf.constant(numbers), tf.constant(_COUNTED)))
+  summary = _summary(
+    metric_accumulators.weighted_mean(tf.constant(numbers), tf.constant(_COUNTED))
+  )
   assert summary == {"a": pytest.approx(numbers[_COUNTED].mean(), rel=1e-6)}
 
 
 def test_moments_are_mean_and_standard_deviation():
   numbers = _numbers()
-  summary = _summary(statistics.moments(tf.constant(numbers), tf.constant(_COUNTED)))
+  summary = _summary(
+    metric_accumulators.moments(tf.constant(numbers), tf.constant(_COUNTED))
+  )
   assert summary["a"] == pytest.approx(numbers[_COUNTED].mean(), rel=1e-6)
   assert summary["a_std"] == pytest.approx(numbers[_COUNTED].std(), rel=1e-5)
 
 
 def _histogram(numbers):
-  lower, share = statistics.bins_of(tf.constant(numbers, tf.float32))
-  counts = np.zeros(statistics.NUM_BINS, np.float32)
+  lower, share = metric_accumulators.bins_of(tf.constant(numbers, tf.float32))
+  counts = np.zeros(metric_accumulators.NUM_BINS, np.float32)
   np.add.at(counts, lower.numpy(), 1 - share.numpy())
   np.add.at(counts, lower.numpy() + 1, share.numpy())
-  return statistics.Histogram(tf.constant(counts))
+  return metric_accumulators.Histogram(tf.constant(counts))
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
 def test_quantiles_are_right_to_half_a_bin(scale):
   numbers = scale * np.random.default_rng(1).gamma(2, 1, 5000)
   summary = _summary(_histogram(numbers))
-  for percent in statistics.QUANTILES:
+  for percent in metric_accumulators.QUANTILES:
     expected = np.percentile(numbers, percent)
     assert summary[f"a_p{percent:02}"] == pytest.approx(expected, rel=0.022)
 
@@ -64,7 +68,9 @@ def test_numbers_beyond_the_histogram_are_in_its_last_bins():
 
 def _covariance(vectors, is_counted=None):
   counted = np.ones(len(vectors), bool) if is_counted is None else is_counted
-  return statistics.covariance(tf.constant(vectors, tf.float32), tf.constant(counted))
+  return metric_accumulators.covariance(
+    tf.constant(vectors, tf.float32), tf.constant(counted)
+  )
 
 
 def test_effective_rank_is_the_entropy_of_the_eigenvalues():
@@ -94,14 +100,16 @@ def test_vectors_that_do_not_count_change_nothing():
 
 
 def test_summary_divides_what_was_added_up():
-  assert statistics.summarize({"a": Ratio(np.float32(6), np.float32(4))}) == {"a": 1.5}
+  assert metric_accumulators.summarize({"a": Ratio(np.float32(6), np.float32(4))}) == {
+    "a": 1.5
+  }
 
 
 @pytest.mark.parametrize(
   "nothing",
   [
-    statistics.ratio(tf.zeros([2]), tf.zeros([2], tf.bool)),
-    statistics.moments(tf.zeros([2]), tf.zeros([2], tf.bool)),
+    metric_accumulators.weighted_mean(tf.zeros([2]), tf.zeros([2], tf.bool)),
+    metric_accumulators.moments(tf.zeros([2]), tf.zeros([2], tf.bool)),
     _histogram(np.zeros(0)),
     _covariance(np.zeros((3, 2)), np.zeros(3, bool)),
   ],

@@ -20,7 +20,7 @@ class Row:
       times `unit`.
     compare: oracle of what is compared.
     terms_of: oracle of an anchor's terms, with its constant times the given unit.
-    reduction: what the sum is divided by, as in trainer/losses/anchorwise.py.
+    reduction: what the sum is divided by, as in trainer/losses/tiled_loss.py.
   """
 
   name: str

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from trainer.errors import UserError
-from trainer.losses.temperature import LearnedTemperature, value_of
+from trainer.losses.softmax import LearnedTemperature, temperature_value
 
 
 def test_learned_temperature_starts_where_it_is_told():
-  np.testing.assert_allclose(value_of(LearnedTemperature(initial=0.07)), 0.07)
+  np.testing.assert_allclose(temperature_value(LearnedTemperature(initial=0.07)), 0.07)
 
 
 def test_learned_temperature_has_one_trainable_variable():

@@ -7,8 +7,8 @@ import pathlib
 import gin
 import pytest
 
-import trainer.parts  # noqa: F401  Registers what configs name.
-from trainer import config
+import trainer.gin_registrations  # noqa: F401  Registers what configs name.
+from trainer.config import run_config
 from trainer.mining.miner import Miner
 
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -20,7 +20,7 @@ _SIZES = ("MinedGroups.groups_per_batch = 8", "MinedGroups.negatives_per_group =
 )
 def test_a_fragment_of_mining_makes_a_miner_and_a_schedule(name, params):
   files = [_CONFIGS / "runs" / "digits.gin", _CONFIGS / "mining" / f"{name}.gin"]
-  loaded = config.load(
+  loaded = run_config.load(
     [str(file) for file in files], ["MINING_STEPS = 100", *params], needed=("train",)
   )
   made = gin.get_configurable("OfflineMining")()

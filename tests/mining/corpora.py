@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from trainer.data.members import from_labels
-from trainer.mining import items as items_lib
-from trainer.mining import round_folder
+from trainer.data.index_arrays import members_from_labels
+from trainer.mining import corpus, round
 from trainer.mining.miner import Mined
 
 MADE_OF = {"the number of records": "60"}
@@ -32,12 +31,12 @@ class Corpus:
       one, other = rng.choice(len(self.labels), 2, replace=False)
       self.contents[other] = self.contents[one]
       self.embeddings[other] = self.embeddings[one]
-    self.table = from_labels(self.labels, len(sizes))
+    self.table = members_from_labels(self.labels, len(sizes))
 
   def items(self, classes=None, records_per_class=None, key=3):
     if classes is None:
       classes = np.arange(self.table.num_classes, dtype=np.int32)
-    return items_lib.draw(self.table, classes, records_per_class, key)
+    return corpus.draw_items(self.table, classes, records_per_class, key)
 
 
 def distances(embeddings):
@@ -49,7 +48,7 @@ def distances(embeddings):
 def write_round(model_dir, step, made_of=None, num_records=60, num_classes=9, **arrays):
   """Writes a round, and opens it."""
   made_of = MADE_OF if made_of is None else made_of
-  round_folder.write(
+  round.write_round(
     str(model_dir),
     step,
     Mined(arrays, {"counts": {"anchors": len(arrays.get("anchors", ()))}}),
@@ -57,7 +56,7 @@ def write_round(model_dir, step, made_of=None, num_records=60, num_classes=9, **
     num_records=num_records,
     num_classes=num_classes,
   )
-  return round_folder.MiningRound(str(model_dir), step, made_of)
+  return round.MiningRound(str(model_dir), step, made_of)
 
 
 def example_arrays(num_anchors=20, num_positives=3, num_negatives=5, seed=0):

@@ -8,7 +8,7 @@ import types
 import numpy as np
 
 from tests.mining.corpora import example_arrays, write_round
-from trainer.mining.mined_groups import MinedGroups
+from trainer.mining.mined_samplers import MinedGroups
 from trainer.mining.miner import Mined, made_of
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds

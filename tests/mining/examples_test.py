@@ -11,15 +11,12 @@ import numpy as np
 import pytest
 
 from tests.mining.corpora import Corpus, distances
-from trainer.data.members import from_labels
+from trainer.data.index_arrays import members_from_labels
 from trainer.errors import UserError
-from trainer.mining import nearest_items
-from trainer.mining.examples import ExampleMining
-from trainer.mining.mislabelled import MislabelledFilter
-from trainer.mining.nearest_items import NearestItems, room_for
-from trainer.mining.neighbours_on_disk import on_disk
-from trainer.mining.positives import Positives
-from trainer.mining.windows import MarginWindow, RankWindow
+from trainer.mining import corpus_search
+from trainer.mining.corpus_search import NearestItems, neighbours_on_disk, room_for
+from trainer.mining.mined_examples import ExampleMining, Positives
+from trainer.mining.negative_windows import MarginWindow, MislabelledFilter, RankWindow
 
 _SIZES = (14, 9, 1, 12, 7, 2, 15)
 
@@ -154,7 +151,7 @@ def test_what_is_probably_mislabelled_is_named_and_left_out():
   corpus = Corpus((20, 20, 20), spread=0.3, seed=4)
   for item in np.flatnonzero(corpus.labels == 1)[:2]:
     corpus.labels[item] = 0
-  corpus.table = from_labels(corpus.labels, 3)
+  corpus.table = members_from_labels(corpus.labels, 3)
   expected = _doubted(corpus, 5, 0.8)
   assert len(expected) >= 2
   mined = _mine(
@@ -209,14 +206,14 @@ def test_a_full_temporary_disk_is_told_in_one_line(tmp_path, monkeypatch):
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   monkeypatch.setattr(os, "posix_fallocate", full)
   message = rf"{tmp_path} has no room for 4,000 bytes .*\(No space left on device\)"
-  with pytest.raises(UserError, match=message), on_disk(100, 5):
+  with pytest.raises(UserError, match=message), neighbours_on_disk(100, 5):
     pass
 
 
 def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
   file = (tmp_path / "neighbours").open("w+b")
   monkeypatch.setattr(tempfile, "TemporaryFile", lambda: file)
-  with on_disk(1000, 50) as found:
+  with neighbours_on_disk(1000, 50) as found:
     assert found.indices.shape == found.distances.shape == (1000, 50)
     assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * 1000 * 50
 
@@ -225,8 +222,8 @@ def test_a_search_by_codes_is_the_same_in_parts(monkeypatch):
   nearest = NearestItems(Corpus((90,) * 8, seed=5).embeddings, "ivf_pq")
   items = np.arange(720)
   whole = nearest.search(items, 20, room_for(720, 20))
-  monkeypatch.setattr(nearest_items, "_MIN_ASKING", 7)
-  monkeypatch.setattr(nearest_items, "_TABLE_BYTES", 1)
+  monkeypatch.setattr(corpus_search, "_MIN_ASKING", 7)
+  monkeypatch.setattr(corpus_search, "_TABLE_BYTES", 1)
   parts = nearest.search(items, 20, room_for(720, 20))
   np.testing.assert_array_equal(whole.indices, parts.indices)
 

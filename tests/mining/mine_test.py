@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tests.mining.corpora import example_arrays
-from trainer import mine
+from trainer.cli import mine
 from trainer.errors import TooFewExamplesError, UserError
-from trainer.mining import round_folder
+from trainer.mining import round
 from trainer.mining.miner import Mined
 
 _INDEX = types.SimpleNamespace(facts=dict, num_records=60, num_classes=9)
@@ -46,7 +46,7 @@ def _mine(folder, monkeypatch, *bare_steps):
   )
   evaluation = types.SimpleNamespace(dataset=_DATASET, encoder=None)
   mine._mine(run, mine.MineOptions(miner=_Miner(*bare_steps)), evaluation)
-  return round_folder.steps(str(folder))
+  return round.round_steps(str(folder))
 
 
 def test_each_checkpoint_before_the_last_is_mined_once(tmp_path, monkeypatch):
@@ -95,7 +95,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeyp
     assert other.stdout.readline() == "here\n"
     with pytest.raises(UserError, match=f"process {other.pid} of .* is mining into"):
       _mine(tmp_path, monkeypatch)
-    assert round_folder.steps(str(tmp_path)) == []
+    assert round.round_steps(str(tmp_path)) == []
     other.kill()
     other.wait()
     assert _mine(tmp_path, monkeypatch) == [30, 20, 10]

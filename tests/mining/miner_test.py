@@ -8,20 +8,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.data import writer
-from trainer.data.dataset import Dataset
-from trainer.data.decode import VectorDecoder
-from trainer.data.sources import Item
-from trainer.data.sources_arrays import NumpySource
-from trainer.data.split import ListSplit
+from trainer.cli.ingest import ingest
+from trainer.data import ingestion
+from trainer.data.dataset import Dataset, ListSplit
+from trainer.data.images import VectorDecoder
+from trainer.data.sources.arrays import NumpySource
+from trainer.data.sources.source import Item
 from trainer.errors import UserError
-from trainer.ingest import ingest
-from trainer.mining import content
-from trainer.mining.examples import ExampleMining
+from trainer.mining import corpus
+from trainer.mining.mined_examples import ExampleMining
 from trainer.mining.miner import Miner, made_of
-from trainer.mining.mislabelled import MislabelledFilter
-from trainer.mining.windows import RankWindow
-from trainer.retrieval.items import RecordItems
+from trainer.mining.negative_windows import MislabelledFilter, RankWindow
+from trainer.retrieval.ground_truth import RecordItems
 
 _NUM_RECORDS, _NUM_CLASSES, _SIZE = 90, 6, 4
 _COPIES = ((3, 40), (17, 18), (55, 80))
@@ -70,7 +68,7 @@ def _vectors(dataset):
 
 
 def test_records_have_the_same_hash_where_what_is_decoded_is_alike(dataset):
-  found = content.hashes(
+  found = corpus.content_hashes(
     dataset.index, np.arange(_NUM_RECORDS), features=dataset.decoder.features
   )
   vectors = _vectors(dataset)
@@ -116,7 +114,7 @@ def _of_items(folder, bad_records="refuse"):
   ]
   if bad_records == "replace":
     items[-1] = items[-1]._replace(features={"number": 0})
-  writer.write_records(items, str(folder), records_per_shard=50, fingerprint={})
+  ingestion.write_records(items, str(folder), records_per_shard=50, fingerprint={})
   return Dataset(
     folder=str(folder),
     split=ListSplit(evaluation_classes=("3",)),

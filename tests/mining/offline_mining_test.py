@@ -15,8 +15,8 @@ from tests.mining.deciding import (
   of_step,
 )
 from trainer.errors import UserError
+from trainer.mining.mined_samplers import with_neighbouring_classes
 from trainer.mining.miner import Miner
-from trainer.mining.neighbouring_classes import with_neighbouring_classes
 from trainer.mining.offline_mining import OfflineMining
 
 

@@ -13,10 +13,10 @@ import pytest
 
 from tests.mining.corpora import MADE_OF, example_arrays, write_round
 from trainer.errors import UserError
-from trainer.mining import round_folder
+from trainer.mining import round
 from trainer.mining.miner import Mined
-from trainer.mining.round_folder import MiningRound
-from trainer.retrieval.file_hash import sha256_of
+from trainer.mining.round import MiningRound
+from trainer.runtime.filesystem import sha256_of
 
 
 def _open(folder, step=40, made_of=MADE_OF):
@@ -37,14 +37,14 @@ def test_a_round_comes_back_as_it_was_written(tmp_path):
 
 
 def test_rounds_are_listed_newest_first_and_what_is_aside_is_not(tmp_path):
-  assert round_folder.steps(str(tmp_path)) == []
+  assert round.round_steps(str(tmp_path)) == []
   for step in (40, 1_200_000_000, 400):
     write_round(tmp_path, step, **example_arrays())
   (tmp_path / "mining" / "aside").mkdir()
   (tmp_path / "mining" / "rounds.jsonl").write_text("")
-  assert round_folder.steps(str(tmp_path)) == [1_200_000_000, 400, 40]
-  round_folder.remove(str(tmp_path), 400)
-  assert round_folder.steps(str(tmp_path)) == [1_200_000_000, 40]
+  assert round.round_steps(str(tmp_path)) == [1_200_000_000, 400, 40]
+  round.remove_round(str(tmp_path), 400)
+  assert round.round_steps(str(tmp_path)) == [1_200_000_000, 40]
 
 
 def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -53,7 +53,7 @@ def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatc
   def full(*_, **__):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(round_folder.np, "save", full)
+  monkeypatch.setattr(round.np, "save", full)
   with pytest.raises(UserError, match=r"round of step 40 can't .*: No space left"):
     write_round(tmp_path, 40, **example_arrays(seed=1))
   found = _open(tmp_path).arrays["positives"]
@@ -73,13 +73,13 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_rounds(tmp_path):
     writer = context.Process(target=_write_for_ever, args=(tmp_path,))
     writer.start()
     deadline_s = time.monotonic() + 30
-    while len(round_folder.steps(str(tmp_path))) < 2 and time.monotonic() < deadline_s:
+    while len(round.round_steps(str(tmp_path))) < 2 and time.monotonic() < deadline_s:
       time.sleep(0.001)
     time.sleep(0.003 * number)
     writer.kill()
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
-    for step in round_folder.steps(str(tmp_path)):
+    for step in round.round_steps(str(tmp_path)):
       if (tmp_path / "mining" / f"round-{step:08d}" / "manifest.json").exists():
         assert len(_open(tmp_path, step).arrays) == 3
         num_seen += 1
@@ -184,7 +184,7 @@ def test_a_round_of_other_data_is_refused(tmp_path):
 
 
 def test_an_empty_round_is_written_and_read(tmp_path):
-  round_folder.write(
+  round.write_round(
     str(tmp_path), 40, Mined({}, {}), made_of={}, num_records=0, num_classes=0
   )
   assert MiningRound(str(tmp_path), 40, {}).arrays == {}

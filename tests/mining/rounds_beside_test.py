@@ -7,7 +7,7 @@ import pytest
 from tests.mining.corpora import example_arrays, write_round
 from tests.mining.deciding import drawn, harm, make_rounds, mined_round, write_rounds
 from trainer.errors import TooFewExamplesError, UserError
-from trainer.mining import round_folder
+from trainer.mining import round
 
 
 def test_of_rounds_beside_a_damaged_one_is_passed_over(tmp_path, caplog):
@@ -38,7 +38,7 @@ def test_a_round_beside_of_other_data_is_refused(tmp_path):
 def test_a_round_beside_that_is_still_to_come_stays(tmp_path):
   write_rounds(tmp_path, 5, 8, 34)
   make_rounds(tmp_path, oldest_step=10).decide(10)
-  assert round_folder.steps(str(tmp_path)) == [34, 8]
+  assert round.round_steps(str(tmp_path)) == [34, 8]
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ from tests.mining.deciding import (
   write_rounds,
 )
 from trainer.errors import TooFewExamplesError, UserError
-from trainer.mining import round_folder
-from trainer.mining.ledger import Ledger
+from trainer.mining import round
 from trainer.mining.miner import Mined
+from trainer.mining.round import Ledger
 
 
 def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path):
@@ -131,7 +131,7 @@ def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path)
     rounds = make_rounds(tmp_path, miner=mined_round)
     rounds.resume(0, 50)
     assert Ledger(str(tmp_path)).decisions() == {}
-    assert round_folder.steps(str(tmp_path)) == []
+    assert round.round_steps(str(tmp_path)) == []
     assert rounds.decide(10)
   assert (tmp_path / "mining_before" / "round-00000010" / "anchors.npy").exists()
 
@@ -139,24 +139,24 @@ def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path)
 def test_so_are_rounds_made_beside_it_of_which_none_was_taken(tmp_path):
   write_rounds(tmp_path, 5)
   make_rounds(tmp_path).resume(0, 50)
-  assert round_folder.steps(str(tmp_path)) == []
+  assert round.round_steps(str(tmp_path)) == []
   assert (tmp_path / "mining_before" / "round-00000005" / "anchors.npy").exists()
 
 
 def test_where_no_step_is_left_nothing_is_mined(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.resume(30, 30)
-  assert round_folder.steps(str(tmp_path)) == []
+  assert round.round_steps(str(tmp_path)) == []
   # A training that is made longer goes on as one that was as long from the start.
   rounds.resume(30, 40)
-  assert round_folder.steps(str(tmp_path)) == [30]
+  assert round.round_steps(str(tmp_path)) == [30]
 
 
 def test_where_all_rounds_are_gone_batches_are_plain_and_stay_so(tmp_path):
   write_rounds(tmp_path, 8)
   rounds = make_rounds(tmp_path)
   rounds.decide(10)
-  round_folder.remove(str(tmp_path), 8)
+  round.remove_round(str(tmp_path), 8)
   assert rounds.decide(20)
   again = make_rounds(tmp_path)
   again.resume(25, 50)
@@ -167,7 +167,7 @@ def test_where_all_rounds_are_gone_batches_are_plain_and_stay_so(tmp_path):
 def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.decide(10)
-  shutil.rmtree(round_folder.path_of(str(tmp_path), 10))
+  shutil.rmtree(round.round_path(str(tmp_path), 10))
   with pytest.raises(
     UserError, match=r"no mining round.*rounds.jsonl has it from step"
   ):
@@ -179,16 +179,16 @@ def test_rounds_go_that_no_checkpoint_comes_back_to(tmp_path):
   for step in (10, 20, 30):
     rounds.decide(step)
   # Step 25, to which a run may come back, has the round of step 20.
-  assert round_folder.steps(str(tmp_path)) == [30, 20]
+  assert round.round_steps(str(tmp_path)) == [30, 20]
   make_rounds(tmp_path, miner=mined_round, oldest_step=30).decide(40)
-  assert round_folder.steps(str(tmp_path)) == [40, 30]
+  assert round.round_steps(str(tmp_path)) == [40, 30]
 
 
 def test_rounds_stay_while_there_is_no_checkpoint(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   for step in (10, 20, 30):
     rounds.decide(step)
-  assert round_folder.steps(str(tmp_path)) == [30, 20, 10]
+  assert round.round_steps(str(tmp_path)) == [30, 20, 10]
 
 
 def test_a_round_that_can_not_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):

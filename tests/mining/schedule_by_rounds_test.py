@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.mining.deciding import Constant
-from trainer.mining.schedule_by_rounds import ScheduleByRounds
+from trainer.mining.offline_mining import ScheduleByRounds
 
 
 def test_steps_of_several_rounds_are_drawn_together():

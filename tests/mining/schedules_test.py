@@ -12,15 +12,14 @@ import tensorflow as tf
 
 from tests.mining.corpora import example_arrays, write_round
 from trainer import mining
-from trainer.data.class_weights import SizeWeights
-from trainer.data.members import from_labels
+from trainer.data.class_sampling import SizeWeights
+from trainer.data.index_arrays import members_from_labels
 from trainer.data.pipeline import Batches, Shard
-from trainer.data.schedule import PKSchedule
-from trainer.distribute.objective import WithinGroups
+from trainer.data.samplers import PKSchedule
 from trainer.errors import UserError
-from trainer.mining import round_folder
-from trainer.mining.mined_groups import MinedGroups
-from trainer.mining.neighbouring_classes import with_neighbouring_classes
+from trainer.losses.objectives import WithinGroups
+from trainer.mining import round
+from trainer.mining.mined_samplers import MinedGroups, with_neighbouring_classes
 
 _STEPS = np.arange(200)
 
@@ -31,7 +30,7 @@ class _Index:
   def __init__(self, sizes):
     labels = np.repeat(np.arange(len(sizes)), sizes).astype(np.int32)
     self.labels = np.random.default_rng(0).permutation(labels)
-    self.member_table = from_labels(self.labels, len(sizes))
+    self.member_table = members_from_labels(self.labels, len(sizes))
 
 
 def _groups(mining_round, **options):
@@ -217,7 +216,7 @@ def test_groups_are_compared_within_where_they_are_as_large(examples):
 def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, examples):
   page = (pathlib.Path(mining.__file__).parent / "README.md").read_text()
   [recipe] = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
-  folder = round_folder.path_of(str(tmp_path), 40)
+  folder = round.round_path(str(tmp_path), 40)
   said = recipe.replace("runs/one/mining/round-00002000", folder)
   exec(said.replace("triplets.npy", str(tmp_path / "triplets.npy")), {})
   listed = np.load(tmp_path / "triplets.npy")

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults import runs as runs_lib
 from tests.faults.runs import Runs
-from trainer.mining.ledger import Ledger
+from trainer.mining.round import Ledger
 
 # All are kept, to go back to one.
 _SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 10")

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.models.applications import KerasApplication
+from trainer.models.backbones import KerasApplication
 
 _MEAN = np.array([0.485, 0.456, 0.406])
 _DEVIATION = np.array([0.229, 0.224, 0.225])

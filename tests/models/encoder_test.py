@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer import train
+from trainer.cli import train
 from trainer.errors import UserError
-from trainer.models.applications import KerasApplication
-from trainer.models.backbones import ConvNet, Perceptron
+from trainer.models.backbones import ConvNet, KerasApplication, Perceptron
 from trainer.models.dropout import examples_at
-from trainer.models.encoder import Encoder
-from trainer.models.pooling import POOLINGS, GeneralizedMean
+from trainer.models.encoder import POOLINGS, Encoder, GeneralizedMean
 
 
 def _images(num_images, size, channels):

@@ -8,14 +8,13 @@ import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
-from trainer.distribute.objective import across_replicas
-from trainer.loop import parity
-from trainer.loop.step import TrainStep
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.models.applications import KerasApplication
-from trainer.models.backbones import ConvNet
+from trainer.losses.objectives import across_replicas
+from trainer.models.backbones import ConvNet, KerasApplication
+from trainer.models.batch_norm import SynchronizedBatchNormalization
 from trainer.models.encoder import Encoder
-from trainer.models.synchronized_norm import SynchronizedBatchNormalization
+from trainer.training import parity
+from trainer.training.step import TrainStep
 
 _NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 4, 6, (16, 16, 1)
 

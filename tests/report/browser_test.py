@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.report import browser, example_run
-from trainer.report import comparison_page, page, runs
-from trainer.retrieval.evidence import Evidence
+from trainer.report import comparison, measured_runs, page
+from trainer.retrieval.report_data import ReportData
 
 _WIDTHS = (390, 1280)
 
@@ -18,9 +18,11 @@ def folder(tmp_path_factory):
     "pictures": {},
     "vectors": {"has_pictures": False, "num_classes": 20, "margin": 0.3},
   }.items():
-    page.write(example_run.make(folder / name, **options))
-  measured = runs.read_measured([str(folder / "pictures"), str(folder / "vectors")])
-  comparison_page.write(measured, str(folder / "comparison.html"))
+    page.write_page(example_run.make(folder / name, **options))
+  measured = measured_runs.read_measured(
+    [str(folder / "pictures"), str(folder / "vectors")]
+  )
+  comparison.write_comparison_page(measured, str(folder / "comparison.html"))
   return folder
 
 
@@ -106,7 +108,7 @@ def test_without_a_script_all_is_shown(folder, window):
 
 
 def _mapped(folder, name="pictures"):
-  return Evidence.read(str(folder / name)).embedding_map
+  return ReportData.read(str(folder / name)).embedding_map
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
@@ -136,7 +138,7 @@ def test_the_map_can_be_touched(folder, window):
 
 def test_what_was_pointed_at_stays_told_when_the_pointer_goes_to_it(folder, window):
   window.open(folder / "pictures" / "report.html")
-  item = Evidence.read(str(folder / "pictures")).queries[0].item
+  item = ReportData.read(str(folder / "pictures")).queries[0].item
   window.point(*_center(window, f"#item-{item}"))
   window.click(*_center(window, ".card a"))
   assert window.evaluate("location.hash") == f"#query-{item}"
@@ -186,7 +188,7 @@ def test_items_of_many_classes_are_told_apart_when_pointed_at(folder, window):
 
 def test_a_query_leads_to_its_place_on_the_map(folder, window):
   window.open(folder / "pictures" / "report.html")
-  item = Evidence.read(str(folder / "pictures")).queries[0].item
+  item = ReportData.read(str(folder / "pictures")).queries[0].item
   window.evaluate(f"document.querySelector('#query-{item} h3 a').click()")
   window.evaluate("new Promise((done) => setTimeout(done, 50))")
   assert window.evaluate("document.querySelector('circle.chosen').id") == f"item-{item}"
@@ -232,7 +234,7 @@ def test_frames_of_right_and_wrong_neighbours_differ_in_colour_and_width(
 @pytest.mark.parametrize("width", _WIDTHS)
 def test_a_neighbour_that_is_focused_or_hovered_is_named(folder, window, width):
   window.open(folder / "pictures" / "report.html", width=width)
-  query = Evidence.read(str(folder / "pictures")).queries[0]
+  query = ReportData.read(str(folder / "pictures")).queries[0]
   first = f"#query-{query.item} .right, #query-{query.item} .wrong"
   shown = "getComputedStyle(document.{}, '::after').content"
   x, y = _center(window, first)

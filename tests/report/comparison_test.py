@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from tests.report import example_run
-from trainer import compare
+from trainer.cli import compare
 from trainer.errors import UserError
-from trainer.report import runs
+from trainer.report import measured_runs
 
 
 @pytest.fixture
@@ -95,17 +95,17 @@ def test_folders_of_one_name_are_told_by_their_paths(tmp_path):
     example_run.make(tmp_path / parent / "run", has_evidence=False)
     for parent in ("x", "y")
   ]
-  assert [run.name for run in runs.read_measured(folders)] == folders
+  assert [run.name for run in measured_runs.read_measured(folders)] == folders
 
 
 def test_one_folder_is_too_few(folders):
   with pytest.raises(UserError, match="1 folders given; two runs or more"):
-    runs.read_measured(folders[:1])
+    measured_runs.read_measured(folders[:1])
 
 
 def test_a_folder_given_twice_is_refused(folders):
   with pytest.raises(UserError, match="a is given twice"):
-    runs.read_measured([folders[0], folders[0] + "/"])
+    measured_runs.read_measured([folders[0], folders[0] + "/"])
 
 
 def test_a_run_without_results_is_an_error_of_one_line(folders, tmp_path, capsys):

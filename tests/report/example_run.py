@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.loop.metrics_file import MetricsFile
-from trainer.retrieval.evidence import collect
+from trainer.retrieval import report_collector
 from trainer.retrieval.results import Measurement, Results
+from trainer.training.callbacks import MetricsFile
 
 CONFIG = """A.b = '<script>'
 
@@ -47,7 +47,7 @@ def evidence(num_classes=3, has_pictures=True):
   embeddings = random.normal(size=(60, 4)) + 2 * np.eye(num_classes, 4)[labels]
   distances = np.linalg.norm(embeddings[:, None] - embeddings[None], axis=2)
   np.fill_diagonal(distances, np.inf)
-  return collect(
+  return report_collector(
     embeddings.astype(np.float32),
     labels,
     np.argsort(distances, axis=1)[:, :-1],

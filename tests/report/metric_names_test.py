@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.report import metric_names
+from trainer.report import measured_runs
 
 
 @pytest.mark.parametrize(
@@ -20,12 +20,12 @@ from trainer.report import metric_names
   ],
 )
 def test_metrics_are_called_as_the_field_does(name, title):
-  assert metric_names.title(name) == title
+  assert measured_runs.metric_title(name) == title
 
 
 def test_what_is_no_metric_is_left_out_and_the_main_ones_come_first():
   names = ["step", "eval/num_queries", "eval/map_at_r", "eval/recall_at_1"]
-  assert metric_names.ordered(names) == (
+  assert measured_runs.ordered_metrics(names) == (
     ["eval/recall_at_1", "eval/map_at_r"],
     ["eval/num_queries"],
   )

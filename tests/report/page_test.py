@@ -12,14 +12,15 @@ import tensorflow as tf
 
 from tests.report import example_run
 from trainer.errors import UserError
-from trainer.loop.metrics_file import MetricsFile
 from trainer.report import __main__ as command
 from trainer.report import page
-from trainer.retrieval.evidence import Evidence, collect
+from trainer.retrieval import report_collector
+from trainer.retrieval.report_data import ReportData
+from trainer.training.callbacks import MetricsFile
 
 
 def _page(model_dir):
-  with open(page.write(model_dir), encoding="utf-8") as file:
+  with open(page.write_page(model_dir), encoding="utf-8") as file:
     return file.read()
 
 
@@ -65,13 +66,13 @@ def test_every_link_inside_the_page_leads_somewhere(text):
 
 
 def test_confused_classes_link_to_their_query(text, model_dir):
-  for confusion in Evidence.read(model_dir).confusions:
+  for confusion in ReportData.read(model_dir).confusions:
     assert f'<li><a href="#query-{confusion.query}">' in text
     assert f"{confusion.num_mistakes:,} of {confusion.num_queries:,} queries" in text
 
 
 def test_wrong_neighbours_are_told_from_right_ones(text, model_dir):
-  shown = [n for q in Evidence.read(model_dir).queries for n in q.neighbours]
+  shown = [n for q in ReportData.read(model_dir).queries for n in q.neighbours]
   assert text.count('<li class="wrong"') == sum(not n.is_right for n in shown) > 0
   assert text.count('<li class="right"') == sum(n.is_right for n in shown) > 0
 
@@ -152,7 +153,7 @@ def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
     return [tf.io.encode_png(image).numpy() for image in images]
 
   (tmp_path / "config.gin").write_text("", encoding="utf-8")
-  collect(
+  report_collector(
     random.normal(size=(1200, 2)).astype(np.float32),
     random.integers(50, size=1200),
     random.integers(1200, size=(1200, 8)),
@@ -160,7 +161,7 @@ def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
     class_names=[str(label) for label in range(50)],
     pictures_fn=noise,
   ).write(str(tmp_path))
-  assert os.path.getsize(page.write(str(tmp_path))) < 3e6
+  assert os.path.getsize(page.write_page(str(tmp_path))) < 3e6
 
 
 def test_nothing_is_left_beside_the_page(model_dir, text):
@@ -178,7 +179,7 @@ def test_the_command_writes_the_page_again(tmp_path, capsys):
 
 def test_a_folder_that_is_missing_is_refused(tmp_path):
   with pytest.raises(UserError, match="nowhere is no folder; give the model_dir"):
-    page.write(str(tmp_path / "nowhere"))
+    page.write_page(str(tmp_path / "nowhere"))
 
 
 def test_a_folder_without_a_run_is_an_error_of_one_line(tmp_path, capsys):
@@ -196,11 +197,11 @@ def test_damaged_results_are_named(tmp_path):
   model_dir = example_run.make(tmp_path / "run")
   (tmp_path / "run" / "eval" / "metrics.json").write_text('{"latest": {')
   with pytest.raises(UserError, match=r"eval/metrics.json can't be read"):
-    page.write(model_dir)
+    page.write_page(model_dir)
 
 
 def test_damaged_evidence_is_named(tmp_path):
   model_dir = example_run.make(tmp_path / "run")
   (tmp_path / "run" / "eval" / "evidence.json").write_text('{"num_items": 3}')
   with pytest.raises(UserError, match=r"eval/evidence.json can't be read"):
-    page.write(model_dir)
+    page.write_page(model_dir)

@@ -12,7 +12,7 @@ from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.retrieval import faiss_index
 from trainer.retrieval.faiss_index import KeptIndex
-from trainer.retrieval.search import nearest
+from trainer.retrieval.knn import nearest
 
 
 def _embeddings(num_items=2_000, num_dimensions=16):
@@ -29,11 +29,11 @@ def _embeddings(num_items=2_000, num_dimensions=16):
 )
 def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp_path):
   embeddings = _embeddings()
-  index = faiss_index.build(embeddings, kind)
-  measured = faiss_index.measure(index, embeddings)
+  index = faiss_index.build_index(embeddings, kind)
+  measured = faiss_index.measure_index(index, embeddings)
   assert least_recall <= measured["recall_at_10"] <= 1.0
   assert measured["queries_per_second"] > 0
-  faiss_index.write(str(tmp_path), index, {"kind": kind})
+  faiss_index.write_index(str(tmp_path), index, {"kind": kind})
   kept = KeptIndex(str(tmp_path))
   found = kept.nearest(embeddings[:50], embeddings, num_neighbours=10)
   exact = nearest(embeddings[:50], embeddings, num_neighbours=10)
@@ -50,21 +50,21 @@ def test_the_item_that_asks_does_not_count_as_found():
       found[:, 0] = np.arange(len(queries))
       return np.zeros([len(queries), k]), found
 
-  assert faiss_index.measure(Itself(), _embeddings(100))["recall_at_10"] == 0.0
+  assert faiss_index.measure_index(Itself(), _embeddings(100))["recall_at_10"] == 0.0
 
 
 def test_a_single_item_has_nothing_to_measure():
   embeddings = _embeddings(1)
-  index = faiss_index.build(embeddings, "flat")
-  assert faiss_index.measure(index, embeddings) == {}
+  index = faiss_index.build_index(embeddings, "flat")
+  assert faiss_index.measure_index(index, embeddings) == {}
 
 
 @pytest.mark.parametrize("kind", faiss_index.KINDS)
 def test_what_an_index_finds_has_the_order_and_distances_of_differences(kind, tmp_path):
   embeddings = near_embeddings.scattered(1e-4, num_items=1_000)
   queries = embeddings[:40] + np.float32(1e-5)
-  index = faiss_index.build(embeddings, kind)
-  faiss_index.write(str(tmp_path), index, {"kind": kind})
+  index = faiss_index.build_index(embeddings, kind)
+  faiss_index.write_index(str(tmp_path), index, {"kind": kind})
   found = KeptIndex(str(tmp_path)).nearest(queries, embeddings, num_neighbours=5)
   distances = near_embeddings.true_distances(queries, embeddings)
   wanted = np.take_along_axis(distances, found.indices, axis=1)
@@ -83,9 +83,9 @@ def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
 ):
   # At a distance of 1,000 times the spread float32 products have no digit left.
   embeddings = np.round(_embeddings() * 2**10) / 2**10 + np.float32(4096.0)
-  index = faiss_index.build(embeddings, kind)
-  assert faiss_index.measure(index, embeddings)["recall_at_10"] >= least_recall
-  faiss_index.write(str(tmp_path), index, {"kind": "as FAISS reads it"})
+  index = faiss_index.build_index(embeddings, kind)
+  assert faiss_index.measure_index(index, embeddings)["recall_at_10"] >= least_recall
+  faiss_index.write_index(str(tmp_path), index, {"kind": "as FAISS reads it"})
   kept = KeptIndex(str(tmp_path))
   assert (kept._index.ntotal, kept._index.d) == (2_000, 16)
   _, read = kept._index.search(embeddings[:50], 10)
@@ -93,14 +93,14 @@ def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
 
 
 def test_an_index_around_zero_is_what_faiss_calls_by_its_kind():
-  index = faiss_index.build(_embeddings() - _embeddings().mean(axis=0), "hnsw")
+  index = faiss_index.build_index(_embeddings() - _embeddings().mean(axis=0), "hnsw")
   assert type(index).__name__ == "IndexHNSWFlat"
 
 
 def test_cells_with_fewer_items_than_asked_for_give_no_item_at_the_end(tmp_path):
   embeddings = _embeddings(80)
-  index = faiss_index.build(embeddings, "ivf_flat")
-  faiss_index.write(str(tmp_path), index, {"kind": "ivf_flat"})
+  index = faiss_index.build_index(embeddings, "ivf_flat")
+  faiss_index.write_index(str(tmp_path), index, {"kind": "ivf_flat"})
   kept = KeptIndex(str(tmp_path))
   faiss.extract_index_ivf(kept._index).nprobe = 1
   found = kept.nearest(embeddings[:3], embeddings, num_neighbours=80)
@@ -120,17 +120,19 @@ def test_the_kind_goes_by_the_number_of_items(num_items, kind):
 @pytest.mark.parametrize(("num_items", "kind"), [(30, "ivf_flat"), (38, "ivf_pq")])
 def test_too_few_items_for_cells_are_refused(num_items, kind):
   with pytest.raises(UserError, match="too few"):
-    faiss_index.build(_embeddings(num_items), kind)
+    faiss_index.build_index(_embeddings(num_items), kind)
 
 
 def test_an_unknown_kind_is_refused():
   with pytest.raises(UserError, match="'tree'"):
-    faiss_index.build(_embeddings(30), "tree")
+    faiss_index.build_index(_embeddings(30), "tree")
 
 
 @pytest.fixture
 def folder(tmp_path):
-  faiss_index.write(str(tmp_path), faiss_index.build(_embeddings(50), "flat"), {})
+  faiss_index.write_index(
+    str(tmp_path), faiss_index.build_index(_embeddings(50), "flat"), {}
+  )
   return tmp_path
 
 

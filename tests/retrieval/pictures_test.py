@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.decode import ImageDecoder, VectorDecoder
+from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.retrieval.pictures import pictures_of
 
 

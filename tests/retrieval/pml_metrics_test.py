@@ -11,8 +11,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from trainer.retrieval.judgements import ItemLabels, LabelJudgements
-from trainer.retrieval.rankings import rank
+from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.ranking import rank
 
 _RECORDED = np.load(pathlib.Path(__file__).parents[1] / "golden" / "pml_metrics.npz")
 # Its mean reciprocal rank is added up in float32.

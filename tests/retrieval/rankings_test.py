@@ -7,9 +7,9 @@ import pytest
 
 from tests.retrieval import rank_oracles
 from trainer.errors import UserError
-from trainer.retrieval.intervals import bootstrap_intervals
-from trainer.retrieval.protocols import LeaveOneOut, QueryAndGallery, Relevance
-from trainer.retrieval.rankings import rank
+from trainer.retrieval.ground_truth import LeaveOneOut, QueryAndGallery, Relevance
+from trainer.retrieval.metrics import bootstrap_intervals
+from trainer.retrieval.ranking import rank
 
 _KS = (1, 5)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.retrieval import near_embeddings, rank_oracles
-from trainer.retrieval import ranks as ranks_lib
-from trainer.retrieval.judgements import ItemLabels, LabelJudgements
-from trainer.retrieval.ranks import ranks_of_relevant
+from trainer.retrieval import ranking
+from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.ranking import ranks_of_relevant
 
 
 def _leave_one_out(labels):
@@ -41,7 +41,7 @@ def test_ranks_are_those_of_a_sort_for_any_tile(max_distances):
 
 @pytest.mark.parametrize("max_counted", [0, 1000])
 def test_equal_distances_rank_by_index_counted_or_sorted(max_counted, monkeypatch):
-  monkeypatch.setattr(ranks_lib, "_MAX_COUNTED", max_counted)
+  monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
   # Small integers, so that distances are exact and many are equal.
   rng = np.random.default_rng(5)
   embeddings, labels = rng.integers(-2, 3, (80, 2)), rng.integers(0, 4, 80)
@@ -90,8 +90,8 @@ def _true_ranks(embeddings, labels):
 def test_ranks_are_those_of_float64_differences(
   case, num_classes, max_counted, max_share, monkeypatch
 ):
-  monkeypatch.setattr(ranks_lib, "_MAX_COUNTED", max_counted)
-  monkeypatch.setattr(ranks_lib, "_MAX_SHARE_UNDECIDED", max_share)
+  monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
+  monkeypatch.setattr(ranking, "_MAX_SHARE_UNDECIDED", max_share)
   embeddings = near_embeddings.CASES[case]
   labels = np.random.default_rng(8).integers(0, num_classes, len(embeddings))
   assert _got(embeddings, labels) == _true_ranks(embeddings, labels)

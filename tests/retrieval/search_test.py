@@ -7,10 +7,10 @@ import pytest
 
 from tests.retrieval import near_embeddings
 from trainer.errors import UserError
-from trainer.retrieval import certain_search, search, tiled_search
-from trainer.retrieval.judgements import ItemLabels, LabelJudgements
-from trainer.retrieval.neighbourhoods import sampled_answers
-from trainer.retrieval.search import nearest
+from trainer.retrieval import knn
+from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.knn import nearest
+from trainer.retrieval.query import sampled_answers
 
 
 def _by_sorting(queries, gallery, num_neighbours):
@@ -27,7 +27,7 @@ def _random(shape, seed):
 
 def _by_tiles(queries, gallery, num_neighbours, **sizes):
   offset = np.zeros(gallery.shape[1], np.float32)
-  return tiled_search.search_by_tiles(
+  return knn.search_by_tiles(
     queries, gallery, offset, num_neighbours=num_neighbours, **sizes
   )[0]
 
@@ -90,18 +90,18 @@ def test_items_in_half_precision_are_taken_as_they_are():
 def test_what_is_certain_is_right_however_close_items_are(
   searches_by_faiss, monkeypatch
 ):
-  monkeypatch.setattr(certain_search, "_NUM_ITEMS", 100)
-  monkeypatch.setattr(search, "faiss_serves", lambda: searches_by_faiss)
+  monkeypatch.setattr(knn, "_NUM_ITEMS", 100)
+  monkeypatch.setattr(knn, "faiss_serves", lambda: searches_by_faiss)
   # Items within the rounding error of each other, and beyond it.
   base = _random((60, 16), 3)
   spreads = np.repeat(10.0 ** -np.arange(8), 40)[:, None]
   gallery = (base[:1] + spreads * _random((320, 16), 4)).astype(np.float32)
   zero = np.zeros(16, np.float32)
-  found = certain_search.prove(
+  found = knn.prove(
     base,
     gallery,
     zero,
-    search._candidates(base, gallery, zero, 7),
+    knn._candidates(base, gallery, zero, 7),
     num_neighbours=7,
     roundoff=2.0**-24,
   )
@@ -118,7 +118,7 @@ def test_what_is_certain_is_right_however_close_items_are(
 def test_neighbours_and_distances_are_those_of_float64_differences(
   case, searches_by_faiss, num_neighbours, monkeypatch
 ):
-  monkeypatch.setattr(search, "faiss_serves", lambda: searches_by_faiss)
+  monkeypatch.setattr(knn, "faiss_serves", lambda: searches_by_faiss)
   gallery = near_embeddings.CASES[case]
   queries = gallery[::7]
   got = nearest(queries, gallery, num_neighbours=num_neighbours)
@@ -153,15 +153,15 @@ def test_near_duplicates_come_in_their_order_with_their_distances(
 
 def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
   # As of TensorFloat-32: the tiles see 11 bits of each number.
-  filled = tiled_search._filled
+  filled = knn._filled
 
   def rounded(*arguments):
     bits = filled(*arguments).view(np.uint32) + np.uint32(0x800)
     return (bits & np.uint32(0xFFFFF000)).view(np.float32)
 
-  monkeypatch.setattr(tiled_search, "_filled", rounded)
-  monkeypatch.setattr(search, "faiss_serves", lambda: False)
-  monkeypatch.setattr(search, "_unit_roundoff", lambda: 2.0**-11)
+  monkeypatch.setattr(knn, "_filled", rounded)
+  monkeypatch.setattr(knn, "faiss_serves", lambda: False)
+  monkeypatch.setattr(knn, "_unit_roundoff", lambda: 2.0**-11)
   queries, gallery = _random((30, 8), 1), _random((700, 8), 2)
   got = nearest(queries, gallery, num_neighbours=20)
   np.testing.assert_array_equal(got.indices, _by_sorting(queries, gallery, 20))
@@ -177,10 +177,8 @@ def test_vectors_in_double_precision_are_taken_as_single():
 
 def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
   traced = []
-  merged = tiled_search._merged
-  monkeypatch.setattr(
-    tiled_search, "_merged", lambda *given: traced.append(1) or merged(*given)
-  )
+  merged = knn._merged
+  monkeypatch.setattr(knn, "_merged", lambda *given: traced.append(1) or merged(*given))
   for seed in (1, 2):
     _by_tiles(_random((7, 6), seed), _random((70, 6), seed), 3)
   assert len(traced) == 1

@@ -10,8 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 
 from trainer.errors import UserError
-from trainer.retrieval.clustering import Clustering
-from trainer.retrieval.verification import Verification
+from trainer.retrieval.verification import Clustering, Verification
 
 
 def _items(num_items=40, spread=1.0, seed=1):

@@ -14,8 +14,8 @@ import time
 
 import pytest
 
-from trainer.sweep import command, points, spec
-from trainer.sweep.run_folder import RunFolder
+from trainer.sweep import __main__, points, spec
+from trainer.sweep.run_process import RunFolder
 
 ROOT = pathlib.Path(__file__).parents[2]
 _TWO = "choice/MARGIN = (0.1, 0.2)"
@@ -183,7 +183,7 @@ def test_two_sweeps_at_once_share_the_points(folder, sweep_file):
 def test_sweep_waits_for_a_run_that_another_makes_and_takes_it_over(folder, sweep_file):
   """The other ends without a result: no point is missing where the status is 0."""
   path = sweep_file(_TWO)
-  read = spec.read(path)
+  read = spec.read_spec(path)
   point = points.listed(read, points.PointBuilder(read))[0]
   run_folder = RunFolder(str(folder / "runs" / "points"), point, "train_and_evaluate")
   with run_folder.lock() as lock:
@@ -199,7 +199,7 @@ def test_sweep_waits_for_a_run_that_another_makes_and_takes_it_over(folder, swee
 
 
 def test_polling_a_run_never_takes_its_lock_from_a_worker(folder, sweep_file):
-  read = spec.read(sweep_file(_TWO))
+  read = spec.read_spec(sweep_file(_TWO))
   point = points.listed(read, points.PointBuilder(read))[0]
   run_folder = RunFolder(str(folder), point, "train")
   with run_folder.lock():
@@ -268,7 +268,7 @@ def test_mistake_is_one_line_before_anything_starts(refusal, text, flags, words)
 
 
 def test_sweep_file_that_is_not_there_is_refused(folder, capsys):
-  assert command.main(["sweep", "nowhere.gin"]) == 2
+  assert __main__.main(["sweep", "nowhere.gin"]) == 2
   assert "nowhere.gin" in capsys.readouterr().err
 
 
@@ -310,8 +310,8 @@ def test_dry_run_lists_the_points_and_makes_nothing(sweep, folder, capsys):
 
 
 def test_help_names_every_flag():
-  text = command.help_text()
-  assert all(f"--{name} " in text for name in command.define_flags())
+  text = __main__.help_text()
+  assert all(f"--{name} " in text for name in __main__.define_flags())
 
 
 def test_real_runs_are_made_and_measured(tmp_path, sweep_file):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from trainer.sweep import command
+from trainer.sweep import __main__
 
 ROOT = pathlib.Path(__file__).parents[2]
 RUN_FILE = ROOT / "configs" / "runs" / "digits.gin"
@@ -15,7 +15,7 @@ RUN_FILE = ROOT / "configs" / "runs" / "digits.gin"
 @pytest.fixture(autouse=True)
 def _parts():
   """Registers the parts that sweep files name."""
-  importlib.import_module("trainer.parts")
+  importlib.import_module("trainer.gin_registrations")
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def sweep(folder, sweep_file):
   """Runs a sweep in `folder`; returns the exit status."""
 
   def run(text: str, *flags: str, name: str = "mine") -> int:
-    return command.main(["sweep", sweep_file(text, name), *flags])
+    return __main__.main(["sweep", sweep_file(text, name), *flags])
 
   return run
 

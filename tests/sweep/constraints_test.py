@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.config.statements import Reference
+from trainer.config.gin_statements import Reference
 from trainer.errors import UserError
-from trainer.sweep.constraints import Constraint
+from trainer.sweep.spec import Constraint
 
 VALUES = {"P": 4, "PKSchedule.samples_per_class": 16, "TrainStep.loss": "x"}
 

@@ -5,13 +5,13 @@ import random
 
 import pytest
 
-from trainer.config.statements import Binding
+from trainer.config.gin_statements import Binding
 from trainer.errors import UserError
-from trainer.sweep import domains
+from trainer.sweep import spec
 
 
 def _read(kind, value):
-  return domains.read(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
+  return spec.read_domain(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
 
 
 def test_grid_of_a_choice_is_every_value():

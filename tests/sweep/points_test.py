@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer import config
+from trainer.config import run_config
 from trainer.errors import UserError
 from trainer.sweep import points, spec
 
@@ -14,13 +14,13 @@ choice/BatchAllTripletLoss.margin = (0.1, 0.2)
 
 
 def _points(path):
-  read = spec.read(path)
+  read = spec.read_spec(path)
   return points.listed(read, points.PointBuilder(read))
 
 
 def test_point_has_the_hash_of_the_run_that_it_stands_for(sweep_file, tmp_path):
   point = _points(sweep_file("choice/MARGIN = (0.7,)"))[0]
-  run = config.read(
+  run = run_config.read(
     [sweep_file("", name="run")], ["MARGIN = 0.7"], needed=("train", "evaluate")
   )
   assert point.run_id == run.hash[:16]
@@ -30,7 +30,7 @@ def test_point_has_the_hash_of_the_run_that_it_stands_for(sweep_file, tmp_path):
 def test_text_of_a_point_is_a_run_file_of_the_same_config(sweep_file, tmp_path):
   point = _points(sweep_file(_TWO_LOSSES))[-1]
   (tmp_path / "point.gin").write_text(point.config.text)
-  again = config.read([str(tmp_path / "point.gin")], needed=("train", "evaluate"))
+  again = run_config.read([str(tmp_path / "point.gin")], needed=("train", "evaluate"))
   assert again.hash == point.config.hash
 
 

@@ -11,8 +11,8 @@ from optuna.storages.journal import JournalFileBackend
 from tests.sweep import command_test
 from trainer.sweep import spec
 from trainer.sweep.points import PointBuilder
-from trainer.sweep.process import Ending
-from trainer.sweep.study import StudyTrials
+from trainer.sweep.run_process import Ending
+from trainer.sweep.trials import StudyTrials
 
 _TPE = "log_range/MARGIN = (0.01, 1.0)\nsweep.method = 'tpe'\nsweep.num_trials = {}\n"
 _State = optuna.trial.TrialState
@@ -98,7 +98,7 @@ def test_trial_of_a_killed_sweep_is_taken_up_where_it_was(sweep, folder, sweep_f
 def test_a_trial_that_ends_while_another_sweep_looks_is_not_made_again(
   folder, sweep_file, monkeypatch
 ):
-  read = spec.read(sweep_file(_TPE.format(2)))
+  read = spec.read_spec(sweep_file(_TPE.format(2)))
   sweep_dir = str(folder / "runs" / "sweeps" / "mine")
   one, other = (
     StudyTrials(read, PointBuilder(read), sweep_dir, None) for _ in range(2)

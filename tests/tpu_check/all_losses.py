@@ -10,18 +10,19 @@ import sys
 
 from tests.tpu_check.losses_test import STEPS, lowered
 from trainer.losses.mining_statistics import MiningStatistics
-from trainer.tpu_check import report, topologies
+from trainer.tpu_check import compile_check
+from trainer.tpu_check import compiler as compiler_lib
 from trainer.tpu_check.compiler import Compiler
 
 
 def main(topology_name: str = "v5e:2x2") -> None:
-  topology = topologies.parse(topology_name)
+  topology = compiler_lib.parse_topology(topology_name)
   compiler = Compiler(".venv-tpu/bin/python")
   print(f"| loss | memory on {topology.name} | compile time |\n|---|---|---|")
   for name, make_loss in STEPS.items():
     hlo = lowered(make_loss, topology.num_replicas, MiningStatistics())
     compiled = compiler.compile(hlo, topology)
-    memory = report.memory_text(compiled.memory_bytes)
+    memory = compile_check.memory_text(compiled.memory_bytes)
     print(f"| {name} | {memory} | {compiled.compile_s:.0f} s |", flush=True)
 
 

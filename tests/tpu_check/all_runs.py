@@ -9,32 +9,34 @@ from __future__ import annotations
 import pathlib
 import sys
 
-from trainer import config, parts  # noqa: F401  Registers what the files name.
-from trainer.tpu_check import replica_step, report, run_step, topologies
+from trainer import gin_registrations  # noqa: F401  Registers what the files name.
+from trainer.config import run_config
+from trainer.tpu_check import compile_check, replica_program
+from trainer.tpu_check import compiler as compiler_lib
 from trainer.tpu_check.compiler import Compiler
 
 _COLUMNS = ("run file", "P x K", "memory", "FLOP", "collectives", "compile time")
 
 
 def main(topology_name: str = "v5e:2x2") -> None:
-  topology = topologies.parse(topology_name)
+  topology = compiler_lib.parse_topology(topology_name)
   compiler = Compiler(".venv-tpu/bin/python")
   print(f"{topology.name}, memory and FLOP of a replica and step\n")
   _print_row(_COLUMNS)
   _print_row("---" for _ in _COLUMNS)
   for path in sorted(pathlib.Path("configs/runs").glob("*.gin")):
-    config.load([str(path)], needed=("train",))
-    run = run_step.of_run()
+    run_config.load([str(path)], needed=("train",))
+    run = replica_program.step_of_run()
     # Of a P that does not divide, the nearest below: above there may be no classes.
     num_classes = run.num_classes - run.num_classes % topology.num_replicas
     batch = run.replica_batch(num_classes, topology.num_replicas)
-    program = replica_step.export(run.step, batch, topology.num_replicas)
+    program = replica_program.export_program(run.step, batch, topology.num_replicas)
     compiled = compiler.compile(program.hlo, topology)
     _print_row(
       (
         path.name,
         f"{num_classes} x {run.num_samples}",
-        report.memory_text(compiled.memory_bytes),
+        compile_check.memory_text(compiled.memory_bytes),
         f"{compiled.flops:.2e}",
         "not told" if compiled.collectives is None else str(len(compiled.collectives)),
         f"{compiled.compile_s:.0f} s",

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from trainer.tpu_check import command
+from trainer.tpu_check import __main__
 
 _DIGITS = "configs/runs/digits.gin"
 
@@ -18,7 +18,7 @@ def run(compiler_python, capsys, monkeypatch):
 
   def call(*arguments):
     python = f"--compiler_python={compiler_python}"
-    status = command.main(["tpu_check", *arguments, python])
+    status = __main__.main(["tpu_check", *arguments, python])
     return status, *capsys.readouterr()
 
   return call
@@ -113,7 +113,7 @@ def test_a_mistake_is_told_in_one_line(run, arguments, words):
 
 def test_a_compiler_that_is_not_there_is_told_how_to_make(capsys):
   assert (
-    command.main(
+    __main__.main(
       ["", _DIGITS, "--topology=v5e:2x2", "--compiler_python=/nowhere/python"]
     )
     == 2
@@ -122,7 +122,7 @@ def test_a_compiler_that_is_not_there_is_told_how_to_make(capsys):
 
 
 def test_help_fits_a_screen(capsys):
-  assert command.main(["", "--help"]) == 0
+  assert __main__.main(["", "--help"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert len(lines) < 24
   assert "--topology" in "\n".join(lines)

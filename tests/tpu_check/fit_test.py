@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from trainer.tpu_check import fit
+from trainer.tpu_check import compile_check
 
 
 @pytest.mark.parametrize(
@@ -15,12 +15,17 @@ from trainer.tpu_check import fit
     (64, 4, 3, None),
     (6, 4, 9, 8),
     (2, 4, 5, 4),
-    (8, 8, 10**9, 8 * fit.MAX_FACTOR),
-    (12, 4, 12 * fit.MAX_FACTOR - 1, 12 * fit.MAX_FACTOR - 4),
+    (8, 8, 10**9, 8 * compile_check.MAX_FACTOR),
+    (12, 4, 12 * compile_check.MAX_FACTOR - 1, 12 * compile_check.MAX_FACTOR - 4),
   ],
 )
 def test_the_largest_multiple_that_fits_is_found(start, unit, limit, expected):
-  assert fit.largest(lambda number: number <= limit, start, unit=unit) == expected
+  assert (
+    compile_check.largest_fitting_batch(
+      lambda number: number <= limit, start, unit=unit
+    )
+    == expected
+  )
 
 
 def test_nothing_is_tried_twice_and_only_multiples_are():
@@ -30,6 +35,6 @@ def test_nothing_is_tried_twice_and_only_multiples_are():
     tried.append(number)
     return number <= 1000
 
-  assert fit.largest(fits, 64, unit=4) == 1000
+  assert compile_check.largest_fitting_batch(fits, 64, unit=4) == 1000
   assert len(set(tried)) == len(tried) < 15
   assert not any(number % 4 for number in tried)

@@ -11,13 +11,13 @@ import tensorflow as tf
 
 from tests.distribute.parity_test import LOSSES
 from trainer.data.pipeline import Batch
-from trainer.distribute.objective import across_replicas
-from trainer.loop.step import TrainStep
-from trainer.losses import accelerator, tiles
-from trainer.losses.terms import Anchors, Candidates
+from trainer.losses import tiled_loss
+from trainer.losses.loss_terms import Anchors, Candidates
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.tpu_check import replica_step
+from trainer.tpu_check import replica_program
+from trainer.training.step import TrainStep
 
 _NUM_REPLICAS, _NUM_EXAMPLES, _INPUT_SIZE = 4, 6, 10
 STEPS = LOSSES
@@ -39,7 +39,7 @@ def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
     tf.TensorSpec([_NUM_EXAMPLES]),
     tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
   )
-  return replica_step.export(step, batch, num_replicas).hlo
+  return replica_program.export_program(step, batch, num_replicas).hlo
 
 
 @pytest.mark.parametrize("num_candidates", [1024, 65_536])
@@ -53,12 +53,12 @@ def test_tiles_are_those_of_an_accelerator_while_a_step_is_traced_for_one(
     tf.ones([num_candidates], tf.bool),
     tf.range(1024),
   )
-  here = tiles._num_rows(anchors, candidates, None)
-  with accelerator.for_accelerator():
-    there = tiles._num_rows(anchors, candidates, None)
+  here = tiled_loss._num_rows(anchors, candidates, None)
+  with tiled_loss.for_accelerator():
+    there = tiled_loss._num_rows(anchors, candidates, None)
   assert here < 1024
   assert there == {1024: None, 65_536: 256}[num_candidates]
-  assert tiles._num_rows(anchors, candidates, None) == here
+  assert tiled_loss._num_rows(anchors, candidates, None) == here
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from tests.tpu_check.losses_test import STEPS, lowered
-from trainer.loop import addons_optimizers, optimizers
-from trainer.loop.per_part import PerPart
+from trainer.training import optimizers
+from trainer.training.optimizers import PerPart
 
 _OPTIMIZERS = {
   "adam": lambda: optimizers.adam(learning_rate=0.1, global_clipnorm=1.0),
@@ -20,8 +20,8 @@ _OPTIMIZERS = {
 }
 if sys.version_info < (3, 12):  # TensorFlow Addons goes no further.
   _OPTIMIZERS.update(
-    novograd=lambda: addons_optimizers.novograd(learning_rate=0.1),
-    rectified_adam=lambda: addons_optimizers.rectified_adam(
+    novograd=lambda: optimizers.novograd(learning_rate=0.1),
+    rectified_adam=lambda: optimizers.rectified_adam(
       learning_rate=0.1, lookahead_steps=5
     ),
   )

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 import tensorflow as tf
 
-from trainer.distribute.objective import across_replicas
-from trainer.loop.step import TrainStep
-from trainer.loop.step_options import StepOptions
 from trainer.losses import BatchHardTripletLoss
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
+from trainer.tpu_check.compile_check import proposals
 from trainer.tpu_check.compiler import Array
-from trainer.tpu_check.proposals import proposals
-from trainer.tpu_check.run_step import RunStep
+from trainer.tpu_check.replica_program import RunStep
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
 
 _ACTIVATION = Array("encoder/conv_net/conv2d/Relu", 8, "8")
 _DISTANCES = Array("MatMul", 8, "8")

@@ -8,11 +8,11 @@ import pytest
 import tensorflow as tf
 
 from trainer.data.pipeline import Batch
-from trainer.distribute.objective import across_replicas
-from trainer.loop.step import TrainStep
 from trainer.losses import BatchHardTripletLoss
+from trainer.losses.objectives import across_replicas
 from trainer.models.encoder import Encoder
-from trainer.tpu_check import refusals, replica_step
+from trainer.tpu_check import compile_check, replica_program
+from trainer.training.step import TrainStep
 
 _SHAPE, _NUM_EXAMPLES = (6, 6, 1), 4
 
@@ -59,8 +59,8 @@ def _refusal(function):
     tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
   )
   with pytest.raises(ValueError, match="XLA_CPU_JIT") as caught:
-    replica_step.export(step, batch, 2)
-  return refusals.of_lowering(caught.value)
+    replica_program.export_program(step, batch, 2)
+  return compile_check.refusal_of_lowering(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,9 @@ def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
 
 
 def test_an_error_about_something_else_is_no_refusal():
-  assert refusals.of_lowering(ValueError("Shapes must be equal rank")) is None
+  assert (
+    compile_check.refusal_of_lowering(ValueError("Shapes must be equal rank")) is None
+  )
 
 
 def test_memory_is_read_from_the_words_of_the_compiler():
@@ -99,10 +101,10 @@ def test_memory_is_read_from_the_words_of_the_compiler():
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
     "memory required for HLO temporaries (31.50G) exceeds available HBM (15.75G)."
   )
-  assert refusals.needed_share(words) == 2.0
-  assert refusals.needed_share("INTERNAL: Mosaic failed") is None
+  assert compile_check.needed_share(words) == 2.0
+  assert compile_check.needed_share("INTERNAL: Mosaic failed") is None
 
 
 def test_words_of_the_compiler_become_one_line():
-  assert refusals.of_compiler("INTERNAL:\n  x\n") == "INTERNAL: x"
-  assert len(refusals.of_compiler("x " * 1000)) < 320
+  assert compile_check.refusal_of_compiler("INTERNAL:\n  x\n") == "INTERNAL: x"
+  assert len(compile_check.refusal_of_compiler("x " * 1000)) < 320

@@ -7,14 +7,14 @@ import tensorflow as tf
 
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
-from trainer.distribute.memory_bank import MemoryBank
-from trainer.distribute.objective import across_replicas
-from trainer.loop.step import TrainStep
-from trainer.loop.step_options import StepOptions
 from trainer.losses import InfoNCELoss, LearnedTemperature
+from trainer.losses.cross_batch_memory import MemoryBank
+from trainer.losses.objectives import across_replicas
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
-from trainer.tpu_check import replica_step
+from trainer.tpu_check import replica_program
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
 
 _NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 8, 3, (6, 6, 1)
 _NUM_REPLICAS = 4
@@ -51,7 +51,7 @@ def _run_on_replicas(compiler, normalization):
   step, batch = _make_step(normalization), _batch()
   size = len(batch.labels) // _NUM_REPLICAS
   specs = Batch(*(tf.TensorSpec([size, *v.shape[1:]], v.dtype) for v in batch))
-  program = replica_step.export(step, specs, _NUM_REPLICAS)
+  program = replica_program.export_program(step, specs, _NUM_REPLICAS)
   after = compiler.run(
     program.hlo,
     num_replicas=_NUM_REPLICAS,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from trainer.errors import UserError
-from trainer.tpu_check import topologies
+from trainer.tpu_check import compiler
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from trainer.tpu_check import topologies
   ],
 )
 def test_a_tpu_is_named_by_its_chips(name, num_replicas, gib, num_hosts):
-  topology = topologies.parse(name)
+  topology = compiler.parse_topology(name)
   assert topology.tpu == name
   assert topology.num_replicas == num_replicas
   assert topology.memory_bytes == int(gib * 2**30)
@@ -26,7 +26,7 @@ def test_a_tpu_is_named_by_its_chips(name, num_replicas, gib, num_hosts):
 
 
 def test_gpus_are_named_by_their_memory():
-  topology = topologies.parse("gpu:4x16GB")
+  topology = compiler.parse_topology("gpu:4x16GB")
   assert topology.tpu is None
   assert topology.num_replicas == 4
   assert topology.memory_bytes == 16_000_000_000
@@ -45,11 +45,11 @@ def test_gpus_are_named_by_their_memory():
 )
 def test_a_name_that_means_nothing_is_told_what_is_needed(name, words):
   with pytest.raises(UserError, match=words):
-    topologies.parse(name)
+    compiler.parse_topology(name)
 
 
 def test_no_program_may_have_more_than_its_chip_has():
   # v5p: libtpu counts its 95 GB in another way.
-  others = {k: v for k, v in topologies.VERSIONS.items() if k != "v5p"}
+  others = {k: v for k, v in compiler.VERSIONS.items() if k != "v5p"}
   for version in others.values():
     assert version.replica_gib * version.replicas_per_chip < version.chip_gib

@@ -1,20 +1,85 @@
-"""Augmentation: images changed at random, each on its own, many at once in the graph.
+"""Random augmentation of images, computed for a whole batch in the graph.
+
+The numbers of a row depend on seed, step and the row's place in the global batch, and
+so neither on threads nor on how many workers or replicas share the batch. They are
+drawn for all rows, and what is computed of them is too, before this worker's are taken:
+the last bit of a root or an exponential may depend on how many are computed at once.
+
+Shapes: G rows of the global batch, L of this worker.
 
 Plain TensorFlow, so that it is the same on every TensorFlow this package runs on.
 
 Shapes: L images, H × W pixels, C channels; values in [0, 1].
+
+Each is one map of output places to input places for every image, done by one operation.
+
+Shapes: G images of the global batch, L of this worker, H × W pixels, C channels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
 import gin
 import tensorflow as tf
 
-from trainer.data.row_random import RowRandom
 from trainer.errors import UserError
+
+# Apart from other uses of a seed.
+_SALT = 0x5EED
+
+
+class RowRandom:
+  """Draws numbers for this worker's rows of a step.
+
+  Args:
+    seed: of the run.
+    step: scalar int64.
+    num_rows: G.
+    first_row: place of this worker's first row.
+    num_local_rows: L.
+  """
+
+  def __init__(
+    self,
+    seed: int,
+    step: tf.Tensor,
+    *,
+    num_rows: int,
+    first_row: int,
+    num_local_rows: int,
+  ):
+    self._seed = seed
+    self._step = step
+    self._num_rows = num_rows
+    self._rows = slice(first_row, first_row + num_local_rows)
+    self._num_calls = 0
+
+  def uniform(
+    self, num_values: int, low: float = 0.0, high: float = 1.0
+  ) -> list[tf.Tensor]:
+    """Numbers that no other call gives.
+
+    Args:
+      num_values: how many for each row.
+      low: least value.
+      high: above all values.
+
+    Returns:
+      As many [G] float32 tensors.
+    """
+    self._num_calls += 1
+    salted = self._seed * 1_000_003 + _SALT + self._num_calls
+    seed = tf.stack([tf.constant(salted % 2**63, tf.int64), self._step])
+    shape = [self._num_rows, num_values]
+    values = tf.random.stateless_uniform(shape, seed, low, high)
+    return tf.unstack(values, axis=1)
+
+  def local(self, values: tf.Tensor) -> tf.Tensor:
+    """This worker's rows: [G, ...] to [L, ...]."""
+    return values[self._rows]
 
 
 class Change(Protocol):
@@ -167,3 +232,115 @@ def _weighted_shifts(
 def _per_image(values: tf.Tensor) -> tf.Tensor:
   """[L] to [L, 1, 1, 1]."""
   return tf.reshape(values, [-1, 1, 1, 1])
+
+
+@gin.register
+class Shift:
+  """Images moved by whole pixels; what comes in is black.
+
+  Args:
+    pixels: at most so far, each way.
+
+  Raises:
+    UserError: fewer than 1.
+  """
+
+  def __init__(self, *, pixels: int):
+    if pixels < 1:
+      raise UserError(f"Shift.pixels={pixels} must be at least 1.")
+    self._pixels = pixels
+
+  def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
+    """[L, H, W, C] float32 to the same shape."""
+    draws = random.uniform(2, -self._pixels - 0.5, self._pixels + 0.5)
+    x, y = (tf.round(draw) for draw in draws)
+    one, zero = tf.ones_like(x), tf.zeros_like(x)
+    return _moved(images, random, (one, zero, x), (zero, one, y), "NEAREST", "CONSTANT")
+
+
+@gin.register
+class Rotation:
+  """Images turned about their middle; edges are repeated.
+
+  Args:
+    degrees: at most so far, each way.
+
+  Raises:
+    UserError: not between 0 and 180.
+  """
+
+  def __init__(self, *, degrees: float):
+    if not 0 < degrees <= 180:
+      raise UserError(f"Rotation.degrees={degrees} must be above 0 and at most 180.")
+    self._radians = math.radians(degrees)
+
+  def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
+    """[L, H, W, C] float32 to the same shape."""
+    (angle,) = random.uniform(1, -self._radians, self._radians)
+    cos, sin = tf.cos(angle), tf.sin(angle)
+    middle_y, middle_x = ((size - 1) / 2 for size in images.shape[1:3])
+    return _moved(
+      images,
+      random,
+      (cos, -sin, middle_x - cos * middle_x + sin * middle_y),
+      (sin, cos, middle_y - sin * middle_x - cos * middle_y),
+      "BILINEAR",
+      "NEAREST",
+    )
+
+
+@gin.register
+class CropAndResize:
+  """A part of random size, proportions and place, as large as the image again.
+
+  Args:
+    min_area: least share of the image's area.
+    max_stretch: width to height, times or divided by at most so much.
+
+  Raises:
+    UserError: the share is not in (0, 1], or the stretch is below 1.
+  """
+
+  def __init__(self, *, min_area: float, max_stretch: float = 4 / 3):
+    if not 0 < min_area <= 1:
+      raise UserError(f"CropAndResize.min_area={min_area} must be above 0, at most 1.")
+    if max_stretch < 1:
+      raise UserError(f"CropAndResize.max_stretch={max_stretch} must be at least 1.")
+    self._min_area = min_area
+    self._log_stretch = math.log(max_stretch)
+
+  def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
+    """[L, H, W, C] float32 to the same shape."""
+    (area,) = random.uniform(1, self._min_area, 1.0)
+    (log_stretch,) = random.uniform(1, -self._log_stretch, self._log_stretch)
+    place_x, place_y = random.uniform(2)
+    stretch = tf.exp(log_stretch / 2)
+    width = tf.minimum(tf.sqrt(area) * stretch, 1.0)
+    height = tf.minimum(tf.sqrt(area) / stretch, 1.0)
+    num_rows, num_columns = images.shape[1:3]
+    left = place_x * (1 - width) * (num_columns - 1)
+    top = place_y * (1 - height) * (num_rows - 1)
+    zero = tf.zeros_like(width)
+    return _moved(
+      images, random, (width, zero, left), (zero, height, top), "BILINEAR", "NEAREST"
+    )
+
+
+def _moved(
+  images: tf.Tensor,
+  random: RowRandom,
+  x_from: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
+  y_from: tuple[tf.Tensor, tf.Tensor, tf.Tensor],
+  interpolation: str,
+  fill_mode: str,
+) -> tf.Tensor:
+  """What stands at (x, y) comes from x_from · (x, y, 1) and y_from · (x, y, 1), [G]."""
+  zero = tf.zeros_like(x_from[0])
+  return tf.raw_ops.ImageProjectiveTransformV3(
+    images=images,
+    transforms=random.local(tf.stack([*x_from, *y_from, zero, zero], axis=1)),
+    output_shape=images.shape[1:3],
+    interpolation=interpolation,
+    fill_mode=fill_mode,
+    fill_value=0.0,
+  )

@@ -8,8 +8,8 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
-from trainer.data import paths
 from trainer.errors import UserError
+from trainer.runtime import filesystem
 
 # The mark of UTF-32 begins with that of UTF-16.
 _MARKS = (
@@ -24,7 +24,7 @@ _SEPARATOR_LINE = "sep="  # Excel reads the separator from such a first line.
 _NUM_COLUMNS_SHOWN = 20
 
 
-class Row(NamedTuple):
+class CsvRow(NamedTuple):
   """A row after the first.
 
   Attributes:
@@ -76,7 +76,7 @@ class CsvFile:
     self.has_blanks = any(name.startswith(" ") for name in names[1:])
     self._check_columns(needed, names)
 
-  def rows(self) -> Iterator[Row]:
+  def rows(self) -> Iterator[CsvRow]:
     """Every row after the first; rows without any text are skipped.
 
     Raises:
@@ -90,7 +90,7 @@ class CsvFile:
       for cells in reader:
         line = reader.line_num + self._skip
         if any(cells):
-          yield Row(line, cells)
+          yield CsvRow(line, cells)
     except csv.Error as error:
       raise UserError(f"{self.path}: after line {line}: {error}.") from error
     except UnicodeError as error:
@@ -176,7 +176,7 @@ def _name(text: str) -> str:
 
 def _content(path: str) -> bytes:
   try:
-    return paths.read_bytes(path)
+    return filesystem.read_bytes(path)
   except OSError as error:
     raise UserError(f"{path} can't be read: {error.strerror or error}.") from error
 

@@ -1,19 +1,165 @@
-"""A dataset as a run sees it: records, the two sides of its classes, and a decoder."""
+"""The data set of a run: records, the split of its classes, and a decoder.
+
+Shapes: C classes.
+"""
 
 from __future__ import annotations
 
-from typing import Optional
+import difflib
+from collections.abc import Sequence
+from typing import NamedTuple, Optional, Protocol
 
 import gin
+import numpy as np
 
 from trainer.data.augment import Augmentation
-from trainer.data.bad_records import Replacements
-from trainer.data.decode import Decoder
+from trainer.data.images import Decoder
+from trainer.data.index_arrays import ClassNames
+from trainer.data.permutation import mix
 from trainer.data.pipeline import Batches
-from trainer.data.records import RecordIndex
-from trainer.data.schedule import Schedule
-from trainer.data.split import Split
+from trainer.data.records import RecordIndex, Replacements
+from trainer.data.samplers import BatchSampler
 from trainer.errors import UserError
+
+
+class ClassSplit(NamedTuple):
+  """Class ids of either side.
+
+  Attributes:
+    train: int32, ascending.
+    evaluation: int32, ascending; none of them in `train`.
+  """
+
+  train: np.ndarray
+  evaluation: np.ndarray
+
+
+class Split(Protocol):
+  """Divides the classes."""
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of training and of evaluation classes."""
+
+
+@gin.register
+class HashSplit:
+  """By a stable hash of the class name: a class stays where it is when others come.
+
+  Args:
+    evaluation_fraction: share of classes held out, about; 0 < share < 1.
+    salt: another number, another split.
+
+  Raises:
+    UserError: the share is not between 0 and 1.
+  """
+
+  def __init__(self, *, evaluation_fraction: float, salt: int = 0):
+    if not 0 < evaluation_fraction < 1:
+      raise UserError(
+        f"HashSplit.evaluation_fraction={evaluation_fraction} must be between 0 and 1."
+      )
+    self._fraction = evaluation_fraction
+    self._salt = salt
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of either side.
+
+    Args:
+      class_names: C names, by class id.
+
+    Returns:
+      Disjoint ids that together are all.
+
+    Raises:
+      UserError: a side would be empty.
+    """
+    hashes = mix(self._salt, ClassNames.of(class_names).hashes)
+    return _divide(hashes / 2.0**64 < self._fraction)
+
+
+@gin.register
+class ListSplit:
+  """By explicit lists.
+
+  Args:
+    evaluation_classes: names of the classes held out.
+    train_classes: names of the classes to train on; None for all others.
+
+  Raises:
+    UserError: a name is in both, or is no text.
+  """
+
+  def __init__(
+    self,
+    *,
+    evaluation_classes: Sequence[str],
+    train_classes: Optional[Sequence[str]] = None,
+  ):
+    self._evaluation_classes = _names("evaluation_classes", evaluation_classes)
+    self._train_classes = None
+    if train_classes is not None:
+      self._train_classes = _names("train_classes", train_classes)
+    in_both = sorted({*self._evaluation_classes} & {*(self._train_classes or ())})
+    if in_both:
+      raise UserError(
+        f"ListSplit has {in_both[0]!r} in evaluation_classes and in train_classes; "
+        "the two must be disjoint."
+      )
+
+  def split(self, class_names: Sequence[str]) -> ClassSplit:
+    """The ids of either side.
+
+    Args:
+      class_names: C names, by class id.
+
+    Returns:
+      Disjoint ids; together they are all, unless `train_classes` says otherwise.
+
+    Raises:
+      UserError: a name is no class, or a side would be empty.
+    """
+    ids = {name: class_id for class_id, name in enumerate(class_names)}
+    is_held_out = _chosen(ids, "evaluation_classes", self._evaluation_classes)
+    split = _divide(is_held_out)
+    if self._train_classes is None:
+      return split
+    chosen = _chosen(ids, "train_classes", self._train_classes)
+    return split._replace(train=np.flatnonzero(chosen).astype(np.int32))
+
+
+def _names(argument: str, names: Sequence[str]) -> list[str]:
+  """The names of a list; a single text would be taken for its letters."""
+  if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    raise UserError(
+      f"ListSplit.{argument}={names!r} must be a list of class names, each a text in "
+      "quotes."
+    )
+  return list(names)
+
+
+def _chosen(ids: dict[str, int], argument: str, names: Sequence[str]) -> np.ndarray:
+  """[C] bool, which classes are named."""
+  is_chosen = np.zeros(len(ids), bool)
+  for name in names:
+    if name not in ids:
+      nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
+      raise UserError(
+        f"ListSplit.{argument} names {name!r}, which is no class of the data; did you "
+        f"mean {nearest[0]!r}?"
+      )
+    is_chosen[ids[name]] = True
+  return is_chosen
+
+
+def _divide(is_held_out: np.ndarray) -> ClassSplit:
+  evaluation = np.flatnonzero(is_held_out).astype(np.int32)
+  train = np.flatnonzero(~is_held_out).astype(np.int32)
+  if not len(train) or not len(evaluation):
+    raise UserError(
+      f"The split of {len(is_held_out)} classes leaves {len(train)} to train and "
+      f"{len(evaluation)} to evaluate; both need some."
+    )
+  return ClassSplit(train, evaluation)
 
 
 @gin.register
@@ -64,7 +210,7 @@ class Dataset:
     if bad_records == "replace":
       self.replacements = Replacements(self.index, decoder)
 
-  def training_batches(self, schedule: Schedule) -> Batches:
+  def training_batches(self, schedule: BatchSampler) -> Batches:
     """The batches of a schedule, augmented, bad records treated as wanted."""
     return Batches(
       self.index,

@@ -1,20 +1,233 @@
-"""The arrays of an index, one plain .npy file each, opened by mapping.
+"""The arrays of an index: labels, members of classes and class names.
+
+Shapes: C classes, B bytes of all names together.
+
+Shapes: N records, C classes.
 
 Shapes: N records, C classes, B bytes of all class names together.
 """
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import hashlib
 import io
 import os
-from typing import NamedTuple
+import stat
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol, Union, overload
 
 import numpy as np
 
-from trainer.data import local_copy, paths
-from trainer.data.class_names import ClassNames
-from trainer.data.members import MemberTable
+from trainer.data import manifest
 from trainer.errors import UserError
+from trainer.runtime import filesystem
+from trainer.runtime.lease import locked
+
+
+class ClassNames(Sequence[str]):
+  """A sequence of class names; class ids are positions in it.
+
+  Attributes:
+    text: [B] uint8, all names in UTF-8, one after the other.
+    starts: [C + 1] int64, where each name starts in the text.
+    hashes: [C] uint64, a stable hash of each name.
+  """
+
+  def __init__(self, text: np.ndarray, starts: np.ndarray, hashes: np.ndarray):
+    self.text = text
+    self.starts = starts
+    self.hashes = hashes
+
+  @classmethod
+  def of(cls, names: Iterable[str]) -> ClassNames:
+    """The names themselves if they are `ClassNames` already, otherwise built."""
+    if isinstance(names, cls):
+      return names
+    encoded = [name.encode() for name in names]
+    starts = np.zeros(len(encoded) + 1, np.int64)
+    np.cumsum([len(name) for name in encoded], out=starts[1:])
+    hashes = np.array([_hash(name) for name in encoded], np.uint64)
+    return cls(np.frombuffer(b"".join(encoded), np.uint8), starts, hashes)
+
+  def __len__(self) -> int:
+    return len(self.starts) - 1
+
+  @overload
+  def __getitem__(self, class_id: int) -> str: ...
+
+  @overload
+  def __getitem__(self, class_id: slice) -> list[str]: ...
+
+  def __getitem__(self, class_id: Union[int, slice]) -> Union[str, list[str]]:
+    if isinstance(class_id, slice):
+      return [self[i] for i in range(*class_id.indices(len(self)))]
+    position = range(len(self))[class_id]
+    start, end = self.starts[position : position + 2]
+    return _text(self.text[start:end].tobytes())
+
+  def __iter__(self) -> Iterator[str]:
+    text = self.text.tobytes()
+    starts = self.starts.tolist()
+    for start, end in zip(starts, starts[1:]):
+      yield _text(text[start:end])
+
+  def __eq__(self, other: object) -> bool:
+    return isinstance(other, Sequence) and list(self) == list(other)
+
+  def __repr__(self) -> str:
+    return f"ClassNames({len(self)} names)"
+
+
+def _text(name: bytes) -> str:
+  try:
+    return name.decode()
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f"The index is damaged (a class name {name!r:.60} that is no UTF-8); delete it "
+      "and make it again with --mode=ingest."
+    ) from error
+
+
+def _hash(name: bytes) -> int:
+  return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+class Classes(Protocol):
+  """What a schedule must know of an index."""
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes; their ids are 0 … num_classes − 1."""
+
+  def members(self, class_id: int) -> np.ndarray:
+    """[n] int64, the numbers of the records of a class."""
+
+
+class MemberTable(NamedTuple):
+  """Record numbers sorted by class.
+
+  Attributes:
+    records: [N] int64, the members of class 0, then of class 1, and so on.
+    starts: [C + 1] int64, where the members of each class start.
+  """
+
+  records: np.ndarray
+  starts: np.ndarray
+
+  @property
+  def num_classes(self) -> int:
+    """Number of classes, empty ones included."""
+    return len(self.starts) - 1
+
+  def members(self, class_id: int) -> np.ndarray:
+    """[n] int64, the numbers of the records of a class."""
+    start, end = self.starts[class_id : class_id + 2]
+    return self.records[start:end]
+
+
+def members_from_labels(labels: np.ndarray, num_classes: int) -> MemberTable:
+  """Sorts record numbers by their class, in order of the records within a class.
+
+  Args:
+    labels: [N] int32 class ids.
+    num_classes: C.
+
+  Returns:
+    The table of members.
+  """
+  starts = np.zeros(num_classes + 1, np.int64)
+  np.cumsum(np.bincount(labels, minlength=num_classes), out=starts[1:])
+  return MemberTable(np.argsort(labels, kind="stable").astype(np.int64), starts)
+
+
+def members_of(classes: Classes) -> MemberTable:
+  """The table of anything that knows its members: its own if it has one."""
+  table = getattr(classes, "member_table", classes)
+  if isinstance(table, MemberTable):
+    return table
+  members = [classes.members(class_id) for class_id in range(classes.num_classes)]
+  starts = np.zeros(len(members) + 1, np.int64)
+  np.cumsum([len(each) for each in members], out=starts[1:])
+  records = np.concatenate([np.empty(0, np.int64), *members]).astype(np.int64)
+  return MemberTable(records, starts)
+
+
+_CHUNK_BYTES = 16 << 20
+_SMALL_BYTES = 1 << 20
+
+
+def local_copy_of(path: str) -> str:
+  """The local path of a copy of a file, which is made where there is none yet.
+
+  It is taken for the same file while size, time and some of its bytes are the same.
+  Another copy of the same path is removed; who has it mapped goes on with it.
+
+  Raises:
+    OSError: the file can't be read, or the copy can't be written.
+  """
+  name, state = _digest(path.encode()), _state(path)
+  start = os.path.join(_folder(), name)
+  copy = f"{start}-{state}"
+  with locked(start + ".lock"):
+    if not os.path.exists(copy):
+      for old in glob.glob(glob.escape(start) + "-*"):
+        os.remove(old)
+      filesystem.retry_with_backoff(path, lambda: _copy(path, copy + ".partial"))
+      os.replace(copy + ".partial", copy)
+  return copy
+
+
+@contextlib.contextmanager
+def temporary(path: str) -> Iterator[str]:
+  """The local path of a copy of a file that is read once; it is removed in the end.
+
+  Raises:
+    OSError: the file can't be read, or the copy can't be written.
+  """
+  with tempfile.TemporaryDirectory(prefix="retrieval-trainer-") as folder:
+    copy = os.path.join(folder, "copy")
+    filesystem.retry_with_backoff(path, lambda: _copy(path, copy))
+    yield copy
+
+
+def _state(path: str) -> str:
+  """What tells a file from another of the same path."""
+  status = filesystem.status(path)
+  if status.num_bytes <= _SMALL_BYTES:  # One request, where a sample takes many.
+    return _digest(filesystem.read_bytes(path))
+  sample = filesystem.retry_with_backoff(
+    path, lambda: manifest.sample(path, status.num_bytes)
+  )
+  return _digest(f"{status} {sample}".encode())
+
+
+def _digest(content: bytes) -> str:
+  return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _folder() -> str:
+  """A folder of this user alone: others could put what they like into the copies."""
+  folder = os.path.join(tempfile.gettempdir(), f"retrieval-trainer-{os.getuid()}")
+  with contextlib.suppress(FileExistsError):
+    os.mkdir(folder, 0o700)
+  found = os.lstat(folder)
+  is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+  if not is_own or found.st_mode & 0o022:
+    raise PermissionError(13, "it is not of this user alone; set TMPDIR", folder)
+  return folder
+
+
+def _copy(path: str, target: str) -> None:
+  with (
+    filesystem.as_os_errors(path),
+    filesystem.open_file(path, "rb") as source,
+    open(target, "wb") as copy,
+  ):
+    while chunk := source.read(_CHUNK_BYTES):
+      copy.write(chunk)
 
 
 class IndexArrays(NamedTuple):
@@ -69,19 +282,19 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 
 
-def write(folder: str, arrays: IndexArrays) -> None:
+def write_arrays(folder: str, arrays: IndexArrays) -> None:
   """Writes every array as a file of its own into an existing folder."""
   for name, array in arrays._asdict().items():
     array = array.astype(_DTYPES[name], copy=False)
-    if not paths.is_remote(folder):
+    if not filesystem.is_remote(folder):
       np.save(_path(folder, name), array, allow_pickle=False)
       continue
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
-    paths.write_bytes(_path(folder, name), content.getvalue())
+    filesystem.write_bytes(_path(folder, name), content.getvalue())
 
 
-def read(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
+def read_arrays(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
   """Maps the arrays of an index and checks that they fit its manifest.
 
   Args:
@@ -126,7 +339,7 @@ def _is_ascending(starts: np.ndarray) -> bool:
 def _map(folder: str, name: str) -> np.ndarray:
   path = _path(folder, name)
   try:
-    mapped = local_copy.of(path) if paths.is_remote(path) else path
+    mapped = local_copy_of(path) if filesystem.is_remote(path) else path
     array = np.lib.format.open_memmap(mapped, mode="r")
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error

@@ -15,17 +15,17 @@ from typing import Any, Optional
 
 from absl import logging
 
-from trainer.data import paths
 from trainer.errors import UserError
+from trainer.runtime import filesystem
 
-FILE_NAME = "manifest.json"
-_RETIRED_NAME = FILE_NAME + ".retired"
+MANIFEST_FILE = "manifest.json"
+_RETIRED_NAME = MANIFEST_FILE + ".retired"
 _VERSION = 1
 _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
+class IndexedShard:
   """One TFRecord file as it was when it was indexed.
 
   Attributes:
@@ -54,7 +54,7 @@ class Manifest:
     source: fingerprint of what was ingested; None for shards of the user's own.
   """
 
-  shards: tuple[Shard, ...]
+  shards: tuple[IndexedShard, ...]
   num_classes: int
   label_feature: str
   source: Optional[Mapping[str, Any]] = None
@@ -65,7 +65,7 @@ class Manifest:
     return sum(shard.num_records for shard in self.shards)
 
 
-def describe_shard(folder: str, name: str, num_records: int) -> Shard:
+def describe_shard(folder: str, name: str, num_records: int) -> IndexedShard:
   """A shard as it is now.
 
   Args:
@@ -77,24 +77,24 @@ def describe_shard(folder: str, name: str, num_records: int) -> Shard:
     What the manifest keeps of it.
   """
   path = os.path.join(folder, name)
-  status = paths.status(path)
+  status = filesystem.status(path)
   digest = sample(path, status.num_bytes)
-  return Shard(name, status.num_bytes, num_records, status.modified_ns, digest)
+  return IndexedShard(name, status.num_bytes, num_records, status.modified_ns, digest)
 
 
 def write(folder: str, manifest: Manifest) -> None:
   """Writes a manifest in one step: nobody sees half of it."""
-  path = os.path.join(folder, FILE_NAME)
+  path = os.path.join(folder, MANIFEST_FILE)
   content = {"version": _VERSION, **dataclasses.asdict(manifest)}
   text = json.dumps(content, indent=1, ensure_ascii=False)
-  paths.replace_file(path, text.encode(errors="backslashreplace"))
+  filesystem.replace_file(path, text.encode(errors="backslashreplace"))
 
 
 def retire(folder: str) -> None:
   """Has nothing read an index any more, whose shards are about to be replaced."""
-  path = os.path.join(folder, FILE_NAME)
-  if paths.exists(path):
-    paths.move(path, os.path.join(folder, _RETIRED_NAME))
+  path = os.path.join(folder, MANIFEST_FILE)
+  if filesystem.exists(path):
+    filesystem.move(path, os.path.join(folder, _RETIRED_NAME))
 
 
 def ingested_names(folder: str) -> set[str]:
@@ -110,19 +110,19 @@ def read(folder: str) -> Optional[Manifest]:
   Raises:
     UserError: it can't be read, is damaged, or is of another version.
   """
-  return _read(os.path.join(folder, FILE_NAME))
+  return _read(os.path.join(folder, MANIFEST_FILE))
 
 
 def _read(path: str) -> Optional[Manifest]:
   try:
-    content = json.loads(paths.read_bytes(path).decode())
+    content = json.loads(filesystem.read_bytes(path).decode())
     version = content.pop("version")
     if version != _VERSION:
       raise UserError(
         f"{path} has version {version}, this program reads {_VERSION}; "
         "delete the index and make it again with --mode=ingest."
       )
-    shards = tuple(Shard(**shard) for shard in content.pop("shards"))
+    shards = tuple(IndexedShard(**shard) for shard in content.pop("shards"))
     manifest = Manifest(shards=shards, **content)
     _check(manifest)
     return manifest
@@ -166,7 +166,7 @@ def _check(manifest: Manifest) -> None:
 def _is_inside(name: str) -> bool:
   parts = name.split("/")
   has_odd = any(part in ("", ".", "..") or "\0" in part for part in parts)
-  return not has_odd and not paths.is_remote(name)
+  return not has_odd and not filesystem.is_remote(name)
 
 
 def check_shards(folder: str, manifest: Manifest) -> None:
@@ -187,11 +187,11 @@ def check_shards(folder: str, manifest: Manifest) -> None:
       )
 
 
-def change_of(folder: str, shard: Shard) -> str:
+def change_of(folder: str, shard: IndexedShard) -> str:
   """In what a shard is not as it was indexed; empty where it is."""
   path = os.path.join(folder, shard.name)
   try:
-    status = paths.status(path)
+    status = filesystem.status(path)
     if status.num_bytes != shard.num_bytes:
       return (
         f"has {status.num_bytes} bytes but had {shard.num_bytes} when it was indexed"
@@ -206,9 +206,9 @@ def change_of(folder: str, shard: Shard) -> str:
   return ""
 
 
-def has_time_of(folder: str, shard: Shard) -> bool:
+def has_time_of(folder: str, shard: IndexedShard) -> bool:
   """Whether a file's time of change is that of the shard that was indexed."""
-  status = paths.status(os.path.join(folder, shard.name))
+  status = filesystem.status(os.path.join(folder, shard.name))
   return status.modified_ns == shard.modified_ns
 
 
@@ -216,7 +216,7 @@ def sample(path: str, num_bytes: int) -> str:
   """A digest of some bytes of a file of that size, from the first to the last."""
   digest = hashlib.blake2b(digest_size=8)
   last = max(0, num_bytes - _SAMPLE_BYTES)
-  with paths.as_os_errors(path), paths.open_file(path, "rb") as file:
+  with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:
     for number in range(_NUM_SAMPLES):
       file.seek(last * number // (_NUM_SAMPLES - 1))
       digest.update(file.read(_SAMPLE_BYTES))

@@ -15,12 +15,10 @@ from typing import NamedTuple, Optional
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.augment import Augmentation
-from trainer.data.bad_records import Replacements, reason_of
-from trainer.data.decode import Decoder
-from trainer.data.records import RecordIndex
-from trainer.data.row_random import RowRandom
-from trainer.data.schedule import Schedule, draw
+from trainer.data.augment import Augmentation, RowRandom
+from trainer.data.images import Decoder
+from trainer.data.records import RecordIndex, Replacements, reason_of
+from trainer.data.samplers import BatchSampler, draw
 from trainer.errors import UserError
 
 # Worker batches that wait, ready, while the devices compute.
@@ -84,7 +82,7 @@ class Batches:
   def __init__(
     self,
     index: RecordIndex,
-    schedule: Schedule,
+    schedule: BatchSampler,
     decoder: Decoder,
     *,
     augmentation: Optional[Augmentation] = None,

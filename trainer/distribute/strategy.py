@@ -1,20 +1,44 @@
-"""Which devices train together: from flags to a `tf.distribute` strategy."""
+"""Strategies, and iterators over replica batches.
+
+tf.data tunes itself at intervals that double, up to a minute, and whoever deletes an
+iterator over devices waits for the next of them: about as long as it ran. So that is
+left to a thread.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import weakref
 from collections.abc import Mapping
-from typing import Optional
+from typing import Any, Optional
 
 import tensorflow as tf
 from absl import logging
 
-from trainer import preemption
-from trainer.distribute.cluster import find_cluster
-from trainer.distribute.rendezvous import meet
+from trainer.distribute.cluster import find_cluster, meet
 from trainer.errors import UserError
 from trainer.run import Hardware
+from trainer.runtime import shutdown
+
+
+class ReplicaBatches:
+  """Batches for replicas.
+
+  Args:
+    strategy: the replicas.
+    dataset: a batch for each replica of this worker in turn, of static shapes.
+  """
+
+  def __init__(self, strategy: tf.distribute.Strategy, dataset: tf.data.Dataset):
+    self._held = [iter(strategy.distribute_datasets_from_function(lambda _: dataset))]
+    weakref.finalize(self, shutdown.release_in_background, self._held).atexit = False
+
+  @property
+  def iterator(self) -> Any:
+    """The distributed iterator; not to be kept longer than this."""
+    return self._held[0]
+
 
 _KEYS_PER_STRATEGY = 1_000_000
 
@@ -116,7 +140,7 @@ def _multi_worker(
       rpc_layer="grpc",
     )
   )
-  preemption.current().join_others(cluster.num_workers - 1)
+  shutdown.current_preemption().join_others(cluster.num_workers - 1)
   # All workers have equally many batches, of static shapes: no need to ask each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(

@@ -1,28 +1,66 @@
-"""The processes of a run: which is the chief, and what they tell each other."""
+"""The worker processes of a run: what they exchange, and how a loss is reported."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import json
-from collections.abc import Mapping
+import os
+import re
+from collections.abc import Iterator, Mapping
 from typing import Callable, Optional, TypeVar
 
 import numpy as np
 import tensorflow as tf
 
-from trainer import preemption
 from trainer.data.pipeline import Shard
+from trainer.distribute.cluster import differences, find_cluster
 from trainer.distribute.collectives import current_collectives
-from trainer.distribute.rendezvous import differences
 from trainer.errors import (
   PreemptedError,
+  StalledError,
   TooFewExamplesError,
   UnwritableError,
   UserError,
   WorkerFailedError,
   out_of_space,
 )
+from trainer.runtime import shutdown
+
+_LOST = (
+  tf.errors.UnavailableError,
+  tf.errors.AbortedError,
+  tf.errors.DeadlineExceededError,
+)
+_NUM_CHARACTERS = 200
+
+
+@contextlib.contextmanager
+def naming_lost_workers() -> Iterator[None]:
+  """Says which worker was lost, where several train together.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    StalledError: a worker was lost inside.
+  """
+  try:
+    yield
+  except _LOST as error:
+    cluster = find_cluster(os.environ)
+    if cluster is None or cluster.num_workers == 1:
+      raise
+    text = str(error)
+    others = sorted({int(n) for n in re.findall(r"task:(\d+)", text)} - {cluster.index})
+    names = [f"{i} ({cluster.addresses[i]})" for i in others if i < cluster.num_workers]
+    reason = " ".join(text.split())[:_NUM_CHARACTERS]
+    raise StalledError(
+      f"lost worker {', '.join(names) or 'unknown'}: {reason}; the same command "
+      "continues from the newest checkpoint."
+    ) from error
+
 
 # One size of all that is gathered, for one trace.
 _ROW_SIZE = 1024
@@ -137,8 +175,8 @@ class Workers:
       return make()
     try:
       made = make()
-      if preemption.current().is_to_end:
-        raise preemption.current().nothing_to_save()
+      if shutdown.current_preemption().is_to_end:
+        raise shutdown.current_preemption().nothing_to_save()
     except Exception as error:
       self._raise_first(out_of_space(error) or error)
       raise

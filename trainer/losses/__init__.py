@@ -1,12 +1,10 @@
 """Losses mined inside the batch: pure functions of tensors, without a strategy."""
 
-from trainer.losses.curriculum import CurriculumTripletLoss
+from trainer.losses.curriculum import ActivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances
-from trainer.losses.drop_in import batch_all_triplet_loss, batch_hard_triplet_loss
 from trainer.losses.jitter import JitteredLoss
 from trainer.losses.keras_loss import KerasLoss
 from trainer.losses.mining_statistics import MiningStatistics
-from trainer.losses.pace import ActivePace, LinearPace
 from trainer.losses.pairs import (
   CircleLoss,
   ContrastiveLoss,
@@ -14,6 +12,8 @@ from trainer.losses.pairs import (
   MultiSimilarityLoss,
 )
 from trainer.losses.presets import (
+  batch_all_triplet_loss,
+  batch_hard_triplet_loss,
   hermans_batch_hard,
   pml_batch_all,
   pml_batch_hard,
@@ -25,13 +25,14 @@ from trainer.losses.presets import (
 from trainer.losses.selection import DistanceWeightedNegatives
 from trainer.losses.softmax import (
   InfoNCELoss,
+  LearnedTemperature,
   NPairsLoss,
   SoftNearestNeighbourLoss,
   SupervisedContrastiveLoss,
 )
-from trainer.losses.temperature import LearnedTemperature
-from trainer.losses.triplet import BatchAllTripletLoss, BatchHardTripletLoss
-from trainer.losses.triplet_choices import (
+from trainer.losses.triplet import (
+  BatchAllTripletLoss,
+  BatchHardTripletLoss,
   InsideMarginTripletLoss,
   SemiHardTripletLoss,
   TripletLoss,

@@ -32,7 +32,7 @@ _DUPLICATE_ULPS = 2 * 8
 _ULP = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
 
 
-class Comparison(NamedTuple):
+class PairwiseMetric(NamedTuple):
   """A way to compare, split so that the matrix product stands alone.
 
   Attributes:
@@ -156,22 +156,22 @@ def _compare_cosine(
   return 1.0 - products
 
 
-euclidean = Comparison(_float32, _compare_euclidean, uses_norms=True)
-squared_euclidean = Comparison(_float32, _compare_squared, uses_norms=True)
+euclidean = PairwiseMetric(_float32, _compare_euclidean, uses_norms=True)
+squared_euclidean = PairwiseMetric(_float32, _compare_squared, uses_norms=True)
 # Euclidean distance of the vectors scaled to norm 1.
-normalized_euclidean = Comparison(_unit, _compare_euclidean, uses_norms=True)
-exact_euclidean = Comparison(_float64, _compare_euclidean, uses_norms=True)
-exact_squared_euclidean = Comparison(_float64, _compare_squared, uses_norms=True)
+normalized_euclidean = PairwiseMetric(_unit, _compare_euclidean, uses_norms=True)
+exact_euclidean = PairwiseMetric(_float64, _compare_euclidean, uses_norms=True)
+exact_squared_euclidean = PairwiseMetric(_float64, _compare_squared, uses_norms=True)
 # One minus the cosine similarity; 1 where a vector is zero.
-cosine = Comparison(_unit, _compare_cosine, uses_norms=False)
-cosine_similarity = Comparison(
+cosine = PairwiseMetric(_unit, _compare_cosine, uses_norms=False)
+cosine_similarity = PairwiseMetric(
   _unit, _compare_product, uses_norms=False, distance_fn=lambda s: 1.0 - s
 )
-inner_product = Comparison(
+inner_product = PairwiseMetric(
   _float32, _compare_product, uses_norms=False, distance_fn=tf.negative
 )
 
-DISTANCES: Mapping[str, Comparison] = {
+DISTANCES: Mapping[str, PairwiseMetric] = {
   "euclidean": euclidean,
   "squared_euclidean": squared_euclidean,
   "normalized_euclidean": normalized_euclidean,
@@ -181,7 +181,7 @@ DISTANCES: Mapping[str, Comparison] = {
 }
 
 
-def distance_named(name: str) -> Comparison:
+def distance_named(name: str) -> PairwiseMetric:
   """The distance of that name.
 
   Raises:

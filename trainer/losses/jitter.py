@@ -11,9 +11,9 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses.distances import Comparison
+from trainer.losses.distances import PairwiseMetric
 from trainer.losses.keras_loss import InBatchLoss
-from trainer.losses.terms import Anchors, Candidates, LossTerms
+from trainer.losses.loss_terms import Anchors, Candidates, LossTerms
 
 _SEED = (20_260, 1_124)
 
@@ -48,7 +48,7 @@ class JitteredLoss(InBatchLoss):
     return self._loss.needs_positives
 
   @property
-  def comparison(self) -> Comparison:
+  def comparison(self) -> PairwiseMetric:
     """As of the loss."""
     return self._loss.comparison
 

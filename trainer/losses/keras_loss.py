@@ -24,8 +24,7 @@ from trainer.losses.labels import (
   read_labels,
   refused_unless,
 )
-from trainer.losses.relevance import check_embeddings
-from trainer.losses.terms import Anchors, Candidates, LossTerms
+from trainer.losses.loss_terms import Anchors, Candidates, LossTerms, check_embeddings
 
 
 class KerasSerializable:

@@ -1,4 +1,4 @@
-"""What a person needs to see whether mining works, for any loss.
+"""Statistics of the mining in a batch, and detection of a collapse.
 
 Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
 """
@@ -12,15 +12,56 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses import statistics
-from trainer.losses.distances import Comparison, exact_euclidean
-from trainer.losses.positive_lists import lists_of_pairs
-from trainer.losses.relevance import Relevance, positive_lists, relevance
-from trainer.losses.terms import Anchors, Candidates, LossFn, LossTerms, Ratio
-from trainer.losses.tiles import MIN_PAIRS_TO_COMPILE, num_pairs
+from trainer.losses import metric_accumulators
+from trainer.losses.distances import PairwiseMetric, exact_euclidean
+from trainer.losses.loss_terms import (
+  Anchors,
+  Candidates,
+  LossFn,
+  LossTerms,
+  PairMasks,
+  Ratio,
+  lists_of_pairs,
+  pair_masks,
+  positive_lists,
+)
+from trainer.losses.tiled_loss import MIN_PAIRS_TO_COMPILE, num_pairs
+
+# Half of all pairs at distance 0: no data set has so many duplicates in a batch.
+_DUPLICATE_FRACTION = 0.5
+# A cloud that small beside its distance from 0 is near the rounding of its distances.
+_SPREAD = 5e-3
+# All embeddings nearly on one line, and not because two classes are well apart.
+_RANK = 1.2
+_HARD_FRACTION = 0.1
+
+ADVICE = (
+  "try Encoder.is_normalized = True, a lower learning rate or a warm-up, "
+  "BatchAllTripletLoss before BatchHardTripletLoss, or a soft margin; JitteredLoss "
+  "around the loss leaves a collapsed state"
+)
+
+
+def describe_collapse(metrics: Mapping[str, float]) -> Optional[str]:
+  """In words, what has collapsed; None where nothing has.
+
+  Args:
+    metrics: with those of `MiningStatistics`, if they are on.
+  """
+  duplicates = metrics.get("mining/duplicate_fraction", 0.0)
+  if duplicates > _DUPLICATE_FRACTION:
+    return f"{duplicates:.0%} of the pairs of a batch have equal embeddings"
+  spread = metrics.get("mining/embedding_spread", 1.0)
+  if spread < _SPREAD:
+    return f"the embeddings differ by {spread:.1e} of their norm"
+  rank = metrics.get("mining/embedding_rank", 2.0)
+  if rank < _RANK and metrics.get("mining/hard_fraction", 0.0) > _HARD_FRACTION:
+    return f"the embeddings lie on one line (effective rank {rank:.2f})"
+  return None
+
 
 # Positives and negatives share a histogram of this many bins, and a rest that is none.
-_NUM_SEGMENTS = 2 * statistics.NUM_BINS + 1
+_NUM_SEGMENTS = 2 * metric_accumulators.NUM_BINS + 1
 
 
 class MinedLoss(Protocol):
@@ -31,7 +72,7 @@ class MinedLoss(Protocol):
     margin: of its triplets, in units of the comparison; None where it has none.
   """
 
-  comparison: Comparison
+  comparison: PairwiseMetric
 
   @property
   def margin(self) -> Optional[float]:
@@ -111,7 +152,7 @@ class MiningStatistics:
     sample, candidates = self._sample(anchors, candidates)
     lists = positive_lists(sample, candidates)
     if lists is None:
-      lists = lists_of_pairs(relevance(sample, candidates).is_positive)
+      lists = lists_of_pairs(pair_masks(sample, candidates).is_positive)
     is_large = (num_pairs(sample, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
     sums, segments, shares = (self._compiled_fn if is_large else _sums)(
       sample,
@@ -122,13 +163,13 @@ class MiningStatistics:
     )
     # XLA on a CPU scatters one by one, so this stands outside what it compiles.
     counts = tf.math.unsorted_segment_sum(shares, segments, _NUM_SEGMENTS)
-    positive, negative, _ = tf.split(counts, [statistics.NUM_BINS] * 2 + [1])
+    positive, negative, _ = tf.split(counts, [metric_accumulators.NUM_BINS] * 2 + [1])
     norms = tf.norm(anchors.embeddings, axis=1)
     return {
       **sums,
-      "mining/embedding_norm": statistics.moments(norms, is_real),
-      "mining/positive_distance": statistics.Histogram(positive),
-      "mining/negative_distance": statistics.Histogram(negative),
+      "mining/embedding_norm": metric_accumulators.moments(norms, is_real),
+      "mining/positive_distance": metric_accumulators.Histogram(positive),
+      "mining/negative_distance": metric_accumulators.Histogram(negative),
     }
 
   def _sample(
@@ -154,7 +195,7 @@ def _fixed(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:
 
 def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no-untyped-def]
   """Sums over [N] anchors, and where their N · C pairs are in the histograms."""
-  pairs = relevance(anchors, candidates, lists)
+  pairs = pair_masks(anchors, candidates, lists)
   counts = anchors.weights > 0.0
   pairs = pairs._replace(
     is_positive=tf.logical_and(pairs.is_positive, counts[:, None]),
@@ -167,13 +208,13 @@ def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no
   sums = {
     **_of_distances(distances, pairs, counts),
     **_of_triplets(compared, pairs, margin),
-    "mining/embedding": statistics.covariance(anchors.embeddings, counts),
+    "mining/embedding": metric_accumulators.covariance(anchors.embeddings, counts),
   }
   return sums, *_places(distances, pairs)
 
 
 def _of_distances(
-  distances: tf.Tensor, pairs: Relevance, counts: tf.Tensor
+  distances: tf.Tensor, pairs: PairMasks, counts: tf.Tensor
 ) -> dict[str, Ratio]:
   """Of [N, C] distances and [N] anchors that count."""
   is_pair = tf.reshape(pairs.is_either, [-1])
@@ -182,17 +223,23 @@ def _of_distances(
   nearest = tf.reduce_min(tf.where(pairs.is_negative, distances, float("inf")), 1)
   has_none = tf.cast(farthest < 0.0, tf.float32)
   return {
-    "mining/hardest_positive_distance": statistics.ratio(farthest, farthest >= 0.0),
-    "mining/hardest_negative_distance": statistics.ratio(
+    "mining/hardest_positive_distance": metric_accumulators.weighted_mean(
+      farthest, farthest >= 0.0
+    ),
+    "mining/hardest_negative_distance": metric_accumulators.weighted_mean(
       nearest, nearest < float("inf")
     ),
-    "mining/duplicate_fraction": statistics.ratio(is_duplicate, is_pair),
-    "mining/anchors_without_positive": statistics.ratio(has_none, counts),
+    "mining/duplicate_fraction": metric_accumulators.weighted_mean(
+      is_duplicate, is_pair
+    ),
+    "mining/anchors_without_positive": metric_accumulators.weighted_mean(
+      has_none, counts
+    ),
   }
 
 
 def _of_triplets(
-  compared: tf.Tensor, pairs: Relevance, margin: Optional[float]
+  compared: tf.Tensor, pairs: PairMasks, margin: Optional[float]
 ) -> dict[str, Ratio]:
   """Shares of triplets by hardness, and of anchors with a violated margin."""
   infinity = float("inf")
@@ -211,14 +258,14 @@ def _of_triplets(
     **shares,
     "mining/semi_hard_fraction": Ratio(violated - hard, total),
     "mining/easy_fraction": Ratio(total - violated, total),
-    "mining/margin_violations": statistics.ratio(
+    "mining/margin_violations": metric_accumulators.weighted_mean(
       tf.cast(is_violated, tf.float32), pairs.has_both
     ),
   }
 
 
 def _num_below(
-  negatives: tf.Tensor, compared: tf.Tensor, pairs: Relevance, margin: float
+  negatives: tf.Tensor, compared: tf.Tensor, pairs: PairMasks, margin: float
 ) -> tf.Tensor:
   """How many triplets have d_an < d_ap + margin, [] float32."""
   lists = pairs.lists
@@ -237,13 +284,13 @@ def _num_below(
   )[1]
 
 
-def _places(distances: tf.Tensor, pairs: Relevance) -> tuple[tf.Tensor, tf.Tensor]:
+def _places(distances: tf.Tensor, pairs: PairMasks) -> tuple[tf.Tensor, tf.Tensor]:
   """Bins [2 · N · C] int32, and what to add there, float32: two of each pair.
 
   Bins of positives come first, then those of negatives, then the rest.
   """
-  lower, share = statistics.bins_of(distances)
-  first = tf.where(pairs.is_negative, statistics.NUM_BINS, 0) + lower
-  rest = 2 * statistics.NUM_BINS
+  lower, share = metric_accumulators.bins_of(distances)
+  first = tf.where(pairs.is_negative, metric_accumulators.NUM_BINS, 0) + lower
+  rest = 2 * metric_accumulators.NUM_BINS
   bins = [tf.where(pairs.is_either, first + upper, rest) for upper in (0, 1)]
   return tf.reshape(bins, [-1]), tf.reshape([1.0 - share, share], [-1])

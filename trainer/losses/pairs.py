@@ -12,16 +12,16 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import cosine_similarity, distance_named
-from trainer.losses.masked import log_sum_exp, num_members
-from trainer.losses.penalties import (
+from trainer.losses.loss_terms import PairMasks
+from trainer.losses.softmax import log_sum_exp, num_members
+from trainer.losses.tiled_loss import AnchorTerms, AnchorwiseLoss
+from trainer.losses.triplet_sums import (
   Margin,
   margin_of,
   margin_parameters,
   read_margin,
 )
-from trainer.losses.relevance import Relevance
 
 
 @gin.register
@@ -60,7 +60,7 @@ class ContrastiveLoss(AnchorwiseLoss):
     return margin_parameters(self._margin)
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term a pair; see the base class."""
     margin = margin_of(self._margin, parameters)
@@ -111,7 +111,7 @@ class LiftedStructureLoss(AnchorwiseLoss):
     return margin_parameters(self._margin)
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
     margin = margin_of(self._margin, parameters)
@@ -167,7 +167,7 @@ class MultiSimilarityLoss(AnchorwiseLoss):
     self._mining_margin = mining_margin
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
     mined = self._mined(compared, pairs)
@@ -179,7 +179,7 @@ class MultiSimilarityLoss(AnchorwiseLoss):
     )
     return AnchorTerms(costs, tf.cast(costs > 0.0, tf.float32), tf.ones_like(costs))
 
-  def _mined(self, compared: tf.Tensor, pairs: Relevance) -> Relevance:
+  def _mined(self, compared: tf.Tensor, pairs: PairMasks) -> PairMasks:
     infinity = float("inf")
     lowest = tf.reduce_min(
       tf.where(pairs.is_positive, compared, infinity), 1, keepdims=True
@@ -188,7 +188,7 @@ class MultiSimilarityLoss(AnchorwiseLoss):
       tf.where(pairs.is_negative, compared, -infinity), 1, keepdims=True
     )
     margin = self._mining_margin
-    return Relevance(
+    return PairMasks(
       tf.logical_and(pairs.is_positive, compared < highest + margin),
       tf.logical_and(pairs.is_negative, compared > lowest - margin),
     )
@@ -230,7 +230,7 @@ class CircleLoss(AnchorwiseLoss):
     return margin_parameters(self._margin)
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
     margin = margin_of(self._margin, parameters)

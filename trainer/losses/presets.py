@@ -1,15 +1,30 @@
-"""Triplet losses that give the values of a reference; where they differ is stated."""
+"""Losses with the values of a reference implementation, and drop-in functions.
+
+On a GPU call tf.config.experimental.enable_tensor_float_32_execution(False) first, as a
+training of this package does: TensorFloat-32 has distances right to a hundredth only.
+
+Shapes: B embeddings of one device, D dimensions.
+"""
 
 from __future__ import annotations
 
-import gin
+import functools
+from typing import Any, NamedTuple
 
-from trainer.losses.triplet import BatchAllTripletLoss, BatchHardTripletLoss
-from trainer.losses.triplet_choices import (
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.losses.keras_loss import InBatchLoss, mean_of_batch, terms_of_batch
+from trainer.losses.labels import INTEGER
+from trainer.losses.triplet import (
+  BatchAllTripletLoss,
+  BatchHardTripletLoss,
   InsideMarginTripletLoss,
   SemiHardTripletLoss,
   TripletLoss,
 )
+from trainer.losses.triplet_sums import Margin, read_margin
 
 
 @gin.register
@@ -63,3 +78,119 @@ def pml_batch_hard(*, margin: float = 0.05) -> TripletLoss:
 def pml_semi_hard(*, margin: float = 0.05) -> InsideMarginTripletLoss:
   """PyTorch Metric Learning, `TripletMarginLoss` after a "semihard" miner."""
   return InsideMarginTripletLoss(margin=margin, distance="normalized_euclidean")
+
+
+class LossAndFraction(NamedTuple):
+  """What `batch_all_triplet_loss` returns; for Keras take `[0]`.
+
+  Attributes:
+    loss: [] float32.
+    fraction_positive: [] float32.
+  """
+
+  loss: tf.Tensor
+  fraction_positive: tf.Tensor
+
+
+def _refuse_tensor(value: LossAndFraction, **_: Any) -> tf.Tensor:
+  """Raises: Keras would take the mean of the two for the loss."""
+  del value
+  raise UserError(
+    "batch_all_triplet_loss returns the loss and a fraction; give Keras the first "
+    "alone, batch_all_triplet_loss(...)[0], or use BatchAllTripletLoss(margin=0.2)."
+  )
+
+
+# Before the conversion of tuples, which has priority 100.
+tf.register_tensor_conversion_function(LossAndFraction, _refuse_tensor, priority=50)
+
+
+@tf.autograph.experimental.do_not_convert
+def batch_all_triplet_loss(
+  labels: tf.Tensor,
+  embeddings: tf.Tensor,
+  margin: Margin,
+  squared: bool = False,
+  *,
+  label_encoding: str = INTEGER,
+) -> LossAndFraction:
+  """The mean of max(d_ap − d_an + margin, 0) over the triplets where it is above 0.
+
+  Args:
+    labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
+      encoding.
+    embeddings: [B, D] float.
+    margin: above 0, in the distances' units; a variable is read at each call, and gets
+      no gradient.
+    squared: squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
+      labels, where those with one in common are positives.
+
+  Returns:
+    [] float32 loss, and [] float32 fraction of the valid triplets that are above 0;
+    both 0 where there is none.
+
+  Raises:
+    UserError: the margin is not above 0; labels are not one an embedding, or not in
+      the encoding; embeddings are not [B, D].
+  """
+  loss = _loss(BatchAllTripletLoss, margin, squared)
+  terms = terms_of_batch(loss, labels, embeddings, label_encoding=label_encoding)
+  active = terms.statistics["mining/active_fraction"]
+  return LossAndFraction(
+    tf.math.divide_no_nan(terms.total, terms.count),
+    tf.math.divide_no_nan(active.total, active.count),
+  )
+
+
+@tf.autograph.experimental.do_not_convert
+def batch_hard_triplet_loss(
+  labels: tf.Tensor,
+  embeddings: tf.Tensor,
+  margin: Margin,
+  squared: bool = False,
+  *,
+  label_encoding: str = INTEGER,
+) -> tf.Tensor:
+  """The mean over anchors of max(hardest d_ap − hardest d_an + margin, 0), [] float32.
+
+  An anchor without a positive counts with d_ap = 0. A batch of one class has for loss
+  the margin, with gradient 0.
+
+  Args:
+    labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
+      encoding.
+    embeddings: [B, D] float.
+    margin: above 0, in the distances' units; a variable is read at each call, and gets
+      no gradient.
+    squared: squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
+      labels, where those with one in common are positives.
+
+  Raises:
+    UserError: the margin is not above 0; labels are not one an embedding, or not in
+      the encoding; embeddings are not [B, D].
+  """
+  loss = _loss(BatchHardTripletLoss, margin, squared)
+  return mean_of_batch(loss, labels, embeddings, label_encoding=label_encoding)
+
+
+def _loss(loss_class: type, margin: Margin, squared: bool) -> InBatchLoss:
+  """The loss, kept where it can be: each new one is compiled anew."""
+  margin = read_margin(margin)
+  distance = "squared_euclidean" if squared else "euclidean"
+  if isinstance(margin, float):
+    return _kept_loss(loss_class, margin, distance)
+  if isinstance(margin, tf.Variable):
+    return _kept_loss_of_variable(loss_class, margin.ref(), distance)
+  return loss_class(margin=margin, distance=distance)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_loss(loss_class: type, margin: float, distance: str) -> InBatchLoss:
+  return loss_class(margin=margin, distance=distance)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_loss_of_variable(loss_class: type, margin: Any, distance: str) -> InBatchLoss:
+  return loss_class(margin=margin.deref(), distance=distance)

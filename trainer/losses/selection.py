@@ -17,44 +17,44 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.keras_loss import KerasSerializable
-from trainer.losses.relevance import Relevance
+from trainer.losses.loss_terms import PairMasks
 
 # [T, C] weights of positives, given [T, C] distances.
-PositivesFn = Callable[[tf.Tensor, Relevance], tf.Tensor]
+PositivesFn = Callable[[tf.Tensor, PairMasks], tf.Tensor]
 # The same of negatives, given [T, 1] distances to a positive as well.
-NegativesFn = Callable[[tf.Tensor, Relevance, tf.Tensor], tf.Tensor]
+NegativesFn = Callable[[tf.Tensor, PairMasks, tf.Tensor], tf.Tensor]
 
 _INFINITY = float("inf")
 
 
-def _all_positives(distances: tf.Tensor, pairs: Relevance) -> tf.Tensor:
+def _all_positives(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
   return tf.cast(pairs.is_positive, distances.dtype)
 
 
-def _hardest_positives(distances: tf.Tensor, pairs: Relevance) -> tf.Tensor:
+def _hardest_positives(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
   return _farthest(distances, pairs.is_positive)
 
 
-def _easiest_positives(distances: tf.Tensor, pairs: Relevance) -> tf.Tensor:
+def _easiest_positives(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
   return _nearest(distances, pairs.is_positive)
 
 
 def _all_negatives(
-  distances: tf.Tensor, pairs: Relevance, positive: tf.Tensor
+  distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
   del positive
   return tf.cast(pairs.is_negative, distances.dtype)
 
 
 def _hardest_negatives(
-  distances: tf.Tensor, pairs: Relevance, positive: tf.Tensor
+  distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
   del positive
   return _nearest(distances, pairs.is_negative)
 
 
 def semi_hard_of_pair(
-  distances: tf.Tensor, pairs: Relevance, positive: tf.Tensor
+  distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
   """The nearest negative beyond the positive; the farthest where none is beyond.
 
@@ -71,7 +71,7 @@ def semi_hard_of_pair(
 
 
 def _semi_hard_of_anchor(
-  distances: tf.Tensor, pairs: Relevance, positive: tf.Tensor
+  distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
   """As of a pair, but beyond the anchor's farthest positive, whatever the pair's is."""
   del positive
@@ -114,7 +114,7 @@ class DistanceWeightedNegatives(KerasSerializable):
     self._farthest = farthest
 
   def __call__(
-    self, distances: tf.Tensor, pairs: Relevance, positive: tf.Tensor
+    self, distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
   ) -> tf.Tensor:
     """Probabilities of the negatives, [T, C]; all 0 where none is near enough."""
     del positive

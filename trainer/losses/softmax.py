@@ -1,4 +1,6 @@
-"""Losses that classify positives among candidates by a softmax of similarities.
+"""Losses that classify positives among candidates by a softmax.
+
+Shapes: T anchors, C candidates.
 
 Shapes: T anchors of a tile, C candidates. s is a similarity, τ the temperature.
 """
@@ -7,29 +9,98 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import Any, Optional, Union
 
 import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.losses.accelerator import is_accelerated
-from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
 from trainer.losses.distances import (
-  Comparison,
+  PairwiseMetric,
   cosine_similarity,
   inner_product,
   squared_euclidean,
 )
-from trainer.losses.masked import log_sum_exp, num_members
-from trainer.losses.relevance import Relevance
-from trainer.losses.temperature import (
-  LearnedTemperature,
-  Temperature,
-  check_temperature,
-  value_of,
+from trainer.losses.keras_loss import KerasSerializable
+from trainer.losses.loss_terms import PairMasks
+from trainer.losses.tiled_loss import (
+  MIN_PAIRS_TO_COMPILE,
+  AnchorTerms,
+  AnchorwiseLoss,
+  is_accelerated,
 )
-from trainer.losses.tiles import MIN_PAIRS_TO_COMPILE
+
+# Stands for log 0: finite, so that gradients through it are 0 and not NaN.
+LOG_OF_NOTHING = -1e30
+
+
+def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
+  """Log of Σ exp(value) over members, [T]; `LOG_OF_NOTHING` where there is none.
+
+  Args:
+    values: [T, C] float32.
+    is_member: [T, C] bool.
+  """
+  masked = tf.where(is_member, values, LOG_OF_NOTHING)
+  largest = tf.stop_gradient(tf.reduce_max(masked, 1, keepdims=True))
+  # Not a pass of its own. What is not a number is a member.
+  has_member = ~(largest[:, 0] <= LOG_OF_NOTHING)
+  shares = tf.where(is_member, tf.exp(masked - largest), 0.0)
+  total = tf.where(has_member, tf.reduce_sum(shares, 1), 1.0)
+  return tf.where(has_member, tf.math.log(total) + largest[:, 0], LOG_OF_NOTHING)
+
+
+def num_members(is_member: tf.Tensor) -> tf.Tensor:
+  """How many members each anchor has, [T] float32."""
+  return tf.reduce_sum(tf.cast(is_member, tf.float32), 1)
+
+
+@gin.register
+class LearnedTemperature(KerasSerializable, tf.Module):
+  """A temperature that training changes, kept above 0 as the exponential of a variable.
+
+  Args:
+    initial: where it starts, above 0.
+
+  Raises:
+    UserError: it does not start above 0.
+  """
+
+  def __init__(self, *, initial: float):
+    check_temperature(initial)
+    super().__init__()
+    self._logarithm = tf.Variable(math.log(initial), name="log_temperature")
+
+  def get_config(self) -> dict[str, Any]:
+    """The temperature as it is now: what is made of it goes on from there."""
+    return {"initial": float(self())}
+
+  def __call__(self) -> tf.Tensor:
+    """The temperature, [] float32."""
+    return tf.exp(self._logarithm)
+
+
+Temperature = Union[float, LearnedTemperature]
+
+
+def check_temperature(temperature: float) -> None:
+  """Refuses a temperature that is not above 0.
+
+  Raises:
+    UserError: it is not.
+  """
+  if not temperature > 0:
+    raise UserError(
+      f"temperature={temperature} is not above 0; give a temperature such as 0.1."
+    )
+
+
+def temperature_value(temperature: Temperature) -> tf.Tensor:
+  """The temperature, [] float32."""
+  if isinstance(temperature, LearnedTemperature):
+    return temperature()
+  return tf.constant(temperature, tf.float32)
+
 
 # Fewer are not compiled, and each step of a loop would cost as much as a pass.
 _MIN_PAIRS_OF_LISTS = MIN_PAIRS_TO_COMPILE
@@ -44,7 +115,7 @@ class _SoftmaxLoss(AnchorwiseLoss):
     self,
     *,
     temperature: Temperature,
-    comparison: Comparison,
+    comparison: PairwiseMetric,
     rows_per_tile: Optional[int],
   ):
     if not isinstance(temperature, LearnedTemperature):
@@ -69,11 +140,11 @@ class _SoftmaxLoss(AnchorwiseLoss):
   def parameters(self) -> list[tf.Tensor]:
     """The temperature, if it is learned: else its gradient is a pass for nothing."""
     is_learned = isinstance(self._temperature, LearnedTemperature)
-    return [value_of(self._temperature)] if is_learned else []
+    return [temperature_value(self._temperature)] if is_learned else []
 
   def _temperature_of(self, parameters: Sequence[tf.Tensor]) -> tf.Tensor:
     """Of a tile."""
-    return parameters[0] if parameters else value_of(self._temperature)
+    return parameters[0] if parameters else temperature_value(self._temperature)
 
 
 @gin.register
@@ -101,7 +172,7 @@ class InfoNCELoss(_SoftmaxLoss):
     )
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term a positive pair; see the base class."""
     logits = compared / self._temperature_of(parameters)
@@ -129,7 +200,7 @@ class NPairsLoss(AnchorwiseLoss):
     )
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term a positive pair; see the base class."""
     return positives_against_negatives(compared, pairs)
@@ -157,7 +228,7 @@ class SupervisedContrastiveLoss(_SoftmaxLoss):
     )
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
     logits = compared / self._temperature_of(parameters)
@@ -189,7 +260,7 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
     )
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One term an anchor; see the base class."""
     logits = -compared / self._temperature_of(parameters)
@@ -199,7 +270,7 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
     return _of_anchors(tf.nn.softplus(negative - positive), has_positive)
 
 
-def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTerms:
+def positives_against_negatives(logits: tf.Tensor, pairs: PairMasks) -> AnchorTerms:
   """Σ_p log(1 + Σ_n exp(logit_n − logit_p)) of each anchor, a term for each positive.
 
   Args:
@@ -233,7 +304,7 @@ def positives_against_negatives(logits: tf.Tensor, pairs: Relevance) -> AnchorTe
 
 
 def _by_pairs(
-  logits: tf.Tensor, negative: tf.Tensor, pairs: Relevance
+  logits: tf.Tensor, negative: tf.Tensor, pairs: PairMasks
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
   """[T] each: sum of the terms, how many are above 0, sum of their slopes."""
   costs, is_active, slopes = _terms(negative[:, None] - logits, pairs.is_positive)
@@ -242,7 +313,7 @@ def _by_pairs(
 
 
 def _by_lists(
-  logits: tf.Tensor, negative: tf.Tensor, pairs: Relevance
+  logits: tf.Tensor, negative: tf.Tensor, pairs: PairMasks
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
   """The same, one positive of all anchors after the other."""
   lists = pairs.lists

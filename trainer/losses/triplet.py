@@ -1,29 +1,77 @@
-"""Triplet losses, each a way to choose positives and negatives of an anchor.
+"""Triplet losses: all, hardest, semi-hard and chosen triplets.
+
+Shapes: T anchors, C candidates.
 
 Shapes: T anchors of a tile, C candidates.
+
+Shapes: T anchors, C candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Any, Callable, Optional, TypeVar, Union
 
 import gin
 import tensorflow as tf
 
-from trainer.losses.all_triplets import all_triplets
-from trainer.losses.anchorwise import AnchorTerms, AnchorwiseLoss
+from trainer.errors import UserError
 from trainer.losses.distances import distance_named
-from trainer.losses.hardest import farthest_positive, nearest_negative
-from trainer.losses.masked import num_members
-from trainer.losses.penalties import (
+from trainer.losses.loss_terms import PairMasks
+from trainer.losses.selection import (
+  NEGATIVES,
+  POSITIVES,
+  DistanceWeightedNegatives,
+  NegativesFn,
+  semi_hard_of_pair,
+)
+from trainer.losses.softmax import num_members
+from trainer.losses.tiled_loss import (
+  AnchorTerms,
+  AnchorwiseLoss,
+  Pairs,
+  PairsFn,
+  Slopes,
+  Sums,
+)
+from trainer.losses.triplet_sums import (
   Margin,
+  all_triplets,
+  hinge,
+  hinge_of_semi_hard,
   margin_of,
   margin_parameters,
+  penalty_of,
   read_margin,
+  triplets_of_all_positives,
+  triplets_of_one_positive,
 )
-from trainer.losses.relevance import Relevance
-from trainer.losses.tiles import Pairs, PairsFn, Slopes, Sums
+
+
+def farthest_positive(distances: tf.Tensor, is_positive: tf.Tensor) -> tf.Tensor:
+  """Distance of each anchor to its farthest positive, [T]; 0 if it has none.
+
+  Args:
+    distances: [T, C] float32 >= 0.
+    is_positive: [T, C] bool.
+  """
+  return tf.reduce_max(tf.where(is_positive, distances, 0.0), 1)
+
+
+def nearest_negative(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
+  """Distance of each anchor to its nearest negative, [T].
+
+  An anchor without a negative has its farthest positive instead, 0 without either.
+
+  Args:
+    distances: [T, C] float32 >= 0.
+    pairs: which distances are to positives and which to negatives.
+  """
+  has_negative = tf.reduce_any(pairs.is_negative, 1)
+  nearest = tf.reduce_min(tf.where(pairs.is_negative, distances, float("inf")), 1)
+  farthest = farthest_positive(distances, pairs.is_positive)
+  return tf.where(has_negative, nearest, farthest)
+
 
 # Beyond so many positives of an anchor sorting is the faster way: on a CPU, at 4,096
 # candidates, the loop takes 6 ms a positive, and sorting 1.8 s.
@@ -90,7 +138,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
   own_reduction = "mean_active"
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """All triplets of each anchor; see the base class."""
     total, num_active = all_triplets(compared, pairs, self._margin_in(parameters))
@@ -125,10 +173,178 @@ class BatchHardTripletLoss(MarginTripletLoss):
   own_reduction = "mean_anchors"
 
   def anchor_terms(
-    self, compared: tf.Tensor, pairs: Relevance, parameters: Sequence[tf.Tensor]
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
     """One triplet an anchor; see the base class."""
     positive = farthest_positive(compared, pairs.is_positive)
     negative = nearest_negative(compared, pairs)
     hinge = tf.nn.relu(positive - negative + self._margin_in(parameters))
     return AnchorTerms(hinge, tf.sign(hinge), tf.ones_like(hinge))
+
+
+@gin.register
+class TripletLoss(AnchorwiseLoss):
+  """The mean cost of the triplets that a choice of positives and negatives forms.
+
+  An anchor without a positive or without a negative forms none, and adds nothing to
+  the sum; only `reduction="mean_anchors"` counts it.
+
+  Args:
+    positives: "all", "hardest" (the farthest) or "easiest" (the nearest).
+    negatives: "all", "hardest" (the nearest), "semi_hard_of_pair" (the nearest beyond
+      the positive, else the farthest), "semi_hard_of_anchor" (the nearest beyond the
+      farthest positive, else the farthest), or `DistanceWeightedNegatives`.
+    margin: above 0 for max(d_ap − d_an + margin, 0), or "soft" for
+      log(1 + exp(d_ap − d_an)).
+    reduction: "mean_active" over triplets that cost something, "mean_terms" over all
+      that were formed, "mean_anchors".
+    distance: one of `trainer.losses.distances.DISTANCES`.
+    rows_per_tile: anchors at a time; None to choose by size.
+
+  Raises:
+    UserError: a name is unknown, or the margin is not above 0.
+  """
+
+  def __init__(
+    self,
+    *,
+    positives: str,
+    negatives: Union[str, NegativesFn],
+    margin: Margin,
+    reduction: str,
+    distance: str = "euclidean",
+    rows_per_tile: Optional[int] = None,
+  ):
+    super().__init__(
+      comparison=distance_named(distance),
+      reduction=reduction,
+      rows_per_tile=rows_per_tile,
+    )
+    if (
+      isinstance(negatives, DistanceWeightedNegatives) and "normalized" not in distance
+    ):
+      raise UserError(
+        f"distance={distance!r} does not fit DistanceWeightedNegatives, which weigh "
+        'points of the unit sphere; use "normalized_euclidean".'
+      )
+    self._positives_fn = _named("positives", positives, POSITIVES)
+    self.needs_lists = positives == "all"
+    self._negatives_fn = (
+      _named("negatives", negatives, NEGATIVES)
+      if isinstance(negatives, str)
+      else negatives
+    )
+    self._positives, self._negatives = positives, negatives
+    self._distance, self._reduction = distance, reduction
+    self._margin = margin if _is_soft(margin) else read_margin(margin)
+
+  @property
+  def margin(self) -> Any:
+    """Above 0, a float or [] float32; None for the soft margin."""
+    return self._margin_in(self.parameters())
+
+  def parameters(self) -> list[tf.Tensor]:
+    """The margin, if it may change; see the base class."""
+    return margin_parameters(self._margin)
+
+  def _margin_in(self, parameters: Sequence[tf.Tensor]) -> Any:
+    """Of a tile."""
+    return None if _is_soft(self._margin) else margin_of(self._margin, parameters)
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """The chosen triplets of each anchor; see the base class."""
+    fixed = tf.stop_gradient(compared)
+    arguments = (
+      self._positives_fn(fixed, pairs),
+      lambda positive: self._negatives_fn(fixed, pairs, positive),
+      penalty_of(self._margin_in(parameters)),
+    )
+    if self.needs_lists:
+      return AnchorTerms(*triplets_of_all_positives(compared, pairs.lists, *arguments))
+    return AnchorTerms(*triplets_of_one_positive(compared, *arguments))
+
+
+@gin.register
+class SemiHardTripletLoss(MarginTripletLoss):
+  """The mean over positive pairs of max(d_ap − semi-hard d_an + margin, 0).
+
+  The semi-hard negative of a pair is the nearest beyond the positive, else the
+  farthest; an anchor without a negative has d_an = 0. These are the values of
+  TensorFlow Addons, but where no pair exists the loss is 0 with gradient 0, not NaN.
+
+  Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
+  """
+
+  needs_lists = True
+  own_reduction = "mean_terms"
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """One triplet a positive pair; see the base class."""
+    fixed = tf.stop_gradient(compared)
+    positives = tf.cast(pairs.is_positive, tf.float32)
+    total, num_active, num_terms = triplets_of_all_positives(
+      compared,
+      pairs.lists,
+      positives,
+      lambda positive: semi_hard_of_pair(fixed, pairs, positive),
+      hinge(self._margin_in(parameters)),
+    )
+    num_pairs = tf.reduce_sum(positives, 1)
+    alone = tf.reduce_sum(positives * (compared + self._margin_in(parameters)), 1)
+    has_negative = tf.reduce_any(pairs.is_negative, 1)
+    return AnchorTerms(
+      tf.where(has_negative, total, alone),
+      tf.where(has_negative, num_active, num_pairs),
+      tf.where(has_negative, num_terms, num_pairs),
+    )
+
+
+@gin.register
+class InsideMarginTripletLoss(MarginTripletLoss):
+  """The mean of d_ap − d_an + margin over triplets with d_ap < d_an < d_ap + margin.
+
+  All semi-hard triplets of the batch, without a fallback: what PyTorch Metric Learning
+  calls semi-hard.
+  """
+
+  needs_lists = True
+  own_reduction = "mean_active"
+
+  def anchor_terms(
+    self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
+  ) -> AnchorTerms:
+    """All semi-hard triplets of each anchor; see the base class."""
+    negatives = tf.cast(pairs.is_negative, tf.float32)
+    return AnchorTerms(
+      *triplets_of_all_positives(
+        compared,
+        pairs.lists,
+        tf.cast(pairs.is_positive, tf.float32),
+        lambda positive: negatives,
+        hinge_of_semi_hard(self._margin_in(parameters)),
+      )
+    )
+
+
+def _is_soft(margin: Margin) -> bool:
+  """Whether it is no number.
+
+  Raises:
+    UserError: it is another word than "soft".
+  """
+  if isinstance(margin, str) and margin != "soft":
+    raise UserError(f'margin={margin!r} is unknown; give a number above 0, or "soft".')
+  return isinstance(margin, str)
+
+
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def _named(kind: str, name: str, functions: Mapping[str, _Function]) -> _Function:
+  if name not in functions:
+    raise UserError(f"{kind}={name!r} is unknown; use one of {sorted(functions)}.")
+  return functions[name]

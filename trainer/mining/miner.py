@@ -20,15 +20,14 @@ from trainer.data import permutation
 from trainer.data.dataset import Dataset
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.loop.step import TrainStep
-from trainer.mining import class_neighbours, content
-from trainer.mining import items as items_lib
-from trainer.mining.examples import ExampleMining, MinedExamples
-from trainer.mining.items import Items
-from trainer.mining.nearest_items import NearestItems, check_kind
-from trainer.retrieval.embed import Embedder
-from trainer.retrieval.items import RecordItems
-from trainer.retrieval.rankings import check_finite
+from trainer.mining import corpus, corpus_search
+from trainer.mining.corpus import CorpusItems
+from trainer.mining.corpus_search import NearestItems, check_kind
+from trainer.mining.mined_examples import ExampleMining, MinedExamples
+from trainer.retrieval.embedder import Embedder
+from trainer.retrieval.ground_truth import RecordItems
+from trainer.retrieval.ranking import check_finite
+from trainer.training.step import TrainStep
 
 _ITEMS = 1  # What a hash is for.
 _NUM_NAMES = 100
@@ -99,7 +98,7 @@ class Miner:
       UserError: they can't.
     """
     if self.examples is not None:
-      content.features_of(dataset.decoder)
+      corpus.dedup_features(dataset.decoder)
 
   def embedder(self, encoder: tf.keras.Model, dataset: Dataset) -> Embedder:
     """What embeds for all rounds; it is traced once."""
@@ -144,7 +143,7 @@ class Miner:
       UserError: an embedding is not finite, or nothing is found.
     """
     key = int(permutation.mix(self.seed, _ITEMS, step)[0])
-    items = items_lib.draw(
+    items = corpus.draw_items(
       dataset.index.member_table, dataset.train_classes, self.records_per_class, key
     )
     embeddings = _embedded(embedder, items.record_numbers)
@@ -152,7 +151,7 @@ class Miner:
     return self._mine_embedded(embeddings, items, dataset)
 
   def _mine_embedded(
-    self, embeddings: np.ndarray, items: Items, dataset: Dataset
+    self, embeddings: np.ndarray, items: CorpusItems, dataset: Dataset
   ) -> Mined:
     """Mines among items [N] whose embeddings [N, D] are there."""
     index = dataset.index
@@ -179,8 +178,8 @@ class Miner:
         doubted=list(RecordItems(index, doubted).names()),
       )
     if self.num_class_neighbours:
-      arrays["class_neighbours"] = class_neighbours.find(
-        class_neighbours.centroids(embeddings, items),
+      arrays["class_neighbours"] = corpus_search.find_class_neighbours(
+        corpus_search.class_centroids(embeddings, items),
         items.class_ids,
         num_classes=index.num_classes,
         num_neighbours=self.num_class_neighbours,
@@ -223,9 +222,9 @@ def _as_records(
 @functools.lru_cache(maxsize=1)
 def _contents(dataset: Dataset, record_numbers: bytes) -> np.ndarray:
   """Kept from one round to the next, where they mine among the same records."""
-  return content.hashes(
+  return corpus.content_hashes(
     dataset.index,
     np.frombuffer(record_numbers, np.int64),
-    features=content.features_of(dataset.decoder),
+    features=corpus.dedup_features(dataset.decoder),
     replacements=dataset.replacements,
   )

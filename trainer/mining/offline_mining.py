@@ -1,4 +1,7 @@
-"""Offline mining as a run has it: how often, by whom, and what is drawn of a round."""
+"""Offline mining: how often, by which process, and the sampler over rounds.
+
+Shapes: S steps, B records in a batch.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,61 @@ from collections.abc import Sequence
 from typing import Callable, Optional
 
 import gin
+import numpy as np
 
 from trainer.data.dataset import Dataset
-from trainer.data.schedule import Schedule
+from trainer.data.samplers import BatchSampler, draw
 from trainer.errors import UserError
 from trainer.mining.miner import Miner
-from trainer.mining.round_to_come import Round, round_to_come
-from trainer.retrieval import faiss_library
+from trainer.mining.round import Round, round_to_come
+from trainer.retrieval import knn
+
+
+class ScheduleByRounds:
+  """A pure function of the step, given from which steps which rounds hold.
+
+  The one that holds and the one before it are kept: what is read ahead may still be of
+  that. Older ones are let go, so that the disk space of rounds that were removed is
+  free again.
+
+  Attributes:
+    shape: that of the plain schedule; batches of all rounds have as many records.
+
+  Args:
+    plain: holds from step 0.
+  """
+
+  def __init__(self, plain: BatchSampler):
+    self.shape = plain.shape
+    # Replaced and never changed: what reads ahead may draw in another thread.
+    self._held: tuple[tuple[int, BatchSampler], ...] = ((0, plain),)
+
+  def hold(self, first_step: int, schedule: BatchSampler) -> None:
+    """Lets a schedule hold from a step, which is not before that of an earlier one."""
+    self._held = (self._held[-1], (first_step, schedule))
+
+  def batch(self, step: int) -> np.ndarray:
+    """The record numbers of a step, in the shape of the plain schedule."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, ...] int64, the record numbers of steps [S] int64.
+
+    Raises:
+      ValueError: a step is before those of the schedules that are kept.
+    """
+    firsts, schedules = zip(*self._held)
+    if (steps < firsts[0]).any():
+      raise ValueError(
+        f"Schedules from step {firsts[0]} on are kept; got {min(steps)}."
+      )
+    holding = np.searchsorted(firsts, steps, side="right") - 1
+    records = np.empty((len(steps), *self.shape), np.int64)
+    for number in np.unique(holding).tolist():
+      rows = np.flatnonzero(holding == number)
+      drawn = draw(schedules[number], steps[rows])
+      records[rows] = drawn.reshape(len(rows), *self.shape)
+    return records
 
 
 @gin.register
@@ -42,7 +93,7 @@ class OfflineMining:
     UserError: a number is too small, or `when_too_few` is neither.
   """
 
-  schedule_fn: Callable[..., Schedule]
+  schedule_fn: Callable[..., BatchSampler]
   every_steps: int
   miner: Optional[Miner] = None
   max_age_steps: Optional[int] = None
@@ -64,7 +115,7 @@ class OfflineMining:
   def facts(self) -> dict[str, object]:
     """By name, what must be alike on all workers, which search each or together."""
     is_mining = self.miner is not None
-    return {"FAISS is installed": faiss_library.is_installed()} if is_mining else {}
+    return {"FAISS is installed": knn.is_faiss_installed()} if is_mining else {}
 
   def check(self, steps_per_loop: int) -> None:
     """Checks that rounds begin where the host looks in.
@@ -112,7 +163,7 @@ class OfflineMining:
 
   def rehearse(
     self, dataset: Dataset, plain_shape: Sequence[int], num_replicas: int
-  ) -> Schedule:
+  ) -> BatchSampler:
     """Checks, before there is one, that rounds will fit.
 
     Args:
@@ -137,7 +188,7 @@ class OfflineMining:
     dataset: Dataset,
     plain_shape: Sequence[int],
     num_replicas: int,
-  ) -> Schedule:
+  ) -> BatchSampler:
     """The schedule of a round.
 
     Args:

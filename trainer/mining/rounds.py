@@ -1,4 +1,4 @@
-"""The mining rounds of a training: which one holds, from which step on.
+"""The mining rounds of a training: which one is in use from which step on.
 
 decided before? ─► mine, or take the newest ─► schedule ─► ledger ─► hold ─► prune
  ledger             miner, rounds_beside        offline_mining       schedule_by_rounds
@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from typing import Callable, NamedTuple, Optional, Union
+from collections.abc import Mapping
+from typing import Any, Callable, NamedTuple, Optional, Union
 
 import tensorflow as tf
 from absl import logging
 
 from trainer.data.dataset import Dataset
-from trainer.data.schedule import Schedule
+from trainer.data.samplers import BatchSampler
 from trainer.distribute.workers import current_workers
 from trainer.errors import (
   TooFewExamplesError,
@@ -23,20 +24,19 @@ from trainer.errors import (
   UserError,
   reason_of,
 )
-from trainer.mining import round_folder
-from trainer.mining.ledger import Ledger
+from trainer.mining import round
 from trainer.mining.miner import Mined, made_of
-from trainer.mining.offline_mining import OfflineMining
-from trainer.mining.round_folder import MiningRound
-from trainer.mining.rounds_beside import RoundsBeside
-from trainer.mining.schedule_by_rounds import ScheduleByRounds
+from trainer.mining.offline_mining import OfflineMining, ScheduleByRounds
+from trainer.mining.round import Ledger, MiningRound, OtherDataError
+from trainer.runtime import watchdog
+from trainer.training.callbacks import StepReport
 
 
 class _Opened(NamedTuple):
   """A round, and what is drawn of it."""
 
   mining_round: MiningRound
-  schedule: Schedule
+  schedule: BatchSampler
 
 
 class Rounds:
@@ -64,7 +64,7 @@ class Rounds:
     self,
     options: OfflineMining,
     dataset: Dataset,
-    plain: Schedule,
+    plain: BatchSampler,
     model_dir: str,
     *,
     mine_fn: Optional[Callable[[int], Mined]],
@@ -172,8 +172,8 @@ class Rounds:
 
   def _set_aside(self) -> None:
     """Puts away what another training left, if it left any."""
-    if self._ledger.decisions() or round_folder.steps(self._model_dir):
-      round_folder.set_aside(self._model_dir)
+    if self._ledger.decisions() or round.round_steps(self._model_dir):
+      round.set_round_aside(self._model_dir)
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """The chief's, on all workers."""
@@ -224,8 +224,8 @@ class Rounds:
     def write():
       if isinstance(mined, TooFewExamplesError):
         raise mined
-      with round_folder.alone(self._model_dir):
-        round_folder.write(
+      with round.alone(self._model_dir):
+        round.write_round(
           self._model_dir,
           step,
           mined,
@@ -305,11 +305,109 @@ class Rounds:
     decisions, oldest = self._ledger.decisions(), self._oldest_step_fn()
     first = max((step for step in decisions if step <= oldest), default=0)
     kept = {each for step, each in decisions.items() if step >= first}
-    for round_step in round_folder.steps(self._model_dir):
+    for round_step in round.round_steps(self._model_dir):
       if round_step < current_step and round_step not in kept:
         try:
-          round_folder.remove(self._model_dir, round_step)
+          round.remove_round(self._model_dir, round_step)
         except OSError as error:
           logging.warning(
             "The mining round of step %d stays: %s.", round_step, reason_of(error)
           )
+
+
+_POLL_S = 1.0
+
+
+class RoundsBeside:
+  """Looks for rounds in the folder of a run.
+
+  Args:
+    options: how old a round may be, and how long to wait for another.
+    model_dir: folder of the run.
+    made_of: what tells the records and the classes from others, by name.
+  """
+
+  def __init__(
+    self, options: OfflineMining, model_dir: str, made_of: Mapping[str, Any]
+  ):
+    self._options = options
+    self._model_dir = model_dir
+    self._made_of = made_of
+    # By what tells a round from one that was made anew: whether it is whole.
+    self._looked_at: dict[tuple[int, int], bool] = {}
+
+  def newest(self, step: int, held: Optional[int]) -> Optional[int]:
+    """The newest whole round that is not after a step; waits if it is too old.
+
+    Args:
+      step: number of steps done.
+      held: the round that holds, which was looked at already; None if none does.
+
+    Returns:
+      Its step; None where there is none.
+
+    Raises:
+      UserError: it is too old, and no other came in time; or it is of other data.
+    """
+    deadline_s = time.monotonic() + self._options.max_wait_s
+    while True:
+      newest = self._newest_whole(step, held)
+      try:
+        self._options.check_age(step, newest)
+        return newest
+      except UserError:
+        if time.monotonic() >= deadline_s:
+          raise
+      watchdog.beat()
+      time.sleep(_POLL_S)
+
+  def _newest_whole(self, step: int, held: Optional[int]) -> Optional[int]:
+    for round_step in round.round_steps(self._model_dir):
+      if round_step > step:
+        continue
+      if round_step == held or self._is_whole(round_step):
+        return round_step
+    return None
+
+  def _is_whole(self, round_step: int) -> bool:
+    made = round_step, round.round_time(self._model_dir, round_step)
+    if made not in self._looked_at:
+      try:
+        MiningRound(self._model_dir, round_step, self._made_of)
+        self._looked_at[made] = True
+      except OtherDataError:
+        raise
+      except UserError as error:
+        logging.warning("%s The round before is taken.", error)
+        self._looked_at[made] = False
+    return self._looked_at[made]
+
+
+class ChangeRound:
+  """Decides after so many steps; on every worker alike.
+
+  Args:
+    rounds: of the training.
+    save_fn: saves a checkpoint of a step, if it isn't there yet: mining takes longer
+      than a machine that is taken away may leave.
+    go_on_fn: takes other batches from a step on; what was read ahead is not used.
+  """
+
+  def __init__(
+    self,
+    rounds: Rounds,
+    *,
+    save_fn: Callable[[int], None],
+    go_on_fn: Callable[[int], None],
+  ):
+    self._rounds = rounds
+    self._save_fn = save_fn
+    self._go_on_fn = go_on_fn
+
+  def __call__(self, report: StepReport) -> None:
+    """Decides, if it is time and steps are left."""
+    if report.step == report.num_steps or not self._rounds.is_due(report.step):
+      return
+    self._save_fn(report.step)
+    if self._rounds.decide(report.step):
+      self._go_on_fn(report.step)

@@ -1,18 +1,29 @@
 """Backbones: from inputs to features, before pooling.
 
 Shapes: B examples, H × W pixels, C channels, F features.
+
+Shapes: B examples, H × W pixels, C channels, h × w positions, F features.
 """
 
 from __future__ import annotations
 
+import collections
+import difflib
+import sys
+import types
+import zipfile
 from collections.abc import Sequence
+from typing import Any, Optional
 
 import gin
+import h5py
+import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.models.batch_norm import SynchronizedBatchNormalization
 from trainer.models.dropout import Dropout
-from trainer.models.synchronized_norm import SynchronizedBatchNormalization
+from trainer.models.encoder import precision_of
 
 _NORMALIZATIONS = {
   "none": lambda: tf.keras.layers.Activation("linear"),
@@ -86,3 +97,225 @@ class Perceptron(tf.keras.layers.Layer):
     for dense, dropout in zip(self._dense, self._dropouts):
       features = dropout(dense(features), training=training)
     return features
+
+
+# Of the images in [0, 1] of which Keras' published files are, red, green and blue.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+# What a file of a whole model holds beside the weights of its layers.
+_NO_WEIGHTS = ("optimizer", "metrics/", "keras_api/", "save_counter", "_CHECKPOINTABLE")
+_NUM_NAMED = 3
+
+
+def _modules() -> dict[str, types.ModuleType]:
+  """Each network's name, with the module that has its `preprocess_input`.
+
+  That is the module in which the network is defined: the public one of MobileNetV3 has
+  no network, and that of others is an alias.
+  """
+  makers = {
+    name: value
+    for name, value in vars(tf.keras.applications).items()
+    if name[0].isupper() and callable(value)
+  }
+  modules = {name: sys.modules[make.__module__] for name, make in makers.items()}
+  return {k: m for k, m in modules.items() if hasattr(m, "preprocess_input")}
+
+
+@gin.register
+class KerasApplication(tf.keras.layers.Layer):
+  """A network of `tf.keras.applications` without its classifier.
+
+  Images in [0, 1] are scaled as the network was trained to have them. EfficientNet's
+  published files hold standard deviations where its layer takes variances, and Keras
+  corrects this only for `weights="imagenet"`. A file with these constants is taken for
+  a published one and corrected; other constants are used as they are.
+
+  Args:
+    name: e.g. "MobileNetV2", "ResNet50", "EfficientNetB0".
+    weights: path of a weights file of that network without its top, in any format that
+      Keras writes; None for random weights. Nothing is downloaded.
+    is_batch_norm_synchronized: whether batch normalisation is over the batch of all
+      replicas.
+
+  Raises:
+    UserError: the name is unknown; the file is missing, doesn't fit or is not finite;
+      or the network does not take the images.
+  """
+
+  def __init__(
+    self,
+    *,
+    name: str,
+    weights: Optional[str] = None,
+    is_batch_norm_synchronized: bool = False,
+  ):
+    super().__init__()
+    modules = _modules()
+    if name not in modules:
+      nearest = difflib.get_close_matches(name, modules, n=1) or ["ResNet50"]
+      raise UserError(
+        f"KerasApplication.name={name!r} is not in tf.keras.applications; "
+        f"did you mean {nearest[0]!r}?"
+      )
+    if weights is not None and not _exists(weights):
+      raise UserError(f"KerasApplication.weights={weights!r} is not there.")
+    self._application_name = name
+    self._module = modules[name]
+    self._weights_file = weights
+    self._is_synchronized = is_batch_norm_synchronized
+
+  def build(self, input_shape):
+    """Builds the network for [B, H, W, C] images, and loads its weights."""
+    with precision_of(self):
+      network = self._make_network(tuple(input_shape[1:]))
+      self._network = tf.keras.models.clone_model(
+        network, clone_function=self._clone_layer
+      )
+    if self._weights_file is not None:
+      self._load_weights(network)
+    # A backbone is frozen before these layers are there, and they would not know of it.
+    self._network.trainable = self.trainable
+    super().build(input_shape)
+
+  def _make_network(self, image_shape: Sequence[Optional[int]]) -> tf.keras.Model:
+    """Keras' own network, with random weights."""
+    reason = ""
+    if len(image_shape) != 3:
+      reason = "it takes images of [height, width, channels]"
+    try:
+      if not reason:
+        self._module.preprocess_input(tf.zeros([1, 1, 1, *image_shape[2:]]))
+        return getattr(tf.keras.applications, self._application_name)(
+          include_top=False, weights=None, input_shape=image_shape
+        )
+    except tf.errors.InvalidArgumentError:  # Its scaling has a constant a channel.
+      reason = "it takes images of 3 channels; set ImageDecoder.channels = 3"
+    except ValueError as error:
+      reason = str(error).splitlines()[0]
+    raise UserError(
+      f"{self._application_name} can't take inputs of {list(image_shape)}: {reason}."
+    )
+
+  def _clone_layer(self, layer):
+    """Ours for Keras' layers that replicas or micro-batches would compute otherwise."""
+    config = layer.get_config()
+    if isinstance(layer, tf.keras.layers.Dropout):
+      return Dropout(layer.rate, layer.noise_shape, name=layer.name)
+    is_norm = isinstance(layer, tf.keras.layers.BatchNormalization)
+    if is_norm and self._is_synchronized:
+      return SynchronizedBatchNormalization(**config)
+    return layer.__class__.from_config(config)
+
+  def _load_weights(self, network: tf.keras.Model) -> None:
+    """Loads the file into Keras' own network, and takes over what it has then."""
+    path = str(self._weights_file)
+    try:
+      reason = _misfit(_stored_shapes(path), network)
+      if not reason:
+        status = network.load_weights(path)
+        if status is not None:  # Of a checkpoint, which may set some and not others.
+          status.assert_existing_objects_matched().expect_partial()
+    except (ValueError, OSError, AssertionError, KeyError, tf.errors.OpError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+    if reason:
+      raise UserError(
+        f"{path} does not fit {self._application_name} without its top, for inputs of "
+        f"{list(network.input_shape[1:])}: {reason}"
+      )
+    for weight in network.weights:
+      if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
+        raise UserError(f"{path}: {weight.name} is not finite; get the file again.")
+    self._network.set_weights(network.get_weights())
+    for layer in self._network.layers:
+      if isinstance(layer, tf.keras.layers.Normalization) and layer.weights:
+        _correct_normalization(layer)
+
+  def call(self, images, training=None):
+    """[B, H, W, C] float in [0, 1] to [B, h, w, F] float."""
+    scaled = self._module.preprocess_input(images * 255.0)
+    return self._network(scaled, training=training)
+
+
+def _correct_normalization(layer: tf.keras.layers.Normalization) -> None:
+  """Makes variances of the standard deviations that Keras' published files hold.
+
+  They become weights of the layer, so that a checkpoint holds them. Source: the layer
+  that `weights="imagenet"` adds, https://github.com/tensorflow/tensorflow/issues/49930.
+  """
+  mean, variance, count = layer.get_weights()
+  constants = np.array([mean, variance], np.float32)
+  published = np.array([_IMAGENET_MEAN, _IMAGENET_DEVIATION], np.float32)
+  # Digits enough for a layer that computes in bfloat16.
+  if constants.shape == published.shape and np.allclose(
+    constants, published, rtol=5e-3
+  ):
+    layer.set_weights([mean, constants[1] * published[1], count])
+  layer.finalize_state()
+
+
+def _exists(path: str) -> bool:
+  """Whether there is a file, a folder or a checkpoint of this name."""
+  return tf.io.gfile.exists(path) or tf.io.gfile.exists(f"{path}.index")
+
+
+def _stored_shapes(path: str) -> list[tuple[str, tuple[int, ...]]]:
+  """Name and shape of each weight in a file of any format that Keras writes."""
+  if zipfile.is_zipfile(path):
+    with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as file:
+      return _shapes_in_hdf5(file)
+  if path.endswith((".h5", ".hdf5", ".keras")):
+    return _shapes_in_hdf5(path)
+  folder = f"{path}/variables/variables"  # Of a SavedModel.
+  is_saved_model = tf.io.gfile.exists(f"{folder}.index")
+  reader = tf.train.load_checkpoint(folder if is_saved_model else path)
+  shapes = reader.get_variable_to_shape_map()
+  return [
+    (name.split("/.ATTRIBUTES")[0], tuple(shape))
+    for name, shape in sorted(shapes.items())
+    if not name.startswith(_NO_WEIGHTS) and ".OPTIMIZER_SLOT" not in name
+  ]
+
+
+def _shapes_in_hdf5(file: Any) -> list[tuple[str, tuple[int, ...]]]:
+  found = []
+
+  def visit(name, node):
+    if isinstance(node, h5py.Dataset) and not name.startswith(_NO_WEIGHTS):
+      found.append((name, node.shape))
+
+  with h5py.File(file, "r") as opened:
+    opened.visititems(visit)
+  return found
+
+
+def _misfit(
+  stored: Sequence[tuple[str, tuple[int, ...]]], network: tf.keras.Model
+) -> str:
+  """In words, what a file leaves unset and what it has beyond; empty for nothing."""
+  needed = [(weight.name, tuple(weight.shape)) for weight in network.weights]
+  unset, surplus = _beyond(needed, stored), _beyond(stored, needed)
+  reasons = [f"it lacks {_named(unset)}"] if unset else []
+  if surplus:
+    reasons.append(f"it has {_named(surplus)} beyond that")
+  if not reasons:
+    return ""
+  return f"{' and '.join(reasons)}; take the file of the same network without its top."
+
+
+def _beyond(shapes, others) -> list[tuple[str, tuple[int, ...]]]:
+  """Those whose shape the others don't have as often."""
+  left = collections.Counter(shape for _, shape in others)
+  beyond = []
+  for name, shape in shapes:
+    left[shape] -= 1
+    if left[shape] < 0:
+      beyond.append((name, shape))
+  return beyond
+
+
+def _named(weights: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+  """The first weights by name, and how many there are beside them."""
+  named = [f"{name} {list(shape)}" for name, shape in weights[:_NUM_NAMED]]
+  more = len(weights) - len(named)
+  return ", ".join(named) + (f" and {more} more" if more else "")

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str]) -> int:
       raise errors.UserError(
         f"{len(arguments) - 1} folders given; give the model_dir of one run."
       )
-    print(page.write(arguments[1]))
+    print(page.write_page(arguments[1]))
   except errors.UserError as error:
     print(f"error: {error}", file=sys.stderr)
     return error.exit_status

@@ -1,13 +1,18 @@
-"""Several runs side by side, as text: results, curves, and where configs differ."""
+"""Several runs side by side, as text and as a page."""
 
 from __future__ import annotations
 
+import html
 import math
+import os
 from collections.abc import Sequence
 
-from trainer.report import metric_names, training_curves
-from trainer.report.axes import short
-from trainer.report.runs import MeasuredRun, differing_paths
+from trainer.report import figures, measured_runs
+from trainer.report import page as page_lib
+from trainer.report import page as report_page
+from trainer.report.figures import short_number
+from trainer.report.measured_runs import MeasuredRun, differing_paths
+from trainer.report.page import Section
 
 _CURVES = ("train/loss", "mining/active_fraction")
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -17,7 +22,7 @@ _MAX_CELL = 32
 UNSET = "unset"
 
 
-def text(runs: Sequence[MeasuredRun]) -> str:
+def comparison_text(runs: Sequence[MeasuredRun]) -> str:
   """All three, to be printed.
 
   Args:
@@ -28,7 +33,7 @@ def text(runs: Sequence[MeasuredRun]) -> str:
   return "\n\n".join(parts)
 
 
-def best(runs: Sequence[MeasuredRun], name: str) -> set[str]:
+def best_value(runs: Sequence[MeasuredRun], name: str) -> set[str]:
   """Names of the runs with the highest value; none where all have one value.
 
   Args:
@@ -45,14 +50,16 @@ def best(runs: Sequence[MeasuredRun], name: str) -> set[str]:
 
 def _results(runs: Sequence[MeasuredRun]) -> list[list[str]]:
   """A row a metric; the best value has a star."""
-  first, others = metric_names.ordered([n for run in runs for n in run.latest.values])
+  first, others = measured_runs.ordered_metrics(
+    [n for run in runs for n in run.latest.values]
+  )
   rows = [["", *(run.name for run in runs)]]
   rows.append(["step", *(f"{run.latest.step:,}" for run in runs)])
   for name in first + others:
-    winners = best(runs, name) if name in first else set()
+    winners = best_value(runs, name) if name in first else set()
     rows.append(
       [
-        metric_names.title(name),
+        measured_runs.metric_title(name),
         *(_cell(run, name, run.name in winners) for run in runs),
       ]
     )
@@ -73,7 +80,7 @@ def _curves(runs: Sequence[MeasuredRun]) -> list[str]:
   """Of each metric a line a run, all on one scale."""
   parts = []
   for name in _CURVES:
-    by_run = {run.name: training_curves.points(run.rows, name) for run in runs}
+    by_run = {run.name: figures.curve_points(run.rows, name) for run in runs}
     values = [y for points in by_run.values() for _, y in points]
     if not values:
       continue
@@ -84,12 +91,13 @@ def _curves(runs: Sequence[MeasuredRun]) -> list[str]:
       [
         f"  {run}",
         _sparkline([(x / last_step, y) for x, y in points], width, low, high),
-        short(points[-1][1]) if points else "not logged",
+        short_number(points[-1][1]) if points else "not logged",
       ]
       for run, points in by_run.items()
     ]
-    title = training_curves.TITLES[name]
-    head = f"{title} by step, to {short(last_step)}; {short(low)} to {short(high)}"
+    title = figures.CURVE_TITLES[name]
+    span = f"{short_number(low)} to {short_number(high)}"
+    head = f"{title} by step, to {short_number(last_step)}; {span}"
     parts.append("\n".join([head, *_aligned(rows)]))
   return parts
 
@@ -135,3 +143,106 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
     for row in rows
   ]
+
+
+def write_comparison_page(runs: Sequence[MeasuredRun], path: str) -> None:
+  """Writes the page.
+
+  Args:
+    runs: two or more.
+    path: of the page; links in it are relative to its folder.
+  """
+  recall = figures.recall_figure(
+    {run.name: run.evidence.recall_at for run in runs if run.evidence}
+  )
+  rows_by_run = {run.name: run.rows for run in runs}
+  folder = os.path.dirname(os.path.abspath(path))
+  page_lib.write_document(
+    path,
+    title=f"{len(runs)} runs compared",
+    summary=f"<p>{html.escape(', '.join(run.name for run in runs))}</p>",
+    sections=[
+      Section(
+        "Results",
+        _html_results(runs, folder)
+        + (recall and f'<div class="pair tall">{recall}</div>'),
+      ),
+      Section("Training", figures.training_figures(rows_by_run)),
+      Section("Configuration", _html_differences(runs)),
+    ],
+  )
+
+
+def _html_results(runs: Sequence[MeasuredRun], folder: str) -> str:
+  first, others = measured_runs.ordered_metrics(
+    [n for run in runs for n in run.latest.values]
+  )
+  table = _table(runs, first, folder)
+  if any(value.interval for run in runs for value in run.latest.values.values()):
+    table += "<p>In small print: 95% intervals, by bootstrap over queries.</p>"
+  if others:
+    table += f"<details><summary>{len(others)} more figures</summary>"
+    table += f"{_table(runs, others, folder, has_best=False)}</details>"
+  return table
+
+
+def _table(
+  runs: Sequence[MeasuredRun], names: Sequence[str], folder: str, has_best: bool = True
+) -> str:
+  """A row a run; the best value of a column is bold."""
+  heads = "".join(
+    f"<th scope=col>{html.escape(measured_runs.metric_title(name))}</th>"
+    for name in names
+  )
+  winners = {name: best_value(runs, name) if has_best else set() for name in names}
+  lines = []
+  for number, run in enumerate(runs):
+    cells = "".join(_html_cell(run, name, run.name in winners[name]) for name in names)
+    lines.append(
+      f'<tr><th scope=row><span class="key" style="--color:var(--c{number % 10})">'
+      f"</span>{_link(run, folder)}</th><td>{run.latest.step:,}</td>{cells}</tr>"
+    )
+  return (
+    '<div class="scroll" tabindex="0" role="group" aria-label="Results"><table '
+    f'class="runs"><thead><tr><th scope=col>run</th><th scope=col>step</th>{heads}'
+    f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+  )
+
+
+def _html_cell(run: MeasuredRun, name: str, is_best: bool) -> str:
+  value = run.latest.values.get(name)
+  if value is None:
+    return "<td>&ndash;</td>"
+  text = f"<b>{value.text()}</b>" if is_best else value.text()
+  interval = value.interval_text("&ndash;")
+  return f"<td>{text}{interval and f'<small>{interval}</small>'}</td>"
+
+
+def _link(run: MeasuredRun, folder: str) -> str:
+  """The run's name, as a link to its report if it has one."""
+  page = os.path.join(run.model_dir, report_page.REPORT_FILE)
+  name = html.escape(run.name)
+  if not os.path.exists(page):
+    return name
+  target = html.escape(os.path.relpath(page, folder).replace(os.sep, "/"), quote=True)
+  return f'<a href="{target}">{name}</a>'
+
+
+def _html_differences(runs: Sequence[MeasuredRun]) -> str:
+  differing = differing_paths(runs)
+  if not differing:
+    return "<p>The configs are the same.</p>"
+  heads = "".join(f"<th scope=col>{html.escape(run.name)}</th>" for run in runs)
+  lines = []
+  for path in differing:
+    values = [run.config.get(path, UNSET) for run in runs]
+    cells = "".join(
+      f'<td class="text"><code>{html.escape(value)}</code></td>' for value in values
+    )
+    lines.append(f"<tr><th scope=row><code>{html.escape(path)}</code></th>{cells}</tr>")
+  return (
+    "<p>Only what differs.</p>"
+    '<div class="scroll" tabindex="0" role="group" aria-label="Configuration"><table '
+    f'class="config"><thead><tr><th scope=col></th>{heads}</tr></thead>'
+    f"<tbody>{''.join(lines)}</tbody></table></div>"
+  )

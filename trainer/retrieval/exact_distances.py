@@ -14,7 +14,7 @@ from typing import Union
 
 import numpy as np
 
-from trainer import heartbeat
+from trainer.runtime import watchdog
 
 ROUNDOFF_32, ROUNDOFF_64 = 2.0**-24, 2.0**-53
 # Items of which mean and spread are taken.
@@ -172,7 +172,7 @@ def nearest_in_float64(
   size = (len(queries), num_neighbours)
   indices, squares = np.empty(size, np.int64), np.empty(size)
   for start in range(0, len(queries), _NUM_QUERIES):
-    heartbeat.beat()
+    watchdog.beat()
     rows = slice(start, start + _NUM_QUERIES)
     candidates = _perhaps_nearest(
       queries[rows], gallery, offset, num_neighbours, at_most[rows]

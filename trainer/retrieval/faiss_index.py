@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data import paths
 from trainer.errors import UserError
-from trainer.retrieval import faiss_library
+from trainer.retrieval import knn
 from trainer.retrieval.exact_distances import common_offset, squared_distances
-from trainer.retrieval.file_hash import sha256_of
-from trainer.retrieval.search import Neighbours, check_sizes, nearest
+from trainer.retrieval.knn import Neighbours, check_sizes, nearest
+from trainer.runtime import filesystem
+from trainer.runtime.filesystem import sha256_of
 
 FILE_NAME, MANIFEST_NAME = "index.faiss", "manifest.json"
 KINDS_WITH_CELLS = ("ivf_flat", "ivf_pq")
@@ -45,7 +45,7 @@ def choose_kind(num_items: int) -> str:
   return "ivf_flat" if num_items < _MIN_CODES else "ivf_pq"
 
 
-def build(embeddings: np.ndarray, kind: str) -> Any:
+def build_index(embeddings: np.ndarray, kind: str) -> Any:
   """Builds an index, sized by the number of items.
 
   - flat: every item is compared, exactly.
@@ -67,7 +67,7 @@ def build(embeddings: np.ndarray, kind: str) -> Any:
     UserError: the kind is unknown or there are too few items for it, or FAISS is not
       installed.
   """
-  faiss = faiss_library.load()
+  faiss = knn.load_faiss()
   num_items, num_dimensions = embeddings.shape
   if kind == "flat":
     index = faiss.IndexFlatL2(num_dimensions)
@@ -125,7 +125,9 @@ def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) 
   return index
 
 
-def measure(index: Any, embeddings: np.ndarray, *, seed: int = 0) -> dict[str, float]:
+def measure_index(
+  index: Any, embeddings: np.ndarray, *, seed: int = 0
+) -> dict[str, float]:
   """How well and how fast an index finds what exact search finds, itself left out.
 
   Args:
@@ -158,7 +160,7 @@ def measure(index: Any, embeddings: np.ndarray, *, seed: int = 0) -> dict[str, f
   }
 
 
-def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
+def write_index(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   """Writes an index, and its manifest last.
 
   Args:
@@ -170,8 +172,11 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   path = os.path.join(folder, FILE_NAME)
   manifest_path = os.path.join(folder, MANIFEST_NAME)
   # Both are written before one is replaced: a full disk leaves the old index whole.
-  with paths.replacing(manifest_path) as new_manifest, paths.replacing(path) as new:
-    faiss_library.load().write_index(index, new)
+  with (
+    filesystem.replacing(manifest_path) as new_manifest,
+    filesystem.replacing(path) as new,
+  ):
+    knn.load_faiss().write_index(index, new)
     content = {
       **manifest,
       "num_items": index.ntotal,
@@ -179,7 +184,7 @@ def write(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
       "distance": "euclidean",
       "sha256": sha256_of(new),
     }
-    paths.write_bytes(new_manifest, json.dumps(content, indent=2).encode())
+    filesystem.write_bytes(new_manifest, json.dumps(content, indent=2).encode())
 
 
 class KeptIndex:
@@ -209,7 +214,7 @@ class KeptIndex:
         f"{path} is not the index of which {MANIFEST_NAME} tells; run --mode=index "
         "again."
       )
-    self._index = faiss_library.load().read_index(path)
+    self._index = knn.load_faiss().read_index(path)
 
   def nearest(
     self, queries: np.ndarray, embeddings: np.ndarray, *, num_neighbours: int

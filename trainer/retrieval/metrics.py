@@ -1,15 +1,19 @@
-"""How good a ranking is, from the ranks at which it has what is relevant.
+"""Retrieval metrics of one query, and bootstrap intervals of their means.
 
 Each function takes the ranks of a query's R relevant items, r_1 < r_2 < … < r_R, from
 1, and gives one number; of many queries with as many each, many. A metric of a set of
 queries is the mean over them.
 
 Shapes: [...] queries, R relevant items of each, R >= 1.
+
+Shapes: Q queries, M metrics.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from trainer.runtime import watchdog
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -124,3 +128,33 @@ def _num_within(ranks: np.ndarray, k: int) -> np.ndarray:
 def _places(ranks: np.ndarray) -> np.ndarray:
   """The numbers 1, 2, 3 … up to R, as [R] int."""
   return np.arange(1, ranks.shape[-1] + 1)
+
+
+_NUM_RESAMPLES = 1000
+_CONFIDENCE = 0.95
+
+
+def bootstrap_intervals(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
+  """Percentile intervals of means: 95 % of 1,000 resamples of the queries lie inside.
+
+  All metrics are resampled together. Queries of one class are not independent: where
+  classes are few, what new classes would give varies more than this says.
+
+  Args:
+    values: [Q, M] float64, Q >= 1.
+    seed: of the resampling.
+
+  Returns:
+    [M, 2] float64, low and high.
+
+  Source: Efron 1979, Bootstrap methods: another look at the jackknife.
+  """
+  rng = np.random.default_rng(seed)
+  num_queries = len(values)
+  means = np.empty([_NUM_RESAMPLES, values.shape[1]])
+  for row in means:
+    watchdog.beat()
+    drawn = rng.integers(num_queries, size=num_queries)
+    row[:] = np.bincount(drawn, minlength=num_queries) @ values / num_queries
+  tail = 50 * (1 - _CONFIDENCE)
+  return np.percentile(means, [tail, 100 - tail], axis=0).T

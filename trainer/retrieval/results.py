@@ -1,17 +1,30 @@
-"""`eval/metrics.json`: what was measured, before training and last."""
+"""The results of an evaluation, and `eval/metrics.json`.
+
+Shapes: N items, D dimensions, Q queries, k neighbours.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainer.data import paths
-from trainer.errors import UserError
+import numpy as np
 
-FILE_NAME = os.path.join("eval", "metrics.json")
+from trainer.data.dataset import Dataset
+from trainer.errors import UserError
+from trainer.retrieval import embedding_map, report_collector
+from trainer.retrieval.ground_truth import LabelJudgements, RecordItems
+from trainer.retrieval.pictures import pictures_of
+from trainer.retrieval.query import SampledAnswers, sampled_answers
+from trainer.retrieval.ranking import Rankings
+from trainer.runtime import filesystem
+
+RESULTS_FILE = os.path.join("eval", "metrics.json")
 _HEADS = {"before_training": "before training", "latest": "after training"}
 # Patterns of the names that are shown, in this order, and their titles.
 _TITLES = {
@@ -57,7 +70,7 @@ class Results:
   """
 
   def __init__(self, model_dir: str):
-    self.path = os.path.join(model_dir, FILE_NAME)
+    self.path = os.path.join(model_dir, RESULTS_FILE)
     self.by_moment: dict[str, dict[str, Any]] = {}
     if os.path.exists(self.path):
       self.by_moment = _read(self.path)
@@ -86,7 +99,7 @@ class Results:
     moments = [self.by_moment[m] for m in _HEADS if m in self.by_moment]
     heads = [head for m, head in _HEADS.items() if m in self.by_moment]
     rows = [["", *heads]]
-    for name, title in titles(moments[0] if moments else ()).items():
+    for name, title in result_titles(moments[0] if moments else ()).items():
       if all(name in moment for moment in moments):
         rows.append([title, *(_cell(moment, name) for moment in moments)])
     return rows
@@ -100,7 +113,7 @@ class Results:
 
   def _write(self):
     os.makedirs(os.path.dirname(self.path), exist_ok=True)
-    paths.replace_file(self.path, json.dumps(self.by_moment, indent=2))
+    filesystem.replace_file(self.path, json.dumps(self.by_moment, indent=2))
 
 
 def _read(path: str) -> dict[str, dict[str, Any]]:
@@ -123,7 +136,7 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
   return content
 
 
-def titles(names) -> dict[str, str]:
+def result_titles(names) -> dict[str, str]:
   """The names that are shown, in the order to show them, with their titles.
 
   Args:
@@ -147,3 +160,69 @@ def _cell(moment: Mapping[str, Any], name: str) -> str:
   interval = moment.get("intervals", {}).get(name)
   between = f" [{interval[0]:.4f}, {interval[1]:.4f}]" if interval else ""
   return f"{moment[name]:.4f}{between}"
+
+
+class Evaluated(NamedTuple):
+  """What an evaluation embedded and found.
+
+  Attributes:
+    dataset: of the items.
+    items: [N], that were embedded.
+    embeddings: [N, D] float32.
+    judged: who asked, what was relevant.
+    rankings: the metrics of each query.
+    measurement: what they come to.
+  """
+
+  dataset: Dataset
+  items: RecordItems
+  embeddings: np.ndarray
+  judged: LabelJudgements
+  rankings: Rankings
+  measurement: Measurement
+
+  def write_classes(self, model_dir: str) -> None:
+    """Writes `eval/classes.csv`: every class with its metrics, the worst first."""
+    rows = class_rows(self.rankings, self.items)
+    path = os.path.join(model_dir, "eval", "classes.csv")
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    filesystem.replace_file(path, text.getvalue())
+
+  def sampled_answers(self) -> SampledAnswers:
+    """Some queries with something to find, searched by all replicas."""
+    return sampled_answers(self.embeddings, self.judged, self.rankings.queries)
+
+  def write_evidence(self, model_dir: str, answers: SampledAnswers) -> None:
+    """Writes what a person looks at: evidence for the report, a projector's files.
+
+    Args:
+      model_dir: folder of the run.
+      answers: some queries and what they found.
+    """
+    found = report_collector.collect_report_data(
+      self.embeddings,
+      self.items.labels,
+      answers.neighbours,
+      answers.queries,
+      class_names=self.items.class_names,
+      is_right=answers.is_right,
+      pictures_fn=pictures_of(
+        self.dataset.index, self.dataset.decoder, self.items.record_numbers
+      ),
+    )
+    found.write(model_dir)
+    embedding_map.write_projector(model_dir, found.embedding_map, self.embeddings)
+
+
+def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
+  """{"class": name, "num_queries": n, metrics} of each class, the worst first."""
+  return [
+    {
+      "class": items.class_names[label],
+      **{name.replace("eval/", ""): value for name, value in row.items()},
+    }
+    for label, row in rankings.by_group(items.labels).items()
+  ]

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from trainer import __version__
-from trainer.config import saved
-from trainer.data import paths
-from trainer.retrieval.results import Results, titles
+from trainer.config import run_config
+from trainer.retrieval.results import Results, result_titles
+from trainer.runtime import filesystem
 
-FILE_NAME = "MODEL_CARD.md"
+MODEL_CARD_FILE = "MODEL_CARD.md"
 
 
-class Facts(NamedTuple):
+class ModelCardFacts(NamedTuple):
   """What the card says beside what is measured.
 
   Attributes:
@@ -41,7 +41,7 @@ class Facts(NamedTuple):
   data: Mapping[str, Any]
 
 
-def write(folder: str, facts: Facts, *, model_dir: str) -> str:
+def write_model_card(folder: str, facts: ModelCardFacts, *, model_dir: str) -> str:
   """Writes the card beside what it describes.
 
   Args:
@@ -68,16 +68,16 @@ def write(folder: str, facts: Facts, *, model_dir: str) -> str:
     *_section("Software", {"trainer": __version__, "TensorFlow": tf.__version__}),
     *_section("Files (SHA-256)", _hashes(folder)),
   ]
-  path = os.path.join(folder, FILE_NAME)
-  paths.replace_file(path, "\n".join(lines) + "\n")
+  path = os.path.join(folder, MODEL_CARD_FILE)
+  filesystem.replace_file(path, "\n".join(lines) + "\n")
   return path
 
 
-def _training(facts: Facts) -> dict[str, Any]:
+def _training(facts: ModelCardFacts) -> dict[str, Any]:
   return {
     "steps": facts.step,
     "checkpoint": facts.checkpoint,
-    "configuration": f"{facts.config_hash} ({saved.CONFIG} beside this card)",
+    "configuration": f"{facts.config_hash} ({run_config.CONFIG_FILE} beside this card)",
   }
 
 
@@ -97,7 +97,7 @@ def _measured(model_dir: str, step: int) -> dict[str, str]:
     return {"not measured": f"run --mode=evaluate after step {step}"}
   intervals = latest.get("intervals", {})
   found = {}
-  for name, title in titles(latest).items():
+  for name, title in result_titles(latest).items():
     found[title] = f"{latest[name]:.4f}"
     if name in intervals:
       low, high = intervals[name]
@@ -111,7 +111,7 @@ def _hashes(folder: str) -> dict[str, str]:
   for parent, _, names in sorted(os.walk(folder)):
     for name in sorted(names):
       path = os.path.join(parent, name)
-      if name != FILE_NAME:
+      if name != MODEL_CARD_FILE:
         with open(path, "rb") as file:
           content = hashlib.sha256(file.read()).hexdigest()
         found[os.path.relpath(path, folder)] = content

@@ -1,4 +1,4 @@
-"""The encoder as a SavedModel that needs TensorFlow and nothing else.
+"""Exports of an encoder: SavedModel and TensorFlow Lite, each compared with it.
 
 Signatures, for any number of examples, or, with `_fixed` after their name, for one
 number and static shapes:
@@ -7,24 +7,30 @@ number and static shapes:
 - `images`: "files" [B] string, bytes of image files → the same, if inputs are images.
 
 Shapes: B examples, D dimensions.
+
+Shapes: B examples, D dimensions.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Callable, Optional
 
 import tensorflow as tf
 
-from trainer.data.decode import Decoder
+from trainer.config import run_config
+from trainer.data.images import Decoder
+from trainer.runtime.lease import locked_folder
+from trainer.serving import model_card
 
 FOLDER, SCRIPT_NAME = "saved_model", "embed_images.py"
 _SCRIPT = os.path.join(os.path.dirname(__file__), SCRIPT_NAME)
 
 
-def save(
+def save_saved_model(
   encoder: tf.keras.Model,
   decoder: Decoder,
   folder: str,
@@ -87,3 +93,132 @@ def _signatures(
       whole = tf.function(function.python_function, input_signature=[fixed])
       signatures[f"{name}_fixed"] = whole
   return signatures
+
+
+LITE_FILE = "encoder.tflite"
+
+
+def save_lite(saved_model: str, folder: str) -> str:
+  """Converts the signature for tensors, one input at a time.
+
+  Args:
+    saved_model: path of the SavedModel.
+    folder: where the file goes.
+
+  Returns:
+    Path of the file.
+  """
+  converter = tf.lite.TFLiteConverter.from_saved_model(
+    saved_model, signature_keys=["serving_default"]
+  )
+  path = os.path.join(folder, LITE_FILE)
+  with open(path, "wb") as file:
+    file.write(converter.convert())
+  return path
+
+
+_ASIDE = "aside"
+# All that an export may hold; the card says what the rest is, and comes last.
+_NAMES = (
+  *(FOLDER, SCRIPT_NAME, LITE_FILE, run_config.CONFIG_FILE),
+  model_card.MODEL_CARD_FILE,
+)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str) -> Iterator[str]:
+  """Replaces an export, if no error is raised inside; nothing of the old one stays.
+
+  Args:
+    folder: of the export; is made if it is missing.
+
+  Yields:
+    The folder in which the new one is to be made.
+
+  Raises:
+    UserError: another process exports into the folder.
+  """
+  aside = os.path.join(folder, _ASIDE)
+  os.makedirs(folder, exist_ok=True)
+  with locked_folder(folder, "exporting into"):
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    try:
+      yield aside
+      _publish(aside, folder)
+    finally:
+      shutil.rmtree(aside)
+
+
+def _publish(aside: str, folder: str) -> None:
+  for name in reversed(_NAMES):
+    _remove(os.path.join(folder, name))
+  for name in _NAMES:
+    if os.path.exists(os.path.join(aside, name)):
+      os.replace(os.path.join(aside, name), os.path.join(folder, name))
+
+
+def _remove(path: str) -> None:
+  if os.path.isdir(path):
+    shutil.rmtree(path)
+  elif os.path.exists(path):
+    os.remove(path)
+
+
+# TensorFlow Lite takes one at a time.
+_NUM_LITE = 4
+
+
+def saved_model_difference(
+  encoder: tf.keras.Model, decoder: Decoder, records: tf.Tensor, path: str
+) -> dict[str, float]:
+  """Compares each signature of a SavedModel with the encoder behind the decoder.
+
+  Args:
+    encoder: what was exported.
+    decoder: makes inputs of records, and of image files if inputs are images.
+    records: [B] string, serialized examples.
+    path: of the SavedModel.
+
+  Returns:
+    By name of the signature the largest difference of a coordinate, as a share of the
+    longest embedding; NaN if one is not finite.
+  """
+  inputs = decoder(records)
+  found = {}
+  for name, embed in tf.saved_model.load(path).signatures.items():
+    [(argument, spec)] = embed.structured_input_signature[1].items()
+    given = _files(inputs) if argument == "files" else inputs
+    if spec.shape[0] is not None:
+      given = tf.gather(given, tf.range(spec.shape[0]) % tf.shape(given)[0])
+    wanted = decoder.decode_files(given) if argument == "files" else given  # type: ignore[attr-defined]
+    got = embed(**{argument: given})["embeddings"]
+    found[name] = _largest_share(got, encoder(wanted, training=False))
+  return found
+
+
+def lite_difference(
+  encoder: tf.keras.Model, decoder: Decoder, records: tf.Tensor, path: str
+) -> float:
+  """The same of a model for TensorFlow Lite, on some of the records."""
+  inputs = decoder(records[:_NUM_LITE])
+  embed = tf.lite.Interpreter(model_path=path).get_signature_runner()
+  got = [embed(inputs=each[None].numpy())["embeddings"] for each in inputs]
+  return _largest_share(tf.concat(got, axis=0), encoder(inputs, training=False))
+
+
+def _files(inputs: tf.Tensor) -> tf.Tensor:
+  """[B] string, image files of inputs; every other one has to be resized."""
+  images = tf.cast(tf.round(inputs * 255.0), tf.uint8)
+  size = tf.shape(images)[1:3]
+  large = tf.image.resize(images, 2 * size, method="nearest")
+  files = [
+    tf.io.encode_png(large[place] if place % 2 else images[place])
+    for place in range(len(images))
+  ]
+  return tf.stack(files)
+
+
+def _largest_share(got: tf.Tensor, wanted: tf.Tensor) -> float:
+  norm = tf.reduce_max(tf.norm(wanted, axis=1))
+  return float(tf.reduce_max(tf.abs(got - wanted)) / tf.maximum(norm, 1e-30))

@@ -1,8 +1,279 @@
-"""`python -m trainer.sweep`: see `--help`."""
+"""The command line of a sweep: everything is checked, then the runs are made."""
 
+from __future__ import annotations
+
+import ast
+import concurrent.futures
+import contextlib
+import importlib
+import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator, Sequence
 
-from trainer.sweep import command
+from absl import flags, logging
+
+from trainer import errors, task
+from trainer.config import gin_statements
+from trainer.runtime import shutdown
+from trainer.sweep import points as points_lib
+from trainer.sweep import spec, sweep_page, sweep_results
+from trainer.sweep.trials import ListedTrials, Trials
+from trainer.sweep.worker import Machine, Worker
+
+_USAGE = """python -m trainer.sweep SWEEP.gin [flags] [-- flags of trainer.task]
+
+The same command again goes on where it stopped; on several machines with the same
+folders, each takes its share."""
+_REFRESH_S = 1.0
+_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line.
+
+  Args:
+    arguments: with the program's name first, as `sys.argv`.
+
+  Returns:
+    The exit status: 0 when every run is done, 1 when some failed, 2 for a mistake of
+    the user's, 3 when told to stop, 130 when interrupted.
+  """
+  try:
+    if {"-h", "--help"} & set(arguments[1:]):
+      print(help_text())
+      return errors.DONE
+    return _run(*_parse(arguments))
+  except errors.UserError as error:
+    return _report(error)
+  except OSError as error:
+    full = errors.out_of_space(error)
+    if full is None:
+      raise
+    return _report(full)
+
+
+def _report(error: errors.UserError) -> int:
+  """Prints a user error in one line; the exit status."""
+  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+  return error.exit_status
+
+
+def define_flags() -> flags.FlagValues:
+  """The sweep's own flags."""
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "sweep_dir", None, "Folder of the results. [runs/sweeps/NAME]", flag_values=values
+  )
+  flags.DEFINE_string(
+    "runs_dir",
+    os.path.join("runs", "points"),
+    "Folder of all runs, shared by all sweeps.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "num_parallel", 1, "Runs at a time.", lower_bound=1, flag_values=values
+  )
+  flags.DEFINE_list(
+    "devices", [], "GPUs, such as 0,1,2: a run at a time each.", flag_values=values
+  )
+  flags.DEFINE_string(
+    "storage", None, "URL of a database for tpe's study.", flag_values=values
+  )
+  flags.DEFINE_bool("retry", False, "Try failed runs again.", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "List the points, run none.", flag_values=values)
+  return values
+
+
+def help_text() -> str:
+  """The whole of `--help`."""
+  values = define_flags()
+  lines = []
+  for name in values:
+    default = values[name].default
+    shown = "" if default in (None, [], False) else f" [{default}]"
+    first = str(values[name].help).split("\n", maxsplit=1)[0]
+    lines.append(f"  --{name:<14}{first}{shown}")
+  return "\n".join([_USAGE, "", *lines])
+
+
+def _parse(
+  arguments: Sequence[str],
+) -> tuple[str, flags.FlagValues, Sequence[str]]:
+  """The sweep file, the flags, and those of the task.
+
+  Raises:
+    UserError: a flag is unknown, or there is not one sweep file.
+  """
+  own, task_flags = list(arguments), []
+  if "--" in own:
+    place = own.index("--")
+    own, task_flags = own[:place], own[place + 1 :]
+  values = define_flags()
+  try:
+    _, *rest = values(own)
+  except flags.Error as error:
+    raise errors.UserError(f"{str(error).rstrip(' .?')}. See --help.") from error
+  if len(rest) != 1:
+    raise errors.UserError(f"one sweep file is needed, {len(rest)} given. See --help.")
+  if values.devices and values["num_parallel"].present:
+    raise errors.UserError(
+      "--num_parallel and --devices exclude each other: one run a device at a time."
+    )
+  for flag in task_flags:
+    name = flag.lstrip("-").partition("=")[0]
+    if name not in task.define_flags()["hardware"]:
+      known = list(task.define_flags()["hardware"])
+      raise errors.UserError(
+        f"{flag!r} is no flag of hardware, and the rest is the sweep's"
+        f"{gin_statements.nearest_name(name, known)}"
+      )
+  return rest[0], values, task_flags
+
+
+def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  flags.FLAGS(["trainer"])
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.WARNING)
+  importlib.import_module("trainer.gin_registrations")
+  read = spec.read_spec(path)
+  if values.storage and read.options.method != "tpe":
+    raise errors.UserError(
+      f"--storage is for sweep.method='tpe'; this is {read.options.method!r}."
+    )
+  folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
+  builder = points_lib.PointBuilder(read)
+  known = _known_points(read, builder)
+  for name in (read.options.metric, read.options.prune_metric):
+    if name:
+      _check_metric(name, known[0])
+  if not values.dry_run:
+    sweep_page.open_sweep_folder(read, folder)
+    _make(values.runs_dir, "runs_dir")
+  trials = _trials(read, builder, known, folder, values)
+  machine = Machine(
+    runs_dir=values.runs_dir,
+    devices=values.devices or (None,) * values.num_parallel,
+    task_flags=task_flags,
+    is_retrying=values.retry,
+  )
+  worker = Worker(trials, read.options, machine)
+  if values.dry_run:
+    found = sweep_results.collect_rows(trials.points(), worker.folder, read.options, ())
+    print(sweep_results.table_text(found, read.options.metric, num_shown=len(found)))
+    _print_points(trials.points())
+    return errors.DONE
+  return _work(worker, trials, read, folder)
+
+
+def _known_points(
+  read: spec.Spec, builder: points_lib.PointBuilder
+) -> list[points_lib.Point]:
+  """All points, or for tpe those at the ends of each range; each is linted."""
+  if read.options.method == "tpe":
+    return points_lib.extremes(read, builder)
+  return points_lib.listed(read, builder)
+
+
+def _trials(
+  read: spec.Spec,
+  builder: points_lib.PointBuilder,
+  known: Sequence[points_lib.Point],
+  folder: str,
+  values: flags.FlagValues,
+) -> Trials:
+  if read.options.method == "tpe" and not values.dry_run:
+    from trainer.sweep.trials import StudyTrials  # Late: only tpe needs Optuna.
+
+    return StudyTrials(read, builder, folder, values.storage)
+  return ListedTrials(known)
+
+
+def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
+  """Makes the runs, and shows and writes what comes of them."""
+  live = sweep_results.LiveTable(read.options.metric)
+  with _stopped_by_signals(worker.stop) as received:
+    with concurrent.futures.ThreadPoolExecutor(worker.num_devices) as pool:
+      futures = worker.start(pool)
+      left = set(futures)
+      while left:
+        _, left = concurrent.futures.wait(left, _REFRESH_S)
+        live.show(_found(worker, trials, read))
+    found = _found(worker, trials, read)
+    sweep_page.write_results(found, read, folder)
+  for future in futures:
+    future.result()
+  print(sweep_results.table_text(found, read.options.metric))
+  for name in (sweep_page.CSV_FILE, sweep_page.PAGE_FILE):
+    print(os.path.join(folder, name))
+  if received:
+    print("stopped; the same command goes on.", file=sys.stderr)
+    is_interrupt = received[0] == signal.SIGINT
+    return _INTERRUPTED if is_interrupt else errors.PreemptedError.exit_status
+  has_failed = any(
+    run.state == sweep_results.FAILED for row in found for run in row.runs
+  )
+  return errors.FAILURE if has_failed else errors.DONE
+
+
+@contextlib.contextmanager
+def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
+  """Sets `stop` on Ctrl-C and on SIGTERM; yields the signals that came."""
+  received: list[int] = []
+
+  def note(number, frame):
+    del frame
+    received.append(number)
+    stop.set()
+
+  with shutdown.handlers_restored():
+    for number in shutdown.SIGNALS:
+      signal.signal(number, note)
+    yield received
+
+
+def _found(
+  worker: Worker, trials: Trials, read: spec.Spec
+) -> list[sweep_results.SweepRow]:
+  return sweep_results.collect_rows(
+    trials.points(), worker.folder, read.options, set(worker.running)
+  )
+
+
+def _check_metric(name: str, point: points_lib.Point) -> None:
+  """Refuses a metric that is neither logged nor measured."""
+  from trainer.retrieval import ranking, verification
+  from trainer.training import callbacks  # Late: not for --help.
+
+  ks = ast.literal_eval(point.config.values.get("evaluate.ks", "(1, 5, 10)"))
+  known = [
+    *callbacks.LOGGED,
+    *ranking.metric_names(ks),
+    *verification.Verification().metric_names(),
+    "eval/nmi",
+  ]
+  if name not in known:
+    raise errors.UserError(
+      f"sweep.metric: {name!r} is neither logged nor measured"
+      f"{gin_statements.nearest_name(name, known) or '; there is ' + ', '.join(known)}"
+    )
+
+
+def _print_points(found: Sequence[points_lib.Point]) -> None:
+  for point in found:
+    print(f"{point.run_id}  {point}")
+
+
+def _make(folder: str, flag: str) -> None:
+  try:
+    os.makedirs(folder, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"--{flag}={folder} can't be made: {error.strerror}."
+    ) from error
+
 
 if __name__ == "__main__":
-  sys.exit(command.main(sys.argv))
+  sys.exit(main(sys.argv))

@@ -9,9 +9,8 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
-from trainer import config as config_lib
-from trainer.config import lint
-from trainer.config.statements import Binding
+from trainer.config import gin_resolution, run_config
+from trainer.config.gin_statements import Binding
 from trainer.errors import UserError
 from trainer.sweep.spec import Spec
 
@@ -33,7 +32,7 @@ class Point:
 
   settings: Mapping[str, str]
   seed: Optional[int]
-  config: config_lib.Config
+  config: run_config.Config
 
   @property
   def run_id(self) -> str:
@@ -84,19 +83,20 @@ class PointBuilder:
       scope, _, name = options.seed_name.rpartition("/")
       name, _, parameter = name.partition(".")
       varied.append(Binding(scope, name, parameter, seed, "sweep.seeds"))
-    taken = {lint.identity(binding) for binding in varied}
+    taken = {gin_resolution.identity(binding) for binding in varied}
     kept = [
       s
       for s in self._spec.base
-      if not isinstance(s, Binding) or lint.identity(s) not in taken
+      if not isinstance(s, Binding) or gin_resolution.identity(s) not in taken
     ]
-    assembled = config_lib.assemble([*kept, *varied], needed=_ROOTS[options.mode])
-    unused = {lint.identity(binding) for binding in assembled.unused}
+    assembled = run_config.assemble([*kept, *varied], needed=_ROOTS[options.mode])
+    unused = {gin_resolution.identity(binding) for binding in assembled.unused}
     self._note([*kept, *varied], unused)
     settings = {
       binding.key: repr(binding.value)
       for binding in varied
-      if lint.identity(binding) not in unused and binding.origin != "sweep.seeds"
+      if gin_resolution.identity(binding) not in unused
+      and binding.origin != "sweep.seeds"
     }
     return Point(settings, seed, assembled.config)
 
@@ -108,12 +108,12 @@ class PointBuilder:
     """
     unused = [b for key, b in self._seen.items() if key not in self._used]
     if unused:
-      raise UserError(config_lib.unused_message(unused))
+      raise UserError(run_config.unused_message(unused))
 
   def _note(self, statements: Iterable[Any], unused: set) -> None:
     for statement in statements:
       if isinstance(statement, Binding):
-        key = lint.identity(statement)
+        key = gin_resolution.identity(statement)
         self._seen.setdefault(key, statement)
         if key not in unused:
           self._used.add(key)

@@ -1,4 +1,7 @@
-"""The sweep file: a gin file, in which some names have several values.
+"""The sweep file: swept names, their domains, and constraints.
+
+Only arithmetic, comparison, `and`, `or`, `not` and `in` are understood: a sweep file is
+read, never run.
 
 include '../runs/digits.gin'
 NUM_STEPS = 100
@@ -13,16 +16,219 @@ sweep.seeds = (1, 2, 3)
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import math
+import operator
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Optional, Union
 
-from trainer.config import lint, statements, suggest
-from trainer.config.statements import Binding, Statement
+from trainer.config import gin_resolution, gin_statements
+from trainer.config.gin_statements import Binding, Reference, Statement
 from trainer.errors import UserError
-from trainer.sweep import domains
-from trainer.sweep.constraints import Constraint
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """One of these values, which may be anything that gin can write."""
+
+  values: Sequence[Any]
+
+  def grid(self) -> Sequence[Any]:
+    """Every value."""
+    return self.values
+
+  def extremes(self) -> Sequence[Any]:
+    """What must be tried to know that all values are accepted: every one."""
+    return self.values
+
+  def sample(self, generator: random.Random) -> Any:
+    """A value, each as likely."""
+    return generator.choice(self.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+  """A number between two, both included; whole if both are.
+
+  Attributes:
+    low: the lowest.
+    high: the highest.
+    num: how many a grid takes, evenly spaced; None where there is no grid.
+    is_log: whether the logarithm is what is even.
+  """
+
+  low: float
+  high: float
+  num: Optional[int] = None
+  is_log: bool = False
+
+  def grid(self) -> Sequence[Any]:
+    """`num` numbers from low to high, duplicates of rounding left out."""
+    if self.num is None:
+      raise UserError("without a third number it is infinite in a grid")
+    shares = [i / max(self.num - 1, 1) for i in range(self.num)]
+    return list(dict.fromkeys(self._at(share) for share in shares))
+
+  def extremes(self) -> Sequence[Any]:
+    """Both ends."""
+    return [self.low, self.high]
+
+  def sample(self, generator: random.Random) -> Any:
+    """A number, evenly distributed or its logarithm is."""
+    return self._at(generator.random())
+
+  @property
+  def is_whole(self) -> bool:
+    """Whether the numbers are integers."""
+    return isinstance(self.low, int) and isinstance(self.high, int)
+
+  def _at(self, share: float) -> Any:
+    """The number at this share of the way from low to high."""
+    if share in (0.0, 1.0):
+      return self.high if share else self.low
+    if self.is_log:
+      low, high = math.log(self.low), math.log(self.high)
+      value = math.exp(low + share * (high - low))
+    else:
+      value = self.low + share * (self.high - self.low)
+    # Four digits are enough to tell two trials apart, and can be read.
+    return round(value) if self.is_whole else float(f"{value:.4g}")
+
+
+Domain = Union[Choice, Range]
+KINDS = ("choice", "range", "log_range")
+
+
+def read_domain(binding: Binding) -> Domain:
+  """The domain of `KIND/Name.parameter = values`.
+
+  Args:
+    binding: its scope is the kind.
+
+  Raises:
+    UserError: the kind is unknown, or the values don't fit it.
+  """
+  if binding.scope not in KINDS:
+    nearest = gin_statements.nearest_name(binding.scope, KINDS)
+    raise UserError(
+      f"{binding.origin}: {binding.scope!r} is none of {', '.join(KINDS)}{nearest}."
+    )
+  values = binding.value
+  if binding.scope == "choice":
+    if not isinstance(values, (list, tuple)) or not values:
+      raise UserError(f"{binding.origin}: {binding.key} needs a list of values.")
+    return Choice(list(values))
+  return _range(binding)
+
+
+def _range(binding: Binding) -> Range:
+  values, is_log = binding.value, binding.scope == "log_range"
+  form = f"{binding.origin}: {binding.key} needs (low, high) or (low, high, how many)"
+  if not isinstance(values, (list, tuple)) or len(values) not in (2, 3):
+    raise UserError(f"{form}; it has {values!r}.")
+  if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
+    raise UserError(f"{form}, all of them numbers; it has {values!r}.")
+  low, high, *num = values
+  if low >= high or (is_log and low <= 0):
+    above = ", low above 0" if is_log else ""
+    raise UserError(f"{form} with low below high{above}; it has {values!r}.")
+  if num and (not isinstance(num[0], int) or num[0] < 1):
+    raise UserError(f"{form}, at least one; it has {values!r}.")
+  return Range(low, high, num[0] if num else None, is_log)
+
+
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.FloorDiv: operator.floordiv,
+  ast.Mod: operator.mod,
+  ast.Eq: operator.eq,
+  ast.NotEq: operator.ne,
+  ast.Lt: operator.lt,
+  ast.LtE: operator.le,
+  ast.Gt: operator.gt,
+  ast.GtE: operator.ge,
+  ast.In: lambda left, right: left in right,
+  ast.NotIn: lambda left, right: left not in right,
+}
+
+
+class Constraint:
+  """A condition that every point must meet.
+
+  Args:
+    text: a Python expression over swept names; a part that is referred to, such as
+      `@TripletLoss()`, is compared by its name as text.
+    names: what may stand in it.
+
+  Raises:
+    UserError: it does not parse, uses a name that is not swept, or is no condition.
+  """
+
+  def __init__(self, text: str, names: Mapping[str, Any]):
+    self.text = text
+    try:
+      self._expression = ast.parse(str(text), mode="eval").body
+    except SyntaxError as error:
+      raise UserError(
+        f"sweep.constraints: {text!r} is no expression: {error.msg}."
+      ) from error
+    self.holds(names)
+
+  def holds(self, values: Mapping[str, Any]) -> bool:
+    """Whether it is true of these values.
+
+    Args:
+      values: by the names that are swept.
+
+    Raises:
+      UserError: it can't be said.
+    """
+    try:
+      return bool(self._value(self._expression, values))
+    except (TypeError, ZeroDivisionError) as error:
+      raise UserError(f"sweep.constraints: {self.text!r}: {error}.") from error
+
+  def _value(self, node: ast.expr, values: Mapping[str, Any]) -> Any:
+    if isinstance(node, ast.Constant):
+      return node.value
+    if isinstance(node, (ast.List, ast.Tuple)):
+      return [self._value(item, values) for item in node.elts]
+    if isinstance(node, (ast.Name, ast.Attribute)):
+      return self._named(ast.unparse(node), values)
+    if isinstance(node, ast.BoolOp):
+      is_and = isinstance(node.op, ast.And)
+      parts = (self._value(part, values) for part in node.values)
+      return all(parts) if is_and else any(parts)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
+      value = self._value(node.operand, values)
+      return not value if isinstance(node.op, ast.Not) else -value
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+      left, right = self._value(node.left, values), self._value(node.right, values)
+      return _BINARY[type(node.op)](left, right)
+    if isinstance(node, ast.Compare) and all(type(op) in _BINARY for op in node.ops):
+      sides = [self._value(side, values) for side in (node.left, *node.comparators)]
+      pairs = zip(node.ops, sides, sides[1:])
+      return all(_BINARY[type(op)](left, right) for op, left, right in pairs)
+    raise UserError(
+      f"sweep.constraints: {ast.unparse(node)!r} in {self.text!r} is more than "
+      "arithmetic and comparison."
+    )
+
+  def _named(self, name: str, values: Mapping[str, Any]) -> Any:
+    if name not in values:
+      nearest = (
+        gin_statements.nearest_name(name, values) or f"; swept are {', '.join(values)}"
+      )
+      raise UserError(f"sweep.constraints: {self.text!r}: {name} is not swept{nearest}")
+    value = values[name]
+    return value.name if isinstance(value, Reference) else value
+
 
 METHODS = ("grid", "random", "tpe")
 GOALS = ("maximize", "minimize")
@@ -30,7 +236,7 @@ MODES = ("train", "train_and_evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class SweepOptions:
   """`sweep.NAME = ...`.
 
   Attributes:
@@ -89,21 +295,21 @@ class Spec:
   """
 
   name: str
-  options: Options
+  options: SweepOptions
   base: Sequence[Statement]
   swept: Mapping[str, Binding]
-  domains: Mapping[str, domains.Domain]
+  domains: Mapping[str, Domain]
   constraints: Sequence[Constraint]
 
 
-def read(path: str) -> Spec:
+def read_spec(path: str) -> Spec:
   """Reads a sweep file.
 
   Raises:
     UserError: it is missing, does not parse, or says what can't be.
   """
-  given = statements.read([path], [])
-  lint.import_modules(given)
+  given = gin_statements.read_statements([path], [])
+  gin_resolution.import_modules(given)
   bindings = [s for s in given if isinstance(s, Binding)]
   options = _options([b for b in bindings if _is_option(b)])
   swept: dict[str, Binding] = {}
@@ -119,7 +325,7 @@ def read(path: str) -> Spec:
     raise UserError(
       f"{path}: {options.seed_name} is swept and takes sweep.seeds; remove one of them."
     )
-  by_name = {name: domains.read(binding) for name, binding in swept.items()}
+  by_name = {name: read_domain(binding) for name, binding in swept.items()}
   first = {name: domain.extremes()[0] for name, domain in by_name.items()}
   return Spec(
     name=os.path.splitext(os.path.basename(path))[0],
@@ -143,16 +349,16 @@ def _is_swept(statement: Statement) -> bool:
   """Whether the scope is a domain's kind, or one that a part of it was meant to be."""
   if not isinstance(statement, Binding) or not statement.scope:
     return False
-  return statement.scope in domains.KINDS or bool(
-    suggest.nearest(statement.scope, domains.KINDS)
+  return statement.scope in KINDS or bool(
+    gin_statements.nearest_name(statement.scope, KINDS)
   )
 
 
-def _options(bindings: Sequence[Binding]) -> Options:
-  known = [field.name for field in dataclasses.fields(Options)]
+def _options(bindings: Sequence[Binding]) -> SweepOptions:
+  known = [field.name for field in dataclasses.fields(SweepOptions)]
   for binding in bindings:
     if binding.parameter not in known:
-      nearest = suggest.nearest(binding.parameter, known)
+      nearest = gin_statements.nearest_name(binding.parameter, known)
       every = f"; it has {', '.join(known)}"
       raise UserError(
         f"{binding.origin}: sweep has no {binding.parameter!r}{nearest or every}"
@@ -161,16 +367,16 @@ def _options(bindings: Sequence[Binding]) -> Options:
   for name in ("seeds", "constraints"):
     if not isinstance(values.get(name, ()), (list, tuple)):
       raise UserError(f"sweep.{name}={values[name]!r} must be a list.")
-  return Options(**values)
+  return SweepOptions(**values)
 
 
 def _in_effect(given: Sequence[Statement]) -> list[Statement]:
   """Each name once, with its last value; imports stay."""
-  lint.log_overrides([s for s in given if isinstance(s, Binding)])
+  gin_resolution.log_overrides([s for s in given if isinstance(s, Binding)])
   by_key: dict[Any, Statement] = {}
   for statement in given:
     is_binding = isinstance(statement, Binding)
-    by_key[lint.identity(statement) if is_binding else statement] = statement  # type: ignore[arg-type]
+    by_key[gin_resolution.identity(statement) if is_binding else statement] = statement  # type: ignore[arg-type]
   return list(by_key.values())
 
 
@@ -178,5 +384,5 @@ def _check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
   if value not in allowed:
     raise UserError(
       f"sweep.{name}={value!r} is none of {', '.join(allowed)}"
-      f"{suggest.nearest(str(value), allowed)}"
+      f"{gin_statements.nearest_name(str(value), allowed)}"
     )

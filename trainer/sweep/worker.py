@@ -11,14 +11,13 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
-from trainer.config import suggest
-from trainer.data import folder_lock
+from trainer.config import gin_statements
 from trainer.errors import UserError
-from trainer.sweep import process
+from trainer.runtime import lease
+from trainer.sweep import run_process
 from trainer.sweep.points import Point
-from trainer.sweep.process import Ending
-from trainer.sweep.run_folder import RunFolder
-from trainer.sweep.spec import Options
+from trainer.sweep.run_process import Ending, RunFolder
+from trainer.sweep.spec import SweepOptions
 from trainer.sweep.trials import Trial, Trials
 
 _BUSY_POLL_S = 1.0
@@ -50,7 +49,7 @@ class Worker:
     machine: on what and where.
   """
 
-  def __init__(self, trials: Trials, options: Options, machine: Machine):
+  def __init__(self, trials: Trials, options: SweepOptions, machine: Machine):
     self.stop = threading.Event()
     self.running: set[str] = set()
     self._trials = trials
@@ -145,7 +144,7 @@ class Worker:
     if ending is Ending.DONE and not folder.is_finished:
       ending = Ending.FAILED
     if ending is Ending.FAILED:
-      folder.mark_failed(process.failure_of(status, folder.log_path))
+      folder.mark_failed(run_process.failure_of(status, folder.log_path))
     return ending
 
   def _ingest(
@@ -158,7 +157,7 @@ class Worker:
     with self._ingest_lock:
       if not ours or repr(ours) in self._ingested:
         return Ending.DONE, 0
-      with folder_lock.locked(path):
+      with lease.locked(path):
         ending = self._call(
           "ingest", gin_file, self.folder(point), device, [], lambda: False
         )
@@ -170,7 +169,7 @@ class Worker:
     """One call of the task."""
     command = [sys.executable, "-m", "trainer.task", f"--mode={mode}"]
     command += [f"--gin_file={gin_file}", f"--model_dir={folder.path}"]
-    return process.run(
+    return run_process.run_process(
       [*command, *self._machine.task_flags],
       environment={**os.environ, **self._environment(device)},
       log_path=folder.log_path,
@@ -210,7 +209,8 @@ class _Watch:
     for name in (self._options.metric, self._options.prune_metric):
       if name and not name.startswith("eval/") and name not in last:
         nearest = (
-          suggest.nearest(name, last) or f"; there are {', '.join(sorted(last))}"
+          gin_statements.nearest_name(name, last)
+          or f"; there are {', '.join(sorted(last))}"
         )
         raise UserError(f"{self._point}: nothing logs {name!r}{nearest}")
     name = self._options.prune_metric

@@ -1,8 +1,130 @@
-"""`python -m trainer.tpu_check`: see `--help`."""
+"""The command line: exports the step of a run file, compiles it, and tells."""
 
+from __future__ import annotations
+
+import os
 import sys
+from collections.abc import Sequence
 
-from trainer.tpu_check import command
+from absl import flags, logging
+
+from trainer import errors
+from trainer.tpu_check import compiler
+
+_USAGE = """./launch/tpu_check.sh RUN.gin --topology=v5e:2x4 [flags]
+
+Compiles the run's training step for a TPU, on this machine, with no TPU and no data,
+and says what a replica needs of it. TPUs are named by their chips, v2 to v6e, such as
+v5e:2x2, v6e:2x4, v4:2x2x1; --topology=gpu:4x16GB estimates the same for four GPUs.
+Exit status: 0 it compiles and fits, 1 it doesn't, 2 a mistake in what was given."""
+
+
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command line.
+
+  Args:
+    arguments: with the program's name first, as `sys.argv`.
+
+  Returns:
+    The exit status: 0 where the step compiles and fits, 1 where not, 2 for a mistake of
+    the user's.
+  """
+  try:
+    if {"-h", "--help"} & set(arguments[1:]):
+      print(help_text())
+      return errors.DONE
+    return _run(*_parse(arguments))
+  except (errors.UserError, errors.CheckFailedError) as error:
+    print(f"error: {_one_line(error)}", file=sys.stderr)
+    return error.exit_status
+
+
+def define_flags() -> flags.FlagValues:
+  """The flags of this command."""
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "topology", None, "The devices, such as v5e:2x4.", flag_values=values
+  )
+  flags.DEFINE_bool(
+    "fit", False, "Search the largest P that fits, K kept.", flag_values=values
+  )
+  flags.DEFINE_multi_string(
+    "gin_param", [], "Override, such as 'X.y = 1' (repeatable).", flag_values=values
+  )
+  flags.DEFINE_multi_string(
+    "allow_gin_import",
+    [],
+    "A module that gin files may import (repeatable).",
+    flag_values=values,
+  )
+  flags.DEFINE_string(
+    "compiler_python",
+    os.path.join(".venv-tpu", "bin", "python"),
+    "Python with JAX and libtpu.",
+    flag_values=values,
+  )
+  return values
+
+
+def help_text() -> str:
+  """The whole of `--help`."""
+  values = define_flags()
+  lines = []
+  for name in values:
+    default = values[name].default
+    shown = "" if default in (None, [], False) else f" [{default}]"
+    first = str(values[name].help).split(";\n", maxsplit=1)[0]
+    lines.append(f"  --{name:<17}{first}{shown}")
+  return "\n".join([_USAGE, "", *lines])
+
+
+def _parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
+  """The run file and the flags.
+
+  Raises:
+    UserError: a flag is unknown or missing, or there is not one run file.
+  """
+  values = define_flags()
+  try:
+    _, *rest = values(list(arguments))
+  except flags.Error as error:
+    raise errors.UserError(f"{str(error).rstrip(' .?')}. See --help.") from error
+  if len(rest) != 1:
+    raise errors.UserError(f"one run file is needed, {len(rest)} given. See --help.")
+  if not values.topology:
+    raise errors.UserError("--topology is missing, such as v5e:2x4. See --help.")
+  compiler.parse_topology(values.topology)
+  return rest[0], values
+
+
+def _run(run_file: str, values: flags.FlagValues) -> int:
+  """Loads the config and checks its step."""
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # What is lowered is the same on the CPU.
+  flags.FLAGS(["trainer"])
+  logging.use_absl_handler()
+  from trainer import gin_registrations  # noqa: F401  Late: --help answers at once.
+  from trainer.config import run_config
+  from trainer.tpu_check import compile_check
+
+  run_config.load(
+    [run_file],
+    values.gin_param,
+    needed=("train",),
+    allowed_imports=values.allow_gin_import,
+  )
+  done = compile_check.check(
+    compiler.parse_topology(values.topology),
+    compiler_python=values.compiler_python,
+    is_fitting=values.fit,
+  )
+  return errors.DONE if done else errors.FAILURE
+
+
+def _one_line(error: Exception) -> str:
+  """The message, without the calls that gin appends to every error passing through."""
+  return " ".join(str(error).split("\n  In call to configurable")[0].split())
+
 
 if __name__ == "__main__":
-  sys.exit(command.main(sys.argv))
+  sys.exit(main(sys.argv))

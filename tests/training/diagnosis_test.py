@@ -1,0 +1,223 @@
+"""What is said of a step that is not finite: inputs, weights, layer, loss, gradient."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data import ingestion
+from trainer.data.images import ImageDecoder
+from trainer.data.pipeline import Batch, Batches
+from trainer.data.records import RecordIndex
+from trainer.data.samplers import PKSchedule
+from trainer.data.sources.source import Item, encode_png
+from trainer.distribute.collectives import OneReplica
+from trainer.losses import SupervisedContrastiveLoss
+from trainer.losses.objectives import across_replicas
+from trainer.models.backbones import ConvNet
+from trainer.models.encoder import Encoder
+from trainer.training.nonfinite import Diagnosis, _what
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
+
+
+class _NaNDecoder(ImageDecoder):
+  def __call__(self, records):
+    images = super().__call__(records)
+    return tf.concat([images[:-1], images[-1:] * float("nan")], axis=0)
+
+
+class _Overflow(tf.keras.layers.Layer):
+  def call(self, inputs):
+    return tf.exp(inputs * 1e6 + 1e6)
+
+
+class _BrokenLoss(SupervisedContrastiveLoss):
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    return terms._replace(total=terms.total * float("inf"))
+
+
+@tf.custom_gradient
+def _steep_zero(embeddings):
+  return tf.zeros([]), lambda upstream: upstream * tf.fill(embeddings.shape, np.inf)
+
+
+class _LargeLoss(SupervisedContrastiveLoss):
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    return terms._replace(total=terms.total * 1e25)
+
+
+class _SteepLoss(SupervisedContrastiveLoss):
+  def __call__(self, anchors, candidates):
+    terms = super().__call__(anchors, candidates)
+    return terms._replace(total=terms.total + _steep_zero(anchors.embeddings))
+
+
+@pytest.fixture
+def diagnose(tmp_path):
+  """What is said of step 2 of a training, made with some part that is broken."""
+
+  def call(
+    backbone=None, loss=SupervisedContrastiveLoss, decoder=ImageDecoder, **spoil
+  ):
+    rng = np.random.default_rng(0)
+    items = (
+      Item(f"photo {n}", str(n % 4), encode_png(rng.integers(0, 255, (6, 6), np.uint8)))
+      for n in range(40)
+    )
+    ingestion.write_records(
+      items, str(tmp_path / "data"), records_per_shard=100, fingerprint={}
+    )
+    index = RecordIndex.open(str(tmp_path / "data"))
+    step = TrainStep(
+      encoder=Encoder(backbone=backbone or ConvNet(filters=(2,)), embedding_size=4),
+      loss=loss(temperature=0.2),
+      objective_fn=across_replicas,
+      optimizer=tf.keras.optimizers.SGD(0.1),
+      mining_statistics=None,
+    )
+    step.create_variables((6, 6, 1))
+    if spoil:
+      step.trainable_variables[0].assign(step.trainable_variables[0] * float("nan"))
+    schedule = PKSchedule(index, classes_per_batch=3, samples_per_class=4, seed=1)
+    return Diagnosis(
+      step=step,
+      index=index,
+      schedule=schedule,
+      batches=Batches(index, schedule, decoder(height=6, width=6, channels=1)),
+      model_dir=str(tmp_path),
+    )(2)
+
+  return call
+
+
+def test_records_are_named_and_all_of_them_written(diagnose, tmp_path):
+  said = diagnose(decoder=_NaNDecoder)
+  told = json.loads((tmp_path / "not_finite-2.json").read_text())
+  assert told["step"] == 2
+  assert len(told["keys"]) == 12
+  assert all(key.startswith("photo ") for key in told["keys"])
+  assert f"the batch has {told['keys'][0]}, " in said and "(12 records; all in " in said
+
+
+def test_inputs_are_named_by_their_rows(diagnose):
+  said = diagnose(decoder=_NaNDecoder)
+  assert said.startswith("the inputs of rows [11] of the batch are not finite")
+
+
+def test_weights_are_named(diagnose):
+  assert "the weights of " in diagnose(is_spoilt=True)
+
+
+def test_the_first_layer_is_named(diagnose):
+  backbone = tf.keras.Sequential([_Overflow(name="wild"), tf.keras.layers.Flatten()])
+  assert diagnose(backbone=backbone).startswith(
+    "the output of layer wild is not finite"
+  )
+
+
+def test_the_loss_is_named_with_its_value(diagnose):
+  assert diagnose(loss=_BrokenLoss).startswith("the loss, _BrokenLoss, is inf")
+
+
+def test_weights_whose_gradient_it_is_are_named(diagnose):
+  said = diagnose(loss=_SteepLoss)
+  assert said.startswith("the gradient to ") and "kernel" in said.split(";")[0]
+
+
+def test_what_is_finite_when_computed_again_is_said_to_be(diagnose):
+  assert diagnose().startswith("computed again, all is finite")
+
+
+def test_a_gradient_whose_square_overflows_is_named(diagnose):
+  said = diagnose(loss=_LargeLoss)
+  assert said.startswith("the gradient is so large that its squared norm is not finite")
+
+
+def test_a_batch_that_can_not_be_read_again_is_said_with_the_reason(diagnose):
+  class Broken(ImageDecoder):
+    def __call__(self, records):
+      raise AttributeError("no such part")
+
+  said = diagnose(decoder=Broken)
+  assert said.startswith("what is not finite could not be found") and "no such" in said
+
+
+def _step(backbone, **options):
+  tf.keras.utils.set_random_seed(1)
+  step = TrainStep(
+    encoder=Encoder(backbone=backbone, embedding_size=4),
+    loss=SupervisedContrastiveLoss(temperature=0.2),
+    objective_fn=across_replicas,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+    mining_statistics=None,
+    options=StepOptions(**options),
+  )
+  step.create_variables((6, 6, 1))
+  return step
+
+
+def _batch(scale):
+  images = np.random.default_rng(0).random((6, 6, 6, 1), np.float32) * np.float32(scale)
+  labels = tf.constant([0, 0, 1, 1, 2, 2])
+  return Batch(tf.constant(images), labels, tf.ones([6]), tf.range(6))
+
+
+def _state(strategy, step):
+  results = strategy.experimental_local_results
+  return [v.numpy() for each in step.forward_state for v in results(each)]
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize(
+  ("normalization", "scale", "expected"),
+  [
+    ("batch", 3e38, "the output of layer batch_norm"),
+    ("synchronized_batch", 3e38, "the output of layer synchronized_batch_norm"),
+    ("batch", 1e25, "moving_variance:0 is not finite"),
+    ("batch", 1.0, "computed again, all is finite"),
+  ],
+)
+def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
+  mirrored, num_replicas, normalization, scale, expected
+):
+  strategy = mirrored(num_replicas)
+  with strategy.scope():
+    step = _step(ConvNet(filters=(2,), normalization=normalization))
+    before = _state(strategy, step)
+    assert expected in _what(step, _batch(scale))
+    after = _state(strategy, step)
+  assert len(before) == 2 * num_replicas
+  np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize(
+  "options", [{"num_micro_batches": 3}, {"compiled": "encoder"}, {"compiled": "step"}]
+)
+def test_layers_are_named_where_they_are_looped_over_or_compiled(options):
+  step = _step(ConvNet(filters=(2,), normalization="batch"), **options)
+  step.propose(_batch(1.0), OneReplica())
+  step.forward_state[0].assign([0.25, 0.5])
+  assert _what(step, _batch(3e38)).startswith("the output of layer batch_norm")
+  np.testing.assert_array_equal(step.forward_state[0], [0.25, 0.5])
+
+
+def test_a_damaged_moving_average_is_named():
+  step = _step(ConvNet(filters=(2,), normalization="batch"))
+  step.forward_state[1].assign([1.0, np.inf])
+  said = _what(step, _batch(1.0))
+  assert "moving_variance:0 was not finite before the step" in said
+
+
+def test_layers_that_are_operations_compute_the_same_after_a_diagnosis():
+  inputs = tf.keras.Input((6, 6, 1))
+  outputs = tf.keras.layers.Flatten()(tf.nn.relu6(inputs * 2.0 + 3.0) / 6.0)
+  step = _step(tf.keras.Model(inputs, outputs))
+  before = step.encoder(_batch(1.0).inputs)
+  _what(step, _batch(1.0))
+  np.testing.assert_array_equal(step.encoder(_batch(1.0).inputs), before)

@@ -1,0 +1,138 @@
+"""Half precision: how far its gradients are from those of single precision.
+
+The network is smooth: where a rectifier or a maximum tips over, the rounding of one
+number sends a gradient elsewhere, and no bound follows from the precision.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer.data.pipeline import Batch
+from trainer.distribute.collectives import OneReplica
+from trainer.losses import SupervisedContrastiveLoss
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.objectives import across_replicas
+from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.options import StepOptions
+from trainer.training.step import TrainStep
+
+_EPSILONS = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
+_PRECISIONS = sorted(_EPSILONS)
+# In each of two layers those of kernel, sum, bias and tanh, and of their gradients.
+_NUM_ROUNDINGS = 16
+_SHAPE = (8, 8, 1)
+
+
+def _batch():
+  rng = np.random.default_rng(6)
+  labels = np.repeat(np.arange(4, dtype=np.int32), 3)
+  images = rng.normal(size=(4, *_SHAPE))[labels] + rng.normal(size=(12, *_SHAPE))
+  weights = np.ones(len(labels), np.float32)
+  return Batch(images.astype(np.float32), labels, weights, labels)
+
+
+def _step(precision, *, temperature=0.5, loss_scale=256.0, num_micro_batches=1):
+  tf.keras.utils.set_random_seed(1)
+  backbone = tf.keras.Sequential(
+    [
+      tf.keras.layers.Conv2D(4, 3, activation="tanh"),
+      tf.keras.layers.Conv2D(6, 3, strides=2, activation="tanh"),
+    ]
+  )
+  step = TrainStep(
+    encoder=Encoder(backbone=backbone, embedding_size=5, precision=precision),
+    loss=SupervisedContrastiveLoss(temperature=temperature),
+    objective_fn=across_replicas,
+    optimizer=tf.keras.optimizers.SGD(0.02),
+    mining_statistics=None,
+    options=StepOptions(num_micro_batches=num_micro_batches),
+  )
+  step.create_variables(_SHAPE)
+  if precision == "mixed_float16":
+    step.optimizer._loss_scale._current_loss_scale.assign(loss_scale)
+  return step
+
+
+def _error(got, expected):
+  """Length of the difference over that of what is expected, of all gradients as one."""
+  got, expected = (
+    np.concatenate([np.ravel(g) for g in each]) for each in (got, expected)
+  )
+  return np.linalg.norm(got - expected) / np.linalg.norm(expected)
+
+
+def _gradients(precision, **options):
+  batch = Batch(*map(tf.constant, _batch()))
+  _, gradients = _step(precision, **options).gradients(batch, OneReplica())
+  return gradients
+
+
+def _bound(precision):
+  """Roundings of which none knows of the others, as they add up."""
+  return _EPSILONS[precision] * np.sqrt(_NUM_ROUNDINGS)
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3])
+@pytest.mark.parametrize("precision", _PRECISIONS)
+def test_gradients_are_those_of_single_precision_but_for_the_roundings(
+  precision, num_micro_batches
+):
+  got = _gradients(precision, num_micro_batches=num_micro_batches)
+  error = _error(got, _gradients("float32"))
+  assert _EPSILONS[precision] / 10 < error < _bound(precision)
+
+
+def test_gradients_too_small_for_float16_are_there_with_the_loss_scaled():
+  small = {"temperature": 1e5}
+  expected = _gradients("float32", **small)
+  assert max(np.abs(each).max() for each in expected) < 1e-5
+  scaled, unscaled = (
+    _gradients("mixed_float16", loss_scale=scale, **small) for scale in (2.0**15, 1.0)
+  )
+  assert _error(scaled, expected) < _bound("mixed_float16")
+  assert _error(unscaled, expected) > 0.1
+
+
+@pytest.mark.parametrize("precision", _PRECISIONS)
+def test_what_follows_the_backbone_is_in_single_precision(precision):
+  step, batch = _step(precision), _batch()
+  encoder = step.encoder
+  features = encoder._backbone(batch.inputs)
+  assert features.dtype == precision.replace("mixed_", "")
+  assert {v.dtype for v in step.trainable_variables} == {tf.float32}
+  kernel, bias = (v.numpy().astype(np.float64) for v in encoder._projection.variables)
+  flat = tf.cast(features, tf.float64).numpy().reshape(len(batch.labels), -1)
+  exact = flat @ kernel + bias
+  exact /= np.linalg.norm(exact, axis=1, keepdims=True)
+  embeddings = encoder(batch.inputs)
+  np.testing.assert_allclose(embeddings, exact, atol=1e-6)
+  share, _ = step.gradients(Batch(*map(tf.constant, batch)), OneReplica())
+  anchors = Anchors(embeddings, *map(tf.constant, (batch.labels, batch.weights)))
+  expected = across_replicas(step.loss, anchors, OneReplica()).loss
+  np.testing.assert_allclose(share.loss, expected, rtol=1e-6)
+
+
+# Which sums are taken in half precision, and so how many roundings there are, is the
+# processor's matter: replicas differ from one replica as two results differ that are
+# each as far from single precision as that one is.
+@pytest.mark.parametrize("num_replicas", [2, 4])
+@pytest.mark.parametrize("precision", _PRECISIONS)
+def test_replicas_train_as_one_of_the_same_precision(mirrored, precision, num_replicas):
+  steps = [lambda: _step(precision), [_batch()]]
+  wanted = parity.expected(*steps, 1)
+  got = parity.trained(mirrored(num_replicas), *steps)
+  exact = [gradient.numpy() for gradient in _gradients("float32")]
+  roundings = _error(wanted.gradients, exact)
+  assert roundings < _bound(precision)
+  limit = np.sqrt(2) * roundings
+  assert _error(got.gradients, wanted.gradients) < limit
+  found = parity.errors(got, wanted)
+  assert found["loss"] <= parity.TOLERANCE
+  # A step of SGD is 0.02 of the gradient.
+  length = np.linalg.norm([np.linalg.norm(gradient) for gradient in wanted.gradients])
+  largest = max(np.abs(weight).max() for weight in wanted.weights)
+  assert found["weights"] < 0.02 * limit * length / largest

@@ -1,0 +1,111 @@
+"""Mode `check`: whether this run's training is the same on any number of replicas."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+from absl import logging
+
+from trainer.cli.train import Parts, make_parts
+from trainer.data.pipeline import Batch, Shard
+from trainer.data.samplers import PKSchedule
+from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
+from trainer.errors import CheckFailedError, UserError
+from trainer.losses.objectives import mines_across_replicas
+from trainer.run import Hardware, Run
+from trainer.training import parity
+from trainer.training.checks import check_batch
+from trainer.training.step import TrainStep
+
+_NUM_STEPS = 3
+_NUM_REPLICAS = (1, 2, 4)
+_STRATEGIES = ("auto", "cpu", "mirrored")
+
+
+def main(run: Run) -> None:
+  """Trains a few steps on 1, 2 and 4 virtual replicas, and prints how far they differ.
+
+  Raises:
+    UserError: the run's parts don't fit each other, or the flags a check.
+    CheckFailedError: a row of the table is not within the tolerance.
+  """
+  # The rest of the run is gin's, and nothing is written.
+  _use_cpu_alone(run.hardware)
+  parts = make_parts()
+  schedule = parts.make_schedule()
+  batches = _batches(parts, schedule)
+  rows = []
+  for num_replicas in _NUM_REPLICAS:
+    try:
+      check_batch(schedule, parts.step, num_replicas)
+      found = _differences(batches, num_replicas)
+    except UserError as error:
+      if num_replicas == 1:
+        raise
+      logging.warning("%d replicas are left out: %s", num_replicas, error)
+    else:
+      rows.append((f"{num_replicas} replicas", found))
+  print(_heading(parts.step))
+  print(parity.table(rows))
+  if not all(parity.is_equal(found) for _, found in rows):
+    raise CheckFailedError(
+      f"replicas differ by more than {parity.TOLERANCE:g} from what they should be."
+    )
+
+
+def _use_cpu_alone(hardware: Hardware) -> None:
+  """Divides the CPU, and hides what rounds otherwise.
+
+  Raises:
+    UserError: the flags ask for other devices.
+  """
+  if hardware.strategy not in _STRATEGIES or hardware.tpu is not None:
+    asked = (
+      f"--tpu={hardware.tpu}" if hardware.tpu else f"--strategy={hardware.strategy}"
+    )
+    raise UserError(
+      f"--mode=check compares virtual replicas of this machine's CPU, not {asked}; "
+      "leave it out."
+    )
+  tf.config.set_visible_devices([], "GPU")
+  tf.config.experimental.enable_tensor_float_32_execution(False)
+  divide_cpu(max(_NUM_REPLICAS))
+
+
+def _differences(batches: list[Batch], num_replicas: int) -> dict[str, float]:
+  wanted = parity.expected(_make_step, batches, num_replicas)
+  scales = parity.gradient_scales(_make_step, batches[0])
+  wanted = wanted._replace(gradient_scales=scales)
+  got = parity.trained(_strategy(num_replicas), _make_step, batches)
+  return parity.errors(got, wanted)
+
+
+def _strategy(num_replicas: int) -> tf.distribute.Strategy:
+  """What a run on so many virtual replicas trains under."""
+  if num_replicas == 1:
+    return tf.distribute.OneDeviceStrategy("CPU:0")
+  return mirrored_on_cpu(num_replicas)
+
+
+def _make_step() -> TrainStep:
+  parts = make_parts()
+  parts.create_variables()
+  return parts.step
+
+
+def _batches(parts: Parts, schedule: PKSchedule) -> list[Batch]:
+  """The global batches of the first steps."""
+  batches = parts.dataset.training_batches(schedule)
+  with batches.naming_bad_records(0, _NUM_STEPS - 1):
+    return list(batches.dataset(Shard(0, 1, 1), num_steps=_NUM_STEPS))
+
+
+def _heading(step: TrainStep) -> str:
+  wanted = (
+    "one replica with the whole batch"
+    if mines_across_replicas(step.objective_fn)
+    else "the mean over the replicas' parts"
+  )
+  return (
+    f"{type(step.loss).__name__}, {step.optimizer.name}, {_NUM_STEPS} steps: largest "
+    f"relative difference to {wanted}; at most {parity.TOLERANCE:g} passes."
+  )

@@ -1,0 +1,179 @@
+"""Mode `embed`: embeddings of records, or of raw data, as arrays on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from typing import Optional
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.cli.evaluate import Evaluation, make_evaluation
+from trainer.cli.ingest import ingest
+from trainer.data.records import RecordIndex
+from trainer.data.sources.source import Source
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.retrieval import embedding_store
+from trainer.retrieval.embedder import Embedder
+from trainer.retrieval.embedding_store import EmbeddingWriter, alone
+from trainer.retrieval.ground_truth import RecordItems
+from trainer.retrieval.ranking import check_finite
+from trainer.run import Run, watching
+from trainer.runtime.progress import Progress
+
+_DTYPES = ("float32", "float16")
+
+
+def main(run: Run) -> None:
+  """Embeds with the newest checkpoint; a run that was killed goes on."""
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    workers = current_workers()
+    embedding = workers.together(lambda: Embedding())
+    trained = make_evaluation()
+    workers.chief_first(embedding.ingest)
+    index = workers.together(lambda: embedding.open(trained))
+    workers.agree(index.facts())
+    step = trained.restore(run.model_dir)
+    folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
+    source = {
+      "records": os.path.abspath(embedding.records or trained.dataset.folder),
+      "model_dir": os.path.abspath(run.model_dir),
+      "config": run.config.hash,
+      **embedding_store.encoder_provenance(trained.encoder, run.config.values, step),
+      **index.facts(),
+    }
+    embedding.write(trained, index, folder, source)
+
+
+@gin.configurable("embed")
+@dataclasses.dataclass(frozen=True)
+class Embedding:
+  """What is embedded, by the encoder and the decoder of `evaluate`, and where to.
+
+  Attributes:
+    records: folder or pattern of indexed records; None for those of
+      `evaluate.dataset`, training classes included.
+    source: raw data, such as an image folder or a list, that is first ingested into
+      `records`; None for records that are there.
+    folder: of the embeddings; None for `embeddings` in the run's folder.
+    global_batch_size: records embedded at once, over all replicas.
+    dtype: "float32", or "float16", which takes half the space.
+
+  Raises:
+    UserError: another dtype, or a source without a folder of records.
+  """
+
+  records: Optional[str] = None
+  source: Optional[Source] = None
+  folder: Optional[str] = None
+  global_batch_size: int = 256
+  dtype: str = "float32"
+
+  def __post_init__(self):
+    if self.dtype not in _DTYPES:
+      raise UserError(f"embed.dtype={self.dtype!r} is none of {_DTYPES}.")
+    if self.source is not None and self.records is None:
+      raise UserError("embed.source needs embed.records, the folder to ingest it into.")
+
+  def ingest(self) -> None:
+    """Makes records of raw data, if there is a source."""
+    if self.source is not None:
+      ingest(source=self.source, folder=str(self.records))
+
+  def open(self, trained: Evaluation) -> RecordIndex:
+    """The records to embed."""
+    return RecordIndex.open(self.records) if self.records else trained.dataset.index
+
+  def write(
+    self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
+  ) -> None:
+    """Embeds all records of an index and writes what comes out, if it isn't there yet.
+
+    Args:
+      trained: its encoder and decoder.
+      index: the records.
+      folder: of the embeddings.
+      source: what is embedded by what.
+
+    Raises:
+      UserError: a record can't be read, an embedding is not finite, or the folder
+        can't be written to, or another process embeds into it.
+    """
+    with contextlib.ExitStack() as claimed:
+      current_workers().chief_first(lambda: claimed.enter_context(alone(folder)))
+      self._write(trained, index, folder, source)
+
+  def _write(
+    self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
+  ) -> None:
+    """Writes what is missing, in a folder that no other process writes into."""
+    workers = current_workers()
+    embedder = Embedder(
+      trained.encoder,
+      index,
+      trained.dataset.decoder,
+      global_batch_size=self.global_batch_size,
+    )
+    batch_size = embedder.global_batch_size
+    shape = (index.num_records, trained.encoder.embedding_size)
+
+    def open_writer():
+      return EmbeddingWriter(
+        folder,
+        shape=shape,
+        dtype=self.dtype,
+        source=source,
+        rows_per_batch=batch_size,
+      )
+
+    writer = workers.together(open_writer if workers.is_chief else _nothing)
+    own = [writer.num_done, writer.is_finished] if writer else None
+    num_done, is_finished = json.loads(workers.exchange(json.dumps(own))[0])
+    if is_finished:
+      logging.info("%s holds these embeddings already.", folder)
+      return
+    numbers = np.arange(index.num_records)
+    progress = Progress("Embedding", "records", index.num_records, done=num_done)
+    # What is written is whole steps, or all.
+    for rows in embedder.embed(numbers, first_step=-(-num_done // batch_size)):
+      rows = _in_dtype(rows, self.dtype)
+      workers.together(functools.partial(writer.append, rows) if writer else _nothing)
+      progress.advance(len(rows))
+    progress.finish()
+    items = RecordItems(index, numbers)
+
+    def finish():
+      writer.finish(items.labels, items.names(), items.class_names)
+
+    workers.chief_first(finish)
+    logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
+
+
+def _nothing() -> None:
+  """What a worker does while the chief writes."""
+
+
+def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
+  """Rows [B, D] as they are written, on every worker alike.
+
+  Raises:
+    UserError: they are not finite, or not in this dtype.
+  """
+  check_finite(rows)
+  with np.errstate(over="ignore"):
+    cast = rows.astype(dtype)
+  num_bad = int((~np.isfinite(cast).all(axis=1)).sum())
+  if num_bad:
+    raise UserError(
+      f"{num_bad} of {len(rows)} embeddings have numbers that {dtype} can't hold; take "
+      "embed.dtype='float32'."
+    )
+  return cast

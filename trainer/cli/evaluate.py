@@ -1,0 +1,247 @@
+"""Mode `evaluate`: measures retrieval on the held-out classes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.dataset import Dataset
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.report import page
+from trainer.retrieval.embedder import Embedder
+from trainer.retrieval.ground_truth import (
+  EvaluationProtocol,
+  LabelJudgements,
+  LeaveOneOut,
+  RecordItems,
+)
+from trainer.retrieval.ranking import Rankings, metric_names, rank
+from trainer.retrieval.results import Evaluated, Measurement, Results, class_rows
+from trainer.retrieval.verification import Clustering, Verification
+from trainer.run import Run, watching
+from trainer.training.checkpoint import Checkpoints
+
+# Of a run's folder; it holds a checkpoint as the run's folder itself does.
+BEST_FOLDER = "best"
+_NUM_WORST, _NUM_UNANSWERABLE = 20, 20
+_LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
+
+
+def main(run: Run) -> None:
+  """Evaluates the newest checkpoint of a run."""
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    workers = current_workers()
+    evaluation = make_evaluation()
+    workers.agree(evaluation.dataset.index.facts())
+    step = evaluation.restore(run.model_dir)
+    evaluated = evaluation.evaluate()
+    publish(run.model_dir, step, evaluated)
+
+
+def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
+  """Writes what was found after so many steps, and prints its table.
+
+  To be called by all workers, whose replicas share the search; the chief writes.
+
+  Args:
+    model_dir: folder of the run.
+    step: number of steps the encoder was trained.
+    evaluated: what was found.
+  """
+  answers = evaluated.sampled_answers()
+
+  def write():
+    results = Results(model_dir)
+    try:
+      results.write_latest(step, evaluated.measurement)
+      evaluated.write_classes(model_dir)
+      evaluated.write_evidence(model_dir, answers)
+      page.write_page(model_dir)
+    finally:  # What took long to measure is shown even where the disk is full.
+      print(results.table())
+
+  current_workers().chief_first(write)
+
+
+@gin.configurable("evaluate")
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """Retrieval over the dataset's evaluation classes.
+
+  Attributes:
+    encoder: the encoder to measure.
+    dataset: records, classes and decoder.
+    global_batch_size: records embedded at once, over all replicas; rounded up to a
+      multiple of their number.
+    protocol: who asks, what is found, what is relevant.
+    ks: the k of recall@k, precision@k, mAP@k, nDCG@k.
+    category_feature: name of a feature of the records by whose values the metrics of
+      the queries are also told apart; None for no categories.
+    verification: measures pairs; None for not.
+    clustering: measures clusters; None for not.
+    checkpoint: "newest", or "best", which `Selection` keeps.
+
+  Raises:
+    UserError: another checkpoint.
+  """
+
+  encoder: tf.keras.Model
+  dataset: Dataset
+  global_batch_size: int = 256
+  protocol: EvaluationProtocol = _LEAVE_ONE_OUT
+  ks: Sequence[int] = (1, 5, 10)
+  category_feature: Optional[str] = None
+  verification: Optional[Verification] = _VERIFICATION
+  clustering: Optional[Clustering] = None
+  checkpoint: str = "newest"
+
+  def __post_init__(self):
+    if self.checkpoint not in ("newest", "best"):
+      raise UserError(
+        f"evaluate.checkpoint={self.checkpoint!r} is neither 'newest' nor 'best'."
+      )
+
+  def restore(self, model_dir: str) -> int:
+    """Restores the encoder from the newest checkpoint of a run, or the best.
+
+    Args:
+      model_dir: folder of the run.
+
+    Returns:
+      The number of steps it was trained.
+
+    Raises:
+      UserError: there is no checkpoint, or it is of another encoder.
+    """
+    if self.checkpoint == "best":
+      model_dir = os.path.join(model_dir, BEST_FOLDER)
+    return restore_encoder(self.encoder, self.dataset.decoder.shape, model_dir)
+
+  def evaluate(self) -> Evaluated:
+    """Embeds the evaluation classes with the encoder as it is now, and measures.
+
+    Returns:
+      Embeddings, rankings and metrics.
+
+    Raises:
+      UserError: there is nothing to measure, or a record lacks a feature.
+    """
+    index = self.dataset.index
+    members = [index.members(label) for label in self.dataset.evaluation_classes]
+    numbers = np.sort(np.concatenate([np.empty(0, np.int64), *members]))
+    if not len(numbers):
+      raise UserError("No record is of an evaluation class; change Dataset.split.")
+    items = RecordItems(index, numbers)
+    batches = self._embedder.embed(items.record_numbers)
+    embeddings = np.concatenate(list(batches))[: len(items.labels)]
+    judged = self.protocol.judge(items)
+    rankings = rank(embeddings, judged, ks=self.ks)
+    found = self._measurement(items, embeddings, judged, rankings)
+    return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
+
+  def metric_names(self) -> list[str]:
+    """The names of what is measured."""
+    names = metric_names(self.ks)
+    for measure in (self.verification, self.clustering):
+      names += measure.metric_names() if measure is not None else []
+    return names
+
+  @functools.cached_property
+  def _embedder(self) -> Embedder:
+    return Embedder(
+      self.encoder,
+      self.dataset.index,
+      self.dataset.decoder,
+      global_batch_size=self.global_batch_size,
+    )
+
+  def _measurement(
+    self,
+    items: RecordItems,
+    embeddings: np.ndarray,
+    judged: LabelJudgements,
+    rankings: Rankings,
+  ) -> Measurement:
+    metrics = rankings.means()
+    # Distractors are of no class.
+    kept = judged.labels.is_labelled()
+    embeddings, labels = embeddings[kept], items.labels[kept]
+    if self.verification is not None:
+      groups = None if judged.groups is None else judged.groups[kept]
+      metrics.update(self.verification.measure(embeddings, labels, groups))
+    if self.clustering is not None:
+      metrics.update(self.clustering.measure(embeddings, labels))
+    unanswerable = rankings.unanswerable[:_NUM_UNANSWERABLE]
+    return Measurement(
+      metrics=metrics,
+      intervals=rankings.intervals(),
+      worst_classes=class_rows(rankings, items)[:_NUM_WORST],
+      categories=self._categories(rankings, items),
+      queries_without_relevant=list(items.names(unanswerable)),
+    )
+
+  def _categories(
+    self, rankings: Rankings, items: RecordItems
+  ) -> dict[str, dict[str, float]]:
+    if self.category_feature is None:
+      return {}
+    values = items.feature(self.category_feature)
+    return rankings.by_group(np.array([str(v[0]) if v else "" for v in values]))
+
+
+def make_evaluation() -> Evaluation:
+  """The evaluation that gin describes; where a worker can't make it, none goes on.
+
+  Returns:
+    An evaluation whose encoder has no variables yet; on every worker it can have them.
+
+  Raises:
+    UserError: a part is missing or does not fit, on some worker.
+  """
+
+  def make():
+    return Evaluation()  # type: ignore[call-arg]
+
+  def rehearse():
+    evaluation = make()
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+
+  workers = current_workers()
+  workers.rehearse(rehearse)
+  return workers.together(make)
+
+
+def restore_encoder(
+  encoder: tf.keras.Model, input_shape: Sequence[int], model_dir: str
+) -> int:
+  """Restores an encoder from the newest checkpoint of a run.
+
+  Args:
+    encoder: without variables yet.
+    input_shape: shape of one input.
+    model_dir: folder of the run.
+
+  Returns:
+    The number of steps it was trained.
+
+  Raises:
+    UserError: there is no checkpoint, or it is of another encoder.
+  """
+  workers = current_workers()
+  encoder.create_variables(input_shape)
+  checkpoints = Checkpoints(model_dir=model_dir, encoder=encoder)
+  step = workers.together(checkpoints.restore)
+  workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
+  if step is None:
+    raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
+  return step

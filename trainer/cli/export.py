@@ -1,0 +1,137 @@
+"""Mode `export`: the trained encoder as a SavedModel with a card, tried before it goes.
+
+Shapes: B examples, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from trainer.cli.evaluate import Evaluation
+from trainer.config import run_config
+from trainer.errors import UserError
+from trainer.run import Run
+from trainer.serving import model_card, saved_model
+
+_FORMATS = ("saved_model", "tflite")
+# As shares of an embedding's length; TensorFlow Lite adds up in another order.
+_NUM_TRIED, _LARGEST_ERROR, _LARGEST_LITE_ERROR = 32, 1e-6, 1e-4
+_TITLES = {
+  saved_model.FOLDER: "SavedModel",
+  saved_model.LITE_FILE: "TensorFlow Lite",
+  run_config.CONFIG_FILE: "configuration",
+  model_card.MODEL_CARD_FILE: "model card",
+}
+
+
+def main(run: Run) -> None:
+  """Exports a checkpoint of a run; what fails the trial replaces nothing."""
+  trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
+  export = Export()
+  step = trained.restore(run.model_dir)
+  folder = export.folder or os.path.join(run.model_dir, "export")
+  with saved_model.replacing_folder(folder) as aside:
+    _make(trained, export, aside)
+    run_config.save_config(run.config, aside)
+    model_card.write_model_card(
+      aside, _facts(run, trained, step), model_dir=run.model_dir
+    )
+  for name, title in _TITLES.items():
+    if os.path.exists(os.path.join(folder, name)):
+      print(f"{title:<20}{os.path.join(folder, name)}")
+
+
+@gin.configurable("export")
+@dataclasses.dataclass(frozen=True)
+class Export:
+  """What is exported, of the encoder and the decoder of `evaluate`.
+
+  Attributes:
+    folder: where it goes; None for `export` in the run's folder.
+    fixed_batch_size: B of further signatures with static shapes; None for no such.
+    formats: "saved_model" always, and "tflite".
+
+  Raises:
+    UserError: an unknown format, or a batch size below 1.
+  """
+
+  folder: Optional[str] = None
+  fixed_batch_size: Optional[int] = None
+  formats: Sequence[str] = ("saved_model",)
+
+  def __post_init__(self):
+    for name in self.formats:
+      if name not in _FORMATS:
+        raise UserError(f"export.formats: {name!r} is none of {_FORMATS}.")
+    if self.fixed_batch_size is not None and self.fixed_batch_size < 1:
+      raise UserError(
+        f"export.fixed_batch_size={self.fixed_batch_size} must be at least 1."
+      )
+
+
+def _make(trained: Evaluation, export: Export, folder: str) -> None:
+  """Makes the models, and tries them on some of the run's records.
+
+  Raises:
+    UserError: one gives other embeddings than the encoder.
+  """
+  encoder, decoder = trained.encoder, trained.dataset.decoder
+  index = trained.dataset.index
+  numbers = np.linspace(0, index.num_records - 1, _NUM_TRIED).astype(np.int64)
+  records = tf.constant(index.read(numbers), tf.string)
+  path = saved_model.save_saved_model(
+    encoder, decoder, folder, fixed_batch_size=export.fixed_batch_size
+  )
+  errors = saved_model.saved_model_difference(encoder, decoder, records, path)
+  for name, error in errors.items():
+    check_error(f"Signature {name}", error, _LARGEST_ERROR)
+  if "tflite" in export.formats:
+    error = saved_model.lite_difference(
+      encoder, decoder, records, saved_model.save_lite(path, folder)
+    )
+    check_error(saved_model.LITE_FILE, error, _LARGEST_LITE_ERROR)
+
+
+def check_error(name: str, error: float, largest: float) -> None:
+  """Checks how far what is exported is from the encoder, and says it.
+
+  Args:
+    name: of what is exported.
+    error: share of an embedding's length.
+    largest: the same.
+
+  Raises:
+    UserError: it is too far.
+  """
+  if not error <= largest:
+    raise UserError(
+      f"{name} gives embeddings that differ by {error:.1e} of their length from the "
+      f"encoder's, of which {largest:.0e} are allowed; nothing was exported."
+    )
+  logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
+
+
+def _facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFacts:
+  dataset = trained.dataset
+  return model_card.ModelCardFacts(
+    name=os.path.basename(os.path.abspath(run.model_dir)),
+    step=step,
+    checkpoint=trained.checkpoint,
+    config_hash=run.config.hash,
+    input_shape=tuple(dataset.decoder.shape),
+    is_image=hasattr(dataset.decoder, "decode_files"),
+    embedding_size=trained.encoder.embedding_size,
+    data={
+      **dataset.index.facts(),
+      "classes trained on": len(dataset.train_classes),
+      "classes evaluated on": len(dataset.evaluation_classes),
+    },
+  )

@@ -1,0 +1,210 @@
+"""Mode `follow`: measures each new checkpoint of a run, in a process beside it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import os
+import time
+from typing import Optional, Protocol
+
+import gin
+from absl import logging
+
+from trainer.cli.evaluate import BEST_FOLDER, Evaluation, publish
+from trainer.cli.train_and_evaluate import Evaluations, check_measured
+from trainer.config import run_config
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.run import Run, watching
+from trainer.runtime import watchdog
+from trainer.runtime.lease import locked_folder
+from trainer.training import checkpoint_files
+
+_NUM_STEPS, _SELECTION = "train.loop.num_steps", "train_and_evaluate.selection"
+_CHECKPOINT = "evaluate.checkpoint"
+
+
+@gin.configurable("follow")
+@dataclasses.dataclass(frozen=True)
+class FollowOptions:
+  """How a run is followed.
+
+  Attributes:
+    metric: by which the best encoder is kept, the larger the better.
+    poll_s: seconds between two looks.
+    timeout_s: seconds without a new checkpoint after which it gives up, as where the
+      training ended before its last step; None to wait for ever.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+
+  metric: str = "eval/map_at_r"
+  poll_s: float = 5.0
+  timeout_s: Optional[float] = None
+
+  def __post_init__(self):
+    check_times("follow", poll_s=self.poll_s, timeout_s=self.timeout_s)
+
+
+def check_times(mode: str, **times: Optional[float]) -> None:
+  """Checks the times by which a mode follows a run.
+
+  Args:
+    mode: for the message.
+    **times: seconds by name; None for no limit.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+  for name, value in times.items():
+    if value is not None and value <= 0:
+      raise UserError(f"{mode}.{name}={value} must be above 0.")
+
+
+def main(run: Run) -> None:
+  """Measures checkpoints until that of the last step."""
+  _check_alone(run)
+  num_steps = num_steps_of(run)
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    if current_workers().num_workers > 1:
+      raise UserError("--mode=follow is one process; it may have several replicas.")
+    options = FollowOptions()
+    evaluation = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
+    check_measured("follow.metric", options.metric, evaluation.metric_names())
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+    best_folder = os.path.join(run.model_dir, BEST_FOLDER)
+    os.makedirs(best_folder, exist_ok=True)
+    with locked_folder(best_folder, "following the run of"):
+      _follow(run, options, evaluation, num_steps)
+
+
+def _follow(
+  run: Run, options: FollowOptions, evaluation: Evaluation, num_steps: int
+) -> None:
+  evaluations = Evaluations(
+    metric=options.metric,
+    patience=None,
+    model_dir=run.model_dir,
+    encoder=evaluation.encoder,
+    last_step=newest_step(run.model_dir),
+  )
+  step = evaluations.last_step
+  while step < num_steps:
+    step = restore_newer(evaluation, run.model_dir, step, options)
+    evaluated = evaluation.evaluate()
+    evaluations.add(step, evaluated.measurement.metrics)
+    publish(run.model_dir, step, evaluated)
+  evaluations.finish()
+
+
+def _steps(model_dir: str) -> list[int]:
+  return checkpoint_files.steps(os.path.join(model_dir, checkpoint_files.FOLDER))
+
+
+def newest_step(model_dir: str) -> int:
+  """The step of the newest checkpoint of a run; 0 where there is none."""
+  return max(_steps(model_dir), default=0)
+
+
+def _check_alone(run: Run) -> None:
+  """Checks that nothing else keeps the best encoder, and that it isn't followed itself.
+
+  Raises:
+    UserError: the training does, or it is.
+  """
+  for values in (run.config.values, run_config.read_saved_values(run.model_dir) or {}):
+    if values.get(_SELECTION, "None") != "None":
+      raise UserError(
+        f"{_SELECTION} keeps the best encoder already, and writes the files that "
+        "--mode=follow writes; unset it, or don't follow."
+      )
+  if run.config.values.get(_CHECKPOINT, "'newest'") != "'newest'":
+    raise UserError(
+      f"--mode=follow measures the newest checkpoints; {_CHECKPOINT} is "
+      f"{run.config.values[_CHECKPOINT]}."
+    )
+
+
+def num_steps_of(run: Run) -> int:
+  """The last step of the training that a mode follows.
+
+  Raises:
+    UserError: no training is configured.
+  """
+  try:
+    return int(ast.literal_eval(run.config.values[_NUM_STEPS]))
+  except (KeyError, ValueError, TypeError, SyntaxError) as error:
+    raise UserError(
+      f"{_NUM_STEPS} is not set to a number, so that nothing says when the training "
+      "ends; give the gin files of the training."
+    ) from error
+
+
+class Patience(Protocol):
+  """How long a checkpoint is waited for.
+
+  Attributes:
+    poll_s: seconds between two looks.
+    timeout_s: seconds after which it is given up; None for never.
+  """
+
+  @property
+  def poll_s(self) -> float: ...  # noqa: D102
+
+  @property
+  def timeout_s(self) -> Optional[float]: ...  # noqa: D102
+
+
+def restore_newer(
+  evaluation: Evaluation, model_dir: str, step: int, patience: Patience
+) -> int:
+  """Waits for a checkpoint that is newer than a step and can be read, and restores it.
+
+  Args:
+    evaluation: whose encoder it is for.
+    model_dir: folder of the run.
+    step: of the last one.
+    patience: how long to wait.
+
+  Returns:
+    Its step.
+
+  Raises:
+    UserError: none comes in time, it is of another encoder, or the training began
+      anew.
+  """
+  start_s = time.monotonic()
+  while True:
+    newest = newest_step(model_dir)
+    if 0 < newest < step:
+      raise UserError(
+        f"The newest checkpoint of {model_dir} is of step {newest}, after one of step "
+        f"{step}: its training began anew; start this again."
+      )
+    if newest > step:
+      restored = _restore(evaluation, model_dir, newest)
+      if restored > step:
+        return restored
+    watchdog.beat()
+    waited_s = time.monotonic() - start_s
+    if patience.timeout_s is not None and waited_s > patience.timeout_s:
+      raise UserError(
+        f"{model_dir} has had no new checkpoint for {waited_s:.0f} s, after that of "
+        f"step {step}; is the training running?"
+      )
+    time.sleep(patience.poll_s)
+
+
+def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:
+  """The step that was restored; 0 where what was the newest is no longer there."""
+  try:
+    return evaluation.restore(model_dir)
+  except UserError:
+    if newest in _steps(model_dir):
+      raise
+    logging.info("The checkpoint of step %d was removed while it was read.", newest)
+    return 0

@@ -1,0 +1,72 @@
+"""Mode `index`: an index of embeddings that answers fast; how well, is measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Optional
+
+import gin
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.retrieval import faiss_index
+from trainer.retrieval.embedding_store import EmbeddingFolder
+from trainer.retrieval.ranking import check_finite
+from trainer.run import Run
+from trainer.runtime.lease import locked_folder
+
+
+def main(run: Run) -> None:
+  """Indexes the embeddings of a run."""
+  options = IndexOptions()
+  embeddings_folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
+  folder = options.folder or os.path.join(run.model_dir, "index")
+  EmbeddingFolder(embeddings_folder)  # Before a folder is made.
+  os.makedirs(folder, exist_ok=True)
+  with locked_folder(folder, "indexing into"):
+    _write(options, embeddings_folder, folder)
+
+
+def _write(options: IndexOptions, embeddings_folder: str, folder: str) -> None:
+  """Builds the index of a folder of embeddings, measures and writes it."""
+  kept = EmbeddingFolder(embeddings_folder)
+  embeddings = np.asarray(kept.embeddings, np.float32)
+  check_finite(embeddings)
+  kind = options.kind
+  if kind == "auto":
+    kind = faiss_index.choose_kind(len(embeddings))
+  index = faiss_index.build_index(embeddings, kind)
+  measured = faiss_index.measure_index(index, embeddings)
+  of_what = {"embeddings": os.path.abspath(embeddings_folder), **kept.source}
+  manifest = {"kind": kind, **measured, "embeddings_sha256": kept.sha256}
+  faiss_index.write_index(folder, index, {**manifest, "source": of_what})
+  shape = f"{len(embeddings):,} x {embeddings.shape[1]}"
+  figures = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
+  print(f"{kind}  {shape}  {figures}\n{folder}")
+
+
+@gin.configurable("index")
+@dataclasses.dataclass(frozen=True)
+class IndexOptions:
+  """What is indexed, and how.
+
+  Attributes:
+    embeddings: folder that `--mode=embed` wrote; None for that of the run.
+    folder: of the index; None for `index` in the run's folder.
+    kind: "flat", "ivf_flat", "ivf_pq", "hnsw", or "auto": flat up to 20,000 items,
+      ivf_pq from a million on, between them ivf_flat.
+
+  Raises:
+    UserError: the kind is unknown.
+  """
+
+  embeddings: Optional[str] = None
+  folder: Optional[str] = None
+  kind: str = "auto"
+
+  def __post_init__(self):
+    if self.kind not in ("auto", *faiss_index.KINDS):
+      raise UserError(
+        f"index.kind={self.kind!r} is none of auto, {', '.join(faiss_index.KINDS)}."
+      )

@@ -1,0 +1,116 @@
+"""Mode `ingest`: turns raw data into TFRecord shards with a class index beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Optional
+
+import gin
+from absl import logging
+
+from trainer.data import manifest, shards
+from trainer.data.example_encoder import Resize
+from trainer.data.indexing import ExistingTFRecords, index_records
+from trainer.data.records import RecordIndex, locate_folder
+from trainer.data.sources.source import Source
+from trainer.errors import UserError
+from trainer.run import Run
+
+
+def main(run: Run) -> None:
+  """Ingests what the run's configuration names."""
+  del run  # The data's folder is the configuration's, for many runs to share.
+  ingest()
+
+
+@gin.configurable
+def ingest(
+  *,
+  source: Source | ExistingTFRecords,
+  folder: str,
+  records_per_shard: int = 10_000,
+  resize: Optional[Resize] = None,
+  unreadable: str = "refuse",
+  max_pixels: int = 100_000_000,
+  num_threads: Optional[int] = None,
+) -> None:
+  """Writes the records and the index of a source, unless that is done already.
+
+  Args:
+    source: raw data; `RecordsInPlace` for shards that are there and only need an index.
+    folder: of the shards; the index is in its folder `index`.
+    records_per_shard: items that go into a file.
+    resize: makes images smaller once; None to keep their files byte for byte.
+    unreadable: "refuse" an item that can't be read, or "leave_out" and name it.
+    max_pixels: an image that declares more is refused before it is decoded.
+    num_threads: items at once; None for as many as there are cores.
+
+  Raises:
+    UserError: the source can't be read, or the folder holds another source's data.
+  """
+  if records_per_shard < 1:
+    raise UserError(f"ingest.records_per_shard={records_per_shard} must be at least 1.")
+  if unreadable not in ("refuse", "leave_out"):
+    raise UserError(
+      f"ingest.unreadable={unreadable!r} is not known; choose 'refuse' or 'leave_out'."
+    )
+  if isinstance(source, ExistingTFRecords):
+    index = index_records(folder, label_feature=source.label_feature)
+    logging.info("%s: %s", folder, shards.summary_of_index(index).line())
+    return
+  fingerprint = {
+    **source.fingerprint(),
+    "records_per_shard": records_per_shard,
+    "max_pixels": max_pixels,
+    "unreadable": unreadable,
+  }
+  if resize is not None:
+    fingerprint["resize"] = resize.describe()
+  if _is_done(folder, fingerprint):
+    return
+  if unreadable == "refuse":
+    source.check()
+  from trainer.data import (  # Late: TensorFlow isn't needed before.
+    example_encoder,
+    ingestion,
+  )
+
+  record_writer = ingestion.RecordWriter(
+    example_encoder.ExampleEncoder(max_pixels=max_pixels, resize=resize),
+    records_per_shard=records_per_shard,
+    leave_out_unreadable=unreadable == "leave_out",
+    num_threads=num_threads,
+  )
+  written = shards.summary_of_parts(
+    record_writer.write(
+      source.loaders(), folder, fingerprint, num_items=source.num_items()
+    )
+  )
+  logging.info("%s: %s", folder, written.line())
+  for line in written.warnings():
+    logging.warning("%s: %s", folder, line)
+
+
+def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
+  """Whether the folder holds this source's records, whole."""
+  _, index_folder = locate_folder(folder)
+  done = manifest.read(index_folder)
+  if done is not None and done.source != fingerprint:
+    raise UserError(
+      f"{folder} holds records of another source; choose another ingest.folder, or "
+      "delete that one."
+    )
+  if done is None or not _is_whole(folder):
+    return False
+  logging.info("%s: %d records are there already.", folder, done.num_records)
+  return True
+
+
+def _is_whole(folder: str) -> bool:
+  """Whether shards and index are as they were written; says what is not."""
+  try:
+    RecordIndex.open(folder)
+  except UserError as error:
+    logging.warning("%s Ingesting again.", error)
+    return False
+  return True

@@ -1,0 +1,144 @@
+"""Mode `mine`: a mining round of each new checkpoint, in a process beside the training.
+
+The training takes the newest round at each multiple of `OfflineMining.every_steps`,
+and removes those that it needs no more.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import Optional
+
+import gin
+from absl import logging
+
+from trainer.cli.evaluate import Evaluation
+from trainer.cli.follow import check_times, newest_step, num_steps_of, restore_newer
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import TooFewExamplesError, UserError
+from trainer.mining import round
+from trainer.mining.miner import Miner, made_of
+from trainer.mining.round import MiningRound, OtherDataError
+from trainer.run import Run, watching
+from trainer.training.run_folder import check_writable
+
+_MINING, _MINER = "train.mining", "train.mining.miner"
+_CHECKPOINT = "evaluate.checkpoint"
+
+
+@gin.configurable("mine")
+@dataclasses.dataclass(frozen=True)
+class MineOptions:
+  """How a run is mined for.
+
+  Attributes:
+    miner: what it looks for.
+    poll_s: seconds between two looks for a checkpoint.
+    timeout_s: seconds without a new checkpoint after which it gives up, as where the
+      training ended before its last step; None to wait for ever.
+
+  Raises:
+    UserError: a time is not above 0.
+  """
+
+  miner: Miner
+  poll_s: float = 5.0
+  timeout_s: Optional[float] = None
+
+  def __post_init__(self):
+    check_times("mine", poll_s=self.poll_s, timeout_s=self.timeout_s)
+
+
+def main(run: Run) -> None:
+  """Mines with each new checkpoint until that of the last step."""
+  _check_config(run)
+  num_steps_of(run)  # Before all else, if it isn't known.
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index):
+    if current_workers().num_workers > 1:
+      raise UserError("--mode=mine is one process; it may have several replicas.")
+    options = MineOptions()  # type: ignore[call-arg]  # They are gin's.
+    evaluation = Evaluation()  # type: ignore[call-arg]
+    evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
+    _mine(run, options, evaluation)
+
+
+def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
+  """Mines into the run's folder, alone.
+
+  Raises:
+    UserError: another process does, or it can't be written to; or as `Miner.mine` and
+      `round_folder.write`.
+  """
+  check_writable(run.model_dir)
+  with round.alone(run.model_dir):
+    _follow(run, options, evaluation)
+
+
+def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
+  dataset, miner = evaluation.dataset, options.miner
+  miner.check(dataset)
+  embedder = miner.embedder(evaluation.encoder, dataset)
+  num_steps = num_steps_of(run)
+  # A training may have gone back, and make checkpoints again that were mined already.
+  step = min(_newest_whole(run.model_dir, made_of(dataset)), newest_step(run.model_dir))
+  while step < num_steps:
+    step = restore_newer(evaluation, run.model_dir, step, options)
+    if step >= num_steps:
+      break  # Nothing is trained with a round of the last checkpoint.
+    try:
+      mined = miner.mine(embedder, dataset, step)
+    except TooFewExamplesError as error:
+      if not round.round_steps(run.model_dir):
+        raise
+      logging.warning("Step %d: %s The round before stays the newest.", step, error)
+      continue
+    round.write_round(
+      run.model_dir,
+      step,
+      mined,
+      made_of=made_of(dataset),
+      num_records=dataset.index.num_records,
+      num_classes=dataset.index.num_classes,
+    )
+    folder = round.round_path(run.model_dir, step)
+    logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
+
+
+def _newest_whole(model_dir: str, made_of_what: Mapping[str, str]) -> int:
+  """The step of the newest round that needn't be made again; 0 where there is none."""
+  for step in round.round_steps(model_dir):
+    try:
+      return MiningRound(model_dir, step, made_of_what).step
+    except OtherDataError:
+      raise
+    except UserError as error:
+      logging.warning("%s It is passed over.", error)
+  return 0
+
+
+def _check_config(run: Run) -> None:
+  """Checks that the training takes rounds of others, and of the newest checkpoints.
+
+  Raises:
+    UserError: it doesn't.
+  """
+  values = run.config.values
+  if values.get(_MINING, "None") == "None":
+    raise UserError(
+      f"{_MINING} is not set, so that the training takes no rounds; set it to "
+      "@OfflineMining(), for the training as well."
+    )
+  if values.get(_MINER, "None") != "None":
+    raise UserError(
+      f"{_MINER} mines in the training itself; leave it out (None), and give the miner "
+      "to mine.miner alone."
+    )
+  if values.get(_CHECKPOINT, "'newest'") != "'newest'":
+    raise UserError(
+      f"--mode=mine follows the newest checkpoints; {_CHECKPOINT} is "
+      f"{values[_CHECKPOINT]}."
+    )

@@ -1,0 +1,171 @@
+"""Mode `search`: answers for images, vectors, keys: a table, JSON or a picture."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Sequence
+from typing import Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from trainer.cli.evaluate import Evaluation
+from trainer.data import example_encoder
+from trainer.data.records import RecordIndex
+from trainer.errors import UserError
+from trainer.retrieval import embedding_store, pictures
+from trainer.retrieval.embedding_store import EmbeddingFolder
+from trainer.retrieval.faiss_index import KeptIndex
+from trainer.retrieval.knn import nearest
+from trainer.retrieval.pictures import pictures_of
+from trainer.retrieval.query import Answer, EmbedFn, NearestFn, answer
+from trainer.run import Run
+
+
+def main(run: Run) -> None:
+  """Answers the queries of the command line."""
+  options = SearchOptions()
+  folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
+  kept = EmbeddingFolder(folder)
+  trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
+  answers = answer(
+    run.asked.queries,
+    kept,
+    embed_fn=_embed_fn(run, trained, kept),
+    nearest_fn=options.nearest_fn(kept),
+    num_neighbours=options.num_neighbours,
+  )
+  print(_json(answers) if run.asked.is_json else _table(answers))
+  if run.asked.picture is not None:
+    _draw(answers, kept, trained, run.asked.picture)
+  failed = [each for each in answers if each.error is not None]
+  if failed:
+    raise UserError(
+      f"{len(failed)} of {len(answers)} queries have no answer. {failed[0].error}"
+    )
+
+
+@gin.configurable("search")
+@dataclasses.dataclass(frozen=True)
+class SearchOptions:
+  """What is searched, and how.
+
+  Attributes:
+    num_neighbours: k.
+    embeddings: folder that `--mode=embed` wrote; None for that of the run.
+    index: folder that `--mode=index` wrote; None to search exactly.
+
+  Raises:
+    UserError: k is below 1.
+  """
+
+  num_neighbours: int = 10
+  embeddings: Optional[str] = None
+  index: Optional[str] = None
+
+  def __post_init__(self):
+    if self.num_neighbours < 1:
+      raise UserError(
+        f"search.num_neighbours={self.num_neighbours} must be at least 1."
+      )
+
+  def nearest_fn(self, kept: EmbeddingFolder) -> NearestFn:
+    """What searches the embeddings.
+
+    Raises:
+      UserError: the index is of other embeddings.
+    """
+    if self.index is None:
+      gallery = kept.embeddings
+      return lambda queries, k: nearest(queries, gallery, num_neighbours=k)
+    index = KeptIndex(self.index)
+    if index.manifest.get("embeddings_sha256") != kept.sha256:
+      raise UserError(
+        f"{self.index} is an index of other embeddings than are kept now; run "
+        "--mode=index again."
+      )
+    return lambda queries, k: index.nearest(queries, kept.embeddings, num_neighbours=k)
+
+
+def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
+  """Embeds an image file; the encoder is restored, and compared, for the first."""
+  decode_files = getattr(trained.dataset.decoder, "decode_files", None)
+
+  @functools.cache
+  def restore():
+    step = trained.restore(run.model_dir)
+    now = embedding_store.encoder_provenance(trained.encoder, run.config.values, step)
+    embedding_store.check_same_encoder(kept.source, now)
+
+  def embed(content: bytes) -> np.ndarray:
+    if decode_files is None:
+      raise UserError("The encoder's inputs are no images; ask by vectors or keys.")
+    restore()
+    inputs = _decoded(content, decode_files)
+    return trained.encoder(inputs, training=False).numpy()[0]
+
+  return embed
+
+
+def _decoded(content: bytes, decode_files) -> tf.Tensor:
+  """[1, H, W, C] float32, an image file of any format that ingest takes."""
+  try:
+    return decode_files(tf.constant([example_encoder.for_training(content)]))
+  except tf.errors.InvalidArgumentError as error:
+    raise UserError("It can't be decoded as an image.") from error
+  except UserError as error:
+    raise UserError(f"It can't be decoded as an image: {error}") from error
+
+
+def _table(answers: Sequence[Answer]) -> str:
+  lines = []
+  for each in answers:
+    lines.append(each.query if each.error is None else f"{each.query}: {each.error}")
+    lines += [
+      f"{rank:>4}{hit.distance:12.4g}  {hit.class_name:<24}{hit.key}"
+      for rank, hit in enumerate(each.hits, 1)
+    ]
+  return "\n".join(lines)
+
+
+def _json(answers: Sequence[Answer]) -> str:
+  return json.dumps(
+    [{**each._asdict(), "hits": [h._asdict() for h in each.hits]} for each in answers],
+    indent=2,
+  )
+
+
+def _draw(
+  answers: Sequence[Answer], kept: EmbeddingFolder, trained: Evaluation, path: str
+) -> None:
+  """Writes a PNG: a row a query, the query first, then what it found."""
+  index = RecordIndex.open(str(kept.source.get("records")))
+  embedding_store.check_same_records(kept.source, index)
+  decoder = trained.dataset.decoder
+  pictures_fn = pictures_of(index, decoder, np.arange(index.num_records))
+  if pictures_fn is None:
+    raise UserError("The encoder's inputs are no pictures, so none can be drawn.")
+  rows = []
+  for each in answers:
+    if each.hits:
+      found = [tf.io.decode_png(p) for p in pictures_fn(np.array(each.items()))]
+      rows.append([_picture_of(each, kept, pictures_fn, decoder), *found])
+  if rows:
+    tf.io.write_file(path, pictures.grid_png(rows))
+    print(path)
+
+
+def _picture_of(asked: Answer, kept: EmbeddingFolder, pictures_fn, decoder):
+  """[H, W, C] uint8, the picture that was asked for; None for a vector."""
+  row = kept.position(asked.query)
+  if row is not None:
+    return tf.io.decode_png(pictures_fn(np.array([row]))[0])
+  if not os.path.exists(asked.query):
+    return None
+  content = tf.io.read_file(asked.query).numpy()
+  [inputs] = _decoded(content, decoder.decode_files)
+  return tf.cast(tf.round(inputs * 255.0), tf.uint8)

@@ -1,0 +1,321 @@
+"""Mode `train`: builds the parts of a training, and runs it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import Callable, NamedTuple, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.config import run_config
+from trainer.data.dataset import Dataset
+from trainer.data.pipeline import Batches
+from trainer.data.samplers import BatchSampler, PKSchedule
+from trainer.distribute.strategy import ReplicaBatches, make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UserError
+from trainer.mining.offline_mining import OfflineMining
+from trainer.mining.rounds import ChangeRound, Rounds
+from trainer.models.dropout import set_seed
+from trainer.run import Run, watching
+from trainer.runtime import shutdown
+from trainer.runtime.watchdog import Watchdog
+from trainer.training import callbacks, checks
+from trainer.training import loop as loop_lib
+from trainer.training.callbacks import MetricsFile
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.checks import check_batch, check_groups
+from trainer.training.loop import InnerLoop, Loop, Safety
+from trainer.training.nonfinite import Diagnosis, NotFinitePolicy
+from trainer.training.options import LoopOptions
+from trainer.training.run_folder import check_disk, open_run_folder
+from trainer.training.step import TrainStep
+
+_NUM_SEEDS = 2**32
+
+
+@gin.configurable("train")
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a training is made of.
+
+  Attributes:
+    dataset: records, classes and decoder.
+    schedule_fn: makes the schedule of the dataset's training classes.
+    step: one update; its encoder, loss and optimizer.
+    loop: how long, how often to log and to save.
+    seed: of the initial weights and of dropout; in 0…2³²−1.
+    mining: rounds of mining over the whole corpus, from which batches are drawn after
+      the first; None for the schedule alone.
+  """
+
+  dataset: Dataset
+  schedule_fn: Callable[..., PKSchedule]
+  step: TrainStep
+  loop: LoopOptions
+  seed: int
+  mining: Optional[OfflineMining] = None
+
+  def make_schedule(self) -> PKSchedule:
+    """The schedule of the training classes."""
+    dataset = self.dataset
+    return self.schedule_fn(dataset.index, classes=dataset.train_classes)
+
+  def facts(self) -> dict[str, object]:
+    """By name, what must be alike on all workers and no configuration has."""
+    mining = {} if self.mining is None else self.mining.facts()
+    return {**self.dataset.index.facts(), **mining}
+
+  def create_variables(self) -> None:
+    """Creates the variables of the step, from the seed."""
+    tf.keras.utils.set_random_seed(self.seed)
+    self.step.create_variables(self.dataset.decoder.shape)
+    set_seed(self.step.encoder, self.seed)
+
+
+def make_parts(*given: object) -> Parts:
+  """Makes the parts that gin describes.
+
+  The seed is set before: a Keras model of which gin has the function gets its weights
+  when gin calls it, and not in `create_variables`.
+
+  Args:
+    given: the first of the parts, where they are not gin's.
+
+  Returns:
+    The parts, without the variables that `create_variables` creates.
+
+  Raises:
+    UserError: the seed is no integer in 0…2³²−1, or a part can't be made.
+  """
+  bound = gin.get_bindings("train", resolve_references=False).get("seed")
+  seed = copy.deepcopy(bound)  # What gin does to a macro.
+  if seed is not None:
+    if not isinstance(seed, int) or not 0 <= seed < _NUM_SEEDS:
+      raise UserError(f"train.seed={seed!r} must be an integer in [0, {_NUM_SEEDS}).")
+    # Another one than of `create_variables`, or layers would begin alike.
+    tf.keras.utils.set_random_seed((seed + _NUM_SEEDS // 2) % _NUM_SEEDS)
+  return Parts(*given)  # type: ignore[arg-type, call-arg]  # The rest is gin's.
+
+
+class Training(NamedTuple):
+  """A training that is ready to run.
+
+  Attributes:
+    loop: runs the steps that are left.
+    step: what it runs.
+    options: how long it goes.
+    first_step: number of steps done before.
+  """
+
+  loop: Loop
+  step: TrainStep
+  options: LoopOptions
+  first_step: int
+
+  @property
+  def num_steps_done(self) -> int:
+    """Number of steps done by now."""
+    return int(self.step.optimizer.iterations.numpy())
+
+
+def main(run: Run) -> None:
+  """Trains to the end, from the newest checkpoint if there is one."""
+  with make_strategy(run.hardware, run.facts()).scope():
+    workers = current_workers()
+    with watching(run, workers.index) as watchdog, training(run, watchdog) as built:
+      built.loop.run()
+      workers.wait()
+
+
+@contextlib.contextmanager
+def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
+  """A training, under the strategy in whose scope it is made, alone in its folder.
+
+  Args:
+    run: where it lives.
+    watchdog: watches its steps.
+
+  Yields:
+    A training, restored from the newest checkpoint of the run.
+
+  Raises:
+    UserError: parts that don't fit each other, the folder, or the replicas; or another
+      process trains in the folder.
+  """
+  workers = current_workers()
+  num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+  workers.rehearse(lambda: _make_parts(num_replicas)[0].create_variables())
+  parts, schedule = _make_parts(num_replicas)
+  workers.agree(parts.facts())
+  with contextlib.ExitStack() as opened:
+    workers.chief_first(lambda: opened.enter_context(open_run_folder(run)))
+    yield _build(run, watchdog, parts, schedule)
+
+
+def _build(
+  run: Run, watchdog: Watchdog, parts: Parts, schedule: PKSchedule
+) -> Training:
+  workers = current_workers()
+  dataset, step, loop = parts.dataset, parts.step, parts.loop
+  parts.create_variables()
+  if workers.num_workers > 1:
+    workers.agree({"SHA-256 of the initial weights": hash_weights(step.encoder)})
+  checkpoints = workers.together(lambda: _make_checkpoints(run, parts))
+  # One more than are kept: the oldest goes after the newest is there.
+  num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
+  workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
+  first_step = workers.together(checkpoints.restore) or 0
+  workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
+  # Not before a checkpoint fits it, or a refused change would stay in the folder.
+  workers.chief_first(lambda: run_config.save_config(run.config, run.model_dir))
+  rounds = _make_rounds(run, parts, schedule, checkpoints)
+  drawn: BatchSampler = schedule
+  if rounds is not None:
+    rounds.resume(first_step, loop.num_steps)
+    drawn = rounds.schedule
+  batches = dataset.training_batches(drawn)
+  inner = _make_inner_loop(batches, step, first_step, checkpoints)
+  outer = Loop(
+    inner=inner,
+    optimizer=step.optimizer,
+    options=loop,
+    images_per_step=math.prod(schedule.shape),
+    actions=[
+      *(_chief_actions(run, first_step) if workers.is_chief else ()),
+      callbacks.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
+    ],
+    safety=Safety(
+      checkpoints,
+      shutdown.current_preemption(),
+      watchdog,
+      batches.naming_bad_records,
+      _make_policy(run, parts, drawn, checkpoints),
+    ),
+    metrics_fns=[rounds.metrics] if rounds is not None else [],
+  )
+  if rounds is not None:
+
+    def go_on(first_step: int) -> None:
+      dataset = batches.dataset(workers.shard(), first_step=first_step)
+      inner.go_on_with(ReplicaBatches(tf.distribute.get_strategy(), dataset))
+
+    change = ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
+    outer.add_action(change)
+  callbacks.log_start(run, schedule.shape, step, first_step)
+  return Training(outer, step, loop, first_step)
+
+
+def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
+  parts = make_parts()
+  schedule = parts.make_schedule()
+  check_batch(schedule, parts.step, num_replicas)
+  if parts.mining is not None:
+    parts.mining.check(parts.loop.steps_per_loop)
+    mined = parts.mining.rehearse(parts.dataset, schedule.shape, num_replicas)
+    check_groups(mined, parts.step, "OfflineMining.schedule_fn")
+  checks.check_tpu_limits_if_on_tpu(parts.step)
+  return parts, schedule
+
+
+def hash_weights(encoder: tf.keras.Model) -> str:
+  """A hash of this worker's weights, such as each loads from a file of its own."""
+  digest = hashlib.sha256()
+  for variable in encoder.variables:
+    local = tf.distribute.get_strategy().experimental_local_results(variable)
+    digest.update(local[0].numpy().tobytes())
+  return digest.hexdigest()
+
+
+def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
+  step = parts.step
+  return Checkpoints(
+    model_dir=run.model_dir,
+    encoder=step.encoder,
+    loss=step.loss,
+    optimizer=step.optimizer,
+    averages=step.averages,
+    memory_bank=step.memory_bank,
+    num_kept=parts.loop.num_checkpoints_kept,
+    is_chief=current_workers().is_chief,
+  )
+
+
+def _make_rounds(
+  run: Run, parts: Parts, plain: PKSchedule, checkpoints: Checkpoints
+) -> Optional[Rounds]:
+  """The mining rounds of the run, if it has any."""
+  if parts.mining is None:
+    return None
+  mine_fn = None
+  if parts.mining.miner is not None:
+    mine_fn = parts.mining.miner.mining_of(parts.step, parts.dataset)
+  return Rounds(
+    parts.mining,
+    parts.dataset,
+    plain,
+    run.model_dir,
+    mine_fn=mine_fn,
+    continues_unwritten=parts.loop.when_disk_full == "go_on",
+    oldest_step_fn=lambda: min(checkpoints.steps(), default=0),
+  )
+
+
+def _make_policy(
+  run: Run, parts: Parts, schedule: BatchSampler, checkpoints: Checkpoints
+) -> NotFinitePolicy:
+  workers = current_workers()
+
+  def restore() -> None:
+    checkpoints.wait()
+    workers.wait()  # Until the chief has written what all are to restore.
+    workers.agree({"the step gone back to": workers.together(checkpoints.restore)})
+
+  return NotFinitePolicy(
+    options=parts.loop,
+    optimizer=parts.step.optimizer,
+    checkpoints=checkpoints,
+    restore_fn=restore,
+    diagnose_fn=Diagnosis(
+      step=parts.step,
+      index=parts.dataset.index,
+      schedule=schedule,
+      batches=parts.dataset.training_batches(schedule),
+      model_dir=run.model_dir if workers.is_chief else None,
+    ),
+  )
+
+
+def _chief_actions(run: Run, first_step: int) -> list[callbacks.Action]:
+  callbacks.keep_log(run.model_dir)
+  metrics_file = MetricsFile(run.model_dir)
+  metrics_file.drop_after(first_step)
+  return [
+    callbacks.ShowProgress(),
+    callbacks.WarnOfCollapse(),
+    callbacks.WriteMetrics(metrics_file),
+    callbacks.WriteEvents(run.model_dir),
+    callbacks.SaveOperativeConfig(run.model_dir),
+  ]
+
+
+def _make_inner_loop(
+  batches: Batches, step: TrainStep, first_step: int, checkpoints: Checkpoints
+) -> InnerLoop:
+  dataset = batches.dataset(current_workers().shard(), first_step=first_step)
+  strategy = tf.distribute.get_strategy()
+  return InnerLoop(
+    step=step,
+    strategy=strategy,
+    batches=ReplicaBatches(strategy, dataset),
+    zero_statistics=step.zero_statistics(dataset.element_spec),
+    words_fn=lambda: loop_lib.pack_host_flags(
+      shutdown.current_preemption(), checkpoints
+    ),
+  )

@@ -1,0 +1,339 @@
+"""Mode `train_and_evaluate`: ingestion, training with early stopping, and results."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Optional
+
+import gin
+import tensorflow as tf
+from absl import logging
+
+from trainer.cli import ingest
+from trainer.cli.evaluate import BEST_FOLDER, Evaluation, publish
+from trainer.cli.train import Training, training
+from trainer.config import gin_statements
+from trainer.distribute.strategy import make_strategy
+from trainer.distribute.workers import current_workers
+from trainer.errors import UnwritableError, UserError
+from trainer.retrieval.results import Results
+from trainer.run import Run, watching
+from trainer.training import run_folder
+from trainer.training.callbacks import HISTORY_FILE, MetricsFile, StepReport, WriteOnce
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.options import LoopOptions
+from trainer.training.step import TrainStep
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class Selection:
+  """Which encoder is the best, and when to give up finding a better one.
+
+  Attributes:
+    every_steps: between two evaluations; a multiple of
+      `LoopOptions.checkpoint_every_steps`, so that a run which is killed loses none.
+    metric: the larger the better, such as "eval/map_at_r".
+    patience: evaluations in a row without a better one after which the training ends;
+      None to go on to the last step.
+
+  Raises:
+    UserError: a number is below 1.
+  """
+
+  every_steps: int
+  metric: str = "eval/map_at_r"
+  patience: Optional[int] = None
+
+  def __post_init__(self):
+    for name in ("every_steps", "patience"):
+      value = getattr(self, name)
+      if value is not None and value < 1:
+        raise UserError(f"Selection.{name}={value} must be at least 1.")
+
+  def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
+    """Checks that evaluations come where a checkpoint is, and measure the metric.
+
+    Args:
+      options: of the loop.
+      measured: names of what an evaluation measures.
+
+    Raises:
+      UserError: they don't.
+    """
+    check_measured("Selection.metric", self.metric, measured)
+    if self.every_steps % options.checkpoint_every_steps:
+      raise UserError(
+        f"Selection.every_steps={self.every_steps} must be a multiple of "
+        f"LoopOptions.checkpoint_every_steps={options.checkpoint_every_steps}."
+      )
+
+
+def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None:
+  """Checks that a metric is one that an evaluation measures.
+
+  Args:
+    parameter: that names it.
+    metric: its name.
+    measured: the names there are.
+
+  Raises:
+    UserError: it is not.
+  """
+  if metric not in measured:
+    nearest = (
+      gin_statements.nearest_name(metric, measured)
+      or f"; there is {', '.join(measured)}"
+    )
+    raise UserError(f"{parameter}={metric!r} is not measured{nearest}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+  """How the evaluations of a run went so far.
+
+  Attributes:
+    best: the largest value of the metric; None before the first evaluation.
+    best_step: the step of that evaluation.
+    num_since_best: evaluations after it.
+  """
+
+  best: Optional[float] = None
+  best_step: int = 0
+  num_since_best: int = 0
+
+  def after(self, step: int, value: float) -> Standing:
+    """The standing after one more evaluation; of equal ones the first is the best."""
+    if self.best is None or value > self.best:
+      return Standing(value, step, 0)
+    return dataclasses.replace(self, num_since_best=self.num_since_best + 1)
+
+
+class Evaluations:
+  """The evaluations of a run: `eval/history.jsonl`, and the best encoder in `best`.
+
+  Attributes:
+    standing: how they went so far, the same on all workers.
+
+  Args:
+    metric: by which one is better than another, the larger the better.
+    patience: evaluations without a better one after which there is no hope; None to
+      hope for ever.
+    model_dir: folder of the run.
+    encoder: what is evaluated.
+    last_step: evaluations after it don't count, and are made again.
+  """
+
+  def __init__(
+    self,
+    *,
+    metric: str,
+    patience: Optional[int],
+    model_dir: str,
+    encoder: tf.keras.Model,
+    last_step: int,
+  ):
+    self._metric = metric
+    self._patience = patience
+    self._workers = current_workers()
+    self._file = MetricsFile(model_dir, HISTORY_FILE)
+    self._best = Checkpoints(
+      model_dir=os.path.join(model_dir, BEST_FOLDER),
+      encoder=encoder,
+      # The best of all, and that before it, should a killed run have to do without.
+      num_kept=2,
+      is_chief=self._workers.is_chief,
+    )
+    if self._workers.is_chief:
+      self._file.drop_after(last_step)
+      self._best.drop_after(last_step)
+    self.standing = self._told_by_chief()
+
+  @property
+  def last_step(self) -> int:
+    """The step of the last evaluation; 0 before any. The same on all workers."""
+    step = max((int(row["step"]) for row in self._file.rows()), default=0)
+    return int(self._workers.exchange(str(step))[0])
+
+  @property
+  def is_over(self) -> bool:
+    """Whether there is no hope of a better one."""
+    num_since = self.standing.num_since_best
+    return self._patience is not None and num_since >= self._patience
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    """Takes in an evaluation of the encoder as it is now; keeps it if it is the best.
+
+    Args:
+      step: number of steps it was trained.
+      metrics: by name, the same on all workers.
+    """
+    # The chief's, since a rounding error may tell workers of two kinds apart.
+    value = json.loads(self._workers.exchange(json.dumps(metrics[self._metric]))[0])
+    self.standing = self.standing.after(step, value)
+    if self._workers.is_chief:
+      self._file.append(step, metrics)
+    line = "Step %d: %s %.4f, best %.4f."
+    logging.info(line, step, self._metric, value, self.standing.best)
+    if self.standing.num_since_best == 0:
+      self._best.save(step)
+      self._best.wait()
+
+  def finish(self) -> None:
+    """Writes what found no room so far.
+
+    Raises:
+      UnwritableError: there still is none, or the best encoder could not be written.
+    """
+    self._file.write_waiting()
+    if self._best.failure:
+      raise UnwritableError(
+        f"the best encoder is lost: {self._best.failure}; free some disk, and train "
+        "again from an earlier checkpoint for it."
+      )
+
+  def _told_by_chief(self) -> Standing:
+    standing = Standing()
+    if self._workers.is_chief:
+      for row in self._file.rows():
+        if self._metric in row:
+          standing = standing.after(int(row["step"]), row[self._metric])
+      if standing.best is not None and standing.best_step not in self._best.steps():
+        logging.warning("The best encoder is no longer there; the next is the best.")
+        standing = Standing()
+    told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
+    return Standing(*json.loads(told[0]))
+
+
+class EvaluateNow:
+  """Evaluates every so many steps; an action that ends a run where patience does.
+
+  Args:
+    evaluation: of the encoder that is trained.
+    evaluations: what they come to.
+    step: whose averaged weights are evaluated, where there are any.
+    every_steps: between two evaluations.
+  """
+
+  def __init__(
+    self,
+    evaluation: Evaluation,
+    evaluations: Evaluations,
+    step: TrainStep,
+    *,
+    every_steps: int,
+  ):
+    self._evaluation = evaluation
+    self._evaluations = evaluations
+    self._step = step
+    self._every_steps = every_steps
+
+  def __call__(self, report: StepReport) -> bool:
+    """Evaluates if it is time; whether the run should end."""
+    if report.step % self._every_steps == 0:
+      self.evaluate(report.step)
+    return self._evaluations.is_over
+
+  def catch_up(self, step: int) -> None:
+    """Evaluates what a killed run had saved, and not evaluated yet.
+
+    Args:
+      step: number of steps done.
+    """
+    is_due = step > 0 and step % self._every_steps == 0
+    if is_due and self._evaluations.last_step < step:
+      self.evaluate(step)
+
+  def finish(self) -> None:
+    """Checks that the best encoder and all evaluations are on the disk.
+
+    Raises:
+      UnwritableError: they aren't.
+    """
+    self._evaluations.finish()
+
+  def evaluate(self, step: int) -> None:
+    """Evaluates the encoder as it is now.
+
+    Args:
+      step: number of steps done.
+    """
+    with self._step.weights_for_evaluation():
+      found = self._evaluation.evaluate().measurement.metrics
+      self._evaluations.add(step, found)
+
+
+@gin.configurable("train_and_evaluate")
+@dataclasses.dataclass(frozen=True)
+class TrainAndEvaluateOptions:
+  """What else the whole job does.
+
+  Attributes:
+    selection: measures while it trains; None to measure before and after only.
+  """
+
+  selection: Optional[Selection] = None
+
+
+def main(run: Run) -> None:
+  """Ingests if the run names a source; then measures, trains and measures again."""
+  # The strategy first: ingest uses a device, and replicas must be made before that.
+  strategy = make_strategy(run.hardware, run.facts())
+  with strategy.scope(), watching(run, current_workers().index) as watchdog:
+    workers = current_workers()
+    if run.config.binds("ingest"):
+      workers.chief_first(lambda: ingest.main(run))
+    with training(run, watchdog) as built:
+      _train_and_evaluate(run, built)
+
+
+def _train_and_evaluate(run: Run, training: Training) -> None:
+  workers = current_workers()
+  evaluation = workers.together(lambda: _evaluation(training))
+  if training.first_step == 0:
+    before = evaluation.evaluate().measurement
+    if workers.is_chief:
+      results = Results(run.model_dir)
+      write = WriteOnce(results.path, lambda: results.write_before_training(before))
+      write(StepReport(0, training.options.num_steps, {}))
+      training.loop.add_action(write)
+  _train(run, training, evaluation)
+  with training.step.weights_for_evaluation():
+    after = evaluation.evaluate()
+  publish(run.model_dir, training.num_steps_done, after)
+  workers.chief_first(lambda: _print_paths(run.model_dir))
+
+
+def _evaluation(training: Training) -> Evaluation:
+  # The dataset is gin's.
+  return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
+
+
+def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
+  """Trains to the end, or until it gets no better."""
+  selection = TrainAndEvaluateOptions().selection
+  if selection is not None:
+    selection.check(training.options, evaluation.metric_names())
+    evaluations = Evaluations(
+      metric=selection.metric,
+      patience=selection.patience,
+      model_dir=run.model_dir,
+      encoder=training.step.encoder,
+      last_step=training.first_step,
+    )
+    evaluate = EvaluateNow(
+      evaluation, evaluations, training.step, every_steps=selection.every_steps
+    )
+    evaluate.catch_up(training.first_step)
+    if evaluations.is_over:
+      return
+    training.loop.add_action(evaluate)
+  training.loop.run()
+
+
+def _print_paths(model_dir: str) -> None:
+  for path, content in run_folder.CONTENTS.items():
+    print(f"{content:<20}{os.path.join(model_dir, path)}")

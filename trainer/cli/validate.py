@@ -1,0 +1,156 @@
+"""Mode `validate`: looks at data before a training does, and at what it would draw."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any, Callable, Optional
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.data import records, shards, statistics
+from trainer.data.dataset import Dataset
+from trainer.data.records import RecordIndex
+from trainer.data.samplers import PKSchedule
+from trainer.errors import UserError
+from trainer.run import Run
+from trainer.runtime import filesystem
+from trainer.runtime.progress import Progress
+
+FILE_NAME = "validation.json"
+_RECORDS_AT_A_TIME = 64
+_NUM_NAMES = 5
+
+
+def main(run: Run) -> None:
+  """Validates what the run's configuration names."""
+  validate(run)
+
+
+@gin.configurable
+def validate(
+  run: Run,
+  *,
+  dataset: Dataset,
+  schedule_fn: Optional[Callable[..., PKSchedule]] = None,
+  num_steps: int = 1000,
+  num_records: Optional[int] = 10_000,
+  min_members: Optional[int] = None,
+  is_strict: bool = True,
+) -> dict[str, Any]:
+  """Checks the index, reads and decodes records, and counts what will be drawn.
+
+  Args:
+    run: its folder gets `validation.json`.
+    dataset: records, classes and decoder.
+    schedule_fn: makes the schedule whose draws are counted; None to leave that out.
+    num_steps: how many steps are drawn for that.
+    num_records: how many records are read and decoded, spread over all; None for all.
+    min_members: records that a class to train with should have; None for as many as
+      a batch of the schedule takes of each, or for any where there is none.
+    is_strict: whether a record that can't be used, or a class with too few, is an
+      error, and not only reported.
+
+  Returns:
+    What `validation.json` has.
+
+  Raises:
+    UserError: the index is wrong, or, if strict, a record can't be used or a class
+      has too few.
+  """
+  index = dataset.index
+  _check_index(index)
+  logging.info("%s", shards.summary_of_index(index).line())
+  numbers = _spread(index.num_records, num_records)
+  reasons = _check_records(index, dataset.decoder, numbers)
+  report: dict[str, Any] = {
+    "summary": dataclasses.asdict(shards.summary_of_index(index)),
+    "num_train_classes": len(dataset.train_classes),
+    "num_evaluation_classes": len(dataset.evaluation_classes),
+    "num_records_checked": len(numbers),
+    "bad_records": reasons,
+  }
+  logging.info("%d records read and decoded, %d bad.", len(numbers), len(reasons))
+  if schedule_fn is not None:
+    schedule = schedule_fn(index, classes=dataset.train_classes)
+    if min_members is None and len(schedule.shape) > 1:
+      min_members = schedule.shape[-1]
+    drawn = statistics.draw_statistics(
+      schedule, index.member_table, dataset.train_classes, num_steps
+    )
+    report["draws"] = dataclasses.asdict(drawn)
+    for line in drawn.lines():
+      logging.info("%s", line)
+  small = statistics.find_small_classes(index, dataset.train_classes, min_members or 0)
+  report["small_classes"] = dataclasses.asdict(small)
+  if small.num_classes:
+    logging.warning("%s.", small.line())
+  _write(run.model_dir, report)
+  if reasons and is_strict:
+    shown = " ".join(reasons[:_NUM_NAMES])
+    raise UserError(
+      f"{len(reasons)} of {len(numbers)} records can't be used: {shown} Mend them, or "
+      "train with Dataset.bad_records = 'replace'."
+    )
+  if small.num_classes and is_strict:
+    raise UserError(
+      f"{small.line()}. Add records, leave these classes out, or lower "
+      "validate.min_members."
+    )
+  return report
+
+
+def _check_index(index: RecordIndex) -> None:
+  """Labels and members must be of the same data.
+
+  Raises:
+    UserError: they are not.
+  """
+  labels, table = index.labels, index.member_table
+  if len(labels) and not 0 <= labels.min() <= labels.max() < index.num_classes:
+    raise UserError(
+      f"The index has labels from {labels.min()} to {labels.max()} and "
+      f"{index.num_classes} classes; delete it and make it again with --mode=ingest."
+    )
+  sizes = np.bincount(labels, minlength=index.num_classes)
+  owners = np.repeat(np.arange(index.num_classes), np.diff(table.starts))
+  if not np.array_equal(sizes, np.diff(table.starts)) or not np.array_equal(
+    labels[table.records], owners
+  ):
+    raise UserError(
+      "The index's members are not those of its labels; delete it and make it again "
+      "with --mode=ingest."
+    )
+
+
+def _spread(num_all: int, num_wanted: Optional[int]) -> np.ndarray:
+  """Record numbers from the first to the last, evenly."""
+  if num_wanted is None or num_wanted >= num_all:
+    return np.arange(num_all)
+  return np.unique(np.linspace(0, num_all - 1, num_wanted).astype(np.int64))
+
+
+def _check_records(index: RecordIndex, decoder: Any, numbers: np.ndarray) -> list[str]:
+  reasons: list[str] = []
+  progress = Progress("validating", "records", len(numbers))
+  for first in range(0, len(numbers), _RECORDS_AT_A_TIME):
+    some = numbers[first : first + _RECORDS_AT_A_TIME]
+    reasons.extend(records.reasons_of(index, decoder, some).values())
+    progress.advance(len(some))
+  progress.finish()
+  for reason in reasons:
+    logging.warning("%s", reason)
+  return reasons
+
+
+def _write(model_dir: str, report: dict[str, Any]) -> None:
+  path = os.path.join(model_dir, FILE_NAME)
+  content = json.dumps(report, indent=1, ensure_ascii=False)
+  try:
+    filesystem.make_folder(model_dir)
+    filesystem.write_bytes(path, content.encode(errors="backslashreplace"))
+  except OSError as error:
+    raise UserError(f"{path} can't be written to: {error.strerror}.") from error

@@ -1,0 +1,198 @@
+"""Sampling of classes: weights, and streams without repetition.
+
+Shapes: C classes to draw from.
+
+Classes are drawn by tickets. Every class has some, an epoch has each ticket once, in an
+order of its own, and the tickets of a class are numbered through all epochs: ticket j
+of a class gives block j of its members. So each block comes once, whatever the weights.
+
+Shapes: C classes to draw from, T tickets an epoch, S steps, P classes a batch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional, Protocol
+
+import gin
+import numpy as np
+
+from trainer.data import permutation
+from trainer.errors import UserError
+
+# Tickets of a class with as many records as are drawn of it at once, where tickets
+# are not whole passes: fine enough that rounding changes a weight by 3 % at most.
+_RESOLUTION = 16
+_MAX_TICKETS = 2**31 - 1
+
+
+class ClassWeights(Protocol):
+  """Gives tickets to classes."""
+
+  def num_tickets(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
+    """[C] int64 ≥ 1, from sizes [C] and the samples drawn of a class at once."""
+
+
+@gin.register
+class SizeWeights:
+  """Classes in proportion to a power of their size, with a cap.
+
+  With power 1 an epoch is one of records: a class of n comes ⌈n / K⌉ times, so that
+  each of its records comes once (some twice, where K doesn't divide n). With power 0.5
+  it is the square root of the size; with power 0 all classes are equal.
+
+  Args:
+    power: 0 … 1.
+    max_size: a larger class counts as one of so many records; None for no cap.
+
+  Raises:
+    UserError: the power is not between 0 and 1, or the cap is below 1.
+  """
+
+  def __init__(self, *, power: float = 1.0, max_size: Optional[int] = None):
+    if not 0 <= power <= 1:
+      raise UserError(f"SizeWeights.power={power} must be between 0 and 1.")
+    if max_size is not None and max_size < 1:
+      raise UserError(f"SizeWeights.max_size={max_size} must be at least 1, or None.")
+    self._power = power
+    self._max_size = max_size
+
+  def num_tickets(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
+    """Tickets of each class.
+
+    Args:
+      sizes: [C] int64 ≥ 1, records of each class.
+      samples_per_class: K.
+
+    Returns:
+      [C] int64 ≥ 1.
+
+    Raises:
+      UserError: there would be more than 2³¹ in all.
+    """
+    if self._max_size is not None:
+      sizes = np.minimum(sizes, self._max_size)
+    if self._power == 1:
+      tickets = -(-sizes // samples_per_class)
+    else:
+      relative = (sizes / samples_per_class) ** self._power
+      tickets = np.maximum(1, np.rint(_RESOLUTION * relative)).astype(np.int64)
+    if tickets.sum() > _MAX_TICKETS:
+      raise UserError(
+        f"SizeWeights gives {tickets.sum():,} draws an epoch, and at most "
+        f"{_MAX_TICKETS:,} can be ordered; lower max_size or power."
+      )
+    return tickets
+
+
+_TICKETS, _SUBSTITUTES = 1, 3
+# After so many draws in vain the next free class is taken.
+_MAX_DRAWS = 64
+
+
+class Draws(NamedTuple):
+  """The classes of some steps.
+
+  Attributes:
+    classes: [S, P] int64, positions among the classes to draw from; a step's differ.
+    blocks: [S, P] int64 ≥ 0, the block of its members that each class gives.
+  """
+
+  classes: np.ndarray
+  blocks: np.ndarray
+
+
+class ClassStream(Protocol):
+  """Draws classes."""
+
+  def draw(self, steps: np.ndarray) -> Draws:
+    """The classes of steps [S] int64."""
+
+
+class EqualClasses:
+  """Every class once an epoch. Takes no memory.
+
+  Args:
+    num_classes: C ≥ P.
+    num_drawn: P.
+    seed: another seed, another order.
+  """
+
+  def __init__(self, num_classes: int, num_drawn: int, seed: int):
+    self._num_classes = num_classes
+    self._num_drawn = num_drawn
+    self._key = permutation.mix(seed, _TICKETS)
+
+  def draw(self, steps: np.ndarray) -> Draws:
+    """The classes of steps [S] int64."""
+    classes = _tickets(steps, self._num_classes, self._key, self._num_drawn)
+    return Draws(classes, _epochs(steps, self._num_classes, self._num_drawn))
+
+
+class WeightedClasses:
+  """Every class as often an epoch as it has tickets.
+
+  Where a step draws a class twice, the second gives way to another class, drawn by the
+  same weights, with any block of its members.
+
+  Args:
+    num_tickets: [C] int64 ≥ 1, tickets of each class; C ≥ P.
+    num_drawn: P.
+    seed: another seed, another order.
+  """
+
+  def __init__(self, num_tickets: np.ndarray, num_drawn: int, seed: int):
+    self._ends = np.cumsum(num_tickets, dtype=np.int64)
+    self._num_drawn = num_drawn
+    self._seed = seed
+    self._key = permutation.mix(seed, _TICKETS)
+
+  def draw(self, steps: np.ndarray) -> Draws:
+    """The classes of steps [S] int64."""
+    total = int(self._ends[-1])
+    tickets = _tickets(steps, total, self._key, self._num_drawn)
+    classes = self._class_of(tickets)
+    starts = np.where(classes > 0, self._ends[classes - 1], 0)
+    num_each = self._ends[classes] - starts
+    epochs = _epochs(steps, total, self._num_drawn)
+    blocks = epochs * num_each + tickets - starts
+    in_order = np.sort(classes, axis=1)
+    for row in np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1)):
+      self._substitute(int(steps[row]), classes[row], blocks[row])
+    return Draws(classes, blocks)
+
+  def _class_of(self, tickets: np.ndarray) -> np.ndarray:
+    return np.searchsorted(self._ends, tickets, side="right")
+
+  def _substitute(self, step: int, classes: np.ndarray, blocks: np.ndarray) -> None:
+    """Replaces what a step draws again, in place; [P] each."""
+    _, firsts = np.unique(classes, return_index=True)
+    drawn = set(classes[firsts].tolist())
+    for place in np.setdiff1d(np.arange(len(classes)), firsts).tolist():
+      hashes = permutation.mix(
+        self._seed, _SUBSTITUTES, step, place, np.arange(_MAX_DRAWS)
+      )
+      candidates = self._class_of((hashes % np.uint64(self._ends[-1])).astype(np.int64))
+      free = (c for c in candidates.tolist() if c not in drawn)
+      substitute = next(free, None)
+      if substitute is None:
+        substitute = int(candidates[-1])
+        while substitute in drawn:
+          substitute = (substitute + 1) % len(self._ends)
+      drawn.add(substitute)
+      classes[place] = substitute
+      blocks[place] = int(hashes[0] >> np.uint64(33))
+
+
+def _tickets(
+  steps: np.ndarray, num_tickets: int, key: np.ndarray, num_drawn: int
+) -> np.ndarray:
+  """[S, P] int64 in range(T), no two alike in a row."""
+  shape = steps.shape
+  return permutation.distinct_block(
+    steps, np.full(shape, num_tickets), np.broadcast_to(key, shape), num_drawn
+  )
+
+
+def _epochs(steps: np.ndarray, num_tickets: int, num_drawn: int) -> np.ndarray:
+  """[S, P] int64, how often all tickets have come before each one drawn."""
+  return (steps[:, None] * num_drawn + np.arange(num_drawn)) // num_tickets

@@ -1,0 +1,256 @@
+"""Encoding of items as records."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from typing import TYPE_CHECKING, NamedTuple, Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from trainer.data import image_formats, orientation
+from trainer.data.sources.source import RECORD_FEATURES, Item, Value
+from trainer.errors import UserError
+
+if TYPE_CHECKING:
+  import tensorflow as tf
+
+
+@gin.register
+class Resize:
+  """Images made smaller once, at ingest, and kept as PNG or JPEG.
+
+  Args:
+    longest_side: pixels; smaller images stay as they are.
+    jpeg_quality: 1 … 100; None for PNG, which loses nothing.
+
+  Raises:
+    UserError: the side is below 1, or the quality is out of range.
+  """
+
+  def __init__(self, *, longest_side: int, jpeg_quality: Optional[int] = None):
+    if longest_side < 1:
+      raise UserError(f"Resize.longest_side={longest_side} must be at least 1.")
+    if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
+      raise UserError(f"Resize.jpeg_quality={jpeg_quality} must be 1 … 100, or None.")
+    self._longest_side = longest_side
+    self._jpeg_quality = jpeg_quality
+
+  def describe(self) -> dict[str, object]:
+    """Its arguments."""
+    return {"longest_side": self._longest_side, "jpeg_quality": self._jpeg_quality}
+
+  def __call__(self, image: tf.Tensor) -> Optional[bytes]:
+    """[H, W, C] uint8 as a smaller file; None where it is small enough."""
+    import tensorflow as tf  # Late: looking at a finished ingest needs none.
+
+    height, width, channels = image.shape
+    scale = self._longest_side / max(height, width)
+    if scale >= 1:
+      return None
+    size = [max(1, round(height * scale)), max(1, round(width * scale))]
+    resized = tf.image.resize(image, size, antialias=True)
+    pixels = tf.saturate_cast(tf.round(resized), tf.uint8)
+    if self._jpeg_quality is None or channels not in (1, 3):
+      return tf.io.encode_png(pixels).numpy()
+    return tf.io.encode_jpeg(pixels, quality=self._jpeg_quality).numpy()
+
+
+LABEL_FEATURE = "label"
+_LARGEST_INTEGER = np.iinfo(np.int64).max
+_FLOAT_BYTES = 4
+_LARGEST_WHOLE_FLOAT = 2.0**53
+
+
+class Prepared(NamedTuple):
+  """A record, ready to be written.
+
+  Attributes:
+    label: name of its class.
+    key: its name in the source.
+    data: the serialized `tf.train.Example`.
+    digest: 64-bit hash of what it holds besides key and label.
+  """
+
+  label: str
+  key: str
+  data: bytes
+  digest: int
+
+
+class ExampleEncoder:
+  """Makes records of items.
+
+  Args:
+    max_pixels: an image that declares more is refused before it is decoded.
+    resize: makes images smaller; None to keep files byte for byte.
+  """
+
+  def __init__(self, *, max_pixels: int, resize: Optional[Resize] = None):
+    self._max_pixels = max_pixels
+    self._resize = resize
+
+  def __call__(self, item: Item) -> Prepared:
+    """The record of an item.
+
+    Raises:
+      UserError: its image doesn't decode or is too large, or a feature can't be kept.
+    """
+    image = None if item.image is None else self._checked_image(item.key, item.image)
+    values: dict[str, Value] = dict(item.features)
+    for name in RECORD_FEATURES:
+      if name in values:
+        raise UserError(
+          f"{item.key} has a further feature {name!r}, a name that is taken; "
+          "rename it, or leave it out."
+        )
+    if image is not None:
+      values["image"] = image
+    if not values:
+      raise UserError(f"{item.key} has neither an image nor another feature.")
+    content = _serialize(values, item.key)
+    values[LABEL_FEATURE] = item.label
+    values["key"] = item.key.encode("utf-8", "surrogateescape")
+    digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+    return Prepared(item.label, item.key, _serialize(values, item.key), digest)
+
+  def _checked_image(self, key: str, file: bytes) -> bytes:
+    head = image_formats.read_image_head(file)
+    if head is not None and min(head.width, head.height) < 1:
+      raise _no_image(key, file, f"it is {head.format}, and its size is not found.")
+    if head is not None and head.width * head.height > self._max_pixels:
+      raise UserError(
+        f"{key} declares {head.width} x {head.height} pixels, more than the "
+        f"{self._max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
+      )
+    try:
+      file = for_training(file, self._max_pixels)
+      smaller = None if self._resize is None else self._resize(_native_pixels(file))
+      if smaller is not None:
+        return smaller
+      # The operation of training, on all that its decoder may find.
+      tf.io.decode_image(file, channels=3, expand_animations=False)
+    except UserError as error:
+      raise _no_image(key, file, str(error)) from error
+    except tf.errors.OpError as error:
+      raise _no_image(key, file, error.message) from error
+    return file
+
+
+def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
+  """An image file that training decodes to what Pillow shows.
+
+  Args:
+    file: PNG and JPEG are returned as they are, unless their orientation is in metadata
+      that training does not read.
+    max_pixels: the most that an image of another format may declare.
+
+  Raises:
+    UserError: it is of another format, and can't be converted.
+  """
+  if not image_formats.is_kept(file):
+    file = image_formats.as_png(file, max_pixels=max_pixels)
+  if not image_formats.has_metadata(file):
+    return file
+  wanted = image_formats.orientation(file)
+  if wanted != _orientation_in_training(tf.constant(file)):
+    file = image_formats.with_orientation(file, wanted)
+  return file
+
+
+def _native_pixels(file: bytes) -> tf.Tensor:
+  """[H, W, C] uint8, upright; grey and alpha stay what they are."""
+  # CMYK is no kind of pixels that an encoder of images knows.
+  is_jpeg = file.startswith(b"\xff\xd8")
+  is_cmyk = is_jpeg and tf.image.extract_jpeg_shape(file)[2] > 3
+  image = tf.io.decode_image(file, channels=3 if is_cmyk else 0)
+  if not image_formats.has_metadata(file):
+    return image
+  return orientation.turn_upright(image, _orientation_in_training(tf.constant(file)))
+
+
+@tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+def _orientation_in_training(file: tf.Tensor) -> tf.Tensor:
+  return orientation.of_files(file[tf.newaxis])[0]
+
+
+def _no_image(key: str, file: bytes, message: str) -> UserError:
+  reason = re.sub(r"^{{.*?}} ?|\[Op:.*", "", message).splitlines()[0]
+  return UserError(
+    f"{key} is no image that can be decoded ({len(file)} bytes): {reason}"
+  )
+
+
+def _serialize(values: dict[str, Value], key: str) -> bytes:
+  features = {name: _feature(value, name, key) for name, value in values.items()}
+  example = tf.train.Example(features=tf.train.Features(feature=features))
+  return example.SerializeToString(deterministic=True)
+
+
+def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
+  if isinstance(value, str):
+    value = value.encode()
+  if isinstance(value, bytes):
+    return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
+  array = _flat(value)
+  if array.dtype.kind == "O":
+    texts = [each.encode() if isinstance(each, str) else each for each in array]
+    if all(isinstance(each, bytes) for each in texts):
+      return tf.train.Feature(bytes_list=tf.train.BytesList(value=texts))
+  if array.dtype.kind == "u" and array.size and array.max() > _LARGEST_INTEGER:
+    raise UserError(
+      f"{key} has {array.max()} in the feature {name!r}; records keep integers up to "
+      f"{_LARGEST_INTEGER}."
+    )
+  if array.dtype.kind in "iub":
+    return tf.train.Feature(
+      int64_list=tf.train.Int64List(value=array.astype(np.int64).tolist())
+    )
+  if array.dtype.kind == "f":
+    _check_precision(array, name, key)
+    return tf.train.Feature(float_list=tf.train.FloatList(value=array.tolist()))
+  raise UserError(
+    f"{key} has a feature {name!r} of type {array.dtype}; it must be text, bytes, "
+    "integers or floats."
+  )
+
+
+def _flat(value: Value) -> np.ndarray:
+  """All values of a feature, [n]; text and bytes as objects, which keep every byte.
+
+  Raises:
+    ValueError: it is ragged.
+  """
+  if isinstance(value, (list, tuple)) and any(
+    isinstance(v, (str, bytes)) for v in value
+  ):
+    array: np.ndarray = np.empty(len(value), np.dtype(object))
+    array[:] = value
+    return array
+  array = np.asarray(value)
+  if np.ma.is_masked(value):
+    raise ValueError("it has masked values.")
+  return array.ravel().astype(object if array.dtype.kind in "US" else array.dtype)
+
+
+def _check_precision(array: np.ndarray, name: str, key: str) -> None:
+  """Refuses what a float32 would change into another number.
+
+  Rounding is expected. Infinity for a number that is too large is not, nor another
+  identifier for one that is a whole float64.
+  """
+  if array.dtype.itemsize <= _FLOAT_BYTES:
+    return
+  with np.errstate(over="ignore"):
+    kept = array.astype(np.float32)
+  is_changed = np.isfinite(array) & ~np.isfinite(kept)
+  if array.size == 1:
+    is_whole = (array == np.floor(array)) & (np.abs(array) <= _LARGEST_WHOLE_FLOAT)
+    is_changed |= is_whole & (kept != array)
+  if is_changed.any():
+    raise UserError(
+      f"{key} has {array[is_changed][0]} in the feature {name!r}; records keep floats "
+      "of 32 bits, which change it. Make the feature an integer, or leave it out."
+    )

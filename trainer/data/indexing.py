@@ -1,0 +1,491 @@
+"""Builds the index of TFRecord shards, new or existing.
+
+Labels are found many at a time. Only where that fails are records looked at one by one,
+to say which it was.
+
+Shapes: n records.
+
+Shapes: n records of a shard, N of all, C classes.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from typing import Any, NamedTuple, NoReturn, Optional
+
+import gin
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from trainer.data import index_arrays, manifest, tfrecord
+from trainer.data.index_arrays import ClassNames
+from trainer.data.records import RecordIndex, locate
+from trainer.errors import UserError, is_out_of_space
+from trainer.runtime import filesystem
+from trainer.runtime.lease import locked_folder
+from trainer.runtime.progress import Progress
+
+# Parsed at once: enough that the call costs little, and little memory if large.
+_MAX_RECORDS, _BATCH_BYTES = 2048, 32 << 20
+
+
+def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
+  """Reads a shard once.
+
+  Args:
+    folder: of the shards.
+    name: path of the shard relative to it.
+    label_feature: name of the feature that holds the label, bytes or an integer.
+
+  Returns:
+    Its part of the index.
+
+  Raises:
+    UserError: naming the record that is damaged or has no such label.
+  """
+  path = os.path.join(folder, name)
+  parser = _LabelParser(path, label_feature)
+  lengths: list[np.ndarray] = []
+  numbers: list[np.ndarray] = []
+  labels = LabelMapping()
+  try:
+    with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:
+      for some in _batches(tfrecord.iterate_blocks(file)):
+        lengths.append(np.array(list(map(len, some)), np.uint32))
+        numbers.append(labels.numbers_of(parser.labels_of(some)))
+    ends = np.cumsum(_joined(lengths, np.uint32) + np.int64(tfrecord.OVERHEAD_BYTES))
+    shard = manifest.describe_shard(folder, name, len(ends))
+  except tfrecord.FramingError as damage:
+    raise UserError(damage.line(path)) from damage
+  except OSError as error:
+    raise UserError(f"{path} can't be read: {error.strerror}.") from error
+  offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
+  names = [_text(path, label) for label in labels.names]
+  return ShardIndex(
+    shard, offsets, _joined(lengths, np.uint32), _joined(numbers, np.int32), names
+  )
+
+
+def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+  return np.concatenate([np.empty(0, dtype), *parts])
+
+
+def _batches(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
+  """Joins blocks to as many records as are parsed at once, or a few more.
+
+  What comes before a block that fails is given before.
+  """
+  batch: list[bytes] = []
+  num_bytes = 0
+  try:
+    for block in blocks:
+      batch += block
+      num_bytes += sum(map(len, block))
+      if len(batch) >= _MAX_RECORDS or num_bytes >= _BATCH_BYTES:
+        yield batch
+        batch, num_bytes = [], 0
+  except tfrecord.FramingError:
+    yield batch
+    raise
+  yield batch
+
+
+class _LabelParser:
+  """Labels of one shard's records, all of one type.
+
+  Args:
+    path: of the shard, for messages.
+    label_feature: name of the feature that holds the label.
+  """
+
+  def __init__(self, path: str, label_feature: str):
+    self._path = path
+    self._label_feature = label_feature
+    self._is_bytes: Optional[bool] = None
+    self._num_parsed = 0
+
+  def labels_of(self, records: Sequence[bytes]) -> list[Any]:
+    """The labels of the next n records.
+
+    Raises:
+      UserError: naming the first that has none.
+    """
+    if not records:
+      return []
+    if self._is_bytes is None:
+      self._is_bytes = _kind(self._path, 0, records[0], self._label_feature)
+    try:
+      labels = _parse(records, self._label_feature, self._is_bytes)
+    # TensorFlow's message may quote what is no text.
+    except (tf.errors.OpError, UnicodeDecodeError) as error:
+      self._explain(records, error)
+    found = labels.tolist()
+    if b"" in found:
+      number = self._num_parsed + found.index(b"")
+      raise UserError(f"{self._path}: record {number} has an empty label.")
+    self._num_parsed += len(records)
+    return found
+
+  def _explain(self, records: Sequence[bytes], error: Exception) -> NoReturn:
+    """Names the record that TensorFlow stumbled over."""
+    for number, record in enumerate(records, self._num_parsed):
+      if _kind(self._path, number, record, self._label_feature) != self._is_bytes:
+        raise UserError(
+          f"{self._path}: record {number} has a label of another type than those "
+          "before it."
+        ) from error
+    reason = str(error).splitlines()[0]
+    raise UserError(f"{self._path} can't be read: {reason}") from error
+
+
+def _parse(records: Sequence[bytes], feature: str, is_bytes: bool) -> np.ndarray:
+  """[n] bytes or int64, the only value of a feature in each of n examples."""
+  none = np.empty(0, object)
+  parsed = tf.raw_ops.ParseExampleV2(  # Python's own part of parse_example is slow.
+    serialized=np.array(records, object),
+    names=none,
+    sparse_keys=none,
+    dense_keys=np.array([feature], object),
+    ragged_keys=none,
+    dense_defaults=[tf.constant([], tf.string if is_bytes else tf.int64)],
+    num_sparse=0,
+    sparse_types=[],
+    ragged_value_types=[],
+    ragged_split_types=[],
+    dense_shapes=[[]],
+  )
+  return parsed.dense_values[0].numpy()
+
+
+def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
+  """Whether the label of a record is bytes, and not an integer.
+
+  Raises:
+    UserError: it has no label, or one of another type.
+  """
+  where = f"{path}: record {number}"
+  try:
+    features = tf.train.Example.FromString(record).features.feature
+  except Exception as error:  # protobuf has its own.
+    raise UserError(f"{where} is no tf.train.Example.") from error
+  if label_feature not in features:
+    has = ", ".join(sorted(features)) or "none"
+    raise UserError(
+      f"{where} has no feature {label_feature!r}; it has {has}. Name the right one in "
+      "label_feature."
+    )
+  feature = features[label_feature]
+  kind = feature.WhichOneof("kind")
+  if kind not in ("bytes_list", "int64_list"):
+    raise UserError(
+      f"{where} has a label of type {kind or 'nothing'} in {label_feature!r}; it must "
+      "be bytes or an integer."
+    )
+  num_values = len(getattr(feature, kind).value)
+  if num_values != 1:
+    raise UserError(
+      f"{where} has {num_values} labels in {label_feature!r}; it must have one."
+    )
+  return kind == "bytes_list"
+
+
+def _text(path: str, label: Any) -> str:
+  try:
+    return label.decode() if isinstance(label, bytes) else str(label)
+  except UnicodeDecodeError as error:
+    raise UserError(f"{path} has a label {label!r} that is no UTF-8.") from error
+
+
+_OLD = ".old"
+
+
+class ShardIndex(NamedTuple):
+  """Where the records of a shard lie, and what they are.
+
+  Attributes:
+    shard: the file.
+    offsets: [n] int64, where each frame starts, bytes.
+    lengths: [n] uint32, length of each record's data, bytes.
+    labels: [n] int32, positions in `label_names`.
+    label_names: the classes that this shard has.
+  """
+
+  shard: manifest.IndexedShard
+  offsets: np.ndarray
+  lengths: np.ndarray
+  labels: np.ndarray
+  label_names: Sequence[str]
+
+
+class LabelMapping:
+  """Numbers names in the order in which they first come."""
+
+  def __init__(self) -> None:
+    self._ids: dict[Any, int] = {}
+
+  def numbers_of(self, names: Sequence[Any]) -> np.ndarray:
+    """[n] int32, the number of each of n names; a new name gets the next one."""
+    ids = self._ids
+    numbers = (ids.setdefault(name, len(ids)) for name in names)
+    return np.fromiter(numbers, np.int32, len(names))
+
+  @property
+  def names(self) -> list[Any]:
+    """The names by number."""
+    return list(self._ids)
+
+
+def write_index(
+  folder: str,
+  parts: Sequence[ShardIndex],
+  *,
+  label_feature: str,
+  source: Optional[Mapping[str, Any]] = None,
+  old_names: Sequence[str] = (),
+) -> None:
+  """Writes arrays and then the manifest.
+
+  Args:
+    folder: of the index; it exists.
+    parts: in the order of the record numbers.
+    label_feature: name of the feature that the labels were read from.
+    source: fingerprint of what was ingested.
+    old_names: classes that keep their ids; others follow in the order of their names.
+  """
+  new_names = {name for part in parts for name in part.label_names} - set(old_names)
+  class_names = [*old_names, *sorted(new_names)]
+  names = ClassNames.of(class_names)
+  labels = _class_ids(parts, class_names)
+  table = index_arrays.members_from_labels(labels, len(class_names))
+  counts = [part.shard.num_records for part in parts]
+  arrays = index_arrays.IndexArrays(
+    offsets=np.concatenate([part.offsets for part in parts]),
+    lengths=np.concatenate([part.lengths for part in parts]),
+    shards=np.repeat(np.arange(len(counts), dtype=np.int32), counts),
+    labels=labels,
+    member_records=table.records,
+    member_starts=table.starts,
+    name_text=names.text,
+    name_starts=names.starts,
+    name_hashes=names.hashes,
+  )
+  index_arrays.write_arrays(folder, arrays)
+  manifest.write(
+    folder,
+    manifest.Manifest(
+      shards=tuple(part.shard for part in parts),
+      num_classes=len(class_names),
+      label_feature=label_feature,
+      source=source,
+    ),
+  )
+
+
+def publish_index(aside: str, folder: str) -> None:
+  """Moves a written index to its place, over one that is there.
+
+  Who has the old one open goes on with it.
+
+  Args:
+    aside: where it was written.
+    folder: where it belongs.
+  """
+  if not filesystem.is_remote(folder):
+    old = folder + _OLD
+    filesystem.remove_folder(old)
+    if filesystem.exists(folder):
+      os.replace(folder, old)
+    os.replace(aside, folder)
+    filesystem.remove_folder(old)
+    return
+  filesystem.remove_folder(folder)
+  filesystem.make_folder(folder)
+  names = filesystem.list_folder(aside)
+  for name in sorted(names, key=lambda name: name == manifest.MANIFEST_FILE):
+    filesystem.move(os.path.join(aside, name), os.path.join(folder, name))
+
+
+def recover_index(folder: str) -> None:
+  """Puts back the index that `publish_index`, killed, had moved out of the way."""
+  if filesystem.is_remote(folder):
+    return
+  if not filesystem.exists(folder) and filesystem.exists(folder + _OLD):
+    os.replace(folder + _OLD, folder)
+  filesystem.remove_folder(folder + _OLD)
+
+
+def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.ndarray:
+  """[N] int32, the class id of every record."""
+  ids = {name: class_id for class_id, name in enumerate(class_names)}
+  labels = []
+  for part in parts:
+    own = np.array([ids[name] for name in part.label_names], np.int32)
+    labels.append(own[part.labels] if len(own) else np.empty(0, np.int32))
+  return np.concatenate(labels)
+
+
+_ENDINGS = (".tfrecord", ".tfrecords")
+
+
+@gin.register
+class ExistingTFRecords:
+  """TFRecords that are there already, in the folder or the pattern of `ingest.folder`.
+
+  Args:
+    label_feature: name of the feature that holds the label, bytes or an integer.
+  """
+
+  def __init__(self, *, label_feature: str = "label"):
+    self.label_feature = label_feature
+
+
+def index_records(folder_or_pattern: str, *, label_feature: str) -> RecordIndex:
+  """Writes the index of shards, or adds to it those that are new.
+
+  Shards that are in the index already are not read again, unless their time of change
+  is another; their records and classes keep their numbers. Where one of them is missing
+  or has other bytes, all is read anew.
+
+  Args:
+    folder_or_pattern: a folder, of which files ending in .tfrecord or .tfrecords are
+      taken, or a pattern of files.
+    label_feature: name of the feature that holds the label.
+
+  Returns:
+    The index, opened.
+
+  Raises:
+    UserError: naming what can't be read or written.
+  """
+  folder, index_folder = locate(folder_or_pattern)
+  try:
+    with locked_folder(folder, "indexing"):
+      recover_index(index_folder)
+      return _index(folder_or_pattern, folder, index_folder, label_feature)
+  except OSError as error:
+    verb = "written to" if is_out_of_space(error) else "read"
+    raise UserError(f"{folder} can't be {verb}: {error.strerror}.") from error
+
+
+def _index(
+  folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
+) -> RecordIndex:
+  names = _shard_names(folder_or_pattern, folder)
+  old = _reusable(folder_or_pattern, folder, index_folder, label_feature)
+  old_parts = [] if old is None else _parts_of(old)
+  # Of those with another time only samples were compared, which labels may escape.
+  known = {
+    part.shard.name for part in old_parts if manifest.has_time_of(folder, part.shard)
+  }
+  names_to_scan = [name for name in names if name not in known]
+  if old is not None and not names_to_scan:
+    logging.info("%s: all %d shards are indexed already.", folder, len(names))
+    return old
+  scanned = {
+    part.shard.name: part for part in _scan_all(folder, names_to_scan, label_feature)
+  }
+  kept = [scanned.pop(part.shard.name, part) for part in old_parts]
+  parts = [*kept, *scanned.values()]
+  _check_classes(folder_or_pattern, parts)
+  aside = index_folder + ".partial"
+  try:
+    filesystem.remove_folder(aside)  # What a killed run left.
+    filesystem.make_folder(aside)
+    write_index(
+      aside,
+      parts,
+      label_feature=label_feature,
+      old_names=[] if old is None else list(old.class_names),
+    )
+    publish_index(aside, index_folder)
+  except OSError as error:
+    raise UserError(f"{index_folder} can't be written: {error.strerror}.") from error
+  return RecordIndex.open(folder_or_pattern)
+
+
+def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
+  try:
+    if filesystem.absolute(folder_or_pattern) == folder:
+      names = [n for n in filesystem.list_folder(folder) if n.endswith(_ENDINGS)]
+    else:
+      found = filesystem.matching(_in_folder(filesystem.absolute(folder_or_pattern)))
+      beside = (".index", ".index.partial", ".index.old")
+      names = [os.path.basename(p) for p in found if not p.endswith(beside)]
+  except OSError as error:
+    raise UserError(f"{folder} can't be read: {error.strerror}.") from error
+  if not names:
+    raise UserError(
+      f"{folder_or_pattern} has no shards; a folder needs files that end in "
+      f"{' or '.join(_ENDINGS)}, or give a pattern such as 'data/train-*'."
+    )
+  return names
+
+
+def _in_folder(pattern: str) -> str:
+  """The pattern, whose folder is a name and no pattern, whatever is in it."""
+  if filesystem.is_remote(pattern):
+    return pattern
+  folder, names = os.path.split(pattern)
+  return os.path.join(glob.escape(folder), names)
+
+
+def _reusable(
+  folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
+) -> Optional[RecordIndex]:
+  """The index that is there, if it describes what is there."""
+  description = manifest.read(index_folder)
+  if description is None or description.label_feature != label_feature:
+    return None
+  changed = [s for s in description.shards if manifest.change_of(folder, s)]
+  for shard in changed:
+    reason = manifest.change_of(folder, shard)
+    logging.warning("%s %s.", os.path.join(folder, shard.name), reason)
+  if changed:
+    logging.warning("All shards are read anew; classes may get other numbers.")
+    return None
+  return RecordIndex.open(folder_or_pattern)
+
+
+def _parts_of(index: RecordIndex) -> list[ShardIndex]:
+  """The parts that an index was made of."""
+  arrays = index.arrays
+  names = list(index.class_names)
+  ends = np.cumsum([shard.num_records for shard in index.manifest.shards]).tolist()
+  parts = []
+  for shard, end in zip(index.manifest.shards, ends):
+    part = slice(end - shard.num_records, end)
+    labels = arrays.labels[part]
+    parts.append(
+      ShardIndex(shard, arrays.offsets[part], arrays.lengths[part], labels, names)
+    )
+  return parts
+
+
+def _scan_all(
+  folder: str, names: Sequence[str], label_feature: str
+) -> list[ShardIndex]:
+  """The parts of new shards, read side by side."""
+  pass  # Late: TensorFlow isn't needed before.
+
+  parts = []
+  with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+    scanned = threads.map(lambda name: scan_shard(folder, name, label_feature), names)
+    progress = Progress(f"indexing {folder}", "shards", len(names))
+    for part in scanned:
+      parts.append(part)
+      progress.advance(1)
+    progress.finish()
+  return parts
+
+
+def _check_classes(folder_or_pattern: str, parts: Sequence[ShardIndex]) -> None:
+  names = {name for part in parts for name in part.label_names}
+  if len(names) < 2:
+    raise UserError(
+      f"{folder_or_pattern} has {len(names)} class ({', '.join(names)}); retrieval "
+      "needs at least two."
+    )

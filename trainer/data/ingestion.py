@@ -1,0 +1,234 @@
+"""Writes items as TFRecord shards with their index, so that no half is taken for whole.
+
+All is written into a folder aside. Then the shards are moved to their place, and last
+the whole index, without which nothing reads them. What a killed run left aside is gone
+on from: shards that were finished are not made again.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent import futures
+from typing import Callable, Optional, TypeVar
+
+import tensorflow as tf
+from absl import logging
+
+from trainer.data import indexing, shards
+from trainer.data.example_encoder import ExampleEncoder, Prepared
+from trainer.data.records import locate_folder
+from trainer.data.shards import ShardPart, Unreadable
+from trainer.data.sources.source import Item, ItemLoader, Loader
+from trainer.errors import UserError
+from trainer.runtime import filesystem
+from trainer.runtime.lease import locked_folder
+from trainer.runtime.progress import Progress
+
+_ASIDE = ".partial"
+_MAX_PIXELS = 100_000_000
+_ITEMS_AHEAD = 256
+# EFBIG: a limit on the size of files. None: NumPy's short writes carry no number.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+
+def write_records(
+  items: Iterable[Item],
+  folder: str,
+  *,
+  records_per_shard: int,
+  fingerprint: Mapping[str, object],
+) -> collections.Counter[str]:
+  """Writes items that are loaded already; all must be readable.
+
+  Args:
+    items: each is checked to decode.
+    folder: made if it is missing.
+    records_per_shard: the last shard may have fewer.
+    fingerprint: of the source, to tell later whether it is the same.
+
+  Returns:
+    Number of records of each class.
+
+  Raises:
+    UserError: as `RecordWriter.write`.
+  """
+  writer = RecordWriter(
+    ExampleEncoder(max_pixels=_MAX_PIXELS), records_per_shard=records_per_shard
+  )
+  parts = writer.write(map(ItemLoader, items), folder, fingerprint)
+  return collections.Counter(label for part in parts for label in part.labels)
+
+
+class RecordWriter:
+  """Loads, prepares and writes items, some side by side, in their order.
+
+  Args:
+    preparer: makes records of items.
+    records_per_shard: items that go into a shard; the last may have fewer.
+    leave_out_unreadable: whether an item that can't be read is left out and noted,
+      and not the end.
+    num_threads: items at once; None for as many as there are cores.
+  """
+
+  def __init__(
+    self,
+    preparer: ExampleEncoder,
+    *,
+    records_per_shard: int,
+    leave_out_unreadable: bool = False,
+    num_threads: Optional[int] = None,
+  ):
+    self._preparer = preparer
+    self._records_per_shard = records_per_shard
+    self._leave_out_unreadable = leave_out_unreadable
+    self._num_threads = num_threads or os.cpu_count() or 1
+
+  def write(
+    self,
+    loaders: Iterable[Loader],
+    folder: str,
+    fingerprint: Mapping[str, object],
+    *,
+    num_items: Optional[int] = None,
+  ) -> list[ShardPart]:
+    """Writes shards and index; one that is there already is replaced.
+
+    Args:
+      loaders: give the items, always in the same order.
+      folder: made if it is missing.
+      fingerprint: of the source.
+      num_items: how many there are, for the progress bar; None where it isn't known.
+
+    Returns:
+      What was written, shard by shard.
+
+    Raises:
+      UserError: an item can't be read or kept, there are not two classes, the folder
+        can't be written to, a file of the user's own is where a shard belongs, or
+        another process writes into it.
+    """
+    folder, index_folder = locate_folder(folder)
+    aside = os.path.join(folder, _ASIDE)
+    try:
+      filesystem.make_folder(folder)
+      with locked_folder(folder, "ingesting into"):
+        indexing.recover_index(index_folder)
+        try:
+          parts = _resume(aside, fingerprint)
+          shards.check_names_free(folder, index_folder, [_shard_name(0)])
+          self._write_shards(loaders, aside, parts, num_items)
+          _check_classes(parts)
+          shards.publish_shards(parts, aside, folder, index_folder, fingerprint)
+        except (OSError, UserError):
+          shards.withdraw_shards(aside)
+          raise
+        filesystem.remove_folder(aside)
+    except OSError as error:
+      raise UserError(_explain(error, folder)) from error
+    return parts
+
+  def _write_shards(
+    self,
+    loaders: Iterable[Loader],
+    aside: str,
+    parts: list[ShardPart],
+    num_items: Optional[int],
+  ) -> None:
+    """Writes those that come after the parts there are, and adds them."""
+    num_done = sum(part.num_taken for part in parts)
+    rest = itertools.islice(loaders, num_done, None)
+    progress = Progress("ingesting", "items", num_items, done=num_done)
+    with futures.ThreadPoolExecutor(self._num_threads) as threads:
+      records = _counted(_in_order(threads, self._prepare, rest), progress)
+      for first in records:
+        others = itertools.islice(records, self._records_per_shard - 1)
+        shard = itertools.chain((first,), others)
+        parts.append(shards.write_shard(aside, _shard_name(len(parts)), shard))
+    progress.finish()
+
+  def _prepare(self, load: Loader) -> Prepared | Unreadable:
+    try:
+      return self._prepare_or_refuse(load)
+    except UserError as error:
+      if not self._leave_out_unreadable:
+        raise
+      logging.warning("%s Left out.", error)
+      return Unreadable(str(error))
+
+  def _prepare_or_refuse(self, load: Loader) -> Prepared:
+    """The record of an item; whatever is wrong with the item is a `UserError`."""
+    key = "An item"
+    try:
+      item = load()
+      key = item.key
+      return self._preparer(item)
+    except UserError:
+      raise
+    except (ValueError, tf.errors.OpError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise UserError(f"{key} can't be kept: {reason}") from error
+
+
+def _shard_name(number: int) -> str:
+  return f"records-{number:05}.tfrecord"
+
+
+def _in_order(
+  threads: futures.Executor, work_fn: Callable[[_In], _Out], inputs: Iterable[_In]
+) -> Iterator[_Out]:
+  """As `map`, but takes few inputs ahead."""
+  waiting: collections.deque[futures.Future[_Out]] = collections.deque()
+  try:
+    for each in inputs:
+      waiting.append(threads.submit(work_fn, each))
+      if len(waiting) > _ITEMS_AHEAD:
+        yield waiting.popleft().result()
+    while waiting:
+      yield waiting.popleft().result()
+  finally:
+    for future in waiting:
+      future.cancel()
+
+
+def _counted(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
+  for record in records:
+    yield record
+    progress.advance(1)
+
+
+def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[ShardPart]:
+  """The shards that a killed run of the same source finished; otherwise starts anew."""
+  note = os.path.join(aside, "fingerprint.json")
+  content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
+  parts = shards.take_back_shards(aside) if filesystem.exists(aside) else []
+  if filesystem.exists(note) and filesystem.read_bytes(note) == content:
+    if parts:
+      logging.info("Going on after %d shards that are finished.", len(parts))
+    return parts
+  filesystem.remove_folder(aside)
+  filesystem.make_folder(aside)
+  filesystem.write_bytes(note, content)
+  return []
+
+
+def _check_classes(parts: list[ShardPart]) -> None:
+  classes = sorted({label for part in parts for label in part.labels})
+  if len(classes) < 2:
+    raise UserError(
+      f"The source has {len(classes)} class ({', '.join(classes)}); retrieval needs at "
+      "least two."
+    )
+
+
+def _explain(error: OSError, folder: str) -> str:
+  if error.errno in _NO_ROOM:
+    return f"{folder}: the disk is full; free some space and run the ingest again."
+  return f"{error.filename or folder} can't be written to: {error.strerror}."

@@ -1,0 +1,438 @@
+"""Batch samplers: pure functions from a step to record numbers.
+
+So resuming is exact and free, and the global batch does not depend on who computes it.
+
+Shapes: S steps, P classes and K samples a class in a batch, B records in a batch.
+
+Each is a pure function of the step, as its parts are.
+
+Shapes: S steps, P classes and K samples a class in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Callable, Optional, Protocol
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.data import index_arrays, permutation
+from trainer.data.class_sampling import (
+  ClassStream,
+  ClassWeights,
+  EqualClasses,
+  WeightedClasses,
+)
+from trainer.data.sources.source import NamePattern
+from trainer.errors import UserError
+
+# What a hash is for, so that no two uses of one seed are alike (1 and 3: the classes).
+_MEMBERS = 2
+# Sizes of classes are looked at so many at a time, to hold little of them.
+_CLASSES_AT_A_TIME = 1_000_000
+
+
+StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
+
+
+class BatchSampler(Protocol):
+  """What the pipeline must know of a schedule."""
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """(P, K) or (B,)."""
+
+  def batch(self, step: int) -> np.ndarray:
+    """Record numbers of a step, [P, K] or [B] int64; −1 is a padding row."""
+
+
+def draw(schedule: BatchSampler, steps: np.ndarray) -> np.ndarray:
+  """[S, P, K] or [S, B] int64, what a schedule draws in steps [S].
+
+  Many steps at once cost little more than one, where a schedule has `batches`.
+  """
+  batches = getattr(schedule, "batches", None)
+  if batches is not None:
+    return batches(steps)
+  return np.stack([schedule.batch(step) for step in steps.tolist()])
+
+
+@gin.register
+class PKSchedule:
+  """P classes of K samples each, classes and members balanced over time.
+
+  Every class comes once in an epoch of classes, or as often as its weight says. Within
+  a class no member comes again before all have come. The P classes of a batch are
+  distinct, and the K samples of a class too if it has so many; otherwise each is
+  repeated as equally often as possible.
+  """
+
+  def __init__(
+    self,
+    index: index_arrays.Classes,
+    *,
+    classes_per_batch: int,
+    samples_per_class: int,
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+    small_classes: str = "repeat",
+    weights: Optional[ClassWeights] = None,
+    stream_fn: Optional[StreamFn] = None,
+  ):
+    """Looks up what can be drawn.
+
+    Args:
+      index: knows classes and their members, such as a `RecordIndex`.
+      classes_per_batch: P.
+      samples_per_class: K.
+      seed: another seed, another order.
+      classes: int32 ids of the classes to draw from; None for all.
+      small_classes: "repeat" members of a class of fewer than K, or "leave_out" it.
+      weights: how often each class comes; None for all equally often.
+      stream_fn: makes of the stream of classes, of P and of the classes' ids (None for
+        all) the stream that is drawn from; None for the stream itself.
+
+    Raises:
+      UserError: if P or K is below 1, or fewer than P classes can be drawn.
+    """
+    _check_at_least_one("classes_per_batch", classes_per_batch)
+    _check_at_least_one("samples_per_class", samples_per_class)
+    self._num_samples = samples_per_class
+    self._num_classes_drawn = classes_per_batch
+    self._seed = seed
+    self._table = index_arrays.members_of(index)
+    self._classes = _drawable(self._table, classes, samples_per_class, small_classes)
+    self.num_classes = (
+      self._table.num_classes if self._classes is None else len(self._classes)
+    )
+    if self.num_classes < classes_per_batch:
+      raise UserError(
+        f"classes_per_batch={classes_per_batch} but only {self.num_classes} classes "
+        f"can be drawn from; choose at most {self.num_classes}."
+      )
+    self._stream = self._make_stream(weights)
+    if stream_fn is not None:
+      self._stream = stream_fn(self._stream, classes_per_batch, self._classes)
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """(P, K)."""
+    return self._num_classes_drawn, self._num_samples
+
+  def batch(self, step: int) -> np.ndarray:
+    """[P, K] int64, the record numbers of a step."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    draws = self._stream.draw(steps)
+    ranks, blocks = draws.classes.ravel(), draws.blocks.ravel()
+    class_ids = ranks if self._classes is None else self._classes[ranks]
+    starts = self._table.starts[class_ids]
+    sizes = self._table.starts[class_ids + 1] - starts
+    keys = permutation.mix(self._seed, _MEMBERS, class_ids)
+    places = permutation.distinct_block(blocks, sizes, keys, self._num_samples)
+    records = self._table.records[starts[:, None] + places]
+    return records.reshape(len(steps), *self.shape)
+
+  def _make_stream(self, weights: Optional[ClassWeights]) -> ClassStream:
+    if weights is None:
+      return EqualClasses(self.num_classes, self._num_classes_drawn, self._seed)
+    sizes = np.diff(self._table.starts)
+    if self._classes is not None:
+      sizes = sizes[self._classes]
+    tickets = weights.num_tickets(sizes, self._num_samples)
+    return WeightedClasses(tickets, self._num_classes_drawn, self._seed)
+
+
+class SequentialSchedule:
+  """Given records once, in order; the last batch is filled up with −1."""
+
+  def __init__(self, record_numbers: np.ndarray, *, records_per_batch: int):
+    """Takes the records to go through.
+
+    Args:
+      record_numbers: [n] int64.
+      records_per_batch: B.
+
+    Raises:
+      UserError: if B is below 1.
+    """
+    _check_at_least_one("records_per_batch", records_per_batch)
+    self._records = np.asarray(record_numbers, np.int64)
+    self._size = records_per_batch
+
+  @property
+  def num_batches(self) -> int:
+    """Batches until every record has come once."""
+    return -(-len(self._records) // self._size)
+
+  @property
+  def shape(self) -> tuple[int]:
+    """(B,)."""
+    return (self._size,)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[B] int64, the record numbers of a step; −1 from the last record on."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, B] int64, the record numbers of steps [S] int64."""
+    places = steps[:, None] * self._size + np.arange(self._size)
+    is_real = places < len(self._records)
+    records = self._records[np.where(is_real, places, 0)]
+    return np.where(is_real, records, -1)
+
+
+def _drawable(
+  table: index_arrays.MemberTable,
+  classes: Optional[np.ndarray],
+  num_samples: int,
+  small_classes: str,
+) -> Optional[np.ndarray]:
+  """Ids of the classes to draw from; None for all, which takes no memory."""
+  if small_classes not in ("repeat", "leave_out"):
+    raise UserError(
+      f"small_classes={small_classes!r} is not known; choose 'repeat' or 'leave_out'."
+    )
+  smallest = 1 if small_classes == "repeat" else num_samples
+  num_classes = table.num_classes if classes is None else len(classes)
+  is_drawn = np.empty(num_classes, bool)
+  num_small = 0
+  for first in range(0, num_classes, _CLASSES_AT_A_TIME):
+    part = slice(first, min(first + _CLASSES_AT_A_TIME, num_classes))
+    ids = np.arange(part.start, part.stop) if classes is None else classes[part]
+    sizes = table.starts[ids + 1] - table.starts[ids]
+    is_drawn[part] = sizes >= smallest
+    num_small += int(np.count_nonzero((sizes < num_samples) & (sizes > 0)))
+  if num_small:
+    logging.info(
+      "%d of %d classes have fewer than %d records: %s",
+      num_small,
+      num_classes,
+      num_samples,
+      "their records are repeated"
+      if small_classes == "repeat"
+      else "they are left out",
+    )
+  if is_drawn.all():
+    return None if classes is None else np.asarray(classes, np.int32)
+  if classes is None:
+    return np.flatnonzero(is_drawn).astype(np.int32)
+  return np.asarray(classes, np.int32)[is_drawn]
+
+
+def _check_at_least_one(name: str, value: int) -> None:
+  if value < 1:
+    raise UserError(f"{name}={value} is too small; it must be at least 1.")
+
+
+# What hashes are for, so that no two uses of one seed are alike (1 to 3: PKSchedule).
+_GROUPS = 4
+
+
+class NamedClasses(index_arrays.Classes, Protocol):
+  """Classes with their members and names, such as a `RecordIndex`."""
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Names by class id."""
+
+
+ScheduleFn = Callable[..., PKSchedule]
+
+
+class _SideBySide:
+  """Batches that have the rows of several schedules, one below the other."""
+
+  def __init__(self, parts: Sequence[BatchSampler], num_samples: int):
+    self._parts = parts
+    self._num_samples = num_samples
+    num_records = sum(int(np.prod(part.shape)) for part in parts)
+    self.shape = (num_records // num_samples, num_samples)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[P, K] int64, the record numbers of a step."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    rows = [
+      draw(part, steps).reshape(len(steps), -1, self._num_samples)
+      for part in self._parts
+    ]
+    return np.concatenate(rows, axis=1)
+
+
+@gin.register
+def with_hard_classes(
+  index: NamedClasses,
+  *,
+  schedule_fn: ScheduleFn,
+  hard_classes: Sequence[str],
+  num_hard: int,
+  num_others: int,
+  classes: Optional[np.ndarray] = None,
+) -> BatchSampler:
+  """Batches of which some rows are of given classes, and the rest of the others.
+
+  Args:
+    index: knows classes, members and names.
+    schedule_fn: makes the schedule of either part.
+    hard_classes: names of the given classes; those not in `classes` are passed over.
+    num_hard: how many of a batch's classes are of them.
+    num_others: how many are not.
+    classes: int32 ids of the classes to draw from; None for all.
+
+  Returns:
+    A schedule of num_hard + num_others classes.
+
+  Raises:
+    UserError: no class has one of the names, or a part has not enough classes.
+  """
+  ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
+  wanted = set(hard_classes)
+  names = [index.class_names[class_id] for class_id in ids]
+  is_hard = np.array([name in wanted for name in names], bool)
+  unknown = wanted.difference(names)
+  if unknown:  # Others are of the other side of a split.
+    unknown.difference_update(index.class_names)
+  if unknown:
+    raise UserError(
+      f"with_hard_classes.hard_classes names {', '.join(sorted(unknown))}, "
+      "and the data have no such class."
+    )
+  parts = [
+    schedule_fn(index, classes=ids[chosen], classes_per_batch=num)
+    for chosen, num in ((is_hard, num_hard), (~is_hard, num_others))
+  ]
+  return _SideBySide(parts, parts[0].shape[1])
+
+
+@gin.register
+def with_lone_images(
+  index: index_arrays.Classes,
+  *,
+  schedule_fn: ScheduleFn,
+  num_lone_rows: int,
+  seed: int,
+  classes: Optional[np.ndarray] = None,
+) -> BatchSampler:
+  """Batches with rows of classes of one image, which serve as negatives only.
+
+  Such a row has K images of K classes, where others have K of one. The schedule draws
+  from the other classes alone.
+
+  Args:
+    index: knows classes and members.
+    schedule_fn: makes the schedule of the classes of two images or more.
+    num_lone_rows: rows of a batch that have lone images.
+    seed: of their order.
+    classes: int32 ids of the classes to draw from; None for all.
+
+  Returns:
+    A schedule of P + num_lone_rows rows.
+
+  Raises:
+    UserError: there are not as many lone images as a batch takes.
+  """
+  table = index_arrays.members_of(index)
+  ids = np.arange(table.num_classes, dtype=np.int32) if classes is None else classes
+  sizes = table.starts[ids + 1] - table.starts[ids]
+  main = schedule_fn(index, classes=ids[sizes > 1])
+  num_samples = main.shape[1]
+  num_lone = int((sizes == 1).sum())
+  if num_lone < num_lone_rows * num_samples:
+    raise UserError(
+      f"with_lone_images.num_lone_rows={num_lone_rows} rows of {num_samples} need "
+      f"{num_lone_rows * num_samples} classes of one image, and there are {num_lone}; "
+      f"choose at most {num_lone // num_samples}."
+    )
+  lone = PKSchedule(
+    index,
+    classes_per_batch=num_lone_rows * num_samples,
+    samples_per_class=1,
+    seed=seed,
+    classes=ids[sizes == 1],
+  )
+  return _SideBySide([main, lone], num_samples)
+
+
+@gin.register
+class OneGroupSchedule:
+  """Batches of which each is drawn from one group of classes, such as a category.
+
+  A group comes as often an epoch as it has batches' worth of classes, and each time
+  goes on where its own schedule was.
+
+  Args:
+    index: knows classes, members and names.
+    schedule_fn: makes the schedule of a group.
+    group_pattern: regular expression whose first group, searched in a class's name,
+      names the class's group; as it stands, what is before the first slash.
+    seed: of the order of the groups.
+    classes: int32 ids of the classes to draw from; None for all.
+
+  Raises:
+    UserError: the pattern is none, a name has no group, or a group has too few classes
+      for a batch.
+  """
+
+  def __init__(
+    self,
+    index: NamedClasses,
+    *,
+    schedule_fn: ScheduleFn,
+    group_pattern: str = "^([^/]+)/",
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+  ):
+    ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
+    pattern = NamePattern(group_pattern, "OneGroupSchedule.group_pattern")
+    groups: dict[str, list[int]] = {}
+    for class_id in ids.tolist():
+      name = index.class_names[class_id]
+      group = pattern.part_of(name)
+      if group is None:
+        raise UserError(
+          f"The class {name!r} has no group by "
+          f"OneGroupSchedule.group_pattern={group_pattern!r}."
+        )
+      groups.setdefault(group, []).append(class_id)
+    self._schedules = [
+      _schedule_of(index, schedule_fn, name, groups[name]) for name in sorted(groups)
+    ]
+    self.shape = self._schedules[0].shape
+    sizes = [len(groups[name]) for name in sorted(groups)]
+    self._ends = np.cumsum([-(-size // self.shape[0]) for size in sizes])
+    self._key = permutation.mix(seed, _GROUPS)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[P, K] int64, the record numbers of a step."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    total = int(self._ends[-1])
+    keys = np.broadcast_to(self._key, steps.shape)
+    sizes = np.full(steps.shape, total)
+    tickets = permutation.distinct_block(steps, sizes, keys, 1)[:, 0]
+    groups = np.searchsorted(self._ends, tickets, side="right")
+    starts = np.where(groups > 0, self._ends[groups - 1], 0)
+    own_steps = steps // total * (self._ends[groups] - starts) + tickets - starts
+    records = np.empty((len(steps), *self.shape), np.int64)
+    for group in np.unique(groups).tolist():
+      rows = np.flatnonzero(groups == group)
+      records[rows] = draw(self._schedules[group], own_steps[rows])
+    return records
+
+
+def _schedule_of(
+  index: NamedClasses, schedule_fn: ScheduleFn, name: str, class_ids: Sequence[int]
+) -> PKSchedule:
+  try:
+    return schedule_fn(index, classes=np.array(class_ids, np.int32))
+  except UserError as error:
+    raise UserError(f"Group {name!r}: {error}") from error

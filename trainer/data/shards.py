@@ -1,0 +1,387 @@
+"""Shards that are being written: the file, its publication and its summary.
+
+What is there already is replaced only where an earlier ingest made it: files of the
+user's own stay.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import unicodedata
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from trainer.data import indexing, manifest, tfrecord
+from trainer.data.example_encoder import LABEL_FEATURE, Prepared
+from trainer.data.indexing import LabelMapping, ShardIndex
+from trainer.data.records import RecordIndex
+from trainer.errors import UserError
+from trainer.runtime import filesystem
+
+_ENDING = ".part.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Unreadable:
+  """An item that was left out.
+
+  Attributes:
+    reason: names it and says why.
+  """
+
+  reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardPart:
+  """A shard that is done.
+
+  Attributes:
+    name: of its file.
+    num_taken: items of the source that went into it, unreadable ones included.
+    keys: of its records.
+    labels: of its records.
+    lengths: of its records' data, bytes.
+    digests: of what its records hold.
+    unreadable: why items were left out.
+  """
+
+  name: str
+  num_taken: int
+  keys: Sequence[str]
+  labels: Sequence[str]
+  lengths: Sequence[int]
+  digests: Sequence[int]
+  unreadable: Sequence[str]
+
+  def index(self, folder: str) -> ShardIndex:
+    """Its part of the index, of the file as it lies in a folder."""
+    lengths = np.array(self.lengths, np.int64)
+    ends = np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)
+    labels = LabelMapping()
+    numbers = labels.numbers_of(self.labels)
+    return ShardIndex(
+      shard=manifest.describe_shard(folder, self.name, len(lengths)),
+      offsets=ends - lengths - tfrecord.OVERHEAD_BYTES,
+      lengths=lengths.astype(np.uint32),
+      labels=numbers,
+      label_names=labels.names,
+    )
+
+
+def write_shard(
+  folder: str, name: str, records: Iterable[Prepared | Unreadable]
+) -> ShardPart:
+  """Writes a shard, and then a note that it is whole.
+
+  Args:
+    folder: where.
+    name: of the shard's file.
+    records: those to write, and those that are left out; one is held at a time.
+
+  Returns:
+    What the note says.
+
+  Raises:
+    OSError: it can't be written.
+  """
+  kept: list[tuple[str, str, int, int]] = []
+  unreadable: list[str] = []
+
+  def frames() -> Iterator[bytes]:
+    for record in records:
+      if isinstance(record, Unreadable):
+        unreadable.append(record.reason)
+        continue
+      kept.append((record.key, record.label, len(record.data), record.digest))
+      yield tfrecord.frame_record(record.data)
+
+  filesystem.write_parts(os.path.join(folder, name), frames())
+  part = ShardPart(
+    name=name,
+    num_taken=len(kept) + len(unreadable),
+    keys=[key for key, *_ in kept],
+    labels=[label for _, label, *_ in kept],
+    lengths=[length for *_, length, _ in kept],
+    digests=[digest for *_, digest in kept],
+    unreadable=unreadable,
+  )
+  note = os.path.join(folder, name + _ENDING)
+  content = json.dumps(dataclasses.asdict(part)).encode()
+  filesystem.replace_file(note, content)
+  return part
+
+
+def read_shard_parts(folder: str) -> list[ShardPart]:
+  """What the notes in a folder say, in the order of the shards."""
+  names = [name for name in filesystem.list_folder(folder) if name.endswith(_ENDING)]
+  contents = (filesystem.read_bytes(os.path.join(folder, name)) for name in names)
+  return [ShardPart(**json.loads(content)) for content in contents]
+
+
+def take_back_shards(aside: str) -> list[ShardPart]:
+  """Moves what a killed run had published back to where it was made.
+
+  Args:
+    aside: the folder where shards are made, in the folder where they belong.
+
+  Returns:
+    The shards that are finished, by the notes beside them.
+  """
+  parts = read_shard_parts(aside)
+  for part in parts:
+    made = os.path.join(aside, part.name)
+    moved = os.path.join(os.path.dirname(aside), part.name)
+    if not filesystem.exists(made) and filesystem.exists(moved):
+      filesystem.move(moved, made)
+  return parts
+
+
+def withdraw_shards(aside: str) -> None:
+  """Removes what an ingest that failed made, published or not."""
+  with contextlib.suppress(OSError):
+    take_back_shards(aside)
+  filesystem.remove_folder(aside)
+
+
+def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> None:
+  """Makes sure that no file of the user's own would be written over.
+
+  Args:
+    folder: of the shards.
+    index_folder: of their index.
+    names: of the shards that are to be written.
+
+  Raises:
+    UserError: there is such a file, which no ingest is known to have made.
+  """
+  own = manifest.ingested_names(index_folder)
+  for name in names:
+    path = os.path.join(folder, name)
+    if name not in own and filesystem.exists(path):
+      raise UserError(
+        f"{path} is there already, and not of an ingest that is known; choose another "
+        "ingest.folder, or move the file away."
+      )
+
+
+def publish_shards(
+  parts: Sequence[ShardPart],
+  aside: str,
+  folder: str,
+  index_folder: str,
+  fingerprint: Mapping[str, object],
+) -> None:
+  """Moves shards and then index and summary to their place.
+
+  Args:
+    parts: the shards.
+    aside: where they were made.
+    folder: where they belong.
+    index_folder: where their index belongs.
+    fingerprint: of the source.
+
+  Raises:
+    UserError: a file of the user's own is in the way.
+    OSError: something can't be written.
+  """
+  check_names_free(folder, index_folder, [part.name for part in parts])
+  index_aside = os.path.join(aside, "index")
+  filesystem.remove_folder(index_aside)
+  filesystem.make_folder(index_aside)
+  write_summary(index_aside, summary_of_parts(parts))
+  indexing.write_index(
+    index_aside,
+    [part.index(aside) for part in parts],
+    label_feature=LABEL_FEATURE,
+    source=fingerprint,
+  )
+  manifest.retire(index_folder)
+  for part in parts:
+    filesystem.move(os.path.join(aside, part.name), os.path.join(folder, part.name))
+  indexing.publish_index(index_aside, index_folder)
+
+
+SUMMARY_FILE = "summary.json"
+_NUM_NAMES = 5
+_WHOLE_NUMBER = re.compile(r"([+-]?)0*(\d+)(\.0*)?")
+# What pandas, spreadsheets and databases write for a value that is missing.
+_MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+  """What a data set holds.
+
+  Attributes:
+    num_records: records.
+    num_classes: classes that have any.
+    smallest_class: name and number of records.
+    largest_class: name and number of records.
+    num_duplicates: records with the same content as an earlier one.
+    num_duplicates_of_other_class: those of them whose class is another.
+    duplicates: keys of some that are alike, each with the earlier one's.
+    unreadable: why items were left out.
+    num_repeated_keys: records with the key of an earlier one.
+    num_repeated_keys_of_other_class: those of them whose class is another.
+    repeated_keys: some such keys, each with the classes of both records.
+    similar_classes: some pairs of class names that differ in their spelling alone.
+    missing_classes: class names that are the text of a missing value.
+  """
+
+  num_records: int
+  num_classes: int
+  smallest_class: tuple[str, int]
+  largest_class: tuple[str, int]
+  num_duplicates: int = 0
+  num_duplicates_of_other_class: int = 0
+  duplicates: Sequence[tuple[str, str]] = ()
+  unreadable: Sequence[str] = ()
+  num_repeated_keys: int = 0
+  num_repeated_keys_of_other_class: int = 0
+  repeated_keys: Sequence[tuple[str, str, str]] = ()
+  similar_classes: Sequence[tuple[str, str]] = ()
+  missing_classes: Sequence[str] = ()
+
+  def line(self) -> str:
+    """Records, classes and the ends of their sizes."""
+    smallest, largest = self.smallest_class, self.largest_class
+    return (
+      f"{self.num_records} records of {self.num_classes} classes, from {smallest[1]} "
+      f"({smallest[0]}) to {largest[1]} ({largest[0]}) a class."
+    )
+
+  def warnings(self) -> list[str]:
+    """Lines on what is likely a fault of the data; none where there is none."""
+    lines = [*self._warnings_on_classes(), *self._warnings_on_keys()]
+    if self.num_duplicates:
+      shown = "; ".join(f"{again} = {first}" for first, again in self.duplicates)
+      lines.append(
+        f"{self.num_duplicates} records have the content of an earlier one, "
+        f"{self.num_duplicates_of_other_class} of them in another class: {shown}"
+      )
+    if self.unreadable:
+      shown = " ".join(self.unreadable[:_NUM_NAMES])
+      lines.append(f"{len(self.unreadable)} items were left out: {shown}")
+    return lines
+
+  def _warnings_on_keys(self) -> list[str]:
+    if not self.num_repeated_keys:
+      return []
+    shown = "; ".join(
+      key if first == label else f"{key} ({first}, {label})"
+      for key, first, label in self.repeated_keys
+    )
+    return [
+      f"{self.num_repeated_keys} records have the key of an earlier one, "
+      f"{self.num_repeated_keys_of_other_class} of them in another class: {shown}"
+    ]
+
+  def _warnings_on_classes(self) -> list[str]:
+    lines = []
+    if self.similar_classes:
+      shown = "; ".join(f"{a!r} and {b!r}" for a, b in self.similar_classes)
+      lines.append(
+        "Classes stay apart whose names differ only in case, blanks, accents' encoding "
+        f"or the form of a number: {shown}"
+      )
+    if self.missing_classes:
+      shown = ", ".join(map(repr, self.missing_classes))
+      lines.append(f"A class has the name of a missing value: {shown}")
+    return lines
+
+
+def summary_of_parts(parts: Sequence[ShardPart]) -> Summary:
+  """The summary of what was written, shard by shard."""
+  sizes = collections.Counter(label for part in parts for label in part.labels)
+  alike = _repeated(
+    (digest, key, label)
+    for part in parts
+    for digest, key, label in zip(part.digests, part.keys, part.labels)
+  )
+  repeated = _repeated(
+    (key, key, label) for part in parts for key, label in zip(part.keys, part.labels)
+  )
+  largest, *_, smallest = sizes.most_common()
+  return Summary(
+    num_records=sum(sizes.values()),
+    num_classes=len(sizes),
+    smallest_class=smallest,
+    largest_class=largest,
+    num_duplicates=len(alike),
+    num_duplicates_of_other_class=sum(a != b for (_, a), (_, b) in alike),
+    duplicates=[(first, again) for (first, _), (again, _) in alike[:_NUM_NAMES]],
+    unreadable=[reason for part in parts for reason in part.unreadable],
+    num_repeated_keys=len(repeated),
+    num_repeated_keys_of_other_class=sum(a != b for (_, a), (_, b) in repeated),
+    repeated_keys=[(key, a, b) for (key, a), (_, b) in repeated[:_NUM_NAMES]],
+    similar_classes=_similar(sizes)[:_NUM_NAMES],
+    missing_classes=[name for name in sorted(sizes) if name.lower() in _MISSING],
+  )
+
+
+def _repeated(
+  records: Iterable[tuple[Hashable, str, str]],
+) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+  """Records that have what an earlier one has.
+
+  Args:
+    records: what they have, their keys and their labels.
+
+  Returns:
+    Key and label of the first, and of the later one; those of different classes come
+    first, as they teach what is wrong.
+  """
+  first_of: dict[Hashable, tuple[str, str]] = {}
+  repeated = []
+  for value, *names in records:
+    record = (names[0], names[1])
+    first = first_of.setdefault(value, record)
+    if first is not record:
+      repeated.append((first, record))
+  return sorted(repeated, key=lambda pair: pair[0][1] == pair[1][1])
+
+
+def _similar(names: Iterable[str]) -> list[tuple[str, str]]:
+  """Pairs of names that a person may have meant to be one."""
+  first_of: dict[str, str] = {}
+  pairs = []
+  for name in sorted(names):
+    first = first_of.setdefault(_plain(name), name)
+    if first != name:
+      pairs.append((first, name))
+  return pairs
+
+
+def _plain(name: str) -> str:
+  """A name without case and blanks, and a whole number in its shortest form."""
+  text = " ".join(unicodedata.normalize("NFC", name).casefold().split())
+  return _WHOLE_NUMBER.sub(r"\1\2", text) if _WHOLE_NUMBER.fullmatch(text) else text
+
+
+def summary_of_index(index: RecordIndex) -> Summary:
+  """The summary of an index."""
+  sizes = np.diff(index.member_table.starts)
+  drawn = np.flatnonzero(sizes)
+  smallest = int(drawn[np.argmin(sizes[drawn])])
+  largest = int(np.argmax(sizes))
+  return Summary(
+    num_records=index.num_records,
+    num_classes=len(drawn),
+    smallest_class=(index.class_names[smallest], int(sizes[smallest])),
+    largest_class=(index.class_names[largest], int(sizes[largest])),
+  )
+
+
+def write_summary(index_folder: str, summary: Summary) -> None:
+  """Writes `summary.json` into the folder of an index."""
+  content = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False)
+  # A name that is no UTF-8 is shown escaped.
+  encoded = content.encode(errors="backslashreplace")
+  filesystem.write_bytes(os.path.join(index_folder, SUMMARY_FILE), encoded)

@@ -1,0 +1,366 @@
+"""Image files in a folder for each class."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple, Optional, Union
+
+import gin
+from absl import logging
+
+from trainer.data.image_formats import has_image_ending
+from trainer.data.sources.source import Item, Loader, Source
+from trainer.errors import UserError
+from trainer.runtime import filesystem
+
+_NUM_NAMES_SHOWN = 5
+_SUBFOLDERS = ("leave_out", "of_class", "classes")
+_ADVICE = "which ImageFolderSource.subfolders can include"
+# Folders that people put above the class folders.
+_SPLIT_NAME = re.compile(
+  "train(ing|val)?|val(id|idation)?|dev|test(ing)?|eval(uation)?|query|gallery",
+  re.IGNORECASE,
+)
+
+
+class _File(NamedTuple):
+  """An image file: its path within the folder, its class, and its split if any."""
+
+  key: str
+  label: str
+  split: Optional[str] = None
+
+
+class _Listing(NamedTuple):
+  """Names in a folder, sorted; those that begin with a dot are ignored."""
+
+  images: list[str]
+  others: list[str]
+  folders: list[str]
+
+
+class _Count:
+  """A number of files, and the names of the first."""
+
+  def __init__(self):
+    self._number = 0
+    self._names: list[str] = []
+
+  def add(self, names: Iterable[str]) -> None:
+    """Counts files by their names."""
+    for name in names:
+      self._number += 1
+      if self._number <= _NUM_NAMES_SHOWN:
+        self._names.append(name)
+
+  def line(self, what: str) -> list[str]:
+    """What they are, with number and names; none where there are none."""
+    if not self._number:
+      return []
+    dots = ", ..." if self._number > len(self._names) else ""
+    return [f"{self._number} {what} ({', '.join(self._names)}{dots})"]
+
+
+@dataclasses.dataclass
+class _LeftOut:
+  """What becomes no record.
+
+  Attributes:
+    below: images in folders below the class folders.
+    tops: the class folders that have such images.
+    beside: images beside the class folders.
+    folders: folders beside those of `splits`.
+    unreadable: folders below the class folders that can't be listed.
+    endings: number of the files without the ending of an image, by their ending.
+  """
+
+  below: _Count = dataclasses.field(default_factory=_Count)
+  tops: set[str] = dataclasses.field(default_factory=set)
+  beside: _Count = dataclasses.field(default_factory=_Count)
+  folders: _Count = dataclasses.field(default_factory=_Count)
+  unreadable: _Count = dataclasses.field(default_factory=_Count)
+  endings: collections.Counter[str] = dataclasses.field(
+    default_factory=collections.Counter
+  )
+
+  def count_others(self, names: Iterable[str]) -> None:
+    """Counts files without the ending of an image."""
+    endings = (os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    self.endings.update(endings)
+
+  def line(self) -> str:
+    """Everything that was left out; empty if nothing was."""
+    below = self.below.line("images in folders below the class folders")
+    parts = [
+      *(f"{line}, {_ADVICE}" for line in below),
+      *self.beside.line("images beside the class folders"),
+      *self.folders.line("folders that ImageFolderSource.splits does not name"),
+      *self.unreadable.line("folders that can't be listed"),
+    ]
+    if self.endings:
+      number = sum(self.endings.values())
+      common = self.endings.most_common(_NUM_NAMES_SHOWN)
+      shown = ", ".join(f"{count} {ending}" for ending, count in common)
+      dots = ", ..." if len(self.endings) > len(common) else ""
+      parts.append(f"{number} files without the ending of an image ({shown}{dots})")
+    return "; ".join(parts)
+
+
+@gin.register
+class ImageFolderSource(Source):
+  """A folder of class folders of image files.
+
+  Images beside or below the class folders, and files without the ending of an image,
+  are left out and counted in a warning. Names that begin with a dot are ignored.
+
+  Args:
+    folder: its folders are the classes, named after them.
+    subfolders: what to do with images in folders below the class folders: "leave_out";
+      "of_class" gives them the class of the folder above; "classes" makes each folder
+      that holds images a class, named by its path ("alphabet/character").
+    splits: names of folders above the class folders, such as ("train", "test"). All are
+      read, and each record has the name of its own as the feature "split". None for
+      class folders in `folder` itself; folders that are named as splits and hold class
+      folders are then refused, and with () they are not.
+
+  Raises:
+    UserError: `subfolders` is not known, or `splits` is a text.
+  """
+
+  def __init__(
+    self,
+    *,
+    folder: str,
+    subfolders: str = "leave_out",
+    splits: Optional[Sequence[str]] = None,
+  ):
+    if subfolders not in _SUBFOLDERS:
+      raise UserError(
+        f"ImageFolderSource.subfolders={subfolders!r} is not known; choose "
+        f"{', '.join(map(repr, _SUBFOLDERS))}."
+      )
+    if isinstance(splits, str):
+      raise UserError(
+        f"ImageFolderSource.splits={splits!r} must be a list of names, such as "
+        f"({splits!r},)."
+      )
+    self._folder = (
+      folder if filesystem.is_remote(folder) else os.path.expanduser(folder)
+    )
+    self._subfolders = subfolders
+    self._splits = None if splits is None else tuple(splits)
+
+  def fingerprint(self) -> dict[str, object]:
+    """Number of the files, and a digest of their names and sizes.
+
+    Raises:
+      UserError: the folder can't be read, holds splits, or does not hold images of two
+        classes.
+    """
+    digest = hashlib.sha256()
+    for file, size in zip(self._files, self._sizes):
+      shown = "none" if isinstance(size, UserError) else size
+      digest.update(os.fsencode(f"{file.key}\0{shown}\0"))
+    fingerprint: dict[str, object] = {
+      "source": "image_folder",
+      "num_files": len(self._files),
+      "digest": digest.hexdigest(),
+    }
+    # Without options it is that of records that were made before there were any.
+    if self._subfolders != "leave_out":
+      fingerprint["subfolders"] = self._subfolders
+    if self._splits:
+      fingerprint["splits"] = list(self._splits)
+    return fingerprint
+
+  def num_items(self) -> int:
+    """Image files."""
+    return len(self._files)
+
+  def check(self) -> None:
+    """Raises if a file can't be found, such as the target of a broken link.
+
+    Raises:
+      UserError: naming the first such file; or as `fingerprint`.
+    """
+    for size in self._sizes:
+      if isinstance(size, UserError):
+        raise size
+
+  def loaders(self) -> Iterator[Loader]:
+    """Every image, classes and files in the order of their names.
+
+    Yields:
+      Loaders of items whose key is the path within the folder; they raise a `UserError`
+      where the file can't be read.
+
+    Raises:
+      UserError: as `fingerprint`.
+    """
+    for file in self._files:
+      yield functools.partial(self._load, file)
+
+  def _load(self, file: _File) -> Item:
+    try:
+      content = filesystem.read_bytes(self._path(file.key))
+    except OSError as error:
+      raise _unreadable(error) from error
+    features = {} if file.split is None else {"split": file.split}
+    return Item(file.key, file.label, content, features)
+
+  @functools.cached_property
+  def _sizes(self) -> list[Union[int, UserError]]:
+    """Bytes of each file, or why it can't be found."""
+    sizes: list[Union[int, UserError]] = []
+    for file in self._files:
+      try:
+        sizes.append(filesystem.status(self._path(file.key)).num_bytes)
+      except OSError as error:
+        # A store that is out of reach is no fault of the file.
+        if filesystem.is_remote(self._folder) and not isinstance(
+          error, FileNotFoundError
+        ):
+          raise _unreadable(error) from error
+        sizes.append(_unreadable(error))
+    return sizes
+
+  @functools.cached_property
+  def _files(self) -> list[_File]:
+    left_out = _LeftOut()
+    try:
+      by_folder = self._by_class_folder(left_out)
+    except OSError as error:
+      raise _unreadable(error) from error
+    files = [file for files in by_folder.values() for file in files]
+    if self._splits is None:
+      self._check_splits(files, left_out.tops)
+    num_classes = len({file.label for file in files})
+    what = left_out.line()
+    if num_classes < 2:
+      raise UserError(
+        f"{self._folder} holds images of {num_classes} classes; it needs a folder of "
+        f"images for each of at least two.{' Left out: ' if what else ''}{what}"
+      )
+    empty = _Count()
+    empty.add(name for name, files in by_folder.items() if not files)
+    for line in empty.line("class folders hold no image and are left out"):
+      logging.warning("%s: %s", self._folder, line)
+    if what:
+      logging.warning("%s: left out: %s.", self._folder, what)
+    return files
+
+  def _by_class_folder(self, left_out: _LeftOut) -> dict[str, list[_File]]:
+    """The images of each class folder, by its path."""
+    if self._splits:
+      folders = self._list("", is_top=True).folders
+      left_out.folders.add(name for name in folders if name not in self._splits)
+    by_folder = {}
+    for split in self._splits or (None,):
+      top = self._list(split or "", is_top=True)
+      left_out.beside.add(_join(split, name) for name in top.images)
+      for name in top.folders:
+        files = list(self._of_class_folder(split, name, left_out))
+        by_folder[_join(split, name)] = files
+    return by_folder
+
+  def _of_class_folder(
+    self, split: Optional[str], name: str, left_out: _LeftOut
+  ) -> Iterator[_File]:
+    top = _join(split, name)
+    self._check_name(top)
+    for folder, listing in self._walk(top, left_out):
+      images = listing.images
+      left_out.count_others(listing.others)
+      if self._subfolders == "leave_out":
+        if folder != top:
+          if images:
+            left_out.below.add(_join(folder, image) for image in images)
+            left_out.tops.add(top)
+          continue
+        # A folder that is named like an image is refused by name.
+        images = sorted([*images, *filter(has_image_ending, listing.folders)])
+      label = folder if self._subfolders == "classes" else top
+      label = label if split is None else label[len(split) + 1 :]
+      if images:
+        self._check_name(folder)
+      for image in images:
+        yield _File(_join(folder, image), label, split)
+
+  def _walk(self, top: str, left_out: _LeftOut) -> Iterator[tuple[str, _Listing]]:
+    """A class folder and those below it, without links to a folder above them."""
+    stack = [(top, frozenset([self._identity("")]))]
+    while stack:
+      folder, above = stack.pop()
+      identity = self._identity(folder)
+      if identity in above:
+        continue
+      try:
+        listing = self._list(folder)
+      except OSError:
+        if folder == top or self._subfolders != "leave_out":
+          raise
+        left_out.unreadable.add([folder])
+        continue
+      yield folder, listing
+      inside = above | {identity}
+      stack += [(_join(folder, name), inside) for name in reversed(listing.folders)]
+
+  def _list(self, folder: str, *, is_top: bool = False) -> _Listing:
+    path = self._path(folder)
+    names = [name for name in filesystem.list_folder(path) if not name.startswith(".")]
+    if filesystem.is_remote(path):
+      # Each question takes a request: below the top, images are not asked for.
+      asked = [name for name in names if is_top or not has_image_ending(name)]
+      folders = [
+        name for name in asked if filesystem.is_folder(os.path.join(path, name))
+      ]
+    else:
+      folders = [n for n in filesystem.list_folders(path) if not n.startswith(".")]
+    files = sorted({*names} - {*folders})
+    images = [name for name in files if has_image_ending(name)]
+    return _Listing(images, sorted({*files} - {*images}), folders)
+
+  def _check_name(self, folder: str) -> None:
+    try:
+      folder.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f"{self._path(folder)!r}: a class needs a name in UTF-8; rename the folder."
+      ) from error
+
+  def _check_splits(self, files: Sequence[_File], tops_below: set[str]) -> None:
+    """Refuses folders of splits where class folders belong."""
+    tops = tops_below | {file.key.split("/")[0] for file in files}
+    if not tops or not all(map(_SPLIT_NAME.fullmatch, tops)):
+      return
+    names = tuple(sorted(tops))
+    if not any(file.key.count("/") == 1 for file in files):
+      raise UserError(
+        f"{self._folder} holds {', '.join(names)} above the class folders; set "
+        f"ImageFolderSource.splits = {names!r} to read all, or set "
+        "ImageFolderSource.folder to one of them."
+      )
+    logging.warning(
+      "%s: the classes have the names of splits: %s", self._folder, ", ".join(names)
+    )
+
+  def _identity(self, folder: str) -> str:
+    path = self._path(folder)
+    return path if filesystem.is_remote(path) else os.path.realpath(path)
+
+  def _path(self, key: str) -> str:
+    return os.path.join(self._folder, key) if key else self._folder
+
+
+def _join(folder: Optional[str], name: str) -> str:
+  return f"{folder}/{name}" if folder else name
+
+
+def _unreadable(error: OSError) -> UserError:
+  return UserError(f"{error.filename} can't be read: {error.strerror}.")

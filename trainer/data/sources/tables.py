@@ -1,0 +1,362 @@
+"""Rows of Parquet files, entries of LMDB, and records of TFRecords, made records anew.
+
+Parquet and LMDB are read in a child process, which a damaged file may end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Optional
+
+import gin
+import numpy as np
+
+from trainer.data.sources import reader_process
+from trainer.data.sources.source import (
+  Item,
+  Loader,
+  NamePattern,
+  Source,
+  Value,
+  feature_names,
+  text_of,
+)
+from trainer.errors import UserError
+from trainer.runtime import filesystem
+
+_LMDB_BATCH_BYTES = 4 << 20
+
+
+@gin.register
+class ParquetSource(Source):
+  """Rows of Parquet files; further columns become features of the record.
+
+  Fields of a struct are columns with dotted names, `image.bytes`. A null is left out of
+  its record. Lists, also of fixed size, are features of many values, and nested lists
+  of one length are flattened. Dates, times and decimal numbers become text. Columns
+  named `image`, `label` or `key` beside the two get `_column` behind the name.
+
+  Args:
+    pattern: the files.
+    label_column: column of the class, text or an integer.
+    image_column: column of the image file's bytes; None for rows without images.
+    columns: further columns to keep; None for all.
+  """
+
+  def __init__(
+    self,
+    *,
+    pattern: str,
+    label_column: str = "label",
+    image_column: Optional[str] = "image",
+    columns: Optional[Sequence[str]] = None,
+  ):
+    self._pattern = pattern
+    self._label_column = label_column
+    self._image_column = image_column
+    self._columns = None if columns is None else list(columns)
+
+  def fingerprint(self) -> dict[str, object]:
+    """Names, sizes and times of the files, and the columns."""
+    return {
+      "source": "parquet",
+      "reader": "pyarrow",
+      "files": _states(self._pattern),
+      "columns": [self._label_column, self._image_column, self._columns],
+    }
+
+  def num_items(self) -> Optional[int]:
+    """Rows, by the ends of the files; None where these are remote."""
+    found = _matching(self._pattern)
+    if any(map(filesystem.is_remote, found)):
+      return None  # Each would be copied here twice.
+    return sum(map(_num_parquet_rows, found))
+
+  def loaders(self) -> Iterator[Loader]:
+    """Every row, one after the other; keys are the file and the number in it.
+
+    Raises:
+      UserError: a file can't be read, has no such column, or has one of another type
+        than the files before.
+    """
+    _check_installed("pyarrow", "Parquet files")
+    from trainer.data.sources import (
+      parquet_columns as parquet_columns_lib,  # Late: pyarrow takes time to import.
+    )
+
+    columns = (self._label_column, self._image_column, self._columns)
+    kinds: dict[str, tuple[str, str]] = {}
+    for name, path in _named(_matching(self._pattern)):
+      num_rows, names = 0, {}
+      for header, parts in reader_process.read(
+        parquet_columns_lib.read, path, *columns
+      ):
+        if "kinds" in header:
+          _check_kinds(kinds, header["kinds"], path, self._label_column)
+          names = feature_names(n for n in header["kinds"] if n not in columns[:2])
+        for batch in map(parquet_columns_lib.batch_of, parts):
+          for number in range(batch.num_rows):
+            key = f"{name}/{num_rows + number}"
+            yield functools.partial(self._load, key, batch, number, names)
+          num_rows += batch.num_rows
+
+  def _load(self, key: str, batch: Any, number: int, names: Mapping[str, str]) -> Item:
+    from trainer.data.sources import parquet_columns as parquet_columns_lib
+
+    row = parquet_columns_lib.row_of(batch, number, key)
+    if self._label_column not in row:
+      raise UserError(f"{key} has no label: column {self._label_column!r} is null.")
+    label = text_of(row.pop(self._label_column), key)
+    image = None
+    if self._image_column is not None:
+      image = row.pop(self._image_column, None)
+      if image is None:
+        raise UserError(f"{key} has no image: column {self._image_column!r} is null.")
+    assert image is None or isinstance(image, bytes)
+    return Item(key, label, image, {names[n]: row[n] for n in row if n in names})
+
+
+@gin.register
+class LmdbSource(Source):
+  """Entries of an LMDB file: the value is an image file, the key tells the class.
+
+  Args:
+    path: the database's folder, or its file.
+    label_pattern: regular expression whose first group is the class, searched in the
+      key; as it stands, what is before the last slash.
+
+  Raises:
+    UserError: the expression is none, or has no group.
+  """
+
+  def __init__(self, *, path: str, label_pattern: str = r"^(.+)/"):
+    self._path = filesystem.absolute(path)
+    self._label_pattern = label_pattern
+    self._label = NamePattern(label_pattern, "LmdbSource.label_pattern")
+
+  def fingerprint(self) -> dict[str, object]:
+    """Name, size and time of the file."""
+    return {
+      "source": "lmdb",
+      "files": _states(self._file()),
+      "label_pattern": self._label_pattern,
+    }
+
+  def loaders(self) -> Iterator[Loader]:
+    """Every entry, one after the other, in the order of the keys.
+
+    Raises:
+      UserError: the file can't be read.
+    """
+    _check_installed("lmdb", "LMDB files")
+    for _, parts in reader_process.read(read_lmdb, self._file()):
+      for key, value in zip(parts[::2], parts[1::2]):
+        yield functools.partial(self._load, key, value)
+
+  def _load(self, key: bytes, value: bytes) -> Item:
+    name = key.decode("utf-8", "surrogateescape")
+    label = self._label.part_of(name)
+    if label is None:
+      raise UserError(
+        f"{self._path}: the key {name!r} has no class by "
+        f"LmdbSource.label_pattern={self._label_pattern!r}."
+      )
+    where = f"{self._path}: the key {name!r}"
+    return Item(name, text_of(os.fsencode(label), where), value)
+
+  def _file(self) -> str:
+    inside = os.path.join(self._path, "data.mdb")
+    return inside if filesystem.exists(inside) else self._path
+
+
+def read_lmdb(path: str, name: str) -> Iterator[reader_process.Message]:
+  """Reads keys and values of an LMDB file; runs in a reader process.
+
+  Args:
+    path: of the local file.
+    name: of the file, for messages.
+
+  Yields:
+    Keys and values in turn, some at a time.
+
+  Raises:
+    UserError: the file is damaged.
+  """
+  import lmdb
+
+  try:
+    with (
+      contextlib.closing(
+        lmdb.open(path, subdir=False, readonly=True, lock=False)
+      ) as environment,
+      environment.begin(buffers=False) as transaction,
+    ):
+      parts: list[bytes] = []
+      num_bytes = 0
+      is_sorted = not any(environment.open_db(None, transaction).flags().values())
+      for entry in _checked_entries(transaction, name, is_sorted):
+        parts += entry
+        num_bytes += sum(map(len, entry))
+        if num_bytes >= _LMDB_BATCH_BYTES:
+          yield {}, parts
+          parts, num_bytes = [], 0
+      yield {}, parts
+  except (lmdb.Error, OSError, MemoryError, OverflowError) as error:
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise UserError(f"{name} can't be read as LMDB: {reason}.") from error
+
+
+def _checked_entries(
+  transaction: Any, name: str, is_sorted: bool
+) -> Iterator[tuple[bytes, bytes]]:
+  """Keys and values; as many as the file declares, with keys that increase."""
+  declared, num_entries = transaction.stat()["entries"], 0
+  last: Optional[bytes] = None
+  for key, value in transaction.cursor():
+    num_entries += 1
+    is_unsorted = is_sorted and last is not None and key <= last
+    if num_entries > declared or is_unsorted:
+      raise UserError(f"{name} can't be read: it is damaged after key {last!r}.")
+    last = key
+    yield key, value
+  if num_entries < declared:
+    raise UserError(
+      f"{name} can't be read: it is damaged ({num_entries} entries of {declared} are "
+      "there)."
+    )
+
+
+@gin.register
+class TfRecordSource(Source):
+  """Records of TFRecords, to be written anew: with other names, or resized.
+
+  To use TFRecords as they are, see `RecordsInPlace`.
+
+  Args:
+    pattern: the files.
+    label_feature: the feature of the class, bytes or an integer.
+    image_feature: the feature of the image file; None where there is none.
+    features: names of further features to keep.
+  """
+
+  def __init__(
+    self,
+    *,
+    pattern: str,
+    label_feature: str = "label",
+    image_feature: Optional[str] = "image",
+    features: Sequence[str] = (),
+  ):
+    self._pattern = pattern
+    self._label_feature = label_feature
+    self._image_feature = image_feature
+    self._features = tuple(features)
+
+  def fingerprint(self) -> dict[str, object]:
+    """Names, sizes and times of the files."""
+    names = [self._label_feature, self._image_feature, *self._features]
+    return {"source": "tfrecord", "files": _states(self._pattern), "features": names}
+
+  def loaders(self) -> Iterator[Loader]:
+    """Every record, in the order of the files; keys are file and number.
+
+    Raises:
+      UserError: naming the record that is damaged.
+    """
+    from trainer.data import tfrecord
+
+    for name, path in _named(_matching(self._pattern)):
+      try:
+        with filesystem.open_file(path, "rb") as file:
+          for number, record in enumerate(tfrecord.iterate_records(file)):
+            yield functools.partial(self._load, f"{name}/{number}", record)
+      except tfrecord.FramingError as error:
+        raise UserError(error.line(path)) from error
+      except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror}.") from error
+
+  def _load(self, key: str, record: bytes) -> Item:
+    from trainer.data import tfrecord
+
+    values = tfrecord.arrays(record, key)
+    names = [self._label_feature, self._image_feature, *self._features]
+    for name in names:
+      if name is not None and name not in values:
+        raise UserError(f"{key} has no feature {name!r}; it has {', '.join(values)}.")
+    label = text_of(_only(values[self._label_feature], key, self._label_feature), key)
+    image = None
+    if self._image_feature is not None:
+      image = _only(values[self._image_feature], key, self._image_feature)
+    further: dict[str, Value] = {n: values[n] for n in self._features}
+    return Item(key, label, image, further)
+
+
+def _only(values: np.ndarray, key: str, name: str) -> Any:
+  if len(values) != 1:
+    raise UserError(f"{key} has {len(values)} values in {name!r}; it must have one.")
+  return values[0]
+
+
+def _check_installed(module: str, purpose: str) -> None:
+  if importlib.util.find_spec(module) is None:
+    raise UserError(f"{purpose} need {module}; install it: pip install {module}")
+
+
+def _num_parquet_rows(path: str) -> int:
+  _check_installed("pyarrow", "Parquet files")
+  from trainer.data.sources import parquet_columns as parquet_columns_lib
+
+  [(header, _)] = reader_process.read(parquet_columns_lib.count, path)
+  return header["num_rows"]
+
+
+def _check_kinds(
+  known: dict[str, tuple[str, str]],
+  kinds: Mapping[str, Optional[str]],
+  path: str,
+  label_column: str,
+) -> None:
+  """Refuses a column that files keep by different types, and notes the new ones."""
+  for column, kind in kinds.items():
+    if kind is None or column == label_column:  # Labels become text.
+      continue
+    before, first = known.setdefault(column, (kind, path))
+    if before != kind:
+      raise UserError(
+        f"{path} has column {column!r} as {kind}, {first} as {before}; write both with "
+        "one type, or leave it out of ParquetSource.columns."
+      )
+
+
+def _named(found: Sequence[str]) -> list[tuple[str, str]]:
+  """Each path with a short name: its last part, or more where two have the same."""
+  names = [os.path.basename(path) for path in found]
+  if len(set(names)) < len(names):
+    above = os.path.commonpath([os.path.dirname(path) for path in found])
+    names = [path[len(above) :].lstrip("/") for path in found]
+  return list(zip(names, found))
+
+
+def _matching(pattern: str) -> list[str]:
+  try:
+    found = filesystem.matching(filesystem.absolute(pattern))
+  except OSError as error:
+    raise UserError(f"{pattern} can't be read: {error.strerror}.") from error
+  if not found:
+    raise UserError(f"{pattern} matches no file.")
+  return found
+
+
+def _states(pattern: str) -> list[Mapping[str, object]]:
+  states: list[Mapping[str, object]] = []
+  for path in _matching(pattern):
+    try:
+      status = filesystem.status(path)
+    except OSError as error:
+      raise UserError(f"{path} can't be read: {error.strerror}.") from error
+    states.append({"name": path, **status._asdict()})
+  return states

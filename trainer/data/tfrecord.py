@@ -1,0 +1,341 @@
+"""TFRecord files: the format, sequential reading, and features of examples.
+
+A frame is the length (8 bytes, little-endian), the masked CRC32C of the length
+(4 bytes), the data, and the masked CRC32C of the data (4 bytes). Source:
+tensorflow/core/lib/io/record_writer.h.
+
+Whatever the file says, no more memory is taken than it has bytes.
+
+Shapes: n records of a buffer.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+import google_crc32c
+import numpy as np
+import tensorflow as tf
+
+from trainer.errors import UserError
+
+LENGTH_BYTES = 8
+HEADER_BYTES = 12
+FOOTER_BYTES = 4
+OVERHEAD_BYTES = HEADER_BYTES + FOOTER_BYTES
+
+_LENGTH_STRUCT = struct.Struct("<Q")
+_FOOTER = struct.Struct("<I")
+_MASK_DELTA = 0xA282EAD8
+_HEAD = operator.itemgetter(slice(None, HEADER_BYTES))
+_DATA = operator.itemgetter(slice(HEADER_BYTES, -FOOTER_BYTES))
+_TAIL = operator.itemgetter(slice(-FOOTER_BYTES, None))
+
+CORRUPT_LENGTH = "has a corrupt length (checksum differs)"
+CORRUPT_DATA = "has corrupt data (checksum differs)"
+
+
+class FramingError(ValueError):
+  """A frame that is cut short or whose checksum does not fit.
+
+  Attributes:
+    number: of the record in its file, where records are read in order.
+  """
+
+  number: int = 0
+
+  def line(self, path: str) -> str:
+    """What is wrong with a file that was read in order, and what to do."""
+    return f"{path}: record {self.number} {self}; restore the file, or leave it out."
+
+
+class CompressedError(FramingError):
+  """A file that is compressed as a whole: no record has an offset."""
+
+  def line(self, path: str) -> str:
+    """What is wrong with a file that was read in order, and what to do."""
+    return (
+      f"{path} is compressed ({self}), and records are read by their offsets; "
+      "decompress the file, or write it anew without compression."
+    )
+
+
+def masked_crc(data: bytes) -> int:
+  """CRC32C as TFRecord stores it: rotated, so that a CRC of CRCs is no special case."""
+  crc = google_crc32c.value(data)
+  return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
+
+
+def frame_record(data: bytes) -> bytes:
+  """The bytes that stand in a file for one record."""
+  return b"".join((_header(len(data)), data, _FOOTER.pack(masked_crc(data))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(num_bytes: int) -> bytes:
+  length = struct.pack("<Q", num_bytes)
+  return length + _FOOTER.pack(masked_crc(length))
+
+
+def parse_headers(lengths: Sequence[int]) -> np.ndarray:
+  """[n, 12] uint8, the headers of data of n lengths."""
+  content = b"".join(map(_header, lengths))
+  return np.frombuffer(content, np.uint8).reshape(-1, HEADER_BYTES)
+
+
+def parse_footers(records: Sequence[bytes]) -> np.ndarray:
+  """[n, 4] uint8, the footers of n records' data."""
+  crcs = np.array(list(map(google_crc32c.value, records)), np.uint32)
+  masked = (crcs >> np.uint32(15) | crcs << np.uint32(17)) + np.uint32(_MASK_DELTA)
+  return masked.astype("<u4").view(np.uint8).reshape(-1, FOOTER_BYTES)
+
+
+def check_header(header: bytes) -> None:
+  """Makes sure that a length, [12] bytes with its checksum, is no damaged one.
+
+  Raises:
+    FramingError: the checksum does not fit.
+  """
+  length_crc = _FOOTER.unpack_from(header, LENGTH_BYTES)[0]
+  if masked_crc(header[:LENGTH_BYTES]) != length_crc:
+    raise FramingError(CORRUPT_LENGTH)
+
+
+def unframe(framed: bytes, num_bytes: int) -> bytes:
+  """The data of a frame.
+
+  Args:
+    framed: what was read where the frame should be.
+    num_bytes: length of the data, as the index has it.
+
+  Returns:
+    The data, `num_bytes` long.
+
+  Raises:
+    FramingError: if the frame is cut short, or a length or checksum does not fit.
+  """
+  if len(framed) != num_bytes + OVERHEAD_BYTES:
+    raise FramingError("is cut short")
+  header, data = framed[:HEADER_BYTES], framed[HEADER_BYTES:-FOOTER_BYTES]
+  if header != _header(num_bytes):
+    check_header(header)
+    (length,) = _LENGTH_STRUCT.unpack_from(header)
+    raise FramingError(f"has {length} bytes where the index has {num_bytes}")
+  if framed[-FOOTER_BYTES:] != _FOOTER.pack(masked_crc(data)):
+    raise FramingError(CORRUPT_DATA)
+  return data
+
+
+def unframe_all(frames: Sequence[bytes], lengths: Sequence[int]) -> list[bytes]:
+  """The data of n frames, as by `unframe`, in half the time that takes.
+
+  Raises:
+    FramingError: one of them is damaged; `unframe` says which and how.
+  """
+  records = list(map(_DATA, frames))
+  heads, tails = b"".join(map(_HEAD, frames)), b"".join(map(_TAIL, frames))
+  if (
+    list(map(len, frames)) != [length + OVERHEAD_BYTES for length in lengths]
+    or heads != parse_headers(lengths).tobytes()
+    or tails != parse_footers(records).tobytes()
+  ):
+    raise FramingError("is damaged")
+  return records
+
+
+def compression(beginning: bytes) -> str:
+  """The method by which a file that begins so is compressed; empty where it is not."""
+  if beginning.startswith(b"\x1f\x8b\x08"):
+    return "GZIP"
+  # Of RFC 1950: deflate in the low bits, and with its check a multiple of 31. A length
+  # that begins so would have zeros further on.
+  is_zlib = beginning[:1] == b"\x78" and int.from_bytes(beginning[:2], "big") % 31 == 0
+  return "ZLIB" if is_zlib and any(beginning[4:LENGTH_BYTES]) else ""
+
+
+# What stays in the processor's cache while it is looked at more than once.
+_CHUNK_BYTES = 1 << 20
+_LENGTH = struct.Struct("<Q")
+
+
+def iterate_records(file: IO[bytes]) -> Iterator[bytes]:
+  """The data of all records of a file, in order.
+
+  Raises:
+    FramingError: as `blocks`.
+  """
+  for block in iterate_blocks(file):
+    yield from block
+
+
+def iterate_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
+  """The data of all records of a file, in order, some at a time.
+
+  Args:
+    file: open for reading, at its start.
+
+  Yields:
+    Data of records; also of those before one that is damaged.
+
+  Raises:
+    FramingError: with the number of the first record that is damaged.
+  """
+  num_left, number, rest = _size(file), 0, b""
+  while rest or num_left:
+    try:
+      chunk = _read_on(file, num_left, rest)
+    except FramingError as error:
+      raise _numbered(error, number, rest) from None
+    num_left -= len(chunk)
+    buffer = rest + chunk
+    block, ends = _cut(buffer)
+    num_good, damage = _check(buffer, block, ends)
+    number += num_good
+    if num_good:
+      yield block[:num_good]
+    if damage:
+      raise _numbered(FramingError(damage), number, buffer)
+    rest = buffer[ends[-1] :] if ends else buffer
+
+
+def _read_on(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
+  """What follows the beginning of a frame: at least what it lacks.
+
+  Raises:
+    FramingError: its length is damaged, or the file ends before.
+  """
+  num_missing = HEADER_BYTES - len(rest)
+  if num_missing <= 0:
+    check_header(rest[:HEADER_BYTES])
+    num_missing = _LENGTH.unpack_from(rest)[0] + OVERHEAD_BYTES - len(rest)
+  if num_missing > num_left:  # Before memory for it is asked for.
+    raise FramingError("is cut short")
+  chunk = file.read(min(num_left, max(_CHUNK_BYTES, num_missing)))
+  if len(chunk) < num_missing:
+    raise FramingError("is cut short")
+  return chunk
+
+
+def _numbered(error: FramingError, number: int, beginning: bytes) -> FramingError:
+  method = compression(beginning) if number == 0 else ""
+  if method:
+    return CompressedError(method)
+  error.number = number
+  return error
+
+
+def _size(file: IO[bytes]) -> int:
+  start = file.tell()
+  file.seek(0, os.SEEK_END)
+  end = file.tell()
+  file.seek(start)
+  return end - start
+
+
+def _cut(buffer: bytes) -> tuple[list[bytes], list[int]]:
+  """The data of the frames that a buffer holds whole, and where each frame ends."""
+  block: list[bytes] = []
+  ends: list[int] = []
+  position, last = 0, len(buffer) - OVERHEAD_BYTES
+  length_at = _LENGTH.unpack_from
+  while position <= last:
+    start = position + HEADER_BYTES
+    end = start + length_at(buffer, position)[0]
+    position = end + FOOTER_BYTES
+    if position > len(buffer):
+      break
+    block.append(buffer[start:end])
+    ends.append(position)
+  return block, ends
+
+
+def _check(
+  buffer: bytes, block: Sequence[bytes], ends: Sequence[int]
+) -> tuple[int, str]:
+  """How many records, from the first, are whole, and what is wrong with the next.
+
+  Args:
+    buffer: what the frames were cut from.
+    block: n records' data.
+    ends: where each frame ends in the buffer.
+
+  Returns:
+    n and nothing, if none is damaged.
+  """
+  if not block:
+    return 0, ""
+  frame_ends = np.array(ends)
+  starts = np.concatenate([np.zeros(1, np.int64), frame_ends[:-1]])
+  bytes_of = np.frombuffer(buffer, np.uint8)
+  headers = bytes_of[starts[:, None] + np.arange(HEADER_BYTES)]
+  footers = bytes_of[frame_ends[:, None] + np.arange(-FOOTER_BYTES, 0)]
+  is_bad_header = headers != parse_headers(list(map(len, block)))
+  is_bad_footer = footers != parse_footers(block)
+  is_bad = is_bad_header.any(axis=1) | is_bad_footer.any(axis=1)
+  first = int(is_bad.argmax())
+  if not is_bad[first]:
+    return len(block), ""
+  is_of_length = bool(is_bad_header[first].any())
+  return first, CORRUPT_LENGTH if is_of_length else CORRUPT_DATA
+
+
+_DTYPES = {"bytes_list": object, "int64_list": np.int64, "float_list": np.float32}
+
+
+def feature_values(record: bytes, name: str) -> dict[str, list[Any]]:
+  """The values of each feature that has any.
+
+  Args:
+    record: serialized example.
+    name: of the record, for the message.
+
+  Returns:
+    Bytes, integers or floats by the feature's name.
+
+  Raises:
+    UserError: it is no example.
+  """
+  return {key: list(kept) for key, (_, kept) in _lists(record, name).items()}
+
+
+def arrays(record: bytes, name: str) -> dict[str, np.ndarray]:
+  """The values of each feature as an array of the feature's own type.
+
+  Args: as `values`.
+
+  Returns:
+    Arrays [n] of int64, float32, or bytes as objects, by the feature's name, also
+    of n = 0.
+
+  Raises:
+    UserError: it is no example.
+  """
+  found = {}
+  for key, (kind, kept) in _lists(record, name).items():
+    found[key] = np.empty(len(kept), _DTYPES[kind])
+    found[key][:] = kept
+  return found
+
+
+def _lists(record: bytes, name: str) -> dict[str, tuple[str, Sequence[Any]]]:
+  """Kind and values of each feature that has a kind."""
+  try:
+    features = tf.train.Example.FromString(record).features.feature
+  except Exception as error:  # protobuf has its own.
+    raise UserError(f"{name} is no tf.train.Example.") from error
+  kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
+  return {
+    key: (kind, getattr(features[key], kind).value)
+    for key, kind in kinds.items()
+    if kind
+  }
+
+
+def feature_text(value: Any) -> Any:
+  """Bytes as text, whatever they hold; all else as it is."""
+  return value.decode(errors="replace") if isinstance(value, bytes) else value

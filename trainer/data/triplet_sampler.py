@@ -1,0 +1,252 @@
+"""Batches of triplets from a list in a file.
+
+Shapes: n triplets.
+
+Shapes: S steps, T triplets in a batch.
+"""
+
+from __future__ import annotations
+
+import array
+import collections
+import io
+import posixpath
+from collections.abc import Mapping
+from typing import Optional
+
+import gin
+import numpy as np
+from absl import logging
+
+from trainer.data import permutation
+from trainer.data.csv_file import CsvFile
+from trainer.data.records import RecordIndex, record_names
+from trainer.errors import UserError, reason_of
+from trainer.runtime import filesystem
+
+COLUMNS = ("anchor", "positive", "negative")
+_UNKNOWN = -1
+_ADVICE = "TripletSchedule.bad_triplets='leave_out' goes without them"
+
+
+def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarray:
+  """Reads a list, and leaves out what can't be learned from.
+
+  That is a triplet of which a key is unknown, the negative is of the anchor's own
+  class, or the positive is the anchor or the negative.
+
+  Args:
+    file: a table as `CsvFile` reads it, with the columns anchor, positive and negative,
+      of keys; or an .npy array [n, 3] of record numbers.
+    index: the records; all are read once where there are keys to be found.
+    is_strict: whether such triplets are an error.
+
+  Returns:
+    [n, 3] int64 record numbers: anchors, positives, negatives.
+
+  Raises:
+    UserError: the file can't be read, is no such list, or has such triplets.
+  """
+  if file.lower().endswith(".npy"):
+    triplets = _numbers_of_array(file)
+    is_known = (triplets >= 0) & (triplets < index.num_records)
+    triplets = np.where(is_known, triplets, _UNKNOWN)
+  else:
+    keys, triplets = _keys_of_table(file)
+    triplets = _numbers_of_keys(file, keys, index)[triplets]
+  return _without_bad(file, triplets, index.labels, is_strict)
+
+
+def _numbers_of_array(file: str) -> np.ndarray:
+  try:
+    content = filesystem.read_bytes(file)
+  except OSError as error:
+    raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
+  try:
+    numbers = np.load(io.BytesIO(content), allow_pickle=False)
+  except Exception as error:  # Python's parser reads the head, and has many.
+    raise UserError(f"{file} is no array: {reason_of(error)}.") from error
+  if not isinstance(numbers, np.ndarray):
+    raise UserError(f"{file} is no array, but several.")
+  if numbers.ndim != 2 or numbers.shape[1] != 3 or numbers.dtype.kind not in "iu":
+    raise UserError(
+      f"{file} has shape {numbers.shape} and type {numbers.dtype}; needed are record "
+      "numbers, integers [n, 3]."
+    )
+  return numbers.astype(np.int64)
+
+
+def _keys_of_table(file: str) -> tuple[dict[str, int], np.ndarray]:
+  """Each key once, numbered as they come; and rows of these numbers, [n, 3]."""
+  # A key that is no UTF-8 is known by the text that stands for it.
+  table = CsvFile(file, COLUMNS, errors="replace")
+  note = table.separator_note()
+  if note is not None:
+    logging.warning("%s", note)
+  columns = [table.columns.index(name) for name in COLUMNS]
+  keys: dict[str, int] = {}
+  numbers = array.array("i")
+  for line, cells in table.rows():
+    if len(cells) <= max(columns) or not all(cells[column] for column in columns):
+      raise UserError(f"{file}: line {line} lacks a key.")
+    numbers.extend(keys.setdefault(cells[column], len(keys)) for column in columns)
+  return keys, np.array(numbers, np.int32).reshape(-1, len(COLUMNS))
+
+
+def _numbers_of_keys(
+  file: str, keys: Mapping[str, int], index: RecordIndex
+) -> np.ndarray:
+  """[number of keys] int64, the record number of each; −1 for none."""
+  numbers = np.full(len(keys), _UNKNOWN, np.int64)
+  meant = np.full(len(keys), _UNKNOWN, np.int64)
+  respelt = _respelt(keys)
+  logging.info("Reading %d records for the keys of %s.", index.num_records, file)
+  for number, name in enumerate(record_names(index, np.arange(index.num_records))):
+    for found, named in ((numbers, keys.get(name)), (meant, respelt.get(name))):
+      if named is None:
+        continue
+      first = int(np.max(found[named]))
+      if first != _UNKNOWN:
+        raise UserError(
+          f"The key {name!r} of {file} is that of two records: "
+          f"{index.describe(first)} and {index.describe(number)}."
+        )
+      found[named] = number
+  is_meant = (numbers == _UNKNOWN) & (meant != _UNKNOWN)
+  _warn_of_keys(file, keys, is_meant, "keys are read without blanks or as plain paths")
+  numbers = np.where(is_meant, meant, numbers)
+  is_unknown = numbers == _UNKNOWN
+  _warn_of_keys(file, keys, is_unknown, "keys are those of no record")
+  return numbers
+
+
+def _respelt(keys: Mapping[str, int]) -> dict[str, list[int]]:
+  """Numbers of the keys that have another, plain spelling, by that spelling."""
+  respelt = collections.defaultdict(list)
+  for key, number in keys.items():
+    plain = posixpath.normpath(key.strip().replace("\\", "/"))
+    if plain != key and plain not in keys:
+      respelt[plain].append(number)
+  return respelt
+
+
+def _warn_of_keys(
+  file: str, keys: Mapping[str, int], is_wanted: np.ndarray, what: str
+) -> None:
+  if is_wanted.any():
+    first = next(name for name, key in keys.items() if is_wanted[key])
+    num_wanted = np.count_nonzero(is_wanted)
+    logging.warning("%s: %d %s, such as %r.", file, num_wanted, what, first)
+
+
+def _without_bad(
+  file: str, triplets: np.ndarray, labels: np.ndarray, is_strict: bool
+) -> np.ndarray:
+  anchors, positives, negatives = triplets.T
+  is_known = (triplets != _UNKNOWN).all(axis=1)
+  reasons = {
+    "a record that there is not": ~is_known,
+    "a negative of the anchor's own class": is_known
+    & (labels[anchors] == labels[negatives]),
+    "the anchor for its positive": is_known & (anchors == positives),
+    "one record for positive and negative": is_known & (positives == negatives),
+  }
+  for reason, is_bad in reasons.items():
+    num_bad = int(np.count_nonzero(is_bad))
+    if not num_bad:
+      continue
+    message = (
+      f"{file}: {num_bad} of {len(triplets)} triplets have {reason}, first triplet "
+      f"{int(np.argmax(is_bad)) + 1}"
+    )
+    if is_strict:
+      raise UserError(f"{message}; {_ADVICE}.")
+    logging.warning("%s; they are left out.", message)
+  return triplets[~np.any(list(reasons.values()), axis=0)]
+
+
+# What a hash is for, so that no two uses of one seed are alike (1 to 7: others).
+_TRIPLETS = 8
+
+
+@gin.register
+class TripletSchedule:
+  """The triplets of a list, each once an epoch, in an order of the seed.
+
+  Each row of a batch is an anchor, a positive and a negative. Triplets with a record of
+  a class that is not trained on are left out, and counted.
+  """
+
+  rows_parameter = "TripletSchedule.triplets_per_batch"
+  # Positives and negatives of a row, after its anchor.
+  group = (1, 1)
+
+  def __init__(
+    self,
+    index: RecordIndex,
+    *,
+    file: str,
+    triplets_per_batch: int,
+    seed: int,
+    bad_triplets: str = "refuse",
+    classes: Optional[np.ndarray] = None,
+  ):
+    """Reads the list.
+
+    Args:
+      index: the records; all are read once, at the start, where the list has keys.
+      file: CSV or TSV with the columns anchor, positive and negative, of the records'
+        keys; or an .npy array [n, 3] of record numbers.
+      triplets_per_batch: T.
+      seed: another seed, another order.
+      bad_triplets: "refuse" a list, or "leave_out" those triplets, that have unknown
+        records, a negative of the anchor's own class, or the anchor or the negative for
+        their positive.
+      classes: int32 ids of the classes to draw from; None for all.
+
+    Raises:
+      UserError: the list can't be read, has such triplets, or no other; or T is below
+        1.
+    """
+    if triplets_per_batch < 1:
+      raise UserError(f"{self.rows_parameter}={triplets_per_batch} must be at least 1.")
+    if bad_triplets not in ("refuse", "leave_out"):
+      raise UserError(
+        f"TripletSchedule.bad_triplets={bad_triplets!r} is not known; choose 'refuse' "
+        "or 'leave_out'."
+      )
+    self.shape = (triplets_per_batch, len(COLUMNS))
+    self._key = permutation.mix(seed, _TRIPLETS)
+    listed = read_triplets(file, index, is_strict=bad_triplets == "refuse")
+    self._triplets = listed
+    if classes is not None:
+      is_drawn = np.zeros(index.num_classes, bool)
+      is_drawn[classes] = True
+      self._triplets = listed[is_drawn[index.labels[listed]].all(axis=1)]
+    num_drawn = len(self._triplets)
+    if not num_drawn:
+      why = "it is empty, or all of it was left out"
+      if len(listed):
+        why = f"{len(listed)} could be learned from, of classes that are not trained on"
+      raise UserError(f"{file} has no triplet to train on: {why}.")
+    logging.info(
+      "%s: %d triplets, and %d of classes that are not trained on.",
+      file,
+      num_drawn,
+      len(listed) - num_drawn,
+    )
+
+  @property
+  def num_triplets(self) -> int:
+    """How many are drawn from."""
+    return len(self._triplets)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[T, 3] int64, the record numbers of a step."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, T, 3] int64, the record numbers of steps [S] int64."""
+    sizes = np.full(steps.shape, self.num_triplets)
+    keys = np.broadcast_to(self._key, steps.shape)
+    return self._triplets[permutation.distinct_block(steps, sizes, keys, self.shape[0])]

@@ -1,0 +1,43 @@
+"""Imports the modules that register with gin, so that configs can name their parts."""
+
+# ruff: noqa: F401
+import trainer.cli.embed
+import trainer.cli.evaluate
+import trainer.cli.export
+import trainer.cli.follow
+import trainer.cli.index
+import trainer.cli.ingest
+import trainer.cli.mine
+import trainer.cli.search
+import trainer.cli.train
+import trainer.cli.train_and_evaluate
+import trainer.cli.validate
+import trainer.data.augment
+import trainer.data.class_sampling
+import trainer.data.dataset
+import trainer.data.example_encoder
+import trainer.data.images
+import trainer.data.indexing
+import trainer.data.samplers
+import trainer.data.sources.arrays
+import trainer.data.sources.image_folders
+import trainer.data.sources.image_lists
+import trainer.data.sources.source
+import trainer.data.sources.tables
+import trainer.data.triplet_sampler
+import trainer.losses
+import trainer.losses.cross_batch_memory
+import trainer.losses.objectives
+import trainer.mining.mined_examples
+import trainer.mining.mined_samplers
+import trainer.mining.miner
+import trainer.mining.negative_windows
+import trainer.mining.offline_mining
+import trainer.models.backbones
+import trainer.models.encoder
+import trainer.retrieval.ground_truth
+import trainer.retrieval.verification
+import trainer.training.learning_rates
+import trainer.training.optimizers
+import trainer.training.options
+import trainer.training.step

@@ -1,0 +1,267 @@
+"""A memory of the last embeddings, as further candidates of the loss.
+
+Cross-batch memory: weights change slowly, so an embedding of some steps ago is nearly
+what it would be now, and costs no forward pass. A loss gets the negatives of a batch of
+tens of thousands for the price of the inner products with them.
+
+Source: Wang et al. 2020, https://arxiv.org/abs/1912.06798.
+
+Shapes: A anchors of a replica, G examples of the batch they are mined in, M entries of
+the bank, N examples, D dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.distribute.collectives import Collectives
+from trainer.errors import UserError
+from trainer.losses import metric_accumulators
+from trainer.losses.loss_terms import Anchors, Candidates, LossTerms
+from trainer.losses.mining_statistics import MinedLoss
+
+_NEVER = -1
+
+
+class Entries(NamedTuple):
+  """Embeddings with what must be known of them later.
+
+  Attributes:
+    embeddings: [N, D] float32, finite.
+    labels: [N] int32.
+    record_numbers: [N] int32, of which record each is.
+    steps: [N] int32, the number of steps done when it was embedded; −1 where there is
+      none.
+  """
+
+  embeddings: tf.Tensor
+  labels: tf.Tensor
+  record_numbers: tf.Tensor
+  steps: tf.Tensor
+
+
+@gin.register
+class MemoryBank(tf.Module):
+  """The last M examples that were trained on, the newest first.
+
+  Each replica keeps all of it, and adds the same examples in the same order, that of
+  the global batch: so no more is sent than what the loss gathers anyway, or where each
+  replica mines alone, the batch once a step. Padding takes a place, and is never a
+  candidate.
+
+  Args:
+    size: M >= 1, in examples; more than the training set only adds older copies.
+    warm_up_steps: steps in which it is filled and not yet used, >= 0: at first weights
+      change fast.
+
+  Raises:
+    UserError: a number is too small.
+  """
+
+  def __init__(self, *, size: int, warm_up_steps: int):
+    if size < 1 or warm_up_steps < 0:
+      raise UserError(
+        f"MemoryBank.size={size} must be at least 1 and "
+        f"warm_up_steps={warm_up_steps} at least 0; the paper has 1,000 of these."
+      )
+    super().__init__()
+    self._size = size
+    self._warm_up_steps = warm_up_steps
+    self.contents: dict[str, tf.Variable] = {}
+
+  def create_variables(self, embedding_size: int) -> None:
+    """Creates an empty bank.
+
+    Args:
+      embedding_size: D.
+    """
+    numbers = tf.fill([self._size], _NEVER)
+    empty = Entries(tf.zeros([self._size, embedding_size]), numbers, numbers, numbers)
+    # All replicas have the same, each writes its own: nothing need be sent.
+    self.contents = {
+      field: tf.Variable(
+        value,
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+      )
+      for field, value in empty._asdict().items()
+    }
+
+  @property
+  def shape(self) -> list[int]:
+    """M and D."""
+    return self.contents["embeddings"].shape.as_list()
+
+  @property
+  def entries(self) -> Entries:
+    """What is in it, [M], the newest first."""
+    return Entries(*map(tf.convert_to_tensor, self.contents.values()))
+
+  def add(self, entries: Entries) -> None:
+    """Adds entries before the others; the last of them fall out.
+
+    Args:
+      entries: in the order of the global batch; the same on all replicas.
+    """
+    for variable, new in zip(self.contents.values(), entries):
+      variable.assign(tf.concat([new, variable], 0)[: self._size])
+
+  def usable(self, entries: Entries, step: tf.Tensor) -> tf.Tensor:
+    """Which entries may be candidates, whatever the batch is, [M] bool.
+
+    Args:
+      entries: M of them.
+      step: [] int32, number of steps done.
+    """
+    return tf.logical_and(entries.steps > _NEVER, step >= self._warm_up_steps)
+
+
+class RemindedLoss:
+  """A loss that has the entries of a bank for further candidates, in one step.
+
+  An entry of a record that is in the batch as well is none: it is an older copy of an
+  anchor itself, or of what is a candidate already.
+
+  Attributes:
+    comparison: as of the loss.
+    margin: as of the loss.
+    added: what the bank gets of this step, once the loss was called.
+
+  Args:
+    loss: any of this package.
+    bank: its variables exist.
+    record_numbers: [A] int32, of this replica's batch.
+    step: [] int32, number of steps done.
+    collectives: the other replicas.
+  """
+
+  def __init__(
+    self,
+    loss: MinedLoss,
+    bank: MemoryBank,
+    *,
+    record_numbers: tf.Tensor,
+    step: tf.Tensor,
+    collectives: Collectives,
+  ):
+    self.comparison = loss.comparison
+    self.margin = loss.margin
+    self._loss = loss
+    self._bank = bank
+    self._record_numbers = record_numbers
+    self._step = step
+    self._collectives = collectives
+    self.added: Optional[Entries] = None
+
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+    """The loss against the batch and the bank; statistics of the bank are added.
+
+    Args:
+      anchors: A of them.
+      candidates: G of them: the global batch, or this replica's.
+
+    Raises:
+      UserError: examples have several labels, or positives are not told by labels.
+    """
+    if candidates.labels.dtype == tf.bool:
+      raise UserError("MemoryBank keeps one label of an example, not several.")
+    if candidates.is_relevant is not None or candidates.is_compared is not None:
+      raise UserError(
+        "MemoryBank goes by labels, and WithinGroups by the list; set "
+        "TrainStep.memory_bank = None, or TrainStep.objective_fn = @across_replicas."
+      )
+    batch = self._entries_of(candidates)
+    is_gathered = batch.labels.shape[0] != self._record_numbers.shape[0]
+    gather = self._collectives.gather
+    self.added = batch if is_gathered else Entries(*map(gather, batch))
+    old = self._bank.entries
+    copies = _Copies(batch.record_numbers, old)
+    is_usable = self._bank.usable(old, self._step)
+    terms = self._loss(
+      anchors,
+      candidates._replace(
+        labels=tf.concat([candidates.labels, old.labels], 0),
+        is_valid=tf.concat([candidates.is_valid, is_usable & ~copies.is_copy], 0),
+        fixed_embeddings=old.embeddings,
+      ),
+    )
+    found = {
+      **_fill_and_age(old, self._step),
+      "bank/drift": copies.drift(
+        anchors.embeddings, self._record_numbers, anchors.weights > 0.0
+      ),
+    }
+    return terms._replace(statistics={**terms.statistics, **found})
+
+  def _entries_of(self, candidates: Candidates) -> Entries:
+    """The batch as what the bank keeps, [G]."""
+    numbers = self._record_numbers
+    if candidates.labels.shape[0] != numbers.shape[0]:
+      numbers = self._collectives.gather(numbers)
+    return Entries(
+      tf.stop_gradient(tf.cast(candidates.embeddings, tf.float32)),
+      candidates.labels,
+      numbers,
+      tf.where(candidates.is_valid, self._step, _NEVER),
+    )
+
+
+class _Copies:
+  """Which entries are older copies of examples of a batch, and how old ones differ.
+
+  Attributes:
+    is_copy: [M] bool.
+
+  Args:
+    record_numbers: [G] int32, of the batch.
+    entries: M of them, the newest first.
+  """
+
+  def __init__(self, record_numbers: tf.Tensor, entries: Entries):
+    self._entries = entries
+    self._sorted = tf.sort(record_numbers)
+    places = self._places(entries.record_numbers)
+    after = tf.searchsorted(self._sorted, entries.record_numbers, side="right")
+    self.is_copy = tf.logical_and(entries.steps > _NEVER, places < after)
+    # By the place of a record among those of the batch, which entry is its newest copy.
+    num_entries, num_places = entries.labels.shape[0], record_numbers.shape[0] + 1
+    numbers = tf.where(self.is_copy, tf.range(num_entries), num_entries)
+    self._newest = tf.math.unsorted_segment_min(numbers, places, num_places)
+
+  def drift(
+    self, embeddings: tf.Tensor, record_numbers: tf.Tensor, is_real: tf.Tensor
+  ) -> metric_accumulators.Ratio:
+    """The mean Euclidean distance of embeddings to their newest copies.
+
+    Args:
+      embeddings: [A, D] float, of examples of the batch.
+      record_numbers: [A] int32.
+      is_real: [A] bool, false for padding.
+    """
+    num_entries = self._entries.labels.shape[0]
+    newest = tf.gather(self._newest, self._places(record_numbers))
+    has_copy = tf.logical_and(newest < num_entries, is_real)
+    copies = tf.gather(self._entries.embeddings, tf.minimum(newest, num_entries - 1))
+    moves = tf.stop_gradient(tf.cast(embeddings, tf.float32)) - copies
+    return metric_accumulators.weighted_mean(tf.norm(moves, axis=1), has_copy)
+
+  def _places(self, record_numbers: tf.Tensor) -> tf.Tensor:
+    return tf.searchsorted(self._sorted, record_numbers)
+
+
+def _fill_and_age(
+  entries: Entries, step: tf.Tensor
+) -> dict[str, metric_accumulators.Ratio]:
+  """How full the bank is, and the mean age of its entries in steps."""
+  is_there = entries.steps > _NEVER
+  ages = tf.cast(step - entries.steps, tf.float32)
+  return {
+    "bank/fill": metric_accumulators.weighted_mean(
+      tf.cast(is_there, tf.float32), tf.ones_like(is_there)
+    ),
+    "bank/age_steps": metric_accumulators.weighted_mean(ages, is_there),
+  }

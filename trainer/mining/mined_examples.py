@@ -1,0 +1,354 @@
+"""Mined examples: anchors with positives and windows of negatives.
+
+Shapes: N items, D dimensions, R anchors, m candidates and p positives of each.
+
+Shapes: N items, D dimensions, A anchors, k neighbours, p positives, n negatives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import NamedTuple, Optional
+
+import gin
+import numpy as np
+
+from trainer.distribute.workers import current_workers
+from trainer.errors import TooFewExamplesError, UserError
+from trainer.mining.corpus import CorpusItems
+from trainer.mining.corpus_search import NearestItems, neighbours_on_disk, room_for
+from trainer.mining.negative_windows import (
+  MislabelledFilter,
+  NegativeWindow,
+  first_columns,
+)
+from trainer.retrieval.knn import Neighbours
+from trainer.runtime import watchdog
+
+_CHOICES = ("random", "hardest", "easiest")
+# Of embeddings and their differences.
+_BYTES_AT_ONCE = 2**26
+
+
+class ChosenPositives(NamedTuple):
+  """The positives of some anchors.
+
+  Attributes:
+    items: [R, p] int64; −1 where there are fewer.
+    distances: [R, p] float32; −inf there.
+  """
+
+  items: np.ndarray
+  distances: np.ndarray
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class Positives:
+  """Which items of an anchor's class become its positives.
+
+  Attributes:
+    num_positives: p.
+    choice: "random"; "hardest", the farthest; or "easiest", the nearest.
+    num_candidates: m, among how many of the class, drawn at random, they are chosen.
+
+  Raises:
+    UserError: a number is below 1, there are fewer candidates than positives, or the
+      choice is unknown.
+  """
+
+  num_positives: int = 1
+  choice: str = "random"
+  num_candidates: int = 32
+
+  def __post_init__(self):
+    if not 1 <= self.num_positives <= self.num_candidates:
+      raise UserError(
+        f"Positives.num_positives={self.num_positives} must be from 1 to "
+        f"num_candidates={self.num_candidates}."
+      )
+    if self.choice not in _CHOICES:
+      raise UserError(
+        f"Positives.choice={self.choice!r} is none of {', '.join(_CHOICES)}."
+      )
+
+  def choose(
+    self,
+    anchors: np.ndarray,
+    embeddings: np.ndarray,
+    items: CorpusItems,
+    is_allowed: np.ndarray,
+    contents: np.ndarray,
+  ) -> ChosenPositives:
+    """The positives of some anchors; never a copy of the anchor.
+
+    Args:
+      anchors: [R] int64.
+      embeddings: [N, D] float32.
+      items: N of them.
+      is_allowed: [N] bool, false for what is probably of another class.
+      contents: [N] uint64, alike for copies.
+    """
+    candidates, is_there = self._candidates(anchors, items)
+    is_there &= is_allowed[candidates]
+    is_there &= contents[candidates] != contents[anchors, None]
+    if self.choice != "random":
+      distances = _distances(embeddings, anchors, candidates)
+      order = distances if self.choice == "easiest" else -distances
+      order = np.argsort(order, axis=1, kind="stable")
+      candidates, is_there = (
+        np.take_along_axis(each, order, axis=1) for each in (candidates, is_there)
+      )
+    columns = first_columns(is_there, self.num_positives)
+    chosen = np.take_along_axis(candidates, np.maximum(columns, 0), axis=1)
+    distances = _distances(embeddings, anchors, chosen)
+    is_chosen = columns >= 0
+    return ChosenPositives(
+      np.where(is_chosen, chosen, -1), np.where(is_chosen, distances, -np.inf)
+    )
+
+  def _candidates(
+    self, anchors: np.ndarray, items: CorpusItems
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The next m of each anchor's class, in its random order: all others, if so few.
+
+    Returns:
+      [R, m] int64 items, and [R, m] bool, which of them are there.
+    """
+    num_candidates = min(self.num_candidates, max(1, items.largest_class - 1))
+    classes = np.searchsorted(items.class_ids, items.labels[anchors])
+    starts = items.starts[classes]
+    sizes = items.starts[classes + 1] - starts
+    steps = np.arange(1, num_candidates + 1)
+    places = items.places[anchors] - starts
+    places = (places[:, None] + steps) % sizes[:, None]
+    return items.by_class[starts[:, None] + places], steps < sizes[:, None]
+
+
+def _distances(
+  embeddings: np.ndarray, anchors: np.ndarray, items: np.ndarray
+) -> np.ndarray:
+  """[R, m] float32, from anchors [R] to items [R, m]."""
+  distances = np.empty(items.shape, np.float32)
+  bytes_a_row = 2 * 4 * items.shape[1] * embeddings.shape[1]
+  num_rows = max(1, _BYTES_AT_ONCE // bytes_a_row)
+  for start in range(0, len(items), num_rows):
+    rows = slice(start, start + num_rows)
+    difference = embeddings[items[rows]] - embeddings[anchors[rows], None]
+    distances[rows] = np.sqrt(np.einsum("rmd,rmd->rm", difference, difference))
+  return distances
+
+
+_POSITIVES = Positives()
+_ROWS_AT_ONCE = 2_048
+# How many times as many neighbours are looked at where most have the anchor's label; in
+# how many bytes at once, of about 20 a neighbour.
+_WIDER, _BYTES_AGAIN = 4, 2**27
+
+
+class MinedExamples(NamedTuple):
+  """What was mined.
+
+  Attributes:
+    anchors: [A] int64 items.
+    positives: [A, p] int64 items; −1 where there are fewer, at the end.
+    negatives: [A, n] int64 items, nearest first; likewise.
+    doubted: items whose label is probably wrong, ascending.
+    counts: of items by what became of them.
+    distances: means over anchors, by name.
+  """
+
+  anchors: np.ndarray
+  positives: np.ndarray
+  negatives: np.ndarray
+  doubted: np.ndarray
+  counts: dict[str, int]
+  distances: dict[str, float]
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class ExampleMining:
+  """For each item that can be an anchor: its positives, and hard negatives.
+
+  A negative has another label than its anchor and is no copy of it. Where neighbours of
+  the anchor's own label leave fewer of others than the window is deep, 4 times as many
+  neighbours are looked at, once. An anchor that still has no negative is left out and
+  counted.
+
+  Attributes:
+    window: which of the neighbours of other labels are negatives.
+    positives: which items of the anchor's class are positives.
+    mislabelled: leaves out what probably has a wrong label; None to trust all labels.
+  """
+
+  window: NegativeWindow
+  positives: Positives = _POSITIVES
+  mislabelled: Optional[MislabelledFilter] = None
+
+  def mine(
+    self,
+    embeddings: np.ndarray,
+    items: CorpusItems,
+    contents: np.ndarray,
+    nearest: NearestItems,
+  ) -> MinedExamples:
+    """Mines among items.
+
+    Neighbours are kept in a temporary file, 8·k bytes an item, k at most twice the
+    window's depth; in memory there are 8·(p + n) bytes an item.
+
+    Args:
+      embeddings: [N, D] float32, finite.
+      items: N of them.
+      contents: [N] uint64, alike for copies.
+      nearest: searches the embeddings.
+
+    Raises:
+      UserError: there is no anchor with a positive and a negative, or no room in the
+        temporary folder.
+    """
+    num_items = len(items.labels)
+    num_neighbours = min(self._num_neighbours(items), num_items - 1)
+    if num_neighbours < 1:
+      raise UserError(f"{num_items} items are too few to mine among.")
+    with contextlib.ExitStack() as opened:
+      # Where one worker has no room, all end.
+      found = current_workers().together(
+        lambda: opened.enter_context(neighbours_on_disk(num_items, num_neighbours))
+      )
+      nearest.search(np.arange(num_items), num_neighbours, found)
+      is_doubted = np.zeros(num_items, bool)
+      if self.mislabelled is not None:
+        is_doubted = self.mislabelled.doubted(found.indices, items.labels, contents)
+      choice = _Choice(self, embeddings, items, contents, ~is_doubted)
+      choice.add(np.arange(num_items), found)
+    wider = min(_WIDER * num_neighbours, num_items - 1)
+    again = choice.unfilled() if wider > num_neighbours else np.empty(0, np.int64)
+    num_rows = max(1, _BYTES_AGAIN // (20 * wider))
+    for start in range(0, len(again), num_rows):
+      rows = again[start : start + num_rows]
+      choice.add(rows, nearest.search(rows, wider, room_for(len(rows), wider)))
+    return choice.finished(num_looked_at_again=len(again), wider=wider)
+
+  def _num_neighbours(self, items: CorpusItems) -> int:
+    """Room for the window, for as many of the own label, and for what may be asked."""
+    depth = self.window.depth
+    asked = self.mislabelled.num_neighbours if self.mislabelled is not None else 0
+    return max(depth + min(depth, items.largest_class), asked)
+
+
+class _Choice:
+  """The examples, as they are chosen for one part of the items after the other."""
+
+  def __init__(
+    self,
+    mining: ExampleMining,
+    embeddings: np.ndarray,
+    items: CorpusItems,
+    contents: np.ndarray,
+    is_allowed: np.ndarray,
+  ):
+    self._mining = mining
+    self._embeddings = embeddings
+    self._items = items
+    self._contents = contents
+    self._is_allowed = is_allowed
+    num_items = len(items.labels)
+    self._positives = np.full((num_items, mining.positives.num_positives), -1, np.int32)
+    self._negatives = np.full((num_items, mining.window.num_negatives), -1, np.int32)
+    self._num_others = np.zeros(num_items, np.int32)
+    self._to_positives = np.zeros(num_items, np.float32)
+    self._to_negatives = np.zeros(num_items, np.float32)
+    self._has_copy = np.zeros(num_items, bool)
+
+  def add(self, anchors: np.ndarray, found: Neighbours) -> None:
+    """Chooses for anchors [R] among their neighbours [R, k]."""
+    for start in range(0, len(anchors), _ROWS_AT_ONCE):
+      watchdog.beat()
+      rows = slice(start, start + _ROWS_AT_ONCE)
+      self._add(anchors[rows], Neighbours(*(np.asarray(each[rows]) for each in found)))
+
+  def _add(self, anchors: np.ndarray, found: Neighbours) -> None:
+    positives = self._mining.positives.choose(
+      anchors, self._embeddings, self._items, self._is_allowed, self._contents
+    )
+    farthest = positives.distances.max(axis=1)
+    is_candidate = self._is_candidate(anchors, found.indices)
+    self._num_others[anchors] = np.count_nonzero(is_candidate, axis=1)
+    columns = self._mining.window.choose(found.distances, is_candidate, farthest)
+    chosen, distances = (
+      np.take_along_axis(each, np.maximum(columns, 0), axis=1) for each in found
+    )
+    self._positives[anchors] = positives.items
+    self._negatives[anchors] = np.where(columns >= 0, chosen, -1)
+    self._to_positives[anchors] = farthest
+    self._to_negatives[anchors] = distances[:, 0]
+
+  def _is_candidate(self, anchors: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
+    """[R, k] bool, which neighbours may be negatives."""
+    labels, contents = self._items.labels, self._contents
+    is_other = (neighbours >= 0) & (labels[neighbours] != labels[anchors, None])
+    is_copy = is_other & (contents[neighbours] == contents[anchors, None])
+    self._has_copy[anchors] = is_copy.any(axis=1)
+    return is_other & ~is_copy & self._is_allowed[neighbours]
+
+  def unfilled(self) -> np.ndarray:
+    """Items with a positive, and with fewer of other labels than the window is deep."""
+    has_few = self._num_others < self._mining.window.depth
+    return np.flatnonzero(self._has_positive() & has_few)
+
+  def _has_positive(self) -> np.ndarray:
+    return self._is_allowed & (self._positives[:, 0] >= 0)
+
+  def finished(self, *, num_looked_at_again: int, wider: int) -> MinedExamples:
+    """What was chosen.
+
+    Args:
+      num_looked_at_again: for how many more neighbours were asked for.
+      wider: how many.
+
+    Raises:
+      UserError: there is no anchor with a positive and a negative.
+    """
+    has_positive, has_negative = self._has_positive(), self._negatives[:, 0] >= 0
+    anchors = np.flatnonzero(has_positive & has_negative)
+    num_with_positive = int(np.count_nonzero(has_positive))
+    num_doubted = int(np.count_nonzero(~self._is_allowed))
+    counts = {
+      "anchors": len(anchors),
+      "anchors_without_negative": num_with_positive - len(anchors),
+      "anchors_without_positive": len(has_positive) - num_with_positive - num_doubted,
+      "anchors_looked_at_again": num_looked_at_again,
+      "with_copy_of_another_label": int(np.count_nonzero(self._has_copy)),
+      "doubted": num_doubted,
+    }
+    if not len(anchors):
+      kind = TooFewExamplesError if counts["anchors_without_negative"] else UserError
+      raise kind(self._why_none(counts, wider))
+    return MinedExamples(
+      anchors,
+      self._positives[anchors],
+      self._negatives[anchors],
+      np.flatnonzero(~self._is_allowed),
+      counts,
+      {
+        "farthest_positive": float(self._to_positives[anchors].mean(dtype=np.float64)),
+        "nearest_negative": float(self._to_negatives[anchors].mean(dtype=np.float64)),
+      },
+    )
+
+  def _why_none(self, counts: dict[str, int], wider: int) -> str:
+    if not counts["anchors_without_negative"]:
+      return (
+        f"none of {len(self._items.labels)} items has a positive to mine: "
+        f"{counts['doubted']} are doubted, the others alone in their class, or copies; "
+        "mine among more "
+        "(Miner.records_per_class)."
+      )
+    return (
+      f"none of {counts['anchors_without_negative']} anchors has a negative among its "
+      f"{wider} nearest: all have the anchor's label or are outside of the window; "
+      "widen the window, or end mining: there is nothing hard left."
+    )

@@ -1,0 +1,279 @@
+"""Samplers of mined examples and of neighbouring classes.
+
+Shapes: S steps, T groups a batch, p positives and n negatives a group.
+
+Shapes: S steps, P classes and K samples a class in a batch, C classes to draw from, L
+classes of the data, m neighbours of each, s seeds of neighbourhoods, H of P hard.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Callable, Optional
+
+import gin
+import numpy as np
+
+from trainer.data import index_arrays, permutation
+from trainer.data.class_sampling import ClassStream, Draws
+from trainer.data.samplers import PKSchedule
+from trainer.errors import TooFewExamplesError, UserError
+from trainer.mining.round import Round
+
+# What hashes are for, so that no two uses of one seed are alike (1 to 4: trainer.data).
+_ANCHORS, _POSITIVES, _NEGATIVES = 5, 6, 7
+
+
+@gin.register
+class MinedGroups:
+  """T groups of a round's examples: a pure function of seed, step and round.
+
+  Each anchor comes once an epoch, and each time goes on in its positives and negatives
+  where it was; of fewer than p or n each is repeated as equally often as possible. The
+  anchors of a batch are distinct. A record may be in several groups of a batch: the
+  losses take it as one more example of its class.
+
+  Attributes:
+    shape: (T, 1 + p + n).
+    group: (p, n), as `WithinGroups` asks for it.
+
+  Args:
+    index: of the records; what it has is not looked at.
+    mining_round: has examples.
+    groups_per_batch: T.
+    positives_per_group: p.
+    negatives_per_group: n.
+    seed: another seed, another order.
+    classes: of the records; a round is of these already.
+
+  Raises:
+    UserError: a number is below 1, or the round has no examples or fewer than T.
+  """
+
+  def __init__(
+    self,
+    index: index_arrays.Classes,
+    mining_round: Round,
+    *,
+    groups_per_batch: int,
+    positives_per_group: int = 1,
+    negatives_per_group: int,
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+  ):
+    del index, classes
+    sizes = (groups_per_batch, positives_per_group, negatives_per_group)
+    if min(sizes) < 1:
+      raise UserError(
+        "MinedGroups of {} groups, {} positives and {} negatives is not possible; each "
+        "must be at least 1.".format(*sizes)
+      )
+    arrays = mining_round.arrays
+    if "anchors" not in arrays:
+      raise UserError(
+        "A round has no examples for MinedGroups; set Miner.examples = "
+        "@ExampleMining()."
+      )
+    self._anchors = arrays["anchors"]
+    self._positives, self._negatives = arrays["positives"], arrays["negatives"]
+    if len(self._anchors) < groups_per_batch:
+      raise TooFewExamplesError(
+        f"MinedGroups.groups_per_batch={groups_per_batch} but a round has "
+        f"{len(self._anchors)} anchors; choose at most so many, or mine in a wider "
+        "window."
+      )
+    self._num_groups = groups_per_batch
+    self._num_positives = positives_per_group
+    self._num_negatives = negatives_per_group
+    self._seed = int(permutation.mix(seed, mining_round.step)[0])
+    self.shape = (groups_per_batch, 1 + positives_per_group + negatives_per_group)
+    self.group = (positives_per_group, negatives_per_group)
+
+  def batch(self, step: int) -> np.ndarray:
+    """[T, 1 + p + n] int64, the record numbers of a step."""
+    return self.batches(np.array([step]))[0]
+
+  def batches(self, steps: np.ndarray) -> np.ndarray:
+    """[S, T, 1 + p + n] int64, the record numbers of steps [S] int64."""
+    num_anchors = len(self._anchors)
+    sizes = np.full(steps.shape, num_anchors)
+    keys = np.broadcast_to(permutation.mix(self._seed, _ANCHORS), steps.shape)
+    rows = permutation.distinct_block(steps, sizes, keys, self._num_groups).ravel()
+    drawn = steps[:, None] * self._num_groups + np.arange(self._num_groups)
+    epochs = drawn.ravel() // num_anchors
+    groups = [
+      self._anchors[rows, None].astype(np.int64),
+      self._of(self._positives, rows, epochs, _POSITIVES, self._num_positives),
+      self._of(self._negatives, rows, epochs, _NEGATIVES, self._num_negatives),
+    ]
+    return np.concatenate(groups, axis=1).reshape(len(steps), *self.shape)
+
+  def _of(
+    self,
+    lists: np.ndarray,
+    rows: np.ndarray,
+    epochs: np.ndarray,
+    use: int,
+    num_drawn: int,
+  ) -> np.ndarray:
+    """[R, num_drawn] int64, what rows [R] of lists give in epochs [R]."""
+    listed = lists[rows]
+    sizes = np.count_nonzero(listed >= 0, axis=1)
+    keys = permutation.mix(self._seed, use, rows)
+    places = permutation.distinct_block(epochs, sizes, keys, num_drawn)
+    return np.take_along_axis(listed, places, axis=1).astype(np.int64)
+
+
+_BLOCKS = 8  # What a hash is for; see `mined_groups`.
+
+
+@gin.register
+def with_neighbouring_classes(
+  index: index_arrays.Classes,
+  mining_round: Round,
+  *,
+  schedule_fn: Callable[..., PKSchedule],
+  hard_share: float,
+  neighbours_per_seed: int,
+  classes: Optional[np.ndarray] = None,
+) -> PKSchedule:
+  """P×K batches of which a share of the classes are neighbourhoods of a round.
+
+  Args:
+    index: knows classes and members.
+    mining_round: has the neighbours of classes.
+    schedule_fn: makes the schedule, which says P, K, seed and the weights of classes.
+    hard_share: of the P classes, 0 … 1.
+    neighbours_per_seed: how many classes a neighbourhood has beside its seed, about:
+      where neighbourhoods overlap, the next nearest take the place of what they share.
+    classes: int32 ids of the classes to draw from; None for all.
+
+  Raises:
+    UserError: the share is outside 0 to 1, there is no neighbour, the round has no
+      neighbours of classes or fewer of each, or fewer than P classes can be drawn.
+  """
+  if not 0 <= hard_share <= 1 or neighbours_per_seed < 1:
+    raise UserError(
+      f"with_neighbouring_classes of a share of {hard_share} with "
+      f"{neighbours_per_seed} neighbours a seed is not possible; take a share from 0 "
+      "to 1, and at least 1 neighbour."
+    )
+  neighbours = mining_round.arrays.get("class_neighbours")
+  if neighbours is None:
+    raise UserError(
+      "A round has no neighbours of classes; set Miner.num_class_neighbours."
+    )
+  if neighbours.shape[1] < neighbours_per_seed:
+    raise UserError(
+      f"with_neighbouring_classes.neighbours_per_seed={neighbours_per_seed}, and a "
+      f"round has {neighbours.shape[1]} of each class; raise "
+      "Miner.num_class_neighbours, to several times as many: neighbourhoods overlap."
+    )
+  stream_fn = functools.partial(
+    NeighbouringClasses,
+    neighbours=neighbours,
+    hard_share=hard_share,
+    neighbours_per_seed=neighbours_per_seed,
+    round_step=mining_round.step,
+  )
+  return schedule_fn(index, classes=classes, stream_fn=stream_fn)
+
+
+class NeighbouringClasses:
+  """Draws neighbourhoods, and fills up with what another stream draws.
+
+  The first s classes that the other stream draws are seeds. Then come the nearest of
+  each seed, the second nearest of each, and so on, without what is there already, until
+  there are H; then what the other stream has left, until there are P. All of a batch
+  takes O(s·m + P) numbers; no class is looked at that is not drawn or near.
+
+  Args:
+    stream: draws P distinct classes.
+    num_drawn: P.
+    class_ids: [C] int32, ids of the classes to draw from; None for all L.
+    neighbours: [L, m] int32 ids, nearest first; −1 for none. May be mapped.
+    hard_share: H / P.
+    neighbours_per_seed: about H / s − 1.
+    round_step: of the round, for another choice of members each round.
+  """
+
+  def __init__(
+    self,
+    stream: ClassStream,
+    num_drawn: int,
+    class_ids: Optional[np.ndarray],
+    *,
+    neighbours: np.ndarray,
+    hard_share: float,
+    neighbours_per_seed: int,
+    round_step: int,
+  ):
+    self._stream = stream
+    self._num_drawn = num_drawn
+    self._num_hard = round(hard_share * num_drawn)
+    self._num_seeds = -(-self._num_hard // (1 + neighbours_per_seed))
+    self._neighbours = neighbours
+    self._class_ids = class_ids
+    self._places: Optional[np.ndarray] = None
+    if class_ids is not None:
+      # One more, for −1.
+      self._places = np.full(len(neighbours) + 1, -1, np.int32)
+      self._places[class_ids] = np.arange(len(class_ids))
+    self._key = permutation.mix(round_step, _BLOCKS)
+
+  def draw(self, steps: np.ndarray) -> Draws:
+    """The classes of steps [S] int64, each neighbourhood together, seed first."""
+    base = self._stream.draw(steps)
+    if not self._num_hard:
+      return base
+    seeds = base.classes[:, : self._num_seeds]
+    near = self._near(seeds)
+    hard = np.concatenate([seeds, near], axis=1)
+    is_hard = _is_first(hard) & (hard >= 0)
+    is_hard &= np.cumsum(is_hard, axis=1) <= self._num_hard
+    rest = base.classes[:, self._num_seeds :]
+    every = np.concatenate([np.where(is_hard, hard, -1), rest], axis=1)
+    is_drawn = _is_first(every) & (every >= 0)
+    is_drawn &= np.cumsum(is_drawn, axis=1) <= self._num_drawn
+    columns = self._columns_in_order(is_drawn)
+    classes = np.take_along_axis(every, columns, axis=1)
+    # The columns of the neighbours lie between the two parts of the other stream's.
+    is_near = (columns >= self._num_seeds) & (columns < hard.shape[1])
+    of_stream = np.where(columns < self._num_seeds, columns, columns - near.shape[1])
+    blocks = np.take_along_axis(base.blocks, np.where(is_near, 0, of_stream), axis=1)
+    return Draws(classes, np.where(is_near, self._blocks(steps, classes), blocks))
+
+  def _near(self, seeds: np.ndarray) -> np.ndarray:
+    """[S, m·s] int64 classes, the nearest of all seeds first; −1 for none."""
+    ids = seeds if self._class_ids is None else self._class_ids[seeds]
+    near = self._neighbours[ids]
+    if self._places is not None:
+      near = self._places[near]
+    return near.transpose(0, 2, 1).reshape(len(seeds), -1).astype(np.int64)
+
+  def _columns_in_order(self, is_drawn: np.ndarray) -> np.ndarray:
+    """[S, P] int64, the columns that are drawn, those of a neighbourhood together."""
+    num_near = self._neighbours.shape[1] * self._num_seeds
+    ranks = np.arange(num_near + self._num_seeds)
+    order = ranks % self._num_seeds * (1 + len(ranks)) + ranks
+    num_others = is_drawn.shape[1] - len(ranks)
+    order = np.append(order, len(ranks) * (2 + len(ranks)) + np.arange(num_others))
+    by_place = np.argsort(order)
+    found = np.argsort(~is_drawn[:, by_place], axis=1, kind="stable")
+    return by_place[found[:, : self._num_drawn]]
+
+  def _blocks(self, steps: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """[S, …] int64, any block of the members of each class."""
+    hashes = permutation.mix(self._key, steps[:, None], classes)
+    return (hashes >> np.uint64(33)).astype(np.int64)
+
+
+def _is_first(values: np.ndarray) -> np.ndarray:
+  """Which values [S, n] no earlier one of the same row equals."""
+  order = np.argsort(values, axis=1, kind="stable")
+  in_order = np.take_along_axis(values, order, axis=1)
+  is_new = np.ones(values.shape, bool)
+  is_new[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+  is_first = np.empty_like(is_new)
+  np.put_along_axis(is_first, order, is_new, axis=1)
+  return is_first

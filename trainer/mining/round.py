@@ -1,0 +1,401 @@
+"""A mining round on disk, its specification, and the log of rounds in use.
+
+Shapes: N records that can be mined among, L classes of the data.
+
+    mining/round-00000400/anchors.npy            [A] int32 record numbers
+                          positives.npy          [A, p] int32; −1 where there are fewer
+                          negatives.npy          [A, n] int32; likewise
+                          class_neighbours.npy   [L, m] int32 class ids; likewise
+                          manifest.json          what it is, sizes and hashes
+
+400 is the step of the encoder. A round is made in a folder aside and then renamed: one
+that a process was killed over is never seen.
+
+Shapes: A anchors, p positives, n negatives, L classes, m neighbours of a class.
+
+`mining/rounds.jsonl` has an object a decision, {"step": 400, "round": 200}: from step
+400 on the batches are of the round of step 200; of the plain schedule where it is null.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, Optional, Protocol
+
+import numpy as np
+from absl import logging
+
+from trainer.data.dataset import Dataset
+from trainer.errors import UnwritableError, UserError, reason_of
+from trainer.mining.miner import Mined, Miner
+from trainer.retrieval.embedding_store import read_json
+from trainer.runtime import filesystem
+from trainer.runtime.filesystem import sha256_of
+from trainer.runtime.lease import locked_folder
+
+
+class Round(Protocol):
+  """What a schedule is made of."""
+
+  @property
+  def step(self) -> int:
+    """Number of steps its encoder was trained."""
+
+  @property
+  def arrays(self) -> Mapping[str, np.ndarray]:
+    """By name, as `Mined` has them."""
+
+
+class RoundToCome(NamedTuple):
+  """As `Round`; of the first step, and nothing in it is meant to be drawn."""
+
+  step: int
+  arrays: Mapping[str, np.ndarray]
+
+
+def round_to_come(miner: Optional[Miner], dataset: Dataset) -> RoundToCome:
+  """A round as large as a miner's can be, for checks before there is one.
+
+  Args:
+    miner: None where another process mines, from which anything may come.
+    dataset: its training classes are mined among. Each record is an anchor: no round
+      has more.
+
+  Returns:
+    Arrays that take no memory.
+  """
+  num_classes = dataset.index.num_classes
+  shapes: dict[str, tuple[int, ...]] = {}
+  if miner is None or miner.examples is not None:
+    num_anchors = _num_items(
+      dataset, None if miner is None else miner.records_per_class
+    )
+    lists = (num_anchors, 1)
+    shapes.update(anchors=(num_anchors,), positives=lists, negatives=lists)
+  if miner is None or miner.num_class_neighbours:
+    num_neighbours = num_classes if miner is None else miner.num_class_neighbours
+    shapes["class_neighbours"] = (num_classes, num_neighbours)
+  nothing = np.int32(-1)
+  return RoundToCome(
+    0, {name: np.broadcast_to(nothing, shape) for name, shape in shapes.items()}
+  )
+
+
+def _num_items(dataset: Dataset, records_per_class: Optional[int]) -> int:
+  """N."""
+  sizes = np.diff(dataset.index.member_table.starts)[dataset.train_classes]
+  return int(
+    sizes.sum()
+    if records_per_class is None
+    else sizes.clip(max=records_per_class).sum()
+  )
+
+
+ROUNDS_FOLDER = "mining"
+_BEFORE = "mining_before"
+_ASIDE, _MANIFEST = "aside", "manifest.json"
+_NAME = re.compile(r"round-(\d{8,18})")
+_ROUND = "round-{:08d}"
+_NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
+_OF_EXAMPLES = ("anchors", "positives", "negatives")
+
+
+class OtherDataError(UserError):
+  """A round is of other records or classes than those that are trained on."""
+
+
+class MiningRound:
+  """A round that is whole.
+
+  Attributes:
+    step: number of steps its encoder was trained.
+    arrays: by name, mapped.
+    facts: what the manifest says of it.
+
+  Args:
+    model_dir: folder of the run.
+    step: one of `steps`.
+    made_of: what tells the records and the classes from others, by name.
+
+  Raises:
+    UserError: it is not there, or not whole.
+    OtherDataError: it is of other records or classes.
+  """
+
+  def __init__(self, model_dir: str, step: int, made_of: Mapping[str, Any]):
+    self.step = step
+    folder = round_path(model_dir, step)
+    manifest = read_json(os.path.join(folder, _MANIFEST))
+    if manifest is None:
+      raise UserError(f"{folder} is no mining round, or was cut off; mine again.")
+    try:
+      files = manifest["files"]
+      self.facts: Mapping[str, Any] = manifest["facts"]
+      self.arrays = {
+        name: _checked(folder, name, files[name]) for name in _NUM_AXES if name in files
+      }
+      bounds = int(manifest["num_records"]), int(manifest["num_classes"])
+      found = {str(name): str(fact) for name, fact in manifest["made_of"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+      raise UserError(
+        f"{folder} has a damaged manifest ({type(error).__name__}: {error}); remove "
+        "the round, and mine again."
+      ) from error
+    for name, wanted in made_of.items():
+      if found.get(name) != str(wanted):
+        raise OtherDataError(
+          f"{folder} was mined of other data: {name} was {found.get(name)} and is "
+          f"{wanted}; remove the round, and mine again."
+        )
+    self._check_values(folder, *bounds)
+
+  def _check_values(self, folder: str, num_records: int, num_classes: int) -> None:
+    arrays = self.arrays
+    lengths = {len(arrays[name]) for name in _OF_EXAMPLES if name in arrays}
+    is_whole = sum(name in arrays for name in _OF_EXAMPLES) in (0, 3)
+    if not is_whole or len(lengths) > 1:
+      raise UserError(f"{folder} has arrays that don't fit each other; mine again.")
+    for name, array in arrays.items():
+      most = num_classes if name == "class_neighbours" else num_records
+      least = 0 if name == "anchors" else -1
+      if array.size and not (array.min() >= least and array.max() < most):
+        raise UserError(
+          f"{os.path.join(folder, name)}.npy has numbers outside {least} to "
+          f"{most - 1}; remove the round, and mine again."
+        )
+
+
+def round_path(model_dir: str, step: int) -> str:
+  """The folder of the round of a step."""
+  return os.path.join(model_dir, ROUNDS_FOLDER, _ROUND.format(step))
+
+
+def round_steps(model_dir: str) -> list[int]:
+  """The steps of the rounds that are there, the newest first."""
+  folder = os.path.join(model_dir, ROUNDS_FOLDER)
+  names = os.listdir(folder) if os.path.isdir(folder) else []
+  matches = (_NAME.fullmatch(name) for name in names)
+  return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def round_time(model_dir: str, step: int) -> int:
+  """When a round was made, in nanoseconds of the file system; 0 where it is gone."""
+  try:
+    return os.stat(os.path.join(round_path(model_dir, step), _MANIFEST)).st_mtime_ns
+  except OSError:
+    return 0
+
+
+def write_round(
+  model_dir: str,
+  step: int,
+  mined: Mined,
+  *,
+  made_of: Mapping[str, Any],
+  num_records: int,
+  num_classes: int,
+) -> None:
+  """Writes a round, whole or not at all; one of the same step is replaced.
+
+  Args:
+    model_dir: folder of the run; no other process writes rounds into it.
+    step: number of steps the encoder was trained.
+    mined: what it has.
+    made_of: what tells the records and the classes from others, by name.
+    num_records: of the data.
+    num_classes: of the data.
+
+  Raises:
+    UnwritableError: it can't be written; what was there before is as it was.
+  """
+  aside = os.path.join(model_dir, ROUNDS_FOLDER, _ASIDE)
+  try:
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    files = {name: _save(aside, name, each) for name, each in mined.arrays.items()}
+    manifest = {
+      "step": step,
+      "made_of": dict(made_of),
+      "num_records": num_records,
+      "num_classes": num_classes,
+      "facts": mined.facts,
+      "files": files,
+    }
+    with open(os.path.join(aside, _MANIFEST), "w", encoding="utf-8") as file:
+      json.dump(manifest, file, indent=1)
+      file.flush()
+      os.fsync(file.fileno())
+    remove_round(model_dir, step)
+    os.replace(aside, round_path(model_dir, step))
+  except OSError as error:
+    shutil.rmtree(aside, ignore_errors=True)
+    raise UnwritableError(
+      f"the mining round of step {step} can't be written to "
+      f"{os.path.join(model_dir, ROUNDS_FOLDER)}: {reason_of(error)}."
+    ) from error
+
+
+@contextlib.contextmanager
+def alone(model_dir: str) -> Iterator[None]:
+  """Keeps other processes from writing rounds into the folder of a run.
+
+  Args:
+    model_dir: folder of the run.
+
+  Yields:
+    Nothing.
+
+  Raises:
+    UserError: another process writes rounds into it.
+    UnwritableError: the folder can't be written to.
+  """
+  folder = os.path.join(model_dir, ROUNDS_FOLDER)
+  with contextlib.ExitStack() as claimed:
+    try:
+      os.makedirs(folder, exist_ok=True)
+      claimed.enter_context(locked_folder(folder, "mining into"))
+    except OSError as error:
+      raise UnwritableError(
+        f"{folder} can't be written to: {reason_of(error)}."
+      ) from error
+    yield
+
+
+def remove_round(model_dir: str, step: int) -> None:
+  """Removes a round; who has it mapped keeps it."""
+  folder = round_path(model_dir, step)
+  if os.path.isdir(folder):
+    # Its manifest first: what is left of it, if this is cut off, is no round.
+    manifest = os.path.join(folder, _MANIFEST)
+    if os.path.exists(manifest):
+      os.remove(manifest)
+    shutil.rmtree(folder)
+
+
+def set_round_aside(model_dir: str) -> None:
+  """Puts all rounds, and what was decided of them, into another folder beside.
+
+  Args:
+    model_dir: folder of the run. What was set aside in it before is removed.
+
+  Raises:
+    UserError: it can't be.
+  """
+  folder = os.path.join(model_dir, ROUNDS_FOLDER)
+  before = os.path.join(model_dir, _BEFORE)
+  try:
+    if os.path.isdir(before):
+      shutil.rmtree(before)
+    os.replace(folder, before)
+  except OSError as error:
+    raise UserError(
+      f"{folder} is of another training, and can't be renamed to {before}: "
+      f"{reason_of(error)}."
+    ) from error
+  logging.warning("%s is of another training: it is %s now.", folder, before)
+
+
+def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
+  path = os.path.join(folder, f"{name}.npy")
+  with open(path, "wb") as file:
+    np.save(file, array.astype(np.int32, copy=False), allow_pickle=False)
+    file.flush()
+    os.fsync(file.fileno())
+  return {
+    "bytes": os.path.getsize(path),
+    "sha256": sha256_of(path),
+    "shape": list(array.shape),
+  }
+
+
+def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
+  """An array, mapped, if its file is the one that the manifest tells of."""
+  path = os.path.join(folder, f"{name}.npy")
+  fault = _fault(path, expected)
+  if fault is None:
+    try:
+      array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # Python's parser reads the head, and has many.
+      fault = f"it is no array: {reason_of(error)}"
+    else:
+      shape = tuple(expected["shape"])
+      is_as_told = array.dtype == np.int32 and array.shape == shape
+      if is_as_told and array.ndim == _NUM_AXES[name]:
+        return array
+      fault = f"it has {array.dtype}{list(array.shape)}, the manifest {list(shape)}"
+  raise UserError(f"{path} is damaged ({fault}); remove the round, and mine again.")
+
+
+def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
+  try:
+    size = os.path.getsize(path)
+    if size != expected["bytes"]:
+      return f"it has {size} bytes and not {expected['bytes']}"
+    is_same = sha256_of(path) == expected["sha256"]
+  except OSError as error:
+    return reason_of(error)
+  return None if is_same else "its SHA-256 is another"
+
+
+ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
+
+
+class Ledger:
+  """The decisions of a run.
+
+  Args:
+    model_dir: folder of the run.
+  """
+
+  def __init__(self, model_dir: str):
+    self.path = os.path.join(model_dir, ROUND_LOG_FILE)
+
+  def decisions(self) -> dict[int, Optional[int]]:
+    """By the step, ascending, which round holds from there; None for plain batches.
+
+    Raises:
+      UserError: the file can't be read.
+    """
+    if not os.path.exists(self.path):
+      return {}
+    try:
+      with open(self.path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+      found = {int(row["step"]): _round_of(row["round"]) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+      raise UserError(
+        f"{self.path} is damaged ({type(error).__name__}: {error}); put it back, or "
+        f"remove {os.path.dirname(self.path)} to go on with new rounds."
+      ) from error
+    return dict(sorted(found.items()))
+
+  def add(self, step: int, round_step: Optional[int]) -> None:
+    """Writes a decision, so that it is on the disk when this returns.
+
+    Args:
+      step: from which it holds.
+      round_step: the round; None for the plain schedule.
+
+    Raises:
+      UnwritableError: it can't be written.
+    """
+    decisions = sorted({**self.decisions(), step: round_step}.items())
+    rows = (json.dumps({"step": s, "round": r}) + "\n" for s, r in decisions)
+    try:
+      os.makedirs(os.path.dirname(self.path), exist_ok=True)
+      filesystem.replace_file(self.path, "".join(rows))
+    except OSError as error:
+      raise UnwritableError(
+        f"{self.path} can't be written: {reason_of(error)}."
+      ) from error
+
+
+def _round_of(value: object) -> Optional[int]:
+  if value is None or type(value) is int:
+    return value
+  raise ValueError(f"{value!r:.40} is no step of a round")

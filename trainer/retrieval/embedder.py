@@ -1,0 +1,99 @@
+"""Embeddings of records, computed on all replicas.
+
+Shapes: N records, D dimensions, B records of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Optional
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.data.images import Decoder
+from trainer.data.pipeline import Batch, Batches
+from trainer.data.records import RecordIndex, Replacements
+from trainer.data.samplers import SequentialSchedule
+from trainer.distribute.collectives import current_collectives
+from trainer.distribute.strategy import ReplicaBatches
+from trainer.distribute.workers import current_workers
+from trainer.runtime import shutdown, watchdog
+
+
+class Embedder:
+  """Embeds records on the replicas of the current strategy, each its share.
+
+  Attributes:
+    global_batch_size: B, over all replicas.
+
+  Args:
+    encoder: model from inputs to embeddings.
+    index: gives the records.
+    decoder: makes inputs of them.
+    global_batch_size: wanted; rounded up to what the replicas divide.
+    replacements: puts others in the place of bad records; None to refuse them.
+  """
+
+  def __init__(
+    self,
+    encoder: tf.keras.Model,
+    index: RecordIndex,
+    decoder: Decoder,
+    *,
+    global_batch_size: int,
+    replacements: Optional[Replacements] = None,
+  ):
+    self._strategy = tf.distribute.get_strategy()
+    num_replicas = self._strategy.num_replicas_in_sync
+    self.global_batch_size = -(-global_batch_size // num_replicas) * num_replicas
+    self._encoder = encoder
+    self._index = index
+    self._decoder = decoder
+    self._replacements = replacements
+    # Traced once, however often a training is evaluated.
+    self._embed_fn = tf.function(
+      lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end)),
+      autograph=False,
+    )
+
+  def embed(
+    self, record_numbers: np.ndarray, *, first_step: int = 0
+  ) -> Iterator[np.ndarray]:
+    """Embeds records in their order.
+
+    Args:
+      record_numbers: [N] int64.
+      first_step: the step to begin with.
+
+    Yields:
+      Of each step in order, on every worker: [B, D] float32; the last is padded.
+
+    Raises:
+      PreemptedError: a worker of several was told to stop; on all of them.
+    """
+    size = self.global_batch_size
+    schedule = SequentialSchedule(record_numbers, records_per_batch=size)
+    batches = Batches(
+      self._index, schedule, self._decoder, replacements=self._replacements
+    )
+    num_steps = schedule.num_batches - first_step
+    shard = current_workers().shard()
+    local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)
+    replica_batches = ReplicaBatches(self._strategy, local)
+    with batches.naming_bad_records(first_step, schedule.num_batches - 1):
+      for batch in replica_batches.iterator:
+        watchdog.beat()
+        is_to_end = tf.constant(float(shutdown.current_preemption().is_to_end))
+        done = self._embed_fn(batch, is_to_end)
+        rows, num_to_end = self._strategy.experimental_local_results(done)[0]
+        if num_to_end.numpy() > 0:
+          raise shutdown.current_preemption().nothing_to_save()
+        yield rows.numpy()
+
+  def _embed(self, batch: Batch, is_to_end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    # Gathered, so that every worker has the rows of all.
+    embeddings = self._encoder(batch.inputs, training=False)
+    collectives = current_collectives()
+    # What comes from outside is on no replica's device, where sums are taken.
+    return collectives.gather(embeddings), collectives.sum(tf.identity(is_to_end))

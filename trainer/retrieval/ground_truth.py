@@ -1,0 +1,328 @@
+"""Evaluation protocols: queries, gallery, and relevant items.
+
+Shapes: N items, M pairs of an item and a label (N where each has one), Q queries, G
+gallery items.
+
+Shapes: N items, Q queries, G gallery items.
+
+Shapes: N items, D dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Optional, Protocol
+
+import gin
+import numpy as np
+
+from trainer.data import tfrecord
+from trainer.data.index_arrays import MemberTable, members_from_labels
+from trainer.data.records import RecordIndex, read_records, record_names
+from trainer.errors import UserError
+
+
+class ItemLabels:
+  """The labels of each item: one, several or none.
+
+  Args:
+    labels: [M] int label ids; ids below 0 are relevant to nothing.
+    items: [M] int64, whose they are, ascending; None where item i has labels[i].
+    num_items: N; None for as many as there are labels.
+  """
+
+  def __init__(
+    self,
+    labels: np.ndarray,
+    items: Optional[np.ndarray] = None,
+    num_items: Optional[int] = None,
+  ):
+    labels = np.asarray(labels)
+    items = np.arange(len(labels)) if items is None else np.asarray(items)
+    self.num_items = len(labels) if num_items is None else num_items
+    self._labels, self._items = labels[labels >= 0], items[labels >= 0]
+    self._starts = np.searchsorted(self._items, np.arange(self.num_items + 1))
+
+  def of(self, item: int) -> np.ndarray:
+    """[n] int label ids of an item."""
+    return self._labels[self._starts[item] : self._starts[item + 1]]
+
+  def is_labelled(self) -> np.ndarray:
+    """[N] bool, whether an item has a label."""
+    return np.diff(self._starts) > 0
+
+  def holders(self) -> MemberTable:
+    """The items of each label."""
+    num_labels = int(self._labels.max(initial=-1)) + 1
+    table = members_from_labels(self._labels, num_labels)
+    return table._replace(records=self._items[table.records].astype(np.int64))
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelJudgements:
+  """Judgements by shared labels.
+
+  An item is never in its own gallery.
+
+  Attributes:
+    queries: [Q] int64, the items that ask.
+    gallery: [G] int64, the items that are found, ascending.
+    labels: of all items.
+    groups: [N] int; a pair of items that share a label and a group is excluded, such as
+      one identity seen by one camera; None for no such pairs.
+  """
+
+  queries: np.ndarray
+  gallery: np.ndarray
+  labels: ItemLabels
+  groups: Optional[np.ndarray] = None
+
+  def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a query should find, and what doesn't count.
+
+    Returns:
+      [R] int64, places in the gallery of the items that are relevant; and int64 places
+      of those that don't count: the query itself, and excluded pairs.
+    """
+    item = int(self.queries[query])
+    own = self._places[item]
+    sharing = self._sharing(item)
+    is_excluded = sharing == own
+    if self.groups is not None:
+      is_excluded |= self.groups[self.gallery[sharing]] == self.groups[item]
+    excluded = sharing[is_excluded]
+    if own >= 0 and own not in excluded:
+      excluded = np.append(excluded, own)
+    return sharing[~is_excluded], excluded
+
+  def _sharing(self, item: int) -> np.ndarray:
+    """Places of the gallery's items that share a label with an item, ascending."""
+    places = [self._places_with(int(label)) for label in self.labels.of(item)]
+    if len(places) == 1:
+      return places[0]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *places]))
+
+  def _places_with(self, label: int) -> np.ndarray:
+    """Places of the gallery's items with a label, ascending; looked up once."""
+    if label not in self._known:
+      places = self._places[self._holders.members(label)]
+      self._known[label] = np.sort(places[places >= 0])
+    return self._known[label]
+
+  @functools.cached_property
+  def _known(self) -> dict[int, np.ndarray]:
+    return {}
+
+  @functools.cached_property
+  def _holders(self) -> MemberTable:
+    return self.labels.holders()
+
+  @functools.cached_property
+  def _places(self) -> np.ndarray:
+    """[N] int64, the place of each item in the gallery; −1 where it is not in it."""
+    places = np.full(self.labels.num_items, -1, np.int64)
+    places[self.gallery] = np.arange(len(self.gallery))
+    return places
+
+
+class Items(Protocol):
+  """What is evaluated, as protocols see it."""
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[N] int class ids."""
+
+  @property
+  def class_names(self) -> Sequence[str]:
+    """Name of each class id."""
+
+  def feature(self, name: str) -> list[list[Any]]:
+    """The values of a feature of each item's record.
+
+    Raises:
+      UserError: a record doesn't have it.
+    """
+
+
+class EvaluationProtocol(Protocol):
+  """Divides items into queries and gallery."""
+
+  def judge(self, items: Items) -> LabelJudgements:
+    """Queries, gallery, and what is relevant to whom."""
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class Relevance:
+  """What is relevant to what: items of one class, if nothing else is said.
+
+  Attributes:
+    labels_feature: name of a feature that holds several labels of an item; items that
+      share one are relevant to each other. None: the class of the record.
+    excluded_feature: name of a feature, such as a camera or a source; pairs that share
+      a label and its value count neither as hits nor as misses.
+    distractor_classes: names of classes whose items are in the gallery, and relevant to
+      nothing.
+  """
+
+  labels_feature: Optional[str] = None
+  excluded_feature: Optional[str] = None
+  distractor_classes: Sequence[str] = ()
+
+  def labels(self, items: Items) -> ItemLabels:
+    """The labels of each item.
+
+    Raises:
+      UserError: an unknown class, or a record without the feature.
+    """
+    labels = np.array(items.labels, np.int64)
+    names = {name: number for number, name in enumerate(items.class_names)}
+    for name in self.distractor_classes:
+      if name not in names:
+        raise UserError(f"Relevance.distractor_classes: there is no class {name!r}.")
+      labels[labels == names[name]] = -1
+    if self.labels_feature is None:
+      return ItemLabels(labels)
+    values = items.feature(self.labels_feature)
+    is_distractor = labels < 0
+    counts = [0 if is_distractor[i] else len(each) for i, each in enumerate(values)]
+    kept = [v for v, count in zip(values, counts) if count]
+    flat = np.array([str(value) for each in kept for value in each])
+    _, ids = np.unique(flat, return_inverse=True)
+    return ItemLabels(ids, np.repeat(np.arange(len(values)), counts), len(values))
+
+  def groups(self, items: Items) -> Optional[np.ndarray]:
+    """[N] int, the group of each item; None where no pairs are excluded."""
+    if self.excluded_feature is None:
+      return None
+    return _numbered(items.feature(self.excluded_feature))
+
+
+_SAME_CLASS = Relevance()
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class LeaveOneOut:
+  """Each item looks for the others that are relevant to it, in all others.
+
+  Distractors ask nothing.
+
+  Attributes:
+    relevance: what is relevant to what.
+  """
+
+  relevance: Relevance = _SAME_CLASS
+
+  def judge(self, items: Items) -> LabelJudgements:
+    """Queries, gallery, and what is relevant to whom."""
+    labels = self.relevance.labels(items)
+    everything = np.arange(labels.num_items)
+    asks = everything[labels.is_labelled()]
+    return LabelJudgements(asks, everything, labels, self.relevance.groups(items))
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class QueryAndGallery:
+  """Some items ask, others are found, as a feature of the records says.
+
+  Attributes:
+    role_feature: name of the feature.
+    query_role: its value for items that ask.
+    gallery_role: its value for items that are found; items of another value are in
+      neither. The same as `query_role` is not possible: that is `LeaveOneOut`.
+    relevance: what is relevant to what.
+  """
+
+  role_feature: str = "role"
+  query_role: str = "query"
+  gallery_role: str = "gallery"
+  relevance: Relevance = _SAME_CLASS
+
+  def judge(self, items: Items) -> LabelJudgements:
+    """Queries, gallery, and what is relevant to whom.
+
+    Raises:
+      UserError: nothing asks, or there is nothing to find.
+    """
+    roles = items.feature(self.role_feature)
+    sides = {}
+    for role in (self.query_role, self.gallery_role):
+      sides[role] = np.array(
+        [number for number, values in enumerate(roles) if role in values], np.int64
+      )
+      if not len(sides[role]):
+        found: Mapping[str, None] = dict.fromkeys(str(v) for r in roles for v in r)
+        raise UserError(
+          f"No item has {self.role_feature}={role!r}; there is "
+          f"{', '.join(sorted(found)[:5]) or 'none'}."
+        )
+    return LabelJudgements(
+      sides[self.query_role],
+      sides[self.gallery_role],
+      self.relevance.labels(items),
+      self.relevance.groups(items),
+    )
+
+
+def _numbered(values: Sequence[Sequence[Any]]) -> np.ndarray:
+  """[N] int64, equal where the values are; an item without a value is like no other."""
+  numbers: dict[tuple, int] = {}
+  return np.array(
+    [
+      numbers.setdefault(tuple(each), len(numbers)) if each else -1 - item
+      for item, each in enumerate(values)
+    ]
+  )
+
+
+class RecordItems:
+  """Items that are records.
+
+  Attributes:
+    record_numbers: [N] int64.
+    labels: [N] int32 class ids.
+    class_names: name of each class id.
+
+  Args:
+    index: the records.
+    record_numbers: [N] int64, which of them.
+  """
+
+  def __init__(self, index: RecordIndex, record_numbers: np.ndarray):
+    self._index = index
+    self.record_numbers = record_numbers
+    self.labels = index.labels[record_numbers]
+    self.class_names: Sequence[str] = index.class_names
+
+  def feature(self, name: str) -> list[list[Any]]:
+    """The values of a feature of each item's record; text as `str`.
+
+    Raises:
+      UserError: a record doesn't have it.
+    """
+    return [
+      self._values(number, record, name)
+      for number, record in read_records(self._index, self.record_numbers)
+    ]
+
+  def names(self, items: Optional[np.ndarray] = None) -> Iterator[str]:
+    """What a person knows items by: their keys, or their places in a file.
+
+    Args:
+      items: [n] int64; None for all.
+    """
+    numbers = self.record_numbers if items is None else self.record_numbers[items]
+    return record_names(self._index, numbers)
+
+  def _values(self, number: int, record: bytes, name: str) -> list[Any]:
+    place = self._index.describe(number)
+    features = tfrecord.feature_values(record, place)
+    if name not in features:
+      raise UserError(
+        f"{place} has no feature {name!r}; it has {', '.join(sorted(features))}."
+      )
+    return [tfrecord.feature_text(value) for value in features[name]]

@@ -1,0 +1,248 @@
+"""Answers to queries by image, vector or key, and sampled neighbourhoods.
+
+Shapes: N items, D dimensions, Q sampled queries, k neighbours.
+
+Shapes: N items, D dimensions, n vectors of a file, k neighbours.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Callable, NamedTuple, Optional
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.retrieval.embedding_store import EmbeddingFolder
+from trainer.retrieval.ground_truth import LabelJudgements
+from trainer.retrieval.knn import Neighbours, check_sizes, nearest
+
+_MAX_QUERIES, _MAX_NEIGHBOURS = 2_000, 100
+# Queries that exclude more would be searched much deeper than is looked at.
+_MAX_EXCLUDED = 200
+
+
+class SampledAnswers(NamedTuple):
+  """Some queries and what is nearest to them, without what doesn't count.
+
+  Attributes:
+    queries: [Q] int64, items.
+    neighbours: [Q, k] int64, items, nearest first.
+    is_right: [Q, k] bool, whether they are relevant.
+  """
+
+  queries: np.ndarray
+  neighbours: np.ndarray
+  is_right: np.ndarray
+
+
+def sampled_answers(
+  embeddings: np.ndarray,
+  judged: LabelJudgements,
+  asking: np.ndarray,
+  *,
+  seed: int = 0,
+) -> SampledAnswers:
+  """Neighbours of queries that are drawn at random, searched by all replicas.
+
+  Args:
+    embeddings: [N, D] float32, finite.
+    judged: what is found, and what is relevant to whom.
+    asking: [n] int64, the items to draw from; each has something to find.
+    seed: of the drawing.
+
+  Returns:
+    At most 2,000 queries with at most 100 neighbours each.
+  """
+  rng = np.random.default_rng(seed)
+  rows = np.flatnonzero(np.isin(judged.queries, asking))
+  drawn = np.sort(rng.permutation(rows)[:_MAX_QUERIES])
+  judgements = [judged.judge(query) for query in drawn]
+  num_excluded = np.array([len(excluded) for _, excluded in judgements])
+  is_kept = num_excluded <= max(_MAX_EXCLUDED, num_excluded.min())
+  drawn, most = drawn[is_kept], int(num_excluded[is_kept].max())
+  num_neighbours = min(_MAX_NEIGHBOURS, len(judged.gallery) - most)
+  found = nearest(
+    embeddings[judged.queries[drawn]],
+    embeddings[judged.gallery],
+    num_neighbours=num_neighbours + most,
+  ).indices
+  neighbours = np.empty([len(drawn), num_neighbours], np.int64)
+  is_right = np.empty([len(drawn), num_neighbours], bool)
+  for place, row in enumerate(np.flatnonzero(is_kept)):
+    relevant, excluded = judgements[row]
+    counting = found[place][~np.isin(found[place], excluded)]
+    neighbours[place] = counting[:num_neighbours]
+    is_right[place] = np.isin(neighbours[place], relevant)
+  return SampledAnswers(judged.queries[drawn], judged.gallery[neighbours], is_right)
+
+
+# Embeds the bytes of an image file: [D] float32.
+EmbedFn = Callable[[bytes], np.ndarray]
+# The nearest items of queries [Q, D] and their number.
+NearestFn = Callable[[np.ndarray, int], Neighbours]
+# Squares of distances between such vectors are below float32's largest number.
+_MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
+
+
+class Hit(NamedTuple):
+  """An item that was found.
+
+  Attributes:
+    item: its row.
+    key: its name.
+    class_name: its class.
+    distance: from the query, Euclidean.
+  """
+
+  item: int
+  key: str
+  class_name: str
+  distance: float
+
+
+class Answer(NamedTuple):
+  """What was found for a query, or why nothing was.
+
+  Attributes:
+    query: as it was asked.
+    hits: nearest first.
+    error: what is wrong with the query; None if nothing is.
+  """
+
+  query: str
+  hits: Sequence[Hit] = ()
+  error: Optional[str] = None
+
+  def items(self) -> list[int]:
+    """The rows of the hits."""
+    return [hit.item for hit in self.hits]
+
+
+class Query(NamedTuple):
+  """A query as a vector.
+
+  Attributes:
+    name: as it was asked.
+    vector: [D] float32.
+    row: of the item that it is itself; None if it is none.
+  """
+
+  name: str
+  vector: np.ndarray
+  row: Optional[int] = None
+
+
+def answer(
+  asked: Sequence[str],
+  kept: EmbeddingFolder,
+  *,
+  embed_fn: EmbedFn,
+  nearest_fn: NearestFn,
+  num_neighbours: int,
+) -> list[Answer]:
+  """Answers each query; one that can't be answered holds up none of the others.
+
+  Args:
+    asked: paths of image files, paths of `.npy` files with vectors [n, D] or [D], or
+      keys. What a key names is not its own neighbour.
+    kept: the embeddings that are searched.
+    embed_fn: embeds an image.
+    nearest_fn: searches.
+    num_neighbours: k.
+
+  Returns:
+    An answer for each query, in order; n for a file of n vectors.
+
+  Raises:
+    UserError: nothing is asked.
+  """
+  if not asked:
+    raise UserError("Nothing is asked; name an image, a .npy file or a key by --query.")
+  answers: list[Answer] = []
+  queries: dict[int, Query] = {}
+  for name in asked:
+    try:
+      found = _queries(name, kept, embed_fn)
+    except UserError as error:
+      answers.append(Answer(name, error=str(error)))
+      continue
+    for query in found:
+      fault = _fault(query, kept.embeddings.shape, num_neighbours)
+      if fault is None:
+        queries[len(answers)] = query
+      answers.append(Answer(query.name, error=fault))
+  if queries:
+    found_for = _found(list(queries.values()), kept, nearest_fn, num_neighbours)
+    for place, each in zip(queries, found_for):
+      answers[place] = each
+  return answers
+
+
+def _queries(name: str, kept: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
+  if os.path.exists(name):
+    if name.lower().endswith(".npy"):
+      vectors = np.atleast_2d(_vectors(name))
+      return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
+    return [Query(name, embed_fn(_content(name)))]
+  row = kept.position(name)
+  if row is None:
+    raise UserError(f"{name} is neither a file nor a key of what is embedded.")
+  return [Query(name, np.asarray(kept.embeddings[row], np.float32), row)]
+
+
+def _content(path: str) -> bytes:
+  try:
+    with open(path, "rb") as file:
+      return file.read()
+  except OSError as error:
+    raise UserError(f"It can't be read: {error.strerror}.") from error
+
+
+def _vectors(path: str) -> np.ndarray:
+  try:
+    vectors = np.load(path, allow_pickle=False)
+  except Exception as error:  # Python's parser reads the head, and has many.
+    raise UserError(f"{path} holds no array of numbers.") from error
+  if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiub":
+    raise UserError(f"{path} holds no array of numbers.")
+  if vectors.ndim not in (1, 2) or not vectors.size:
+    raise UserError(f"{path} holds an array of {vectors.shape}, not one of vectors.")
+  with np.errstate(over="ignore"):  # What becomes infinite is told of later.
+    return vectors.astype(np.float32)
+
+
+def _fault(
+  query: Query, gallery_shape: Sequence[int], num_neighbours: int
+) -> Optional[str]:
+  """Why a query can't be answered; None where it can."""
+  num_others = gallery_shape[0] - (query.row is not None)
+  try:
+    check_sizes(query.vector[None], (num_others, gallery_shape[1]), num_neighbours)
+  except UserError as error:
+    return str(error)
+  if not np.isfinite(query.vector).all():
+    return "The vector has numbers that are not finite."
+  if not np.square(query.vector, dtype=np.float64).sum() < _MAX_SQUARE:
+    return "The vector is so long that float32 can't hold its distances."
+  return None
+
+
+def _found(
+  queries: Sequence[Query],
+  kept: EmbeddingFolder,
+  nearest_fn: NearestFn,
+  num_neighbours: int,
+) -> Iterator[Answer]:
+  """Answers queries by one search; in it an item is its own neighbour too."""
+  num_wanted = num_neighbours + any(query.row is not None for query in queries)
+  vectors = np.stack([query.vector for query in queries])
+  found = nearest_fn(vectors, min(num_wanted, len(kept.keys)))
+  for query, items, distances in zip(queries, *map(np.ndarray.tolist, found)):
+    hits = [
+      Hit(item, kept.keys[item], kept.class_names[int(kept.labels[item])], distance)
+      for item, distance in zip(items, distances)
+      if item >= 0 and item != query.row
+    ]
+    yield Answer(query.name, hits[:num_neighbours])

@@ -1,0 +1,145 @@
+"""Collects the evidence of an evaluation.
+
+Shapes: G items, D dimensions, Q queries, k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Callable, Optional, Union
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.retrieval import embedding_map, pictures, report_data
+from trainer.retrieval.report_data import Answers, EmbeddingMap, ReportData, ShownQuery
+
+PicturesFn = Callable[[np.ndarray], Sequence[bytes]]
+
+NUM_MAPPED = 1_000
+_MAX_CURVE_K = 100
+_THUMBNAIL_SIDE, _SPRITE_SIDE = 64, 40
+
+
+def collect_report_data(
+  embeddings: np.ndarray,
+  labels: np.ndarray,
+  neighbours: np.ndarray,
+  queries: np.ndarray,
+  *,
+  class_names: Union[Sequence[str], Mapping[int, str]],
+  is_right: Optional[np.ndarray] = None,
+  pictures_fn: Optional[PicturesFn] = None,
+  seed: int = 0,
+) -> ReportData:
+  """Samples what is to be shown; the same seed gives the same sample.
+
+  Queries whose class has no other item have no answer and are left out, unless it is
+  given what is right.
+
+  Args:
+    embeddings: [G, D] float32.
+    labels: [G] int.
+    neighbours: [Q, k] int64, items nearest to each query, nearest first, without the
+      query itself.
+    queries: [Q] int64, the items that ask.
+    class_names: name of each label.
+    is_right: [Q, k] bool, whether a neighbour is relevant; None where those of the
+      query's class are.
+    pictures_fn: PNG files, all of one size, of items [n] int64; None if inputs are no
+      pictures.
+    seed: of the samples.
+
+  Raises:
+    UserError: an embedding is not finite; no query has a relevant item, or there are
+      no neighbours.
+  """
+  answers = _answers(embeddings, labels, neighbours, queries, is_right, class_names)
+  is_right = answers.is_right
+  random = np.random.default_rng(seed)
+  curve = np.logical_or.accumulate(is_right[:, :_MAX_CURVE_K], axis=1).mean(axis=0)
+  confusions = report_data.confused_classes(answers)
+  wanted = [confusion.query for confusion in confusions]
+  shown = report_data.shown_queries(answers, wanted, random)
+  return ReportData(
+    num_items=len(labels),
+    num_queries=len(answers.queries),
+    num_mistakes=int((~is_right[:, 0]).sum()),
+    num_classes=len(np.unique(labels)),
+    histogram=embedding_map.distance_histogram(embeddings, labels, random),
+    recall_at=[float(value) for value in curve],
+    queries=shown,
+    confusions=confusions,
+    embedding_map=_map(answers, shown, pictures_fn, random),
+    pictures=_pictures(shown, pictures_fn),
+  )
+
+
+def _answers(
+  embeddings: np.ndarray,
+  labels: np.ndarray,
+  neighbours: np.ndarray,
+  queries: np.ndarray,
+  is_right: Optional[np.ndarray],
+  class_names: Union[Sequence[str], Mapping[int, str]],
+) -> Answers:
+  """The answers to queries with a relevant item."""
+  num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
+  if num_bad:
+    raise UserError(f"{num_bad} of {len(embeddings)} embeddings are not finite.")
+  _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+  has_relevant = sizes[class_of][queries] > 1
+  if is_right is None:
+    is_right = labels[neighbours] == labels[queries][:, None]
+  else:
+    has_relevant = np.ones(len(queries), bool)
+  if not has_relevant.any() or not neighbours.shape[1]:
+    raise UserError(
+      f"Evidence of {len(queries)} queries with {neighbours.shape[1]} neighbours each: "
+      "at least one query must have a neighbour and another item of its class."
+    )
+  asked, found = queries[has_relevant], neighbours[has_relevant]
+  return Answers(embeddings, labels, asked, found, is_right[has_relevant], class_names)
+
+
+def _map(
+  answers: Answers,
+  shown: Sequence[ShownQuery],
+  pictures_fn: Optional[PicturesFn],
+  random: np.random.Generator,
+) -> EmbeddingMap:
+  """A map of the shown queries and of others drawn at random."""
+  asking = [query.item for query in shown]
+  others = np.setdiff1d(np.arange(len(answers.labels)), asking)
+  num_others = min(NUM_MAPPED - len(asking), len(others))
+  items = np.sort([*asking, *random.choice(others, num_others, replace=False)])
+  method, places = embedding_map.lay_out(answers.embeddings[items])
+  is_right = dict(zip(answers.queries.tolist(), answers.is_right[:, 0].tolist()))
+  sprite = None
+  if pictures_fn is not None:
+    images = pictures.shrink(pictures_fn(items), _SPRITE_SIDE)
+    sprite = pictures.sprite(images)
+  return EmbeddingMap(
+    method=method,
+    items=items.tolist(),
+    class_names=[answers.name(item) for item in items],
+    x=[round(x, 4) for x in places[:, 0].tolist()],
+    y=[round(y, 4) for y in places[:, 1].tolist()],
+    is_mistake=[
+      not is_right[item] if item in is_right else None for item in items.tolist()
+    ],
+    sprite=sprite,
+  )
+
+
+def _pictures(
+  shown: Sequence[ShownQuery], pictures_fn: Optional[PicturesFn]
+) -> dict[str, str]:
+  """Thumbnails of shown queries and their neighbours, by item."""
+  if pictures_fn is None:
+    return {}
+  items = sorted(
+    {query.item for query in shown} | {n.item for q in shown for n in q.neighbours}
+  )
+  images = pictures.shrink(pictures_fn(np.array(items)), _THUMBNAIL_SIDE)
+  return {str(item): pictures.data_uri(image) for item, image in zip(items, images)}

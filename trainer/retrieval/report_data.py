@@ -1,0 +1,338 @@
+"""The data behind a report, `eval/evidence.json`.
+
+Items are named by their position among those evaluated. Pictures are data URIs.
+
+Shapes: G items, Q queries, k neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.runtime import filesystem
+
+REPORT_DATA_FILE = os.path.join("eval", "evidence.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistanceHistogram:
+  """Distances of sampled pairs, in bins of equal width.
+
+  Attributes:
+    low: lower edge of the first bin, distance units.
+    high: upper edge of the last bin.
+    positive: number of pairs of one class, by bin.
+    negative: number of pairs of two classes, by bin.
+    positive_median: of the sampled pairs; None if there is no such pair.
+    negative_median: likewise.
+  """
+
+  low: float
+  high: float
+  positive: Sequence[int]
+  negative: Sequence[int]
+  positive_median: Optional[float]
+  negative_median: Optional[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Neighbour:
+  """One answer to a query.
+
+  Attributes:
+    item: which item it is.
+    class_name: its class.
+    distance: from the query, Euclidean.
+    is_right: whether it is of the query's class.
+  """
+
+  item: int
+  class_name: str
+  distance: float
+  is_right: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ShownQuery:
+  """A query with its nearest neighbours.
+
+  Attributes:
+    item: which item it is.
+    class_name: its class.
+    neighbours: nearest first.
+  """
+
+  item: int
+  class_name: str
+  neighbours: Sequence[Neighbour]
+
+  @property
+  def is_mistake(self) -> bool:
+    """Whether its nearest neighbour is of another class."""
+    return not self.neighbours[0].is_right
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+  """Queries of one class whose nearest neighbour is of one other.
+
+  Attributes:
+    class_name: of the queries.
+    taken_for: class of the nearest neighbour.
+    num_mistakes: how many queries.
+    num_queries: how many the class has in all.
+    query: item of one of them, which is among the shown queries.
+    neighbour: item that is nearest to it.
+  """
+
+  class_name: str
+  taken_for: str
+  num_mistakes: int
+  num_queries: int
+  query: int
+  neighbour: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Sprite:
+  """Many small pictures in one, row by row.
+
+  Attributes:
+    picture: the data URI.
+    columns: pictures in a row.
+    rows: how many rows.
+    width: of one of them, pixels.
+    height: likewise.
+  """
+
+  picture: str
+  columns: int
+  rows: int
+  width: int
+  height: int
+
+
+@dataclasses.dataclass(frozen=True)
+class EmbeddingMap:
+  """A sample of items in the plane.
+
+  Attributes:
+    method: what laid it out, "t-SNE" or "PCA".
+    items: which items they are.
+    class_names: of each.
+    x: of each, 0 to 1, left to right.
+    y: of each, 0 to 1, upwards.
+    is_mistake: of each, whether its nearest neighbour is of another class; None if it
+      was no query.
+    sprite: their pictures, in their order; None if inputs are no pictures.
+  """
+
+  method: str
+  items: Sequence[int]
+  class_names: Sequence[str]
+  x: Sequence[float]
+  y: Sequence[float]
+  is_mistake: Sequence[Optional[bool]]
+  sprite: Optional[Sprite]
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportData:
+  """All of it.
+
+  Attributes:
+    num_items: how many items were evaluated.
+    num_queries: how many of the queries given have another item of their class.
+    num_mistakes: how many of these have a nearest neighbour of another class.
+    num_classes: classes of the items.
+    histogram: distances of sampled pairs.
+    recall_at: recall@k for k = 1, 2, ...
+    queries: shown ones, mistakes first.
+    confusions: the most frequent first.
+    embedding_map: a sample in the plane.
+    pictures: data URIs by item, as text.
+  """
+
+  num_items: int
+  num_queries: int
+  num_mistakes: int
+  num_classes: int
+  histogram: DistanceHistogram
+  recall_at: Sequence[float]
+  queries: Sequence[ShownQuery]
+  confusions: Sequence[Confusion]
+  embedding_map: EmbeddingMap
+  pictures: Mapping[str, str]
+
+  def write(self, model_dir: str) -> None:
+    """Writes `eval/evidence.json`, whole.
+
+    Args:
+      model_dir: folder of the run.
+    """
+    path = os.path.join(model_dir, REPORT_DATA_FILE)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    filesystem.replace_file(path, json.dumps(dataclasses.asdict(self)))
+
+  @classmethod
+  def read(cls, model_dir: str) -> Optional[ReportData]:
+    """The evidence of a run; None where none was collected.
+
+    Args:
+      model_dir: folder of the run.
+
+    Raises:
+      UserError: the file is damaged, or of another version of this package.
+    """
+    path = os.path.join(model_dir, REPORT_DATA_FILE)
+    if not os.path.exists(path):
+      return None
+    try:
+      with open(path, encoding="utf-8") as file:
+        return _of_json(json.load(file))
+    except (ValueError, KeyError, TypeError) as error:
+      raise UserError(
+        f"{path} can't be read ({error}); measure again with --mode=evaluate."
+      ) from error
+
+
+def _of_json(content: dict[str, Any]) -> ReportData:
+  place = content["embedding_map"]
+  sprite = place["sprite"] and Sprite(**place["sprite"])
+  queries = [
+    ShownQuery(**{**query, "neighbours": [Neighbour(**n) for n in query["neighbours"]]})
+    for query in content["queries"]
+  ]
+  parts = {
+    "histogram": DistanceHistogram(**content["histogram"]),
+    "queries": queries,
+    "confusions": [Confusion(**each) for each in content["confusions"]],
+    "embedding_map": EmbeddingMap(**{**place, "sprite": sprite}),
+  }
+  return ReportData(**{**content, **parts})
+
+
+NUM_QUERIES = 24
+NUM_NEIGHBOURS = 8
+_NUM_CONFUSIONS = 12
+# Of the shown queries; the others are right, so that these are seen too.
+_MOST_MISTAKES = 18
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What was asked and what came of it; each query has a relevant item.
+
+  Attributes:
+    embeddings: [G, D] float32.
+    labels: [G] int.
+    queries: [Q] int64, items.
+    neighbours: [Q, k] int64, items, nearest first.
+    is_right: [Q, k] bool, whether a neighbour is relevant to the query.
+    class_names: name of each label.
+  """
+
+  embeddings: np.ndarray
+  labels: np.ndarray
+  queries: np.ndarray
+  neighbours: np.ndarray
+  is_right: np.ndarray
+  class_names: Union[Sequence[str], Mapping[int, str]]
+
+  def name(self, item: int) -> str:
+    """The name of an item's class."""
+    return self.class_names[int(self.labels[item])]
+
+
+def confused_classes(answers: Answers) -> list[Confusion]:
+  """The most frequent pairs of a query's class and that of its nearest neighbour.
+
+  Args:
+    answers: to all queries.
+
+  Returns:
+    At most 12, the most frequent first; among equals the lower labels. The query that
+    stands for a pair is the one that is nearest to its wrong neighbour.
+  """
+  of_another = (
+    answers.labels[answers.neighbours[:, 0]] != answers.labels[answers.queries]
+  )
+  mistakes = np.flatnonzero(~answers.is_right[:, 0] & of_another)
+  asked, found = answers.queries[mistakes], answers.neighbours[mistakes, 0]
+  pairs, pair_of, counts = np.unique(
+    np.stack([answers.labels[asked], answers.labels[found]]),
+    axis=1,
+    return_inverse=True,
+    return_counts=True,
+  )
+  pair_of = np.ravel(pair_of)  # NumPy 2.0 alone gives it another shape.
+  distances = np.linalg.norm(
+    answers.embeddings[asked] - answers.embeddings[found], axis=1
+  )
+  labels, sizes = np.unique(answers.labels[answers.queries], return_counts=True)
+  num_queries = dict(zip(labels.tolist(), sizes.tolist()))
+  most = []
+  for pair in np.argsort(-counts, kind="stable")[:_NUM_CONFUSIONS]:
+    members = np.flatnonzero(pair_of == pair)
+    example = members[np.argmin(distances[members])]
+    most.append(
+      Confusion(
+        class_name=answers.name(asked[example]),
+        taken_for=answers.name(found[example]),
+        num_mistakes=int(counts[pair]),
+        num_queries=num_queries[int(pairs[0, pair])],
+        query=int(asked[example]),
+        neighbour=int(found[example]),
+      )
+    )
+  return most
+
+
+def shown_queries(
+  answers: Answers, wanted: Sequence[int], random: np.random.Generator
+) -> list[ShownQuery]:
+  """Queries to show: those wanted, then mistakes and right ones drawn at random.
+
+  Args:
+    answers: to all queries.
+    wanted: items of mistakes that must be among them.
+    random: draws the others.
+
+  Returns:
+    At most 24; mistakes first, those with the most wrong neighbours at the top.
+  """
+  is_right = answers.is_right
+  rows = random.permutation(len(answers.queries))
+  is_first = ~np.isin(answers.queries[rows], wanted)
+  rows = rows[np.argsort(is_first, kind="stable")]  # The wanted come first.
+  mistakes, right = rows[~is_right[rows, 0]], rows[is_right[rows, 0]]
+  num_mistakes = min(len(mistakes), max(_MOST_MISTAKES, NUM_QUERIES - len(right)))
+  chosen = [*mistakes[:num_mistakes], *right[: NUM_QUERIES - num_mistakes]]
+  num_wrong = (~is_right[:, :NUM_NEIGHBOURS]).sum(axis=1)
+  chosen.sort(key=lambda row: (is_right[row, 0], -num_wrong[row], row))
+  return [_query(answers, row) for row in chosen]
+
+
+def _query(answers: Answers, row: int) -> ShownQuery:
+  item = int(answers.queries[row])
+  neighbours = [
+    Neighbour(
+      item=int(other),
+      class_name=answers.name(other),
+      distance=float(
+        np.linalg.norm(answers.embeddings[item] - answers.embeddings[other])
+      ),
+      is_right=bool(is_right),
+    )
+    for other, is_right in zip(
+      answers.neighbours[row, :NUM_NEIGHBOURS], answers.is_right[row]
+    )
+  ]
+  return ShownQuery(item=item, class_name=answers.name(item), neighbours=neighbours)

@@ -1,0 +1,228 @@
+"""The folder and the process of one run of a sweep."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import json
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+from trainer.errors import DONE, FAILURE, PreemptedError, StalledError
+from trainer.retrieval.results import Results
+from trainer.runtime import filesystem, lease
+from trainer.sweep.points import Point
+from trainer.training.callbacks import MetricsFile
+
+POINT_FILE = "point.gin"
+LOG_FILE = "log.txt"
+_FAILURE_FILE = "failure.json"
+_LOCK_FILE = "lock"
+
+
+class Failure(NamedTuple):
+  """Why a run ended without result.
+
+  Attributes:
+    exit_status: of the task; negative for a signal.
+    message: its last line.
+  """
+
+  exit_status: int
+  message: str
+
+
+class RunFolder:
+  """One point's folder; all sweeps that share the parent share it.
+
+  Args:
+    parent: folder of all runs.
+    point: what is run there.
+    mode: what is done there.
+  """
+
+  def __init__(self, parent: str, point: Point, mode: str):
+    self.path = os.path.join(parent, point.run_id)
+    self.log_path = os.path.join(self.path, LOG_FILE)
+    self._point = point
+    self._mode = mode
+
+  def prepare(self) -> str:
+    """Makes the folder, and writes the run file.
+
+    Returns:
+      Path of the run file.
+    """
+    os.makedirs(self.path, exist_ok=True)
+    path = os.path.join(self.path, POINT_FILE)
+    filesystem.replace_file(path, f"# {self._point}\n{self._point.config.text}")
+    return path
+
+  @property
+  def is_finished(self) -> bool:
+    """Whether the last step was made, and measured where the mode measures."""
+    if self._mode == "train":
+      return self.step == self._point.num_steps
+    measured = Results(self.path).by_moment.get("latest", {}).get("step")
+    ends_early = "train_and_evaluate.selection.patience" in self._point.config.values
+    last = self.step if ends_early else self._point.num_steps
+    return measured is not None and measured == last
+
+  @property
+  def step(self) -> int:
+    """The last step logged; 0 before any."""
+    last = self.last_row()
+    return int(last["step"]) if last else 0
+
+  def rows(self) -> list[dict[str, float]]:
+    """The rows of `metrics.jsonl`."""
+    return list(MetricsFile(self.path).rows())
+
+  def last_row(self) -> Optional[dict[str, float]]:
+    """The last row of `metrics.jsonl`; None before any."""
+    rows = self.rows()
+    return rows[-1] if rows else None
+
+  def metric(self, name: str) -> Optional[float]:
+    """The last value of a metric, measured or logged; None where there is none."""
+    measured: dict[str, Any] = Results(self.path).by_moment.get("latest", {})
+    value = measured.get(name, (self.last_row() or {}).get(name))
+    return None if value is None else float(value)
+
+  @property
+  def failure(self) -> Optional[Failure]:
+    """Why it failed; None if it did not."""
+    path = os.path.join(self.path, _FAILURE_FILE)
+    try:
+      with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+      return Failure(int(content["exit_status"]), str(content["message"]))
+    except FileNotFoundError:
+      return None
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+      return Failure(FAILURE, f"{path} is damaged")
+
+  def mark_failed(self, failure: Failure) -> None:
+    """Remembers why it failed."""
+    path = os.path.join(self.path, _FAILURE_FILE)
+    filesystem.replace_file(path, json.dumps(failure._asdict()))
+
+  def forget_failure(self) -> None:
+    """Forgets a failure, since it is tried again."""
+    with contextlib.suppress(FileNotFoundError):
+      os.remove(os.path.join(self.path, _FAILURE_FILE))
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[Optional[int]]:
+    """Keeps other sweeps, on this machine or another that shares the disk, off the run.
+
+    Yields:
+      The lock's file, for the run's process to inherit: should the sweep be killed, the
+      run that goes on still holds it. None if another holds it; `is_locked` never does.
+    """
+    os.makedirs(self.path, exist_ok=True)
+    file = lease.try_lock(os.path.join(self.path, _LOCK_FILE))
+    if file is None:
+      yield None
+      return
+    with file:
+      yield file.fileno()
+
+  @property
+  def is_locked(self) -> bool:
+    """Whether some sweep works on it now."""
+    return lease.is_locked(os.path.join(self.path, _LOCK_FILE))
+
+
+_POLL_S = 0.2
+_GRACE_S = 60.0  # To save a checkpoint in.
+_AGAIN = (PreemptedError.exit_status, StalledError.exit_status)
+_MAX_RESTARTS = 5
+
+
+class Ending(enum.Enum):
+  """How a process ended."""
+
+  DONE = "done"
+  FAILED = "failed"
+  STOPPED = "stopped"
+  PRUNED = "pruned"
+  BUSY = "busy"  # Another sweep runs it.
+
+
+def run_process(
+  command: Sequence[str],
+  *,
+  environment: Mapping[str, str],
+  log_path: str,
+  inherited: Sequence[int],
+  stop: threading.Event,
+  is_hopeless: Callable[[], bool],
+) -> tuple[Ending, int]:
+  """Runs a command to its end, again where its exit status asks for that.
+
+  Args:
+    command: program and arguments.
+    environment: of the process.
+    log_path: its output is appended there.
+    inherited: files that it keeps open.
+    stop: set to end it early.
+    is_hopeless: asked all the time; true ends it early.
+
+  Returns:
+    How it ended, and its exit status; negative for a signal.
+  """
+  for _ in range(_MAX_RESTARTS + 1):
+    with open(log_path, "ab") as log:
+      process = subprocess.Popen(
+        command,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        pass_fds=inherited,
+        start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on.
+      )
+    ending = _watch(process, stop, is_hopeless)
+    if ending is not None:
+      return ending, process.returncode
+    if process.returncode not in _AGAIN:
+      break
+  is_done = process.returncode == DONE
+  return (Ending.DONE if is_done else Ending.FAILED), process.returncode
+
+
+def failure_of(exit_status: int, log_path: str) -> Failure:
+  """The failure that a run's exit status and the last line of its log tell."""
+  if exit_status < 0:
+    return Failure(exit_status, f"killed by {signal.Signals(-exit_status).name}")
+  with open(log_path, encoding="utf-8", errors="replace") as file:
+    lines = [line.strip() for line in file if line.strip()]
+  return Failure(exit_status, lines[-1] if lines else "no word of why")
+
+
+def _watch(
+  process: subprocess.Popen, stop: threading.Event, is_hopeless: Callable[[], bool]
+) -> Optional[Ending]:
+  """Waits; how the process was ended early, or None if it ended by itself."""
+  while True:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(_POLL_S)
+      return None
+    if stop.is_set() or is_hopeless():
+      _end(process)
+      return Ending.STOPPED if stop.is_set() else Ending.PRUNED
+
+
+def _end(process: subprocess.Popen) -> None:
+  """Asks the process and its children to end, and insists after a while."""
+  for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
+    with contextlib.suppress(ProcessLookupError):
+      os.killpg(process.pid, number)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      process.wait(patience_s)
+      return

@@ -1,0 +1,294 @@
+"""Results of a sweep: rows, importance of parameters, and the table.
+
+The settings are grouped by their values of one name; the share is the sum of squares
+between the groups' means over the whole sum of squares (eta squared, the main effect in
+an analysis of variance). What only two names together do is nobody's.
+"""
+
+from __future__ import annotations
+
+import collections
+import csv
+import dataclasses
+import io
+import re
+import shutil
+import statistics
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Optional
+
+from trainer.runtime import filesystem
+from trainer.sweep.points import Point
+from trainer.sweep.run_process import RunFolder
+from trainer.sweep.spec import SweepOptions
+
+FINISHED, RUNNING, FAILED = "finished", "running", "failed"
+HALF_DONE, WAITING = "half done", "waiting"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRow:
+  """One run of a sweep.
+
+  Attributes:
+    point: what it computes.
+    path: its folder.
+    state: "finished", "running", "failed", "half done" or "waiting".
+    step: the last one logged.
+    value: of the sweep's metric; None as long as it is not finished.
+    note: why it failed.
+  """
+
+  point: Point
+  path: str
+  state: str
+  step: int
+  value: Optional[float]
+  note: str
+
+
+@dataclasses.dataclass(frozen=True)
+class SweepRow:
+  """The runs of the same settings.
+
+  Attributes:
+    settings: by gin name.
+    runs: one a seed.
+  """
+
+  settings: Mapping[str, str]
+  runs: Sequence[RunRow]
+
+  @property
+  def values(self) -> list[float]:
+    """Of the runs that have finished."""
+    return [run.value for run in self.runs if run.value is not None]
+
+  @property
+  def mean(self) -> Optional[float]:
+    """Mean over the finished seeds; None if there is none."""
+    return statistics.fmean(self.values) if self.values else None
+
+  @property
+  def spread(self) -> Optional[float]:
+    """Standard deviation over seeds (n - 1); None for fewer than two."""
+    return statistics.stdev(self.values) if len(self.values) > 1 else None
+
+
+def collect_rows(
+  points: Sequence[Point],
+  folder_fn: Callable[[Point], RunFolder],
+  options: SweepOptions,
+  running: Collection[str],
+) -> list[SweepRow]:
+  """The rows, best first, those without value last.
+
+  Args:
+    points: all points of the sweep.
+    folder_fn: the folder of a point.
+    options: of the sweep; metric and goal.
+    running: ids of the runs that are being made here.
+  """
+  groups: dict[tuple, list[RunRow]] = {}
+  for point in points:
+    run = _run_row(point, folder_fn(point), options.metric, point.run_id in running)
+    groups.setdefault(tuple(point.settings.items()), []).append(run)
+  rows = [SweepRow(dict(settings), runs) for settings, runs in groups.items()]
+  sign = -1.0 if options.goal == "maximize" else 1.0
+  return sorted(rows, key=lambda row: (row.mean is None, sign * (row.mean or 0.0)))
+
+
+def swept_names(rows: Sequence[SweepRow]) -> list[str]:
+  """The swept names, in the order of the sweep file as far as points have them."""
+  return list(dict.fromkeys(name for row in rows for name in row.settings))
+
+
+def short_name(name: str, among: Sequence[str]) -> str:
+  """The parameter alone where it is clear which is meant."""
+  last = name.rpartition(".")[2]
+  return last if sum(n.rpartition(".")[2] == last for n in among) == 1 else name
+
+
+def short_value(text: str) -> str:
+  """A value as a person would write it, without gin's marks."""
+  value = number(text)
+  if value is not None:
+    return f"{value:.4g}"
+  return re.sub(r"^@|\(\)$", "", text).strip("'\"")
+
+
+def number(text: str) -> Optional[float]:
+  """The number that a text is; None if it is none."""
+  is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text)
+  return float(text) if is_number else None
+
+
+def write_csv(rows: Sequence[SweepRow], options: SweepOptions, path: str) -> None:
+  """One line a run: rank, settings, seed, state, step, the metric, folder, note."""
+  swept = swept_names(rows)
+  text = io.StringIO(newline="")
+  writer = csv.writer(text)
+  writer.writerow(
+    ["rank", *swept, "seed", "state", "step", options.metric, "folder", "note"]
+  )
+  for rank, row in enumerate(rows, 1):
+    settings = [row.settings.get(name, "") for name in swept]
+    for run in row.runs:
+      seed = "" if run.point.seed is None else run.point.seed
+      value = "" if run.value is None else run.value
+      writer.writerow(
+        [rank, *settings, seed, run.state, run.step, value, run.path, run.note]
+      )
+  filesystem.replace_file(path, text.getvalue())
+
+
+def _run_row(point: Point, folder: RunFolder, metric: str, is_running: bool) -> RunRow:
+  failure, step, is_finished = folder.failure, folder.step, folder.is_finished
+  if is_finished:
+    state = FINISHED
+  elif is_running or folder.is_locked:
+    state = RUNNING
+  elif failure:
+    state = FAILED
+  else:
+    state = HALF_DONE if step else WAITING
+  return RunRow(
+    point,
+    folder.path,
+    state,
+    step,
+    folder.metric(metric) if is_finished else None,
+    f"status {failure.exit_status}: {failure.message}" if failure else "",
+  )
+
+
+_NUM_GROUPS = 4  # Of a name that nearly every point gives another value.
+
+
+def importances(rows: Sequence[SweepRow]) -> dict[str, float]:
+  """The share of each swept name, the greatest first.
+
+  Args:
+    rows: of any order; those without value are left out.
+
+  Returns:
+    By name, 0 to 1; empty where fewer than two settings have a value, or all the same.
+  """
+  finished = [row for row in rows if row.mean is not None]
+  means = [row.mean or 0.0 for row in finished]
+  if len(means) < 2 or max(means) == min(means):
+    return {}
+  middle = statistics.fmean(means)
+  total = sum((mean - middle) ** 2 for mean in means)
+  shares = {}
+  for name in swept_names(finished):
+    groups: dict[object, list[float]] = {}
+    for group, mean in zip(
+      _groups([r.settings.get(name, "") for r in finished]), means
+    ):
+      groups.setdefault(group, []).append(mean)
+    between = sum(len(g) * (statistics.fmean(g) - middle) ** 2 for g in groups.values())
+    shares[name] = between / total
+  return dict(sorted(shares.items(), key=lambda item: -item[1]))
+
+
+def _groups(values: Sequence[str]) -> Sequence[object]:
+  """The group of each value: the value itself, or its quarter of the order."""
+  distinct = set(values)
+  if len(distinct) <= max(_NUM_GROUPS, len(values) // 2):
+    return values
+  try:
+    order = sorted(distinct, key=float)
+  except ValueError:
+    return values
+  place = {value: _NUM_GROUPS * i // len(order) for i, value in enumerate(order)}
+  return [place[value] for value in values]
+
+
+_NUM_SHOWN = 10
+
+
+def table_text(
+  rows: Sequence[SweepRow], metric: str, num_shown: int = _NUM_SHOWN
+) -> str:
+  """The best rows, those that run or have failed, and how many there are of each state.
+
+  Args:
+    rows: best first.
+    metric: title of the value.
+    num_shown: the most rows.
+  """
+  busy = [row for row in rows if row.mean is None and _state(row) != WAITING]
+  shown = [row for row in rows if row.mean is not None][:num_shown] + busy[:num_shown]
+  swept = swept_names(rows)
+  head = [
+    "",
+    *(short_name(name, swept) for name in swept),
+    metric,
+    "± seeds",
+    "",
+  ]
+  cells = [head] if shown else []
+  for rank, row in enumerate(shown, 1):
+    cells.append(
+      [
+        str(rank) if row.mean is not None else "",
+        *(short_value(row.settings.get(name, "-")) for name in swept),
+        "" if row.mean is None else f"{row.mean:.4f}",
+        "" if row.spread is None else f"{row.spread:.4f} ({len(row.values)})",
+        _state(row),
+      ]
+    )
+  widths = (
+    [max(len(row[i]) for row in cells) for i in range(len(head))] if cells else []
+  )
+  lines = [
+    "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+    for row in cells
+  ]
+  return "\n".join([*lines, count_states(rows)])
+
+
+def count_states(rows: Sequence[SweepRow]) -> str:
+  """How many runs there are, of each state."""
+  states = collections.Counter(run.state for row in rows for run in row.runs)
+  words = ", ".join(f"{number} {state}" for state, number in states.most_common())
+  return f"{sum(states.values())} runs: {words}"
+
+
+class LiveTable:
+  """Draws the table over itself on a terminal; elsewhere a line when counts change."""
+
+  def __init__(self, metric: str):
+    self._metric = metric
+    self._num_lines = 0
+    self._last = ""
+
+  def show(self, rows: Sequence[SweepRow]) -> None:
+    """Shows how far the sweep is."""
+    if not sys.stderr.isatty():
+      line = count_states(rows)
+      if line != self._last:
+        print(line, file=sys.stderr, flush=True)
+      self._last = line
+      return
+    width = shutil.get_terminal_size().columns
+    lines = [line[: width - 1] for line in table_text(rows, self._metric).splitlines()]
+    up = f"\x1b[{self._num_lines}A" if self._num_lines else ""
+    sys.stderr.write(up + "".join(f"\x1b[2K{line}\n" for line in lines) + "\x1b[J")
+    sys.stderr.flush()
+    self._num_lines = len(lines)
+
+
+def _state(row: SweepRow) -> str:
+  """What its runs do, as far as they have not finished."""
+  words = []
+  for run in row.runs:
+    if run.state == RUNNING:
+      words.append(f"running, step {run.step}/{run.point.num_steps}")
+    elif run.state == FAILED:
+      words.append(f"failed, {run.note}")
+    elif run.state == HALF_DONE:
+      words.append(f"half done, step {run.step}/{run.point.num_steps}")
+  return "; ".join(words) or (WAITING if row.mean is None else "")

@@ -1,0 +1,433 @@
+"""Whether a step compiles and fits, why not, and what to change.
+
+Shapes: B examples of a replica, R replicas, P classes of the global batch.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Callable, NamedTuple, Optional, Union
+
+import tensorflow as tf
+
+from trainer.models.batch_norm import batch_norms, has_synchronized
+from trainer.tpu_check import replica_program
+from trainer.tpu_check.compiler import (
+  Array,
+  CompilationError,
+  Compiled,
+  Compiler,
+  Topology,
+)
+from trainer.tpu_check.replica_program import RunStep
+from trainer.training import checks
+
+# A search that finds no end stops at so many times the P that it began with.
+MAX_FACTOR = 64
+
+
+def largest_fitting_batch(
+  fits: Callable[[int], bool], start: int, *, unit: int
+) -> Optional[int]:
+  """The largest multiple of a unit that fits, if all smaller ones do.
+
+  Args:
+    fits: whether a number does.
+    start: where to begin; it is rounded down to a multiple, or up to the first.
+    unit: of what only multiples are possible.
+
+  Returns:
+    The number, at most `MAX_FACTOR` times the start; None where not even the unit
+    fits.
+  """
+  first = max(1, start // unit)
+  last = first * MAX_FACTOR
+  below, above = 0, first
+  while above <= last and fits(above * unit):
+    below, above = above, 2 * above
+  above = min(above, last + 1)
+  while above - below > 1:
+    middle = (below + above) // 2
+    if fits(middle * unit):
+      below = middle
+    else:
+      above = middle
+  return below * unit or None
+
+
+_TPU_CLAIM = (
+  "This says: libtpu's compiler takes the whole replica step (forward, gather, loss, "
+  "statistics,\nbackward, optimizer) for this topology, and what it needs. It does not "
+  "say: how fast it is, what\nTPU arithmetic gives, that the host keeps up, or that "
+  "tf.distribute's TPUStrategy, which wraps\nthe step on the TPU, adds nothing."
+)
+_GPU_CLAIM = (
+  "An estimate: XLA's own analysis of the same step compiled for this CPU. TensorFlow "
+  "on a GPU keeps\nother temporaries, and its libraries take some of the memory for "
+  "themselves."
+)
+
+
+def global_batch_text(num_classes: int, num_samples: int) -> str:
+  """The global batch of P classes with K samples."""
+  total = num_classes * num_samples
+  return f"global batch {total} = {num_classes} classes x {num_samples} samples"
+
+
+def claim_text(topology: Topology) -> str:
+  """What the result says, and what it doesn't."""
+  return _GPU_CLAIM if topology.tpu is None else _TPU_CLAIM
+
+
+def devices_text(topology: Topology) -> str:
+  """One line that says what is compiled for."""
+  memory = memory_text(topology.memory_bytes)
+  line = f"{topology.name}: {topology.num_replicas} replicas, {memory} each"
+  if topology.num_hosts > 1:
+    line += f"; that is {topology.num_hosts} hosts, and --strategy=tpu takes one"
+  return line
+
+
+def costs_text(compiled: Compiled, topology: Topology) -> str:
+  """The table of what a replica takes, several lines."""
+  share = 100 * compiled.memory_bytes / topology.memory_bytes
+  rows = [
+    ("memory", f"{memory_text(compiled.memory_bytes)} ({share:.1f} % of the device's)"),
+    ("  arguments", memory_text(compiled.arguments_bytes)),
+    ("  outputs", memory_text(compiled.outputs_bytes)),
+    ("  temporaries", memory_text(compiled.temporaries_bytes)),
+    ("  code", memory_text(compiled.code_bytes)),
+    ("operations", f"{compiled.flops:.3g} FLOP a step"),
+    ("traffic", f"{memory_text(compiled.bytes_accessed)} read and written a step"),
+    ("collectives", _collectives(compiled)),
+    ("compile time", f"{compiled.compile_s:.1f} s here"),
+  ]
+  return "\n".join(f"  {name:<15}{value}" for name, value in rows)
+
+
+def fits_text(compiled: Compiled, topology: Topology) -> str:
+  """The verdict on what compiles and fits, one line."""
+  needed = memory_text(compiled.memory_bytes)
+  of = memory_text(topology.memory_bytes)
+  if topology.tpu is None:
+    return f"SHOULD FIT {topology.name}: a replica needs about {needed} of {of}."
+  return f"COMPILES for {topology.name}: a replica needs {needed} of {of}."
+
+
+def too_large_text(share: float, topology: Topology, largest: Sequence[Array]) -> str:
+  """The verdict on what does not fit, with the largest arrays, a line each."""
+  needed, of = share * topology.memory_bytes, topology.memory_bytes
+  lines = [
+    f"DOES NOT FIT {topology.name}: a replica needs {memory_text(needed)} of "
+    f"{memory_text(of)}. Its largest arrays:"
+  ]
+  for array in largest:
+    lines.append(f"  {memory_text(array.bytes)} [{array.shape}] of {array.name}")
+  return "\n".join(lines)
+
+
+def memory_text(num_bytes: float) -> str:
+  """Bytes in the unit that suits, of 1024."""
+  for unit in ("B", "KiB", "MiB"):
+    if num_bytes < 1024:
+      return f"{num_bytes:.4g} {unit}"
+    num_bytes /= 1024
+  return f"{num_bytes:.2f} GiB"
+
+
+def _collectives(compiled: Compiled) -> str:
+  if compiled.collectives is None:
+    return "not told: JAX can't read this program"
+  if not compiled.collectives:
+    return "none"
+  numbers = Counter(each.name for each in compiled.collectives)
+  counted = ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()))
+  total = sum(each.bytes for each in compiled.collectives)
+  return f"{counted}; {memory_text(total)} come to each replica"
+
+
+_OPERATION = re.compile(r"(\w+) \(No registered '\w+' OpKernel.*?\{\{node ([^}]+)\}\}")
+_LINE = re.compile(r'^File "([^"]+)", line (\d+), in ', re.MULTILINE)
+_LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
+_TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+_MAX_LENGTH = 300
+
+_PYTHON = "Python runs on the host alone: write it in TensorFlow's operations"
+_HOST = "do it in the dataset's decoder or augmentation, which run on the host"
+# By what an operation's name begins with.
+_ADVICE = {
+  "EagerPyFunc": _PYTHON,
+  "PyFunc": _PYTHON,
+  "Print": "take tf.print out of the step",
+  "String": "strings, as of tf.print, stay on the host: take them out of the step",
+  "Decode": _HOST,
+  "Encode": _HOST,
+  "ImageProjective": _HOST,
+  "Unique": "its result has no shape that is known beforehand: use a mask instead",
+  "Where": "its result has no shape that is known beforehand: use a mask instead",
+}
+_OTHER_ADVICE = f"use others in its place, or {_HOST}"
+
+
+class Refusal(NamedTuple):
+  """An operation that XLA does not compile.
+
+  Attributes:
+    operation: its type, such as "DecodeJpeg".
+    node: its name, which begins with those of the layers it is in.
+    line: file and line that made it, the innermost that is no library's; None where
+      that isn't told.
+  """
+
+  operation: str
+  node: str
+  line: Optional[str]
+
+  def __str__(self):
+    layer = self.node.rpartition("/")[0] or "no layer"
+    place = f", {self.line}" if self.line else ""
+    matching = [
+      text for start, text in _ADVICE.items() if self.operation.startswith(start)
+    ]
+    advice = matching[0] if matching else _OTHER_ADVICE
+    return f"XLA has no {self.operation} (in {layer}{place}); {advice}."
+
+
+def refusal_of_lowering(error: Exception) -> Optional[Refusal]:
+  """What TensorFlow could not lower; None where the error is about something else.
+
+  Args:
+    error: as `replica_step.export` raises it.
+  """
+  message = str(error)
+  operation = _OPERATION.search(message)
+  if operation is None:
+    return None
+  # Of several operations each is followed by its own calls, innermost last.
+  calls = message[operation.end() :].split("(No registered", 1)[0]
+  own = [call for call in _LINE.findall(calls) if not _LIBRARIES.search(call[0])]
+  line = f"{pathlib.Path(own[-1][0]).name}, line {own[-1][1]}" if own else None
+  return Refusal(operation[1], operation[2], line)
+
+
+def needed_share(message: str) -> Optional[float]:
+  """How many times the memory that there is a program needs, as libtpu tells it.
+
+  Args:
+    message: libtpu's.
+
+  Returns:
+    More than 1; None where the message is about something else.
+  """
+  sizes = _TOO_LARGE.search(message)
+  return None if sizes is None else float(sizes[1]) / float(sizes[2])
+
+
+def refusal_of_compiler(message: str) -> str:
+  """The compiler's own words, in one line that is not too long."""
+  line = " ".join(message.split())
+  return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
+
+
+_ROWS_PER_TILE = 128
+
+
+def proposals(
+  run: RunStep, num_replicas: int, share: float, largest: Sequence[Array]
+) -> list[str]:
+  """Bindings that take less memory, each with what it does, best first.
+
+  Args:
+    run: it does not fit.
+    num_replicas: R.
+    share: how many times the memory that there is it needs.
+    largest: the largest arrays of its program.
+  """
+  found = []
+  is_of_encoder = [f"{run.step.encoder.name}/" in array.name for array in largest]
+  if any(is_of_encoder):
+    found += [*_micro_batches(run, num_replicas, share), *_precision(run)]
+  if not all(is_of_encoder):
+    found.append(
+      f"{type(run.step.loss).__name__}.rows_per_tile = {_ROWS_PER_TILE}: streaming, so "
+      f"many anchors at a time against all candidates; the same result"
+    )
+  return [*found, *_smaller_batch(run, num_replicas, share)]
+
+
+def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
+  size = run.num_classes * run.num_samples // num_replicas
+  now = run.step.options.num_micro_batches
+  # What does not shrink with the micro-batch is left some room.
+  wanted = now * max(2, math.ceil(share * 1.25))
+  enough = [n for n in range(wanted, size + 1) if size % n == 0]
+  if not enough or has_synchronized(run.step.encoder):
+    return []
+  result = (
+    "batch normalisation then sees micro-batches"
+    if batch_norms(run.step.encoder)
+    else "the same result"
+  )
+  return [
+    f"StepOptions.num_micro_batches = {enough[0]}: gradient caching, one more forward "
+    f"pass; {result}"
+  ]
+
+
+def _precision(run: RunStep) -> list[str]:
+  if getattr(run.step.encoder, "precision", None) != "float32":
+    return []
+  return [
+    "Encoder.precision = 'mixed_bfloat16': half the memory for the backbone's "
+    "activations, with 8 bits of precision"
+  ]
+
+
+def _smaller_batch(run: RunStep, num_replicas: int, share: float) -> list[str]:
+  unit = run.class_unit(num_replicas)
+  fewer = int(run.num_classes / share) // unit * unit
+  if not 0 < fewer < run.num_classes:
+    return []
+  return [
+    f"PKSchedule.classes_per_batch = {fewer}: a smaller P, with fewer negatives; --fit "
+    "searches the largest"
+  ]
+
+
+class TooLarge(NamedTuple):
+  """A program that does not fit.
+
+  Attributes:
+    share: how many times the memory that there is it needs.
+    largest: of its arrays.
+    compiled: what it needs; None where the compiler did not go on so far.
+  """
+
+  share: float
+  largest: Sequence[Array]
+  compiled: Optional[Compiled]
+
+
+class Refused(NamedTuple):
+  """A program that does not compile.
+
+  Attributes:
+    reason: in words.
+  """
+
+  reason: str
+
+
+Result = Union[Compiled, TooLarge, Refused]
+
+
+def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool:
+  """Checks the step of the config that gin has, and prints what it finds.
+
+  Args:
+    topology: the devices.
+    compiler_python: path of a Python with JAX and libtpu.
+    is_fitting: whether the largest P that fits is searched.
+
+  Returns:
+    Whether it compiles and fits; with `is_fitting`, whether any P does.
+
+  Raises:
+    UserError: the run's parts don't fit each other or the replicas.
+  """
+  compiler = Compiler(compiler_python)
+  run = replica_program.step_of_run()
+  if topology.tpu is not None:
+    checks.check_tpu_limits(run.step)
+  print(devices_text(topology))
+  if is_fitting:
+    return _fit(run, topology, compiler)
+  print(global_batch_text(run.num_classes, run.num_samples))
+  result = compile_step(run, run.num_classes, topology, compiler)
+  _tell(result, run, topology)
+  return isinstance(result, Compiled)
+
+
+def compile_step(
+  run: RunStep, num_classes: int, topology: Topology, compiler: Compiler
+) -> Result:
+  """What becomes of the step with a batch of so many classes.
+
+  Args:
+    run: the step.
+    num_classes: P.
+    topology: the devices.
+    compiler: of their programs.
+
+  Raises:
+    UserError: replicas, micro-batches or the loss don't go with so many classes.
+  """
+  batch = run.replica_batch(num_classes, topology.num_replicas)
+  try:
+    program = replica_program.export_program(run.step, batch, topology.num_replicas)
+  except (ValueError, tf.errors.OpError) as error:
+    refusal = refusal_of_lowering(error)
+    if refusal is None:
+      raise
+    return Refused(str(refusal))
+  try:
+    compiled = compiler.compile(program.hlo, topology)
+  except CompilationError as error:
+    share = needed_share(str(error))
+    if share is None:
+      return Refused(refusal_of_compiler(str(error)))
+    return TooLarge(share, error.largest, None)
+  share = compiled.memory_bytes / topology.memory_bytes
+  return TooLarge(share, compiled.largest, compiled) if share > 1 else compiled
+
+
+def _tell(result: Result, run: RunStep, topology: Topology) -> None:
+  if isinstance(result, Refused):
+    print(f"DOES NOT COMPILE for {topology.name}: {result.reason}")
+    return
+  compiled = result.compiled if isinstance(result, TooLarge) else result
+  if compiled is not None:
+    print(costs_text(compiled, topology))
+  if isinstance(result, Compiled):
+    print(fits_text(result, topology))
+    print(claim_text(topology))
+    return
+  print(too_large_text(result.share, topology, result.largest))
+  print("What takes less, each as --gin_param='...':")
+  num_replicas = topology.num_replicas
+  for line in proposals(run, num_replicas, result.share, result.largest):
+    print(f"  {line}")
+
+
+def _fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
+  """Searches the largest P, and tells of each that is tried."""
+
+  def fits(num_classes: int) -> bool:
+    result = compile_step(run, num_classes, topology, compiler)
+    batch = global_batch_text(num_classes, run.num_samples)
+    if isinstance(result, Refused):
+      raise CompilationError(result.reason, [])
+    if isinstance(result, TooLarge):
+      print(f"{batch}: too large, {result.share:.2f} times the memory", flush=True)
+      return False
+    print(f"{batch}: {memory_text(result.memory_bytes)}", flush=True)
+    return True
+
+  unit = run.class_unit(topology.num_replicas)
+  try:
+    found = largest_fitting_batch(fits, run.num_classes, unit=unit)
+  except CompilationError as error:
+    print(f"DOES NOT COMPILE for {topology.name}: {error}")
+    return False
+  if found is None:
+    print(f"NOTHING FITS {topology.name}: not even {unit} classes.")
+  else:
+    is_end = found >= MAX_FACTOR * max(1, run.num_classes // unit) * unit
+    more = "; the search ended there" if is_end else ""
+    print(f"LARGEST for {topology.name}: PKSchedule.classes_per_batch = {found}{more}")
+  print(claim_text(topology))
+  return found is not None

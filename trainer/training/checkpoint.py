@@ -1,0 +1,458 @@
+"""Checkpoints: what is saved, written in the background, and restored.
+
+So that they can be written while the variables go on changing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any, Callable, Optional
+
+import numpy as np
+import tensorflow as tf
+from absl import logging
+
+from trainer.errors import NotFiniteError, UserError, reason_of
+from trainer.losses.cross_batch_memory import MemoryBank
+from trainer.models.batch_norm import make_replicas_equal
+from trainer.training import checkpoint_files
+from trainer.training.checkpoint_files import FOLDER
+from trainer.training.optimizers import AveragedWeights, hyperparameters, set_step
+
+
+class Background:
+  """Runs a function in a thread; a second one waits for the first to end."""
+
+  def __init__(self):
+    self._thread: Optional[threading.Thread] = None
+    self._error: Optional[BaseException] = None
+
+  def start(self, work: Callable[[], None]) -> None:
+    """Waits for the work before, and begins this.
+
+    Args:
+      work: what is to be done.
+    """
+    self.wait()
+    self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
+    self._thread.start()
+
+  def wait(self) -> None:
+    """Waits until nothing is under way.
+
+    Raises:
+      BaseException: what the work raised.
+    """
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    error, self._error = self._error, None
+    if error is not None:
+      raise error
+
+  def _run(self, work):
+    try:
+      work()
+    except BaseException as error:
+      self._error = error
+
+
+Snapshot = dict[str, np.ndarray]
+
+
+def take_snapshot(checkpoint: tf.train.Checkpoint) -> Snapshot:
+  """Copies all values to the host; on every worker, as replicas may have to be asked.
+
+  Args:
+    checkpoint: what is saved.
+
+  Returns:
+    Values by the names that they have in TensorFlow's files.
+  """
+  # The public way to these names and values writes them to a file at once.
+  gathered, *_ = checkpoint._saver._gather_serialized_tensors(None)
+  values = {}
+  for tensors in gathered.values():
+    for name, tensor in tensors.items():
+      values[name] = _on_host(tensor)
+  return values
+
+
+def variable_paths(checkpoint: tf.train.Checkpoint) -> set[str]:
+  """Returns the paths of the variables that a checkpoint would save, without values.
+
+  Args:
+    checkpoint: what is saved.
+
+  Returns:
+    Such as "encoder/_head/kernel", as in TensorFlow's files.
+  """
+  view = tf.train.TrackableView(checkpoint)
+  # Breadth first, as TensorFlow names what can be reached in several ways.
+  queue: list[tuple[str, Any]] = [("", checkpoint)]
+  seen = {id(checkpoint)}
+  paths = set()
+  for path, each in queue:
+    for name, child in view.children(each).items():
+      if id(child) not in seen:
+        seen.add(id(child))
+        queue.append((f"{path}/{name}" if path else name, child))
+    if isinstance(each, tf.Variable):
+      paths.add(path)
+  return paths
+
+
+def saved_paths(prefix: str) -> set[str]:
+  """Returns the paths of the variables that a checkpoint file has.
+
+  Args:
+    prefix: path of the files, without their endings.
+  """
+  names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
+  return {name.split("/.", 1)[0] for name in names if "/." in name}
+
+
+def not_finite(snapshot: Snapshot) -> list[str]:
+  """Returns the paths of the values that hold NaN or an infinity, sorted.
+
+  Args:
+    snapshot: the values.
+  """
+  return sorted(
+    name.split("/.", 1)[0]
+    for name, value in snapshot.items()
+    if np.issubdtype(value.dtype, np.floating)
+    and value.size
+    # NaN is passed on by both, and no array of flags is made.
+    and not (np.isfinite(value.min()) and np.isfinite(value.max()))
+  )
+
+
+def write_snapshot(snapshot: Snapshot, prefix: str) -> None:
+  """Writes TensorFlow's two files.
+
+  Args:
+    snapshot: the values.
+    prefix: path of the files, without their endings.
+
+  Raises:
+    tf.errors.OpError: they can't be written.
+  """
+  names = sorted(snapshot)
+  with tf.device("CPU:0"):
+    tf.raw_ops.SaveV2(
+      prefix=prefix,
+      tensor_names=names,
+      shape_and_slices=[""] * len(names),
+      tensors=[tf.constant(snapshot[name]) for name in names],
+    )
+
+
+def claimed_bytes(prefix: str) -> int:
+  """How much memory the tensors would take that a checkpoint says it has.
+
+  Args:
+    prefix: path of the files, without their endings.
+  """
+  reader = tf.train.load_checkpoint(prefix)
+  dtypes = reader.get_variable_to_dtype_map()
+  shapes = reader.get_variable_to_shape_map()
+  return sum(
+    int(np.prod(shape, dtype=object)) * dtypes[name].size
+    for name, shape in shapes.items()
+  )
+
+
+def data_bytes(prefix: str) -> int:
+  """Size of the file that has them."""
+  return os.path.getsize(f"{prefix}.data-00000-of-00001")
+
+
+def _on_host(tensor) -> np.ndarray:
+  # Variables that replicas keep apart are described, and read when they are asked.
+  value = getattr(tensor, "tensor", tensor)
+  # A view of the CPU's own memory would change with the variable.
+  return np.array(value.numpy())
+
+
+# TensorFlow's reader raises the last two for a file that is not its own.
+_UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
+_NUM_SHOWN = 3
+_BANK = "memory_bank/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
+
+
+class Checkpoints:
+  """The checkpoints of a run.
+
+  Attributes:
+    notes: numbers that are kept beside each checkpoint, by name.
+    failure: why the last one could not be written; None where it could.
+    saved_step: of the newest that was written or restored; None where there is none.
+
+  Args:
+    model_dir: folder of the run.
+    encoder: its variables exist.
+    loss: saved too where it is a `tf.Module` (a learned temperature).
+    optimizer: built; its `iterations` are the step. None to read encoders only.
+    averages: of the encoder's weights, if there are any.
+    memory_bank: of the training, if it has one.
+    num_kept: how many of the newest to keep.
+    is_chief: whether this worker writes. All workers must save, because reading a
+      variable that is kept on each replica is a collective.
+  """
+
+  def __init__(
+    self,
+    *,
+    model_dir: str,
+    encoder: tf.keras.Model,
+    loss: object = None,
+    optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
+    averages: Optional[AveragedWeights] = None,
+    memory_bank: Optional[MemoryBank] = None,
+    num_kept: int = 1,
+    is_chief: bool = True,
+  ):
+    self.notes: dict[str, int] = {}
+    self.failure: Optional[str] = None
+    self.saved_step: Optional[int] = None
+    self._encoder = encoder
+    self._optimizer = optimizer
+    self._averages = averages
+    self._memory_bank = memory_bank
+    parts = {"encoder": encoder}
+    if optimizer is not None:
+      parts["optimizer"] = optimizer
+    if averages is not None:
+      parts["averages"] = averages
+    if memory_bank is not None:
+      parts["memory_bank"] = memory_bank
+    if isinstance(loss, tf.Module):
+      parts["loss"] = loss
+    self._checkpoint = tf.train.Checkpoint(**parts)
+    self._folder = os.path.join(model_dir, FOLDER)
+    self._num_kept = num_kept
+    self._is_chief = is_chief
+    self._background = Background()
+    self._asked_step: Optional[int] = None
+
+  @property
+  def num_bytes(self) -> int:
+    """Size of one checkpoint, without its index."""
+    variables = [
+      *self._encoder.variables,
+      *getattr(self._optimizer, "variables", ()),
+      *getattr(self._averages, "averages", ()),
+      *getattr(self._memory_bank, "variables", ()),
+    ]
+    return sum(v.shape.num_elements() * v.dtype.size for v in variables)
+
+  def save(self, step: int) -> None:
+    """Copies everything to the host, and writes it beside the training.
+
+    Where replicas have moving averages of their own, all go on with what is saved. A
+    step that is being saved already is not saved again.
+
+    Args:
+      step: number of steps done.
+
+    Raises:
+      NotFiniteError: a value is not finite; on all workers, and nothing is written.
+    """
+    if step == self._asked_step:
+      return
+    self._asked_step = step
+    make_replicas_equal(self._encoder)
+    values = take_snapshot(self._checkpoint)
+    bad = not_finite(values)
+    if bad:
+      raise NotFiniteError(
+        f"step {step}: {', '.join(bad[:_NUM_SHOWN])} ({len(bad)} in all) not finite "
+        f"after the update, so no checkpoint is written; {self.newest}."
+      )
+    if self._is_chief:
+      notes = dict(self.notes)
+      self._background.start(lambda: self._write(values, step, notes))
+    else:
+      self.saved_step = step
+
+  def steps(self) -> list[int]:
+    """The steps of the checkpoints that are there, the newest first."""
+    return checkpoint_files.steps(self._folder)
+
+  def drop_after(self, step: int) -> None:
+    """Removes checkpoints after a step, of a run that goes on from there.
+
+    Args:
+      step: the last to keep.
+    """
+    checkpoint_files.drop_after(self._folder, step)
+
+  def wait(self) -> None:
+    """Waits until what was saved is written; `failure` then tells whether it could."""
+    self._background.wait()
+
+  def restore(self) -> Optional[int]:
+    """Restores the newest checkpoint that is whole, naming those that are not.
+
+    To an encoder alone its averaged weights are given, where the checkpoint has them.
+    Hyperparameters of the optimizer keep the values of the configuration, and each that
+    the checkpoint has otherwise is logged.
+
+    Returns:
+      The number of steps done; None where there is no checkpoint.
+
+    Raises:
+      UserError: the checkpoint is of another encoder, loss or optimizer, or there are
+        some and none can be trusted.
+    """
+    step = self._newest_whole()
+    if step is None:
+      return None
+    path = checkpoint_files.prefix(self._folder, step)
+    configured = {
+      name: (variable, variable.numpy())
+      for name, variable in hyperparameters(self._optimizer).items()
+    }
+    try:
+      self._check_size(path)
+      self._check_bank(path)
+      status = self._checkpoint.read(path)
+      status.assert_existing_objects_matched()
+      if self._optimizer is not None:
+        status.assert_consumed()
+      else:
+        status.expect_partial()
+        _assign_averages(self._encoder, path)
+    except UserError:
+      raise
+    except (AssertionError, ValueError) as error:
+      raise UserError(
+        f"{path} does not fit this configuration: {self._misfit(path, error)}"
+      ) from error
+    except _UNREADABLE as error:
+      raise UserError(
+        f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
+      ) from error
+    _refresh_constants(self._encoder)
+    if self._optimizer is not None:
+      set_step(self._optimizer, step)
+    for name, (variable, value) in configured.items():
+      if variable.numpy() != value:
+        logging.info(
+          "%s: the checkpoint has %g; %g of this configuration is used after step %d.",
+          name,
+          variable.numpy(),
+          value,
+          step,
+        )
+        variable.assign(value)
+    self.notes = checkpoint_files.notes(self._folder, step)
+    self.saved_step = self._asked_step = step
+    logging.info("Restored %s.", path)
+    return step
+
+  def _newest_whole(self) -> Optional[int]:
+    """The step of the newest checkpoint without fault; None where there is none at all.
+
+    Raises:
+      UserError: all that there are have faults.
+    """
+    faults: list[str] = []
+    for step in checkpoint_files.steps(self._folder):
+      fault = checkpoint_files.fault(self._folder, step)
+      if fault is None:
+        for each in faults:
+          logging.warning("%s; going on from the checkpoint of step %d.", each, step)
+        return step
+      faults.append(fault)
+    if faults:
+      raise UserError(
+        f"no checkpoint in {self._folder} can be trusted: {faults[0]}; copy one there "
+        "again, or remove the folder to begin at the first step."
+      )
+    return None
+
+  def _check_size(self, path: str) -> None:
+    claimed, there = claimed_bytes(path), data_bytes(path)
+    if claimed > there:
+      raise RuntimeError(f"it claims {claimed} bytes of tensors and has {there}")
+
+  def _check_bank(self, path: str) -> None:
+    """Says in words what TensorFlow would say of a variable that isn't there."""
+    if self._optimizer is None:
+      return
+    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+    there = _words_of(shapes.get(_BANK))
+    wanted = _words_of(self._memory_bank and self._memory_bank.shape)
+    if there != wanted:
+      raise UserError(
+        f"{path} does not fit this configuration: its memory bank has {there}, and "
+        f"TrainStep.memory_bank says {wanted}."
+      )
+
+  def _misfit(self, path: str, error: Exception) -> str:
+    """Names the parts of which a checkpoint has other variables than this run."""
+    saved = saved_paths(path)
+    mine = variable_paths(self._checkpoint)
+    parts = []
+    for part in sorted({name.split("/", 1)[0] for name in saved ^ mine}):
+      more, fewer = (
+        sum(name.split("/", 1)[0] == part for name in names)
+        for names in (saved - mine, mine - saved)
+      )
+      parts.append(f"{part} (it has {more} other variables, and lacks {fewer})")
+    if not parts or self._optimizer is None:
+      return _first_line(error)
+    return (
+      f"it differs in {', '.join(parts)}. Such a change needs a new run: take another "
+      "--model_dir."
+    )
+
+  def _write(self, values: Snapshot, step: int, notes: dict[str, int]) -> None:
+    """Writes aside and publishes; a failure is kept, and what is there stays."""
+    try:
+      folder = checkpoint_files.aside(self._folder)
+      write_snapshot(values, checkpoint_files.prefix(folder, step))
+      checkpoint_files.publish(self._folder, step, notes)
+      self.saved_step, self.failure = step, None
+      checkpoint_files.prune(self._folder, self._num_kept)
+    except (OSError, tf.errors.OpError) as error:
+      self.failure = (
+        f"the checkpoint of step {step} can't be written: {reason_of(error)}"
+      )
+      self._asked_step = None
+      checkpoint_files.drop_aside(self._folder)
+      logging.warning("%s; %s.", self.failure, self.newest)
+
+  @property
+  def newest(self) -> str:
+    """In words, which checkpoint a run would go on from."""
+    if self.saved_step is None:
+      return "no checkpoint was saved"
+    return f"the newest checkpoint is of step {self.saved_step}"
+
+
+def _words_of(shape: Optional[Sequence[int]]) -> str:
+  return "no entries" if shape is None else "{:,} entries of {}".format(*shape)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _refresh_constants(encoder: tf.keras.Model) -> None:
+  """Lets layers such as Normalization compute with the weights that were restored."""
+  for layer in encoder.submodules:
+    if isinstance(layer, tf.keras.layers.Layer):
+      layer.finalize_state()
+
+
+def _assign_averages(encoder: tf.keras.Model, path: str) -> None:
+  reader = tf.train.load_checkpoint(path)
+  for number, weight in enumerate(encoder.trainable_variables):
+    name = f"averages/averages/{number}/.ATTRIBUTES/VARIABLE_VALUE"
+    if reader.has_tensor(name):
+      weight.assign(reader.get_tensor(name))

@@ -1,0 +1,199 @@
+"""The files of checkpoints: which there are, whether they are whole, how they are made.
+
+A checkpoint `ckpt-N` is two files as TensorFlow writes them, and `ckpt-N.json`, which
+has their sizes and SHA-256. The latter is renamed into its place last: a checkpoint
+without it is one that a process was killed over. Plain Python; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from typing import Any, Optional
+
+from trainer.runtime import filesystem
+
+FOLDER = "checkpoints"
+_LIST = "checkpoint"
+_ASIDE = "aside"
+_MANIFEST = re.compile(r"ckpt-(\d{1,18})\.json")
+_MAX_MANIFEST_BYTES = 100_000
+_BLOCK_BYTES = 1 << 20
+
+
+def prefix(folder: str, step: int) -> str:
+  """The checkpoint's path without the endings of its files."""
+  return os.path.join(folder, f"ckpt-{step}")
+
+
+def aside(folder: str) -> str:
+  """Makes the empty folder in which a checkpoint is written before it is published."""
+  path = os.path.join(folder, _ASIDE)
+  shutil.rmtree(path, ignore_errors=True)
+  os.makedirs(path)
+  return path
+
+
+def drop_aside(folder: str) -> None:
+  """Removes what could not be published."""
+  shutil.rmtree(os.path.join(folder, _ASIDE), ignore_errors=True)
+
+
+def steps(folder: str) -> list[int]:
+  """The steps of the checkpoints that have a manifest, the newest first."""
+  if not os.path.isdir(folder):
+    return []
+  matches = (_MANIFEST.fullmatch(name) for name in os.listdir(folder))
+  return sorted((int(match[1]) for match in matches if match), reverse=True)
+
+
+def publish(folder: str, step: int, notes: dict[str, int]) -> None:
+  """Makes a checkpoint visible that was written aside, whole or not at all.
+
+  Args:
+    folder: of the checkpoints.
+    step: of the checkpoint.
+    notes: what the manifest keeps beside.
+
+  Raises:
+    OSError: something can't be written; what was published before is as it was.
+  """
+  source = os.path.join(folder, _ASIDE)
+  files = {}
+  for name in _names(step):
+    _sync(os.path.join(source, name))
+    files[name] = _facts(os.path.join(source, name))
+  manifest = f"ckpt-{step}.json"
+  _write(
+    os.path.join(source, manifest),
+    json.dumps({"step": step, "files": files, "notes": notes}, indent=1),
+  )
+  # A damaged one of the same step is no checkpoint while its files are replaced.
+  _remove(os.path.join(folder, manifest))
+  for name in (*_names(step), manifest):
+    os.replace(os.path.join(source, name), os.path.join(folder, name))
+  _sync(folder)
+  shutil.rmtree(source)
+
+
+def fault(folder: str, step: int) -> Optional[str]:
+  """Why a checkpoint can't be trusted, naming the file; None where it can.
+
+  Args:
+    folder: of the checkpoints.
+    step: one of `steps`.
+  """
+  try:
+    manifest = _read_manifest(folder, step)
+    for name in _names(step):
+      expected = manifest["files"][name]
+      path = os.path.join(folder, name)
+      if not os.path.isfile(path):
+        return f"{path} is missing"
+      size = os.path.getsize(path)
+      if size != expected["bytes"]:
+        return f"{path} has {size} bytes and not {expected['bytes']}"
+      if _facts(path) != expected:
+        return f"{path} is damaged: its SHA-256 is another"
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    path = f"{prefix(folder, step)}.json"
+    return f"{path} is damaged ({type(error).__name__}: {error})"
+  except OSError as error:
+    return f"{error.filename} can't be read: {error.strerror}"
+  return None
+
+
+def notes(folder: str, step: int) -> dict[str, int]:
+  """What was noted beside a checkpoint that has no fault."""
+  return {k: int(v) for k, v in _read_manifest(folder, step)["notes"].items()}
+
+
+def prune(folder: str, num_kept: int) -> None:
+  """Removes all but the newest, and what killed processes left of older ones.
+
+  To be called when the newest was just published, so that a good one always stays.
+
+  Args:
+    folder: of the checkpoints.
+    num_kept: how many stay.
+  """
+  kept = steps(folder)[:num_kept]
+  for step in steps(folder)[num_kept:]:
+    _remove(f"{prefix(folder, step)}.json")
+  endings = re.compile(r"ckpt-(\d+)\.(index|data-\d+-of-\d+)")
+  for name in os.listdir(folder):
+    match = endings.fullmatch(name)
+    if match and int(match[1]) not in kept and int(match[1]) < max(kept):
+      _remove(os.path.join(folder, name))
+  _write_list(folder, kept)
+
+
+def drop_after(folder: str, step: int) -> None:
+  """Removes the checkpoints after a step.
+
+  Args:
+    folder: of the checkpoints.
+    step: the last to keep.
+  """
+  for later in [each for each in steps(folder) if each > step]:
+    for name in (f"{prefix(folder, later)}.json", *_names(later)):
+      _remove(os.path.join(folder, os.path.basename(name)))
+  if steps(folder):
+    _write_list(folder, steps(folder))
+
+
+def _write_list(folder: str, newest_first: Sequence[int]) -> None:
+  """The list by which TensorFlow itself finds the newest."""
+  lines = [f'model_checkpoint_path: "ckpt-{newest_first[0]}"']
+  lines += [f'all_model_checkpoint_paths: "ckpt-{s}"' for s in reversed(newest_first)]
+  path = os.path.join(folder, _LIST)
+  filesystem.replace_file(path, "\n".join(lines) + "\n")
+
+
+def _names(step: int) -> tuple[str, str]:
+  # Never those that a manifest names: no path leaves the folder.
+  return f"ckpt-{step}.data-00000-of-00001", f"ckpt-{step}.index"
+
+
+def _read_manifest(folder: str, step: int) -> dict[str, Any]:
+  path = f"{prefix(folder, step)}.json"
+  if os.path.getsize(path) > _MAX_MANIFEST_BYTES:
+    raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
+  with open(path, encoding="utf-8") as file:
+    manifest = json.load(file)
+  if manifest["step"] != step:
+    raise ValueError(f"it is of step {manifest['step']}")
+  return manifest
+
+
+def _facts(path: str) -> dict[str, Any]:
+  digest, num_bytes = hashlib.sha256(), 0
+  with open(path, "rb") as file:
+    for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
+      digest.update(block)
+      num_bytes += len(block)
+  return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def _write(path: str, text: str) -> None:
+  with open(path, "w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync(path: str) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _remove(path: str) -> None:
+  if os.path.exists(path):
+    os.remove(path)

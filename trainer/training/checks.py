@@ -1,0 +1,91 @@
+"""Checks of a step's batches, and of its limits on TPUs."""
+
+from __future__ import annotations
+
+import tensorflow as tf
+
+from trainer.data.samplers import BatchSampler, PKSchedule
+from trainer.errors import UserError
+from trainer.losses.objectives import WithinGroups
+from trainer.training import gradients
+from trainer.training.step import TrainStep
+
+
+def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
+  """Checks that a batch fits the replicas, the loss and the micro-batches.
+
+  Args:
+    schedule: of P classes and K samples.
+    step: its loss may need positives, its micro-batches a batch that they divide.
+    num_replicas: among which the classes are divided.
+
+  Raises:
+    UserError: it does not.
+  """
+  num_classes, num_samples = schedule.shape
+  if num_classes % num_replicas:
+    multiple = -(-num_classes // num_replicas) * num_replicas
+    if multiple > getattr(schedule, "num_classes", multiple):
+      multiple = max(multiple - num_replicas, num_replicas)
+    raise UserError(
+      f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
+      f"replicas; try {multiple}."
+    )
+  check_groups(schedule, step, "train.schedule_fn")
+  if step.loss.needs_positives and num_samples < 2:
+    raise UserError(
+      f"PKSchedule.samples_per_class={num_samples} leaves "
+      f"{type(step.loss).__name__} without positives; it needs at least 2."
+    )
+  size = num_classes * num_samples // num_replicas
+  gradients.check_micro_batch_size(step.options.num_micro_batches, size)
+
+
+def check_groups(schedule: BatchSampler, step: TrainStep, schedule_name: str) -> None:
+  """Checks that batches have groups, where a step goes by them.
+
+  Args:
+    schedule: of the batches.
+    step: its objective may go by groups.
+    schedule_name: of the parameter that has the schedule.
+
+  Raises:
+    UserError: they have not, or others.
+  """
+  if isinstance(step.objective_fn, WithinGroups):
+    group = getattr(schedule, "group", None)
+    step.objective_fn.check_groups(group, schedule_name)
+
+
+def _rows_parameter(schedule: PKSchedule) -> str:
+  """What says how many rows a batch has; that of classes, where nothing else does."""
+  return getattr(schedule, "rows_parameter", "PKSchedule.classes_per_batch")
+
+
+def check_tpu_limits(step: TrainStep) -> None:
+  """Refuses what TensorFlow's TPUStrategy refuses in the middle of the first step.
+
+  Args:
+    step: to train on a TPU.
+
+  Raises:
+    UserError: its encoder computes in mixed_float16.
+  """
+  if isinstance(step.optimizer, tf.keras.mixed_precision.LossScaleOptimizer):
+    raise UserError(
+      "Encoder.precision='mixed_float16' scales the loss, which TPUs have no use for "
+      "and TensorFlow refuses on them; use 'mixed_bfloat16'."
+    )
+
+
+def check_tpu_limits_if_on_tpu(step: TrainStep) -> None:
+  """The same where the strategy in whose scope it is called is that of a TPU.
+
+  Args:
+    step: to train under the strategy.
+
+  Raises:
+    UserError: as `check`.
+  """
+  if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
+    check_tpu_limits(step)

@@ -1,0 +1,181 @@
+"""Gradients of a replica's loss: loss scale, micro-batches, gradient cache.
+
+Shapes: B examples on a replica, M micro-batches, D dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Callable
+
+import tensorflow as tf
+from absl import logging
+
+from trainer.errors import UserError
+from trainer.losses.objectives import Share
+from trainer.models.batch_norm import batch_norms, has_synchronized
+
+
+def with_loss_scale(optimizer: Any, encoder: tf.keras.Model) -> Any:
+  """The optimizer, with a dynamic scale of the loss if the encoder is mixed_float16.
+
+  Raises:
+    UserError: it would be needed, and the optimizer can't have it.
+  """
+  if getattr(encoder, "precision", None) != "mixed_float16":
+    return optimizer
+  if not isinstance(optimizer, tf.keras.optimizers.Optimizer):
+    raise UserError(
+      f"{optimizer.name} can't scale the loss of mixed_float16; use mixed_bfloat16, or "
+      "one of adam, adamw, lamb and sgd."
+    )
+  return tf.keras.mixed_precision.LossScaleOptimizer(optimizer)
+
+
+def has_loss_scale(optimizer: Any) -> bool:
+  """Whether an optimizer scales the loss."""
+  return hasattr(optimizer, "get_scaled_loss")
+
+
+def scale_loss(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
+  """The loss times the optimizer's scale, if it has one."""
+  return optimizer.get_scaled_loss(loss) if has_loss_scale(optimizer) else loss
+
+
+def unscale_gradients(
+  optimizer: Any, gradients: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+  """Gradients of the loss itself, from those of what `scaled` gives."""
+  if not has_loss_scale(optimizer):
+    return list(gradients)
+  return optimizer.get_unscaled_gradients(gradients)
+
+
+_Random = tf.keras.__internal__.layers.BaseRandomLayer
+
+
+def check_splittable_encoder(encoder: tf.keras.Model) -> None:
+  """Refuses what can't be computed twice alike; says what batch normalisation does.
+
+  Raises:
+    UserError: a layer draws random numbers that can't be drawn again, or speaks to
+      other replicas.
+  """
+  for layer in encoder.submodules:
+    if isinstance(layer, _Random):
+      raise UserError(
+        f"StepOptions.num_micro_batches embeds twice, and {type(layer).__name__} would "
+        "draw other numbers the second time; use trainer.models.dropout.Dropout."
+      )
+  if has_synchronized(encoder):
+    raise UserError(
+      "StepOptions.num_micro_batches and synchronised batch normalisation exclude each "
+      "other: replicas can't speak inside of a loop over micro-batches."
+    )
+  norms = batch_norms(encoder)
+  if norms:
+    logging.warning(
+      "%d batch normalisations take mean and variance of each micro-batch, not of the "
+      "replica's batch, and their moving averages are updated twice a micro-batch: the "
+      "result is not that of num_micro_batches=1.",
+      len(norms),
+    )
+
+
+def check_micro_batch_size(num_micro_batches: int, replica_batch_size: int) -> None:
+  """Refuses a number of micro-batches into which the batch can't be divided.
+
+  Raises:
+    UserError: it does not divide.
+  """
+  if num_micro_batches < 1 or replica_batch_size % num_micro_batches:
+    divisors = [
+      n for n in range(1, replica_batch_size + 1) if replica_batch_size % n == 0
+    ]
+    nearest = min(divisors, key=lambda n: abs(n - num_micro_batches))
+    raise UserError(
+      f"StepOptions.num_micro_batches={num_micro_batches} does not divide the replica "
+      f"batch of {replica_batch_size} examples; try {nearest}."
+    )
+
+
+# From inputs [n, ...], and the number of the first of them, to embeddings [n, D].
+EncodeFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
+# From embeddings [B, D] to the share, and to what is derived: its loss, scaled.
+ShareFn = Callable[[tf.Tensor], tuple[Share, tf.Tensor]]
+Gradients = list[tf.Tensor]
+_ZERO = tf.UnconnectedGradients.ZERO
+
+
+def whole_batch_gradients(
+  encode_fn: EncodeFn,
+  share_fn: ShareFn,
+  inputs: tf.Tensor,
+  variables: Sequence[tf.Variable],
+) -> tuple[Share, Gradients]:
+  """One forward and one backward pass; all activations are in memory.
+
+  Args:
+    encode_fn: embeds.
+    share_fn: mines and sums up.
+    inputs: [B, ...].
+    variables: to which gradients are wanted.
+  """
+  with tf.GradientTape() as tape:
+    share, loss = share_fn(encode_fn(inputs, tf.constant(0)))
+  return share, tape.gradient(loss, variables, unconnected_gradients=_ZERO)
+
+
+def micro_batch_gradients(
+  encode_fn: EncodeFn,
+  share_fn: ShareFn,
+  inputs: tf.Tensor,
+  variables: Sequence[tf.Variable],
+  num_micro_batches: int,
+) -> tuple[Share, Gradients]:
+  """The same with the activations of B/M examples in memory, for one more forward pass.
+
+  Embeds all micro-batches and forgets their activations; takes the loss, and its
+  gradient to the embeddings, over all; then embeds each micro-batch again, and sends
+  its part of that gradient on to the weights.
+
+  Source: Gao et al. 2021, https://arxiv.org/abs/2101.06983.
+
+  Args:
+    encode_fn: embeds; the same each time it is given the same.
+    share_fn: mines and sums up.
+    inputs: [B, ...].
+    variables: to which gradients are wanted.
+    num_micro_batches: M, a divisor of B.
+  """
+  size = inputs.shape[0] // num_micro_batches
+  parts = tf.reshape(inputs, [num_micro_batches, size, *inputs.shape[1:]])
+  firsts = tf.range(num_micro_batches) * size
+  in_parts = tf.map_fn(
+    lambda part: encode_fn(*part),
+    (parts, firsts),
+    fn_output_signature=tf.float32,
+    parallel_iterations=1,
+  )
+  with tf.GradientTape() as tape:
+    embeddings = tf.reshape(in_parts, [inputs.shape[0], in_parts.shape[-1]])
+    tape.watch(embeddings)
+    share, loss = share_fn(embeddings)
+  to_embeddings, *direct = tape.gradient(
+    loss, [embeddings, *variables], unconnected_gradients=_ZERO
+  )
+  cached = tf.reshape(to_embeddings, in_parts.shape)
+
+  def add_gradients(sums, part):
+    inputs, first, upstream = part
+    with tf.GradientTape() as tape:
+      embeddings = encode_fn(inputs, first)
+    gradients = tape.gradient(
+      embeddings, variables, output_gradients=upstream, unconnected_gradients=_ZERO
+    )
+    return [old + new for old, new in zip(sums, gradients)]
+
+  gradients = tf.foldl(
+    add_gradients, (parts, firsts, cached), initializer=direct, parallel_iterations=1
+  )
+  return share, gradients

@@ -1,0 +1,327 @@
+"""The training loop: an inner loop on the devices, an outer one on the host.
+
+stop told? -> inner call (n steps) -> all finite? -> actions (log, save) -> stop told?
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribute.collectives import current_collectives
+from trainer.distribute.strategy import ReplicaBatches
+from trainer.errors import PreemptedError, UserError
+from trainer.losses.metric_accumulators import summarize
+from trainer.runtime import watchdog as watchdog_lib
+from trainer.runtime.shutdown import Preemption
+from trainer.runtime.watchdog import Watchdog
+from trainer.training.callbacks import Action, StepReport
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.nonfinite import NotFinitePolicy
+from trainer.training.options import LoopOptions
+from trainer.training.step import TrainStep
+
+
+class HostFlags(NamedTuple):
+  """What at least one host said; the same on all.
+
+  Attributes:
+    is_told_to_stop: it was told to stop.
+    is_saving_impossible: its last checkpoint could not be written.
+  """
+
+  is_told_to_stop: bool
+  is_saving_impossible: bool
+
+
+def pack_host_flags(preemption: Preemption, checkpoints: Checkpoints) -> np.ndarray:
+  """[2] int32, what this host says."""
+  return np.array([preemption.is_told, checkpoints.failure is not None], np.int32)
+
+
+def unpack_host_flags(words: np.ndarray) -> HostFlags:
+  """What was said, of the sum over hosts."""
+  return HostFlags(*(bool(word) for word in words > 0))
+
+
+# AutoGraph is for the loop below alone: to convert what runs inside of it, which has no
+# conditions, takes a third of a run's start.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
+
+class InnerLoopResult(NamedTuple):
+  """What a call of the inner loop did.
+
+  Attributes:
+    num_steps: how many updates were made: fewer than asked where the next one was not
+      finite, which was not made.
+    statistics: of these steps, added up over steps and replicas, as NumPy values.
+    words: [n] int32, what the hosts had to say at the end of the call, summed over
+      replicas: so all of them know the same.
+  """
+
+  num_steps: int
+  statistics: Mapping[str, Any]
+  words: np.ndarray
+
+
+class InnerLoop:
+  """Runs steps on the devices, and brings their statistics to the host once.
+
+  Args:
+    step: one update on one replica.
+    strategy: the replicas.
+    batches: of the replicas.
+    zero_statistics: zeros in the structure that a step returns.
+    words_fn: what this host has to say to all, [n] int32; asked once a call, after the
+      steps.
+  """
+
+  def __init__(
+    self,
+    *,
+    step: TrainStep,
+    strategy: tf.distribute.Strategy,
+    batches: ReplicaBatches,
+    zero_statistics: Mapping[str, Any],
+    words_fn: Callable[[], np.ndarray],
+  ):
+    self._step = step
+    self._strategy = strategy
+    self._batches = batches
+    self._zero_statistics = zero_statistics
+    self._words_fn = words_fn
+
+  def run(self, num_steps: int) -> InnerLoopResult:
+    """Runs that many steps, or as many as are finite.
+
+    Args:
+      num_steps: how many; another number doesn't trace again.
+    """
+    done = self._run(self._batches.iterator, tf.constant(num_steps))
+    num_done, totals, words = tf.nest.map_structure(lambda each: each.numpy(), done)
+    return InnerLoopResult(int(num_done), totals, words)
+
+  def go_on_with(self, batches: ReplicaBatches) -> None:
+    """Takes other batches from here on; nothing is traced again.
+
+    Args:
+      batches: of the replicas, of the same shapes.
+    """
+    self._batches = batches
+
+  @tf.function
+  def _run(self, batches, num_steps):
+    # The loop is around strategy.run: all_gather raises in a loop inside of it, and an
+    # update in a condition.
+    totals = self._strategy.run(self._zeros)
+    num_done, is_finite = 0, True
+    while num_done < num_steps and is_finite:
+      before = self._strategy.run(self._forward_state)
+      proposal = self._strategy.run(self._propose, args=(next(batches),))
+      is_finite = self._strategy.experimental_local_results(proposal.is_finite)[0]
+      if is_finite:
+        totals = self._strategy.run(self._apply_and_add, args=(proposal, totals))
+        num_done += 1
+      else:
+        self._strategy.run(self._restore, args=(before,))
+    words = self._strategy.run(self._as_given, args=(self._words(),))
+    return num_done, *tf.nest.map_structure(self._sum, (totals, words))
+
+  @_as_it_is
+  def _words(self):
+    words = tf.numpy_function(self._words_fn, [], tf.int32)
+    return tf.ensure_shape(words, np.shape(self._words_fn()))
+
+  @_as_it_is
+  def _sum(self, value):
+    return self._strategy.reduce("SUM", value, axis=None)
+
+  @_as_it_is
+  def _as_given(self, value):
+    return tf.identity(value)
+
+  @_as_it_is
+  def _zeros(self):
+    return tf.nest.map_structure(tf.zeros_like, self._zero_statistics)
+
+  @_as_it_is
+  def _propose(self, batch):
+    return self._step.propose(batch, current_collectives())
+
+  @_as_it_is
+  def _apply_and_add(self, proposal, totals):
+    self._step.apply(proposal.update)
+    return tf.nest.map_structure(tf.add, totals, proposal.statistics)
+
+  @_as_it_is
+  def _forward_state(self):
+    return self._step.read_forward_state()
+
+  @_as_it_is
+  def _restore(self, values):
+    self._step.write_forward_state(values)
+
+
+class Safety(NamedTuple):
+  """What keeps a run from losing what it has.
+
+  Attributes:
+    checkpoints: of the run.
+    preemption: whether the run was told to stop.
+    watchdog: watches the steps.
+    naming_bad_records: context of steps (first, last) that names what can't be read.
+    not_finite: what is done where an update is not finite.
+  """
+
+  checkpoints: Checkpoints
+  preemption: Preemption
+  watchdog: Watchdog
+  naming_bad_records: Callable[[int, int], AbstractContextManager]
+  not_finite: NotFinitePolicy
+
+
+class Loop:
+  """Runs the training to its end.
+
+  Args:
+    inner: several steps on all replicas.
+    optimizer: its `iterations` are the step, its learning rate is logged.
+    options: how long and how often.
+    images_per_step: the global batch size.
+    actions: called in order after each inner loop.
+    safety: what keeps it from losing what it has.
+    metrics_fns: each gives more metrics of an inner loop, given the step at its end.
+  """
+
+  def __init__(
+    self,
+    *,
+    inner: InnerLoop,
+    optimizer: tf.keras.optimizers.Optimizer,
+    options: LoopOptions,
+    images_per_step: int,
+    actions: Sequence[Action],
+    safety: Safety,
+    metrics_fns: Sequence[Callable[[int], Mapping[str, float]]] = (),
+  ):
+    self._inner = inner
+    self._optimizer = optimizer
+    self._options = options
+    self._images_per_step = images_per_step
+    self._actions = list(actions)
+    self._safety = safety
+    self._metrics_fns = list(metrics_fns)
+    self._is_over = False
+
+  def add_action(self, action: Action) -> None:
+    """Adds what happens after all else.
+
+    Args:
+      action: on every worker alike, if it speaks to the others.
+    """
+    self._actions.append(action)
+
+  def run(self) -> None:
+    """Runs the steps that are left, and waits until the last checkpoint is written.
+
+    Raises:
+      PreemptedError: the run was told to stop, and has saved.
+      NotFiniteError: an update is not finite, and the options don't pass over it.
+      UserError: a checkpoint could not be written that had to be.
+    """
+    safety = self._safety
+    saving = safety.preemption.saving(lambda: safety.checkpoints.newest)
+    with saving, safety.watchdog.stepping(self._step):
+      step = self._step()
+      try:
+        while step < self._options.num_steps and not self._is_over:
+          step = self._run_once(step)
+      except Exception:
+        with safety.watchdog.acting():
+          safety.checkpoints.wait()  # For one that is being written.
+        raise
+      self._finish()
+
+  def _step(self) -> int:
+    return int(self._optimizer.iterations.numpy())
+
+  def _run_once(self, step: int) -> int:
+    # Loops end on multiples of their length, so that a resumed run logs the same rows.
+    per_loop = self._options.steps_per_loop
+    end = min((step // per_loop + 1) * per_loop, self._options.num_steps)
+    start_s = time.monotonic()
+    statistics, said = self._run_steps(step, end)
+    seconds_per_step = (time.monotonic() - start_s) / (end - step)
+    self._safety.watchdog.learn(seconds_per_step)
+    metrics = {
+      **summarize(statistics),
+      "train/learning_rate": float(self._optimizer.learning_rate.numpy()),
+      "train/images_per_second": self._images_per_step / seconds_per_step,
+      "train/seconds_per_step": seconds_per_step,
+      **self._safety.not_finite.metrics(),
+    }
+    for metrics_fn in self._metrics_fns:
+      metrics.update(metrics_fn(end))
+    with self._safety.watchdog.acting():
+      for action in self._actions:
+        if action(StepReport(end, self._options.num_steps, metrics)):
+          self._is_over = True
+          self._safety.checkpoints.save(end)
+        watchdog_lib.beat()
+      self._heed(said, end)
+    return end
+
+  def _run_steps(self, step: int, end: int) -> tuple[Mapping[str, Any], HostFlags]:
+    """Statistics of the steps that were finite, and what the hosts said."""
+    parts = []
+    while step < end:
+      with self._safety.naming_bad_records(step, end):
+        done = self._inner.run(end - step)
+      parts.append(done.statistics)
+      step += done.num_steps
+      if step < end:
+        with (
+          self._safety.watchdog.acting()
+        ):  # The step is compiled again to look at it.
+          self._safety.not_finite.pass_over(step)
+        step += 1
+    total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
+    return total, unpack_host_flags(done.words)
+
+  def _heed(self, said: HostFlags, step: int) -> None:
+    """Stops where a worker was told to, or could not save what it must."""
+    checkpoints = self._safety.checkpoints
+    if said.is_saving_impossible and self._options.when_disk_full == "stop":
+      checkpoints.wait()
+      raise UserError(
+        f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
+        "free some disk, or set LoopOptions.when_disk_full = 'go_on'."
+      )
+    if said.is_told_to_stop:
+      checkpoints.save(step)
+      checkpoints.wait()
+      failure = f"{checkpoints.failure}; " if checkpoints.failure else ""
+      raise PreemptedError(
+        f"{self._safety.preemption.signal_name}: stopped after step {step}; {failure}"
+        f"{checkpoints.newest}; the same command goes on."
+      )
+
+  def _finish(self) -> None:
+    checkpoints = self._safety.checkpoints
+    checkpoints.wait()
+    if checkpoints.failure:
+      raise UserError(
+        f"{checkpoints.failure}; {checkpoints.newest}; free some disk, and the same "
+        "command does the rest."
+      )
+    for action in self._actions:
+      finish = getattr(action, "finish", None)
+      if finish is not None:
+        finish()

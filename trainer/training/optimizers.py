@@ -1,0 +1,552 @@
+"""Optimizers that gin can name, and averages of the weights.
+
+Clipping is the optimizer's (`global_clipnorm`), because gradients reach it summed over
+the replicas: clipped before, each replica would clip by its own norm.
+
+They are optimizers of Keras' older kind, which takes other arguments.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.errors import UserError
+from trainer.training.learning_rates import LearningRate, as_schedule
+
+
+class Lamb(tf.keras.optimizers.Optimizer):
+  """w ← w − η·(‖w‖ / ‖u‖)·u, with u = m̂ / (√v̂ + ε) + λ·w, for each variable.
+
+  The ratio is 1 where either norm is 0. Own, because that of TensorFlow Addons is an
+  optimizer of the old kind, which can't leave gradients as they are under a strategy,
+  and isn't there on the current stack.
+
+  Source: You et al. 2020, https://arxiv.org/abs/1904.00962.
+
+  Args:
+    learning_rate: η, or a schedule.
+    beta_1: decay of m, a step.
+    beta_2: decay of v, a step.
+    epsilon: ε.
+    weight_decay_rate: λ; not for variables of one axis or none, biases and scales.
+    options: of a Keras optimizer, such as `global_clipnorm`.
+  """
+
+  def __init__(
+    self,
+    learning_rate,
+    *,
+    beta_1: float = 0.9,
+    beta_2: float = 0.999,
+    epsilon: float = 1e-6,
+    weight_decay_rate: float = 0.0,
+    **options,
+  ):
+    super().__init__(name="lamb", **options)
+    self._learning_rate = self._build_learning_rate(learning_rate)
+    self._beta_1 = beta_1
+    self._beta_2 = beta_2
+    self._epsilon = epsilon
+    self._weight_decay_rate = weight_decay_rate
+
+  def build(self, var_list):
+    """Creates m and v of each variable."""
+    super().build(var_list)
+    if getattr(self, "_is_made", False):
+      return
+    self._is_made = True
+    make = self.add_variable_from_reference
+    self._means = [make(variable, "m") for variable in var_list]
+    self._squares = [make(variable, "v") for variable in var_list]
+
+  def update_step(self, gradient, variable):
+    """Updates one variable."""
+    index = self._index_dict[self._var_key(variable)]
+    mean, square = self._means[index], self._squares[index]
+    step = tf.cast(self.iterations + 1, variable.dtype)
+    mean.assign(self._beta_1 * mean + (1 - self._beta_1) * gradient)
+    square.assign(self._beta_2 * square + (1 - self._beta_2) * gradient**2)
+    unbiased_mean = mean / (1 - self._beta_1**step)
+    unbiased_square = square / (1 - self._beta_2**step)
+    update = unbiased_mean / (tf.sqrt(unbiased_square) + self._epsilon)
+    if variable.shape.rank > 1:
+      update += self._weight_decay_rate * variable
+    norms = tf.norm(variable), tf.norm(update)
+    is_usual = (norms[0] > 0) & (norms[1] > 0)
+    ratio = tf.where(is_usual, tf.math.divide_no_nan(*norms), 1.0)
+    rate = tf.cast(self.learning_rate, variable.dtype)
+    variable.assign_sub(rate * ratio * update)
+
+  def get_config(self):
+    """What Keras needs to copy the optimizer."""
+    return {
+      **super().get_config(),
+      "learning_rate": self._serialize_hyperparameter(self._learning_rate),
+      "beta_1": self._beta_1,
+      "beta_2": self._beta_2,
+      "epsilon": self._epsilon,
+      "weight_decay_rate": self._weight_decay_rate,
+    }
+
+
+@gin.register
+class PerPart(tf.Module):
+  """Trains the backbone by one optimizer, and the head and the loss by another.
+
+  Each clips its own gradients. The rate that is logged is the head's.
+
+  Args:
+    backbone: Keras optimizer, usually of a small learning rate.
+    head: Keras optimizer.
+  """
+
+  def __init__(
+    self,
+    *,
+    backbone: tf.keras.optimizers.Optimizer,
+    head: tf.keras.optimizers.Optimizer,
+  ):
+    super().__init__(name="per_part")
+    self.backbone = backbone
+    self.head = head
+    self._of_backbone: set[int] = set()
+
+  def divide(self, backbone_variables: Iterable[tf.Variable]) -> None:
+    """Says which variables are the backbone's."""
+    self._of_backbone = {id(variable) for variable in backbone_variables}
+
+  def build(self, variables: Sequence[tf.Variable]) -> None:
+    """Creates the optimizers' variables."""
+    self.backbone.build([v for v in variables if id(v) in self._of_backbone])
+    self.head.build([v for v in variables if id(v) not in self._of_backbone])
+
+  def apply_gradients(self, gradients_and_variables, **options) -> None:
+    """Updates each part; options are handed on to both."""
+    pairs = list(gradients_and_variables)
+    for optimizer, is_backbone in ((self.backbone, True), (self.head, False)):
+      mine = [
+        pair for pair in pairs if (id(pair[1]) in self._of_backbone) == is_backbone
+      ]
+      if mine:
+        optimizer.apply_gradients(mine, **options)
+
+  @property
+  def parts(self) -> tuple[tf.keras.optimizers.Optimizer, ...]:
+    """Both optimizers."""
+    return self.backbone, self.head
+
+  @property
+  def iterations(self):
+    """Number of steps done."""
+    return self.head.iterations
+
+  @property
+  def learning_rate(self):
+    """The head's."""
+    return self.head.learning_rate
+
+  def hyperparameters(self) -> dict[str, tf.Variable]:
+    """Returns those of both; see `trainer.training.optimizers.hyperparameters`."""
+    return {
+      f"{part}.{name}": variable
+      for part, optimizer in (("backbone", self.backbone), ("head", self.head))
+      for name, variable in hyperparameters(optimizer).items()
+    }
+
+  @property
+  def variables(self):
+    """The variables of both."""
+    return [*self.backbone.variables, *self.head.variables]
+
+
+def set_step(optimizer: Any, step: int) -> None:
+  """Sets the number of steps done in every counter that an optimizer has.
+
+  Args:
+    optimizer: built; `PerPart` has a counter for each part.
+    step: number of steps done.
+  """
+  for each in getattr(optimizer, "parts", (optimizer,)):
+    each.iterations.assign(step)
+
+
+def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
+  """Returns the variables of an optimizer whose values the configuration sets.
+
+  They are saved with the optimizer, and a checkpoint of another configuration would
+  replace them: constant learning rates of Keras' optimizers, and all that the older
+  kind of optimizer has.
+
+  Args:
+    optimizer: a Keras optimizer, `PerPart` or `OlderOptimizer`, built.
+
+  Returns:
+    Variables by name, such as "backbone.learning_rate".
+  """
+  if optimizer is None:
+    return {}
+  if hasattr(optimizer, "hyperparameters"):
+    return optimizer.hyperparameters()
+  rate = getattr(optimizer, "_learning_rate", None)
+  inner = getattr(optimizer, "inner_optimizer", None)  # Of a LossScaleOptimizer.
+  if inner is not None:
+    return hyperparameters(inner)
+  return {"learning_rate": rate} if isinstance(rate, tf.Variable) else {}
+
+
+@gin.register
+def adam(
+  *,
+  learning_rate: LearningRate,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-7,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980).
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  return tf.keras.optimizers.Adam(
+    as_schedule("adam", learning_rate),
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+@gin.register
+def sgd(
+  *,
+  learning_rate: LearningRate,
+  momentum: float = 0.0,
+  is_nesterov: bool = False,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Stochastic gradient descent, with momentum if wanted.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    momentum: decay of the velocity, a step.
+    is_nesterov: whether momentum is Nesterov's.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  return tf.keras.optimizers.SGD(
+    as_schedule("sgd", learning_rate),
+    momentum=momentum,
+    nesterov=is_nesterov,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+class _AdamW(tf.keras.optimizers.AdamW):
+  """AdamW that decays neither biases nor scales."""
+
+  def build(self, var_list):
+    """Creates the moments of each variable."""
+    if not getattr(self, "_built", False):
+      self.exclude_from_weight_decay([v for v in var_list if v.shape.rank <= 1])
+    super().build(var_list)
+
+
+@gin.register
+def adamw(
+  *,
+  learning_rate: LearningRate,
+  weight_decay: float,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-7,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """Adam with decoupled weight decay, w ← w − η·λ·w.
+
+  Variables of one axis or none (biases, scales, a learned temperature) are not decayed.
+
+  Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay: λ.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  return _AdamW(
+    as_schedule("adamw", learning_rate),
+    weight_decay=weight_decay,
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+@gin.register
+def lamb(
+  *,
+  learning_rate: LearningRate,
+  weight_decay_rate: float = 0.0,
+  beta_1: float = 0.9,
+  beta_2: float = 0.999,
+  epsilon: float = 1e-6,
+  global_clipnorm: Optional[float] = None,
+) -> tf.keras.optimizers.Optimizer:
+  """LAMB, for large batches; see `trainer.training.optimizers`.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay_rate: λ; biases and scales are not decayed.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the mean of squared gradients, a step.
+    epsilon: added to the root of the latter.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Returns:
+    A Keras optimizer.
+
+  Raises:
+    UserError: the learning rate is not positive.
+  """
+  return Lamb(
+    as_schedule("lamb", learning_rate),
+    weight_decay_rate=weight_decay_rate,
+    beta_1=beta_1,
+    beta_2=beta_2,
+    epsilon=epsilon,
+    global_clipnorm=global_clipnorm,
+  )
+
+
+class OlderOptimizer(tf.Module):
+  """An optimizer of Keras' older kind, to be called as one of the newer.
+
+  Args:
+    optimizer: it clips, if it does, what it is given: gradients of all replicas.
+    with_rate: the optimizer whose rate is logged; None for the first.
+  """
+
+  def __init__(self, optimizer: Any, *, with_rate: Any = None):
+    super().__init__(name=optimizer._name)
+    self._optimizer = optimizer
+    # Hidden in a function, or checkpoints would have it twice.
+    self._with_rate_fn = lambda: with_rate or optimizer
+
+  def build(self, variables: Sequence[tf.Variable]) -> None:
+    """Creates the optimizer's variables."""
+    self.iterations  # noqa: B018  The older kind makes it when it is asked for.
+    self._optimizer._create_all_weights(variables)
+
+  def apply_gradients(
+    self, gradients_and_variables, skip_gradients_aggregation: bool = False
+  ) -> None:
+    """Updates the weights.
+
+    Args:
+      gradients_and_variables: pairs.
+      skip_gradients_aggregation: whether the gradients are those of all replicas.
+    """
+    self._optimizer.apply_gradients(
+      gradients_and_variables,
+      experimental_aggregate_gradients=not skip_gradients_aggregation,
+    )
+
+  @property
+  def iterations(self) -> tf.Variable:
+    """Number of steps done."""
+    return self._optimizer.iterations
+
+  @property
+  def learning_rate(self) -> tf.Tensor:
+    """That of the next step, [] float32."""
+    return self._with_rate_fn()._decayed_lr(tf.float32)
+
+  def hyperparameters(self) -> dict[str, tf.Variable]:
+    """Returns variables by name; see `trainer.training.optimizers.hyperparameters`."""
+    optimizers = {id(each): each for each in (self._optimizer, self._with_rate_fn())}
+    return {
+      name: value
+      for optimizer in optimizers.values()
+      for name, value in optimizer._hyper.items()
+      if isinstance(value, tf.Variable)
+    }
+
+  @property
+  def variables(self) -> list[tf.Variable]:
+    """The optimizer's variables."""
+    return self._optimizer.variables()
+
+
+@gin.register
+def novograd(
+  *,
+  learning_rate: LearningRate,
+  weight_decay: float = 0.0,
+  beta_1: float = 0.95,
+  beta_2: float = 0.98,
+  global_clipnorm: Optional[float] = None,
+) -> OlderOptimizer:
+  """NovoGrad: gradients normalised layer by layer, with half of Adam's memory.
+
+  Source: Ginsburg et al. 2019, https://arxiv.org/abs/1905.11286.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay: of all variables, in the update.
+    beta_1: decay of the mean of gradients, a step.
+    beta_2: decay of the layers' squared norms, a step.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Raises:
+    UserError: the learning rate is not positive, or Addons is not there.
+  """
+  rate = as_schedule("novograd", learning_rate)
+  return OlderOptimizer(
+    _addons("novograd").NovoGrad(
+      rate,
+      weight_decay=weight_decay,
+      beta_1=beta_1,
+      beta_2=beta_2,
+      **_clipping(global_clipnorm),
+    )
+  )
+
+
+@gin.register
+def rectified_adam(
+  *,
+  learning_rate: LearningRate,
+  weight_decay: float = 0.0,
+  lookahead_steps: int = 0,
+  global_clipnorm: Optional[float] = None,
+) -> OlderOptimizer:
+  """Adam that needs no warm-up; with Lookahead, steps that are averaged on the way.
+
+  Source: Liu et al. 2020, https://arxiv.org/abs/1908.03265; Zhang et al. 2019,
+  https://arxiv.org/abs/1907.08610.
+
+  Args:
+    learning_rate: step size, > 0, or a schedule.
+    weight_decay: of all variables, decoupled.
+    lookahead_steps: after how many steps the weights go half of the way that they
+      took; 0 for never.
+    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+
+  Raises:
+    UserError: the learning rate is not positive, or Addons is not there.
+  """
+  rate = as_schedule("rectified_adam", learning_rate)
+  addons = _addons("rectified_adam")
+  optimizer = addons.RectifiedAdam(
+    rate, weight_decay=weight_decay, **_clipping(global_clipnorm)
+  )
+  if not lookahead_steps:
+    return OlderOptimizer(optimizer)
+  return OlderOptimizer(
+    addons.Lookahead(optimizer, sync_period=lookahead_steps), with_rate=optimizer
+  )
+
+
+def _clipping(global_clipnorm: Optional[float]) -> dict[str, float]:
+  return {} if global_clipnorm is None else {"global_clipnorm": global_clipnorm}
+
+
+def _addons(name: str) -> Any:
+  try:
+    import tensorflow_addons
+  except ImportError as error:
+    raise UserError(
+      f"{name} needs TensorFlow Addons, which is there for Python 3.9 to 3.11 only; "
+      "use lamb or adamw."
+    ) from error
+  return tensorflow_addons.optimizers
+
+
+class AveragedWeights(tf.Module):
+  """An average beside each weight: a ← d·a + (1 − d)·w after each step.
+
+  At step t, d = min(decay, (1 + t) / (10 + t)), so that it forgets where it started.
+
+  Args:
+    weights: variables of the encoder, which exist.
+    decay: d, in (0, 1).
+
+  Raises:
+    UserError: the decay is not in (0, 1).
+  """
+
+  def __init__(self, weights: Sequence[tf.Variable], *, decay: float):
+    super().__init__()
+    if not 0 < decay < 1:
+      raise UserError(f"averaging_decay={decay} must be between 0 and 1, e.g. 0.999.")
+    self._decay = decay
+    # Hidden in a function, or checkpoints would name the weights after this.
+    self._weights_fn = lambda: tuple(weights)
+    # All replicas have the same, each computes its own: nothing need be sent.
+    self.averages = [
+      tf.Variable(
+        tf.convert_to_tensor(weight),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+      )
+      for weight in weights
+    ]
+
+  def update(self, step: tf.Tensor) -> None:
+    """Takes in the weights; to be called on each replica after each step.
+
+    Args:
+      step: [] integer, number of steps done.
+    """
+    step = tf.cast(step, tf.float32)
+    decay = tf.minimum(self._decay, (1.0 + step) / (10.0 + step))
+    for average, weight in zip(self.averages, self._weights_fn()):
+      average.assign_add((1.0 - decay) * (tf.cast(weight, tf.float32) - average))
+
+  @contextlib.contextmanager
+  def in_use(self) -> Iterator[None]:
+    """Puts the averages in the place of the weights, for as long as the block takes.
+
+    Yields:
+      Nothing.
+    """
+    weights = self._weights_fn()
+    before = [weight.numpy() for weight in weights]
+    for weight, average in zip(weights, self.averages):
+      weight.assign(average.numpy())
+    try:
+      yield
+    finally:
+      for weight, value in zip(weights, before):
+        weight.assign(value)

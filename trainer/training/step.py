@@ -1,0 +1,382 @@
+"""One update of the weights from one batch, the same under every strategy."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.data.pipeline import Batch
+from trainer.distribute.collectives import (
+  Collectives,
+  OneReplica,
+  current_collectives,
+)
+from trainer.errors import UserError
+from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
+from trainer.losses.loss_terms import Anchors, LossFn, Ratio
+from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
+from trainer.losses.objectives import Loss, ObjectiveFn, Share
+from trainer.models.dropout import examples_at
+from trainer.training import gradients as gradients_lib
+from trainer.training.optimizers import AveragedWeights, PerPart
+from trainer.training.options import StepOptions
+
+
+class Update(NamedTuple):
+  """What a step changes; equal on all replicas.
+
+  Attributes:
+    gradients: of the global loss, to each trainable variable.
+    entries: of the global batch, for the memory bank; None without one.
+    active: terms of the loss that are not 0, and all terms, for a curriculum.
+  """
+
+  gradients: list[tf.Tensor]
+  entries: Optional[Entries] = None
+  active: Ratio = Ratio(0.0, 0.0)
+
+
+class StepResult(NamedTuple):
+  """An update that was computed and not yet made.
+
+  Attributes:
+    update: what it changes.
+    statistics: of this replica; they add up over replicas and steps.
+    is_finite: [] bool, whether embeddings, moving averages, loss and gradients of all
+      replicas are finite, and the gradients' squared norm; equal on all replicas.
+  """
+
+  update: Update
+  statistics: Mapping[str, Any]
+  is_finite: tf.Tensor
+
+
+_MINING_STATISTICS = MiningStatistics()
+_OPTIONS = StepOptions()
+_ACTIVE = "mining/active_fraction"
+
+
+@gin.register
+class TrainStep:
+  """Forward, loss, gradients, update, on one replica.
+
+  Args:
+    encoder: model from inputs to embeddings.
+    loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
+      variables (a temperature), they are trained too.
+    objective_fn: where the batch is mined.
+    optimizer: Keras optimizer, `PerPart` or `OlderOptimizer`.
+    mining_statistics: what is logged of the mining beside the loss; None for nothing.
+    memory_bank: older embeddings as further candidates; None for the batch alone.
+    options: how it is computed.
+
+  Raises:
+    UserError: the optimizer can't scale the loss of mixed_float16.
+  """
+
+  def __init__(
+    self,
+    *,
+    encoder: tf.keras.Model,
+    loss: Loss,
+    objective_fn: ObjectiveFn,
+    optimizer: tf.keras.optimizers.Optimizer,
+    mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
+    memory_bank: Optional[MemoryBank] = None,
+    options: StepOptions = _OPTIONS,
+  ):
+    self.encoder = encoder
+    self.loss = loss
+    self.memory_bank = memory_bank
+    self._mining_statistics = mining_statistics
+    self.objective_fn = objective_fn
+    self.optimizer = gradients_lib.with_loss_scale(optimizer, encoder)
+    self.options = options
+    self.averages: Optional[AveragedWeights] = None
+    parts = [loss, *getattr(loss, "submodules", ())]
+    self._advancing = [part for part in parts if hasattr(part, "advance")]
+    self.propose, self.apply = self._propose, self._apply
+    if options.compiled == "step":
+      self.propose = tf.function(self._propose, jit_compile=True, autograph=False)
+      self.apply = tf.function(self._apply, jit_compile=True, autograph=False)
+    self._encode_fn = self._encode
+    if options.compiled == "encoder":
+      self._encode_fn = tf.function(self._encode, jit_compile=True, autograph=False)
+    self._variables: list[tf.Variable] = []
+
+  def create_variables(self, input_shape: Sequence[int]) -> None:
+    """Creates the variables of encoder, optimizer and averages.
+
+    Args:
+      input_shape: shape of one input.
+
+    Raises:
+      UserError: the encoder has variables from before its strategy, can't be embedded
+        in micro-batches, or the step not be compiled for these replicas.
+    """
+    self.encoder.create_variables(input_shape)
+    _check_scope(self.encoder)
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    self.options.check_compiled(self.encoder, num_replicas)
+    if self.options.num_micro_batches != 1:
+      gradients_lib.check_splittable_encoder(self.encoder)
+    weights = self.encoder.trainable_variables
+    self._variables = [*weights, *getattr(self.loss, "trainable_variables", ())]
+    if isinstance(self.optimizer, PerPart):
+      self.optimizer.divide(self.encoder.backbone_variables)
+    self.optimizer.build(self._variables)
+    if self.memory_bank is not None:
+      self.memory_bank.create_variables(self.encoder.embedding_size)
+    if self.options.averaging_decay is not None:
+      self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
+
+  @property
+  def forward_state(self) -> list[tf.Variable]:
+    """Variables that a forward pass may write, such as moving averages.
+
+    Those of a frozen layer are among them. Weights are not, frozen or trained.
+    """
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    found = [*self.encoder.variables, *getattr(self.loss, "variables", ())]
+    return [
+      variable
+      for variable in found
+      if not variable.trainable and (num_replicas == 1 or _is_writable(variable))
+    ]
+
+  def read_forward_state(self) -> list[tf.Tensor]:
+    """Copies of this replica's forward state; to be called on each replica."""
+    return [tf.identity(variable) for variable in self.forward_state]
+
+  def write_forward_state(self, values: Sequence[tf.Tensor]) -> None:
+    """Restores this replica's forward state; to be called on each replica.
+
+    Args:
+      values: from `read_forward_state`.
+    """
+    for variable, value in zip(self.forward_state, values):
+      if _is_summed(variable):
+        replica = current_collectives().replica_id
+        value = tf.where(tf.equal(replica, 0), value, tf.zeros_like(value))
+      variable.assign(value)
+
+  @property
+  def trainable_variables(self) -> list[tf.Variable]:
+    """What a step updates; the gradients are in the same order."""
+    return self._variables
+
+  def __call__(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
+    """Updates the weights.
+
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+
+    Returns:
+      Statistics of this replica, which add up over replicas and steps; "train/loss"
+      among them.
+    """
+    proposal = self.propose(batch, collectives)
+    self.apply(proposal.update)
+    return proposal.statistics
+
+  def _propose(self, batch: Batch, collectives: Collectives) -> StepResult:
+    """Computes an update, and does not make it.
+
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+    """
+    share, num_bad, update = self._checked_update(batch, collectives)
+    is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(update.gradients)
+    return StepResult(
+      update, self._with_loss(share, collectives.num_replicas), is_finite
+    )
+
+  def _is_applicable(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
+    """[] bool, whether gradients leave weights and moments finite.
+
+    Optimizers square gradients, so the square of their global norm must be finite. An
+    optimizer that scales the loss leaves an update with infinite gradients out, and
+    takes a smaller scale, until the scale is 1.
+    """
+    is_applicable = tf.math.is_finite(tf.linalg.global_norm(gradients))
+    if gradients_lib.has_loss_scale(self.optimizer):
+      is_applicable |= ~_are_finite(gradients) & (self.optimizer.loss_scale > 1.0)
+    return is_applicable
+
+  def _apply(self, update: Update) -> None:
+    """Updates the weights, their averages, the memory bank, and a curriculum."""
+    if self.memory_bank is not None and update.entries is not None:
+      self.memory_bank.add(update.entries)
+    self.optimizer.apply_gradients(
+      zip(update.gradients, self._variables), skip_gradients_aggregation=True
+    )
+    if self.averages is not None:
+      self.averages.update(self.optimizer.iterations)
+    for part in self._advancing:
+      part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
+
+  def gradients(
+    self, batch: Batch, collectives: Collectives
+  ) -> tuple[Share, list[tf.Tensor]]:
+    """The loss of the global batch, and its gradients, equal on all replicas.
+
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+
+    Returns:
+      This replica's share of the loss, and the gradient to each trainable variable.
+    """
+    share, _, update = self._checked_update(batch, collectives)
+    return share, update.gradients
+
+  def _checked_update(
+    self, batch: Batch, collectives: Collectives
+  ) -> tuple[Share, tf.Tensor, Update]:
+    """This replica's share, how many replicas got what isn't finite, and the update."""
+    num_examples = batch.labels.shape[0]
+    first_of_replica = collectives.replica_id * num_examples
+
+    def encode(inputs, first):
+      step = tf.cast(self.optimizer.iterations, tf.int32)
+      return self._encode_fn(inputs, step, first_of_replica + first)
+
+    seen: list[tf.Tensor] = []
+    loss = self._reminded_loss(batch, collectives)
+
+    def share(embeddings):
+      seen.append(embeddings)
+      value = self._share(loss, embeddings, batch, collectives)
+      return value, gradients_lib.scale_loss(self.optimizer, value.loss)
+
+    arguments = (encode, share, batch.inputs, self._variables)
+    num_parts = self.options.num_micro_batches
+    if num_parts == 1:
+      value, local = gradients_lib.whole_batch_gradients(*arguments)
+    else:
+      gradients_lib.check_micro_batch_size(num_parts, num_examples)
+      value, local = gradients_lib.micro_batch_gradients(*arguments, num_parts)
+    # Some more numbers in the same sum: no replica need be asked again. An overflow
+    # inside of the network may show in the moving averages alone.
+    written = [each for each in self.forward_state if each.dtype.is_floating]
+    is_bad = tf.cast(~_are_finite([value.loss, *seen, *written]), tf.float32)
+    active = value.statistics.get(_ACTIVE, Ratio(0.0, 0.0))
+    more = tf.stack([is_bad, active.total, active.count])
+    counts, *gradients = collectives.sum([more, *local])
+    gradients = gradients_lib.unscale_gradients(self.optimizer, gradients)
+    num_bad, *active_of_all = tf.unstack(counts)
+    entries = getattr(loss, "added", None)
+    return value, num_bad, Update(gradients, entries, Ratio(*active_of_all))
+
+  def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
+    """The loss, with the bank's candidates if there is one."""
+    if self.memory_bank is None:
+      return self.loss
+    return RemindedLoss(
+      self.loss,
+      self.memory_bank,
+      record_numbers=batch.record_numbers,
+      step=tf.cast(self.optimizer.iterations, tf.int32),
+      collectives=collectives,
+    )
+
+  def _share(
+    self,
+    loss: MinedLoss,
+    embeddings: tf.Tensor,
+    batch: Batch,
+    collectives: Collectives,
+  ) -> Share:
+    """This replica's share of the loss, with the statistics of its mining."""
+    anchors = Anchors(embeddings, batch.labels, batch.weights)
+    observed: LossFn = loss
+    if self._mining_statistics is not None:
+      observed = self._mining_statistics.observing(
+        loss, lambda: self.optimizer.iterations
+      )
+    return self.objective_fn(observed, anchors, collectives)
+
+  def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
+    """A block in which the encoder has its averaged weights, if it has any."""
+    if self.averages is None:
+      return contextlib.nullcontext()
+    return self.averages.in_use()
+
+  def zero_statistics(self, batch: Batch) -> Mapping[str, Any]:
+    """Zeros in the structure that a step returns, to add up from.
+
+    Args:
+      batch: specs or tensors of a replica batch.
+
+    Returns:
+      What a step returns, every number 0.
+    """
+    num_examples = batch.labels.shape[0]
+    embeddings = tf.TensorSpec([num_examples, self.encoder.embedding_size])
+    specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, v.dtype), batch)
+
+    @tf.function(autograph=False)
+    def loss_alone(embeddings, batch):
+      alone = OneReplica()
+      loss = self._reminded_loss(batch, alone)
+      return self._with_loss(self._share(loss, embeddings, batch, alone), 1)
+
+    outputs = loss_alone.get_concrete_function(embeddings, specs).structured_outputs
+    return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
+
+  def embed_layerwise(self, batch: Batch, collectives: Collectives) -> None:
+    """Embeds this replica's batch as a step does, without what XLA compiles or loops.
+
+    Args:
+      batch: this replica's part of the global batch.
+      collectives: the other replicas.
+    """
+    num_examples = batch.labels.shape[0]
+    size = num_examples // self.options.num_micro_batches
+    step = tf.cast(self.optimizer.iterations, tf.int32)
+    for first in range(0, num_examples, size):
+      place = collectives.replica_id * num_examples + first
+      self._encode(batch.inputs[first : first + size], step, place)
+
+  def _encode(self, inputs, step, first_example):
+    with examples_at(step, first_example):
+      return self.encoder(inputs, training=True)
+
+  def _with_loss(self, share: Share, num_replicas: int) -> Mapping[str, Any]:
+    # Losses add up over replicas, so each replica counts as its part of one step.
+    loss = Ratio(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
+    return {"train/loss": loss, **share.statistics}
+
+
+def _are_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
+  """[] bool, whether every number of every tensor is finite."""
+  return tf.reduce_all([tf.reduce_all(tf.math.is_finite(each)) for each in tensors])
+
+
+def _is_writable(variable: tf.Variable) -> bool:
+  """Whether TensorFlow lets several replicas write a variable in a step."""
+  is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
+  return is_local or variable.aggregation != tf.VariableAggregation.NONE
+
+
+def _is_summed(variable: tf.Variable) -> bool:
+  """Whether a variable becomes the sum of what the replicas assign."""
+  is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
+  return not is_local and variable.aggregation == tf.VariableAggregation.SUM
+
+
+def _check_scope(encoder: tf.keras.Model) -> None:
+  extended = tf.distribute.get_strategy().extended
+  for variable in encoder.variables:
+    if not extended.variable_created_in_scope(variable):
+      raise UserError(
+        f"the variable {variable.name} was created before the run's seed and strategy "
+        "were set, as at the import of a module; create the model in the function that "
+        "gin calls."
+      )
