@@ -18,9 +18,9 @@ _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Each replica normalises by its own batch: then N replicas don't train as one.
 _BATCH_NORM = "ConvNet.normalization = 'batch'"
 _BANK = (
-  "TrainStep.memory_bank = @MemoryBank()",
-  "MemoryBank.size = 100",
-  "MemoryBank.warm_up_steps = 1",
+  "TrainStep.cross_batch_memory = @CrossBatchMemory()",
+  "CrossBatchMemory.size = 100",
+  "CrossBatchMemory.warm_up_steps = 1",
 )
 
 
@@ -96,11 +96,11 @@ def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
 
 def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   done = check(
-    "PKSchedule.classes_per_batch = 6", "StepOptions.num_micro_batches = 4", *_BANK
+    "PKSampler.classes_per_batch = 6", "StepOptions.num_micro_batches = 4", *_BANK
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
-  assert "4 replicas are left out: PKSchedule.classes_per_batch=6" in done.stderr
+  assert "4 replicas are left out: PKSampler.classes_per_batch=6" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   ],
 )
 def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reason):
-  size = ("PKSchedule.classes_per_batch = 4", "PKSchedule.samples_per_class = 15")
+  size = ("PKSampler.classes_per_batch = 4", "PKSampler.samples_per_class = 15")
   done = check(*size, *params)
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok"}

@@ -99,8 +99,8 @@ def test_what_follows_no_training_is_told_in_one_line(tmp_path, capsys, mode, wo
 
 
 _SELECTION = (
-  "train_and_evaluate.selection = @Selection()",
-  "Selection.every_steps = 5",
+  "train_and_evaluate.selection = @EarlyStopping()",
+  "EarlyStopping.every_steps = 5",
 )
 
 

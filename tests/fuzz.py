@@ -29,7 +29,7 @@ from trainer.data import index_arrays, tfrecord
 from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.data.indexing import index_records
 from trainer.data.records import RecordIndex, reason_of
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 
 _MAX_GROWTH_BYTES = 1 << 30
@@ -133,7 +133,7 @@ def _use(folder):
   for class_id in range(min(index.num_classes, 9)):
     assert set(index.read(index.members(class_id))) <= set(_RECORDS)
   assert set(index.read(np.arange(min(index.num_records, 99)))) <= set(_RECORDS)
-  schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   assert set(index.read(schedule.batch(0).ravel())) <= set(_RECORDS)
 
 

@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import task
-from trainer.cli.train_and_evaluate import Evaluations, Selection, Standing
+from trainer.cli.train_and_evaluate import BestTracker, EarlyStopping, Evaluations
 from trainer.errors import UserError
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
@@ -24,9 +24,9 @@ _PARAMS = (
   "NUM_STEPS = 60",
   "LoopOptions.steps_per_loop = 5",
   "LoopOptions.checkpoint_every_steps = 10",
-  "train_and_evaluate.selection = @Selection()",
-  "Selection.every_steps = 10",
-  "Selection.metric = 'eval/recall_at_1'",
+  "train_and_evaluate.selection = @EarlyStopping()",
+  "EarlyStopping.every_steps = 10",
+  "EarlyStopping.metric = 'eval/recall_at_1'",
 )
 
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 def stopped(folder):
   """A run that lost patience."""
   model_dir = folder / "stopped"
-  assert _task(model_dir, folder / "data", "Selection.patience = 1") == 0
+  assert _task(model_dir, folder / "data", "EarlyStopping.patience = 1") == 0
   return model_dir
 
 
@@ -71,7 +71,7 @@ def test_the_best_encoder_is_kept_and_can_be_evaluated(folder, stopped):
   best = max(_history(stopped), key=lambda row: row["eval/recall_at_1"])
   again = folder / "again"
   shutil.copytree(stopped, again)
-  params = ("Selection.patience = 1", "evaluate.checkpoint = 'best'")
+  params = ("EarlyStopping.patience = 1", "evaluate.checkpoint = 'best'")
   assert _task(again, folder / "data", *params, mode="evaluate") == 0
   latest = json.loads((again / "eval" / "metrics.json").read_text())["latest"]
   assert latest["step"] == best["step"]
@@ -80,7 +80,7 @@ def test_the_best_encoder_is_kept_and_can_be_evaluated(folder, stopped):
 
 def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
   before = _history(stopped)
-  assert _task(stopped, folder / "data", "Selection.patience = 1") == 0
+  assert _task(stopped, folder / "data", "EarlyStopping.patience = 1") == 0
   assert _history(stopped) == before
 
 
@@ -89,7 +89,7 @@ def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, s
   shutil.copytree(stopped, killed)
   rows = (killed / "eval" / "history.jsonl").read_text().splitlines(keepends=True)
   (killed / "eval" / "history.jsonl").write_text("".join(rows[:-1]))
-  assert _task(killed, folder / "data", "Selection.patience = 1") == 0
+  assert _task(killed, folder / "data", "EarlyStopping.patience = 1") == 0
   assert _without_time(_history(killed)) == _without_time(_history(stopped))
 
 
@@ -101,7 +101,7 @@ def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopp
     if not path.name.startswith("ckpt-10."):
       path.unlink()
   (killed / "checkpoints" / "checkpoint").unlink(missing_ok=True)
-  assert _task(killed, folder / "data", "Selection.patience = 1") == 0
+  assert _task(killed, folder / "data", "EarlyStopping.patience = 1") == 0
   assert _without_time(_history(killed)) == _without_time(_history(stopped))
 
 
@@ -132,9 +132,9 @@ def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
   for step, value in ((5, 0.1), (10, 0.5), (15, 0.5)):
     _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
-  assert evaluations.standing == Standing(0.5, 10, 1)
+  assert evaluations.standing == BestTracker(0.5, 10, 1)
   resumed = _evaluations(tmp_path, encoder, 15)
-  assert resumed.standing == Standing(0.5, 10, 1)
+  assert resumed.standing == BestTracker(0.5, 10, 1)
   resumed.add(20, {"eval/map": 0.3})
   assert resumed.is_over
   assert Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder).restore() == 10
@@ -147,7 +147,7 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
     _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
   resumed = _evaluations(tmp_path, encoder, 5)
-  assert resumed.standing == Standing(0.1, 5, 0)
+  assert resumed.standing == BestTracker(0.1, 5, 0)
   best = Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder)
   assert best.restore() == 5
   assert all(np.all(variable == 5.0) for variable in encoder.variables)
@@ -160,7 +160,7 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
 def test_a_best_encoder_that_is_gone_is_not_counted_on(tmp_path, encoder):
   _evaluations(tmp_path, encoder, 0).add(5, {"eval/map": 0.9})
   shutil.rmtree(tmp_path / "best")
-  assert _evaluations(tmp_path, encoder, 5).standing == Standing()
+  assert _evaluations(tmp_path, encoder, 5).standing == BestTracker()
 
 
 _OPTIONS = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
@@ -169,14 +169,14 @@ _BETWEEN = 12
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
-  selection = Selection(every_steps=8, metric="eval/map_at_q")
+  selection = EarlyStopping(every_steps=8, metric="eval/map_at_q")
   with pytest.raises(UserError, match="did you mean 'eval/map_at_r'"):
     selection.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
 
 
 def test_evaluations_between_two_checkpoints_are_refused():
   with pytest.raises(UserError, match="every_steps=12 must be a multiple"):
-    Selection(every_steps=_BETWEEN).check(_OPTIONS, ["eval/map_at_r"])
+    EarlyStopping(every_steps=_BETWEEN).check(_OPTIONS, ["eval/map_at_r"])
 
 
 def _flags(model_dir, data, *params):
@@ -211,4 +211,4 @@ def test_following_a_run_that_never_begins_ends_with_a_word(folder, tmp_path, ca
 )
 def test_numbers_below_one_are_refused(options):
   with pytest.raises(UserError, match="must be at least 1"):
-    Selection(**options)
+    EarlyStopping(**options)

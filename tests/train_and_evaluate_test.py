@@ -160,11 +160,11 @@ def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_is(folder):
   ("params", "flags", "message"),
   [
     ((), ("--num_virtual_replicas=3",), "does not split over 3 replicas; try 6"),
-    (("PKSchedule.samples_per_class = 1",), (), "without positives"),
+    (("PKSampler.samples_per_class = 1",), (), "without positives"),
     (("MARGIN = 0.0",), (), "margin"),
     (("NUM_STEPS = 0",), (), "must be at least 1"),
     (("LoopOptions.checkpoint_every_steps = 3",), (), "multiple of steps_per_loop"),
-    (("PKSchedule.classes_per_batch = 8",), (), "only 6 classes"),
+    (("PKSampler.classes_per_batch = 8",), (), "only 6 classes"),
   ],
 )
 def test_a_mistake_is_one_line_and_status_two(folder, params, flags, message):

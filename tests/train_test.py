@@ -72,12 +72,12 @@ def _config(backbone, seed="1"):
   gin.parse_config(f"""
     SEED = {seed}
     train.seed = %SEED
-    train.schedule_fn = None
+    train.sampler_fn = None
     train.loop = None
     train.step = @TrainStep()
     TrainStep.encoder = @Encoder()
     TrainStep.loss = @BatchHardTripletLoss()
-    TrainStep.objective_fn = @across_replicas
+    TrainStep.objective_fn = @global_negatives
     TrainStep.optimizer = @adam()
     adam.learning_rate = 0.1
     BatchHardTripletLoss.margin = 0.1

@@ -42,7 +42,7 @@ class Hardware:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class SearchRequest:
   """What mode `search` is asked, and how it answers.
 
   Attributes:
@@ -56,7 +56,7 @@ class Asked:
   picture: Optional[str] = None
 
 
-_NOTHING_ASKED = Asked()
+_NO_REQUEST = SearchRequest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Run:
   config: run_config.Config
   hardware: Hardware
   allow_config_change: bool = False
-  asked: Asked = _NOTHING_ASKED
+  search_request: SearchRequest = _NO_REQUEST
 
   def facts(self) -> dict[str, str]:
     """What all workers of the run must have alike, by name."""

@@ -285,7 +285,7 @@ def _run(values: flags.FlagValues) -> None:
         ),
         hardware=hardware,
         allow_config_change=values.allow_config_change,
-        asked=run.Asked(values.query, values.json, values.picture),
+        search_request=run.SearchRequest(values.query, values.json, values.picture),
       )
     )
 

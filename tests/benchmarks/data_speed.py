@@ -23,7 +23,7 @@ from trainer.data.images import ImageDecoder
 from trainer.data.index_arrays import MemberTable
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item
 
 _NUM_ROUNDS = 5
@@ -58,7 +58,7 @@ def _schedule():
       table = _mapped_table(pathlib.Path(name), num_classes, 37_000_000)
       # Mapped files count as shared memory, what is held above them does not.
       before = _megabytes("RssAnon")
-      schedule = PKSchedule(table, classes_per_batch=512, samples_per_class=4, seed=0)
+      schedule = PKSampler(table, classes_per_batch=512, samples_per_class=4, seed=0)
       times_ms, cpu_ms = [], []
       # Late steps, which are epochs of members further: more is to be computed.
       for first in range(100_000, 100_000 + 60 * 8, 8):
@@ -134,7 +134,7 @@ def _reads():
     folder = pathlib.Path(name)
     _write_shard(folder, _blobs(num_records, 2048))
     index = _index(folder)
-    schedule = PKSchedule(index, classes_per_batch=128, samples_per_class=4, seed=0)
+    schedule = PKSampler(index, classes_per_batch=128, samples_per_class=4, seed=0)
     numbers = schedule.batches(np.arange(num_records // 512)).reshape(-1, 512)
 
     def at_random():
@@ -189,7 +189,7 @@ def _jpeg():
     items = [Item(str(n), str(n % 128), files[n % 64]) for n in range(num_records)]
     ingestion.write_records(items, name, records_per_shard=num_records, fingerprint={})
     index = RecordIndex.open(name)
-    schedule = PKSchedule(index, classes_per_batch=16, samples_per_class=4, seed=0)
+    schedule = PKSampler(index, classes_per_batch=16, samples_per_class=4, seed=0)
     batches = Batches(index, schedule, decoder)
     num_steps = num_records // batch
     at_random = batches.dataset(Shard(0, 1, 1), num_steps=num_steps)
@@ -213,7 +213,7 @@ def _memory():
     folder = pathlib.Path(name)
     _write_shard(folder, _blobs(20_000, 512))
     index = _index(folder)
-    schedule = PKSchedule(index, classes_per_batch=32, samples_per_class=4, seed=0)
+    schedule = PKSampler(index, classes_per_batch=32, samples_per_class=4, seed=0)
     batches = Batches(index, schedule, _Length())
     sizes = []
     dataset = batches.dataset(Shard(0, 1, 1), num_steps=12_000)

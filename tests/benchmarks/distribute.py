@@ -24,7 +24,7 @@ from trainer.distribute.collectives import current_collectives
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
 from trainer.losses import BatchHardTripletLoss
 from trainer.losses.loss_terms import Anchors, Candidates
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.training.step import TrainStep
@@ -131,7 +131,7 @@ def _gather_and_step(strategy):
         backbone=ConvNet(filters=(32, 64)), embedding_size=_EMBEDDING_SIZE
       ),
       loss=BatchHardTripletLoss(margin=0.2),
-      objective_fn=across_replicas,
+      objective_fn=global_negatives,
       optimizer=tf.keras.optimizers.SGD(1e-3),
     )
     step.create_variables((_IMAGE_SIZE, _IMAGE_SIZE, 1))

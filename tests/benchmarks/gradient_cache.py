@@ -20,7 +20,7 @@ from absl import app, flags
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.training.options import StepOptions
@@ -55,7 +55,7 @@ def _step_fn(num_micro_batches):
       backbone=ConvNet(filters=(64, 128)), embedding_size=64, pooling="average"
     ),
     loss=SupervisedContrastiveLoss(temperature=0.1),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(1e-3),
     options=StepOptions(num_micro_batches=num_micro_batches),
   )

@@ -18,7 +18,7 @@ from absl import app
 from trainer.data.pipeline import Batch
 from trainer.distribute.strategy import ReplicaBatches, divide_cpu, mirrored_on_cpu
 from trainer.losses import BatchHardTripletLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training.loop import InnerLoop
@@ -46,7 +46,7 @@ def _loop(strategy):
     step = TrainStep(
       encoder=Encoder(backbone=Perceptron(hidden_units=(16,)), embedding_size=8),
       loss=BatchHardTripletLoss(margin=0.2),
-      objective_fn=across_replicas,
+      objective_fn=global_negatives,
       optimizer=tf.keras.optimizers.SGD(1e-3),
     )
     step.create_variables((8,))

@@ -42,12 +42,12 @@ include '{root}/configs/losses/{loss}.gin'
 
 ConvNet.filters = (16, 32)
 Encoder.pooling = 'flatten'
-train.schedule_fn = @PKSchedule
+train.sampler_fn = @PKSampler
 train.step = @TrainStep()
 train.loop = @LoopOptions()
 train.seed = {seed}
-PKSchedule.seed = {seed}
-TrainStep.objective_fn = @across_replicas
+PKSampler.seed = {seed}
+TrainStep.objective_fn = @global_negatives
 TrainStep.mining_statistics = None
 evaluate.verification = None
 LoopOptions.num_steps = 10_000_000
@@ -55,17 +55,17 @@ LoopOptions.steps_per_loop = 25
 LoopOptions.checkpoint_every_steps = 10_000_000
 """
 _BATCHES = {
-  "glyphs": "PKSchedule.classes_per_batch = 32\nPKSchedule.samples_per_class = 4\n",
+  "glyphs": "PKSampler.classes_per_batch = 32\nPKSchedule.samples_per_class = 4\n",
   "fashion_mnist": (
-    "PKSchedule.classes_per_batch = 6\nPKSchedule.samples_per_class = 20\n"
+    "PKSampler.classes_per_batch = 6\nPKSchedule.samples_per_class = 20\n"
   ),
 }
 _RECORDS_PER_CLASS = {"glyphs": 4, "fashion_mnist": 2_000}
 _NUM_GROUPS = {"glyphs": 16, "fashion_mnist": 15}
 _BANK = """
-TrainStep.memory_bank = @MemoryBank()
-MemoryBank.size = 8_192
-MemoryBank.warm_up_steps = 300
+TrainStep.cross_batch_memory = @CrossBatchMemory()
+CrossBatchMemory.size = 8_192
+CrossBatchMemory.warm_up_steps = 300
 """
 _HARD_CLASSES = """
 include '{root}/configs/mining/neighbouring_classes.gin'
@@ -76,8 +76,8 @@ _GROUPS = """
 include '{root}/configs/mining/groups.gin'
 MINING_STEPS = 500
 MINING_SEED = {seed}
-MinedGroups.groups_per_batch = {num_groups}
-MinedGroups.negatives_per_group = 6
+MinedTripletSampler.groups_per_batch = {num_groups}
+MinedTripletSampler.negatives_per_group = 6
 Miner.records_per_class = {records_per_class}
 """
 # The loss, and what is added to the base.

@@ -20,7 +20,7 @@ import tensorflow as tf
 
 from tests.benchmarks import measure
 from trainer.data.index_arrays import MemberTable, members_from_labels
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.mining import corpus, corpus_search
 from trainer.mining.corpus_search import NearestItems, room_for
 from trainer.mining.mined_examples import ExampleMining
@@ -174,8 +174,8 @@ def _batches(num_classes: int, neighbours: np.ndarray) -> None:
   starts = np.arange(num_classes + 1, dtype=np.int64) * _PER_CLASS
   mining_round = types.SimpleNamespace(step=1, arrays={"class_neighbours": neighbours})
 
-  def schedule_fn(index, **options):
-    return PKSchedule(
+  def sampler_fn(index, **options):
+    return PKSampler(
       index, classes_per_batch=512, samples_per_class=4, seed=0, **options
     )
 
@@ -183,11 +183,11 @@ def _batches(num_classes: int, neighbours: np.ndarray) -> None:
   hard = with_neighbouring_classes(
     table,
     mining_round,
-    schedule_fn=schedule_fn,
+    sampler_fn=sampler_fn,
     hard_share=0.5,
     neighbours_per_seed=3,
   )
-  plain, steps = schedule_fn(table), np.arange(64)
+  plain, steps = sampler_fn(table), np.arange(64)
   costs = measure.compare(
     {
       "hard classes": lambda: hard.batches(steps),

@@ -20,12 +20,12 @@ from trainer.data import ingestion
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.losses import BatchAllTripletLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.run import Hardware
@@ -65,12 +65,12 @@ def _loops(strategy, index):
   step = TrainStep(
     encoder=Encoder(backbone=ConvNet(filters=(32, 64)), embedding_size=64),
     loss=BatchAllTripletLoss(margin=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.Adam(1e-3),
   )
   decoder = ImageDecoder(height=_IMAGE_SIZE.value, width=_IMAGE_SIZE.value, channels=1)
   step.create_variables(decoder.shape)
-  schedule = PKSchedule(index, classes_per_batch=8, samples_per_class=16, seed=0)
+  schedule = PKSampler(index, classes_per_batch=8, samples_per_class=16, seed=0)
   num_replicas = strategy.num_replicas_in_sync
   shard = Shard(0, num_replicas, num_replicas)
   dataset = Batches(index, schedule, decoder).dataset(shard)

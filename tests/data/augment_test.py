@@ -21,7 +21,7 @@ from trainer.data.augment import (
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
@@ -211,7 +211,7 @@ def index(tmp_path_factory):
 
 
 def _inputs(index, shard, first_step=0):
-  schedule = PKSchedule(index, classes_per_batch=4, samples_per_class=2, seed=0)
+  schedule = PKSampler(index, classes_per_batch=4, samples_per_class=2, seed=0)
   batches = Batches(
     index,
     schedule,

@@ -11,7 +11,7 @@ from trainer.data.dataset import Dataset, ListSplit
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex, Replacements, reason_of
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
@@ -56,7 +56,7 @@ def _numbers(folder, bad_records):
     decoder=_DECODER,
     bad_records=bad_records,
   )
-  schedule = PKSchedule(
+  schedule = PKSampler(
     dataset.index,
     classes_per_batch=2,
     samples_per_class=5,
@@ -139,7 +139,7 @@ def test_a_decoder_of_tensors_still_takes_many_at_once():
 
 def test_records_that_are_replaced_are_not_blamed_for_other_failures(folder):
   index = RecordIndex.open(str(folder))
-  schedule = PKSchedule(index, classes_per_batch=3, samples_per_class=10, seed=0)
+  schedule = PKSampler(index, classes_per_batch=3, samples_per_class=10, seed=0)
   batches = Batches(
     index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
   )
@@ -155,7 +155,7 @@ def test_a_class_without_any_good_record_is_named_from_within_the_pipeline(tmp_p
   items[1::2] = [Item(str(n), "b", features={"x": 1}) for n in range(3)]
   ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   index = RecordIndex.open(str(tmp_path))
-  schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   batches = Batches(
     index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
   )

@@ -1,4 +1,4 @@
-"""Weighted classes: each comes as often as it has tickets, and never twice a step."""
+"""Weighted classes: each comes as its draws per epoch say, and never twice a step."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import pytest
 
 from trainer.data.class_sampling import EqualClasses, SizeWeights, WeightedClasses
 from trainer.data.index_arrays import members_from_labels
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 
 
 def test_a_class_comes_as_often_as_it_has_tickets():
-  tickets = np.random.default_rng(0).integers(1, 4, 300)
-  stream = WeightedClasses(tickets, 4, seed=5)
-  num_steps = int(tickets.sum())  # Four epochs.
+  draws_per_epoch = np.random.default_rng(0).integers(1, 4, 300)
+  stream = WeightedClasses(draws_per_epoch, 4, seed=5)
+  num_steps = int(draws_per_epoch.sum())  # Four epochs.
   drawn = stream.draw(np.arange(num_steps)).classes
   counts = np.bincount(drawn.ravel(), minlength=300)
   # What gives way to another class is about 1 in 80 here.
-  assert np.abs(counts - 4 * tickets).mean() < 0.3
-  assert np.corrcoef(counts, tickets)[0, 1] > 0.97
+  assert np.abs(counts - 4 * draws_per_epoch).mean() < 0.3
+  assert np.corrcoef(counts, draws_per_epoch)[0, 1] > 0.97
 
 
 def test_classes_of_a_step_differ_even_if_one_has_nearly_all_tickets():
@@ -32,12 +32,14 @@ def test_classes_of_a_step_differ_even_if_one_has_nearly_all_tickets():
 
 
 def test_each_block_of_a_class_comes_once():
-  tickets = np.random.default_rng(1).integers(1, 6, 2000)
-  draws = WeightedClasses(tickets, 2, seed=1).draw(np.arange(int(tickets.sum())))
+  draws_per_epoch = np.random.default_rng(1).integers(1, 6, 2000)
+  draws = WeightedClasses(draws_per_epoch, 2, seed=1).draw(
+    np.arange(int(draws_per_epoch.sum()))
+  )
   blocks = collections.Counter(zip(draws.classes.ravel(), draws.blocks.ravel()))
   assert max(blocks.values()) == 1
-  in_two_epochs = sum(block < 2 * tickets[c] for c, block in blocks)
-  assert in_two_epochs > 0.99 * 2 * tickets.sum()
+  in_two_epochs = sum(block < 2 * draws_per_epoch[c] for c, block in blocks)
+  assert in_two_epochs > 0.99 * 2 * draws_per_epoch.sum()
 
 
 @pytest.mark.parametrize(
@@ -54,7 +56,7 @@ def test_steps_drawn_together_are_those_drawn_alone(stream):
 def test_with_power_one_an_epoch_has_every_record_once():
   sizes = [4, 8, 16, 2, 40, 12]
   table = members_from_labels(np.repeat(np.arange(6), sizes).astype(np.int32), 6)
-  schedule = PKSchedule(
+  schedule = PKSampler(
     table, classes_per_batch=1, samples_per_class=2, seed=0, weights=SizeWeights()
   )
   num_steps = sum(sizes) // 2
@@ -72,8 +74,8 @@ def test_with_power_one_an_epoch_has_every_record_once():
   ],
 )
 def test_tickets_follow_the_size_of_a_class(options, expected):
-  tickets = SizeWeights(**options).num_tickets(np.array([1, 4, 8, 100]), 4)
-  assert tickets.tolist() == expected
+  draws_per_epoch = SizeWeights(**options).draws_per_epoch(np.array([1, 4, 8, 100]), 4)
+  assert draws_per_epoch.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,10 @@ def test_tickets_follow_the_size_of_a_class(options, expected):
   [
     (lambda: SizeWeights(power=1.5), r"power=1\.5 must be between"),
     (lambda: SizeWeights(max_size=0), "max_size=0 must be at least 1"),
-    (lambda: SizeWeights().num_tickets(np.array([2**32, 1]), 1), "at most 2,147,483"),
+    (
+      lambda: SizeWeights().draws_per_epoch(np.array([2**32, 1]), 1),
+      "at most 2,147,483",
+    ),
   ],
 )
 def test_weights_that_are_not_possible_are_refused(make, message):

@@ -9,8 +9,8 @@ import pytest
 
 from trainer.data.index_arrays import members_from_labels
 from trainer.data.samplers import (
-  OneGroupSchedule,
-  PKSchedule,
+  GroupedSampler,
+  PKSampler,
   with_hard_classes,
   with_lone_images,
 )
@@ -30,13 +30,13 @@ class _Index:
 def _schedule_fn(classes_per_batch=None, **options):
   if classes_per_batch is not None:
     options["classes_per_batch"] = classes_per_batch
-  return functools.partial(PKSchedule, samples_per_class=3, seed=1, **options)
+  return functools.partial(PKSampler, samples_per_class=3, seed=1, **options)
 
 
 def _hard(index, **options):
   return with_hard_classes(
     index,
-    schedule_fn=_schedule_fn(),
+    sampler_fn=_schedule_fn(),
     hard_classes=["class 1", "class 5", "class 7"],
     num_hard=2,
     num_others=4,
@@ -68,7 +68,7 @@ def test_too_few_hard_classes_are_refused():
 
 
 def test_a_hard_class_that_the_data_have_not_is_named():
-  options = {"schedule_fn": _schedule_fn, "num_hard": 1, "num_others": 1}
+  options = {"sampler_fn": _schedule_fn, "num_hard": 1, "num_others": 1}
   with pytest.raises(
     UserError, match="hard_classes names clas 1, and the data have no"
   ):
@@ -85,7 +85,7 @@ def test_a_group_pattern_that_is_none_is_refused(pattern, message):
 
 def _lone(index, num_lone_rows):
   return with_lone_images(
-    index, schedule_fn=_schedule_fn(2), num_lone_rows=num_lone_rows, seed=0
+    index, sampler_fn=_schedule_fn(2), num_lone_rows=num_lone_rows, seed=0
   )
 
 
@@ -114,7 +114,7 @@ _NAMES = [
 
 
 def _grouped(index, **options):
-  return OneGroupSchedule(index, schedule_fn=_schedule_fn(3), seed=0, **options)
+  return GroupedSampler(index, sampler_fn=_schedule_fn(3), seed=0, **options)
 
 
 def test_a_batch_is_of_one_group_and_groups_come_by_their_size():

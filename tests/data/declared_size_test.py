@@ -15,7 +15,7 @@ from trainer.data.images import ImageDecoder
 from trainer.data.indexing import index_records
 from trainer.data.pipeline import Shard
 from trainer.data.records import reason_of
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 
 _WIDTH, _HEIGHT = 20_000, 30_011
@@ -118,7 +118,7 @@ def _batches(folder, bad_records):
     decoder=ImageDecoder(height=4, width=4, channels=1),
     bad_records=bad_records,
   )
-  schedule = PKSchedule(
+  schedule = PKSampler(
     dataset.index,
     classes_per_batch=2,
     samples_per_class=4,

@@ -12,7 +12,7 @@ from trainer.data import ingestion
 from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule, SequentialSchedule
+from trainer.data.samplers import PKSampler, SequentialSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
 
@@ -37,7 +37,7 @@ def index(tmp_path_factory):
 
 
 def _schedule(index):
-  return PKSchedule(index, classes_per_batch=4, samples_per_class=3, seed=0)
+  return PKSampler(index, classes_per_batch=4, samples_per_class=3, seed=0)
 
 
 def _take(dataset, num_batches):
@@ -81,7 +81,7 @@ def test_a_worker_reads_only_its_own_part(index):
 
 
 def test_padding_rows_have_weight_zero_and_no_class(index):
-  schedule = SequentialSchedule(np.arange(5), records_per_batch=4)
+  schedule = SequentialSampler(np.arange(5), records_per_batch=4)
   batches = Batches(index, schedule, _DECODER)
   [_, last] = _take(batches.dataset(Shard(0, 1, 1), num_steps=2), 9)
   assert last.weights.tolist() == [1, 0, 0, 0]
@@ -144,7 +144,7 @@ def test_sizes_that_are_not_possible_are_refused(make):
 )
 def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, expected):
   index = copy.copy(index)  # Endless pipelines of other tests may still read that one.
-  schedule = SequentialSchedule(np.array([8, 9]), records_per_batch=8)
+  schedule = SequentialSampler(np.array([8, 9]), records_per_batch=8)
   read, true_read = [], index.read
   index.read = lambda n: read.append(n.tolist()) or true_read(n)
   dataset = Batches(index, schedule, _DECODER).dataset(

@@ -20,7 +20,7 @@ from trainer.data import indexing
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.image_folders import ImageFolderSource
 from trainer.data.sources.image_lists import ManifestSource
 from trainer.data.sources.source import encode_png
@@ -164,7 +164,7 @@ def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, ca
 
 def test_batches_are_those_of_the_schedule(elsewhere):
   index = _ingested(elsewhere)
-  schedule = PKSchedule(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   decoder = ImageDecoder(height=6, width=6, channels=1)
   dataset = Batches(index, schedule, decoder).dataset(Shard(0, 1, 1), num_steps=3)
   for step, batch in enumerate(dataset):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from trainer.data.index_arrays import MemberTable, members_from_labels
-from trainer.data.samplers import PKSchedule, SequentialSchedule
+from trainer.data.samplers import PKSampler, SequentialSampler
 from trainer.errors import UserError
 
 
@@ -20,7 +20,7 @@ def _table(sizes):
 
 def _schedule(sizes, classes_per_batch, samples_per_class, **options):
   options = {"seed": 3, **options}
-  return PKSchedule(
+  return PKSampler(
     _table(sizes),
     classes_per_batch=classes_per_batch,
     samples_per_class=samples_per_class,
@@ -135,7 +135,7 @@ def test_pairs_of_classes_meet_equally_often():
 def test_ten_million_classes_need_no_memory_of_their_own():
   starts = np.arange(10_000_001, dtype=np.int64)
   table = MemberTable(np.arange(10_000_000), starts)
-  schedule = PKSchedule(table, classes_per_batch=512, samples_per_class=1, seed=0)
+  schedule = PKSampler(table, classes_per_batch=512, samples_per_class=1, seed=0)
   assert len(np.unique(schedule.batch(123_456_789))) == 512
 
 
@@ -146,7 +146,7 @@ def test_ten_million_classes_need_no_memory_of_their_own():
     (lambda: _schedule([5, 5], 0, 2), "classes_per_batch=0"),
     (lambda: _schedule([5, 5], 2, 0), "samples_per_class=0"),
     (lambda: _schedule([5, 5], 2, 2, small_classes="drop"), "choose 'repeat' or"),
-    (lambda: SequentialSchedule(np.arange(3), records_per_batch=0), "at least 1"),
+    (lambda: SequentialSampler(np.arange(3), records_per_batch=0), "at least 1"),
   ],
 )
 def test_what_cannot_be_drawn_is_refused(make, message):
@@ -155,6 +155,6 @@ def test_what_cannot_be_drawn_is_refused(make, message):
 
 
 def test_sequential_schedule_goes_through_all_and_pads_the_last_batch():
-  schedule = SequentialSchedule(np.array([4, 8, 15, 16, 23]), records_per_batch=2)
+  schedule = SequentialSampler(np.array([4, 8, 15, 16, 23]), records_per_batch=2)
   batches = [schedule.batch(step).tolist() for step in range(schedule.num_batches)]
   assert batches == [[4, 8], [15, 16], [23, -1]]

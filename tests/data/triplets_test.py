@@ -10,7 +10,7 @@ import pytest
 from trainer.data import ingestion
 from trainer.data.records import RecordIndex
 from trainer.data.sources.source import Item, encode_png
-from trainer.data.triplet_sampler import TripletSchedule
+from trainer.data.triplet_sampler import TripletSampler
 from trainer.errors import UserError
 
 _IMAGE = encode_png(np.zeros((2, 2), np.uint8))
@@ -39,7 +39,7 @@ def make(index, tmp_path):
     else:
       np.save(path, content)
     options = {"triplets_per_batch": 2, "seed": 3, **options}
-    return TripletSchedule(index, file=str(path), **options)
+    return TripletSampler(index, file=str(path), **options)
 
   return make
 
@@ -149,12 +149,12 @@ def test_several_arrays_are_refused(index, tmp_path):
   np.savez(tmp_path / "list", one=np.zeros((3, 3), int))
   path = (tmp_path / "list.npz").rename(tmp_path / "list.npy")
   with pytest.raises(UserError, match="no array, but several"):
-    TripletSchedule(index, file=str(path), triplets_per_batch=2, seed=1)
+    TripletSampler(index, file=str(path), triplets_per_batch=2, seed=1)
 
 
 def test_a_file_that_is_not_there_is_refused(index):
   with pytest.raises(UserError, match=r"nowhere\.csv can't be read"):
-    TripletSchedule(index, file="nowhere.csv", triplets_per_batch=2, seed=1)
+    TripletSampler(index, file="nowhere.csv", triplets_per_batch=2, seed=1)
 
 
 def test_a_key_of_two_records_is_refused(tmp_path):
@@ -163,6 +163,6 @@ def test_a_key_of_two_records_is_refused(tmp_path):
   path = tmp_path / "list.csv"
   path.write_text("anchor,positive,negative\nsame,same,same\n")
   with pytest.raises(UserError, match=r"'same' of .* is that of two records"):
-    TripletSchedule(
+    TripletSampler(
       RecordIndex.open(str(tmp_path)), file=str(path), triplets_per_batch=1, seed=1
     )

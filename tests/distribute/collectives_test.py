@@ -9,8 +9,8 @@ import tensorflow as tf
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.distribute.strategy import make_strategy
 from trainer.errors import UserError
-from trainer.losses.loss_terms import Anchors, LossTerms
-from trainer.losses.objectives import across_replicas
+from trainer.losses.loss_terms import Anchors, LossOutput
+from trainer.losses.objectives import global_negatives
 from trainer.run import Hardware
 
 
@@ -66,14 +66,14 @@ def test_labels_of_several_classes_are_gathered(mirrored):
   def loss(anchors, candidates):
     seen.append(candidates.labels.dtype)
     total = tf.reduce_sum(anchors.embeddings)
-    return LossTerms(total, tf.constant(2.0), {"labels": candidates.labels})
+    return LossOutput(total, tf.constant(2.0), {"labels": candidates.labels})
 
   def on_replica():
     collectives = current_collectives()
     first = 2 * collectives.replica_id
     rows = tf.ensure_shape(tf.constant(labels)[first : first + 2], [2, 3])
     anchors = Anchors(tf.ones([2, 4]), rows, tf.ones([2]))
-    return (across_replicas(loss, anchors, collectives).statistics["labels"],)
+    return (global_negatives(loss, anchors, collectives).statistics["labels"],)
 
   for (gathered,) in _on_replicas(mirrored(2), on_replica):
     np.testing.assert_array_equal(gathered, labels)

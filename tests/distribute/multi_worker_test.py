@@ -30,15 +30,15 @@ _PARAMS = (
   "NUM_STEPS = 6",
   "LoopOptions.steps_per_loop = 2",
   "LoopOptions.checkpoint_every_steps = 4",
-  "PKSchedule.classes_per_batch = 6",
+  "PKSampler.classes_per_batch = 6",
   "TrainStep.mining_statistics = None",  # They take long to compile.
 )
 _MINING = (
   "train.mining = @OfflineMining()",
   "OfflineMining.every_steps = 2",
   "OfflineMining.miner = @Miner()",
-  "OfflineMining.schedule_fn = @with_neighbouring_classes",
-  "with_neighbouring_classes.schedule_fn = @PKSchedule",
+  "OfflineMining.sampler_fn = @with_neighbouring_classes",
+  "with_neighbouring_classes.sampler_fn = @PKSampler",
   "with_neighbouring_classes.hard_share = 0.5",
   "with_neighbouring_classes.neighbours_per_seed = 2",
   "Miner.num_class_neighbours = 3",
@@ -286,7 +286,7 @@ def test_workers_of_different_configurations_are_refused(folder):
   _finished(folder, 1)
   model_dir = folder / "refused"
   commands = [
-    _command(folder, model_dir, f"PKSchedule.samples_per_class = {num}", mode="train")
+    _command(folder, model_dir, f"PKSampler.samples_per_class = {num}", mode="train")
     for num in (16, 8)
   ]
   for _, errors, status in _run_workers(commands):

@@ -20,8 +20,8 @@ from tests.losses.table import ROWS
 from trainer import losses
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.losses import LearnedTemperature
-from trainer.losses.objectives import across_replicas, per_replica
-from trainer.losses.tiled_loss import AnchorwiseLoss
+from trainer.losses.objectives import global_negatives, local_negatives
+from trainer.losses.tiled_loss import TiledPairLoss
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import parity
@@ -40,7 +40,7 @@ _THOROUGH = "InfoNCELoss-learned"
 # each replica's device would compile its own.
 _QUIET = {"mining_statistics": None}
 _SHALLOW = {**_QUIET, "hidden_units": ()}
-_OBJECTIVES = {"gathered": across_replicas, "alone": per_replica}
+_OBJECTIVES = {"gathered": global_negatives, "alone": local_negatives}
 
 
 def _learning(loss_class):
@@ -132,7 +132,7 @@ def test_the_table_has_every_public_loss_and_every_learned_temperature():
     for name, each in vars(losses).items()
     if name in losses.__all__
     and inspect.isclass(each)
-    and issubclass(each, AnchorwiseLoss)
+    and issubclass(each, TiledPairLoss)
   }
   assert {type(make()) for make in LOSSES.values()} == public
   assert len(_LEARNING) >= 3

@@ -131,7 +131,7 @@ def test_replicas_come_to_what_one_does(mirrored, loss, num_replicas):
 )
 def test_batches_of_other_groups_are_refused(group, message):
   with pytest.raises(UserError, match=message):
-    WithinGroups(num_negatives=2).check_groups(group, "train.schedule_fn")
+    WithinGroups(num_negatives=2).check_groups(group, "train.sampler_fn")
 
 
 def test_a_group_without_positives_or_negatives_is_refused():

@@ -34,43 +34,43 @@ def _two_workers(index, told_by_other):
 
 
 def test_workers_that_all_made_theirs_go_on():
-  assert _two_workers(1, "null").together(lambda: 5) == 5
+  assert _two_workers(1, "null").run_on_all(lambda: 5) == 5
 
 
 def test_a_mistake_is_raised_where_it_was_made_and_elsewhere():
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
-    _two_workers(1, '["UserError", "no such file"]').together(lambda: 5)
+    _two_workers(1, '["UserError", "no such file"]').run_on_all(lambda: 5)
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
-    _two_workers(0, "null").together(_fail(UserError("no such file")))
+    _two_workers(0, "null").run_on_all(_fail(UserError("no such file")))
 
 
 def test_a_mistake_of_all_workers_is_nobodys_own():
   with pytest.raises(UserError, match=r"^no$"):
-    _two_workers(0, '["UserError", "no"]').together(_fail(UserError("no")))
+    _two_workers(0, '["UserError", "no"]').run_on_all(_fail(UserError("no")))
 
 
 def test_a_mistake_is_of_its_kind_on_all_workers():
   told = '["TooFewExamplesError", "few"]'
   with pytest.raises(TooFewExamplesError, match=r"^worker 0: few$"):
-    _two_workers(1, told).together(lambda: 5)
+    _two_workers(1, told).run_on_all(lambda: 5)
   with pytest.raises(TooFewExamplesError, match=r"^few$"):
-    _two_workers(0, told).together(_fail(TooFewExamplesError("few")))
+    _two_workers(0, told).run_on_all(_fail(TooFewExamplesError("few")))
 
 
 def test_another_error_of_the_chief_ends_the_others_in_one_line():
   with pytest.raises(ZeroDivisionError):
-    _two_workers(0, "null").chief_first(_fail(ZeroDivisionError("by zero")))
+    _two_workers(0, "null").run_on_chief(_fail(ZeroDivisionError("by zero")))
   with pytest.raises(WorkerFailedError, match="worker 0: ZeroDivisionError: by zero"):
-    _two_workers(1, '["WorkerFailedError", "ZeroDivisionError: by zero"]').chief_first(
+    _two_workers(1, '["WorkerFailedError", "ZeroDivisionError: by zero"]').run_on_chief(
       lambda: None
     )
 
 
 def test_a_worker_that_is_told_to_stop_takes_the_others_along():
   with pytest.raises(PreemptedError, match="worker 0: SIGTERM: stopped"):
-    _two_workers(1, '["PreemptedError", "SIGTERM: stopped"]').together(lambda: 5)
+    _two_workers(1, '["PreemptedError", "SIGTERM: stopped"]').run_on_all(lambda: 5)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped"):
-    _two_workers(0, "null").together(_fail(PreemptedError("SIGTERM: stopped")))
+    _two_workers(0, "null").run_on_all(_fail(PreemptedError("SIGTERM: stopped")))
 
 
 def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
@@ -79,26 +79,26 @@ def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
   told.join_others(1)
   told._handle(signal.SIGTERM, None)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped where there was nothing"):
-    _two_workers(0, "null").together(lambda: 5)
+    _two_workers(0, "null").run_on_all(lambda: 5)
   with told.saving(lambda: "the newest"):  # The loop itself tells the others.
-    assert _two_workers(0, "null").together(lambda: 5) == 5
+    assert _two_workers(0, "null").run_on_all(lambda: 5) == 5
 
 
 def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored):
   seen = []
   with mirrored(2).scope():
-    _two_workers(1, "null").rehearse(lambda: seen.append(tf.distribute.has_strategy()))
+    _two_workers(1, "null").dry_run(lambda: seen.append(tf.distribute.has_strategy()))
     assert tf.distribute.has_strategy()
     with pytest.raises(UserError, match=r"^worker 0: no such file$"):
-      _two_workers(1, '["UserError", "no such file"]').rehearse(lambda: None)
+      _two_workers(1, '["UserError", "no such file"]').dry_run(lambda: None)
     with pytest.raises(WorkerFailedError, match="worker 0: MemoryError: no"):
-      _two_workers(1, '["WorkerFailedError", "MemoryError: no"]').rehearse(lambda: None)
+      _two_workers(1, '["WorkerFailedError", "MemoryError: no"]').dry_run(lambda: None)
   assert seen == [False]
 
 
 def test_a_worker_that_is_alone_rehearses_nothing():
   made = []
-  Workers().rehearse(lambda: made.append(1))
+  Workers().dry_run(lambda: made.append(1))
   assert made == []
 
 

@@ -84,7 +84,7 @@ def _on_full_disk(runs: Runs, name, policy):
   """A run in a folder whose disk is filled once its first checkpoints are there."""
   model_dir = runs.folder / name
   with _small_disk(model_dir):
-    running = runs.start(name, f"LoopOptions.when_disk_full = '{policy}'")
+    running = runs.start(name, f"LoopOptions.on_disk_full = '{policy}'")
     running.wait_until(lambda: runs_lib.newest_step(model_dir) >= 4)
     _fill(model_dir)
     status, seconds = running.wait()
@@ -92,15 +92,15 @@ def _on_full_disk(runs: Runs, name, policy):
     is_good = runs_lib.all_finite(model_dir)
     said = "can't be written" in running.last_line()
     (model_dir / "filler").unlink()
-    again, _ = runs.start(name, f"LoopOptions.when_disk_full = '{policy}'").wait()
+    again, _ = runs.start(name, f"LoopOptions.on_disk_full = '{policy}'").wait()
     equal = ended_as(again, model_dir, runs.finished(1)) == EQUAL
   return status, kept, is_good and said, equal, seconds
 
 
 @row
 def full_disk_where_it_goes_on(runs: Runs) -> Outcome:
-  """No space left; while training, when_disk_full = 'go_on'."""
-  status, kept, is_good, equal, seconds = _on_full_disk(runs, "full-on", "go_on")
+  """No space left; while training, on_disk_full = 'continue'."""
+  status, kept, is_good, equal, seconds = _on_full_disk(runs, "full-on", "continue")
   seen = f"{status}, last good stays: {is_good and kept > 0}, then equal: {equal}"
   expected = "2, last good stays: True, then equal: True"
   return Outcome(expected, seen, seconds, NUM_STEPS - kept)
@@ -108,10 +108,10 @@ def full_disk_where_it_goes_on(runs: Runs) -> Outcome:
 
 @row
 def full_disk_before_the_first_step(runs: Runs) -> Outcome:
-  """No space left; before the first step, when_disk_full = 'go_on'."""
+  """No space left; before the first step, on_disk_full = 'continue'."""
   name, file = "full-early", runs.folder / "full-early-hangs"
   model_dir = runs.folder / name
-  policy = "LoopOptions.when_disk_full = 'go_on'"
+  policy = "LoopOptions.on_disk_full = 'continue'"
   file.write_text("")
   with _small_disk(model_dir):
     running = runs.start(name, policy, *harmful(hang_file=str(file)))
@@ -131,7 +131,7 @@ def full_disk_before_the_first_step(runs: Runs) -> Outcome:
 
 @row
 def full_disk_where_it_stops(runs: Runs) -> Outcome:
-  """No space left; while training, when_disk_full = 'stop'."""
+  """No space left; while training, on_disk_full = 'stop'."""
   status, kept, is_good, equal, seconds = _on_full_disk(runs, "full-stop", "stop")
   seen = f"{status}, last good stays: {is_good and kept > 0}, then equal: {equal}"
   return Outcome("2, last good stays: True, then equal: True", seen, seconds)

@@ -13,7 +13,7 @@ from tests.faults.stops import harmful
 from tests.faults.table import Outcome, row
 from trainer.data import tfrecord
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 
 _BAD_STEP = 13
 
@@ -25,7 +25,7 @@ def _key_drawn(runs: Runs) -> str:
   classes = np.array(
     [i for i, name in enumerate(names) if name not in "6789"], np.int32
   )
-  schedule = PKSchedule(
+  schedule = PKSampler(
     index, classes_per_batch=4, samples_per_class=4, seed=1, classes=classes
   )
   number = int(schedule.batch(_BAD_STEP)[0, 0])
@@ -38,7 +38,7 @@ def _poisoned(runs: Runs, name, policy, *params):
   running = runs.start(
     name,
     *harmful(not_finite_key=_key_drawn(runs)),
-    f"LoopOptions.when_not_finite = '{policy}'",
+    f"LoopOptions.on_nonfinite = '{policy}'",
     *params,
   )
   status, seconds = running.wait()
@@ -47,7 +47,7 @@ def _poisoned(runs: Runs, name, policy, *params):
 
 @row
 def not_finite_where_it_stops(runs: Runs) -> Outcome:
-  """A record of NaN; when_not_finite = 'stop'."""
+  """A record of NaN; on_nonfinite = 'stop'."""
   running, model_dir, status, seconds = _poisoned(runs, "nan-stop", "stop")
   [path] = model_dir.glob("not_finite-*.json")
   told = json.loads(path.read_text())
@@ -74,7 +74,7 @@ def _passed_over(model_dir, status) -> tuple[str, str, int]:
 
 @row
 def not_finite_that_is_skipped(runs: Runs) -> Outcome:
-  """A record of NaN; when_not_finite = 'skip'."""
+  """A record of NaN; on_nonfinite = 'skip'."""
   _, model_dir, status, seconds = _poisoned(
     runs, "nan-skip", "skip", "LoopOptions.max_not_finite = 100"
   )
@@ -84,12 +84,12 @@ def not_finite_that_is_skipped(runs: Runs) -> Outcome:
 
 @row
 def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
-  """A record of NaN; when_not_finite = 'go_back', two workers."""
+  """A record of NaN; on_nonfinite = 'restore', two workers."""
   file = runs.folder / "weights"
   chief, other = runs.start_workers(
     "nan-go-back",
     *harmful(not_finite_key=_key_drawn(runs)),
-    "LoopOptions.when_not_finite = 'go_back'",
+    "LoopOptions.on_nonfinite = 'restore'",
     "LoopOptions.max_not_finite = 100",
     "TrainStep.optimizer = @noting_weights()",
     "noting_weights.optimizer = @adam()",
@@ -120,15 +120,15 @@ _OVERFLOWING = (
   "NUM_STEPS = 20",
   "LoopOptions.checkpoint_every_steps = 10",
   "Encoder.precision = 'mixed_float16'",
-  "TrainStep.memory_bank = @MemoryBank()",
-  "MemoryBank.size = 160",
-  "MemoryBank.warm_up_steps = 2",
+  "TrainStep.cross_batch_memory = @CrossBatchMemory()",
+  "CrossBatchMemory.size = 160",
+  "CrossBatchMemory.warm_up_steps = 2",
 )
 # The steps of which the bank has entries at the end.
 _REMEMBERED = {
   "stop": [*range(10)],
   "skip": [9, 10, 11, 12, *range(14, 20)],
-  "go_back": [*range(6, 10), *range(14, 20)],
+  "restore": [*range(6, 10), *range(14, 20)],
 }
 _STATES = {
   "moving averages": ("moving_",),
@@ -139,7 +139,7 @@ _STATES = {
     "optimizer/_momentums",
     "optimizer/_velocities",
   ),
-  "memory bank": ("memory_bank/contents/embeddings",),
+  "memory bank": ("cross_batch_memory/contents/embeddings",),
 }
 
 
@@ -150,7 +150,7 @@ def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop
     name,
     *harmful(large_key=_key_drawn(runs), factor=1e6),
     *_OVERFLOWING,
-    f"LoopOptions.when_not_finite = '{policy}'",
+    f"LoopOptions.on_nonfinite = '{policy}'",
     f"LoopOptions.steps_per_loop = {steps_per_loop}",
     f"ConvNet.normalization = '{normalization}'",
     flags=(f"--num_virtual_replicas={num_replicas}",),
@@ -181,7 +181,7 @@ def _damaged_states(model_dir, remembered, newest) -> list[str]:
   counters = {int(values[name]) for name in of("iteration")}
   if counters != {newest}:
     found.append(f"optimizer counters at {counters}")
-  [steps] = [values[name] for name in of("memory_bank/contents/steps")]
+  [steps] = [values[name] for name in of("cross_batch_memory/contents/steps")]
   if sorted(set(steps.tolist())) != remembered:
     found.append(f"memory bank of steps {sorted(set(steps.tolist()))}")
   # The first scales are too large; after step 10 no gradient overflows.
@@ -203,7 +203,7 @@ def _overflow_row(policy, num_replicas, normalization, steps_per_loop):
 
 
 for _case in itertools.product(
-  ("stop", "skip", "go_back"), (1, 2), ("batch", "synchronized_batch"), (1, 10)
+  ("stop", "skip", "restore"), (1, 2), ("batch", "synchronized_batch"), (1, 10)
 ):
   row(_overflow_row(*_case))
 
@@ -215,9 +215,12 @@ def overflow_of_a_variance_alone(runs: Runs) -> Outcome:
     "overflow-variance",
     *harmful(large_key=_key_drawn(runs), factor=1e25),
     *("NUM_STEPS = 20", "LoopOptions.checkpoint_every_steps = 10"),
-    *("LoopOptions.steps_per_loop = 10", "LoopOptions.when_not_finite = 'go_back'"),
-    "TrainStep.optimizer = @PerPart()",
-    *("PerPart.backbone = @backbone/adam()", "PerPart.head = @head/adam()"),
+    *("LoopOptions.steps_per_loop = 10", "LoopOptions.on_nonfinite = 'restore'"),
+    "TrainStep.optimizer = @MultiOptimizer()",
+    *(
+      "MultiOptimizer.backbone = @backbone/adam()",
+      "MultiOptimizer.head = @head/adam()",
+    ),
     flags=("--num_virtual_replicas=2",),
   )
   status, seconds = running.wait()

@@ -26,7 +26,7 @@ _SMALL = (
   "ConvNet.filters = (4,)",
   "ConvNet.normalization = 'batch'",
   "StepOptions.averaging_decay = 0.9",
-  "PKSchedule.samples_per_class = 4",
+  "PKSampler.samples_per_class = 4",
 )
 # A smooth loss, because a rounding error can tip a triplet over the margin. Batch
 # normalisation is of the replica's batch: another computation on another number.

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tests.losses import batches, definition, oracles
 from tests.losses.table import ROWS
 from trainer import losses
-from trainer.losses.tiled_loss import AnchorwiseLoss
+from trainer.losses.tiled_loss import TiledPairLoss
 
 each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
@@ -34,7 +34,7 @@ def test_table_has_every_public_loss():
     name
     for name in losses.__all__
     if isinstance(getattr(losses, name), type)
-    and issubclass(getattr(losses, name), AnchorwiseLoss)
+    and issubclass(getattr(losses, name), TiledPairLoss)
   }
   assert public == {type(row.make()).__name__ for row in ROWS}
 

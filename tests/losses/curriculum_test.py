@@ -10,7 +10,7 @@ from tests.losses import batches
 from trainer.data.pipeline import Batch
 from trainer.errors import UserError
 from trainer.losses import (
-  ActivePace,
+  AdaptivePace,
   BatchAllTripletLoss,
   CurriculumTripletLoss,
   JitteredLoss,
@@ -18,9 +18,9 @@ from trainer.losses import (
   MiningStatistics,
   TripletLoss,
 )
-from trainer.losses.loss_terms import Ratio
+from trainer.losses.loss_terms import WeightedMean
 from trainer.losses.metric_accumulators import summarize
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import parity
@@ -30,7 +30,7 @@ _HARDEST = {"positives": "hardest", "negatives": "hardest", "reduction": "mean_a
 
 
 def _progress(pace, progress=0.0, step=0, active=(0.0, 0.0)):
-  active = Ratio(*map(tf.constant, active))
+  active = WeightedMean(*map(tf.constant, active))
   return float(pace(tf.constant(progress), tf.constant(step), active))
 
 
@@ -51,13 +51,13 @@ def test_linear_pace_goes_by_the_step(step, wanted):
   ],
 )
 def test_active_pace_goes_by_the_active_share(active, wanted):
-  pace = ActivePace(lowest=0.1, highest=0.9, change=0.1)
+  pace = AdaptivePace(lowest=0.1, highest=0.9, change=0.1)
   assert _progress(pace, 0.5, active=active) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("active", [(0.0, 9.0), (9.0, 9.0)])
 def test_active_pace_stays_between_begin_and_end(active):
-  pace = ActivePace(lowest=0.1, highest=0.9, change=0.3)
+  pace = AdaptivePace(lowest=0.1, highest=0.9, change=0.3)
   assert _progress(pace, 0.1 if active[0] else 0.9, active=active) == float(
     not active[0]
   )
@@ -100,7 +100,7 @@ def _step(pace, wrap=lambda loss: loss, **options):
   step = TrainStep(
     encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=4),
     loss=wrap(loss),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     **options,
   )
@@ -113,7 +113,7 @@ def _step(pace, wrap=lambda loss: loss, **options):
 def test_replicas_go_through_it_as_one_does(mirrored, num_replicas):
   def make_step():
     # What counts lies between the two shares, in some of the steps.
-    return _step(ActivePace(lowest=0.3, highest=0.5, change=0.3))
+    return _step(AdaptivePace(lowest=0.3, highest=0.5, change=0.3))
 
   wanted = parity.expected(make_step, _batches(), num_replicas)
   got = parity.trained(mirrored(num_replicas), make_step, _batches())
@@ -144,7 +144,7 @@ def test_what_is_proposed_and_not_made_takes_it_nowhere():
   step = _step(LinearPace(first_step=0, last_step=2))
   batch = tf.nest.map_structure(tf.constant, _batches(1)[0])
   for _ in range(3):
-    statistics = step.propose(batch, parity.OneReplica()).statistics
+    statistics = step.compute_update(batch, parity.OneReplica()).statistics
   assert summarize(statistics)["curriculum/hardness"] == 0.0
 
 
@@ -179,8 +179,8 @@ def test_a_way_that_is_none_is_refused(arguments, message):
   ("make", "message"),
   [
     (lambda: LinearPace(first_step=5, last_step=5), "below the last"),
-    (lambda: ActivePace(lowest=0.9, highest=0.2), "lowest=0.9, highest=0.2"),
-    (lambda: ActivePace(change=0.0), r"change=0\.0"),
+    (lambda: AdaptivePace(lowest=0.9, highest=0.2), "lowest=0.9, highest=0.2"),
+    (lambda: AdaptivePace(change=0.0), r"change=0\.0"),
   ],
 )
 def test_a_pace_that_is_none_is_refused(make, message):
@@ -194,7 +194,7 @@ def test_it_leaves_a_collapse_by_itself():
     step = TrainStep(
       encoder=encoder,
       loss=loss,
-      objective_fn=across_replicas,
+      objective_fn=global_negatives,
       optimizer=tf.keras.optimizers.Adam(0.05),
       mining_statistics=None,
     )
@@ -212,9 +212,9 @@ def test_it_leaves_a_collapse_by_itself():
   hardest = TripletLoss(margin=0.5, **_HARDEST)
   assert train(hardest, 400) < 0.05
   assert train(hardest, 300) < 0.05
-  loss = CurriculumTripletLoss(margin=0.5, pace=ActivePace(change=0.01))
+  loss = CurriculumTripletLoss(margin=0.5, pace=AdaptivePace(change=0.01))
   for _ in range(101):  # As hard as it can be.
-    loss.advance(tf.constant(0), Ratio(tf.constant(0.0), tf.constant(1.0)))
+    loss.advance(tf.constant(0), WeightedMean(tf.constant(0.0), tf.constant(1.0)))
   assert float(loss.parameters()[0]) == 1.0
   assert train(loss, 300) > 0.2
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import tensorflow as tf
 
-from trainer.losses.softmax import LOG_OF_NOTHING, log_sum_exp, num_members
+from trainer.losses.softmax import LOG_ZERO, log_sum_exp, num_members
 
 _VALUES = tf.constant([[1.0, 2.0, 500.0], [-900.0, -901.0, 3.0], [0.0, 1.0, 2.0]])
 _IS_MEMBER = tf.constant(
@@ -12,7 +12,7 @@ _IS_MEMBER = tf.constant(
 
 
 def test_log_of_the_sum_is_over_members_alone():
-  expected = [np.logaddexp(1, 2), np.logaddexp(-900, -901), LOG_OF_NOTHING]
+  expected = [np.logaddexp(1, 2), np.logaddexp(-900, -901), LOG_ZERO]
   np.testing.assert_allclose(log_sum_exp(_VALUES, _IS_MEMBER), expected, rtol=1e-6)
 
 

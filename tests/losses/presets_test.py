@@ -12,7 +12,7 @@ import tensorflow as tf
 import trainer.training.step  # noqa: F401  Registers TrainStep.
 from tests.losses import batches, golden
 from trainer.losses import presets
-from trainer.losses.tiled_loss import AnchorwiseLoss
+from trainer.losses.tiled_loss import TiledPairLoss
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs/losses").glob("*.gin"))
 
@@ -27,9 +27,9 @@ def _mean(loss, embeddings, labels):
 @pytest.mark.parametrize(
   ("preset", "kind"),
   [
-    (presets.seed_batch_all, "batch_all"),
-    (presets.seed_batch_hard, "batch_hard"),
-    (presets.seed_batch_hard, "tfa_hard"),
+    (presets.omoindrot_batch_all, "batch_all"),
+    (presets.omoindrot_batch_hard, "batch_hard"),
+    (presets.omoindrot_batch_hard, "tfa_hard"),
     (presets.tfa_semi_hard, "tfa_semihard"),
   ],
 )
@@ -90,6 +90,6 @@ def test_hermans_batch_hard_is_the_soft_margin_of_the_hardest():
 def test_config_file_builds_a_loss(path):
   gin.parse_config_file(str(path))
   loss = gin.query_parameter("TrainStep.loss").scoped_configurable_fn()
-  assert isinstance(loss, AnchorwiseLoss)
+  assert isinstance(loss, TiledPairLoss)
   embeddings, labels = batches.random_batch("balanced")
   assert np.isfinite(batches.evaluate(loss, embeddings, labels)[0])

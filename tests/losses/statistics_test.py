@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.losses import metric_accumulators
-from trainer.losses.loss_terms import Ratio
+from trainer.losses.loss_terms import WeightedMean
 
 _COUNTED = np.array([1, 1, 0, 1, 1, 1], bool)
 
@@ -100,9 +100,9 @@ def test_vectors_that_do_not_count_change_nothing():
 
 
 def test_summary_divides_what_was_added_up():
-  assert metric_accumulators.summarize({"a": Ratio(np.float32(6), np.float32(4))}) == {
-    "a": 1.5
-  }
+  assert metric_accumulators.summarize(
+    {"a": WeightedMean(np.float32(6), np.float32(4))}
+  ) == {"a": 1.5}
 
 
 @pytest.mark.parametrize(

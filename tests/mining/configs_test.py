@@ -12,7 +12,10 @@ from trainer.config import run_config
 from trainer.mining.miner import Miner
 
 _CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-_SIZES = ("MinedGroups.groups_per_batch = 8", "MinedGroups.negatives_per_group = 6")
+_SIZES = (
+  "MinedTripletSampler.groups_per_batch = 8",
+  "MinedTripletSampler.negatives_per_group = 6",
+)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +29,7 @@ def test_a_fragment_of_mining_makes_a_miner_and_a_schedule(name, params):
   made = gin.get_configurable("OfflineMining")()
   made.check(steps_per_loop=50)
   assert isinstance(made.miner, Miner)
-  assert callable(made.schedule_fn)
+  assert callable(made.sampler_fn)
   assert loaded.values["train.mining.every_steps"] == "100"
 
 

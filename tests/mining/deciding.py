@@ -8,7 +8,7 @@ import types
 import numpy as np
 
 from tests.mining.corpora import example_arrays, write_round
-from trainer.mining.mined_samplers import MinedGroups
+from trainer.mining.mined_samplers import MinedTripletSampler
 from trainer.mining.miner import Mined, made_of
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
@@ -46,7 +46,7 @@ def of_step(index, mining_round, *, classes):
 def make_rounds(
   folder, *, miner=None, oldest_step=0, continues_unwritten=False, **options
 ):
-  options = {"schedule_fn": of_step, "every_steps": 10, **options}
+  options = {"sampler_fn": of_step, "every_steps": 10, **options}
   return Rounds(
     OfflineMining(**options),
     DATASET,
@@ -60,7 +60,7 @@ def make_rounds(
 
 def groups_of(num_groups):
   return functools.partial(
-    MinedGroups, groups_per_batch=num_groups, negatives_per_group=2, seed=1
+    MinedTripletSampler, groups_per_batch=num_groups, negatives_per_group=2, seed=1
   )
 
 

@@ -36,18 +36,18 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
 
 def test_rounds_between_two_looks_of_the_host_are_refused():
   with pytest.raises(UserError, match=r"every_steps=10 must be a multiple of .*=4"):
-    OfflineMining(schedule_fn=of_step, every_steps=10).check(4)
+    OfflineMining(sampler_fn=of_step, every_steps=10).check(4)
 
 
 def test_batches_of_another_size_are_refused(tmp_path):
   def larger(index, mining_round, *, classes):
     return Constant(1, (2, 7))
 
-  rounds = make_rounds(tmp_path, miner=mined_round, schedule_fn=larger)
-  options = OfflineMining(schedule_fn=larger, every_steps=10)
+  rounds = make_rounds(tmp_path, miner=mined_round, sampler_fn=larger)
+  options = OfflineMining(sampler_fn=larger, every_steps=10)
   for check in (
     lambda: rounds.decide(10),
-    lambda: options.rehearse(DATASET, (3, 4), 1),
+    lambda: options.dry_run(DATASET, (3, 4), 1),
   ):
     with pytest.raises(UserError, match=r"of 2 x 7 = 14 records, and .* of 3 x 4 = 12"):
       check()
@@ -58,7 +58,7 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
     return Constant(1, (3, 4))
 
   with mirrored(2).scope():
-    rounds = make_rounds(tmp_path, miner=mined_round, schedule_fn=three)
+    rounds = make_rounds(tmp_path, miner=mined_round, sampler_fn=three)
     with pytest.raises(UserError, match=r"3 groups .* do not split over 2 replicas"):
       rounds.decide(10)
 
@@ -66,11 +66,11 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
 @pytest.mark.parametrize(
   ("options", "num_replicas", "message"),
   [
-    ({"schedule_fn": groups_of(6)}, 4, "6 groups .* do not split over 4 replicas"),
-    ({"schedule_fn": groups_of(61)}, 1, "=61 but a round has 60 anchors"),
+    ({"sampler_fn": groups_of(6)}, 4, "6 groups .* do not split over 4 replicas"),
+    ({"sampler_fn": groups_of(61)}, 1, "=61 but a round has 60 anchors"),
     (
       {
-        "schedule_fn": groups_of(16),
+        "sampler_fn": groups_of(16),
         "miner": Miner(examples=object(), records_per_class=3),
       },
       1,
@@ -78,9 +78,9 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
     ),
     (
       {
-        "schedule_fn": functools.partial(
+        "sampler_fn": functools.partial(
           with_neighbouring_classes,
-          schedule_fn=None,
+          sampler_fn=None,
           hard_share=0.5,
           neighbours_per_seed=4,
         ),
@@ -89,20 +89,24 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
       1,
       "neighbours_per_seed=4, and a round has 3 of each class; raise Miner",
     ),
-    ({"miner": Miner(num_class_neighbours=3)}, 1, "no examples for MinedGroups; set"),
+    (
+      {"miner": Miner(num_class_neighbours=3)},
+      1,
+      "no examples for MinedTripletSampler; set",
+    ),
   ],
 )
 def test_what_rounds_can_never_have_is_refused_before_there_is_one(
   options, num_replicas, message
 ):
-  options = OfflineMining(**{"schedule_fn": groups_of(3), "every_steps": 10, **options})
+  options = OfflineMining(**{"sampler_fn": groups_of(3), "every_steps": 10, **options})
   with pytest.raises(UserError, match=message):
-    options.rehearse(DATASET, (6, 4), num_replicas)
+    options.dry_run(DATASET, (6, 4), num_replicas)
 
 
 @pytest.mark.parametrize("miner", [None, Miner(examples=object())])
 def test_what_fits_is_not_refused(miner):
-  options = OfflineMining(schedule_fn=groups_of(6), every_steps=10, miner=miner)
-  options.rehearse(DATASET, (8, 3), 2)
+  options = OfflineMining(sampler_fn=groups_of(6), every_steps=10, miner=miner)
+  options.dry_run(DATASET, (8, 3), 2)
   with pytest.raises(UserError, match=r"6 groups .* do not split over 4 replicas"):
-    options.rehearse(DATASET, (8, 3), 4)
+    options.dry_run(DATASET, (8, 3), 4)

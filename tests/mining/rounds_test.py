@@ -21,7 +21,7 @@ from tests.mining.deciding import (
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round
 from trainer.mining.miner import Mined
-from trainer.mining.round import Ledger
+from trainer.mining.round import RoundLog
 
 
 def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path):
@@ -39,7 +39,7 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
     "mining/round_anchors": 20.0,
     "mining/rounds_without_examples": 0.0,
   }
-  assert Ledger(str(tmp_path)).decisions() == {10: 10, 20: 20}
+  assert RoundLog(str(tmp_path)).decisions() == {10: 10, 20: 20}
 
 
 def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
@@ -84,11 +84,11 @@ def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
   def mined_few(step):
     return Mined(example_arrays(num_anchors=3), {"counts": {}})
 
-  rounds = make_rounds(tmp_path, miner=mined_few, schedule_fn=few)
+  rounds = make_rounds(tmp_path, miner=mined_few, sampler_fn=few)
   with pytest.raises(UserError, match=r"^too few anchors$"):
     rounds.decide(10)
-  assert Ledger(str(tmp_path)).decisions() == {}
-  again = make_rounds(tmp_path, miner=mined_round, schedule_fn=few)
+  assert RoundLog(str(tmp_path)).decisions() == {}
+  again = make_rounds(tmp_path, miner=mined_round, sampler_fn=few)
   again.resume(10, 50)
   assert drawn(again, 10) == [10]
 
@@ -100,14 +100,16 @@ def _mined_well(step):
 
 
 def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
-  options = {"miner": _mined_well, "schedule_fn": groups_of(3)}
+  options = {"miner": _mined_well, "sampler_fn": groups_of(3)}
   rounds = make_rounds(tmp_path, **options)
   assert not rounds.decide(10)
   assert rounds.metrics(10) == {}
   assert rounds.metrics(11) == {"mining/rounds_without_examples": 1.0}
   assert not rounds.decide(20)
   assert rounds.decide(30)
-  assert "Step 10: MinedGroups.groups_per_batch=3 but a round has 2" in caplog.text
+  assert (
+    "Step 10: MinedTripletSampler.groups_per_batch=3 but a round has 2" in caplog.text
+  )
   assert "Step 20: nothing is hard. Batches stay" in caplog.text
   again = make_rounds(tmp_path, **options)
   again.resume(25, 50)
@@ -119,18 +121,18 @@ def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
 
 @pytest.mark.parametrize("step", [10, 20])
 def test_where_that_is_wanted_too_few_examples_are_an_error(tmp_path, step):
-  options = {"schedule_fn": groups_of(3), "when_too_few": "stop"}
+  options = {"sampler_fn": groups_of(3), "when_too_few": "stop"}
   rounds = make_rounds(tmp_path, miner=_mined_well, **options)
   with pytest.raises(TooFewExamplesError):
     rounds.decide(step)
-  assert Ledger(str(tmp_path)).decisions() == {}
+  assert RoundLog(str(tmp_path)).decisions() == {}
 
 
 def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path):
   for _ in range(2):
     rounds = make_rounds(tmp_path, miner=mined_round)
     rounds.resume(0, 50)
-    assert Ledger(str(tmp_path)).decisions() == {}
+    assert RoundLog(str(tmp_path)).decisions() == {}
     assert round.round_steps(str(tmp_path)) == []
     assert rounds.decide(10)
   assert (tmp_path / "mining_before" / "round-00000010" / "anchors.npy").exists()
@@ -215,7 +217,7 @@ def test_a_damaged_ledger_is_told_in_one_line(tmp_path, content, message):
 
 
 def test_the_ledger_is_plain_text(tmp_path):
-  ledger = Ledger(str(tmp_path))
+  ledger = RoundLog(str(tmp_path))
   ledger.add(20, 15)
   ledger.add(10, None)
   lines = (tmp_path / "mining" / "rounds.jsonl").read_text().splitlines()

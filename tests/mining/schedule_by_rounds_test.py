@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from tests.mining.deciding import Constant
-from trainer.mining.offline_mining import ScheduleByRounds
+from trainer.mining.offline_mining import PiecewiseSampler
 
 
 def test_steps_of_several_rounds_are_drawn_together():
-  schedule = ScheduleByRounds(Constant(0))
+  schedule = PiecewiseSampler(Constant(0))
   schedule.hold(4, Constant(1, (6, 2)))
   drawn = schedule.batches(np.array([9, 0, 3, 4]))
   assert drawn.shape == (4, 3, 4)
@@ -21,7 +21,7 @@ def test_steps_of_several_rounds_are_drawn_together():
 
 
 def test_the_schedule_that_holds_and_the_one_before_are_kept():
-  schedule, held = ScheduleByRounds(Constant(0)), []
+  schedule, held = PiecewiseSampler(Constant(0)), []
   for number in (1, 2, 3):
     held.append(Constant(number))
     schedule.hold(10 * number, held[-1])

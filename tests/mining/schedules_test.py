@@ -15,11 +15,11 @@ from trainer import mining
 from trainer.data.class_sampling import SizeWeights
 from trainer.data.index_arrays import members_from_labels
 from trainer.data.pipeline import Batches, Shard
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 from trainer.losses.objectives import WithinGroups
 from trainer.mining import round
-from trainer.mining.mined_samplers import MinedGroups, with_neighbouring_classes
+from trainer.mining.mined_samplers import MinedTripletSampler, with_neighbouring_classes
 
 _STEPS = np.arange(200)
 
@@ -38,7 +38,7 @@ def _groups(mining_round, **options):
     **{"groups_per_batch": 6, "positives_per_group": 2, "negatives_per_group": 4},
     **{"seed": 1, **options},
   }
-  return MinedGroups(None, mining_round, **options)
+  return MinedTripletSampler(None, mining_round, **options)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
   schedule = with_neighbouring_classes(
     index,
     mining_round,
-    schedule_fn=functools.partial(PKSchedule, **pk),
+    sampler_fn=functools.partial(PKSampler, **pk),
     classes=classes,
     **options,
   )
@@ -154,7 +154,7 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
 def test_no_share_of_hard_classes_is_the_plain_schedule(tmp_path):
   sizes = [5] * 20
   index, schedule = _hard(tmp_path, _neighbours(20, 4), sizes, hard_share=0.0)
-  plain = PKSchedule(index, classes_per_batch=10, samples_per_class=3, seed=1)
+  plain = PKSampler(index, classes_per_batch=10, samples_per_class=3, seed=1)
   np.testing.assert_array_equal(schedule.batches(_STEPS), plain.batches(_STEPS))
 
 
@@ -209,8 +209,8 @@ def test_workers_read_the_rows_of_the_batch_between_them(tmp_path):
 def test_groups_are_compared_within_where_they_are_as_large(examples):
   group = _groups(examples).group
   WithinGroups(num_positives=2, num_negatives=4).check_groups(group, "a schedule")
-  with pytest.raises(UserError, match=r"of OfflineMining\.schedule_fn have 2 and 4"):
-    WithinGroups().check_groups(group, "OfflineMining.schedule_fn")
+  with pytest.raises(UserError, match=r"of OfflineMining\.sampler_fn have 2 and 4"):
+    WithinGroups().check_groups(group, "OfflineMining.sampler_fn")
 
 
 def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, examples):
@@ -243,12 +243,12 @@ def test_a_round_without_what_a_schedule_needs_is_refused(tmp_path, examples):
     with_neighbouring_classes(
       _Index([3] * 9),
       examples,
-      schedule_fn=PKSchedule,
+      sampler_fn=PKSampler,
       hard_share=0.5,
       neighbours_per_seed=1,
     )
   classes_alone = write_round(tmp_path, 80, class_neighbours=_neighbours(9, 2))
-  with pytest.raises(UserError, match="no examples for MinedGroups"):
+  with pytest.raises(UserError, match="no examples for MinedTripletSampler"):
     _groups(classes_alone)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults import runs as runs_lib
 from tests.faults.runs import Runs
-from trainer.mining.round import Ledger
+from trainer.mining.round import RoundLog
 
 # All are kept, to go back to one.
 _SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 10")
@@ -20,10 +20,10 @@ _MINING = (
 )
 _GROUPS = (
   *_MINING,
-  "OfflineMining.schedule_fn = @MinedGroups",
-  "MinedGroups.groups_per_batch = 4",
-  "MinedGroups.negatives_per_group = 2",
-  "MinedGroups.seed = 1",
+  "OfflineMining.sampler_fn = @MinedTripletSampler",
+  "MinedTripletSampler.groups_per_batch = 4",
+  "MinedTripletSampler.negatives_per_group = 2",
+  "MinedTripletSampler.seed = 1",
   "Miner.examples = @ExampleMining()",
   "Miner.records_per_class = 20",
   "ExampleMining.window = @RankWindow()",
@@ -41,8 +41,8 @@ _BESIDE = (
 _HARD = (
   *_MINING,
   *_BESIDE,
-  "OfflineMining.schedule_fn = @with_neighbouring_classes",
-  "with_neighbouring_classes.schedule_fn = @PKSchedule",
+  "OfflineMining.sampler_fn = @with_neighbouring_classes",
+  "with_neighbouring_classes.sampler_fn = @PKSampler",
   "with_neighbouring_classes.hard_share = 0.5",
   "with_neighbouring_classes.neighbours_per_seed = 1",
   "Miner.num_class_neighbours = 3",
@@ -95,7 +95,7 @@ def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
   model_dir = runs.folder / "beside"
   _finished(runs.start("beside", *_HARD))
   _finished(miner)
-  decisions = Ledger(str(model_dir)).decisions()
+  decisions = RoundLog(str(model_dir)).decisions()
   assert list(decisions) == [10, 20]
   assert all(0 <= step - decisions[step] <= 8 for step in decisions)
   # Meanwhile there are newer rounds, which are not taken where others were.

@@ -274,12 +274,12 @@ def test_dropout_has_other_masks_with_another_seed():
     encoder=encoder, create_variables=encoder.create_variables
   )
   dataset = types.SimpleNamespace(decoder=types.SimpleNamespace(shape=(6,)))
-  options = {"dataset": dataset, "schedule_fn": None, "step": step, "loop": None}
-  train.Parts(**options, seed=0).create_variables()
+  options = {"dataset": dataset, "sampler_fn": None, "step": step, "loop": None}
+  train.TrainConfig(**options, seed=0).create_variables()
   weights = encoder.get_weights()
 
   def embeddings(seed):
-    train.Parts(**options, seed=seed).create_variables()
+    train.TrainConfig(**options, seed=seed).create_variables()
     encoder.set_weights(weights)
     with examples_at(tf.constant(3), tf.constant(0)):
       return encoder(tf.ones([2, 6]), training=True).numpy()

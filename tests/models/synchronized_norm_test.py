@@ -9,7 +9,7 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet, KerasApplication
 from trainer.models.batch_norm import SynchronizedBatchNormalization
 from trainer.models.encoder import Encoder
@@ -83,7 +83,7 @@ def _make_step(normalization="synchronized_batch"):
       backbone=ConvNet(filters=(4, 6), normalization=normalization), embedding_size=5
     ),
     loss=SupervisedContrastiveLoss(temperature=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
   )

@@ -24,7 +24,7 @@ def _ranks(hits):
   [
     "recall_at_k",
     "precision_at_k",
-    "found_fraction_at_k",
+    "set_recall_at_k",
     "average_precision_at_k",
     "ndcg_at_k",
   ],

@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.ground_truth import ItemLabels, LabelGroundTruth
 from trainer.retrieval.ranking import rank
 
 _RECORDED = np.load(pathlib.Path(__file__).parents[1] / "golden" / "pml_metrics.npz")
@@ -32,7 +32,7 @@ def test_figures_are_those_of_its_calculator(data):
     _RECORDED[f"{data}/{name}"] for name in ("embeddings", "labels")
   )
   items = np.arange(len(labels))
-  judged = LabelJudgements(items, items, ItemLabels(labels))
+  judged = LabelGroundTruth(items, items, ItemLabels(labels))
   got = rank(embeddings, judged, ks=(1,)).means()
   for name, tolerance in _TOLERANCES.items():
     wanted = float(_RECORDED[f"{data}/{name}"])

@@ -7,13 +7,13 @@ import pytest
 
 from tests.retrieval import near_embeddings, rank_oracles
 from trainer.retrieval import ranking
-from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.ground_truth import ItemLabels, LabelGroundTruth
 from trainer.retrieval.ranking import ranks_of_relevant
 
 
 def _leave_one_out(labels):
   everything = np.arange(len(labels))
-  return LabelJudgements(everything, everything, ItemLabels(labels))
+  return LabelGroundTruth(everything, everything, ItemLabels(labels))
 
 
 def _expected(embeddings, labels):
@@ -57,7 +57,7 @@ def test_an_item_alone_in_its_class_has_no_ranks():
 def test_copies_rank_by_index_however_many_ask(num_queries):
   rng = np.random.default_rng(6)
   gallery = np.repeat(rng.normal(size=(1, 37)).astype(np.float32), 30, axis=0)
-  judged = LabelJudgements(
+  judged = LabelGroundTruth(
     np.arange(30, 30 + num_queries), np.arange(30), ItemLabels(np.zeros(60, int))
   )
   queries = rng.normal(size=(num_queries, 37)).astype(np.float32)
@@ -101,7 +101,7 @@ def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
   gallery = near_embeddings.scattered(1e-4)
   queries = near_embeddings.scattered(3e-4, num_items=50) + np.float32(1e-3)
   labels = np.random.default_rng(9).integers(0, 20, 290)
-  judged = LabelJudgements(np.arange(240, 290), np.arange(240), ItemLabels(labels))
+  judged = LabelGroundTruth(np.arange(240, 290), np.arange(240), ItemLabels(labels))
   order = near_embeddings.true_order(queries, gallery)
   for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
     is_relevant = labels[order[query]] == labels[240 + query]
@@ -112,7 +112,7 @@ def test_excluded_items_are_not_counted_where_float32_decides_nothing():
   embeddings, labels = near_embeddings.CASES["huge"], np.arange(240) % 6
   cameras = np.arange(240) % 4
   everything = np.arange(240)
-  judged = LabelJudgements(everything, everything, ItemLabels(labels), cameras)
+  judged = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
   order = near_embeddings.true_order(embeddings, embeddings)
   for query, ranks in enumerate(ranks_of_relevant(embeddings, embeddings, judged)):
     relevant, excluded = judged.judge(query)

@@ -8,7 +8,7 @@ import pytest
 from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.retrieval import knn
-from trainer.retrieval.ground_truth import ItemLabels, LabelJudgements
+from trainer.retrieval.ground_truth import ItemLabels, LabelGroundTruth
 from trainer.retrieval.knn import nearest
 from trainer.retrieval.query import sampled_answers
 
@@ -203,7 +203,7 @@ def test_sampled_neighbours_leave_out_what_does_not_count():
   labels = np.repeat(np.arange(10), 4)
   cameras = np.tile([0, 0, 1, 2], 10)
   everything = np.arange(40)
-  judged = LabelJudgements(everything, everything, ItemLabels(labels), cameras)
+  judged = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
   queries, neighbours, is_right = sampled_answers(
     _random((40, 3), 7), judged, everything
   )

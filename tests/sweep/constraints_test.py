@@ -6,15 +6,15 @@ from trainer.config.gin_statements import Reference
 from trainer.errors import UserError
 from trainer.sweep.spec import Constraint
 
-VALUES = {"P": 4, "PKSchedule.samples_per_class": 16, "TrainStep.loss": "x"}
+VALUES = {"P": 4, "PKSampler.samples_per_class": 16, "TrainStep.loss": "x"}
 
 
 @pytest.mark.parametrize(
   ("text", "expected"),
   [
-    ("P * PKSchedule.samples_per_class == 64", True),
-    ("P * PKSchedule.samples_per_class < 64", False),
-    ("10 < P + PKSchedule.samples_per_class <= 20", True),
+    ("P * PKSampler.samples_per_class == 64", True),
+    ("P * PKSampler.samples_per_class < 64", False),
+    ("10 < P + PKSampler.samples_per_class <= 20", True),
     ("P // 3 == 1 and P % 3 == 1 and P / 8 == 0.5", True),
     ("P == 5 or not P != 4", True),
     ("P - 5 == -1", True),
@@ -38,7 +38,7 @@ def test_part_is_compared_by_its_name():
   [
     ("P ==", ["is no expression"]),
     ("P * sample_per_class == 1", ["sample_per_class is not swept"]),
-    ("PKSchedule.sample_per_class", ["did you mean 'PKSchedule.samples_per_class'?"]),
+    ("PKSampler.sample_per_class", ["did you mean 'PKSampler.samples_per_class'?"]),
     ("open('x')", ["more than arithmetic"]),
     ("P ** 9", ["more than arithmetic"]),
     ("P < 'a'", ["'<' not supported"]),

@@ -57,10 +57,10 @@ def test_seeds_come_one_after_the_other(sweep_file):
 def test_constraint_leaves_points_out(sweep_file):
   found = _points(
     sweep_file(
-      "choice/PKSchedule.classes_per_batch = (2, 4)\n"
-      "choice/PKSchedule.samples_per_class = (8, 16)\n"
-      "sweep.constraints = ('PKSchedule.classes_per_batch * "
-      "PKSchedule.samples_per_class == 32',)"
+      "choice/PKSampler.classes_per_batch = (2, 4)\n"
+      "choice/PKSampler.samples_per_class = (8, 16)\n"
+      "sweep.constraints = ('PKSampler.classes_per_batch * "
+      "PKSampler.samples_per_class == 32',)"
     )
   )
   assert [list(point.settings.values()) for point in found] == [["2", "16"], ["4", "8"]]
@@ -78,8 +78,8 @@ def test_random_search_draws_different_points_and_the_same_again(sweep_file):
   ("text", "words"),
   [
     ("choice/MARGI = (0.1, 0.2)", ["nothing uses MARGI"]),
-    ("choice/PKSchedule.class_per_batch = (2, 4)", ["'classes_per_batch'?"]),
-    ("choice/PKSchedul.classes_per_batch = (2, 4)", ["did you mean 'PKSchedule'?"]),
+    ("choice/PKSampler.class_per_batch = (2, 4)", ["'classes_per_batch'?"]),
+    ("choice/PKSchedul.classes_per_batch = (2, 4)", ["did you mean 'PKSampler'?"]),
     ("choise/MARGIN = (0.1, 0.2)", ["did you mean 'choice'?"]),
     ("choice/TrainStep.loss = (@BatchAllTripletLoss(), @BatchHard())", ["'BatchHard'"]),
     ("choice/TrainStep.loss = (@BatchHardTripletLoss(),)", ["margin must be set"]),

@@ -31,7 +31,7 @@ def run(compiler_python, capsys, monkeypatch):
     # It has six classes; its statistics, which take long to compile, are digits'.
     (
       "configs/runs/fashion_mnist.gin",
-      ["PKSchedule.classes_per_batch = 4", "TrainStep.mining_statistics = None"],
+      ["PKSampler.classes_per_batch = 4", "TrainStep.mining_statistics = None"],
     ),
   ],
 )
@@ -52,7 +52,7 @@ def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
   status, out, _ = run(
     "configs/runs/glyphs.gin",
     "--topology=v5e:2x2",
-    "--gin_param=PKSchedule.classes_per_batch = 131072",
+    "--gin_param=PKSampler.classes_per_batch = 131072",
     "--gin_param=TrainStep.mining_statistics = None",
   )
   assert status == 1
@@ -75,9 +75,7 @@ def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
   largest = max(int(size) for size, result in tried if result != "too large")
   smallest_too_large = min(int(size) for size, result in tried if result == "too large")
   assert smallest_too_large == largest + 2
-  assert (
-    f"LARGEST for gpu:2x0.0036GB: PKSchedule.classes_per_batch = {largest}\n" in out
-  )
+  assert f"LARGEST for gpu:2x0.0036GB: PKSampler.classes_per_batch = {largest}\n" in out
   assert "An estimate" in out
 
 
@@ -90,7 +88,7 @@ def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
     ([_DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
     (["nowhere.gin", "--topology=v5e:2x2"], "nowhere.gin"),
     (
-      [_DIGITS, "--topology=v5e:2x2", "--gin_param=PKSchedule.classes_per_batch = 6"],
+      [_DIGITS, "--topology=v5e:2x2", "--gin_param=PKSampler.classes_per_batch = 6"],
       "does not split over 4 replicas; try 8",
     ),
     (

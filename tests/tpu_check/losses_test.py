@@ -13,7 +13,7 @@ from tests.distribute.parity_test import LOSSES
 from trainer.data.pipeline import Batch
 from trainer.losses import tiled_loss
 from trainer.losses.loss_terms import Anchors, Candidates
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.tpu_check import replica_program
@@ -28,7 +28,7 @@ def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
   step = TrainStep(
     encoder=Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=6),
     loss=make_loss(),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=optimizer or tf.keras.optimizers.SGD(0.1),
     mining_statistics=mining_statistics,
   )

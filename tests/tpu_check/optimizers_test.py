@@ -8,13 +8,13 @@ import pytest
 
 from tests.tpu_check.losses_test import STEPS, lowered
 from trainer.training import optimizers
-from trainer.training.optimizers import PerPart
+from trainer.training.optimizers import MultiOptimizer
 
 _OPTIMIZERS = {
   "adam": lambda: optimizers.adam(learning_rate=0.1, global_clipnorm=1.0),
   "adamw": lambda: optimizers.adamw(learning_rate=0.1, weight_decay=0.1),
   "lamb": lambda: optimizers.lamb(learning_rate=0.1, weight_decay_rate=0.1),
-  "per_part": lambda: PerPart(
+  "per_part": lambda: MultiOptimizer(
     backbone=optimizers.adam(learning_rate=0.1), head=optimizers.adam(learning_rate=0.1)
   ),
 }

@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.losses import BatchHardTripletLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.tpu_check.compile_check import proposals
@@ -27,7 +27,7 @@ def _proposals(largest, *, share=2.0, precision="float32", normalization="none",
       precision=precision,
     ),
     loss=BatchHardTripletLoss(margin=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     options=StepOptions(num_micro_batches=m),
   )
@@ -44,14 +44,14 @@ def test_activations_are_cached_halved_or_made_fewer():
   assert _bindings(_proposals([_ACTIVATION])) == [
     "StepOptions.num_micro_batches = 3",
     "Encoder.precision = 'mixed_bfloat16'",
-    "PKSchedule.classes_per_batch = 12",
+    "PKSampler.classes_per_batch = 12",
   ]
 
 
 def test_distances_are_streamed():
   assert _bindings(_proposals([_DISTANCES])) == [
     "BatchHardTripletLoss.rows_per_tile = 128",
-    "PKSchedule.classes_per_batch = 12",
+    "PKSampler.classes_per_batch = 12",
   ]
 
 
@@ -65,7 +65,7 @@ def test_what_a_run_has_already_is_not_proposed_again():
   lines = _proposals([_ACTIVATION], precision="mixed_bfloat16", m=4)
   assert _bindings(lines) == [
     "StepOptions.num_micro_batches = 12",
-    "PKSchedule.classes_per_batch = 12",
+    "PKSampler.classes_per_batch = 12",
   ]
 
 
@@ -76,4 +76,4 @@ def test_batch_normalisation_over_micro_batches_is_told_and_synchronised_left_al
 
 
 def test_a_batch_that_can_not_be_smaller_is_not_proposed():
-  assert "PKSchedule" not in " ".join(_proposals([_DISTANCES], share=100.0))
+  assert "PKSampler" not in " ".join(_proposals([_DISTANCES], share=100.0))

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.data.pipeline import Batch
 from trainer.losses import BatchHardTripletLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.encoder import Encoder
 from trainer.tpu_check import compile_check, replica_program
 from trainer.training.step import TrainStep
@@ -47,7 +47,7 @@ def _refusal(function):
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=2),
     loss=BatchHardTripletLoss(margin=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
   )

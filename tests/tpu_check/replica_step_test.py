@@ -8,8 +8,8 @@ import tensorflow as tf
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.losses import InfoNCELoss, LearnedTemperature
-from trainer.losses.cross_batch_memory import MemoryBank
-from trainer.losses.objectives import across_replicas
+from trainer.losses.cross_batch_memory import CrossBatchMemory
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.tpu_check import replica_program
@@ -36,10 +36,10 @@ def _make_step(normalization):
       backbone=ConvNet(filters=(4, 8), normalization=normalization), embedding_size=6
     ),
     loss=InfoNCELoss(temperature=LearnedTemperature(initial=0.5)),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5),
     mining_statistics=None,  # They take most of the time, and change nothing.
-    memory_bank=MemoryBank(size=30, warm_up_steps=0),
+    cross_batch_memory=CrossBatchMemory(size=30, warm_up_steps=0),
     options=StepOptions(averaging_decay=0.9),
   )
   step.create_variables(_SHAPE)

@@ -93,7 +93,7 @@ if _HAS_ADDONS:
 
   def test_gradients_are_clipped_together():
     variables = [tf.Variable([0.0]), tf.Variable([0.0])]
-    optimizer = optimizers.OlderOptimizer(
+    optimizer = optimizers.LegacyOptimizerAdapter(
       tf.keras.optimizers.legacy.SGD(1.0, global_clipnorm=1.0)
     )
     optimizer.build(variables)

@@ -14,7 +14,7 @@ from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import checkpoint, checkpoint_files, run_folder
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.optimizers import PerPart
+from trainer.training.optimizers import MultiOptimizer
 
 
 def _encoder(embedding_size=3):
@@ -62,7 +62,7 @@ def test_a_value_that_is_not_finite_is_never_written(tmp_path, bad):
 @pytest.mark.resume
 def test_both_counters_of_an_optimizer_per_part_are_the_step_after_a_resume(tmp_path):
   encoder = _encoder()
-  optimizer = PerPart(
+  optimizer = MultiOptimizer(
     backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
   )
   optimizer.divide(encoder.backbone_variables)

@@ -15,7 +15,7 @@ from trainer.training import checkpoint as checkpoint_lib
 from trainer.training import optimizers
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.learning_rates import Cosine
-from trainer.training.optimizers import PerPart
+from trainer.training.optimizers import MultiOptimizer
 
 
 def _adam(learning_rate):
@@ -27,7 +27,7 @@ def _keras_adam(learning_rate):
 
 
 def _per_part(learning_rate):
-  return PerPart(
+  return MultiOptimizer(
     backbone=_keras_adam(learning_rate / 10), head=_keras_adam(learning_rate)
   )
 
@@ -71,7 +71,7 @@ def _trained(optimizer, checkpoints_of, tmp_path, num_steps):
   encoder = Encoder(backbone=Perceptron(hidden_units=(5,)), embedding_size=3)
   encoder.create_variables((4,))
   weights = encoder.trainable_variables
-  if isinstance(optimizer, PerPart):
+  if isinstance(optimizer, MultiOptimizer):
     optimizer.divide(encoder.backbone_variables)
   optimizer.build(weights)
   checkpoints = Checkpoints(
@@ -135,7 +135,7 @@ def test_paths_of_variables_are_those_of_the_files(tmp_path, name):
   encoder = Encoder(backbone=Perceptron(hidden_units=(5,)), embedding_size=3)
   encoder.create_variables((4,))
   optimizer = _OPTIMIZERS[name](0.1)
-  if isinstance(optimizer, PerPart):
+  if isinstance(optimizer, MultiOptimizer):
     optimizer.divide(encoder.backbone_variables)
   optimizer.build(encoder.trainable_variables)
   checkpoint = tf.train.Checkpoint(encoder=encoder, optimizer=optimizer)

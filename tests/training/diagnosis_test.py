@@ -12,11 +12,11 @@ from trainer.data import ingestion
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.distribute.collectives import OneReplica
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.training.nonfinite import Diagnosis, _what
@@ -77,14 +77,14 @@ def diagnose(tmp_path):
     step = TrainStep(
       encoder=Encoder(backbone=backbone or ConvNet(filters=(2,)), embedding_size=4),
       loss=loss(temperature=0.2),
-      objective_fn=across_replicas,
+      objective_fn=global_negatives,
       optimizer=tf.keras.optimizers.SGD(0.1),
       mining_statistics=None,
     )
     step.create_variables((6, 6, 1))
     if spoil:
       step.trainable_variables[0].assign(step.trainable_variables[0] * float("nan"))
-    schedule = PKSchedule(index, classes_per_batch=3, samples_per_class=4, seed=1)
+    schedule = PKSampler(index, classes_per_batch=3, samples_per_class=4, seed=1)
     return Diagnosis(
       step=step,
       index=index,
@@ -153,7 +153,7 @@ def _step(backbone, **options):
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=4),
     loss=SupervisedContrastiveLoss(temperature=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
     options=StepOptions(**options),
@@ -201,7 +201,7 @@ def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
 )
 def test_layers_are_named_where_they_are_looped_over_or_compiled(options):
   step = _step(ConvNet(filters=(2,), normalization="batch"), **options)
-  step.propose(_batch(1.0), OneReplica())
+  step.compute_update(_batch(1.0), OneReplica())
   step.forward_state[0].assign([0.25, 0.5])
   assert _what(step, _batch(3e38)).startswith("the output of layer batch_norm")
   np.testing.assert_array_equal(step.forward_state[0], [0.25, 0.5])

@@ -27,7 +27,7 @@ from tests.mining.deciding import make_rounds, mined_round
 from tests.report import example_run
 from trainer import errors
 from trainer.config import run_config
-from trainer.mining.round import Ledger
+from trainer.mining.round import RoundLog
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.report import page
@@ -192,7 +192,7 @@ def _mining_rounds(folder):
   def write(report):
     assert rounds.decide(10 * report.step) == (report.step != 2)
 
-  return write, lambda: Ledger(folder).decisions(), {10: 10, 30: 30}
+  return write, lambda: RoundLog(folder).decisions(), {10: 10, 30: 30}
 
 
 CONTINUES = {
@@ -258,8 +258,8 @@ def _classes(folder, version):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(results_lib, "class_rows", lambda *_: rows)
     os.makedirs(os.path.join(folder, "eval"), exist_ok=True)
-    nothing = [None] * len(results_lib.Evaluated._fields)
-    results_lib.Evaluated(*nothing).write_classes(folder)
+    nothing = [None] * len(results_lib.EvaluationResult._fields)
+    results_lib.EvaluationResult(*nothing).write_classes(folder)
 
 
 def _evidence(folder, version):
@@ -305,7 +305,7 @@ def _round(folder, version):
 
 
 def _ledger(folder, version):
-  Ledger(folder).add(10 * version, None)
+  RoundLog(folder).add(10 * version, None)
 
 
 def _claim(folder, version):

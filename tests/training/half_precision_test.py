@@ -14,7 +14,7 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.losses.loss_terms import Anchors
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.encoder import Encoder
 from trainer.training import parity
 from trainer.training.options import StepOptions
@@ -46,7 +46,7 @@ def _step(precision, *, temperature=0.5, loss_scale=256.0, num_micro_batches=1):
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=5, precision=precision),
     loss=SupervisedContrastiveLoss(temperature=temperature),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.02),
     mining_statistics=None,
     options=StepOptions(num_micro_batches=num_micro_batches),
@@ -112,7 +112,7 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
   np.testing.assert_allclose(embeddings, exact, atol=1e-6)
   share, _ = step.gradients(Batch(*map(tf.constant, batch)), OneReplica())
   anchors = Anchors(embeddings, *map(tf.constant, (batch.labels, batch.weights)))
-  expected = across_replicas(step.loss, anchors, OneReplica()).loss
+  expected = global_negatives(step.loss, anchors, OneReplica()).loss
   np.testing.assert_allclose(share.loss, expected, rtol=1e-6)
 
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.strategy import ReplicaBatches
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.cross_batch_memory import MemoryBank
-from trainer.losses.objectives import across_replicas
+from trainer.losses.cross_batch_memory import CrossBatchMemory
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.training.loop import InnerLoop
@@ -48,10 +48,10 @@ def _step(backbone=None):
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=4),
     loss=SupervisedContrastiveLoss(temperature=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.Adam(0.01),
     mining_statistics=None,
-    memory_bank=MemoryBank(size=20, warm_up_steps=1),
+    cross_batch_memory=CrossBatchMemory(size=20, warm_up_steps=1),
   )
   step.create_variables((4, 4, 1))
   return step
@@ -88,7 +88,7 @@ def _loop(strategy, step, images, words=(0, 0)):
 
 
 def _values(step):
-  parts = (step.encoder, step.optimizer, step.memory_bank)
+  parts = (step.encoder, step.optimizer, step.cross_batch_memory)
   return [variable.numpy() for part in parts for variable in part.variables]
 
 

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.errors import PreemptedError, UserError
-from trainer.losses.loss_terms import Ratio
+from trainer.losses.loss_terms import WeightedMean
 from trainer.runtime.shutdown import Preemption
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.loop import InnerLoopResult, Loop, Safety
@@ -33,7 +33,9 @@ class _CountingInner:
     self.calls.append(num_steps)
     self._optimizer.iterations.assign_add(num_steps)
     size = np.float32(num_steps)
-    return InnerLoopResult(num_steps, {"train/loss": Ratio(size, size)}, self._words)
+    return InnerLoopResult(
+      num_steps, {"train/loss": WeightedMean(size, size)}, self._words
+    )
 
 
 class _NotedCheckpoints:
@@ -59,7 +61,7 @@ class _Policy:
     self.passed_over = []
     self._optimizer = optimizer
 
-  def pass_over(self, step):
+  def handle_nonfinite(self, step):
     self.passed_over.append(step)
     self._optimizer.iterations.assign(step + 1)
 
@@ -147,8 +149,8 @@ def test_reports_have_loss_rate_and_speed():
     ({"num_steps": 0}, "num_steps=0 must be at least 1"),
     ({"steps_per_loop": 0}, "steps_per_loop=0 must be at least 1"),
     ({"checkpoint_every_steps": 6}, "multiple of steps_per_loop=4"),
-    ({"when_disk_full": "pray"}, "when_disk_full='pray' is none of go_on, stop"),
-    ({"when_not_finite": "no"}, "when_not_finite='no' is none of stop, skip, go_back"),
+    ({"on_disk_full": "pray"}, "on_disk_full='pray' is none of go_on, stop"),
+    ({"on_nonfinite": "no"}, "on_nonfinite='no' is none of stop, skip, go_back"),
   ],
 )
 def test_options_that_do_not_fit_are_refused(changed, message):
@@ -167,7 +169,7 @@ def test_a_loop_that_is_told_to_stop_saves_after_the_call_and_says_so():
 
 def test_a_full_disk_stops_the_loop_only_where_it_should():
   full = {"words": (0, 2), "failure": "no space"}
-  parts = _Parts(**full, when_disk_full="stop")
+  parts = _Parts(**full, on_disk_full="stop")
   with pytest.raises(UserError, match="no space; the newest is noted"):
     parts.loop.run()
   assert parts.inner.calls == [4]

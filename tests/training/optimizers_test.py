@@ -13,7 +13,7 @@ from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import learning_rates, optimizers
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.optimizers import AveragedWeights, Lamb, PerPart
+from trainer.training.optimizers import AveragedWeights, Lamb, MultiOptimizer
 
 
 def _encoder(**options):
@@ -170,7 +170,7 @@ def test_what_cannot_be_is_refused(make, message):
 def test_each_part_has_its_own_rate():
   encoder = _encoder()
   before = [variable.numpy() for variable in encoder.trainable_variables]
-  optimizer = PerPart(
+  optimizer = MultiOptimizer(
     backbone=optimizers.sgd(learning_rate=0.25), head=optimizers.sgd(learning_rate=1.0)
   )
   optimizer.divide(encoder.backbone_variables)

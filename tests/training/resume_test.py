@@ -9,14 +9,14 @@ import tensorflow as tf
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.cross_batch_memory import MemoryBank
-from trainer.losses.objectives import across_replicas
+from trainer.losses.cross_batch_memory import CrossBatchMemory
+from trainer.losses.objectives import global_negatives
 from trainer.losses.softmax import LearnedTemperature
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import optimizers
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.optimizers import PerPart
+from trainer.training.optimizers import MultiOptimizer
 from trainer.training.options import StepOptions
 from trainer.training.step import TrainStep
 
@@ -25,7 +25,7 @@ _SHAPE = (6, 6, 1)
 
 
 def _per_part():
-  return PerPart(
+  return MultiOptimizer(
     backbone=optimizers.adam(learning_rate=0.01),
     head=optimizers.sgd(learning_rate=0.1, momentum=0.9),
   )
@@ -39,7 +39,9 @@ _CASES = {
   "lamb": {"optimizer": lambda: optimizers.lamb(learning_rate=0.01)},
   "learned temperature": {"temperature": lambda: LearnedTemperature(initial=0.2)},
   "loss scale": {"precision": "mixed_float16"},
-  "memory bank": {"memory_bank": lambda: MemoryBank(size=20, warm_up_steps=1)},
+  "memory bank": {
+    "cross_batch_memory": lambda: CrossBatchMemory(size=20, warm_up_steps=1)
+  },
   "per part": {"optimizer": _per_part},
 }
 
@@ -51,7 +53,7 @@ def _make_step(
   precision="float32",
   optimizer=lambda: optimizers.adam(learning_rate=0.01),
   temperature=lambda: 0.2,
-  memory_bank=lambda: None,
+  cross_batch_memory=lambda: None,
   **options,
 ):
   tf.keras.utils.set_random_seed(1)
@@ -61,10 +63,10 @@ def _make_step(
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=5, precision=precision),
     loss=SupervisedContrastiveLoss(temperature=temperature()),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=optimizer(),
     mining_statistics=None,
-    memory_bank=memory_bank(),
+    cross_batch_memory=cross_batch_memory(),
     options=StepOptions(**options),
   )
   step.create_variables(_SHAPE)
@@ -84,7 +86,7 @@ def _checkpoints(step, folder):
     loss=step.loss,
     optimizer=step.optimizer,
     averages=step.averages,
-    memory_bank=step.memory_bank,
+    cross_batch_memory=step.cross_batch_memory,
   )
 
 

@@ -10,11 +10,11 @@ from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.errors import UserError
 from trainer.losses import SupervisedContrastiveLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import gradients, parity
-from trainer.training.optimizers import PerPart
+from trainer.training.optimizers import MultiOptimizer
 from trainer.training.options import StepOptions
 from trainer.training.step import TrainStep, Update
 
@@ -37,7 +37,7 @@ def _step(*, normalization="none", precision="float32", optimizer=None, **option
   step = TrainStep(
     encoder=encoder,
     loss=SupervisedContrastiveLoss(temperature=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=optimizer or tf.keras.optimizers.SGD(0.02),
     mining_statistics=None,  # They take long to compile.
     options=StepOptions(**options),
@@ -105,7 +105,9 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
   step = _step(precision="mixed_float16")
   before = [v.numpy() for v in step.trainable_variables]
   scale = float(step.optimizer.loss_scale)
-  step.apply(Update([tf.fill(v.shape, np.inf) for v in step.trainable_variables]))
+  step.apply_update(
+    Update([tf.fill(v.shape, np.inf) for v in step.trainable_variables])
+  )
   assert float(step.optimizer.loss_scale) == scale / 2
   assert int(step.optimizer.iterations) == 1
   for variable, value in zip(step.trainable_variables, before):
@@ -150,7 +152,7 @@ def test_gradients_that_no_scale_makes_finite_are_no_update(
   step.loss.gradient = gradient
   if scale:
     step.optimizer._loss_scale._current_loss_scale.assign(scale)
-  assert bool(step.propose(_batch(), OneReplica()).is_finite) == is_finite
+  assert bool(step.compute_update(_batch(), OneReplica()).is_finite) == is_finite
 
 
 def test_clipping_is_of_the_gradients_of_all_replicas_together(mirrored):
@@ -222,7 +224,7 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     (
       {
         "precision": "mixed_float16",
-        "optimizer": PerPart(
+        "optimizer": MultiOptimizer(
           backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
         ),
       },

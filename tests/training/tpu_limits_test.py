@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses import BatchHardTripletLoss
-from trainer.losses.objectives import across_replicas
+from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import checks
@@ -18,7 +18,7 @@ def _step(precision):
       backbone=Perceptron(hidden_units=(4,)), embedding_size=2, precision=precision
     ),
     loss=BatchHardTripletLoss(margin=0.2),
-    objective_fn=across_replicas,
+    objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
   )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tensorflow as tf
 from absl import logging
 
-from trainer.cli.train import Parts, make_parts
+from trainer.cli.train import TrainConfig, make_parts
 from trainer.data.pipeline import Batch, Shard
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.distribute.strategy import divide_cpu, mirrored_on_cpu
 from trainer.errors import CheckFailedError, UserError
 from trainer.losses.objectives import mines_across_replicas
@@ -31,7 +31,7 @@ def main(run: Run) -> None:
   # The rest of the run is gin's, and nothing is written.
   _use_cpu_alone(run.hardware)
   parts = make_parts()
-  schedule = parts.make_schedule()
+  schedule = parts.make_sampler()
   batches = _batches(parts, schedule)
   rows = []
   for num_replicas in _NUM_REPLICAS:
@@ -92,7 +92,7 @@ def _make_step() -> TrainStep:
   return parts.step
 
 
-def _batches(parts: Parts, schedule: PKSchedule) -> list[Batch]:
+def _batches(parts: TrainConfig, schedule: PKSampler) -> list[Batch]:
   """The global batches of the first steps."""
   batches = parts.dataset.training_batches(schedule)
   with batches.naming_bad_records(0, _NUM_STEPS - 1):

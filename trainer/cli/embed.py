@@ -36,11 +36,11 @@ def main(run: Run) -> None:
   strategy = make_strategy(run.hardware, run.facts())
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
-    embedding = workers.together(lambda: Embedding())
+    embedding = workers.run_on_all(lambda: Embedding())
     trained = make_evaluation()
-    workers.chief_first(embedding.ingest)
-    index = workers.together(lambda: embedding.open(trained))
-    workers.agree(index.facts())
+    workers.run_on_chief(embedding.ingest)
+    index = workers.run_on_all(lambda: embedding.open(trained))
+    workers.check_equal(index.facts())
     step = trained.restore(run.model_dir)
     folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
     source = {
@@ -108,7 +108,7 @@ class Embedding:
         can't be written to, or another process embeds into it.
     """
     with contextlib.ExitStack() as claimed:
-      current_workers().chief_first(lambda: claimed.enter_context(alone(folder)))
+      current_workers().run_on_chief(lambda: claimed.enter_context(alone(folder)))
       self._write(trained, index, folder, source)
 
   def _write(
@@ -134,7 +134,7 @@ class Embedding:
         rows_per_batch=batch_size,
       )
 
-    writer = workers.together(open_writer if workers.is_chief else _nothing)
+    writer = workers.run_on_all(open_writer if workers.is_chief else _nothing)
     own = [writer.num_done, writer.is_finished] if writer else None
     num_done, is_finished = json.loads(workers.exchange(json.dumps(own))[0])
     if is_finished:
@@ -145,7 +145,7 @@ class Embedding:
     # What is written is whole steps, or all.
     for rows in embedder.embed(numbers, first_step=-(-num_done // batch_size)):
       rows = _in_dtype(rows, self.dtype)
-      workers.together(functools.partial(writer.append, rows) if writer else _nothing)
+      workers.run_on_all(functools.partial(writer.append, rows) if writer else _nothing)
       progress.advance(len(rows))
     progress.finish()
     items = RecordItems(index, numbers)
@@ -153,7 +153,7 @@ class Embedding:
     def finish():
       writer.finish(items.labels, items.names(), items.class_names)
 
-    workers.chief_first(finish)
+    workers.run_on_chief(finish)
     logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
 
 

@@ -20,12 +20,12 @@ from trainer.report import page
 from trainer.retrieval.embedder import Embedder
 from trainer.retrieval.ground_truth import (
   EvaluationProtocol,
-  LabelJudgements,
+  LabelGroundTruth,
   LeaveOneOut,
   RecordItems,
 )
 from trainer.retrieval.ranking import Rankings, metric_names, rank
-from trainer.retrieval.results import Evaluated, Measurement, Results, class_rows
+from trainer.retrieval.results import EvaluationResult, Measurement, Results, class_rows
 from trainer.retrieval.verification import Clustering, Verification
 from trainer.run import Run, watching
 from trainer.training.checkpoint import Checkpoints
@@ -42,13 +42,13 @@ def main(run: Run) -> None:
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
     evaluation = make_evaluation()
-    workers.agree(evaluation.dataset.index.facts())
+    workers.check_equal(evaluation.dataset.index.facts())
     step = evaluation.restore(run.model_dir)
     evaluated = evaluation.evaluate()
     publish(run.model_dir, step, evaluated)
 
 
-def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
+def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
   """Writes what was found after so many steps, and prints its table.
 
   To be called by all workers, whose replicas share the search; the chief writes.
@@ -70,7 +70,7 @@ def publish(model_dir: str, step: int, evaluated: Evaluated) -> None:
     finally:  # What took long to measure is shown even where the disk is full.
       print(results.table())
 
-  current_workers().chief_first(write)
+  current_workers().run_on_chief(write)
 
 
 @gin.configurable("evaluate")
@@ -89,7 +89,7 @@ class Evaluation:
       the queries are also told apart; None for no categories.
     verification: measures pairs; None for not.
     clustering: measures clusters; None for not.
-    checkpoint: "newest", or "best", which `Selection` keeps.
+    checkpoint: "newest", or "best", which `EarlyStopping` keeps.
 
   Raises:
     UserError: another checkpoint.
@@ -127,7 +127,7 @@ class Evaluation:
       model_dir = os.path.join(model_dir, BEST_FOLDER)
     return restore_encoder(self.encoder, self.dataset.decoder.shape, model_dir)
 
-  def evaluate(self) -> Evaluated:
+  def evaluate(self) -> EvaluationResult:
     """Embeds the evaluation classes with the encoder as it is now, and measures.
 
     Returns:
@@ -147,7 +147,7 @@ class Evaluation:
     judged = self.protocol.judge(items)
     rankings = rank(embeddings, judged, ks=self.ks)
     found = self._measurement(items, embeddings, judged, rankings)
-    return Evaluated(self.dataset, items, embeddings, judged, rankings, found)
+    return EvaluationResult(self.dataset, items, embeddings, judged, rankings, found)
 
   def metric_names(self) -> list[str]:
     """The names of what is measured."""
@@ -169,7 +169,7 @@ class Evaluation:
     self,
     items: RecordItems,
     embeddings: np.ndarray,
-    judged: LabelJudgements,
+    judged: LabelGroundTruth,
     rankings: Rankings,
   ) -> Measurement:
     metrics = rankings.means()
@@ -212,13 +212,13 @@ def make_evaluation() -> Evaluation:
   def make():
     return Evaluation()  # type: ignore[call-arg]
 
-  def rehearse():
+  def dry_run():
     evaluation = make()
     evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
 
   workers = current_workers()
-  workers.rehearse(rehearse)
-  return workers.together(make)
+  workers.dry_run(dry_run)
+  return workers.run_on_all(make)
 
 
 def restore_encoder(
@@ -240,8 +240,8 @@ def restore_encoder(
   workers = current_workers()
   encoder.create_variables(input_shape)
   checkpoints = Checkpoints(model_dir=model_dir, encoder=encoder)
-  step = workers.together(checkpoints.restore)
-  workers.agree({f"the step of the newest checkpoint in {model_dir}": step})
+  step = workers.run_on_all(checkpoints.restore)
+  workers.check_equal({f"the step of the newest checkpoint in {model_dir}": step})
   if step is None:
     raise UserError(f"{model_dir} has no checkpoint; run --mode=train first.")
   return step

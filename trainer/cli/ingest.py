@@ -37,7 +37,7 @@ def ingest(
   """Writes the records and the index of a source, unless that is done already.
 
   Args:
-    source: raw data; `RecordsInPlace` for shards that are there and only need an index.
+    source: raw data; `ExistingTFRecords` for shards that only need an index.
     folder: of the shards; the index is in its folder `index`.
     records_per_shard: items that go into a file.
     resize: makes images smaller once; None to keep their files byte for byte.

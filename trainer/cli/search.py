@@ -33,15 +33,15 @@ def main(run: Run) -> None:
   kept = EmbeddingFolder(folder)
   trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
   answers = answer(
-    run.asked.queries,
+    run.search_request.queries,
     kept,
     embed_fn=_embed_fn(run, trained, kept),
     nearest_fn=options.nearest_fn(kept),
     num_neighbours=options.num_neighbours,
   )
-  print(_json(answers) if run.asked.is_json else _table(answers))
-  if run.asked.picture is not None:
-    _draw(answers, kept, trained, run.asked.picture)
+  print(_json(answers) if run.search_request.is_json else _table(answers))
+  if run.search_request.picture is not None:
+    _draw(answers, kept, trained, run.search_request.picture)
   failed = [each for each in answers if each.error is not None]
   if failed:
     raise UserError(

@@ -16,7 +16,7 @@ import tensorflow as tf
 from trainer.config import run_config
 from trainer.data.dataset import Dataset
 from trainer.data.pipeline import Batches
-from trainer.data.samplers import BatchSampler, PKSchedule
+from trainer.data.samplers import BatchSampler, PKSampler
 from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
@@ -32,7 +32,7 @@ from trainer.training.callbacks import MetricsFile
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checks import check_batch, check_groups
 from trainer.training.loop import InnerLoop, Loop, Safety
-from trainer.training.nonfinite import Diagnosis, NotFinitePolicy
+from trainer.training.nonfinite import Diagnosis, NonfinitePolicy
 from trainer.training.options import LoopOptions
 from trainer.training.run_folder import check_disk, open_run_folder
 from trainer.training.step import TrainStep
@@ -42,12 +42,12 @@ _NUM_SEEDS = 2**32
 
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class TrainConfig:
   """What a training is made of.
 
   Attributes:
     dataset: records, classes and decoder.
-    schedule_fn: makes the schedule of the dataset's training classes.
+    sampler_fn: makes the schedule of the dataset's training classes.
     step: one update; its encoder, loss and optimizer.
     loop: how long, how often to log and to save.
     seed: of the initial weights and of dropout; in 0…2³²−1.
@@ -56,16 +56,16 @@ class Parts:
   """
 
   dataset: Dataset
-  schedule_fn: Callable[..., PKSchedule]
+  sampler_fn: Callable[..., PKSampler]
   step: TrainStep
   loop: LoopOptions
   seed: int
   mining: Optional[OfflineMining] = None
 
-  def make_schedule(self) -> PKSchedule:
+  def make_sampler(self) -> PKSampler:
     """The schedule of the training classes."""
     dataset = self.dataset
-    return self.schedule_fn(dataset.index, classes=dataset.train_classes)
+    return self.sampler_fn(dataset.index, classes=dataset.train_classes)
 
   def facts(self) -> dict[str, object]:
     """By name, what must be alike on all workers and no configuration has."""
@@ -79,7 +79,7 @@ class Parts:
     set_seed(self.step.encoder, self.seed)
 
 
-def make_parts(*given: object) -> Parts:
+def make_parts(*given: object) -> TrainConfig:
   """Makes the parts that gin describes.
 
   The seed is set before: a Keras model of which gin has the function gets its weights
@@ -101,7 +101,7 @@ def make_parts(*given: object) -> Parts:
       raise UserError(f"train.seed={seed!r} must be an integer in [0, {_NUM_SEEDS}).")
     # Another one than of `create_variables`, or layers would begin alike.
     tf.keras.utils.set_random_seed((seed + _NUM_SEEDS // 2) % _NUM_SEEDS)
-  return Parts(*given)  # type: ignore[arg-type, call-arg]  # The rest is gin's.
+  return TrainConfig(*given)  # type: ignore[arg-type, call-arg]  # The rest is gin's.
 
 
 class Training(NamedTuple):
@@ -151,30 +151,32 @@ def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
   """
   workers = current_workers()
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  workers.rehearse(lambda: _make_parts(num_replicas)[0].create_variables())
+  workers.dry_run(lambda: _make_parts(num_replicas)[0].create_variables())
   parts, schedule = _make_parts(num_replicas)
-  workers.agree(parts.facts())
+  workers.check_equal(parts.facts())
   with contextlib.ExitStack() as opened:
-    workers.chief_first(lambda: opened.enter_context(open_run_folder(run)))
+    workers.run_on_chief(lambda: opened.enter_context(open_run_folder(run)))
     yield _build(run, watchdog, parts, schedule)
 
 
 def _build(
-  run: Run, watchdog: Watchdog, parts: Parts, schedule: PKSchedule
+  run: Run, watchdog: Watchdog, parts: TrainConfig, schedule: PKSampler
 ) -> Training:
   workers = current_workers()
   dataset, step, loop = parts.dataset, parts.step, parts.loop
   parts.create_variables()
   if workers.num_workers > 1:
-    workers.agree({"SHA-256 of the initial weights": hash_weights(step.encoder)})
-  checkpoints = workers.together(lambda: _make_checkpoints(run, parts))
+    workers.check_equal({"SHA-256 of the initial weights": hash_weights(step.encoder)})
+  checkpoints = workers.run_on_all(lambda: _make_checkpoints(run, parts))
   # One more than are kept: the oldest goes after the newest is there.
   num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
-  workers.chief_first(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
-  first_step = workers.together(checkpoints.restore) or 0
-  workers.agree({f"the step of the newest checkpoint in {run.model_dir}": first_step})
+  workers.run_on_chief(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
+  first_step = workers.run_on_all(checkpoints.restore) or 0
+  workers.check_equal(
+    {f"the step of the newest checkpoint in {run.model_dir}": first_step}
+  )
   # Not before a checkpoint fits it, or a refused change would stay in the folder.
-  workers.chief_first(lambda: run_config.save_config(run.config, run.model_dir))
+  workers.run_on_chief(lambda: run_config.save_config(run.config, run.model_dir))
   rounds = _make_rounds(run, parts, schedule, checkpoints)
   drawn: BatchSampler = schedule
   if rounds is not None:
@@ -212,14 +214,14 @@ def _build(
   return Training(outer, step, loop, first_step)
 
 
-def _make_parts(num_replicas: int) -> tuple[Parts, PKSchedule]:
+def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:
   parts = make_parts()
-  schedule = parts.make_schedule()
+  schedule = parts.make_sampler()
   check_batch(schedule, parts.step, num_replicas)
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
-    mined = parts.mining.rehearse(parts.dataset, schedule.shape, num_replicas)
-    check_groups(mined, parts.step, "OfflineMining.schedule_fn")
+    mined = parts.mining.dry_run(parts.dataset, schedule.shape, num_replicas)
+    check_groups(mined, parts.step, "OfflineMining.sampler_fn")
   checks.check_tpu_limits_if_on_tpu(parts.step)
   return parts, schedule
 
@@ -233,7 +235,7 @@ def hash_weights(encoder: tf.keras.Model) -> str:
   return digest.hexdigest()
 
 
-def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
+def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
   step = parts.step
   return Checkpoints(
     model_dir=run.model_dir,
@@ -241,14 +243,14 @@ def _make_checkpoints(run: Run, parts: Parts) -> Checkpoints:
     loss=step.loss,
     optimizer=step.optimizer,
     averages=step.averages,
-    memory_bank=step.memory_bank,
+    cross_batch_memory=step.cross_batch_memory,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,
   )
 
 
 def _make_rounds(
-  run: Run, parts: Parts, plain: PKSchedule, checkpoints: Checkpoints
+  run: Run, parts: TrainConfig, plain: PKSampler, checkpoints: Checkpoints
 ) -> Optional[Rounds]:
   """The mining rounds of the run, if it has any."""
   if parts.mining is None:
@@ -262,22 +264,24 @@ def _make_rounds(
     plain,
     run.model_dir,
     mine_fn=mine_fn,
-    continues_unwritten=parts.loop.when_disk_full == "go_on",
+    continues_unwritten=parts.loop.on_disk_full == "continue",
     oldest_step_fn=lambda: min(checkpoints.steps(), default=0),
   )
 
 
 def _make_policy(
-  run: Run, parts: Parts, schedule: BatchSampler, checkpoints: Checkpoints
-) -> NotFinitePolicy:
+  run: Run, parts: TrainConfig, schedule: BatchSampler, checkpoints: Checkpoints
+) -> NonfinitePolicy:
   workers = current_workers()
 
   def restore() -> None:
     checkpoints.wait()
     workers.wait()  # Until the chief has written what all are to restore.
-    workers.agree({"the step gone back to": workers.together(checkpoints.restore)})
+    workers.check_equal(
+      {"the step gone back to": workers.run_on_all(checkpoints.restore)}
+    )
 
-  return NotFinitePolicy(
+  return NonfinitePolicy(
     options=parts.loop,
     optimizer=parts.step.optimizer,
     checkpoints=checkpoints,

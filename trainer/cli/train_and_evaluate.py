@@ -30,7 +30,7 @@ from trainer.training.step import TrainStep
 
 @gin.register
 @dataclasses.dataclass(frozen=True)
-class Selection:
+class EarlyStopping:
   """Which encoder is the best, and when to give up finding a better one.
 
   Attributes:
@@ -52,7 +52,7 @@ class Selection:
     for name in ("every_steps", "patience"):
       value = getattr(self, name)
       if value is not None and value < 1:
-        raise UserError(f"Selection.{name}={value} must be at least 1.")
+        raise UserError(f"EarlyStopping.{name}={value} must be at least 1.")
 
   def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
     """Checks that evaluations come where a checkpoint is, and measure the metric.
@@ -64,10 +64,10 @@ class Selection:
     Raises:
       UserError: they don't.
     """
-    check_measured("Selection.metric", self.metric, measured)
+    check_measured("EarlyStopping.metric", self.metric, measured)
     if self.every_steps % options.checkpoint_every_steps:
       raise UserError(
-        f"Selection.every_steps={self.every_steps} must be a multiple of "
+        f"EarlyStopping.every_steps={self.every_steps} must be a multiple of "
         f"LoopOptions.checkpoint_every_steps={options.checkpoint_every_steps}."
       )
 
@@ -92,7 +92,7 @@ def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None
 
 
 @dataclasses.dataclass(frozen=True)
-class Standing:
+class BestTracker:
   """How the evaluations of a run went so far.
 
   Attributes:
@@ -105,10 +105,10 @@ class Standing:
   best_step: int = 0
   num_since_best: int = 0
 
-  def after(self, step: int, value: float) -> Standing:
+  def after(self, step: int, value: float) -> BestTracker:
     """The standing after one more evaluation; of equal ones the first is the best."""
     if self.best is None or value > self.best:
-      return Standing(value, step, 0)
+      return BestTracker(value, step, 0)
     return dataclasses.replace(self, num_since_best=self.num_since_best + 1)
 
 
@@ -195,17 +195,17 @@ class Evaluations:
         "again from an earlier checkpoint for it."
       )
 
-  def _told_by_chief(self) -> Standing:
-    standing = Standing()
+  def _told_by_chief(self) -> BestTracker:
+    standing = BestTracker()
     if self._workers.is_chief:
       for row in self._file.rows():
         if self._metric in row:
           standing = standing.after(int(row["step"]), row[self._metric])
       if standing.best is not None and standing.best_step not in self._best.steps():
         logging.warning("The best encoder is no longer there; the next is the best.")
-        standing = Standing()
+        standing = BestTracker()
     told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
-    return Standing(*json.loads(told[0]))
+    return BestTracker(*json.loads(told[0]))
 
 
 class EvaluateNow:
@@ -275,7 +275,7 @@ class TrainAndEvaluateOptions:
     selection: measures while it trains; None to measure before and after only.
   """
 
-  selection: Optional[Selection] = None
+  selection: Optional[EarlyStopping] = None
 
 
 def main(run: Run) -> None:
@@ -285,14 +285,14 @@ def main(run: Run) -> None:
   with strategy.scope(), watching(run, current_workers().index) as watchdog:
     workers = current_workers()
     if run.config.binds("ingest"):
-      workers.chief_first(lambda: ingest.main(run))
+      workers.run_on_chief(lambda: ingest.main(run))
     with training(run, watchdog) as built:
       _train_and_evaluate(run, built)
 
 
 def _train_and_evaluate(run: Run, training: Training) -> None:
   workers = current_workers()
-  evaluation = workers.together(lambda: _evaluation(training))
+  evaluation = workers.run_on_all(lambda: _evaluation(training))
   if training.first_step == 0:
     before = evaluation.evaluate().measurement
     if workers.is_chief:
@@ -304,7 +304,7 @@ def _train_and_evaluate(run: Run, training: Training) -> None:
   with training.step.weights_for_evaluation():
     after = evaluation.evaluate()
   publish(run.model_dir, training.num_steps_done, after)
-  workers.chief_first(lambda: _print_paths(run.model_dir))
+  workers.run_on_chief(lambda: _print_paths(run.model_dir))
 
 
 def _evaluation(training: Training) -> Evaluation:

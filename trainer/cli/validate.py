@@ -14,7 +14,7 @@ from absl import logging
 from trainer.data import records, shards, statistics
 from trainer.data.dataset import Dataset
 from trainer.data.records import RecordIndex
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 from trainer.run import Run
 from trainer.runtime import filesystem
@@ -35,7 +35,7 @@ def validate(
   run: Run,
   *,
   dataset: Dataset,
-  schedule_fn: Optional[Callable[..., PKSchedule]] = None,
+  sampler_fn: Optional[Callable[..., PKSampler]] = None,
   num_steps: int = 1000,
   num_records: Optional[int] = 10_000,
   min_members: Optional[int] = None,
@@ -46,7 +46,7 @@ def validate(
   Args:
     run: its folder gets `validation.json`.
     dataset: records, classes and decoder.
-    schedule_fn: makes the schedule whose draws are counted; None to leave that out.
+    sampler_fn: makes the schedule whose draws are counted; None to leave that out.
     num_steps: how many steps are drawn for that.
     num_records: how many records are read and decoded, spread over all; None for all.
     min_members: records that a class to train with should have; None for as many as
@@ -74,8 +74,8 @@ def validate(
     "bad_records": reasons,
   }
   logging.info("%d records read and decoded, %d bad.", len(numbers), len(reasons))
-  if schedule_fn is not None:
-    schedule = schedule_fn(index, classes=dataset.train_classes)
+  if sampler_fn is not None:
+    schedule = sampler_fn(index, classes=dataset.train_classes)
     if min_members is None and len(schedule.shape) > 1:
       min_members = schedule.shape[-1]
     drawn = statistics.draw_statistics(

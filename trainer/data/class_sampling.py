@@ -1,12 +1,10 @@
 """Sampling of classes: weights, and streams without repetition.
 
-Shapes: C classes to draw from.
+An epoch is a number of draws, of which every class has some. It has each draw once, in
+an order of its own. The draws of a class are numbered through all epochs, and draw j of
+a class gives block j of its members. So each block comes once, whatever the weights.
 
-Classes are drawn by tickets. Every class has some, an epoch has each ticket once, in an
-order of its own, and the tickets of a class are numbered through all epochs: ticket j
-of a class gives block j of its members. So each block comes once, whatever the weights.
-
-Shapes: C classes to draw from, T tickets an epoch, S steps, P classes a batch.
+Shapes: C classes to draw from, T draws an epoch, S steps, P classes a batch.
 """
 
 from __future__ import annotations
@@ -19,16 +17,16 @@ import numpy as np
 from trainer.data import permutation
 from trainer.errors import UserError
 
-# Tickets of a class with as many records as are drawn of it at once, where tickets
+# Draws of a class with as many records as are drawn of it at once, where they
 # are not whole passes: fine enough that rounding changes a weight by 3 % at most.
 _RESOLUTION = 16
-_MAX_TICKETS = 2**31 - 1
+_MAX_DRAWS = 2**31 - 1
 
 
 class ClassWeights(Protocol):
-  """Gives tickets to classes."""
+  """Sets the draws per epoch of each class."""
 
-  def num_tickets(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
+  def draws_per_epoch(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
     """[C] int64 ≥ 1, from sizes [C] and the samples drawn of a class at once."""
 
 
@@ -56,8 +54,8 @@ class SizeWeights:
     self._power = power
     self._max_size = max_size
 
-  def num_tickets(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
-    """Tickets of each class.
+  def draws_per_epoch(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
+    """Draws of each class.
 
     Args:
       sizes: [C] int64 ≥ 1, records of each class.
@@ -72,16 +70,16 @@ class SizeWeights:
     if self._max_size is not None:
       sizes = np.minimum(sizes, self._max_size)
     if self._power == 1:
-      tickets = -(-sizes // samples_per_class)
+      draws_per_epoch = -(-sizes // samples_per_class)
     else:
       relative = (sizes / samples_per_class) ** self._power
-      tickets = np.maximum(1, np.rint(_RESOLUTION * relative)).astype(np.int64)
-    if tickets.sum() > _MAX_TICKETS:
+      draws_per_epoch = np.maximum(1, np.rint(_RESOLUTION * relative)).astype(np.int64)
+    if draws_per_epoch.sum() > _MAX_DRAWS:
       raise UserError(
-        f"SizeWeights gives {tickets.sum():,} draws an epoch, and at most "
-        f"{_MAX_TICKETS:,} can be ordered; lower max_size or power."
+        f"SizeWeights gives {draws_per_epoch.sum():,} draws an epoch, and at most "
+        f"{_MAX_DRAWS:,} can be ordered; lower max_size or power."
       )
-    return tickets
+    return draws_per_epoch
 
 
 _TICKETS, _SUBSTITUTES = 1, 3
@@ -124,24 +122,24 @@ class EqualClasses:
 
   def draw(self, steps: np.ndarray) -> Draws:
     """The classes of steps [S] int64."""
-    classes = _tickets(steps, self._num_classes, self._key, self._num_drawn)
+    classes = _draws(steps, self._num_classes, self._key, self._num_drawn)
     return Draws(classes, _epochs(steps, self._num_classes, self._num_drawn))
 
 
 class WeightedClasses:
-  """Every class as often an epoch as it has tickets.
+  """Every class as often per epoch as its draws say.
 
   Where a step draws a class twice, the second gives way to another class, drawn by the
   same weights, with any block of its members.
 
   Args:
-    num_tickets: [C] int64 ≥ 1, tickets of each class; C ≥ P.
+    draws_per_epoch: [C] int64 ≥ 1, draws of each class; C ≥ P.
     num_drawn: P.
     seed: another seed, another order.
   """
 
-  def __init__(self, num_tickets: np.ndarray, num_drawn: int, seed: int):
-    self._ends = np.cumsum(num_tickets, dtype=np.int64)
+  def __init__(self, draws_per_epoch: np.ndarray, num_drawn: int, seed: int):
+    self._ends = np.cumsum(draws_per_epoch, dtype=np.int64)
     self._num_drawn = num_drawn
     self._seed = seed
     self._key = permutation.mix(seed, _TICKETS)
@@ -149,19 +147,19 @@ class WeightedClasses:
   def draw(self, steps: np.ndarray) -> Draws:
     """The classes of steps [S] int64."""
     total = int(self._ends[-1])
-    tickets = _tickets(steps, total, self._key, self._num_drawn)
-    classes = self._class_of(tickets)
+    draws = _draws(steps, total, self._key, self._num_drawn)
+    classes = self._class_of(draws)
     starts = np.where(classes > 0, self._ends[classes - 1], 0)
     num_each = self._ends[classes] - starts
     epochs = _epochs(steps, total, self._num_drawn)
-    blocks = epochs * num_each + tickets - starts
+    blocks = epochs * num_each + draws - starts
     in_order = np.sort(classes, axis=1)
     for row in np.flatnonzero((in_order[:, 1:] == in_order[:, :-1]).any(axis=1)):
       self._substitute(int(steps[row]), classes[row], blocks[row])
     return Draws(classes, blocks)
 
-  def _class_of(self, tickets: np.ndarray) -> np.ndarray:
-    return np.searchsorted(self._ends, tickets, side="right")
+  def _class_of(self, draws: np.ndarray) -> np.ndarray:
+    return np.searchsorted(self._ends, draws, side="right")
 
   def _substitute(self, step: int, classes: np.ndarray, blocks: np.ndarray) -> None:
     """Replaces what a step draws again, in place; [P] each."""
@@ -183,16 +181,16 @@ class WeightedClasses:
       blocks[place] = int(hashes[0] >> np.uint64(33))
 
 
-def _tickets(
-  steps: np.ndarray, num_tickets: int, key: np.ndarray, num_drawn: int
+def _draws(
+  steps: np.ndarray, draws_per_epoch: int, key: np.ndarray, num_drawn: int
 ) -> np.ndarray:
   """[S, P] int64 in range(T), no two alike in a row."""
   shape = steps.shape
   return permutation.distinct_block(
-    steps, np.full(shape, num_tickets), np.broadcast_to(key, shape), num_drawn
+    steps, np.full(shape, draws_per_epoch), np.broadcast_to(key, shape), num_drawn
   )
 
 
-def _epochs(steps: np.ndarray, num_tickets: int, num_drawn: int) -> np.ndarray:
-  """[S, P] int64, how often all tickets have come before each one drawn."""
-  return (steps[:, None] * num_drawn + np.arange(num_drawn)) // num_tickets
+def _epochs(steps: np.ndarray, draws_per_epoch: int, num_drawn: int) -> np.ndarray:
+  """[S, P] int64, the number of whole epochs before each draw."""
+  return (steps[:, None] * num_drawn + np.arange(num_drawn)) // draws_per_epoch

@@ -251,9 +251,9 @@ def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.nda
 
 def _local_rows(shard: Shard, num_rows: int) -> slice:
   """This worker's rows of a global batch."""
-  per_replica = num_rows // shard.num_replicas
-  first = shard.first_replica * per_replica
-  return slice(first, first + shard.num_local_replicas * per_replica)
+  local_negatives = num_rows // shard.num_replicas
+  first = shard.first_replica * local_negatives
+  return slice(first, first + shard.num_local_replicas * local_negatives)
 
 
 def _per_replica(

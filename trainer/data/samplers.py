@@ -60,7 +60,7 @@ def draw(schedule: BatchSampler, steps: np.ndarray) -> np.ndarray:
 
 
 @gin.register
-class PKSchedule:
+class PKSampler:
   """P classes of K samples each, classes and members balanced over time.
 
   Every class comes once in an epoch of classes, or as often as its weight says. Within
@@ -143,11 +143,11 @@ class PKSchedule:
     sizes = np.diff(self._table.starts)
     if self._classes is not None:
       sizes = sizes[self._classes]
-    tickets = weights.num_tickets(sizes, self._num_samples)
-    return WeightedClasses(tickets, self._num_classes_drawn, self._seed)
+    draws_per_epoch = weights.draws_per_epoch(sizes, self._num_samples)
+    return WeightedClasses(draws_per_epoch, self._num_classes_drawn, self._seed)
 
 
-class SequentialSchedule:
+class SequentialSampler:
   """Given records once, in order; the last batch is filled up with −1."""
 
   def __init__(self, record_numbers: np.ndarray, *, records_per_batch: int):
@@ -229,7 +229,7 @@ def _check_at_least_one(name: str, value: int) -> None:
     raise UserError(f"{name}={value} is too small; it must be at least 1.")
 
 
-# What hashes are for, so that no two uses of one seed are alike (1 to 3: PKSchedule).
+# What hashes are for, so that no two uses of one seed are alike (1 to 3: PKSampler).
 _GROUPS = 4
 
 
@@ -241,7 +241,7 @@ class NamedClasses(index_arrays.Classes, Protocol):
     """Names by class id."""
 
 
-ScheduleFn = Callable[..., PKSchedule]
+SamplerFn = Callable[..., PKSampler]
 
 
 class _SideBySide:
@@ -270,7 +270,7 @@ class _SideBySide:
 def with_hard_classes(
   index: NamedClasses,
   *,
-  schedule_fn: ScheduleFn,
+  sampler_fn: SamplerFn,
   hard_classes: Sequence[str],
   num_hard: int,
   num_others: int,
@@ -280,7 +280,7 @@ def with_hard_classes(
 
   Args:
     index: knows classes, members and names.
-    schedule_fn: makes the schedule of either part.
+    sampler_fn: makes the schedule of either part.
     hard_classes: names of the given classes; those not in `classes` are passed over.
     num_hard: how many of a batch's classes are of them.
     num_others: how many are not.
@@ -305,7 +305,7 @@ def with_hard_classes(
       "and the data have no such class."
     )
   parts = [
-    schedule_fn(index, classes=ids[chosen], classes_per_batch=num)
+    sampler_fn(index, classes=ids[chosen], classes_per_batch=num)
     for chosen, num in ((is_hard, num_hard), (~is_hard, num_others))
   ]
   return _SideBySide(parts, parts[0].shape[1])
@@ -315,7 +315,7 @@ def with_hard_classes(
 def with_lone_images(
   index: index_arrays.Classes,
   *,
-  schedule_fn: ScheduleFn,
+  sampler_fn: SamplerFn,
   num_lone_rows: int,
   seed: int,
   classes: Optional[np.ndarray] = None,
@@ -327,7 +327,7 @@ def with_lone_images(
 
   Args:
     index: knows classes and members.
-    schedule_fn: makes the schedule of the classes of two images or more.
+    sampler_fn: makes the schedule of the classes of two images or more.
     num_lone_rows: rows of a batch that have lone images.
     seed: of their order.
     classes: int32 ids of the classes to draw from; None for all.
@@ -341,7 +341,7 @@ def with_lone_images(
   table = index_arrays.members_of(index)
   ids = np.arange(table.num_classes, dtype=np.int32) if classes is None else classes
   sizes = table.starts[ids + 1] - table.starts[ids]
-  main = schedule_fn(index, classes=ids[sizes > 1])
+  main = sampler_fn(index, classes=ids[sizes > 1])
   num_samples = main.shape[1]
   num_lone = int((sizes == 1).sum())
   if num_lone < num_lone_rows * num_samples:
@@ -350,7 +350,7 @@ def with_lone_images(
       f"{num_lone_rows * num_samples} classes of one image, and there are {num_lone}; "
       f"choose at most {num_lone // num_samples}."
     )
-  lone = PKSchedule(
+  lone = PKSampler(
     index,
     classes_per_batch=num_lone_rows * num_samples,
     samples_per_class=1,
@@ -361,7 +361,7 @@ def with_lone_images(
 
 
 @gin.register
-class OneGroupSchedule:
+class GroupedSampler:
   """Batches of which each is drawn from one group of classes, such as a category.
 
   A group comes as often an epoch as it has batches' worth of classes, and each time
@@ -369,7 +369,7 @@ class OneGroupSchedule:
 
   Args:
     index: knows classes, members and names.
-    schedule_fn: makes the schedule of a group.
+    sampler_fn: makes the schedule of a group.
     group_pattern: regular expression whose first group, searched in a class's name,
       names the class's group; as it stands, what is before the first slash.
     seed: of the order of the groups.
@@ -384,13 +384,13 @@ class OneGroupSchedule:
     self,
     index: NamedClasses,
     *,
-    schedule_fn: ScheduleFn,
+    sampler_fn: SamplerFn,
     group_pattern: str = "^([^/]+)/",
     seed: int,
     classes: Optional[np.ndarray] = None,
   ):
     ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
-    pattern = NamePattern(group_pattern, "OneGroupSchedule.group_pattern")
+    pattern = NamePattern(group_pattern, "GroupedSampler.group_pattern")
     groups: dict[str, list[int]] = {}
     for class_id in ids.tolist():
       name = index.class_names[class_id]
@@ -398,11 +398,11 @@ class OneGroupSchedule:
       if group is None:
         raise UserError(
           f"The class {name!r} has no group by "
-          f"OneGroupSchedule.group_pattern={group_pattern!r}."
+          f"GroupedSampler.group_pattern={group_pattern!r}."
         )
       groups.setdefault(group, []).append(class_id)
     self._schedules = [
-      _schedule_of(index, schedule_fn, name, groups[name]) for name in sorted(groups)
+      _schedule_of(index, sampler_fn, name, groups[name]) for name in sorted(groups)
     ]
     self.shape = self._schedules[0].shape
     sizes = [len(groups[name]) for name in sorted(groups)]
@@ -418,10 +418,10 @@ class OneGroupSchedule:
     total = int(self._ends[-1])
     keys = np.broadcast_to(self._key, steps.shape)
     sizes = np.full(steps.shape, total)
-    tickets = permutation.distinct_block(steps, sizes, keys, 1)[:, 0]
-    groups = np.searchsorted(self._ends, tickets, side="right")
+    draws = permutation.distinct_block(steps, sizes, keys, 1)[:, 0]
+    groups = np.searchsorted(self._ends, draws, side="right")
     starts = np.where(groups > 0, self._ends[groups - 1], 0)
-    own_steps = steps // total * (self._ends[groups] - starts) + tickets - starts
+    own_steps = steps // total * (self._ends[groups] - starts) + draws - starts
     records = np.empty((len(steps), *self.shape), np.int64)
     for group in np.unique(groups).tolist():
       rows = np.flatnonzero(groups == group)
@@ -430,9 +430,9 @@ class OneGroupSchedule:
 
 
 def _schedule_of(
-  index: NamedClasses, schedule_fn: ScheduleFn, name: str, class_ids: Sequence[int]
-) -> PKSchedule:
+  index: NamedClasses, sampler_fn: SamplerFn, name: str, class_ids: Sequence[int]
+) -> PKSampler:
   try:
-    return schedule_fn(index, classes=np.array(class_ids, np.int32))
+    return sampler_fn(index, classes=np.array(class_ids, np.int32))
   except UserError as error:
     raise UserError(f"Group {name!r}: {error}") from error

@@ -26,7 +26,7 @@ from trainer.runtime import filesystem
 
 COLUMNS = ("anchor", "positive", "negative")
 _UNKNOWN = -1
-_ADVICE = "TripletSchedule.bad_triplets='leave_out' goes without them"
+_ADVICE = "TripletSampler.bad_triplets='leave_out' goes without them"
 
 
 def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarray:
@@ -170,14 +170,14 @@ _TRIPLETS = 8
 
 
 @gin.register
-class TripletSchedule:
+class TripletSampler:
   """The triplets of a list, each once an epoch, in an order of the seed.
 
   Each row of a batch is an anchor, a positive and a negative. Triplets with a record of
   a class that is not trained on are left out, and counted.
   """
 
-  rows_parameter = "TripletSchedule.triplets_per_batch"
+  rows_parameter = "TripletSampler.triplets_per_batch"
   # Positives and negatives of a row, after its anchor.
   group = (1, 1)
 
@@ -212,7 +212,7 @@ class TripletSchedule:
       raise UserError(f"{self.rows_parameter}={triplets_per_batch} must be at least 1.")
     if bad_triplets not in ("refuse", "leave_out"):
       raise UserError(
-        f"TripletSchedule.bad_triplets={bad_triplets!r} is not known; choose 'refuse' "
+        f"TripletSampler.bad_triplets={bad_triplets!r} is not known; choose 'refuse' "
         "or 'leave_out'."
       )
     self.shape = (triplets_per_batch, len(COLUMNS))

@@ -130,7 +130,7 @@ class Workers:
       row[:size].astype(np.uint8).tobytes().decode() for row, size in zip(rows, sizes)
     ]
 
-  def agree(self, facts: Mapping[str, object]) -> None:
+  def check_equal(self, facts: Mapping[str, object]) -> None:
     """Checks that something is alike on all workers.
 
     Args:
@@ -144,7 +144,7 @@ class Workers:
     if difference:
       raise UserError(difference)
 
-  def chief_first(self, act: Callable[[], None]) -> None:
+  def run_on_chief(self, act: Callable[[], None]) -> None:
     """Lets the chief do something while the others wait.
 
     Args:
@@ -154,9 +154,9 @@ class Workers:
       UserError: it raised one on the chief; then on every worker.
       WorkerFailedError: it raised another error on the chief; then on the others.
     """
-    self.together(act if self.is_chief else lambda: None)
+    self.run_on_all(act if self.is_chief else lambda: None)
 
-  def together(self, make: Callable[[], _Made]) -> _Made:
+  def run_on_all(self, make: Callable[[], _Made]) -> _Made:
     """Lets each worker make something; where one can't, none goes on.
 
     Args:
@@ -183,7 +183,7 @@ class Workers:
     self._raise_first(None)
     return made
 
-  def rehearse(self, make: Callable[[], object]) -> None:
+  def dry_run(self, make: Callable[[], object]) -> None:
     """Lets each worker make something without the others, where there are others.
 
     Variables of several workers are made together: where one failed at it, the others
@@ -207,7 +207,7 @@ class Workers:
 
     # A strategy is that of a thread; a new one has none.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-      self.together(lambda: pool.submit(make_on_cpu).result())
+      self.run_on_all(lambda: pool.submit(make_on_cpu).result())
 
   def _raise_first(self, error: Optional[Exception]) -> None:
     """Raises what the first worker with an error tells, unless ours is to be shown."""

@@ -1,6 +1,6 @@
 """Losses mined inside the batch: pure functions of tensors, without a strategy."""
 
-from trainer.losses.curriculum import ActivePace, CurriculumTripletLoss, LinearPace
+from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.jitter import JitteredLoss
 from trainer.losses.keras_loss import KerasLoss
@@ -15,11 +15,11 @@ from trainer.losses.presets import (
   batch_all_triplet_loss,
   batch_hard_triplet_loss,
   hermans_batch_hard,
+  omoindrot_batch_all,
+  omoindrot_batch_hard,
   pml_batch_all,
   pml_batch_hard,
   pml_semi_hard,
-  seed_batch_all,
-  seed_batch_hard,
   tfa_semi_hard,
 )
 from trainer.losses.selection import DistanceWeightedNegatives
@@ -39,7 +39,7 @@ from trainer.losses.triplet import (
 )
 
 __all__ = [
-  "ActivePace",
+  "AdaptivePace",
   "BatchAllTripletLoss",
   "BatchHardTripletLoss",
   "CircleLoss",
@@ -63,11 +63,11 @@ __all__ = [
   "batch_all_triplet_loss",
   "batch_hard_triplet_loss",
   "hermans_batch_hard",
+  "omoindrot_batch_all",
+  "omoindrot_batch_hard",
   "pairwise_distances",
   "pml_batch_all",
   "pml_batch_hard",
   "pml_semi_hard",
-  "seed_batch_all",
-  "seed_batch_hard",
   "tfa_semi_hard",
 ]

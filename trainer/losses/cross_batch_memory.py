@@ -20,7 +20,7 @@ import tensorflow as tf
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
 from trainer.losses import metric_accumulators
-from trainer.losses.loss_terms import Anchors, Candidates, LossTerms
+from trainer.losses.loss_terms import Anchors, Candidates, LossOutput
 from trainer.losses.mining_statistics import MinedLoss
 
 _NEVER = -1
@@ -44,7 +44,7 @@ class Entries(NamedTuple):
 
 
 @gin.register
-class MemoryBank(tf.Module):
+class CrossBatchMemory(tf.Module):
   """The last M examples that were trained on, the newest first.
 
   Each replica keeps all of it, and adds the same examples in the same order, that of
@@ -64,7 +64,7 @@ class MemoryBank(tf.Module):
   def __init__(self, *, size: int, warm_up_steps: int):
     if size < 1 or warm_up_steps < 0:
       raise UserError(
-        f"MemoryBank.size={size} must be at least 1 and "
+        f"CrossBatchMemory.size={size} must be at least 1 and "
         f"warm_up_steps={warm_up_steps} at least 0; the paper has 1,000 of these."
       )
     super().__init__()
@@ -120,7 +120,7 @@ class MemoryBank(tf.Module):
     return tf.logical_and(entries.steps > _NEVER, step >= self._warm_up_steps)
 
 
-class RemindedLoss:
+class CrossBatchMemoryLoss:
   """A loss that has the entries of a bank for further candidates, in one step.
 
   An entry of a record that is in the batch as well is none: it is an older copy of an
@@ -142,7 +142,7 @@ class RemindedLoss:
   def __init__(
     self,
     loss: MinedLoss,
-    bank: MemoryBank,
+    bank: CrossBatchMemory,
     *,
     record_numbers: tf.Tensor,
     step: tf.Tensor,
@@ -157,7 +157,7 @@ class RemindedLoss:
     self._collectives = collectives
     self.added: Optional[Entries] = None
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """The loss against the batch and the bank; statistics of the bank are added.
 
     Args:
@@ -168,11 +168,12 @@ class RemindedLoss:
       UserError: examples have several labels, or positives are not told by labels.
     """
     if candidates.labels.dtype == tf.bool:
-      raise UserError("MemoryBank keeps one label of an example, not several.")
+      raise UserError("CrossBatchMemory keeps one label of an example, not several.")
     if candidates.is_relevant is not None or candidates.is_compared is not None:
       raise UserError(
-        "MemoryBank goes by labels, and WithinGroups by the list; set "
-        "TrainStep.memory_bank = None, or TrainStep.objective_fn = @across_replicas."
+        "CrossBatchMemory goes by labels, and WithinGroups by the list; set "
+        "TrainStep.cross_batch_memory = None, or "
+        "TrainStep.objective_fn = @global_negatives."
       )
     batch = self._entries_of(candidates)
     is_gathered = batch.labels.shape[0] != self._record_numbers.shape[0]
@@ -234,7 +235,7 @@ class _Copies:
 
   def drift(
     self, embeddings: tf.Tensor, record_numbers: tf.Tensor, is_real: tf.Tensor
-  ) -> metric_accumulators.Ratio:
+  ) -> metric_accumulators.WeightedMean:
     """The mean Euclidean distance of embeddings to their newest copies.
 
     Args:
@@ -255,7 +256,7 @@ class _Copies:
 
 def _fill_and_age(
   entries: Entries, step: tf.Tensor
-) -> dict[str, metric_accumulators.Ratio]:
+) -> dict[str, metric_accumulators.WeightedMean]:
   """How full the bank is, and the mean age of its entries in steps."""
   is_there = entries.steps > _NEVER
   ages = tf.cast(step - entries.steps, tf.float32)

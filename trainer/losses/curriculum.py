@@ -13,7 +13,13 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.keras_loss import KerasSerializable
-from trainer.losses.loss_terms import Anchors, Candidates, LossTerms, PairMasks, Ratio
+from trainer.losses.loss_terms import (
+  Anchors,
+  Candidates,
+  LossOutput,
+  PairMasks,
+  WeightedMean,
+)
 from trainer.losses.softmax import num_members
 from trainer.losses.tiled_loss import AnchorTerms
 from trainer.losses.triplet import BatchAllTripletLoss
@@ -23,7 +29,9 @@ from trainer.losses.triplet_sums import all_triplets, read_margin
 class Pace(Protocol):
   """Gives the progress of a curriculum, from 0 at its begin to 1 at its end."""
 
-  def __call__(self, progress: tf.Tensor, step: tf.Tensor, active: Ratio) -> tf.Tensor:
+  def __call__(
+    self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
+  ) -> tf.Tensor:
     """The progress of the next step.
 
     Args:
@@ -55,7 +63,9 @@ class LinearPace(KerasSerializable):
     self._first_step = first_step
     self._last_step = last_step
 
-  def __call__(self, progress: tf.Tensor, step: tf.Tensor, active: Ratio) -> tf.Tensor:
+  def __call__(
+    self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
+  ) -> tf.Tensor:
     """By the step alone; see `Pace`."""
     del progress, active
     done = tf.cast(step - self._first_step, tf.float32)
@@ -64,7 +74,7 @@ class LinearPace(KerasSerializable):
 
 
 @gin.register
-class ActivePace(KerasSerializable):
+class AdaptivePace(KerasSerializable):
   """On where too little is active, back where too much is.
 
   Few active terms are starvation: what is compared is learned, and harder pairs teach
@@ -85,14 +95,16 @@ class ActivePace(KerasSerializable):
   ):
     if not 0 <= lowest < highest <= 1 or not 0 < change <= 1:
       raise UserError(
-        f"ActivePace needs 0 <= lowest < highest <= 1 and 0 < change <= 1, not "
+        f"AdaptivePace needs 0 <= lowest < highest <= 1 and 0 < change <= 1, not "
         f"lowest={lowest}, highest={highest}, change={change}."
       )
     self._lowest = lowest
     self._highest = highest
     self._change = change
 
-  def __call__(self, progress: tf.Tensor, step: tf.Tensor, active: Ratio) -> tf.Tensor:
+  def __call__(
+    self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
+  ) -> tf.Tensor:
     """By the active share; where there was no term, as it was; see `Pace`."""
     del step
     share = active.total / tf.maximum(active.count, 1.0)
@@ -185,7 +197,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
       for first, last in (self._hardness, self._margin)
     ]
 
-  def advance(self, step: tf.Tensor, active: Ratio) -> None:
+  def advance(self, step: tf.Tensor, active: WeightedMean) -> None:
     """Goes on; to be called on each replica after each step.
 
     Args:
@@ -209,11 +221,13 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
         "each for margin and hardness."
       )
 
-  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """This replica's sum, count and statistics; see the base class."""
     terms = super().terms(anchors, candidates)
     values = zip(("hardness", "margin"), self.parameters())
-    found = {f"curriculum/{name}": Ratio(value, tf.ones([])) for name, value in values}
+    found = {
+      f"curriculum/{name}": WeightedMean(value, tf.ones([])) for name, value in values
+    }
     return terms._replace(statistics={**terms.statistics, **found})
 
   def anchor_terms(

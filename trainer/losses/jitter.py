@@ -13,7 +13,7 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.losses.distances import PairwiseMetric
 from trainer.losses.keras_loss import InBatchLoss
-from trainer.losses.loss_terms import Anchors, Candidates, LossTerms
+from trainer.losses.loss_terms import Anchors, Candidates, LossOutput
 
 _SEED = (20_260, 1_124)
 
@@ -62,7 +62,7 @@ class JitteredLoss(InBatchLoss):
     if isinstance(self._loss, InBatchLoss):
       self._loss.check_is_complete()
 
-  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """The loss of the moved embeddings; gradients reach the embeddings themselves."""
     embeddings = tf.cast(candidates.embeddings, tf.float32)
     shape = tf.shape(embeddings)

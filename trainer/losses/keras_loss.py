@@ -1,8 +1,9 @@
 """Losses as Keras takes them: in compile and fit, in its files, with sample weights.
 
 Under a strategy each replica mines its own batch, and Keras takes the mean over the
-replicas of loss and gradients: L = 1/R Σ_r total_r / count_r, as `per_replica` does. It
-depends on R: on more replicas an anchor of the same global batch has fewer candidates.
+replicas of loss and gradients: L = 1/R Σ_r total_r / count_r, as `local_negatives`
+does. It depends on R: on more replicas an anchor of the same global batch has fewer
+candidates.
 
 Shapes: B embeddings of one replica, D dimensions, R replicas.
 """
@@ -24,7 +25,7 @@ from trainer.losses.labels import (
   read_labels,
   refused_unless,
 )
-from trainer.losses.loss_terms import Anchors, Candidates, LossTerms, check_embeddings
+from trainer.losses.loss_terms import Anchors, Candidates, LossOutput, check_embeddings
 
 
 class KerasSerializable:
@@ -63,7 +64,7 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
 
   reduction = tf.keras.losses.Reduction.SUM_OVER_BATCH_SIZE
 
-  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """Computes this replica's sum, count and statistics.
 
     Args:
@@ -91,7 +92,7 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
         by; of weight 0 it is no candidate either. None for 1.
 
     Returns:
-      `LossTerms` of anchors; of labels [] float32, the mean, 0 over nothing.
+      `LossOutput` of anchors; of labels [] float32, the mean, 0 over nothing.
     """
     if isinstance(y_true, Anchors):
       return self.terms(y_true, y_pred)
@@ -161,7 +162,7 @@ def terms_of_batch(
   embeddings: Any,
   weights: Any = None,
   label_encoding: str = INTEGER,
-) -> LossTerms:
+) -> LossOutput:
   """Computes the terms of all embeddings of a batch against each other.
 
   Args:

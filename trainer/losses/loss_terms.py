@@ -64,7 +64,7 @@ class Candidates(NamedTuple):
     )
 
 
-class Ratio(NamedTuple):
+class WeightedMean(NamedTuple):
   """A statistic that adds up over steps and replicas; its value is total / count.
 
   Attributes:
@@ -76,14 +76,14 @@ class Ratio(NamedTuple):
   count: tf.Tensor
 
 
-class LossTerms(NamedTuple):
+class LossOutput(NamedTuple):
   """This replica's part of a loss; the loss is Σ total / Σ count over all replicas.
 
   Attributes:
     total: [] float32, differentiable.
     count: [] float32, without gradient.
-    statistics: by metric name, each a `Ratio` or another structure of sums, which add
-      up over steps and replicas; see `trainer.losses.metric_accumulators`.
+    statistics: by metric name, each a `WeightedMean` or another structure of sums,
+      which add up over steps and replicas; see `trainer.losses.metric_accumulators`.
   """
 
   total: tf.Tensor
@@ -91,7 +91,7 @@ class LossTerms(NamedTuple):
   statistics: Mapping[str, Any]
 
 
-LossFn = Callable[[Anchors, Candidates], LossTerms]
+LossFn = Callable[[Anchors, Candidates], LossOutput]
 
 
 def _rows(pairs: Optional[tf.Tensor], numbers: tf.Tensor) -> Optional[tf.Tensor]:

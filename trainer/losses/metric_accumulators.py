@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from trainer.losses.loss_terms import Ratio
+from trainer.losses.loss_terms import WeightedMean
 
 # Bins of a histogram: 16 an octave, from 2^-20 to 2^20; values beyond are counted in
 # the last bin on their side. A value between the centres of two bins counts in both, by
@@ -65,9 +65,9 @@ class Covariance(NamedTuple):
   count: tf.Tensor
 
 
-def weighted_mean(values: tf.Tensor, is_counted: tf.Tensor) -> Ratio:
+def weighted_mean(values: tf.Tensor, is_counted: tf.Tensor) -> WeightedMean:
   """The mean of values, [N] float32, where they count, [N] bool."""
-  return Ratio(
+  return WeightedMean(
     tf.reduce_sum(tf.where(is_counted, values, 0.0)),
     tf.reduce_sum(tf.cast(is_counted, tf.float32)),
   )

@@ -18,9 +18,9 @@ from trainer.losses.loss_terms import (
   Anchors,
   Candidates,
   LossFn,
-  LossTerms,
+  LossOutput,
   PairMasks,
-  Ratio,
+  WeightedMean,
   lists_of_pairs,
   pair_masks,
   positive_lists,
@@ -78,7 +78,7 @@ class MinedLoss(Protocol):
   def margin(self) -> Optional[float]:
     """Of its triplets, as above."""
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """The loss."""
 
 
@@ -118,18 +118,18 @@ class MiningStatistics:
       step_fn: gives the number of steps done, [] integer.
     """
 
-    def observed(anchors: Anchors, candidates: Candidates) -> LossTerms:
+    def observed(anchors: Anchors, candidates: Candidates) -> LossOutput:
       terms = loss(anchors, candidates)
       look = tf.function(lambda: self(loss, anchors, candidates), autograph=False)
       like = look.get_concrete_function().structured_outputs
 
-      def pass_over() -> Mapping[str, Any]:
+      def handle_nonfinite() -> Mapping[str, Any]:
         return tf.nest.map_structure(
           lambda each: tf.zeros(each.shape, each.dtype), like
         )
 
       is_due = tf.equal(step_fn() % self._every_steps, 0)
-      more = tf.cond(is_due, look, pass_over)
+      more = tf.cond(is_due, look, handle_nonfinite)
       return terms._replace(statistics={**terms.statistics, **more})
 
     return observed
@@ -215,7 +215,7 @@ def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no
 
 def _of_distances(
   distances: tf.Tensor, pairs: PairMasks, counts: tf.Tensor
-) -> dict[str, Ratio]:
+) -> dict[str, WeightedMean]:
   """Of [N, C] distances and [N] anchors that count."""
   is_pair = tf.reshape(pairs.is_either, [-1])
   is_duplicate = tf.cast(tf.reshape(distances, [-1]) <= 0.0, tf.float32)
@@ -240,7 +240,7 @@ def _of_distances(
 
 def _of_triplets(
   compared: tf.Tensor, pairs: PairMasks, margin: Optional[float]
-) -> dict[str, Ratio]:
+) -> dict[str, WeightedMean]:
   """Shares of triplets by hardness, and of anchors with a violated margin."""
   infinity = float("inf")
   negatives = tf.where(pairs.is_negative, compared, infinity)
@@ -248,7 +248,7 @@ def _of_triplets(
   num_negatives = tf.reduce_sum(tf.cast(pairs.is_negative, tf.float32), 1)
   num_positives = tf.reduce_sum(tf.cast(pairs.is_positive, tf.float32), 1)
   total = tf.reduce_sum(num_positives * num_negatives)
-  shares = {"mining/hard_fraction": Ratio(hard, total)}
+  shares = {"mining/hard_fraction": WeightedMean(hard, total)}
   if margin is None:
     return shares
   violated = _num_below(negatives, compared, pairs, margin)
@@ -256,8 +256,8 @@ def _of_triplets(
   is_violated = farthest + margin > tf.reduce_min(negatives, 1)
   return {
     **shares,
-    "mining/semi_hard_fraction": Ratio(violated - hard, total),
-    "mining/easy_fraction": Ratio(total - violated, total),
+    "mining/semi_hard_fraction": WeightedMean(violated - hard, total),
+    "mining/easy_fraction": WeightedMean(total - violated, total),
     "mining/margin_violations": metric_accumulators.weighted_mean(
       tf.cast(is_violated, tf.float32), pairs.has_both
     ),

@@ -22,7 +22,7 @@ from trainer.losses.loss_terms import Anchors, Candidates, LossFn
 from trainer.losses.mining_statistics import MinedLoss
 
 
-class Share(NamedTuple):
+class ReplicaLoss(NamedTuple):
   """A replica's share of the loss.
 
   Attributes:
@@ -44,11 +44,13 @@ class Loss(MinedLoss, Protocol):
   needs_positives: bool
 
 
-ObjectiveFn = Callable[[LossFn, Anchors, Collectives], Share]
+ObjectiveFn = Callable[[LossFn, Anchors, Collectives], ReplicaLoss]
 
 
 @gin.register
-def across_replicas(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
+def global_negatives(
+  loss: LossFn, anchors: Anchors, collectives: Collectives
+) -> ReplicaLoss:
   """Local anchors against the candidates of all replicas.
 
   L = Σ_r total_r / Σ_r count_r. The value, and every gradient, is that of one
@@ -60,13 +62,15 @@ def across_replicas(loss: LossFn, anchors: Anchors, collectives: Collectives) ->
     collectives: how the replicas gather and sum.
 
   Returns:
-    Share: total_r / Σ_r count_r; 0 where the global count is 0.
+    ReplicaLoss: total_r / Σ_r count_r; 0 where the global count is 0.
   """
   return _share(loss, anchors, _gathered(anchors, collectives), collectives)
 
 
 @gin.register
-def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
+def local_negatives(
+  loss: LossFn, anchors: Anchors, collectives: Collectives
+) -> ReplicaLoss:
   """Each replica's anchors against its own batch; nothing is gathered.
 
   L = 1/R Σ_r total_r / count_r, the mean of the replicas' losses. It depends on R:
@@ -78,7 +82,7 @@ def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Sha
     collectives: how many replicas there are.
 
   Returns:
-    Share: total_r / count_r / R; 0 where the count is 0.
+    ReplicaLoss: total_r / count_r / R; 0 where the count is 0.
   """
   candidates = Candidates(
     embeddings=anchors.embeddings,
@@ -88,7 +92,7 @@ def per_replica(loss: LossFn, anchors: Anchors, collectives: Collectives) -> Sha
   )
   terms = loss(anchors, candidates)
   count = tf.stop_gradient(terms.count) * collectives.num_replicas
-  return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+  return ReplicaLoss(tf.math.divide_no_nan(terms.total, count), terms.statistics)
 
 
 @gin.register
@@ -130,8 +134,8 @@ class WithinGroups:
     if group is None:
       raise UserError(
         f"WithinGroups needs batches of groups, and this {schedule_name} draws "
-        "classes; set it to @TripletSchedule (train) or @MinedGroups (OfflineMining), "
-        "or TrainStep.objective_fn to @across_replicas."
+        "classes; set it to @TripletSampler (train) or @MinedTripletSampler "
+        "(OfflineMining), or TrainStep.objective_fn to @global_negatives."
       )
     if group != self._group:
       raise UserError(
@@ -139,7 +143,9 @@ class WithinGroups:
         "have {} and {}; make them equal.".format(*self._group, schedule_name, *group)
       )
 
-  def __call__(self, loss: LossFn, anchors: Anchors, collectives: Collectives) -> Share:
+  def __call__(
+    self, loss: LossFn, anchors: Anchors, collectives: Collectives
+  ) -> ReplicaLoss:
     """The share of a replica.
 
     Args:
@@ -149,7 +155,7 @@ class WithinGroups:
       collectives: how the replicas gather and sum.
 
     Returns:
-      Share: total_r / Σ_r count_r; 0 where the global count is 0.
+      ReplicaLoss: total_r / Σ_r count_r; 0 where the global count is 0.
     """
     candidates = _gathered(anchors, collectives)
     groups, places = self._groups_and_places(tf.range(candidates.labels.shape[0]))
@@ -184,15 +190,15 @@ def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
 
 def _share(
   loss: LossFn, anchors: Anchors, candidates: Candidates, collectives: Collectives
-) -> Share:
+) -> ReplicaLoss:
   """Of a loss that is divided by the count of all replicas."""
   terms = loss(anchors, candidates)
   count = collectives.sum(tf.stop_gradient(terms.count))
-  return Share(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+  return ReplicaLoss(tf.math.divide_no_nan(terms.total, count), terms.statistics)
 
 
 def mines_across_replicas(objective_fn: ObjectiveFn) -> bool:
   """Whether it gives what one replica would, also as gin hands it out."""
   if isinstance(objective_fn, WithinGroups):
     return True
-  return inspect.unwrap(objective_fn) is across_replicas
+  return inspect.unwrap(objective_fn) is global_negatives

@@ -15,7 +15,7 @@ from trainer.errors import UserError
 from trainer.losses.distances import cosine_similarity, distance_named
 from trainer.losses.loss_terms import PairMasks
 from trainer.losses.softmax import log_sum_exp, num_members
-from trainer.losses.tiled_loss import AnchorTerms, AnchorwiseLoss
+from trainer.losses.tiled_loss import AnchorTerms, TiledPairLoss
 from trainer.losses.triplet_sums import (
   Margin,
   margin_of,
@@ -25,7 +25,7 @@ from trainer.losses.triplet_sums import (
 
 
 @gin.register
-class ContrastiveLoss(AnchorwiseLoss):
+class ContrastiveLoss(TiledPairLoss):
   """The mean over all pairs of ½ d² if positive, ½ max(margin − d, 0)² if negative.
 
   TensorFlow Addons leaves out the factor of ½.
@@ -74,7 +74,7 @@ class ContrastiveLoss(AnchorwiseLoss):
 
 
 @gin.register
-class LiftedStructureLoss(AnchorwiseLoss):
+class LiftedStructureLoss(TiledPairLoss):
   """The mean over anchors of max(log Σ_p e^{d_ap} + log Σ_n e^{margin − d_an}, 0).
 
   The generalised form: each anchor has a term of all its positives and negatives,
@@ -124,7 +124,7 @@ class LiftedStructureLoss(AnchorwiseLoss):
 
 
 @gin.register
-class MultiSimilarityLoss(AnchorwiseLoss):
+class MultiSimilarityLoss(TiledPairLoss):
   """The mean over anchors of two soft maxima, over pairs mined by their similarity.
 
   1/α log(1 + Σ_p e^{−α (s_ap − λ)}) + 1/β log(1 + Σ_n e^{β (s_an − λ)}), over positives
@@ -195,7 +195,7 @@ class MultiSimilarityLoss(AnchorwiseLoss):
 
 
 @gin.register
-class CircleLoss(AnchorwiseLoss):
+class CircleLoss(TiledPairLoss):
   """The mean over anchors of a soft maximum of s_an − s_ap, the worst weighted most.
 
   log(1 + Σ_n e^{γ α_n (s_an − m)} Σ_p e^{−γ α_p (s_ap − 1 + m)}), where

@@ -28,13 +28,13 @@ from trainer.losses.triplet_sums import Margin, read_margin
 
 
 @gin.register
-def seed_batch_all(*, margin: float) -> BatchAllTripletLoss:
+def omoindrot_batch_all(*, margin: float) -> BatchAllTripletLoss:
   """omoindrot/tensorflow-triplet-loss, `batch_all_triplet_loss`."""
   return BatchAllTripletLoss(margin=margin)
 
 
 @gin.register
-def seed_batch_hard(*, margin: float) -> BatchHardTripletLoss:
+def omoindrot_batch_hard(*, margin: float) -> BatchHardTripletLoss:
   """omoindrot/tensorflow-triplet-loss, `batch_hard_triplet_loss`; TFA's too."""
   return BatchHardTripletLoss(margin=margin)
 

@@ -26,28 +26,28 @@ from trainer.losses.loss_terms import PairMasks
 from trainer.losses.tiled_loss import (
   MIN_PAIRS_TO_COMPILE,
   AnchorTerms,
-  AnchorwiseLoss,
+  TiledPairLoss,
   is_accelerated,
 )
 
 # Stands for log 0: finite, so that gradients through it are 0 and not NaN.
-LOG_OF_NOTHING = -1e30
+LOG_ZERO = -1e30
 
 
 def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
-  """Log of Σ exp(value) over members, [T]; `LOG_OF_NOTHING` where there is none.
+  """Log of Σ exp(value) over members, [T]; `LOG_ZERO` where there is none.
 
   Args:
     values: [T, C] float32.
     is_member: [T, C] bool.
   """
-  masked = tf.where(is_member, values, LOG_OF_NOTHING)
+  masked = tf.where(is_member, values, LOG_ZERO)
   largest = tf.stop_gradient(tf.reduce_max(masked, 1, keepdims=True))
   # Not a pass of its own. What is not a number is a member.
-  has_member = ~(largest[:, 0] <= LOG_OF_NOTHING)
+  has_member = ~(largest[:, 0] <= LOG_ZERO)
   shares = tf.where(is_member, tf.exp(masked - largest), 0.0)
   total = tf.where(has_member, tf.reduce_sum(shares, 1), 1.0)
-  return tf.where(has_member, tf.math.log(total) + largest[:, 0], LOG_OF_NOTHING)
+  return tf.where(has_member, tf.math.log(total) + largest[:, 0], LOG_ZERO)
 
 
 def num_members(is_member: tf.Tensor) -> tf.Tensor:
@@ -108,7 +108,7 @@ _MIN_PAIRS_OF_LISTS = MIN_PAIRS_TO_COMPILE
 _LOG_OF_LEAST = math.log(2.0**-126)
 
 
-class _SoftmaxLoss(AnchorwiseLoss):
+class _SoftmaxLoss(TiledPairLoss):
   """Base of the losses with a temperature."""
 
   def __init__(
@@ -180,7 +180,7 @@ class InfoNCELoss(_SoftmaxLoss):
 
 
 @gin.register
-class NPairsLoss(AnchorwiseLoss):
+class NPairsLoss(TiledPairLoss):
   """The mean over positive pairs of log(1 + Σ_n e^{⟨a, n⟩ − ⟨a, p⟩}).
 
   The paper adds an L2 penalty of the embeddings, which is left to the model here.

@@ -32,10 +32,10 @@ from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.loss_terms import (
   Anchors,
   Candidates,
-  LossTerms,
+  LossOutput,
   PairMasks,
   PositiveLists,
-  Ratio,
+  WeightedMean,
   check_batch,
   lists_of_pairs,
   pair_masks,
@@ -163,7 +163,7 @@ class Pairs(NamedTuple):
   lists: Optional[PositiveLists]
 
 
-class Slopes(NamedTuple):
+class PairGradients(NamedTuple):
   """Gradients of a tile's total.
 
   Attributes:
@@ -176,7 +176,7 @@ class Slopes(NamedTuple):
   parameters: Sequence[tf.Tensor]
 
 
-PairsFn = Callable[[Pairs, Sequence[tf.Tensor]], tuple[Sums, Slopes]]
+PairsFn = Callable[[Pairs, Sequence[tf.Tensor]], tuple[Sums, PairGradients]]
 
 
 def sum_over_tiles(
@@ -401,7 +401,7 @@ def _anchors(sums: Sums, weights: tf.Tensor) -> tf.Tensor:
 REDUCTIONS = {"mean_active": _active, "mean_terms": _terms, "mean_anchors": _anchors}
 
 
-class AnchorwiseLoss(InBatchLoss):
+class TiledPairLoss(InBatchLoss):
   """Base of the losses: compares anchors with candidates, tile by tile, and sums up.
 
   Each term of an anchor is multiplied by the anchor's weight, in the sum and in the
@@ -462,7 +462,7 @@ class AnchorwiseLoss(InBatchLoss):
     """Values, of variables of the loss, that the terms have a gradient to."""
     return []
 
-  def terms(self, anchors: Anchors, candidates: Candidates) -> LossTerms:
+  def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
     """This replica's sum, count and statistics.
 
     Raises:
@@ -486,8 +486,8 @@ class AnchorwiseLoss(InBatchLoss):
       rows_per_tile=self._rows_per_tile,
     )
     count = tf.stop_gradient(self._reduction_fn(sums, anchors.weights))
-    active = Ratio(sums.num_active, sums.num_terms)
-    return LossTerms(sums.total, count, {"mining/active_fraction": active})
+    active = WeightedMean(sums.num_active, sums.num_terms)
+    return LossOutput(sums.total, count, {"mining/active_fraction": active})
 
   def _pairs_fn(self, anchors: Anchors, candidates: Candidates) -> PairsFn:
     is_large = (num_pairs(anchors, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
@@ -495,7 +495,7 @@ class AnchorwiseLoss(InBatchLoss):
 
   def _tile(
     self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
-  ) -> tuple[Sums, Slopes]:
+  ) -> tuple[Sums, PairGradients]:
     """The sums and slopes of a tile; around what XLA compiles."""
     return pairs_fn(self._with_lists(pairs), parameters)
 
@@ -508,7 +508,7 @@ class AnchorwiseLoss(InBatchLoss):
 
   def _sums_and_slopes(
     self, pairs: Pairs, parameters: Sequence[tf.Tensor]
-  ) -> tuple[Sums, Slopes]:
+  ) -> tuple[Sums, PairGradients]:
     """The sums of a tile, and the gradients of its total."""
     sources = [pairs.products, *parameters]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -524,7 +524,7 @@ class AnchorwiseLoss(InBatchLoss):
       sums.total, sources, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     to_products, *to_parameters = gradients
-    return sums, Slopes(to_products, to_parameters)
+    return sums, PairGradients(to_products, to_parameters)
 
 
 def _zero_unless(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:

@@ -28,11 +28,11 @@ from trainer.losses.selection import (
 from trainer.losses.softmax import num_members
 from trainer.losses.tiled_loss import (
   AnchorTerms,
-  AnchorwiseLoss,
+  PairGradients,
   Pairs,
   PairsFn,
-  Slopes,
   Sums,
+  TiledPairLoss,
 )
 from trainer.losses.triplet_sums import (
   Margin,
@@ -78,7 +78,7 @@ def nearest_negative(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
 MAX_POSITIVES_OF_LOOP = 256
 
 
-class MarginTripletLoss(AnchorwiseLoss):
+class MarginTripletLoss(TiledPairLoss):
   """Base of the triplet losses that have a margin and a distance.
 
   Args:
@@ -148,7 +148,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
 
   def _tile(
     self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
-  ) -> tuple[Sums, Slopes]:
+  ) -> tuple[Sums, PairGradients]:
     """By a loop over positives, or by sorting where an anchor has very many."""
     pairs = self._with_lists(pairs)
     assert pairs.lists is not None
@@ -183,7 +183,7 @@ class BatchHardTripletLoss(MarginTripletLoss):
 
 
 @gin.register
-class TripletLoss(AnchorwiseLoss):
+class TripletLoss(TiledPairLoss):
   """The mean cost of the triplets that a choice of positives and negatives forms.
 
   An anchor without a positive or without a negative forms none, and adds nothing to

@@ -215,7 +215,7 @@ class ExampleMining:
       raise UserError(f"{num_items} items are too few to mine among.")
     with contextlib.ExitStack() as opened:
       # Where one worker has no room, all end.
-      found = current_workers().together(
+      found = current_workers().run_on_all(
         lambda: opened.enter_context(neighbours_on_disk(num_items, num_neighbours))
       )
       nearest.search(np.arange(num_items), num_neighbours, found)

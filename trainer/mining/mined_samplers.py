@@ -16,7 +16,7 @@ import numpy as np
 
 from trainer.data import index_arrays, permutation
 from trainer.data.class_sampling import ClassStream, Draws
-from trainer.data.samplers import PKSchedule
+from trainer.data.samplers import PKSampler
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.round import Round
 
@@ -25,7 +25,7 @@ _ANCHORS, _POSITIVES, _NEGATIVES = 5, 6, 7
 
 
 @gin.register
-class MinedGroups:
+class MinedTripletSampler:
   """T groups of a round's examples: a pure function of seed, step and round.
 
   Each anchor comes once an epoch, and each time goes on in its positives and negatives
@@ -65,20 +65,20 @@ class MinedGroups:
     sizes = (groups_per_batch, positives_per_group, negatives_per_group)
     if min(sizes) < 1:
       raise UserError(
-        "MinedGroups of {} groups, {} positives and {} negatives is not possible; each "
-        "must be at least 1.".format(*sizes)
+        "MinedTripletSampler of {} groups, {} positives and {} negatives is not "
+        "possible; each must be at least 1.".format(*sizes)
       )
     arrays = mining_round.arrays
     if "anchors" not in arrays:
       raise UserError(
-        "A round has no examples for MinedGroups; set Miner.examples = "
+        "A round has no examples for MinedTripletSampler; set Miner.examples = "
         "@ExampleMining()."
       )
     self._anchors = arrays["anchors"]
     self._positives, self._negatives = arrays["positives"], arrays["negatives"]
     if len(self._anchors) < groups_per_batch:
       raise TooFewExamplesError(
-        f"MinedGroups.groups_per_batch={groups_per_batch} but a round has "
+        f"MinedTripletSampler.groups_per_batch={groups_per_batch} but a round has "
         f"{len(self._anchors)} anchors; choose at most so many, or mine in a wider "
         "window."
       )
@@ -132,17 +132,17 @@ def with_neighbouring_classes(
   index: index_arrays.Classes,
   mining_round: Round,
   *,
-  schedule_fn: Callable[..., PKSchedule],
+  sampler_fn: Callable[..., PKSampler],
   hard_share: float,
   neighbours_per_seed: int,
   classes: Optional[np.ndarray] = None,
-) -> PKSchedule:
+) -> PKSampler:
   """P×K batches of which a share of the classes are neighbourhoods of a round.
 
   Args:
     index: knows classes and members.
     mining_round: has the neighbours of classes.
-    schedule_fn: makes the schedule, which says P, K, seed and the weights of classes.
+    sampler_fn: makes the schedule, which says P, K, seed and the weights of classes.
     hard_share: of the P classes, 0 … 1.
     neighbours_per_seed: how many classes a neighbourhood has beside its seed, about:
       where neighbourhoods overlap, the next nearest take the place of what they share.
@@ -176,7 +176,7 @@ def with_neighbouring_classes(
     neighbours_per_seed=neighbours_per_seed,
     round_step=mining_round.step,
   )
-  return schedule_fn(index, classes=classes, stream_fn=stream_fn)
+  return sampler_fn(index, classes=classes, stream_fn=stream_fn)
 
 
 class NeighbouringClasses:

@@ -162,7 +162,7 @@ class Miner:
     }
     if self.examples is not None:
       # Where one worker can't, all end. They may search together, so not in here.
-      nearest, contents = current_workers().together(
+      nearest, contents = current_workers().run_on_all(
         lambda: (
           NearestItems(embeddings, self.index_kind),
           _contents(dataset, items.record_numbers.tobytes()),

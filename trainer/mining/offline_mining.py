@@ -17,11 +17,11 @@ from trainer.data.dataset import Dataset
 from trainer.data.samplers import BatchSampler, draw
 from trainer.errors import UserError
 from trainer.mining.miner import Miner
-from trainer.mining.round import Round, round_to_come
+from trainer.mining.round import Round, round_spec
 from trainer.retrieval import knn
 
 
-class ScheduleByRounds:
+class PiecewiseSampler:
   """A pure function of the step, given from which steps which rounds hold.
 
   The one that holds and the one before it are kept: what is read ahead may still be of
@@ -74,9 +74,9 @@ class OfflineMining:
   """At each multiple of so many steps the training goes over to another mining round.
 
   Attributes:
-    schedule_fn: makes the schedule of a round: `MinedGroups`, or
+    sampler_fn: makes the schedule of a round: `MinedTripletSampler`, or
       `with_neighbouring_classes`. A batch has as many records as that of
-      `train.schedule_fn`, which holds before the first round.
+      `train.sampler_fn`, which holds before the first round.
     every_steps: a multiple of `LoopOptions.steps_per_loop`.
     miner: mines in the training itself, with the weights as they are (averaged, if
       those are evaluated); None where `--mode=mine` mines in a process beside it, of
@@ -93,7 +93,7 @@ class OfflineMining:
     UserError: a number is too small, or `when_too_few` is neither.
   """
 
-  schedule_fn: Callable[..., BatchSampler]
+  sampler_fn: Callable[..., BatchSampler]
   every_steps: int
   miner: Optional[Miner] = None
   max_age_steps: Optional[int] = None
@@ -161,7 +161,7 @@ class OfflineMining:
       f"OfflineMining.max_age_steps={self.max_age_steps} behind; {advice}."
     )
 
-  def rehearse(
+  def dry_run(
     self, dataset: Dataset, plain_shape: Sequence[int], num_replicas: int
   ) -> BatchSampler:
     """Checks, before there is one, that rounds will fit.
@@ -179,7 +179,7 @@ class OfflineMining:
     """
     if self.miner is not None:
       self.miner.check(dataset)
-    to_come = round_to_come(self.miner, dataset)
+    to_come = round_spec(self.miner, dataset)
     return self.schedule_of(to_come, dataset, plain_shape, num_replicas)
 
   def schedule_of(
@@ -201,18 +201,18 @@ class OfflineMining:
       UserError: the round has not what is drawn, or a batch is not as large as that of
         the plain schedule, or does not divide.
     """
-    schedule = self.schedule_fn(
+    schedule = self.sampler_fn(
       dataset.index, mining_round, classes=dataset.train_classes
     )
     size, plain_size = math.prod(schedule.shape), math.prod(plain_shape)
     if size != plain_size:
       raise UserError(
-        f"OfflineMining.schedule_fn makes batches of {_product(schedule.shape)} "
-        f"records, and train.schedule_fn of {_product(plain_shape)}; make them equal."
+        f"OfflineMining.sampler_fn makes batches of {_product(schedule.shape)} "
+        f"records, and train.sampler_fn of {_product(plain_shape)}; make them equal."
       )
     if schedule.shape[0] % num_replicas:
       raise UserError(
-        f"{schedule.shape[0]} groups of OfflineMining.schedule_fn do not split over "
+        f"{schedule.shape[0]} groups of OfflineMining.sampler_fn do not split over "
         f"{num_replicas} replicas."
       )
     return schedule

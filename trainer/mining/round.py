@@ -51,14 +51,14 @@ class Round(Protocol):
     """By name, as `Mined` has them."""
 
 
-class RoundToCome(NamedTuple):
+class RoundSpec(NamedTuple):
   """As `Round`; of the first step, and nothing in it is meant to be drawn."""
 
   step: int
   arrays: Mapping[str, np.ndarray]
 
 
-def round_to_come(miner: Optional[Miner], dataset: Dataset) -> RoundToCome:
+def round_spec(miner: Optional[Miner], dataset: Dataset) -> RoundSpec:
   """A round as large as a miner's can be, for checks before there is one.
 
   Args:
@@ -81,7 +81,7 @@ def round_to_come(miner: Optional[Miner], dataset: Dataset) -> RoundToCome:
     num_neighbours = num_classes if miner is None else miner.num_class_neighbours
     shapes["class_neighbours"] = (num_classes, num_neighbours)
   nothing = np.int32(-1)
-  return RoundToCome(
+  return RoundSpec(
     0, {name: np.broadcast_to(nothing, shape) for name, shape in shapes.items()}
   )
 
@@ -345,7 +345,7 @@ def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
 ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
 
 
-class Ledger:
+class RoundLog:
   """The decisions of a run.
 
   Args:

@@ -26,8 +26,8 @@ from trainer.errors import (
 )
 from trainer.mining import round
 from trainer.mining.miner import Mined, made_of
-from trainer.mining.offline_mining import OfflineMining, ScheduleByRounds
-from trainer.mining.round import Ledger, MiningRound, OtherDataError
+from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
+from trainer.mining.round import MiningRound, OtherDataError, RoundLog
 from trainer.runtime import watchdog
 from trainer.training.callbacks import StepReport
 
@@ -71,7 +71,7 @@ class Rounds:
     continues_unwritten: bool = False,
     oldest_step_fn: Callable[[], int],
   ):
-    self.schedule = ScheduleByRounds(plain)
+    self.schedule = PiecewiseSampler(plain)
     self._options = options
     self._dataset = dataset
     self._plain = plain
@@ -80,8 +80,8 @@ class Rounds:
     self._continues_unwritten = continues_unwritten
     self._oldest_step_fn = oldest_step_fn
     self._made_of = made_of(dataset)
-    self._ledger = Ledger(model_dir)
-    self._beside = RoundsBeside(options, model_dir, self._made_of)
+    self._ledger = RoundLog(model_dir)
+    self._beside = AsyncRounds(options, model_dir, self._made_of)
     self._workers = current_workers()
     self._current: Optional[_Opened] = None
     self._decided: dict[int, Optional[int]] = {}
@@ -99,7 +99,7 @@ class Rounds:
     decisions = self._decisions()
     if not first_step:
       # Of another training: before each of its rounds it had saved a checkpoint.
-      self._workers.chief_first(self._set_aside)
+      self._workers.run_on_chief(self._set_aside)
       decisions = {}
     self._decided = decisions
     before = [step for step in decisions if step < first_step]
@@ -135,13 +135,13 @@ class Rounds:
         # First: a round that does not fit can then be mined anew.
         opened = self._next(step)
         decisions[step] = None if opened is None else opened.mining_round.step
-        self._workers.chief_first(lambda: self._ledger.add(step, decisions[step]))
+        self._workers.run_on_chief(lambda: self._ledger.add(step, decisions[step]))
       except UnwritableError as error:
         self._keep(step, error)
         return False
     self._decided = decisions
     has_changed = self._hold(step, opened)
-    self._workers.chief_first(self._prune)
+    self._workers.run_on_chief(self._prune)
     return has_changed
 
   def metrics(self, step: int) -> dict[str, float]:
@@ -177,7 +177,7 @@ class Rounds:
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """The chief's, on all workers."""
-    own = self._workers.together(
+    own = self._workers.run_on_all(
       self._ledger.decisions if self._workers.is_chief else dict
     )
     rows = json.loads(self._workers.exchange(json.dumps(list(own.items())))[0])
@@ -236,7 +236,7 @@ class Rounds:
       seconds = time.monotonic() - start_s
       logging.info("Step %d: mined in %.1f s: %s.", step, seconds, mined.summary())
 
-    self._workers.chief_first(write)
+    self._workers.run_on_chief(write)
     return step
 
   def _taken(self, step: int) -> Optional[int]:
@@ -246,7 +246,7 @@ class Rounds:
       UserError: it is too old, and no other came in time.
     """
     held = None if self._current is None else self._current.mining_round.step
-    own = self._workers.together(
+    own = self._workers.run_on_all(
       lambda: self._beside.newest(step, held) if self._workers.is_chief else None
     )
     return json.loads(self._workers.exchange(json.dumps(own))[0])
@@ -266,7 +266,7 @@ class Rounds:
       )
       return _Opened(mining_round, schedule)
 
-    return self._workers.together(open_round)
+    return self._workers.run_on_all(open_round)
 
   def _opened_again(self, step: int, round_step: Optional[int]) -> Optional[_Opened]:
     """What was decided on to hold from a step on."""
@@ -318,7 +318,7 @@ class Rounds:
 _POLL_S = 1.0
 
 
-class RoundsBeside:
+class AsyncRounds:
   """Looks for rounds in the folder of a run.
 
   Args:

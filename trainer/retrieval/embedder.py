@@ -14,7 +14,7 @@ import tensorflow as tf
 from trainer.data.images import Decoder
 from trainer.data.pipeline import Batch, Batches
 from trainer.data.records import RecordIndex, Replacements
-from trainer.data.samplers import SequentialSchedule
+from trainer.data.samplers import SequentialSampler
 from trainer.distribute.collectives import current_collectives
 from trainer.distribute.strategy import ReplicaBatches
 from trainer.distribute.workers import current_workers
@@ -73,7 +73,7 @@ class Embedder:
       PreemptedError: a worker of several was told to stop; on all of them.
     """
     size = self.global_batch_size
-    schedule = SequentialSchedule(record_numbers, records_per_batch=size)
+    schedule = SequentialSampler(record_numbers, records_per_batch=size)
     batches = Batches(
       self._index, schedule, self._decoder, replacements=self._replacements
     )

@@ -61,8 +61,8 @@ class ItemLabels:
 
 
 @dataclasses.dataclass(frozen=True)
-class LabelJudgements:
-  """Judgements by shared labels.
+class LabelGroundTruth:
+  """GroundTruth by shared labels.
 
   An item is never in its own gallery.
 
@@ -149,7 +149,7 @@ class Items(Protocol):
 class EvaluationProtocol(Protocol):
   """Divides items into queries and gallery."""
 
-  def judge(self, items: Items) -> LabelJudgements:
+  def judge(self, items: Items) -> LabelGroundTruth:
     """Queries, gallery, and what is relevant to whom."""
 
 
@@ -216,12 +216,12 @@ class LeaveOneOut:
 
   relevance: Relevance = _SAME_CLASS
 
-  def judge(self, items: Items) -> LabelJudgements:
+  def judge(self, items: Items) -> LabelGroundTruth:
     """Queries, gallery, and what is relevant to whom."""
     labels = self.relevance.labels(items)
     everything = np.arange(labels.num_items)
     asks = everything[labels.is_labelled()]
-    return LabelJudgements(asks, everything, labels, self.relevance.groups(items))
+    return LabelGroundTruth(asks, everything, labels, self.relevance.groups(items))
 
 
 @gin.register
@@ -242,7 +242,7 @@ class QueryAndGallery:
   gallery_role: str = "gallery"
   relevance: Relevance = _SAME_CLASS
 
-  def judge(self, items: Items) -> LabelJudgements:
+  def judge(self, items: Items) -> LabelGroundTruth:
     """Queries, gallery, and what is relevant to whom.
 
     Raises:
@@ -260,7 +260,7 @@ class QueryAndGallery:
           f"No item has {self.role_feature}={role!r}; there is "
           f"{', '.join(sorted(found)[:5]) or 'none'}."
         )
-    return LabelJudgements(
+    return LabelGroundTruth(
       sides[self.query_role],
       sides[self.gallery_role],
       self.relevance.labels(items),

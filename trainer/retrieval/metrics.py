@@ -31,7 +31,7 @@ def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
   return (ranks[..., 0] <= k) * 1.0
 
 
-def found_fraction_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
+def set_recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
   """Share of the relevant items that are among the k nearest: |{r_j <= k}| / R.
 
   Information retrieval calls this recall@k.

@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.retrieval.embedding_store import EmbeddingFolder
-from trainer.retrieval.ground_truth import LabelJudgements
+from trainer.retrieval.ground_truth import LabelGroundTruth
 from trainer.retrieval.knn import Neighbours, check_sizes, nearest
 
 _MAX_QUERIES, _MAX_NEIGHBOURS = 2_000, 100
@@ -39,7 +39,7 @@ class SampledAnswers(NamedTuple):
 
 def sampled_answers(
   embeddings: np.ndarray,
-  judged: LabelJudgements,
+  judged: LabelGroundTruth,
   asking: np.ndarray,
   *,
   seed: int = 0,

@@ -22,7 +22,7 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.retrieval import exact_distances, metrics
 from trainer.retrieval.exact_distances import ROUNDOFF_32, ROUNDOFF_64
-from trainer.retrieval.ground_truth import LabelJudgements
+from trainer.retrieval.ground_truth import LabelGroundTruth
 from trainer.retrieval.metrics import bootstrap_intervals
 from trainer.runtime import watchdog
 
@@ -36,7 +36,7 @@ _MAX_SHARE_UNDECIDED = 1 / 32
 _NUM_PARTS = 16
 
 
-class Judgements(Protocol):
+class GroundTruth(Protocol):
   """Which gallery items are relevant to a query, and which don't count."""
 
   def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
@@ -51,7 +51,7 @@ class Judgements(Protocol):
 def ranks_of_relevant(
   queries: np.ndarray,
   gallery: np.ndarray,
-  judgements: Judgements,
+  judgements: GroundTruth,
   *,
   max_distances: int = _MAX_DISTANCES,
 ) -> Iterator[np.ndarray]:
@@ -86,7 +86,7 @@ def ranks_of_relevant(
 class _Ranking:
   """Queries and their gallery, less what all items have in common."""
 
-  def __init__(self, queries: np.ndarray, gallery: np.ndarray, judgements: Judgements):
+  def __init__(self, queries: np.ndarray, gallery: np.ndarray, judgements: GroundTruth):
     self._queries, self._gallery = queries, gallery
     self._judgements = judgements
     self._offset = exact_distances.common_offset(gallery)
@@ -239,7 +239,7 @@ _OF_RANKING = {
 _OF_NEAREST = {
   "recall_at": metrics.recall_at_k,
   "precision_at": metrics.precision_at_k,
-  "found_fraction_at": metrics.found_fraction_at_k,
+  "found_fraction_at": metrics.set_recall_at_k,
   "map_at": metrics.average_precision_at_k,
   "ndcg_at": metrics.ndcg_at_k,
 }
@@ -299,7 +299,7 @@ class Rankings(NamedTuple):
 
 
 def rank(
-  embeddings: np.ndarray, judged: LabelJudgements, *, ks: Sequence[int]
+  embeddings: np.ndarray, judged: LabelGroundTruth, *, ks: Sequence[int]
 ) -> Rankings:
   """Ranks the gallery for every query, exactly, in bounded memory.
 

@@ -18,7 +18,7 @@ import numpy as np
 from trainer.data.dataset import Dataset
 from trainer.errors import UserError
 from trainer.retrieval import embedding_map, report_collector
-from trainer.retrieval.ground_truth import LabelJudgements, RecordItems
+from trainer.retrieval.ground_truth import LabelGroundTruth, RecordItems
 from trainer.retrieval.pictures import pictures_of
 from trainer.retrieval.query import SampledAnswers, sampled_answers
 from trainer.retrieval.ranking import Rankings
@@ -162,7 +162,7 @@ def _cell(moment: Mapping[str, Any], name: str) -> str:
   return f"{moment[name]:.4f}{between}"
 
 
-class Evaluated(NamedTuple):
+class EvaluationResult(NamedTuple):
   """What an evaluation embedded and found.
 
   Attributes:
@@ -177,7 +177,7 @@ class Evaluated(NamedTuple):
   dataset: Dataset
   items: RecordItems
   embeddings: np.ndarray
-  judged: LabelJudgements
+  judged: LabelGroundTruth
   rankings: Rankings
   measurement: Measurement
 

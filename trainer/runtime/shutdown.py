@@ -80,14 +80,14 @@ class Preemption:
     self._ended = threading.Event()
 
   @property
-  def is_told(self) -> bool:
+  def stop_requested(self) -> bool:
     """Whether a signal came."""
     return self._told is not None
 
   @property
   def is_to_end(self) -> bool:
     """Whether a signal came, and there is nothing to save: for all workers to know."""
-    return self.is_told and not self._is_saving
+    return self.stop_requested and not self._is_saving
 
   @property
   def signal_name(self) -> str:
@@ -96,7 +96,7 @@ class Preemption:
 
   @contextlib.contextmanager
   def saving(self, newest_fn: Callable[[], str]) -> Iterator[None]:
-    """A block that looks at `is_told` itself, and saves; a signal does not break it.
+    """A block that polls `stop_requested` and saves; a signal does not break it.
 
     Args:
       newest_fn: says in words which checkpoint is the newest.
@@ -175,7 +175,7 @@ class Preemption:
       self._end_if_alone()
 
   def _end_if_alone(self) -> None:
-    if self.is_told and not self._is_of_several:
+    if self.stop_requested and not self._is_of_several:
       raise self.nothing_to_save()
 
   def _listen(self, reader: socket.socket) -> None:

@@ -7,7 +7,7 @@ include '../runs/digits.gin'
 NUM_STEPS = 100
 
 choice/MARGIN = (0.1, 0.3)
-range/PKSchedule.classes_per_batch = (2, 6, 3)
+range/PKSampler.classes_per_batch = (2, 6, 3)
 log_range/LEARNING_RATE = (1e-4, 1e-2, 3)
 
 sweep.method = 'grid'

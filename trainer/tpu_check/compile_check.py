@@ -293,7 +293,7 @@ def _smaller_batch(run: RunStep, num_replicas: int, share: float) -> list[str]:
   if not 0 < fewer < run.num_classes:
     return []
   return [
-    f"PKSchedule.classes_per_batch = {fewer}: a smaller P, with fewer negatives; --fit "
+    f"PKSampler.classes_per_batch = {fewer}: a smaller P, with fewer negatives; --fit "
     "searches the largest"
   ]
 
@@ -428,6 +428,6 @@ def _fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
   else:
     is_end = found >= MAX_FACTOR * max(1, run.num_classes // unit) * unit
     more = "; the search ended there" if is_end else ""
-    print(f"LARGEST for {topology.name}: PKSchedule.classes_per_batch = {found}{more}")
+    print(f"LARGEST for {topology.name}: PKSampler.classes_per_batch = {found}{more}")
   print(claim_text(topology))
   return found is not None

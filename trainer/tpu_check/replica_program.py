@@ -11,7 +11,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from trainer.cli.train import Parts, make_parts
+from trainer.cli.train import TrainConfig, make_parts
 from trainer.data.images import Decoder
 from trainer.data.index_arrays import MemberTable
 from trainer.data.pipeline import Batch
@@ -106,16 +106,16 @@ def _decoder() -> Decoder:
   return copy.deepcopy(gin.query_parameter(f"{dataset.scoped_selector}.decoder"))
 
 
-def _schedule_shape(parts: Parts) -> tuple[int, int]:
+def _schedule_shape(parts: TrainConfig) -> tuple[int, int]:
   starts = np.arange(_NUM_CLASSES + 1) * _NUM_SAMPLES
   table = MemberTable(np.empty(0, np.int64), starts)
-  make: Any = parts.schedule_fn
+  make: Any = parts.sampler_fn
   try:
     return make(table).shape
   except AttributeError as error:
     raise UserError(
-      f"train.schedule_fn draws by the data's own names ({error}), which are not "
-      "looked at here; give @PKSchedule of as many classes."
+      f"train.sampler_fn draws by the data's own names ({error}), which are not "
+      "looked at here; give @PKSampler of as many classes."
     ) from error
 
 

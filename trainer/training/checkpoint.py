@@ -15,7 +15,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import NotFiniteError, UserError, reason_of
-from trainer.losses.cross_batch_memory import MemoryBank
+from trainer.losses.cross_batch_memory import CrossBatchMemory
 from trainer.models.batch_norm import make_replicas_equal
 from trainer.training import checkpoint_files
 from trainer.training.checkpoint_files import FOLDER
@@ -180,7 +180,7 @@ def _on_host(tensor) -> np.ndarray:
 # TensorFlow's reader raises the last two for a file that is not its own.
 _UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
 _NUM_SHOWN = 3
-_BANK = "memory_bank/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
+_BANK = "cross_batch_memory/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Checkpoints:
@@ -197,7 +197,7 @@ class Checkpoints:
     loss: saved too where it is a `tf.Module` (a learned temperature).
     optimizer: built; its `iterations` are the step. None to read encoders only.
     averages: of the encoder's weights, if there are any.
-    memory_bank: of the training, if it has one.
+    cross_batch_memory: of the training, if it has one.
     num_kept: how many of the newest to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
       variable that is kept on each replica is a collective.
@@ -211,7 +211,7 @@ class Checkpoints:
     loss: object = None,
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
     averages: Optional[AveragedWeights] = None,
-    memory_bank: Optional[MemoryBank] = None,
+    cross_batch_memory: Optional[CrossBatchMemory] = None,
     num_kept: int = 1,
     is_chief: bool = True,
   ):
@@ -221,14 +221,14 @@ class Checkpoints:
     self._encoder = encoder
     self._optimizer = optimizer
     self._averages = averages
-    self._memory_bank = memory_bank
+    self._memory_bank = cross_batch_memory
     parts = {"encoder": encoder}
     if optimizer is not None:
       parts["optimizer"] = optimizer
     if averages is not None:
       parts["averages"] = averages
-    if memory_bank is not None:
-      parts["memory_bank"] = memory_bank
+    if cross_batch_memory is not None:
+      parts["cross_batch_memory"] = cross_batch_memory
     if isinstance(loss, tf.Module):
       parts["loss"] = loss
     self._checkpoint = tf.train.Checkpoint(**parts)
@@ -390,7 +390,7 @@ class Checkpoints:
     if there != wanted:
       raise UserError(
         f"{path} does not fit this configuration: its memory bank has {there}, and "
-        f"TrainStep.memory_bank says {wanted}."
+        f"TrainStep.cross_batch_memory says {wanted}."
       )
 
   def _misfit(self, path: str, error: Exception) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from trainer.data.samplers import BatchSampler, PKSchedule
+from trainer.data.samplers import BatchSampler, PKSampler
 from trainer.errors import UserError
 from trainer.losses.objectives import WithinGroups
 from trainer.training import gradients
 from trainer.training.step import TrainStep
 
 
-def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> None:
+def check_batch(schedule: PKSampler, step: TrainStep, num_replicas: int) -> None:
   """Checks that a batch fits the replicas, the loss and the micro-batches.
 
   Args:
@@ -31,10 +31,10 @@ def check_batch(schedule: PKSchedule, step: TrainStep, num_replicas: int) -> Non
       f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
     )
-  check_groups(schedule, step, "train.schedule_fn")
+  check_groups(schedule, step, "train.sampler_fn")
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
-      f"PKSchedule.samples_per_class={num_samples} leaves "
+      f"PKSampler.samples_per_class={num_samples} leaves "
       f"{type(step.loss).__name__} without positives; it needs at least 2."
     )
   size = num_classes * num_samples // num_replicas
@@ -57,9 +57,9 @@ def check_groups(schedule: BatchSampler, step: TrainStep, schedule_name: str) ->
     step.objective_fn.check_groups(group, schedule_name)
 
 
-def _rows_parameter(schedule: PKSchedule) -> str:
+def _rows_parameter(schedule: PKSampler) -> str:
   """What says how many rows a batch has; that of classes, where nothing else does."""
-  return getattr(schedule, "rows_parameter", "PKSchedule.classes_per_batch")
+  return getattr(schedule, "rows_parameter", "PKSampler.classes_per_batch")
 
 
 def check_tpu_limits(step: TrainStep) -> None:

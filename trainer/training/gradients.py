@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
-from trainer.losses.objectives import Share
+from trainer.losses.objectives import ReplicaLoss
 from trainer.models.batch_norm import batch_norms, has_synchronized
 
 
@@ -102,17 +102,17 @@ def check_micro_batch_size(num_micro_batches: int, replica_batch_size: int) -> N
 # From inputs [n, ...], and the number of the first of them, to embeddings [n, D].
 EncodeFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 # From embeddings [B, D] to the share, and to what is derived: its loss, scaled.
-ShareFn = Callable[[tf.Tensor], tuple[Share, tf.Tensor]]
+ReplicaLossFn = Callable[[tf.Tensor], tuple[ReplicaLoss, tf.Tensor]]
 Gradients = list[tf.Tensor]
 _ZERO = tf.UnconnectedGradients.ZERO
 
 
 def whole_batch_gradients(
   encode_fn: EncodeFn,
-  share_fn: ShareFn,
+  share_fn: ReplicaLossFn,
   inputs: tf.Tensor,
   variables: Sequence[tf.Variable],
-) -> tuple[Share, Gradients]:
+) -> tuple[ReplicaLoss, Gradients]:
   """One forward and one backward pass; all activations are in memory.
 
   Args:
@@ -128,11 +128,11 @@ def whole_batch_gradients(
 
 def micro_batch_gradients(
   encode_fn: EncodeFn,
-  share_fn: ShareFn,
+  share_fn: ReplicaLossFn,
   inputs: tf.Tensor,
   variables: Sequence[tf.Variable],
   num_micro_batches: int,
-) -> tuple[Share, Gradients]:
+) -> tuple[ReplicaLoss, Gradients]:
   """The same with the activations of B/M examples in memory, for one more forward pass.
 
   Embeds all micro-batches and forgets their activations; takes the loss, and its

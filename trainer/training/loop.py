@@ -23,7 +23,7 @@ from trainer.runtime.shutdown import Preemption
 from trainer.runtime.watchdog import Watchdog
 from trainer.training.callbacks import Action, StepReport
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.nonfinite import NotFinitePolicy
+from trainer.training.nonfinite import NonfinitePolicy
 from trainer.training.options import LoopOptions
 from trainer.training.step import TrainStep
 
@@ -42,7 +42,9 @@ class HostFlags(NamedTuple):
 
 def pack_host_flags(preemption: Preemption, checkpoints: Checkpoints) -> np.ndarray:
   """[2] int32, what this host says."""
-  return np.array([preemption.is_told, checkpoints.failure is not None], np.int32)
+  return np.array(
+    [preemption.stop_requested, checkpoints.failure is not None], np.int32
+  )
 
 
 def unpack_host_flags(words: np.ndarray) -> HostFlags:
@@ -124,7 +126,7 @@ class InnerLoop:
     num_done, is_finite = 0, True
     while num_done < num_steps and is_finite:
       before = self._strategy.run(self._forward_state)
-      proposal = self._strategy.run(self._propose, args=(next(batches),))
+      proposal = self._strategy.run(self._compute_update, args=(next(batches),))
       is_finite = self._strategy.experimental_local_results(proposal.is_finite)[0]
       if is_finite:
         totals = self._strategy.run(self._apply_and_add, args=(proposal, totals))
@@ -152,12 +154,12 @@ class InnerLoop:
     return tf.nest.map_structure(tf.zeros_like, self._zero_statistics)
 
   @_as_it_is
-  def _propose(self, batch):
-    return self._step.propose(batch, current_collectives())
+  def _compute_update(self, batch):
+    return self._step.compute_update(batch, current_collectives())
 
   @_as_it_is
   def _apply_and_add(self, proposal, totals):
-    self._step.apply(proposal.update)
+    self._step.apply_update(proposal.update)
     return tf.nest.map_structure(tf.add, totals, proposal.statistics)
 
   @_as_it_is
@@ -184,7 +186,7 @@ class Safety(NamedTuple):
   preemption: Preemption
   watchdog: Watchdog
   naming_bad_records: Callable[[int, int], AbstractContextManager]
-  not_finite: NotFinitePolicy
+  not_finite: NonfinitePolicy
 
 
 class Loop:
@@ -290,7 +292,7 @@ class Loop:
         with (
           self._safety.watchdog.acting()
         ):  # The step is compiled again to look at it.
-          self._safety.not_finite.pass_over(step)
+          self._safety.not_finite.handle_nonfinite(step)
         step += 1
     total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
     return total, unpack_host_flags(done.words)
@@ -298,11 +300,11 @@ class Loop:
   def _heed(self, said: HostFlags, step: int) -> None:
     """Stops where a worker was told to, or could not save what it must."""
     checkpoints = self._safety.checkpoints
-    if said.is_saving_impossible and self._options.when_disk_full == "stop":
+    if said.is_saving_impossible and self._options.on_disk_full == "stop":
       checkpoints.wait()
       raise UserError(
         f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
-        "free some disk, or set LoopOptions.when_disk_full = 'go_on'."
+        "free some disk, or set LoopOptions.on_disk_full = 'continue'."
       )
     if said.is_told_to_stop:
       checkpoints.save(step)

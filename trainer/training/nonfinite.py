@@ -85,7 +85,7 @@ class Diagnosis:
     workers = current_workers()
     dataset = self._batches.dataset(workers.shard(), first_step=step, num_steps=1)
     batches = ReplicaBatches(tf.distribute.get_strategy(), dataset)
-    return workers.together(lambda: next(batches.iterator))
+    return workers.run_on_all(lambda: next(batches.iterator))
 
   def _key(self, number: int) -> str:
     """The record's own key, or else its place."""
@@ -310,7 +310,7 @@ def _are_rows_finite(inputs: tf.Tensor) -> tf.Tensor:
 _COUNT = "not_finite_steps"
 
 
-class NotFinitePolicy:
+class NonfinitePolicy:
   """Stops, skips the batch, or goes back to the newest checkpoint.
 
   Args:
@@ -342,11 +342,11 @@ class NotFinitePolicy:
 
   def metrics(self) -> dict[str, float]:
     """How many batches were passed over, where that is wanted."""
-    if self._options.when_not_finite == "stop":
+    if self._options.on_nonfinite == "stop":
       return {}
     return {"train/not_finite_steps": float(self._count)}
 
-  def pass_over(self, step: int) -> None:
+  def handle_nonfinite(self, step: int) -> None:
     """Goes on with the batch after that of a step, or raises.
 
     Args:
@@ -356,12 +356,12 @@ class NotFinitePolicy:
       NotFiniteError: the options want it, or it was too often.
     """
     diagnosis = self._diagnose_fn(step)
-    if self._options.when_not_finite == "stop":
+    if self._options.on_nonfinite == "stop":
       self._stop(step, f"{diagnosis}; no update was made with it")
     if self._count >= self._options.max_not_finite:
       self._stop(step, f"{diagnosis}; {self._count} batches were passed over before")
     count = self._count + 1
-    if self._options.when_not_finite == "go_back":
+    if self._options.on_nonfinite == "restore":
       self._restore_fn()
       logging.warning("Step %d: %s; %s.", step, diagnosis, self._checkpoints.newest)
     else:

@@ -95,7 +95,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
 
 
 @gin.register
-class PerPart(tf.Module):
+class MultiOptimizer(tf.Module):
   """Trains the backbone by one optimizer, and the head and the loss by another.
 
   Each clips its own gradients. The rate that is logged is the head's.
@@ -168,7 +168,7 @@ def set_step(optimizer: Any, step: int) -> None:
   """Sets the number of steps done in every counter that an optimizer has.
 
   Args:
-    optimizer: built; `PerPart` has a counter for each part.
+    optimizer: built; `MultiOptimizer` has a counter for each part.
     step: number of steps done.
   """
   for each in getattr(optimizer, "parts", (optimizer,)):
@@ -183,7 +183,7 @@ def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
   kind of optimizer has.
 
   Args:
-    optimizer: a Keras optimizer, `PerPart` or `OlderOptimizer`, built.
+    optimizer: a Keras optimizer, `MultiOptimizer` or `LegacyOptimizerAdapter`, built.
 
   Returns:
     Variables by name, such as "backbone.learning_rate".
@@ -348,7 +348,7 @@ def lamb(
   )
 
 
-class OlderOptimizer(tf.Module):
+class LegacyOptimizerAdapter(tf.Module):
   """An optimizer of Keras' older kind, to be called as one of the newer.
 
   Args:
@@ -415,7 +415,7 @@ def novograd(
   beta_1: float = 0.95,
   beta_2: float = 0.98,
   global_clipnorm: Optional[float] = None,
-) -> OlderOptimizer:
+) -> LegacyOptimizerAdapter:
   """NovoGrad: gradients normalised layer by layer, with half of Adam's memory.
 
   Source: Ginsburg et al. 2019, https://arxiv.org/abs/1905.11286.
@@ -431,7 +431,7 @@ def novograd(
     UserError: the learning rate is not positive, or Addons is not there.
   """
   rate = as_schedule("novograd", learning_rate)
-  return OlderOptimizer(
+  return LegacyOptimizerAdapter(
     _addons("novograd").NovoGrad(
       rate,
       weight_decay=weight_decay,
@@ -449,7 +449,7 @@ def rectified_adam(
   weight_decay: float = 0.0,
   lookahead_steps: int = 0,
   global_clipnorm: Optional[float] = None,
-) -> OlderOptimizer:
+) -> LegacyOptimizerAdapter:
   """Adam that needs no warm-up; with Lookahead, steps that are averaged on the way.
 
   Source: Liu et al. 2020, https://arxiv.org/abs/1908.03265; Zhang et al. 2019,
@@ -471,8 +471,8 @@ def rectified_adam(
     rate, weight_decay=weight_decay, **_clipping(global_clipnorm)
   )
   if not lookahead_steps:
-    return OlderOptimizer(optimizer)
-  return OlderOptimizer(
+    return LegacyOptimizerAdapter(optimizer)
+  return LegacyOptimizerAdapter(
     addons.Lookahead(optimizer, sync_period=lookahead_steps), with_rate=optimizer
   )
 

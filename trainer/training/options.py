@@ -65,8 +65,8 @@ class StepOptions:
 
 
 _CHOICES = {
-  "when_disk_full": ("go_on", "stop"),
-  "when_not_finite": ("stop", "skip", "go_back"),
+  "on_disk_full": ("continue", "stop"),
+  "on_nonfinite": ("stop", "skip", "restore"),
 }
 
 
@@ -81,10 +81,10 @@ class LoopOptions:
       told to stop goes on to its end.
     checkpoint_every_steps: a multiple of `steps_per_loop`.
     num_checkpoints_kept: how many of the newest checkpoints stay.
-    when_disk_full: "go_on" without what could not be written, or "stop" where that is a
-      checkpoint. Either way a run that ends without a file has exit status 2.
-    when_not_finite: "stop" before an update that is not finite; "skip" its batch; or
-      "go_back" to the newest checkpoint and on with the batch after.
+    on_disk_full: "continue" without what could not be written, or "stop" if that is
+      a checkpoint. Either way a run that ends without a file has exit status 2.
+    on_nonfinite: "stop" before an update that is not finite; "skip" its batch; or
+      "restore" to the newest checkpoint and on with the batch after.
     max_not_finite: how many batches may be passed over in all.
 
   Raises:
@@ -95,8 +95,8 @@ class LoopOptions:
   steps_per_loop: int
   checkpoint_every_steps: int
   num_checkpoints_kept: int = 3
-  when_disk_full: str = "go_on"
-  when_not_finite: str = "stop"
+  on_disk_full: str = "continue"
+  on_nonfinite: str = "stop"
   max_not_finite: int = 3
 
   def __post_init__(self):

@@ -60,14 +60,14 @@ def expected(
   num_parts = 1 if mines_across_replicas(step.objective_fn) else num_replicas
 
   def update(parts):
-    done = [step.propose(part, OneReplica()) for part in parts]
+    done = [step.compute_update(part, OneReplica()) for part in parts]
     of_parts = zip(*(each.update.gradients for each in done))
     gradients = [tf.add_n(each) / num_parts for each in of_parts]
     entries = _one_after_the_other([each.update.entries for each in done])
     active = tf.nest.map_structure(
       lambda *v: tf.add_n(v), *(each.update.active for each in done)
     )
-    step.apply(Update(gradients, entries, active))
+    step.apply_update(Update(gradients, entries, active))
     sums = tf.nest.map_structure(
       lambda *v: tf.add_n(v), *(each.statistics for each in done)
     )
@@ -93,8 +93,8 @@ def trained(
     step = make_step()
 
   def on_replica(batch):
-    proposal = step.propose(batch, current_collectives())
-    step.apply(proposal.update)
+    proposal = step.compute_update(batch, current_collectives())
+    step.apply_update(proposal.update)
     return proposal.update.gradients, proposal.statistics
 
   @tf.function(autograph=False)
@@ -129,7 +129,7 @@ def gradient_scales(make_step: Callable[[], TrainStep], batch: Batch) -> list[fl
   scales = [0.0] * len(step.trainable_variables)
   for seed in range(_NUM_DRAWS):
     step.encoder.call = _with_random_signs(encode, seed)
-    gradients = step.propose(batch, OneReplica()).update.gradients
+    gradients = step.compute_update(batch, OneReplica()).update.gradients
     sizes = [float(tf.reduce_max(tf.abs(each))) for each in gradients]
     scales = [max(pair) for pair in zip(scales, sizes)]
   return scales

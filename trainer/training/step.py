@@ -16,13 +16,17 @@ from trainer.distribute.collectives import (
   current_collectives,
 )
 from trainer.errors import UserError
-from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
-from trainer.losses.loss_terms import Anchors, LossFn, Ratio
+from trainer.losses.cross_batch_memory import (
+  CrossBatchMemory,
+  CrossBatchMemoryLoss,
+  Entries,
+)
+from trainer.losses.loss_terms import Anchors, LossFn, WeightedMean
 from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
-from trainer.losses.objectives import Loss, ObjectiveFn, Share
+from trainer.losses.objectives import Loss, ObjectiveFn, ReplicaLoss
 from trainer.models.dropout import examples_at
 from trainer.training import gradients as gradients_lib
-from trainer.training.optimizers import AveragedWeights, PerPart
+from trainer.training.optimizers import AveragedWeights, MultiOptimizer
 from trainer.training.options import StepOptions
 
 
@@ -37,7 +41,7 @@ class Update(NamedTuple):
 
   gradients: list[tf.Tensor]
   entries: Optional[Entries] = None
-  active: Ratio = Ratio(0.0, 0.0)
+  active: WeightedMean = WeightedMean(0.0, 0.0)
 
 
 class StepResult(NamedTuple):
@@ -69,9 +73,9 @@ class TrainStep:
     loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
       variables (a temperature), they are trained too.
     objective_fn: where the batch is mined.
-    optimizer: Keras optimizer, `PerPart` or `OlderOptimizer`.
+    optimizer: Keras optimizer, `MultiOptimizer` or `LegacyOptimizerAdapter`.
     mining_statistics: what is logged of the mining beside the loss; None for nothing.
-    memory_bank: older embeddings as further candidates; None for the batch alone.
+    cross_batch_memory: older embeddings as candidates; None for the batch alone.
     options: how it is computed.
 
   Raises:
@@ -86,12 +90,12 @@ class TrainStep:
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
     mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
-    memory_bank: Optional[MemoryBank] = None,
+    cross_batch_memory: Optional[CrossBatchMemory] = None,
     options: StepOptions = _OPTIONS,
   ):
     self.encoder = encoder
     self.loss = loss
-    self.memory_bank = memory_bank
+    self.cross_batch_memory = cross_batch_memory
     self._mining_statistics = mining_statistics
     self.objective_fn = objective_fn
     self.optimizer = gradients_lib.with_loss_scale(optimizer, encoder)
@@ -99,10 +103,14 @@ class TrainStep:
     self.averages: Optional[AveragedWeights] = None
     parts = [loss, *getattr(loss, "submodules", ())]
     self._advancing = [part for part in parts if hasattr(part, "advance")]
-    self.propose, self.apply = self._propose, self._apply
+    self.compute_update, self.apply_update = self._compute_update, self._apply_update
     if options.compiled == "step":
-      self.propose = tf.function(self._propose, jit_compile=True, autograph=False)
-      self.apply = tf.function(self._apply, jit_compile=True, autograph=False)
+      self.compute_update = tf.function(
+        self._compute_update, jit_compile=True, autograph=False
+      )
+      self.apply_update = tf.function(
+        self._apply_update, jit_compile=True, autograph=False
+      )
     self._encode_fn = self._encode
     if options.compiled == "encoder":
       self._encode_fn = tf.function(self._encode, jit_compile=True, autograph=False)
@@ -126,11 +134,11 @@ class TrainStep:
       gradients_lib.check_splittable_encoder(self.encoder)
     weights = self.encoder.trainable_variables
     self._variables = [*weights, *getattr(self.loss, "trainable_variables", ())]
-    if isinstance(self.optimizer, PerPart):
+    if isinstance(self.optimizer, MultiOptimizer):
       self.optimizer.divide(self.encoder.backbone_variables)
     self.optimizer.build(self._variables)
-    if self.memory_bank is not None:
-      self.memory_bank.create_variables(self.encoder.embedding_size)
+    if self.cross_batch_memory is not None:
+      self.cross_batch_memory.create_variables(self.encoder.embedding_size)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
@@ -180,11 +188,11 @@ class TrainStep:
       Statistics of this replica, which add up over replicas and steps; "train/loss"
       among them.
     """
-    proposal = self.propose(batch, collectives)
-    self.apply(proposal.update)
+    proposal = self.compute_update(batch, collectives)
+    self.apply_update(proposal.update)
     return proposal.statistics
 
-  def _propose(self, batch: Batch, collectives: Collectives) -> StepResult:
+  def _compute_update(self, batch: Batch, collectives: Collectives) -> StepResult:
     """Computes an update, and does not make it.
 
     Args:
@@ -209,10 +217,10 @@ class TrainStep:
       is_applicable |= ~_are_finite(gradients) & (self.optimizer.loss_scale > 1.0)
     return is_applicable
 
-  def _apply(self, update: Update) -> None:
+  def _apply_update(self, update: Update) -> None:
     """Updates the weights, their averages, the memory bank, and a curriculum."""
-    if self.memory_bank is not None and update.entries is not None:
-      self.memory_bank.add(update.entries)
+    if self.cross_batch_memory is not None and update.entries is not None:
+      self.cross_batch_memory.add(update.entries)
     self.optimizer.apply_gradients(
       zip(update.gradients, self._variables), skip_gradients_aggregation=True
     )
@@ -223,7 +231,7 @@ class TrainStep:
 
   def gradients(
     self, batch: Batch, collectives: Collectives
-  ) -> tuple[Share, list[tf.Tensor]]:
+  ) -> tuple[ReplicaLoss, list[tf.Tensor]]:
     """The loss of the global batch, and its gradients, equal on all replicas.
 
     Args:
@@ -238,7 +246,7 @@ class TrainStep:
 
   def _checked_update(
     self, batch: Batch, collectives: Collectives
-  ) -> tuple[Share, tf.Tensor, Update]:
+  ) -> tuple[ReplicaLoss, tf.Tensor, Update]:
     """This replica's share, how many replicas got what isn't finite, and the update."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
@@ -266,21 +274,21 @@ class TrainStep:
     # inside of the network may show in the moving averages alone.
     written = [each for each in self.forward_state if each.dtype.is_floating]
     is_bad = tf.cast(~_are_finite([value.loss, *seen, *written]), tf.float32)
-    active = value.statistics.get(_ACTIVE, Ratio(0.0, 0.0))
+    active = value.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
     more = tf.stack([is_bad, active.total, active.count])
     counts, *gradients = collectives.sum([more, *local])
     gradients = gradients_lib.unscale_gradients(self.optimizer, gradients)
     num_bad, *active_of_all = tf.unstack(counts)
     entries = getattr(loss, "added", None)
-    return value, num_bad, Update(gradients, entries, Ratio(*active_of_all))
+    return value, num_bad, Update(gradients, entries, WeightedMean(*active_of_all))
 
   def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
     """The loss, with the bank's candidates if there is one."""
-    if self.memory_bank is None:
+    if self.cross_batch_memory is None:
       return self.loss
-    return RemindedLoss(
+    return CrossBatchMemoryLoss(
       self.loss,
-      self.memory_bank,
+      self.cross_batch_memory,
       record_numbers=batch.record_numbers,
       step=tf.cast(self.optimizer.iterations, tf.int32),
       collectives=collectives,
@@ -292,7 +300,7 @@ class TrainStep:
     embeddings: tf.Tensor,
     batch: Batch,
     collectives: Collectives,
-  ) -> Share:
+  ) -> ReplicaLoss:
     """This replica's share of the loss, with the statistics of its mining."""
     anchors = Anchors(embeddings, batch.labels, batch.weights)
     observed: LossFn = loss
@@ -348,9 +356,9 @@ class TrainStep:
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
 
-  def _with_loss(self, share: Share, num_replicas: int) -> Mapping[str, Any]:
+  def _with_loss(self, share: ReplicaLoss, num_replicas: int) -> Mapping[str, Any]:
     # Losses add up over replicas, so each replica counts as its part of one step.
-    loss = Ratio(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
+    loss = WeightedMean(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
     return {"train/loss": loss, **share.statistics}
 
 

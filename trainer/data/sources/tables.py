@@ -234,7 +234,7 @@ def _checked_entries(
 class TfRecordSource(Source):
   """Records of TFRecords, to be written anew: with other names, or resized.
 
-  To use TFRecords as they are, see `RecordsInPlace`.
+  To use TFRecords as they are, see `ExistingTFRecords`.
 
   Args:
     pattern: the files.

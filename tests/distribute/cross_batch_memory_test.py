@@ -15,7 +15,11 @@ from trainer.config import run_config
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
-from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
+from trainer.losses.cross_batch_memory import (
+  CrossBatchMemory,
+  CrossBatchMemoryLoss,
+  Entries,
+)
 from trainer.losses.distances import euclidean
 from trainer.losses.jitter import JitteredLoss
 from trainer.losses.loss_terms import Anchors, Candidates
@@ -31,7 +35,7 @@ _NUM_STEPS, _NUM_RECORDS, _NUM_DIMENSIONS = 4, 14, 5
 
 
 def _bank(size=_SIZE, warm_up_steps=_WARM_UP):
-  bank = MemoryBank(size=size, warm_up_steps=warm_up_steps)
+  bank = CrossBatchMemory(size=size, warm_up_steps=warm_up_steps)
   bank.create_variables(_NUM_DIMENSIONS)
   return bank
 
@@ -56,7 +60,7 @@ def _steps():
 
 def _reminded(loss, bank, step, embeddings, labels, numbers, is_real):
   """What a loss returns with the bank, its gradient, and what the bank then gets."""
-  reminded = RemindedLoss(
+  reminded = CrossBatchMemoryLoss(
     loss,
     bank,
     record_numbers=tf.constant(numbers),
@@ -185,15 +189,15 @@ _PARITY = [
 ]
 
 
-def _step_maker(objective, memory_bank, **options):
+def _step_maker(objective, cross_batch_memory, **options):
   def make_step():
-    bank = MemoryBank(size=40, warm_up_steps=1) if memory_bank else None
+    bank = CrossBatchMemory(size=40, warm_up_steps=1) if cross_batch_memory else None
     return _maker(
       LOSSES["InfoNCELoss-learned"],
       objective,
       "sgd",
       mining_statistics=None,
-      memory_bank=bank,
+      cross_batch_memory=bank,
       **options,
     )()
 
@@ -238,7 +242,7 @@ def test_replicas_have_the_same_bank_in_the_order_of_the_global_batch(mirrored):
     return made[-1]
 
   parity.trained(strategy, make_step, batches)
-  bank = made[0].memory_bank
+  bank = made[0].cross_batch_memory
   newest_first = np.concatenate([each.record_numbers for each in batches[::-1]])[:40]
   for value in strategy.experimental_local_results(bank.contents["record_numbers"]):
     np.testing.assert_array_equal(value, newest_first)
@@ -252,7 +256,7 @@ def _checkpoints(step, folder):
     encoder=step.encoder,
     loss=step.loss,
     optimizer=step.optimizer,
-    memory_bank=step.memory_bank,
+    cross_batch_memory=step.cross_batch_memory,
   )
   return checkpoints
 
@@ -271,8 +275,8 @@ def test_a_bank_of_two_replicas_goes_on_on_one(mirrored, tmp_path):
     saved.wait()
   restored = make_step()
   assert _checkpoints(restored, tmp_path).restore() == 2
-  for field, value in restored.memory_bank.contents.items():
-    np.testing.assert_array_equal(value, made[0].memory_bank.contents[field])
+  for field, value in restored.cross_batch_memory.contents.items():
+    np.testing.assert_array_equal(value, made[0].cross_batch_memory.contents[field])
 
 
 @pytest.mark.parametrize(
@@ -288,9 +292,9 @@ def test_a_checkpoint_with_another_bank_says_what_differs(
 ):
   def checkpoints(size):
     step = _step_maker("gathered", False)()
-    step.memory_bank = size and _bank(size)
+    step.cross_batch_memory = size and _bank(size)
     if size:
-      step.memory_bank.create_variables(6)
+      step.cross_batch_memory.create_variables(6)
     return _checkpoints(step, tmp_path)
 
   first = checkpoints(saved)
@@ -304,7 +308,7 @@ def test_the_run_file_with_a_bank_trains():
   small = [
     "BANK_SIZE = 9",
     "ConvNet.filters = (2,)",
-    "PKSchedule.classes_per_batch = 2",
+    "PKSampler.classes_per_batch = 2",
     "TrainStep.mining_statistics = None",
   ]
   run_config.load([_RUN_FILE], small, needed=("train",))
@@ -324,12 +328,12 @@ def test_the_run_file_with_a_bank_trains():
 def test_numbers_that_make_no_bank_are_refused(numbers):
   size, warm_up_steps = numbers
   with pytest.raises(UserError, match="must be at least"):
-    MemoryBank(size=size, warm_up_steps=warm_up_steps)
+    CrossBatchMemory(size=size, warm_up_steps=warm_up_steps)
 
 
 def test_an_objective_that_says_what_is_positive_is_refused():
   embeddings, labels, numbers, is_real = next(_steps())
-  reminded = RemindedLoss(
+  reminded = CrossBatchMemoryLoss(
     ROWS[0].make(),
     _bank(),
     record_numbers=tf.constant(numbers),

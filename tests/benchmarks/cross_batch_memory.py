@@ -1,6 +1,6 @@
 """What a memory bank costs, against the products with its entries alone.
 
-  python -m tests.benchmarks.memory_bank [--only=NAME,...] [--num_rounds=N]
+  python -m tests.benchmarks.cross_batch_memory [--only=NAME,...] [--num_rounds=N]
 
 256 anchors, D = 128, a bank of 65,536 in 16,384 classes, on the CPU: the time of a loss
 and its gradient with the bank, less the same without, over the time of the two products
@@ -23,17 +23,21 @@ import tensorflow as tf
 
 from trainer import losses
 from trainer.distribute.collectives import OneReplica
-from trainer.losses.cross_batch_memory import Entries, MemoryBank, RemindedLoss
+from trainer.losses.cross_batch_memory import (
+  CrossBatchMemory,
+  CrossBatchMemoryLoss,
+  Entries,
+)
 from trainer.losses.distances import cosine_similarity
 from trainer.losses.loss_terms import Anchors, Candidates
-from trainer.losses.tiled_loss import AnchorTerms, AnchorwiseLoss
+from trainer.losses.tiled_loss import AnchorTerms, TiledPairLoss
 
 _BATCH, _BANK, _NUM_DIMENSIONS = 256, 65_536, 128
 _NUM_CLASSES, _SAMPLES_PER_CLASS = 16_384, 4
 _GOAL = 1.5
 
 
-class _SumAlone(AnchorwiseLoss):
+class _SumAlone(TiledPairLoss):
   """No loss, but the least that one can cost: a sum of each anchor's similarities."""
 
   def __init__(self):
@@ -86,7 +90,7 @@ def _step(loss, bank):
   @tf.function
   def run():
     # Of records that are in the bank too, so that copies are found.
-    reminded = bank and RemindedLoss(
+    reminded = bank and CrossBatchMemoryLoss(
       loss,
       bank,
       record_numbers=tf.range(_BATCH),
@@ -108,7 +112,7 @@ def _step(loss, bank):
 
 
 def _full_bank():
-  bank = MemoryBank(size=_BANK, warm_up_steps=0)
+  bank = CrossBatchMemory(size=_BANK, warm_up_steps=0)
   bank.create_variables(_NUM_DIMENSIONS)
   rng = np.random.default_rng(0)
   labels = tf.constant(rng.integers(0, _NUM_CLASSES, _BANK), tf.int32)
