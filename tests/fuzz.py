@@ -133,8 +133,8 @@ def _use(folder):
   for class_id in range(min(index.num_classes, 9)):
     assert set(index.read(index.members(class_id))) <= set(_RECORDS)
   assert set(index.read(np.arange(min(index.num_records, 99)))) <= set(_RECORDS)
-  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
-  assert set(index.read(schedule.batch(0).ravel())) <= set(_RECORDS)
+  sampler = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  assert set(index.read(sampler.batch(0).ravel())) <= set(_RECORDS)
 
 
 class _Index:

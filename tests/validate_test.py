@@ -37,7 +37,7 @@ def _run(folder):
   return Run(str(folder / "run"), None, Hardware("cpu", 1, None), False)
 
 
-def _schedule(index, classes):
+def _sampler(index, classes):
   return PKSampler(
     index, classes_per_batch=2, samples_per_class=3, seed=0, classes=classes
   )
@@ -46,7 +46,7 @@ def _schedule(index, classes):
 def test_good_data_are_reported(tmp_path, caplog):
   caplog.set_level("INFO")
   report = validate(
-    _run(tmp_path), dataset=_dataset(tmp_path / "data"), sampler_fn=_schedule
+    _run(tmp_path), dataset=_dataset(tmp_path / "data"), sampler_fn=_sampler
   )
   written = json.loads((tmp_path / "run" / "validation.json").read_text())
   assert written == json.loads(json.dumps(report))
@@ -92,7 +92,7 @@ def test_classes_smaller_than_a_batch_takes_are_an_error_if_strict(tmp_path):
   with pytest.raises(
     UserError, match=r"1 classes have fewer than 3 .*: b ü \(2\)\. Add"
   ):
-    validate(_run(tmp_path), dataset=dataset, sampler_fn=_schedule)
+    validate(_run(tmp_path), dataset=dataset, sampler_fn=_sampler)
   report = json.loads((tmp_path / "run" / "validation.json").read_text())
   assert report["small_classes"]["sizes"] == {"b ü": 2}
 
@@ -141,10 +141,10 @@ def test_draws_are_counted():
   sizes = [2, 5, 9, 4]
   table = members_from_labels(np.repeat(np.arange(4), sizes).astype(np.int32), 4)
   classes = np.array([0, 1, 2], np.int32)
-  schedule = PKSampler(
+  sampler = PKSampler(
     table, classes_per_batch=2, samples_per_class=4, seed=0, classes=classes
   )
-  drawn = statistics.draw_statistics(schedule, table, classes, 3)
+  drawn = statistics.draw_statistics(sampler, table, classes, 3)
   assert (drawn.num_draws, drawn.num_classes, drawn.num_records) == (24, 3, 16)
   assert drawn.class_epochs == 2.0
   assert drawn.most_draws_of_a_class == 2
@@ -157,7 +157,7 @@ def test_draws_are_counted():
 
 def test_classes_that_never_come_are_counted():
   table = members_from_labels(np.repeat(np.arange(9), 3).astype(np.int32), 9)
-  schedule = PKSampler(table, classes_per_batch=2, samples_per_class=2, seed=0)
-  drawn = statistics.draw_statistics(schedule, table, np.arange(9), 2)
+  sampler = PKSampler(table, classes_per_batch=2, samples_per_class=2, seed=0)
+  drawn = statistics.draw_statistics(sampler, table, np.arange(9), 2)
   assert drawn.num_classes_never_drawn == 5
   assert "5 never come" in drawn.lines()[1]

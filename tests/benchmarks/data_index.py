@@ -41,7 +41,7 @@ import trainer, tensorflow as tf
 from trainer.data.decode import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.schedule import PKSampler
+from trainer.data.sampler import PKSampler
 
 class Length:
   shape = ()
@@ -50,8 +50,8 @@ class Length:
 
 start_s = time.time()
 index = RecordIndex.open(sys.argv[1])
-schedule = PKSampler(index, classes_per_batch=128, samples_per_class=4, seed=0)
-batches = Batches(index, schedule, Length()).dataset(Shard(0, 1, 1))
+sampler = PKSampler(index, classes_per_batch=128, samples_per_class=4, seed=0)
+batches = Batches(index, sampler, Length()).dataset(Shard(0, 1, 1))
 next(iter(batches))
 print(time.time() - start_s, start_s - process_s)
 """

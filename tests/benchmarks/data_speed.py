@@ -1,6 +1,6 @@
-"""Schedule, random reads and decoding, as ratios measured in one run.
+"""Sampler, random reads and decoding, as ratios measured in one run.
 
-  python -m tests.benchmarks.data_speed [--part=schedule|reads|jpeg|memory]
+  python -m tests.benchmarks.data_speed [--part=sampler|reads|jpeg|memory]
 
 Each part prints its goal. Files are in the page cache, on both sides of a ratio.
 """
@@ -52,23 +52,23 @@ def _mapped_table(folder, num_classes, num_records):
   return MemberTable(*(np.load(folder / f"{n}.npy", mmap_mode="r") for n in names))
 
 
-def _schedule():
+def _sampler():
   for num_classes, goal_ms in ((1_000_000, 0.3), (10_000_000, 0.6)):
     with tempfile.TemporaryDirectory() as name:
       table = _mapped_table(pathlib.Path(name), num_classes, 37_000_000)
       # Mapped files count as shared memory, what is held above them does not.
       before = _megabytes("RssAnon")
-      schedule = PKSampler(table, classes_per_batch=512, samples_per_class=4, seed=0)
+      sampler = PKSampler(table, classes_per_batch=512, samples_per_class=4, seed=0)
       times_ms, cpu_ms = [], []
       # Late steps, which are epochs of members further: more is to be computed.
       for first in range(100_000, 100_000 + 60 * 8, 8):
         start, cpu_start = time.perf_counter(), time.thread_time()
-        schedule.batches(np.arange(first, first + 8))
+        sampler.batches(np.arange(first, first + 8))
         times_ms.append((time.perf_counter() - start) / 8 * 1e3)
         cpu_ms.append((time.thread_time() - cpu_start) / 8 * 1e3)
       held = _megabytes("RssAnon") - before
       print(
-        f"schedule, {num_classes:,} classes, {len(table.records):,} records, 512 x 4: "
+        f"sampler, {num_classes:,} classes, {len(table.records):,} records, 512 x 4: "
         f"{statistics.median(times_ms):.3f} ms a batch, "
         f"{statistics.median(cpu_ms):.3f} ms of the processor "
         f"(goal: at most {goal_ms}); "
@@ -134,8 +134,8 @@ def _reads():
     folder = pathlib.Path(name)
     _write_shard(folder, _blobs(num_records, 2048))
     index = _index(folder)
-    schedule = PKSampler(index, classes_per_batch=128, samples_per_class=4, seed=0)
-    numbers = schedule.batches(np.arange(num_records // 512)).reshape(-1, 512)
+    sampler = PKSampler(index, classes_per_batch=128, samples_per_class=4, seed=0)
+    numbers = sampler.batches(np.arange(num_records // 512)).reshape(-1, 512)
 
     def at_random():
       for some in numbers:
@@ -159,7 +159,7 @@ def _reads():
       lambda: _drain(batched),
       taken,
     )
-    at_random_in_graph = Batches(index, schedule, _Length()).dataset(
+    at_random_in_graph = Batches(index, sampler, _Length()).dataset(
       Shard(0, 1, 1), num_steps=len(numbers)
     )
     in_order_in_graph = batched.map(_Length(), tf.data.AUTOTUNE).prefetch(2)
@@ -189,8 +189,8 @@ def _jpeg():
     items = [Item(str(n), str(n % 128), files[n % 64]) for n in range(num_records)]
     ingestion.write_records(items, name, records_per_shard=num_records, fingerprint={})
     index = RecordIndex.open(name)
-    schedule = PKSampler(index, classes_per_batch=16, samples_per_class=4, seed=0)
-    batches = Batches(index, schedule, decoder)
+    sampler = PKSampler(index, classes_per_batch=16, samples_per_class=4, seed=0)
+    batches = Batches(index, sampler, decoder)
     num_steps = num_records // batch
     at_random = batches.dataset(Shard(0, 1, 1), num_steps=num_steps)
     in_order = (
@@ -213,8 +213,8 @@ def _memory():
     folder = pathlib.Path(name)
     _write_shard(folder, _blobs(20_000, 512))
     index = _index(folder)
-    schedule = PKSampler(index, classes_per_batch=32, samples_per_class=4, seed=0)
-    batches = Batches(index, schedule, _Length())
+    sampler = PKSampler(index, classes_per_batch=32, samples_per_class=4, seed=0)
+    batches = Batches(index, sampler, _Length())
     sizes = []
     dataset = batches.dataset(Shard(0, 1, 1), num_steps=12_000)
     for step, _ in enumerate(dataset):
@@ -236,7 +236,7 @@ class _Length:
     return tf.cast(tf.strings.length(serialized), tf.float32)
 
 
-_PARTS = {"schedule": _schedule, "reads": _reads, "jpeg": _jpeg, "memory": _memory}
+_PARTS = {"sampler": _sampler, "reads": _reads, "jpeg": _jpeg, "memory": _memory}
 
 
 def main():

@@ -55,9 +55,9 @@ LoopOptions.steps_per_loop = 25
 LoopOptions.checkpoint_every_steps = 10_000_000
 """
 _BATCHES = {
-  "glyphs": "PKSampler.classes_per_batch = 32\nPKSchedule.samples_per_class = 4\n",
+  "glyphs": "PKSampler.classes_per_batch = 32\nPKSampler.samples_per_class = 4\n",
   "fashion_mnist": (
-    "PKSampler.classes_per_batch = 6\nPKSchedule.samples_per_class = 20\n"
+    "PKSampler.classes_per_batch = 6\nPKSampler.samples_per_class = 20\n"
   ),
 }
 _RECORDS_PER_CLASS = {"glyphs": 4, "fashion_mnist": 2_000}

@@ -1,6 +1,6 @@
 """What the trainer adds to a step: python -m tests.benchmarks.step [--image_size=8]
 
-The inner loop, with schedule, reading, decoding and statistics, against the same
+The inner loop, with sampler, reading, decoding and statistics, against the same
 replica step called bare, again and again on one batch, in a loop of the same kind.
 """
 
@@ -70,10 +70,10 @@ def _loops(strategy, index):
   )
   decoder = ImageDecoder(height=_IMAGE_SIZE.value, width=_IMAGE_SIZE.value, channels=1)
   step.create_variables(decoder.shape)
-  schedule = PKSampler(index, classes_per_batch=8, samples_per_class=16, seed=0)
+  sampler = PKSampler(index, classes_per_batch=8, samples_per_class=16, seed=0)
   num_replicas = strategy.num_replicas_in_sync
   shard = Shard(0, num_replicas, num_replicas)
-  dataset = Batches(index, schedule, decoder).dataset(shard)
+  dataset = Batches(index, sampler, decoder).dataset(shard)
   batches = ReplicaBatches(strategy, dataset)
   one_batch = next(batches.iterator)
 

@@ -211,10 +211,10 @@ def index(tmp_path_factory):
 
 
 def _inputs(index, shard, first_step=0):
-  schedule = PKSampler(index, classes_per_batch=4, samples_per_class=2, seed=0)
+  sampler = PKSampler(index, classes_per_batch=4, samples_per_class=2, seed=0)
   batches = Batches(
     index,
-    schedule,
+    sampler,
     ImageDecoder(height=8, width=8, channels=1),
     augmentation=Augmentation(changes=_IN_PIPELINE, seed=3),
   )

@@ -56,17 +56,17 @@ def _numbers(folder, bad_records):
     decoder=_DECODER,
     bad_records=bad_records,
   )
-  schedule = PKSampler(
+  sampler = PKSampler(
     dataset.index,
     classes_per_batch=2,
     samples_per_class=5,
     seed=0,
     classes=dataset.train_classes,
   )
-  batches = dataset.training_batches(schedule)
+  batches = dataset.training_batches(sampler)
   with batches.naming_bad_records(0, 4):
     got = list(batches.dataset(Shard(0, 1, 1), num_steps=4))
-  drawn = [schedule.batch(step).ravel() for step in range(4)]
+  drawn = [sampler.batch(step).ravel() for step in range(4)]
   numbers = [np.round(b.inputs[:, 0, 0, 0].numpy() * 255 / 8).astype(int) for b in got]
   for batch, of_inputs in zip(got, numbers):
     np.testing.assert_array_equal(batch.record_numbers, of_inputs)
@@ -139,9 +139,9 @@ def test_a_decoder_of_tensors_still_takes_many_at_once():
 
 def test_records_that_are_replaced_are_not_blamed_for_other_failures(folder):
   index = RecordIndex.open(str(folder))
-  schedule = PKSampler(index, classes_per_batch=3, samples_per_class=10, seed=0)
+  sampler = PKSampler(index, classes_per_batch=3, samples_per_class=10, seed=0)
   batches = Batches(
-    index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
+    index, sampler, _DECODER, replacements=Replacements(index, _DECODER)
   )
   expected = pytest.raises(tf.errors.InvalidArgumentError, match="loss is no number")
   with expected, batches.naming_bad_records(0, 0):
@@ -155,9 +155,9 @@ def test_a_class_without_any_good_record_is_named_from_within_the_pipeline(tmp_p
   items[1::2] = [Item(str(n), "b", features={"x": 1}) for n in range(3)]
   ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   index = RecordIndex.open(str(tmp_path))
-  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  sampler = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   batches = Batches(
-    index, schedule, _DECODER, replacements=Replacements(index, _DECODER)
+    index, sampler, _DECODER, replacements=Replacements(index, _DECODER)
   )
   expected = pytest.raises(UserError, match="Class 'b' has no record that can be read")
   with expected, batches.naming_bad_records(0, 0):

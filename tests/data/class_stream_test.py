@@ -56,11 +56,11 @@ def test_steps_drawn_together_are_those_drawn_alone(stream):
 def test_with_power_one_an_epoch_has_every_record_once():
   sizes = [4, 8, 16, 2, 40, 12]
   table = members_from_labels(np.repeat(np.arange(6), sizes).astype(np.int32), 6)
-  schedule = PKSampler(
+  sampler = PKSampler(
     table, classes_per_batch=1, samples_per_class=2, seed=0, weights=SizeWeights()
   )
   num_steps = sum(sizes) // 2
-  records = schedule.batches(np.arange(num_steps)).ravel()
+  records = sampler.batches(np.arange(num_steps)).ravel()
   assert sorted(records.tolist()) == list(range(sum(sizes)))
 
 

@@ -1,4 +1,4 @@
-"""Schedules made of others: every batch has the rows that it should."""
+"""Samplers made of others: every batch has the rows that it should."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Index:
     self.class_names = class_names or [f"class {n}" for n in range(len(sizes))]
 
 
-def _schedule_fn(classes_per_batch=None, **options):
+def _sampler_fn(classes_per_batch=None, **options):
   if classes_per_batch is not None:
     options["classes_per_batch"] = classes_per_batch
   return functools.partial(PKSampler, samples_per_class=3, seed=1, **options)
@@ -36,7 +36,7 @@ def _schedule_fn(classes_per_batch=None, **options):
 def _hard(index, **options):
   return with_hard_classes(
     index,
-    sampler_fn=_schedule_fn(),
+    sampler_fn=_sampler_fn(),
     hard_classes=["class 1", "class 5", "class 7"],
     num_hard=2,
     num_others=4,
@@ -46,9 +46,9 @@ def _hard(index, **options):
 
 def test_some_rows_are_of_hard_classes():
   index = _Index([4] * 20)
-  schedule = _hard(index)
-  assert schedule.shape == (6, 3)
-  for batch in schedule.batches(np.arange(50)):
+  sampler = _hard(index)
+  assert sampler.shape == (6, 3)
+  for batch in sampler.batches(np.arange(50)):
     classes = index.labels[batch]
     assert (classes == classes[:, :1]).all()
     assert len(set(classes[:, 0])) == 6
@@ -57,8 +57,8 @@ def test_some_rows_are_of_hard_classes():
 
 def test_hard_classes_of_the_other_side_are_passed_over():
   index = _Index([4] * 20)
-  schedule = _hard(index, classes=np.array([0, 1, 2, 3, 4, 5, 6], np.int32))
-  drawn = index.labels[schedule.batches(np.arange(50))]
+  sampler = _hard(index, classes=np.array([0, 1, 2, 3, 4, 5, 6], np.int32))
+  drawn = index.labels[sampler.batches(np.arange(50))]
   assert set(drawn.ravel()) == {0, 1, 2, 3, 4, 5, 6}
 
 
@@ -68,7 +68,7 @@ def test_too_few_hard_classes_are_refused():
 
 
 def test_a_hard_class_that_the_data_have_not_is_named():
-  options = {"sampler_fn": _schedule_fn, "num_hard": 1, "num_others": 1}
+  options = {"sampler_fn": _sampler_fn, "num_hard": 1, "num_others": 1}
   with pytest.raises(
     UserError, match="hard_classes names clas 1, and the data have no"
   ):
@@ -85,16 +85,16 @@ def test_a_group_pattern_that_is_none_is_refused(pattern, message):
 
 def _lone(index, num_lone_rows):
   return with_lone_images(
-    index, sampler_fn=_schedule_fn(2), num_lone_rows=num_lone_rows, seed=0
+    index, sampler_fn=_sampler_fn(2), num_lone_rows=num_lone_rows, seed=0
   )
 
 
 def test_lone_images_fill_rows_of_their_own():
   index = _Index([1, 5, 1, 4, 1, 3, 1, 1, 6, 1, 1])
-  schedule = _lone(index, 2)
-  assert schedule.shape == (4, 3)
+  sampler = _lone(index, 2)
+  assert sampler.shape == (4, 3)
   sizes = np.bincount(index.labels)
-  drawn = index.labels[schedule.batches(np.arange(40))]
+  drawn = index.labels[sampler.batches(np.arange(40))]
   assert (sizes[drawn[:, :2]] > 1).all()
   assert (sizes[drawn[:, 2:]] == 1).all()
   assert all(len(set(batch[2:].ravel())) == 6 for batch in drawn)
@@ -114,7 +114,7 @@ _NAMES = [
 
 
 def _grouped(index, **options):
-  return GroupedSampler(index, sampler_fn=_schedule_fn(3), seed=0, **options)
+  return GroupedSampler(index, sampler_fn=_sampler_fn(3), seed=0, **options)
 
 
 def test_a_batch_is_of_one_group_and_groups_come_by_their_size():
@@ -137,10 +137,10 @@ def test_steps_drawn_together_are_those_drawn_alone(make):
   index = _Index([4] * 18 + [1] * 3, [*_NAMES, "a/x", "a/y", "a/z"])
   if make is _hard:
     index.class_names = [f"class {n}" for n in range(21)]
-  schedule = make(index)
-  together = schedule.batches(np.arange(7, 30))
+  sampler = make(index)
+  together = sampler.batches(np.arange(7, 30))
   for row, step in enumerate(range(7, 30)):
-    np.testing.assert_array_equal(schedule.batch(step), together[row])
+    np.testing.assert_array_equal(sampler.batch(step), together[row])
 
 
 @pytest.mark.parametrize(

@@ -118,14 +118,14 @@ def _batches(folder, bad_records):
     decoder=ImageDecoder(height=4, width=4, channels=1),
     bad_records=bad_records,
   )
-  schedule = PKSampler(
+  sampler = PKSampler(
     dataset.index,
     classes_per_batch=2,
     samples_per_class=4,
     seed=0,
     classes=dataset.train_classes,
   )
-  batches = dataset.training_batches(schedule)
+  batches = dataset.training_batches(sampler)
   with batches.naming_bad_records(0, 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=1))
 

@@ -316,9 +316,9 @@ def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
   monkeypatch.setattr(indexing, "_BATCH_BYTES", 100)
   monkeypatch.setattr(tfrecord, "_CHUNK_BYTES", 50)
   sizes = []
-  true_numbers_of = indexing.Labels.numbers_of
+  true_numbers_of = indexing.LabelMapping.numbers_of
   monkeypatch.setattr(
-    indexing.Labels,
+    indexing.LabelMapping,
     "numbers_of",
     lambda self, names: sizes.append(len(names)) or true_numbers_of(self, names),
   )

@@ -1,4 +1,4 @@
-"""The pipeline: batches are what the schedule says, whole on every replica."""
+"""The pipeline: batches are what the sampler says, whole on every replica."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def index(tmp_path_factory):
   return RecordIndex.open(folder)
 
 
-def _schedule(index):
+def _sampler(index):
   return PKSampler(index, classes_per_batch=4, samples_per_class=3, seed=0)
 
 
@@ -48,11 +48,11 @@ def _numbers(batch):
   return np.round(batch.inputs[:, 0, 0, 0] * 51).astype(int)
 
 
-def test_batches_are_those_of_the_schedule(index):
-  schedule = _schedule(index)
-  dataset = Batches(index, schedule, _DECODER).dataset(Shard(0, 1, 1), first_step=3)
+def test_batches_are_those_of_the_sampler(index):
+  sampler = _sampler(index)
+  dataset = Batches(index, sampler, _DECODER).dataset(Shard(0, 1, 1), first_step=3)
   for step, batch in enumerate(_take(dataset, 5), start=3):
-    numbers = schedule.batch(step).ravel()
+    numbers = sampler.batch(step).ravel()
     np.testing.assert_array_equal(_numbers(batch), numbers)
     np.testing.assert_array_equal(batch.labels, index.labels[numbers])
     np.testing.assert_array_equal(batch.weights, np.ones(12))
@@ -63,26 +63,26 @@ def test_batches_are_those_of_the_schedule(index):
 def test_replicas_together_have_the_global_batch_and_share_no_class(
   index, num_replicas
 ):
-  schedule = _schedule(index)
+  sampler = _sampler(index)
   shard = Shard(0, num_replicas, num_replicas)
-  batches = _take(Batches(index, schedule, _DECODER).dataset(shard), num_replicas)
+  batches = _take(Batches(index, sampler, _DECODER).dataset(shard), num_replicas)
   np.testing.assert_array_equal(
-    np.concatenate([_numbers(batch) for batch in batches]), schedule.batch(0).ravel()
+    np.concatenate([_numbers(batch) for batch in batches]), sampler.batch(0).ravel()
   )
   classes = [set(batch.labels) for batch in batches]
   assert sum(map(len, classes)) == len(set.union(*classes)) == 4
 
 
 def test_a_worker_reads_only_its_own_part(index):
-  schedule = _schedule(index)
-  dataset = Batches(index, schedule, _DECODER).dataset(Shard(2, 1, 4))
+  sampler = _sampler(index)
+  dataset = Batches(index, sampler, _DECODER).dataset(Shard(2, 1, 4))
   for step, batch in enumerate(_take(dataset, 3)):
-    np.testing.assert_array_equal(_numbers(batch), schedule.batch(step)[2])
+    np.testing.assert_array_equal(_numbers(batch), sampler.batch(step)[2])
 
 
 def test_padding_rows_have_weight_zero_and_no_class(index):
-  schedule = SequentialSampler(np.arange(5), records_per_batch=4)
-  batches = Batches(index, schedule, _DECODER)
+  sampler = SequentialSampler(np.arange(5), records_per_batch=4)
+  batches = Batches(index, sampler, _DECODER)
   [_, last] = _take(batches.dataset(Shard(0, 1, 1), num_steps=2), 9)
   assert last.weights.tolist() == [1, 0, 0, 0]
   assert last.labels.tolist() == [4, -1, -1, -1]
@@ -90,7 +90,7 @@ def test_padding_rows_have_weight_zero_and_no_class(index):
 
 
 def test_shapes_are_static(index):
-  dataset = Batches(index, _schedule(index), _DECODER).dataset(Shard(0, 2, 2))
+  dataset = Batches(index, _sampler(index), _DECODER).dataset(Shard(0, 2, 2))
   assert dataset.element_spec.inputs.shape == (6, 4, 3, 1)
   assert dataset.element_spec.labels.shape == (6,)
 
@@ -117,8 +117,8 @@ def _example(image):
 
 
 def test_a_record_that_does_not_decode_is_named(index):
-  schedule = _schedule(index)
-  batches = Batches(index, schedule, VectorDecoder(size=2))  # The records are images.
+  sampler = _sampler(index)
+  batches = Batches(index, sampler, VectorDecoder(size=2))  # The records are images.
   expected = pytest.raises(
     UserError, match=r"records-0000\d\.tfrecord: record \d.* decoded"
   )
@@ -144,10 +144,10 @@ def test_sizes_that_are_not_possible_are_refused(make):
 )
 def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, expected):
   index = copy.copy(index)  # Endless pipelines of other tests may still read that one.
-  schedule = SequentialSampler(np.array([8, 9]), records_per_batch=8)
+  sampler = SequentialSampler(np.array([8, 9]), records_per_batch=8)
   read, true_read = [], index.read
   index.read = lambda n: read.append(n.tolist()) or true_read(n)
-  dataset = Batches(index, schedule, _DECODER).dataset(
+  dataset = Batches(index, sampler, _DECODER).dataset(
     Shard(first_replica, 1, 2), num_steps=1
   )
   [batch] = _take(dataset, 1)
@@ -157,6 +157,6 @@ def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, exp
 
 @pytest.mark.parametrize("error", [tf.errors.UnavailableError, tf.errors.AbortedError])
 def test_failures_that_no_record_causes_pass(index, error):
-  batches = Batches(index, _schedule(index), VectorDecoder(size=2))
+  batches = Batches(index, _sampler(index), VectorDecoder(size=2))
   with pytest.raises(error), batches.naming_bad_records(0, 0):
     raise error(None, None, "a worker is gone")

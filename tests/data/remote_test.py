@@ -162,13 +162,13 @@ def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, ca
   assert [item.label for item in items] == ["a", "b", "b/x"]
 
 
-def test_batches_are_those_of_the_schedule(elsewhere):
+def test_batches_are_those_of_the_sampler(elsewhere):
   index = _ingested(elsewhere)
-  schedule = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
+  sampler = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   decoder = ImageDecoder(height=6, width=6, channels=1)
-  dataset = Batches(index, schedule, decoder).dataset(Shard(0, 1, 1), num_steps=3)
+  dataset = Batches(index, sampler, decoder).dataset(Shard(0, 1, 1), num_steps=3)
   for step, batch in enumerate(dataset):
-    expected = [_image(number) / 255 for number in schedule.batch(step).ravel()]
+    expected = [_image(number) / 255 for number in sampler.batch(step).ravel()]
     np.testing.assert_allclose(batch.inputs[..., 0], expected, atol=1e-6)
 
 

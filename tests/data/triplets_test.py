@@ -30,7 +30,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def make(index, tmp_path):
-  """Makes the schedule of a list that is given as text or as an array."""
+  """Makes the sampler of a list that is given as text or as an array."""
 
   def make(content, name="list.csv", **options):
     path = tmp_path / name
@@ -63,10 +63,10 @@ def test_each_triplet_comes_once_an_epoch(make, name):
   listed = _listed()
   delimiter = "\t" if name.endswith("tsv") else ","
   content = listed if name.endswith("npy") else _table(listed, delimiter)
-  schedule = make(content, name)
-  assert schedule.shape == (2, 3)
+  sampler = make(content, name)
+  assert sampler.shape == (2, 3)
   for epoch in range(3):
-    drawn = schedule.batches(5 * epoch + np.arange(5)).reshape(-1, 3)
+    drawn = sampler.batches(5 * epoch + np.arange(5)).reshape(-1, 3)
     np.testing.assert_array_equal(sorted(drawn.tolist()), listed)
 
 
@@ -79,16 +79,16 @@ def test_a_batch_is_a_function_of_seed_and_step(make):
 
 
 def test_a_list_shorter_than_a_batch_is_repeated(make):
-  schedule = make(_listed(3), "a.npy", triplets_per_batch=8)
-  counts = np.bincount(schedule.batch(0)[:, 0])
+  sampler = make(_listed(3), "a.npy", triplets_per_batch=8)
+  counts = np.bincount(sampler.batch(0)[:, 0])
   assert sorted(counts) == [2, 3, 3]
 
 
 def test_triplets_of_classes_that_are_not_trained_on_never_come(make, index):
-  schedule = make(_listed(), "a.npy", classes=np.array([0, 1, 2], np.int32))
-  drawn = schedule.batches(np.arange(30))
+  sampler = make(_listed(), "a.npy", classes=np.array([0, 1, 2], np.int32))
+  drawn = sampler.batches(np.arange(30))
   assert (index.labels[drawn] < 3).all()
-  assert schedule.num_triplets == 4  # Anchors of the classes 0 and 1, twice each.
+  assert sampler.num_triplets == 4  # Anchors of the classes 0 and 1, twice each.
 
 
 _BAD = {

@@ -25,11 +25,11 @@ def _key_drawn(runs: Runs) -> str:
   classes = np.array(
     [i for i, name in enumerate(names) if name not in "6789"], np.int32
   )
-  schedule = PKSampler(
+  sampler = PKSampler(
     index, classes_per_batch=4, samples_per_class=4, seed=1, classes=classes
   )
-  number = int(schedule.batch(_BAD_STEP)[0, 0])
-  assert all(number not in schedule.batch(step) for step in range(_BAD_STEP))
+  number = int(sampler.batch(_BAD_STEP)[0, 0])
+  assert all(number not in sampler.batch(step) for step in range(_BAD_STEP))
   [record] = index.read([number])
   return tfrecord.feature_values(record, "record")["key"][0].decode()
 

@@ -21,7 +21,7 @@ _SIZES = (
 @pytest.mark.parametrize(
   ("name", "params"), [("groups", _SIZES), ("neighbouring_classes", ())]
 )
-def test_a_fragment_of_mining_makes_a_miner_and_a_schedule(name, params):
+def test_a_fragment_of_mining_makes_a_miner_and_a_sampler(name, params):
   files = [_CONFIGS / "runs" / "digits.gin", _CONFIGS / "mining" / f"{name}.gin"]
   loaded = run_config.load(
     [str(file) for file in files], ["MINING_STEPS = 100", *params], needed=("train",)

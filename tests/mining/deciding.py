@@ -1,4 +1,4 @@
-"""What decides on rounds of known schedules, for tests of it."""
+"""What decides on rounds of known samplers, for tests of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.mining.rounds import Rounds
 
 
 class Constant:
-  """A schedule that draws one number, so that it is known again."""
+  """A sampler that draws one number, so that it is known again."""
 
   def __init__(self, number, shape=(3, 4)):
     self._number = number
@@ -74,7 +74,7 @@ def write_rounds(folder, *steps):
 
 
 def drawn(rounds, *steps):
-  return rounds.schedule.batches(np.array(steps))[:, 0, 0].tolist()
+  return rounds.sampler.batches(np.array(steps))[:, 0, 0].tolist()
 
 
 def harm(folder, step):

@@ -32,7 +32,7 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
   assert drawn(rounds, 0, 9, 10, 19) == [-7, -7, 10, 10]
   assert [step for step in range(15, 25) if rounds.decide(step)] == [20]
   assert drawn(rounds, 10, 19, 20, 21) == [10, 10, 20, 20]
-  assert rounds.schedule.batch(12).shape == (3, 4)
+  assert rounds.sampler.batch(12).shape == (3, 4)
   assert rounds.metrics(24) == {
     "mining/round_step": 20.0,
     "mining/round_age_steps": 4.0,

@@ -84,12 +84,12 @@ def diagnose(tmp_path):
     step.create_variables((6, 6, 1))
     if spoil:
       step.trainable_variables[0].assign(step.trainable_variables[0] * float("nan"))
-    schedule = PKSampler(index, classes_per_batch=3, samples_per_class=4, seed=1)
+    sampler = PKSampler(index, classes_per_batch=3, samples_per_class=4, seed=1)
     return Diagnosis(
       step=step,
       index=index,
-      schedule=schedule,
-      batches=Batches(index, schedule, decoder(height=6, width=6, channels=1)),
+      sampler=sampler,
+      batches=Batches(index, sampler, decoder(height=6, width=6, channels=1)),
       model_dir=str(tmp_path),
     )(2)
 

@@ -31,12 +31,12 @@ def main(run: Run) -> None:
   # The rest of the run is gin's, and nothing is written.
   _use_cpu_alone(run.hardware)
   parts = make_parts()
-  schedule = parts.make_sampler()
-  batches = _batches(parts, schedule)
+  sampler = parts.make_sampler()
+  batches = _batches(parts, sampler)
   rows = []
   for num_replicas in _NUM_REPLICAS:
     try:
-      check_batch(schedule, parts.step, num_replicas)
+      check_batch(sampler, parts.step, num_replicas)
       found = _differences(batches, num_replicas)
     except UserError as error:
       if num_replicas == 1:
@@ -92,9 +92,9 @@ def _make_step() -> TrainStep:
   return parts.step
 
 
-def _batches(parts: TrainConfig, schedule: PKSampler) -> list[Batch]:
+def _batches(parts: TrainConfig, sampler: PKSampler) -> list[Batch]:
   """The global batches of the first steps."""
-  batches = parts.dataset.training_batches(schedule)
+  batches = parts.dataset.training_batches(sampler)
   with batches.naming_bad_records(0, _NUM_STEPS - 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=_NUM_STEPS))
 

@@ -47,12 +47,12 @@ class TrainConfig:
 
   Attributes:
     dataset: records, classes and decoder.
-    sampler_fn: makes the schedule of the dataset's training classes.
+    sampler_fn: makes the sampler of the dataset's training classes.
     step: one update; its encoder, loss and optimizer.
     loop: how long, how often to log and to save.
     seed: of the initial weights and of dropout; in 0…2³²−1.
     mining: rounds of mining over the whole corpus, from which batches are drawn after
-      the first; None for the schedule alone.
+      the first; None for the sampler alone.
   """
 
   dataset: Dataset
@@ -63,7 +63,7 @@ class TrainConfig:
   mining: Optional[OfflineMining] = None
 
   def make_sampler(self) -> PKSampler:
-    """The schedule of the training classes."""
+    """The sampler of the training classes."""
     dataset = self.dataset
     return self.sampler_fn(dataset.index, classes=dataset.train_classes)
 
@@ -152,15 +152,15 @@ def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
   workers = current_workers()
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   workers.dry_run(lambda: _make_parts(num_replicas)[0].create_variables())
-  parts, schedule = _make_parts(num_replicas)
+  parts, sampler = _make_parts(num_replicas)
   workers.check_equal(parts.facts())
   with contextlib.ExitStack() as opened:
     workers.run_on_chief(lambda: opened.enter_context(open_run_folder(run)))
-    yield _build(run, watchdog, parts, schedule)
+    yield _build(run, watchdog, parts, sampler)
 
 
 def _build(
-  run: Run, watchdog: Watchdog, parts: TrainConfig, schedule: PKSampler
+  run: Run, watchdog: Watchdog, parts: TrainConfig, sampler: PKSampler
 ) -> Training:
   workers = current_workers()
   dataset, step, loop = parts.dataset, parts.step, parts.loop
@@ -177,18 +177,18 @@ def _build(
   )
   # Not before a checkpoint fits it, or a refused change would stay in the folder.
   workers.run_on_chief(lambda: run_config.save_config(run.config, run.model_dir))
-  rounds = _make_rounds(run, parts, schedule, checkpoints)
-  drawn: BatchSampler = schedule
+  rounds = _make_rounds(run, parts, sampler, checkpoints)
+  drawn: BatchSampler = sampler
   if rounds is not None:
     rounds.resume(first_step, loop.num_steps)
-    drawn = rounds.schedule
+    drawn = rounds.sampler
   batches = dataset.training_batches(drawn)
   inner = _make_inner_loop(batches, step, first_step, checkpoints)
   outer = Loop(
     inner=inner,
     optimizer=step.optimizer,
     options=loop,
-    images_per_step=math.prod(schedule.shape),
+    images_per_step=math.prod(sampler.shape),
     actions=[
       *(_chief_actions(run, first_step) if workers.is_chief else ()),
       callbacks.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
@@ -210,20 +210,20 @@ def _build(
 
     change = ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
     outer.add_action(change)
-  callbacks.log_start(run, schedule.shape, step, first_step)
+  callbacks.log_start(run, sampler.shape, step, first_step)
   return Training(outer, step, loop, first_step)
 
 
 def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:
   parts = make_parts()
-  schedule = parts.make_sampler()
-  check_batch(schedule, parts.step, num_replicas)
+  sampler = parts.make_sampler()
+  check_batch(sampler, parts.step, num_replicas)
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
-    mined = parts.mining.dry_run(parts.dataset, schedule.shape, num_replicas)
+    mined = parts.mining.dry_run(parts.dataset, sampler.shape, num_replicas)
     check_groups(mined, parts.step, "OfflineMining.sampler_fn")
   checks.check_tpu_limits_if_on_tpu(parts.step)
-  return parts, schedule
+  return parts, sampler
 
 
 def hash_weights(encoder: tf.keras.Model) -> str:
@@ -270,7 +270,7 @@ def _make_rounds(
 
 
 def _make_policy(
-  run: Run, parts: TrainConfig, schedule: BatchSampler, checkpoints: Checkpoints
+  run: Run, parts: TrainConfig, sampler: BatchSampler, checkpoints: Checkpoints
 ) -> NonfinitePolicy:
   workers = current_workers()
 
@@ -289,8 +289,8 @@ def _make_policy(
     diagnose_fn=Diagnosis(
       step=parts.step,
       index=parts.dataset.index,
-      schedule=schedule,
-      batches=parts.dataset.training_batches(schedule),
+      sampler=sampler,
+      batches=parts.dataset.training_batches(sampler),
       model_dir=run.model_dir if workers.is_chief else None,
     ),
   )

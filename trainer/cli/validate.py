@@ -46,11 +46,11 @@ def validate(
   Args:
     run: its folder gets `validation.json`.
     dataset: records, classes and decoder.
-    sampler_fn: makes the schedule whose draws are counted; None to leave that out.
+    sampler_fn: makes the sampler whose draws are counted; None to leave that out.
     num_steps: how many steps are drawn for that.
     num_records: how many records are read and decoded, spread over all; None for all.
     min_members: records that a class to train with should have; None for as many as
-      a batch of the schedule takes of each, or for any where there is none.
+      a batch of the sampler takes of each, or for any where there is none.
     is_strict: whether a record that can't be used, or a class with too few, is an
       error, and not only reported.
 
@@ -75,11 +75,11 @@ def validate(
   }
   logging.info("%d records read and decoded, %d bad.", len(numbers), len(reasons))
   if sampler_fn is not None:
-    schedule = sampler_fn(index, classes=dataset.train_classes)
-    if min_members is None and len(schedule.shape) > 1:
-      min_members = schedule.shape[-1]
+    sampler = sampler_fn(index, classes=dataset.train_classes)
+    if min_members is None and len(sampler.shape) > 1:
+      min_members = sampler.shape[-1]
     drawn = statistics.draw_statistics(
-      schedule, index.member_table, dataset.train_classes, num_steps
+      sampler, index.member_table, dataset.train_classes, num_steps
     )
     report["draws"] = dataclasses.asdict(drawn)
     for line in drawn.lines():

@@ -1,1 +1,1 @@
-"""From files to replica batches: records, class index, schedule, pipeline."""
+"""From files to replica batches: records, class index, sampler, pipeline."""

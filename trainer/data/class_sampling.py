@@ -20,7 +20,7 @@ from trainer.errors import UserError
 # Draws of a class with as many records as are drawn of it at once, where they
 # are not whole passes: fine enough that rounding changes a weight by 3 % at most.
 _RESOLUTION = 16
-_MAX_DRAWS = 2**31 - 1
+_MAX_DRAWS_PER_EPOCH = 2**31 - 1
 
 
 class ClassWeights(Protocol):
@@ -74,10 +74,10 @@ class SizeWeights:
     else:
       relative = (sizes / samples_per_class) ** self._power
       draws_per_epoch = np.maximum(1, np.rint(_RESOLUTION * relative)).astype(np.int64)
-    if draws_per_epoch.sum() > _MAX_DRAWS:
+    if draws_per_epoch.sum() > _MAX_DRAWS_PER_EPOCH:
       raise UserError(
         f"SizeWeights gives {draws_per_epoch.sum():,} draws an epoch, and at most "
-        f"{_MAX_DRAWS:,} can be ordered; lower max_size or power."
+        f"{_MAX_DRAWS_PER_EPOCH:,} can be ordered; lower max_size or power."
       )
     return draws_per_epoch
 

@@ -210,11 +210,11 @@ class Dataset:
     if bad_records == "replace":
       self.replacements = Replacements(self.index, decoder)
 
-  def training_batches(self, schedule: BatchSampler) -> Batches:
-    """The batches of a schedule, augmented, bad records treated as wanted."""
+  def training_batches(self, sampler: BatchSampler) -> Batches:
+    """The batches of a sampler, augmented, bad records treated as wanted."""
     return Batches(
       self.index,
-      schedule,
+      sampler,
       self.decoder,
       augmentation=self._augmentation,
       replacements=self.replacements,

@@ -96,7 +96,7 @@ def _hash(name: bytes) -> int:
 
 
 class Classes(Protocol):
-  """What a schedule must know of an index."""
+  """What a sampler must know of an index."""
 
   @property
   def num_classes(self) -> int:

@@ -1,6 +1,6 @@
-"""From a schedule to replica batches: read, decode, cut, in the order of the steps.
+"""From a sampler to replica batches: read, decode, cut, in the order of the steps.
 
-Nothing here has a state: batch n is what the schedule says for step n.
+Nothing here has a state: batch n is what the sampler says for step n.
 
 Shapes: G examples of the global batch, L of this worker, B of a replica.
 """
@@ -69,11 +69,11 @@ class Shard:
 
 
 class Batches:
-  """The batches of a schedule.
+  """The batches of a sampler.
 
   Args:
     index: gives the records by number.
-    schedule: gives the record numbers of each step.
+    sampler: gives the record numbers of each step.
     decoder: makes inputs of records.
     augmentation: changes inputs at random; None for no change.
     replacements: puts others in the place of bad records; None to refuse them.
@@ -82,14 +82,14 @@ class Batches:
   def __init__(
     self,
     index: RecordIndex,
-    schedule: BatchSampler,
+    sampler: BatchSampler,
     decoder: Decoder,
     *,
     augmentation: Optional[Augmentation] = None,
     replacements: Optional[Replacements] = None,
   ):
     self._index = index
-    self._schedule = schedule
+    self._sampler = sampler
     self._decoder = decoder
     self._augmentation = augmentation
     self._replacements = replacements
@@ -112,7 +112,7 @@ class Batches:
       Dataset of `Batch`, all shapes static.
     """
     options = tf.data.Options()
-    no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # The schedule shards.
+    no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # The sampler shards.
     options.experimental_distribute.auto_shard_policy = no_sharding
     worker_batches = (
       self._record_numbers(shard, first_step, num_steps)
@@ -155,7 +155,7 @@ class Batches:
 
   def _raise_first_bad(self, steps: Iterable[int]) -> None:
     for step in steps:
-      for number in np.ravel(self._schedule.batch(step)):
+      for number in np.ravel(self._sampler.batch(step)):
         if number >= 0:
           reason = reason_of(self._index, self._decoder, int(number))
           if reason is not None:
@@ -165,12 +165,12 @@ class Batches:
     self, shard: Shard, first_step: int, num_steps: Optional[int]
   ) -> tf.data.Dataset:
     """Dataset of steps with this worker's rows: numbers [L] int64, reality [L] bool."""
-    num_rows = int(np.prod(self._schedule.shape))
+    num_rows = int(np.prod(self._sampler.shape))
     num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
     local = _local_rows(shard, num_rows)
 
     def draw_local(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-      return _fill_padding(draw(self._schedule, steps).reshape(len(steps), -1), local)
+      return _fill_padding(draw(self._sampler, steps).reshape(len(steps), -1), local)
 
     def draw_steps(steps: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
       drawn = tf.numpy_function(draw_local, [steps], (tf.int64, tf.bool))
@@ -219,7 +219,7 @@ class Batches:
     """The batch of this worker, [L] rows."""
     inputs = self._decoder(records)
     if self._augmentation is not None:
-      num_rows = int(np.prod(self._schedule.shape))
+      num_rows = int(np.prod(self._sampler.shape))
       random = RowRandom(
         self._augmentation.seed,
         step,

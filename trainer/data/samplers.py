@@ -38,7 +38,7 @@ StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
 
 
 class BatchSampler(Protocol):
-  """What the pipeline must know of a schedule."""
+  """What the pipeline must know of a sampler."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -48,15 +48,15 @@ class BatchSampler(Protocol):
     """Record numbers of a step, [P, K] or [B] int64; −1 is a padding row."""
 
 
-def draw(schedule: BatchSampler, steps: np.ndarray) -> np.ndarray:
-  """[S, P, K] or [S, B] int64, what a schedule draws in steps [S].
+def draw(sampler: BatchSampler, steps: np.ndarray) -> np.ndarray:
+  """[S, P, K] or [S, B] int64, what a sampler draws in steps [S].
 
-  Many steps at once cost little more than one, where a schedule has `batches`.
+  Many steps at once cost little more than one, where a sampler has `batches`.
   """
-  batches = getattr(schedule, "batches", None)
+  batches = getattr(sampler, "batches", None)
   if batches is not None:
     return batches(steps)
-  return np.stack([schedule.batch(step) for step in steps.tolist()])
+  return np.stack([sampler.batch(step) for step in steps.tolist()])
 
 
 @gin.register
@@ -245,7 +245,7 @@ SamplerFn = Callable[..., PKSampler]
 
 
 class _SideBySide:
-  """Batches that have the rows of several schedules, one below the other."""
+  """Batches that have the rows of several samplers, one below the other."""
 
   def __init__(self, parts: Sequence[BatchSampler], num_samples: int):
     self._parts = parts
@@ -280,14 +280,14 @@ def with_hard_classes(
 
   Args:
     index: knows classes, members and names.
-    sampler_fn: makes the schedule of either part.
+    sampler_fn: makes the sampler of either part.
     hard_classes: names of the given classes; those not in `classes` are passed over.
     num_hard: how many of a batch's classes are of them.
     num_others: how many are not.
     classes: int32 ids of the classes to draw from; None for all.
 
   Returns:
-    A schedule of num_hard + num_others classes.
+    A sampler of num_hard + num_others classes.
 
   Raises:
     UserError: no class has one of the names, or a part has not enough classes.
@@ -322,18 +322,18 @@ def with_lone_images(
 ) -> BatchSampler:
   """Batches with rows of classes of one image, which serve as negatives only.
 
-  Such a row has K images of K classes, where others have K of one. The schedule draws
+  Such a row has K images of K classes, where others have K of one. The sampler draws
   from the other classes alone.
 
   Args:
     index: knows classes and members.
-    sampler_fn: makes the schedule of the classes of two images or more.
+    sampler_fn: makes the sampler of the classes of two images or more.
     num_lone_rows: rows of a batch that have lone images.
     seed: of their order.
     classes: int32 ids of the classes to draw from; None for all.
 
   Returns:
-    A schedule of P + num_lone_rows rows.
+    A sampler of P + num_lone_rows rows.
 
   Raises:
     UserError: there are not as many lone images as a batch takes.
@@ -365,11 +365,11 @@ class GroupedSampler:
   """Batches of which each is drawn from one group of classes, such as a category.
 
   A group comes as often an epoch as it has batches' worth of classes, and each time
-  goes on where its own schedule was.
+  goes on where its own sampler was.
 
   Args:
     index: knows classes, members and names.
-    sampler_fn: makes the schedule of a group.
+    sampler_fn: makes the sampler of a group.
     group_pattern: regular expression whose first group, searched in a class's name,
       names the class's group; as it stands, what is before the first slash.
     seed: of the order of the groups.
@@ -401,10 +401,10 @@ class GroupedSampler:
           f"GroupedSampler.group_pattern={group_pattern!r}."
         )
       groups.setdefault(group, []).append(class_id)
-    self._schedules = [
-      _schedule_of(index, sampler_fn, name, groups[name]) for name in sorted(groups)
+    self._samplers = [
+      _sampler_of(index, sampler_fn, name, groups[name]) for name in sorted(groups)
     ]
-    self.shape = self._schedules[0].shape
+    self.shape = self._samplers[0].shape
     sizes = [len(groups[name]) for name in sorted(groups)]
     self._ends = np.cumsum([-(-size // self.shape[0]) for size in sizes])
     self._key = permutation.mix(seed, _GROUPS)
@@ -425,11 +425,11 @@ class GroupedSampler:
     records = np.empty((len(steps), *self.shape), np.int64)
     for group in np.unique(groups).tolist():
       rows = np.flatnonzero(groups == group)
-      records[rows] = draw(self._schedules[group], own_steps[rows])
+      records[rows] = draw(self._samplers[group], own_steps[rows])
     return records
 
 
-def _schedule_of(
+def _sampler_of(
   index: NamedClasses, sampler_fn: SamplerFn, name: str, class_ids: Sequence[int]
 ) -> PKSampler:
   try:

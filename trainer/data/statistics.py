@@ -112,14 +112,14 @@ class DrawStatistics:
 
 
 def draw_statistics(
-  schedule: BatchSampler, table: MemberTable, classes: np.ndarray, num_steps: int
+  sampler: BatchSampler, table: MemberTable, classes: np.ndarray, num_steps: int
 ) -> DrawStatistics:
   """Draws all steps, and counts.
 
   Args:
-    schedule: of batches [P, K].
+    sampler: of batches [P, K].
     table: the members of all classes.
-    classes: ids of the classes that the schedule may draw.
+    classes: ids of the classes that the sampler may draw.
     num_steps: S.
 
   Returns:
@@ -131,12 +131,12 @@ def draw_statistics(
   )
   of_records = np.zeros(len(labels), np.int64)
   of_classes = np.zeros(table.num_classes, np.int64)
-  num_samples = schedule.shape[-1]
-  steps_at_a_time = max(1, _RECORDS_AT_A_TIME // math.prod(schedule.shape))
+  num_samples = sampler.shape[-1]
+  steps_at_a_time = max(1, _RECORDS_AT_A_TIME // math.prod(sampler.shape))
   num_repeats = 0
   for first in range(0, num_steps, steps_at_a_time):
     steps = np.arange(first, min(first + steps_at_a_time, num_steps))
-    drawn = draw(schedule, steps).reshape(len(steps), -1)
+    drawn = draw(sampler, steps).reshape(len(steps), -1)
     of_records += np.bincount(drawn.ravel(), minlength=len(labels))
     rows = labels[drawn].ravel()
     of_classes += np.bincount(rows, minlength=table.num_classes)

@@ -120,27 +120,27 @@ class WithinGroups:
     self._group = (num_positives, num_negatives)
     self._group_size = 1 + num_positives + num_negatives
 
-  def check_groups(self, group: Optional[tuple[int, int]], schedule_name: str) -> None:
+  def check_groups(self, group: Optional[tuple[int, int]], sampler_name: str) -> None:
     """Checks that a batch has such groups.
 
     Args:
       group: positives and negatives of each row of a batch; None where rows are no
         groups.
-      schedule_name: of the parameter that has the batches' schedule.
+      sampler_name: of the parameter that has the batches' sampler.
 
     Raises:
       UserError: it has not.
     """
     if group is None:
       raise UserError(
-        f"WithinGroups needs batches of groups, and this {schedule_name} draws "
+        f"WithinGroups needs batches of groups, and this {sampler_name} draws "
         "classes; set it to @TripletSampler (train) or @MinedTripletSampler "
         "(OfflineMining), or TrainStep.objective_fn to @global_negatives."
       )
     if group != self._group:
       raise UserError(
         "WithinGroups has {} positives and {} negatives a group, and the groups of {} "
-        "have {} and {}; make them equal.".format(*self._group, schedule_name, *group)
+        "have {} and {}; make them equal.".format(*self._group, sampler_name, *group)
       )
 
   def __call__(

@@ -142,7 +142,7 @@ def with_neighbouring_classes(
   Args:
     index: knows classes and members.
     mining_round: has the neighbours of classes.
-    sampler_fn: makes the schedule, which says P, K, seed and the weights of classes.
+    sampler_fn: makes the sampler, which says P, K, seed and the weights of classes.
     hard_share: of the P classes, 0 … 1.
     neighbours_per_seed: how many classes a neighbourhood has beside its seed, about:
       where neighbourhoods overlap, the next nearest take the place of what they share.

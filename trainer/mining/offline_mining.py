@@ -29,7 +29,7 @@ class PiecewiseSampler:
   free again.
 
   Attributes:
-    shape: that of the plain schedule; batches of all rounds have as many records.
+    shape: that of the plain sampler; batches of all rounds have as many records.
 
   Args:
     plain: holds from step 0.
@@ -40,30 +40,28 @@ class PiecewiseSampler:
     # Replaced and never changed: what reads ahead may draw in another thread.
     self._held: tuple[tuple[int, BatchSampler], ...] = ((0, plain),)
 
-  def hold(self, first_step: int, schedule: BatchSampler) -> None:
-    """Lets a schedule hold from a step, which is not before that of an earlier one."""
-    self._held = (self._held[-1], (first_step, schedule))
+  def hold(self, first_step: int, sampler: BatchSampler) -> None:
+    """Lets a sampler hold from a step, which is not before that of an earlier one."""
+    self._held = (self._held[-1], (first_step, sampler))
 
   def batch(self, step: int) -> np.ndarray:
-    """The record numbers of a step, in the shape of the plain schedule."""
+    """The record numbers of a step, in the shape of the plain sampler."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
     """[S, ...] int64, the record numbers of steps [S] int64.
 
     Raises:
-      ValueError: a step is before those of the schedules that are kept.
+      ValueError: a step is before those of the samplers that are kept.
     """
-    firsts, schedules = zip(*self._held)
+    firsts, samplers = zip(*self._held)
     if (steps < firsts[0]).any():
-      raise ValueError(
-        f"Schedules from step {firsts[0]} on are kept; got {min(steps)}."
-      )
+      raise ValueError(f"Samplers from step {firsts[0]} on are kept; got {min(steps)}.")
     holding = np.searchsorted(firsts, steps, side="right") - 1
     records = np.empty((len(steps), *self.shape), np.int64)
     for number in np.unique(holding).tolist():
       rows = np.flatnonzero(holding == number)
-      drawn = draw(schedules[number], steps[rows])
+      drawn = draw(samplers[number], steps[rows])
       records[rows] = drawn.reshape(len(rows), *self.shape)
     return records
 
@@ -74,7 +72,7 @@ class OfflineMining:
   """At each multiple of so many steps the training goes over to another mining round.
 
   Attributes:
-    sampler_fn: makes the schedule of a round: `MinedTripletSampler`, or
+    sampler_fn: makes the sampler of a round: `MinedTripletSampler`, or
       `with_neighbouring_classes`. A batch has as many records as that of
       `train.sampler_fn`, which holds before the first round.
     every_steps: a multiple of `LoopOptions.steps_per_loop`.
@@ -167,7 +165,7 @@ class OfflineMining:
     """Checks, before there is one, that rounds will fit.
 
     Args:
-      dataset: as in `schedule_of`.
+      dataset: as in `sampler_of`.
       plain_shape: likewise.
       num_replicas: likewise.
 
@@ -175,47 +173,47 @@ class OfflineMining:
       As those of rounds will be, but with nothing to draw.
 
     Raises:
-      UserError: as `schedule_of`; the miner doesn't look for what is drawn.
+      UserError: as `sampler_of`; the miner doesn't look for what is drawn.
     """
     if self.miner is not None:
       self.miner.check(dataset)
     to_come = round_spec(self.miner, dataset)
-    return self.schedule_of(to_come, dataset, plain_shape, num_replicas)
+    return self.sampler_of(to_come, dataset, plain_shape, num_replicas)
 
-  def schedule_of(
+  def sampler_of(
     self,
     mining_round: Round,
     dataset: Dataset,
     plain_shape: Sequence[int],
     num_replicas: int,
   ) -> BatchSampler:
-    """The schedule of a round.
+    """The sampler of a round.
 
     Args:
       mining_round: whole.
       dataset: its training classes are drawn from.
-      plain_shape: of the plain schedule.
+      plain_shape: of the plain sampler.
       num_replicas: among which the rows are divided.
 
     Raises:
       UserError: the round has not what is drawn, or a batch is not as large as that of
-        the plain schedule, or does not divide.
+        the plain sampler, or does not divide.
     """
-    schedule = self.sampler_fn(
+    sampler = self.sampler_fn(
       dataset.index, mining_round, classes=dataset.train_classes
     )
-    size, plain_size = math.prod(schedule.shape), math.prod(plain_shape)
+    size, plain_size = math.prod(sampler.shape), math.prod(plain_shape)
     if size != plain_size:
       raise UserError(
-        f"OfflineMining.sampler_fn makes batches of {_product(schedule.shape)} "
+        f"OfflineMining.sampler_fn makes batches of {_product(sampler.shape)} "
         f"records, and train.sampler_fn of {_product(plain_shape)}; make them equal."
       )
-    if schedule.shape[0] % num_replicas:
+    if sampler.shape[0] % num_replicas:
       raise UserError(
-        f"{schedule.shape[0]} groups of OfflineMining.sampler_fn do not split over "
+        f"{sampler.shape[0]} groups of OfflineMining.sampler_fn do not split over "
         f"{num_replicas} replicas."
       )
-    return schedule
+    return sampler
 
 
 def _product(shape: Sequence[int]) -> str:

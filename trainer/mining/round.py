@@ -14,7 +14,7 @@ that a process was killed over is never seen.
 Shapes: A anchors, p positives, n negatives, L classes, m neighbours of a class.
 
 `mining/rounds.jsonl` has an object a decision, {"step": 400, "round": 200}: from step
-400 on the batches are of the round of step 200; of the plain schedule where it is null.
+400 on the batches are of the round of step 200; of the plain sampler where it is null.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from trainer.runtime.lease import locked_folder
 
 
 class Round(Protocol):
-  """What a schedule is made of."""
+  """What a sampler is made of."""
 
   @property
   def step(self) -> int:
@@ -379,7 +379,7 @@ class RoundLog:
 
     Args:
       step: from which it holds.
-      round_step: the round; None for the plain schedule.
+      round_step: the round; None for the plain sampler.
 
     Raises:
       UnwritableError: it can't be written.

@@ -1,7 +1,7 @@
 """The mining rounds of a training: which one is in use from which step on.
 
-decided before? ─► mine, or take the newest ─► schedule ─► ledger ─► hold ─► prune
- ledger             miner, rounds_beside        offline_mining       schedule_by_rounds
+decided before? ─► mine, or take the newest ─► sampler ─► ledger ─► hold ─► prune
+ ledger             miner, rounds_beside        offline_mining       sampler_by_rounds
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Opened(NamedTuple):
   """A round, and what is drawn of it."""
 
   mining_round: MiningRound
-  schedule: BatchSampler
+  sampler: BatchSampler
 
 
 class Rounds:
@@ -46,12 +46,12 @@ class Rounds:
   has the same rounds from the same steps.
 
   Attributes:
-    schedule: what is drawn, by what was decided so far.
+    sampler: what is drawn, by what was decided so far.
 
   Args:
     options: how often, by whom, what of it.
     dataset: what is trained on.
-    plain: the schedule before the first round.
+    plain: the sampler before the first round.
     model_dir: folder of the run, which all workers see.
     mine_fn: mines with the encoder as it is, given the step.
     continues_unwritten: whether batches stay as they are where a round, or what was
@@ -71,7 +71,7 @@ class Rounds:
     continues_unwritten: bool = False,
     oldest_step_fn: Callable[[], int],
   ):
-    self.schedule = PiecewiseSampler(plain)
+    self.sampler = PiecewiseSampler(plain)
     self._options = options
     self._dataset = dataset
     self._plain = plain
@@ -252,7 +252,7 @@ class Rounds:
     return json.loads(self._workers.exchange(json.dumps(own))[0])
 
   def _opened(self, round_step: Optional[int]) -> Optional[_Opened]:
-    """A round and its schedule, on all workers; None for the plain schedule."""
+    """A round and its sampler, on all workers; None for the plain sampler."""
     if round_step is None:
       return None
     if self._current is not None and round_step == self._current.mining_round.step:
@@ -261,10 +261,10 @@ class Rounds:
 
     def open_round() -> _Opened:
       mining_round = MiningRound(self._model_dir, round_step, self._made_of)
-      schedule = self._options.schedule_of(
-        mining_round, self._dataset, self.schedule.shape, num_replicas
+      sampler = self._options.sampler_of(
+        mining_round, self._dataset, self.sampler.shape, num_replicas
       )
-      return _Opened(mining_round, schedule)
+      return _Opened(mining_round, sampler)
 
     return self._workers.run_on_all(open_round)
 
@@ -290,7 +290,7 @@ class Rounds:
     if opened is self._current:
       return False
     self._current = opened
-    self.schedule.hold(step, self._plain if opened is None else opened.schedule)
+    self.sampler.hold(step, self._plain if opened is None else opened.sampler)
     what = "plain batches"
     if opened is not None:
       what = f"the mining round of step {opened.mining_round.step}"

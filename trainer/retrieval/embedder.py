@@ -73,15 +73,15 @@ class Embedder:
       PreemptedError: a worker of several was told to stop; on all of them.
     """
     size = self.global_batch_size
-    schedule = SequentialSampler(record_numbers, records_per_batch=size)
+    sampler = SequentialSampler(record_numbers, records_per_batch=size)
     batches = Batches(
-      self._index, schedule, self._decoder, replacements=self._replacements
+      self._index, sampler, self._decoder, replacements=self._replacements
     )
-    num_steps = schedule.num_batches - first_step
+    num_steps = sampler.num_batches - first_step
     shard = current_workers().shard()
     local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)
     replica_batches = ReplicaBatches(self._strategy, local)
-    with batches.naming_bad_records(first_step, schedule.num_batches - 1):
+    with batches.naming_bad_records(first_step, sampler.num_batches - 1):
       for batch in replica_batches.iterator:
         watchdog.beat()
         is_to_end = tf.constant(float(shutdown.current_preemption().is_to_end))

@@ -32,7 +32,7 @@ class _DeclaredDataset(NamedTuple):
 
 
 class _Shape(NamedTuple):
-  """What of a schedule has to fit the replicas.
+  """What of a sampler has to fit the replicas.
 
   Attributes:
     shape: (P, K).
@@ -75,8 +75,8 @@ class RunStep(NamedTuple):
     Raises:
       UserError: replicas, micro-batches or the loss don't go with so many classes.
     """
-    schedule: Any = _Shape((num_classes, self.num_samples))
-    check_batch(schedule, self.step, num_replicas)
+    sampler: Any = _Shape((num_classes, self.num_samples))
+    check_batch(sampler, self.step, num_replicas)
     self.step.options.check_compiled(self.step.encoder, num_replicas)
     size = num_classes * self.num_samples // num_replicas
     return Batch(
@@ -91,12 +91,12 @@ def step_of_run() -> RunStep:
   """The step of the config that gin has.
 
   Raises:
-    UserError: the parts don't fit each other, or the schedule must see the data.
+    UserError: the parts don't fit each other, or the sampler must see the data.
   """
   decoder = _decoder()
   # By place, because gin makes what is given by name all the same.
   parts = make_parts(_DeclaredDataset(decoder))
-  shape = _schedule_shape(parts)
+  shape = _sampler_shape(parts)
   parts.create_variables()
   return RunStep(parts.step, tuple(decoder.shape), *shape)
 
@@ -106,7 +106,7 @@ def _decoder() -> Decoder:
   return copy.deepcopy(gin.query_parameter(f"{dataset.scoped_selector}.decoder"))
 
 
-def _schedule_shape(parts: TrainConfig) -> tuple[int, int]:
+def _sampler_shape(parts: TrainConfig) -> tuple[int, int]:
   starts = np.arange(_NUM_CLASSES + 1) * _NUM_SAMPLES
   table = MemberTable(np.empty(0, np.int64), starts)
   make: Any = parts.sampler_fn

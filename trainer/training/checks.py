@@ -11,27 +11,27 @@ from trainer.training import gradients
 from trainer.training.step import TrainStep
 
 
-def check_batch(schedule: PKSampler, step: TrainStep, num_replicas: int) -> None:
+def check_batch(sampler: PKSampler, step: TrainStep, num_replicas: int) -> None:
   """Checks that a batch fits the replicas, the loss and the micro-batches.
 
   Args:
-    schedule: of P classes and K samples.
+    sampler: of P classes and K samples.
     step: its loss may need positives, its micro-batches a batch that they divide.
     num_replicas: among which the classes are divided.
 
   Raises:
     UserError: it does not.
   """
-  num_classes, num_samples = schedule.shape
+  num_classes, num_samples = sampler.shape
   if num_classes % num_replicas:
     multiple = -(-num_classes // num_replicas) * num_replicas
-    if multiple > getattr(schedule, "num_classes", multiple):
+    if multiple > getattr(sampler, "num_classes", multiple):
       multiple = max(multiple - num_replicas, num_replicas)
     raise UserError(
-      f"{_rows_parameter(schedule)}={num_classes} does not split over {num_replicas} "
+      f"{_rows_parameter(sampler)}={num_classes} does not split over {num_replicas} "
       f"replicas; try {multiple}."
     )
-  check_groups(schedule, step, "train.sampler_fn")
+  check_groups(sampler, step, "train.sampler_fn")
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
       f"PKSampler.samples_per_class={num_samples} leaves "
@@ -41,25 +41,25 @@ def check_batch(schedule: PKSampler, step: TrainStep, num_replicas: int) -> None
   gradients.check_micro_batch_size(step.options.num_micro_batches, size)
 
 
-def check_groups(schedule: BatchSampler, step: TrainStep, schedule_name: str) -> None:
+def check_groups(sampler: BatchSampler, step: TrainStep, sampler_name: str) -> None:
   """Checks that batches have groups, where a step goes by them.
 
   Args:
-    schedule: of the batches.
+    sampler: of the batches.
     step: its objective may go by groups.
-    schedule_name: of the parameter that has the schedule.
+    sampler_name: of the parameter that has the sampler.
 
   Raises:
     UserError: they have not, or others.
   """
   if isinstance(step.objective_fn, WithinGroups):
-    group = getattr(schedule, "group", None)
-    step.objective_fn.check_groups(group, schedule_name)
+    group = getattr(sampler, "group", None)
+    step.objective_fn.check_groups(group, sampler_name)
 
 
-def _rows_parameter(schedule: PKSampler) -> str:
+def _rows_parameter(sampler: PKSampler) -> str:
   """What says how many rows a batch has; that of classes, where nothing else does."""
-  return getattr(schedule, "rows_parameter", "PKSampler.classes_per_batch")
+  return getattr(sampler, "rows_parameter", "PKSampler.classes_per_batch")
 
 
 def check_tpu_limits(step: TrainStep) -> None:

@@ -44,7 +44,7 @@ class Diagnosis:
   Args:
     step: with the weights before it.
     index: names the records.
-    schedule: says which records made the batch.
+    sampler: says which records made the batch.
     batches: gives the batch.
     model_dir: gets a file with the keys of all records; None to write none.
   """
@@ -54,13 +54,13 @@ class Diagnosis:
     *,
     step: TrainStep,
     index: RecordIndex,
-    schedule: BatchSampler,
+    sampler: BatchSampler,
     batches: Batches,
     model_dir: Optional[str],
   ):
     self._again = _Again(step)
     self._index = index
-    self._schedule = schedule
+    self._sampler = sampler
     self._batches = batches
     self._model_dir = model_dir
 
@@ -75,7 +75,7 @@ class Diagnosis:
         "what is not finite could not be found by computing the step again "
         f"({type(error).__name__}: {why})"
       )
-    keys = [self._key(int(number)) for number in np.ravel(self._schedule.batch(step))]
+    keys = [self._key(int(number)) for number in np.ravel(self._sampler.batch(step))]
     shown = ", ".join(keys[:_NUM_SHOWN])
     where = self._write(step, found, keys) if self._model_dir else ""
     return f"{found}; the batch has {shown}, … ({len(keys)} records{where})"

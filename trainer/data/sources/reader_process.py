@@ -12,6 +12,7 @@ import importlib
 import io
 import json
 import os
+import pathlib
 import select
 import signal
 import struct
@@ -28,7 +29,7 @@ from trainer.runtime import filesystem
 Message = tuple[dict[str, Any], Sequence[bytes]]
 Reader = Callable[..., Iterator[Message]]
 
-_PACKAGE_ROOT = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+_PACKAGE_ROOT = str(pathlib.Path(__file__).parents[3])
 _LENGTH = struct.Struct("<Q")
 # Longest wait for a message: libraries loop for ever on some damaged files.
 _SILENCE_S = 300.0

@@ -1,4 +1,4 @@
-"""Schedules of a round: pure, of static shape, and with what they should have."""
+"""Samplers of a round: pure, of static shape, and with what they should have."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ def examples(tmp_path):
 
 
 def test_a_group_has_its_anchor_its_positives_and_its_negatives(examples):
-  schedule = _groups(examples)
-  assert schedule.shape == (6, 7)
-  drawn = schedule.batches(_STEPS)
+  sampler = _groups(examples)
+  assert sampler.shape == (6, 7)
+  drawn = sampler.batches(_STEPS)
   assert drawn.shape == (200, 6, 7)
   assert drawn.dtype == np.int64
   arrays = examples.arrays
@@ -99,14 +99,14 @@ def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
   pk = {"classes_per_batch": 10, "samples_per_class": 3, "seed": 1}
   pk.update({name: options.pop(name) for name in [*pk, "weights"] if name in options})
   index = _Index(sizes)
-  schedule = with_neighbouring_classes(
+  sampler = with_neighbouring_classes(
     index,
     mining_round,
     sampler_fn=functools.partial(PKSampler, **pk),
     classes=classes,
     **options,
   )
-  return index, schedule
+  return index, sampler
 
 
 def _expected_classes(base, neighbours, allowed, *, num_hard, num_seeds, num_drawn):
@@ -134,10 +134,10 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
   sizes = rng.integers(3, 12, 30)
   classes = np.sort(rng.permutation(30)[:22]).astype(np.int32) if is_part else None
   options = {"classes": classes, "weights": weights}
-  index, schedule = _hard(tmp_path, neighbours, sizes, **options)
+  index, sampler = _hard(tmp_path, neighbours, sizes, **options)
   _, plain = _hard(tmp_path, neighbours, sizes, **options, hard_share=0.0)
   allowed = set(range(30) if classes is None else classes)
-  drawn, base = schedule.batches(_STEPS), plain.batches(_STEPS)
+  drawn, base = sampler.batches(_STEPS), plain.batches(_STEPS)
   assert drawn.shape == (200, 10, 3)
   for batch, plain_batch in zip(drawn, base):
     rows, base_classes = index.labels[batch], index.labels[plain_batch][:, 0]
@@ -151,25 +151,25 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
     )
 
 
-def test_no_share_of_hard_classes_is_the_plain_schedule(tmp_path):
+def test_no_share_of_hard_classes_is_the_plain_sampler(tmp_path):
   sizes = [5] * 20
-  index, schedule = _hard(tmp_path, _neighbours(20, 4), sizes, hard_share=0.0)
+  index, sampler = _hard(tmp_path, _neighbours(20, 4), sizes, hard_share=0.0)
   plain = PKSampler(index, classes_per_batch=10, samples_per_class=3, seed=1)
-  np.testing.assert_array_equal(schedule.batches(_STEPS), plain.batches(_STEPS))
+  np.testing.assert_array_equal(sampler.batches(_STEPS), plain.batches(_STEPS))
 
 
 def test_where_all_are_hard_and_overlap_the_batch_still_has_all_its_classes(tmp_path):
   # All have the same neighbours: most of a batch is drawn by the stream.
   neighbours = np.tile(np.array([0, 1, 2], np.int32), (20, 1))
-  index, schedule = _hard(tmp_path, neighbours, [4] * 20, hard_share=1.0)
-  classes = index.labels[schedule.batches(_STEPS)][:, :, 0]
+  index, sampler = _hard(tmp_path, neighbours, [4] * 20, hard_share=1.0)
+  classes = index.labels[sampler.batches(_STEPS)][:, :, 0]
   assert all(len(set(batch)) == 10 for batch in classes)
   assert all({0, 1, 2} <= set(batch) for batch in classes)
 
 
 def test_all_members_of_a_class_come(tmp_path):
-  index, schedule = _hard(tmp_path, _neighbours(15, 5), [7] * 15)
-  counts = np.bincount(schedule.batches(_STEPS).ravel(), minlength=len(index.labels))
+  index, sampler = _hard(tmp_path, _neighbours(15, 5), [7] * 15)
+  counts = np.bincount(sampler.batches(_STEPS).ravel(), minlength=len(index.labels))
   assert counts.min() > 0
 
 
@@ -179,10 +179,10 @@ def _both(tmp_path):
 
 
 def test_steps_drawn_together_are_those_drawn_alone(tmp_path):
-  for schedule in _both(tmp_path):
-    together = schedule.batches(np.arange(7, 40))
+  for sampler in _both(tmp_path):
+    together = sampler.batches(np.arange(7, 40))
     for row, step in enumerate(range(7, 40)):
-      np.testing.assert_array_equal(schedule.batch(step), together[row])
+      np.testing.assert_array_equal(sampler.batch(step), together[row])
 
 
 class _Numbers:
@@ -195,20 +195,20 @@ class _Numbers:
 
 
 def test_workers_read_the_rows_of_the_batch_between_them(tmp_path):
-  for schedule in _both(tmp_path):
-    batches = Batches(_Numbers(), schedule, lambda rows: tf.strings.to_number(rows))
+  for sampler in _both(tmp_path):
+    batches = Batches(_Numbers(), sampler, lambda rows: tf.strings.to_number(rows))
     parts = [
       batches.dataset(Shard(worker, 1, 2), first_step=11, num_steps=3)
       for worker in range(2)
     ]
     for step, read in enumerate(zip(*parts), 11):
       rows = np.concatenate([batch.record_numbers for batch in read])
-      np.testing.assert_array_equal(rows, schedule.batch(step).ravel())
+      np.testing.assert_array_equal(rows, sampler.batch(step).ravel())
 
 
 def test_groups_are_compared_within_where_they_are_as_large(examples):
   group = _groups(examples).group
-  WithinGroups(num_positives=2, num_negatives=4).check_groups(group, "a schedule")
+  WithinGroups(num_positives=2, num_negatives=4).check_groups(group, "a sampler")
   with pytest.raises(UserError, match=r"of OfflineMining\.sampler_fn have 2 and 4"):
     WithinGroups().check_groups(group, "OfflineMining.sampler_fn")
 
@@ -238,7 +238,7 @@ def test_groups_that_can_not_be_are_refused(examples, options, message):
     _groups(examples, **options)
 
 
-def test_a_round_without_what_a_schedule_needs_is_refused(tmp_path, examples):
+def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
   with pytest.raises(UserError, match="no neighbours of classes; set"):
     with_neighbouring_classes(
       _Index([3] * 9),
