@@ -237,8 +237,8 @@ def test_an_image_cut_short_is_named(image_folder, ending, share):
 _INGEST_DIGITS = """
 import resource, sys
 import trainer
-from trainer.data.sources import DigitsSource
-from trainer.ingest import ingest
+from trainer.data.sources.source import DigitsSource
+from trainer.cli.ingest import ingest
 from trainer.errors import UserError
 limit = int(sys.argv[2])
 if limit:
@@ -251,14 +251,14 @@ except UserError as error:
 
 _KILLED = """
 import os, signal, sys
-from trainer.data import writer
-from trainer.data.sources import DigitsSource
+from trainer.data import ingestion
+from trainer.data.sources.source import DigitsSource
 def items():
   for number, item in enumerate(DigitsSource().items()):
     if number == 1000:  # Some are taken ahead of those that are written.
       os.kill(os.getpid(), signal.SIGKILL)
     yield item
-writer.write_records(items(), sys.argv[1], records_per_shard=8, fingerprint={})
+ingestion.write_records(items(), sys.argv[1], records_per_shard=8, fingerprint={})
 """
 
 

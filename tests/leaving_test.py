@@ -10,17 +10,17 @@ _LONG_S = 120
 
 _SCRIPT = f"""
 import atexit, threading, time
-from trainer import leaving
+from trainer.runtime import shutdown
 
 class Slow:
   def __del__(self):
     time.sleep({_LONG_S})
 
 atexit.register(print, "at exit")
-leaving.let_go([Slow()])
+shutdown.release_in_background([Slow()])
 time.sleep(0.2)
 print("leaves", flush=True)
-leaving.leave(3)
+shutdown.exit_process(3)
 """
 
 

@@ -75,9 +75,9 @@ __attribute__((constructor)) static void set(void) { signal(SIGTERM, handle); }
 """
 _PROGRAM = """
 import os, signal
-from trainer import preemption
+from trainer.runtime import shutdown
 assert signal.getsignal(signal.SIGTERM) is None
-with preemption.listening(1.0):
+with shutdown.listening_for_signals(1.0):
   print("inside", flush=True)
 os.kill(os.getpid(), signal.SIGTERM)
 print("after", flush=True)

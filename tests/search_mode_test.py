@@ -280,8 +280,8 @@ def test_more_neighbours_than_there_are_items_have_no_answer(folder, capsys):
 
 _HOLD = """
 import sys
-from trainer.data.folder_lock import alone_in
-with alone_in(sys.argv[1], "writing into"):
+from trainer.runtime.lease import locked_folder
+with locked_folder(sys.argv[1], "writing into"):
   print("in", flush=True)
   sys.stdin.read()
 """

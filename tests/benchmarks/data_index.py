@@ -38,10 +38,10 @@ _FIRST_BATCH = """
 import sys, time
 process_s = time.time()
 import trainer, tensorflow as tf
-from trainer.data.decode import ImageDecoder
+from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
 from trainer.data.records import RecordIndex
-from trainer.data.sampler import PKSampler
+from trainer.data.samplers import PKSampler
 
 class Length:
   shape = ()

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 
+import trainer.gin_registrations  # noqa: F401  Registers parts with gin.
 from tests.config import toy_parts
 from trainer import errors
-from trainer.config import run_config
+from trainer.config import gin_resolution, run_config
 
 GOOD = "toy_train.loss = @ToyLoss()\nToyLoss.margin = 0.5\n"
 
@@ -86,6 +87,24 @@ def test_mistake_is_refused_in_one_line_with_its_place(lint, name):
   text, *parts = REFUSALS[name]
   message = lint(GOOD + text)
   assert all(part in message for part in parts), message
+
+
+def test_a_name_from_before_the_first_release_is_refused_with_the_new_one(lint):
+  message = lint(GOOD + "PKSchedule.samples_per_class = 4")
+  assert (
+    "there is no 'PKSchedule' to configure; it is called 'PKSampler' now" in message
+  )
+  message = lint(GOOD + "ToyLoss.memory_bank = 4")
+  assert "no parameter 'memory_bank'; it is called 'cross_batch_memory' now" in message
+
+
+def test_every_new_name_of_the_table_of_old_names_is_there():
+  names = gin_resolution.registered_names()
+  parts = {name.rsplit(".", 1)[-1] for name in names}
+  parameters = {p for n in names for p in gin_resolution.known_part(n, "").parameters}
+  missing = set(gin_resolution._RENAMED.values()) - parts - parameters
+  assert not missing
+  assert not set(gin_resolution._RENAMED) & (parts | parameters)
 
 
 def test_several_unused_bindings_are_counted(lint):

@@ -278,9 +278,9 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
 
 _SCRIPT = """
 import sys
-from trainer.data import claim
-claim._TOUCH_S = 0.05
-with claim.claiming(sys.argv[1], "training in"):
+from trainer.runtime import lease
+lease._TOUCH_S = 0.05
+with lease.holding_lease(sys.argv[1], "training in"):
   print("in", flush=True)
   sys.stdin.read()
 """

@@ -82,9 +82,7 @@ def test_an_ingest_stopped_while_it_is_published_goes_on(
     os.replace(source, target)
 
   if stop_at == 20:  # After all shards, before the index.
-    monkeypatch.setattr(
-      shards.index_builder, "publish_index", lambda *_: stop_it_there()
-    )
+    monkeypatch.setattr(shards.indexing, "publish_index", lambda *_: stop_it_there())
   else:
     monkeypatch.setattr(filesystem, "move", stop)
 

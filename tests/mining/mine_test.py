@@ -76,8 +76,8 @@ def test_a_round_that_was_damaged_is_made_again(tmp_path, monkeypatch, caplog):
 # Holds the claim until its input ends.
 _OTHER = """
 import sys
-from trainer.data import claim
-with claim.claiming(sys.argv[1], "mining into"):
+from trainer.runtime import lease
+with lease.holding_lease(sys.argv[1], "mining into"):
   print("here", flush=True)
   sys.stdin.read()
 """

@@ -143,7 +143,7 @@ def test_an_unknown_flag_is_an_error_of_one_line(capsys):
 
 
 def test_help_answers_without_tensorflow():
-  code = "import sys; from trainer import compare; compare.main(['', '--help']); "
+  code = "import sys; from trainer.cli import compare; compare.main(['', '--help']); "
   code += "sys.exit('tensorflow' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
   assert done.returncode == 0

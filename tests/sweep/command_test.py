@@ -125,7 +125,8 @@ def test_each_device_has_a_run_at_a_time(sweep, folder, monkeypatch):
 def _start(folder, path, *flags, **environment):
   """A sweep as a process of its own; its runs take the fake task."""
   program = "import sys; sys.path[0] = sys.argv.pop(1); "
-  program += "from trainer.sweep import command; sys.exit(command.main(sys.argv))"
+  program += "from trainer.sweep import __main__ as command; "
+  program += "sys.exit(command.main(sys.argv))"
   return subprocess.Popen(
     [sys.executable, "-c", program, str(ROOT), path, *flags],
     cwd=folder,

@@ -141,7 +141,8 @@ def test_mistake_is_refused_before_anything_starts(sweep, capsys, text, flags, w
 
 def test_without_optuna_the_way_to_get_it_is_told(folder, sweep_file):
   program = "import sys; sys.path[0] = sys.argv.pop(1); sys.modules['optuna'] = None; "
-  program += "from trainer.sweep import command; sys.exit(command.main(sys.argv))"
+  program += "from trainer.sweep import __main__ as command; "
+  program += "sys.exit(command.main(sys.argv))"
   process = command_test._start(folder, sweep_file(_TPE.format(2)))
   arguments = [process.args[0], "-c", program, *process.args[3:]]
   process.communicate()

@@ -26,6 +26,27 @@ from trainer.config import gin_statements
 from trainer.config.gin_statements import Binding, Import, Macro, Reference, Statement
 
 _OWN = ("gin.macro", "gin.constant")
+# Names of parts and parameters before the first release, and what they are now. The
+# table goes with the second release.
+_RENAMED = {
+  "PKSchedule": "PKSampler",
+  "TripletSchedule": "TripletSampler",
+  "OneGroupSchedule": "GroupedSampler",
+  "MinedGroups": "MinedTripletSampler",
+  "PerPart": "MultiOptimizer",
+  "MemoryBank": "CrossBatchMemory",
+  "ActivePace": "AdaptivePace",
+  "RecordsInPlace": "ExistingTFRecords",
+  "Selection": "EarlyStopping",
+  "across_replicas": "global_negatives",
+  "per_replica": "local_negatives",
+  "seed_batch_all": "omoindrot_batch_all",
+  "seed_batch_hard": "omoindrot_batch_hard",
+  "schedule_fn": "sampler_fn",
+  "memory_bank": "cross_batch_memory",
+  "when_not_finite": "on_nonfinite",
+  "when_disk_full": "on_disk_full",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,16 +237,24 @@ def known_part(name: str, origin: str) -> Registered:
   """The part of this name; refuses an unknown one."""
   part = find_registered(name, origin)
   if part is None:
-    nearest = gin_statements.nearest_name(name, registered_names())
+    nearest = _renamed(name) or gin_statements.nearest_name(name, registered_names())
     raise errors.UserError(f"{origin}: there is no {name!r} to configure{nearest}")
   return part
+
+
+def _renamed(name: str) -> str:
+  """The end of a message about a name that has changed; empty for other names."""
+  new_name = _RENAMED.get(name.rsplit(".", 1)[-1])
+  return f"; it is called {new_name!r} now." if new_name else ""
 
 
 def _check_parameter(binding: Binding) -> None:
   """Refuses a parameter that the part does not have."""
   part = known_part(binding.name, binding.origin)
   if not part.accepts(binding.parameter):
-    nearest = gin_statements.nearest_name(binding.parameter, part.parameters)
+    nearest = _renamed(binding.parameter) or gin_statements.nearest_name(
+      binding.parameter, part.parameters
+    )
     every = f" It has: {', '.join(sorted(part.parameters)) or 'none'}."
     raise errors.UserError(
       f"{binding.origin}: {binding.name} has no parameter {binding.parameter!r}"
