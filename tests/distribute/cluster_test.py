@@ -1,13 +1,233 @@
-"""Which workers there are: from TF_CONFIG, from Slurm, and what is refused."""
+"""How workers meet: all come, somebody is missing, somebody is another."""
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
+import socket
+import threading
+import time
 
 import pytest
 
-from trainer.distribute.cluster import Cluster, find_cluster, from_slurm
-from trainer.errors import UserError
+from trainer.distribute.cluster import (
+  Cluster,
+  differences,
+  find_cluster,
+  from_slurm,
+  meet,
+)
+from trainer.errors import StalledError, UserError
+
+
+def free_addresses(num):
+  """Addresses of this machine that nobody listens on."""
+  sockets = [socket.create_server(("", 0)) for _ in range(num)]
+  ports = [each.getsockname()[1] for each in sockets]
+  for each in sockets:
+    each.close()
+  return tuple(f"127.0.0.1:{port}" for port in ports)
+
+
+def _meet(addresses, facts, *, indexes=None, timeout_s=20.0):
+  """What comes of each worker: None or its error."""
+  indexes = range(len(addresses)) if indexes is None else indexes
+
+  def one(index, facts):
+    try:
+      meet(Cluster(addresses, index), facts, timeout_s=timeout_s)
+    except (UserError, StalledError) as error:
+      return error
+    return None
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(one, indexes, facts))
+
+
+def test_workers_that_are_alike_meet():
+  assert _meet(free_addresses(3), [{"x": "1"}] * 3) == [None] * 3
+
+
+def test_their_ports_are_free_afterwards():
+  addresses = free_addresses(2)
+  for _ in range(2):
+    assert _meet(addresses, [{}, {}]) == [None, None]
+
+
+def test_what_differs_is_named_on_every_worker():
+  facts = [{"train.margin": "0.2"}, {"train.margin": "0.2"}, {"train.margin": "0.3"}]
+  errors = _meet(free_addresses(3), facts)
+  assert all(isinstance(error, UserError) for error in errors)
+  expected = "the workers differ: train.margin is 0.2 on worker 0, 0.3 on 2."
+  assert [str(error) for error in errors] == [expected] * 3
+
+
+def test_a_fact_that_one_worker_lacks_is_a_difference():
+  assert "numpy is nothing on worker 0, 2 on 1" in differences([{}, {"numpy": "2"}])
+
+
+def test_a_worker_that_does_not_come_is_named_to_those_who_did():
+  addresses = free_addresses(3)
+  errors = _meet(addresses, [{}, {}], indexes=[0, 2], timeout_s=1.0)
+  assert all(isinstance(error, StalledError) for error in errors)
+  expected = f"worker 1 ({addresses[1]}) did not come within 1 s."
+  assert [str(error) for error in errors] == [expected] * 2
+
+
+def test_a_chief_that_does_not_come_is_named():
+  [error] = _meet(free_addresses(2), [{}], indexes=[1], timeout_s=0.5)
+  assert isinstance(error, StalledError)
+  assert "worker 0" in str(error)
+
+
+def _connect(address):
+  host, port = address.split(":")
+  deadline = time.monotonic() + 20
+  while True:
+    try:
+      return socket.create_connection((host, int(port)))
+    except OSError:
+      assert time.monotonic() < deadline
+
+
+def test_a_worker_that_is_there_twice_is_refused():
+  addresses = free_addresses(3)
+  greeting = {"index": 1, "addresses": addresses, "facts": {}}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as one, _connect(addresses[0]) as other:
+      for connection in (one, other):
+        connection.sendall(json.dumps(greeting).encode() + b"\n")
+      assert str(chief.exception()) == "two processes say that they are worker 1."
+
+
+def test_workers_of_different_clusters_are_refused():
+  chief, one, other = free_addresses(3)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    meeting = pool.submit(meet, Cluster((chief, one), 0), {}, timeout_s=20.0)
+    pool.submit(meet, Cluster((chief, other), 1), {}, timeout_s=20.0)
+    error = meeting.exception()
+  assert isinstance(error, UserError)
+  assert "was started with the cluster" in str(error)
+
+
+def test_something_else_that_knocks_is_passed_over():
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      stranger.sendall(b"GET / HTTP/1.0\n")
+    meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    assert chief.exception() is None
+
+
+_STRANGERS = (
+  b'{"index": 1}',
+  b'{"index": 1, "addresses": [], "facts": null}',
+  b'{"index": "1", "addresses": ["a:1"], "facts": {}}',
+  b'{"index": true, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": Infinity, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": -1, "addresses": ["a:1"], "facts": {}}',
+  b'{"index": 1, "addresses": [[]], "facts": {}}',
+  b'{"index": 1, "addresses": ["a:1"], "facts": {"x": {}}}',
+  b"[1]",
+  b"null",
+  b"[" * 100_000,
+  b"\xff\xfe",
+  b"",
+)
+
+
+def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 5.0)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    for message in _STRANGERS:
+      with _connect(addresses[0]) as stranger:
+        stranger.sendall(message + b"\n")
+    meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    assert chief.exception() is None
+
+
+def test_a_number_that_no_worker_has_is_refused():
+  addresses = free_addresses(2)
+  greeting = {"index": 2, "addresses": addresses, "facts": {}}
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      stranger.sendall(json.dumps(greeting).encode() + b"\n")
+      error = chief.exception()
+  assert isinstance(error, UserError)
+  assert "it is worker 2 of 2" in str(error)
+
+
+def test_a_line_without_end_is_given_up(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.cluster._MAX_MESSAGE_BYTES", 1000)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      stranger.sendall(b"x" * 2000)
+      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    assert chief.exception() is None
+
+
+def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.3)
+  addresses = free_addresses(2)
+  is_over = threading.Event()
+
+  def drip(stranger):
+    with contextlib.suppress(OSError):
+      while not is_over.wait(0.05):
+        stranger.sendall(b"x")
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]) as stranger:
+      dripping = pool.submit(drip, stranger)
+      try:
+        meet(Cluster(addresses, 1), {}, timeout_s=10.0)
+        assert chief.exception() is None
+      finally:
+        is_over.set()
+        dripping.result()
+
+
+@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"error": 1, "is_mistake": true}'])
+def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
+  addresses = free_addresses(2)
+  server = socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1])))
+  with server, concurrent.futures.ThreadPoolExecutor() as pool:
+    worker = pool.submit(meet, Cluster(addresses, 1), {}, timeout_s=20.0)
+    for line in (answer, b'{"error": null, "is_mistake": false}'):
+      connection, _ = server.accept()
+      with connection:
+        connection.sendall(line + b"\n")
+    assert worker.exception() is None
+
+
+def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.2)
+  addresses = free_addresses(2)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    with _connect(addresses[0]):
+      start_s = time.monotonic()
+      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+      assert time.monotonic() - start_s < 10
+    assert chief.exception() is None
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+  monkeypatch.setattr("trainer.distribute.cluster._PORT_PATIENCE_S", 0.0)
+  with socket.create_server(("", 0)) as taken:
+    address = f"127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(UserError, match=f"of this worker, {address}, can't be had"):
+      meet(Cluster((address, "127.0.0.1:1"), 0), {}, timeout_s=1.0)
+
 
 _SLURM = {
   "SLURM_STEP_NUM_TASKS": "3",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tests.distribute.rendezvous_test import free_addresses
+from tests.distribute.cluster_test import free_addresses
 from trainer.mining.round import MiningRound
 from trainer.retrieval.embedding_store import EmbeddingFolder
 

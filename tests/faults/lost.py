@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 
-from tests.distribute.rendezvous_test import free_addresses
+from tests.distribute.cluster_test import free_addresses
 from tests.faults import runs as runs_lib
 from tests.faults.processes import tf_config
 from tests.faults.runs import Runs

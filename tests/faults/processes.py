@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 
-from tests.distribute.rendezvous_test import free_addresses
+from tests.distribute.cluster_test import free_addresses
 
 ROOT = pathlib.Path(__file__).parents[2]
 _TIMEOUT_S = 600.0  # Of a machine that others use, too.

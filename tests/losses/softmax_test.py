@@ -8,6 +8,57 @@ from tests.losses import batches, oracles, pair_oracles
 from trainer import losses
 from trainer.errors import UserError
 from trainer.losses import softmax
+from trainer.losses.softmax import (
+  LOG_ZERO,
+  LearnedTemperature,
+  log_sum_exp,
+  num_members,
+  temperature_value,
+)
+
+_VALUES = tf.constant([[1.0, 2.0, 500.0], [-900.0, -901.0, 3.0], [0.0, 1.0, 2.0]])
+_IS_MEMBER = tf.constant(
+  [[True, True, False], [True, True, False], [False, False, False]]
+)
+
+
+def test_log_of_the_sum_is_over_members_alone():
+  expected = [np.logaddexp(1, 2), np.logaddexp(-900, -901), LOG_ZERO]
+  np.testing.assert_allclose(log_sum_exp(_VALUES, _IS_MEMBER), expected, rtol=1e-6)
+
+
+def test_gradient_is_the_softmax_of_members_and_zero_without_one():
+  with tf.GradientTape() as tape:
+    tape.watch(_VALUES)
+    value = log_sum_exp(_VALUES, _IS_MEMBER)
+  near = 1 / (1 + np.exp(-1))
+  expected = [[1 - near, near, 0], [near, 1 - near, 0], [0, 0, 0]]
+  np.testing.assert_allclose(tape.gradient(value, _VALUES), expected, rtol=1e-5)
+
+
+def test_members_are_counted_by_anchor():
+  np.testing.assert_array_equal(num_members(_IS_MEMBER), [2, 2, 0])
+
+
+def test_learned_temperature_starts_where_it_is_told():
+  np.testing.assert_allclose(temperature_value(LearnedTemperature(initial=0.07)), 0.07)
+
+
+def test_learned_temperature_has_one_trainable_variable():
+  assert len(LearnedTemperature(initial=0.07).trainable_variables) == 1
+
+
+def test_learned_temperature_never_falls_to_zero():
+  temperature = LearnedTemperature(initial=0.07)
+  temperature.trainable_variables[0].assign_sub(20.0)
+  assert temperature().numpy() > 0
+
+
+@pytest.mark.parametrize("initial", [0, -0.1])
+def test_temperature_not_above_zero_is_refused(initial):
+  with pytest.raises(UserError, match="not above 0"):
+    LearnedTemperature(initial=initial)
+
 
 _LOSSES = [
   (
@@ -52,7 +103,7 @@ def test_learned_temperature_has_the_gradient_of_the_definition(
 
 
 @pytest.mark.parametrize("loss_class", [row[0] for row in _LOSSES])
-def test_temperature_not_above_zero_is_refused(loss_class):
+def test_temperature_not_above_zero_is_refused_softmax(loss_class):
   with pytest.raises(UserError, match="temperature=0 is not above 0"):
     loss_class(temperature=0)
 

@@ -1,11 +1,17 @@
-"""Options of offline mining: what does not fit is refused before a step is made."""
+"""The sampler that goes over from one round to the next."""
 
 from __future__ import annotations
 
 import functools
+import gc
+import pathlib
+import weakref
 
+import gin
+import numpy as np
 import pytest
 
+import trainer.gin_registrations  # noqa: F401  Registers what configs name.
 from tests.mining.deciding import (
   DATASET,
   Constant,
@@ -14,10 +20,59 @@ from tests.mining.deciding import (
   mined_round,
   of_step,
 )
+from trainer.config import run_config
 from trainer.errors import UserError
 from trainer.mining.mined_samplers import with_neighbouring_classes
 from trainer.mining.miner import Miner
-from trainer.mining.offline_mining import OfflineMining
+from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
+
+
+def test_steps_of_several_rounds_are_drawn_together():
+  sampler = PiecewiseSampler(Constant(0))
+  sampler.hold(4, Constant(1, (6, 2)))
+  drawn = sampler.batches(np.array([9, 0, 3, 4]))
+  assert drawn.shape == (4, 3, 4)
+  assert drawn[:, 2, 1].tolist() == [1, 0, 0, 1]
+
+
+def test_the_sampler_that_holds_and_the_one_before_are_kept():
+  sampler, held = PiecewiseSampler(Constant(0)), []
+  for number in (1, 2, 3):
+    held.append(Constant(number))
+    sampler.hold(10 * number, held[-1])
+  held = [weakref.ref(each) for each in held]
+  gc.collect()
+  assert [each() is None for each in held] == [True, False, False]
+  assert sampler.batches(np.array([29, 30]))[:, 0, 0].tolist() == [2, 3]
+  with pytest.raises(ValueError, match="from step 20 on are kept; got 19"):
+    sampler.batches(np.array([30, 19]))
+
+
+_CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+_SIZES = (
+  "MinedTripletSampler.groups_per_batch = 8",
+  "MinedTripletSampler.negatives_per_group = 6",
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "params"), [("groups", _SIZES), ("neighbouring_classes", ())]
+)
+def test_a_fragment_of_mining_makes_a_miner_and_a_sampler(name, params):
+  files = [_CONFIGS / "runs" / "digits.gin", _CONFIGS / "mining" / f"{name}.gin"]
+  loaded = run_config.load(
+    [str(file) for file in files], ["MINING_STEPS = 100", *params], needed=("train",)
+  )
+  made = gin.get_configurable("OfflineMining")()
+  made.check(steps_per_loop=50)
+  assert isinstance(made.miner, Miner)
+  assert callable(made.sampler_fn)
+  assert loaded.values["train.mining.every_steps"] == "100"
+
+
+def test_every_fragment_of_mining_is_tested():
+  names = {path.stem for path in (_CONFIGS / "mining").glob("*.gin")}
+  assert names == {"groups", "neighbouring_classes"}
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from tests.tpu_check.losses_test import STEPS, lowered
+from tests.tpu_check.replica_program_test import STEPS, lowered
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.tpu_check import compile_check
 from trainer.tpu_check import compiler as compiler_lib

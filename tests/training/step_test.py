@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import collections
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.distribute.parity_test import LOSSES, _batches, _maker
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.errors import UserError
-from trainer.losses import SupervisedContrastiveLoss
+from trainer.losses import BatchHardTripletLoss, SupervisedContrastiveLoss
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
-from trainer.training import gradients, parity
+from trainer.training import checks, gradients, parity
 from trainer.training.optimizers import MultiOptimizer
 from trainer.training.options import StepOptions
 from trainer.training.step import TrainStep, Update
@@ -255,3 +258,86 @@ def test_a_gradient_is_as_large_as_its_examples_before_they_cancel():
   sizes = [np.sqrt(total).max() for total in squares]
   scales = parity.gradient_scales(_step, batch)
   assert all(0.3 * n < scale < 3 * n for n, scale in zip(sizes, scales))
+
+
+_NUM_REPLICAS, _NUM_GATHERED = 2, 24 * 6  # Embeddings of the global batch.
+
+
+def _graph_and_step(strategy, objective, num_micro_batches):
+  make_step = _maker(
+    LOSSES["SupervisedContrastiveLoss-learned"],  # Its terms have no loop.
+    objective,
+    "sgd",
+    num_micro_batches=num_micro_batches,
+    mining_statistics=None,
+  )
+  with strategy.scope():
+    step = make_step()
+  update = tf.function(
+    lambda batch: strategy.run(lambda part: step(part, current_collectives()), (batch,))
+  )
+  batch = parity._distributed(strategy, _batches()[0])
+  return update.get_concrete_function(batch).graph, step
+
+
+def _sizes_of_sums(graph):
+  """How many numbers each sum over replicas has, and how often there is one."""
+  operations = [each for each in graph.get_operations() if "Reduce" in each.type]
+  sums = [each for each in operations if each.type.startswith("Collective")]
+  sizes = collections.Counter(each.outputs[0].shape.num_elements() for each in sums)
+  return {size: number / _NUM_REPLICAS for size, number in sizes.items()}
+
+
+def _num_weights_and_more(step):
+  """With the gradients, in the same sum, travel three numbers.
+
+  Whether a replica's are not finite, and the two that are its active fraction.
+  """
+  return sum(v.shape.num_elements() for v in step.trainable_variables) + 3
+
+
+@pytest.mark.parametrize("num_micro_batches", [1, 3, 12])
+def test_gradients_travel_once_a_step_whatever_the_micro_batches(
+  mirrored, num_micro_batches
+):
+  graph, step = _graph_and_step(mirrored(2), "gathered", num_micro_batches)
+  num_sent = _num_weights_and_more(step)
+  # The count; the gradient to the gathered embeddings; the gradients to the weights.
+  assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_sent: 1}
+  operations = [each.type for each in graph.get_operations()]
+  # The text has what is in functions and loops too, where there must be none.
+  num_outside = sum(each.startswith("Collective") for each in operations)
+  assert str(graph.as_graph_def()).count('op: "Collective') == num_outside > 0
+  has_loop = any(each.endswith("While") for each in operations)
+  assert has_loop == (num_micro_batches > 1)
+
+
+def test_without_a_gather_the_gradients_alone_travel(mirrored):
+  graph, step = _graph_and_step(mirrored(2), "alone", 3)
+  num_sent = _num_weights_and_more(step)
+  assert _sizes_of_sums(graph) == {num_sent: 1}
+
+
+def _step_of_tpu_limits(precision):
+  return TrainStep(
+    encoder=Encoder(
+      backbone=Perceptron(hidden_units=(4,)), embedding_size=2, precision=precision
+    ),
+    loss=BatchHardTripletLoss(margin=0.2),
+    objective_fn=global_negatives,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+  )
+
+
+def test_a_scaled_loss_is_refused_on_a_tpu_by_the_binding_that_asks_for_it():
+  with pytest.raises(UserError, match=r"Encoder\.precision='mixed_float16'"):
+    checks.check_tpu_limits(_step_of_tpu_limits("mixed_float16"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_what_a_tpu_computes_is_not_refused(precision):
+  assert checks.check_tpu_limits(_step_of_tpu_limits(precision)) is None
+
+
+def test_nothing_is_refused_where_there_is_no_tpu():
+  assert checks.check_tpu_limits_if_on_tpu(_step_of_tpu_limits("mixed_float16")) is None

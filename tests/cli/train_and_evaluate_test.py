@@ -15,7 +15,7 @@ import pytest
 
 from trainer.training.callbacks import LOGGED
 
-_REPOSITORY = pathlib.Path(__file__).parents[1]
+_REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Short, with several loops and checkpoints.
 _SHORT = ("NUM_STEPS = 12", "LoopOptions.steps_per_loop = 2")

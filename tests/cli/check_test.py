@@ -13,7 +13,7 @@ from trainer.cli import check as check_lib
 from trainer.errors import UserError
 from trainer.run import Hardware, Run
 
-_REPOSITORY = pathlib.Path(__file__).parents[1]
+_REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Each replica normalises by its own batch: then N replicas don't train as one.
 _BATCH_NORM = "ConvNet.normalization = 'batch'"

@@ -12,7 +12,7 @@ import pytest
 from fontTools import fontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 
-_FOLDER = pathlib.Path(__file__).parent.parent / "launch" / "data"
+_FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "data"
 
 
 @pytest.fixture(autouse=True)

@@ -1,15 +1,132 @@
-"""Rankings under each protocol, against loops over queries."""
+"""Ranks of relevant items against a sort of all distances."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.retrieval import rank_oracles
+from tests.retrieval import near_embeddings, rank_oracles
 from trainer.errors import UserError
-from trainer.retrieval.ground_truth import LeaveOneOut, QueryAndGallery, Relevance
+from trainer.retrieval import ranking
+from trainer.retrieval.ground_truth import (
+  ItemLabels,
+  LabelGroundTruth,
+  LeaveOneOut,
+  QueryAndGallery,
+  Relevance,
+)
 from trainer.retrieval.metrics import bootstrap_intervals
-from trainer.retrieval.ranking import rank
+from trainer.retrieval.ranking import rank, ranks_of_relevant
+
+
+def _leave_one_out(labels):
+  everything = np.arange(len(labels))
+  return LabelGroundTruth(everything, everything, ItemLabels(labels))
+
+
+def _expected(embeddings, labels):
+  rows = []
+  for query, label in enumerate(labels):
+    relevant = set(np.flatnonzero(labels == label)) - {query}
+    hits = rank_oracles.hits_of(embeddings[query], embeddings, relevant, {query})
+    rows.append([rank for rank, hit in enumerate(hits, 1) if hit])
+  return rows
+
+
+def _got(embeddings, labels, **options):
+  embeddings = embeddings.astype(np.float32)
+  found = ranks_of_relevant(embeddings, embeddings, _leave_one_out(labels), **options)
+  return [ranks.tolist() for ranks in found]
+
+
+@pytest.mark.parametrize("max_distances", [1, 150, 100_000])
+def test_ranks_are_those_of_a_sort_for_any_tile(max_distances):
+  rng = np.random.default_rng(4)
+  embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
+  got = _got(embeddings, labels, max_distances=max_distances)
+  assert got == _expected(embeddings, labels)
+
+
+@pytest.mark.parametrize("max_counted", [0, 1000])
+def test_equal_distances_rank_by_index_counted_or_sorted(max_counted, monkeypatch):
+  monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
+  # Small integers, so that distances are exact and many are equal.
+  rng = np.random.default_rng(5)
+  embeddings, labels = rng.integers(-2, 3, (80, 2)), rng.integers(0, 4, 80)
+  assert _got(embeddings, labels) == _expected(embeddings, labels)
+
+
+def test_an_item_alone_in_its_class_has_no_ranks():
+  got = _got(np.eye(3), np.array([0, 1, 1]))
+  assert [len(ranks) for ranks in got] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("num_queries", [1, 3, 30])
+def test_copies_rank_by_index_however_many_ask(num_queries):
+  rng = np.random.default_rng(6)
+  gallery = np.repeat(rng.normal(size=(1, 37)).astype(np.float32), 30, axis=0)
+  judged = LabelGroundTruth(
+    np.arange(30, 30 + num_queries), np.arange(30), ItemLabels(np.zeros(60, int))
+  )
+  queries = rng.normal(size=(num_queries, 37)).astype(np.float32)
+  for ranks in ranks_of_relevant(queries, gallery, judged):
+    np.testing.assert_array_equal(ranks, np.arange(1, 31))
+
+
+def test_a_common_offset_changes_no_rank():
+  rng = np.random.default_rng(7)
+  embeddings, labels = rng.normal(size=(90, 16)), rng.integers(0, 9, 90)
+  # Far away float32 has a grid of 2^-14 there, on which both stand.
+  embeddings = np.round(embeddings * 2**10) / 2**10
+  assert _got(embeddings + 1000.0, labels) == _got(embeddings, labels)
+
+
+def _true_ranks(embeddings, labels):
+  """Of each item, by its float64 differences from all others."""
+  found = []
+  for query, order in enumerate(near_embeddings.true_order(embeddings, embeddings)):
+    others = order[order != query]
+    found.append((np.flatnonzero(labels[others] == labels[query]) + 1).tolist())
+  return found
+
+
+@pytest.mark.parametrize("case", near_embeddings.CASES)
+@pytest.mark.parametrize(
+  ("num_classes", "max_counted", "max_share"),
+  [(60, 64, 1 / 32), (60, 0, 1.0), (3, 64, 1 / 32), (3, 64, 1.0), (3, 1000, 0.0)],
+)
+def test_ranks_are_those_of_float64_differences(
+  case, num_classes, max_counted, max_share, monkeypatch
+):
+  monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
+  monkeypatch.setattr(ranking, "_MAX_SHARE_UNDECIDED", max_share)
+  embeddings = near_embeddings.CASES[case]
+  labels = np.random.default_rng(8).integers(0, num_classes, len(embeddings))
+  assert _got(embeddings, labels) == _true_ranks(embeddings, labels)
+
+
+def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
+  gallery = near_embeddings.scattered(1e-4)
+  queries = near_embeddings.scattered(3e-4, num_items=50) + np.float32(1e-3)
+  labels = np.random.default_rng(9).integers(0, 20, 290)
+  judged = LabelGroundTruth(np.arange(240, 290), np.arange(240), ItemLabels(labels))
+  order = near_embeddings.true_order(queries, gallery)
+  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
+    is_relevant = labels[order[query]] == labels[240 + query]
+    np.testing.assert_array_equal(ranks, np.flatnonzero(is_relevant) + 1)
+
+
+def test_excluded_items_are_not_counted_where_float32_decides_nothing():
+  embeddings, labels = near_embeddings.CASES["huge"], np.arange(240) % 6
+  cameras = np.arange(240) % 4
+  everything = np.arange(240)
+  judged = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
+  order = near_embeddings.true_order(embeddings, embeddings)
+  for query, ranks in enumerate(ranks_of_relevant(embeddings, embeddings, judged)):
+    relevant, excluded = judged.judge(query)
+    others = order[query][~np.isin(order[query], excluded)]
+    np.testing.assert_array_equal(ranks, np.flatnonzero(np.isin(others, relevant)) + 1)
+
 
 _KS = (1, 5)
 
@@ -34,7 +151,7 @@ def _labels(num_items, num_classes, seed=3):
   return np.random.default_rng(seed).integers(0, num_classes, num_items)
 
 
-def _expected(embeddings, queries, gallery, is_relevant, is_excluded):
+def _expected_of_rankings(embeddings, queries, gallery, is_relevant, is_excluded):
   """Means by loops; the two functions take a query and a gallery item."""
   rows = []
   for query in queries:
@@ -54,7 +171,7 @@ def _measured(embeddings, protocol, items):
 
 def test_each_item_looks_for_the_others_of_its_class():
   embeddings, labels = _embeddings(50), _labels(50, 9)
-  wanted = _expected(
+  wanted = _expected_of_rankings(
     embeddings,
     range(50),
     range(50),
@@ -69,7 +186,7 @@ def test_pairs_of_one_class_and_one_camera_do_not_count():
   embeddings, labels, cameras = _embeddings(60), _labels(60, 6), _labels(60, 3, seed=9)
   relevance = Relevance(excluded_feature="camera")
   items = _Items(labels, camera=[[f"camera {c}"] for c in cameras])
-  wanted = _expected(
+  wanted = _expected_of_rankings(
     embeddings,
     range(60),
     range(60),
@@ -83,7 +200,7 @@ def test_pairs_of_one_class_and_one_camera_do_not_count():
 def test_queries_look_in_a_gallery_of_others():
   embeddings, labels = _embeddings(60), _labels(60, 5)
   roles = [("query", "gallery", "unused")[n % 3] for n in range(60)]
-  wanted = _expected(
+  wanted = _expected_of_rankings(
     embeddings,
     [n for n in range(60) if roles[n] == "query"],
     [n for n in range(60) if roles[n] == "gallery"],
@@ -99,7 +216,7 @@ def test_items_with_several_labels_are_relevant_where_they_share_one():
   rng = np.random.default_rng(8)
   embeddings = _embeddings(40)
   tags = [[f"tag {t}" for t in set(rng.integers(0, 8, 2))] for _ in range(40)]
-  wanted = _expected(
+  wanted = _expected_of_rankings(
     embeddings,
     range(40),
     range(40),
@@ -114,7 +231,7 @@ def test_items_with_several_labels_are_relevant_where_they_share_one():
 def test_distractors_are_found_but_neither_ask_nor_are_relevant():
   embeddings, labels = _embeddings(40), _labels(40, 4)
   queries = np.flatnonzero(labels != 2)
-  wanted = _expected(
+  wanted = _expected_of_rankings(
     embeddings,
     queries,
     range(40),
