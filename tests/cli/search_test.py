@@ -210,7 +210,7 @@ def test_a_key_has_no_more_neighbours_than_there_are_other_items(folder, capsys)
   params = ["search.num_neighbours = 1797"]
   asked = f"--query={kept.keys[7]}"
   [found] = _answers(folder, capsys, asked, params=params, status=2)
-  assert "1797 neighbours can't be had from a gallery of 1796" in found["error"]
+  assert "num_neighbours=1797 exceeds the gallery size 1796" in found["error"]
 
 
 def test_an_image_is_not_compared_with_embeddings_of_another_step(folder, capsys):
@@ -275,7 +275,7 @@ def test_more_neighbours_than_there_are_items_have_no_answer(folder, capsys):
   [answer] = _answers(
     folder, capsys, f"--query={_image(folder, 3)}", params=params, status=2
   )
-  assert "2000 neighbours can't be had" in answer["error"]
+  assert "num_neighbours=2000 exceeds the gallery size" in answer["error"]
 
 
 _HOLD = """

@@ -225,7 +225,7 @@ def test_a_port_in_use_is_named(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._PORT_PATIENCE_S", 0.0)
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
-    with pytest.raises(UserError, match=f"of this worker, {address}, can't be had"):
+    with pytest.raises(UserError, match=f"of this worker, {address}, is not available"):
       meet(Cluster((address, "127.0.0.1:1"), 0), {}, timeout_s=1.0)
 
 

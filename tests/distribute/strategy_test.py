@@ -137,7 +137,7 @@ def test_a_tpu_that_is_not_there_is_said(monkeypatch, error):
 
   cluster = tf.distribute.cluster_resolver
   monkeypatch.setattr(cluster, "TPUClusterResolver", fail)
-  with pytest.raises(UserError, match="--tpu=local can't be had"):
+  with pytest.raises(UserError, match="--tpu=local is not available"):
     make_strategy(Hardware("tpu"))
 
 

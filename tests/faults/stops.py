@@ -80,7 +80,7 @@ def told_while_compiling(runs: Runs) -> Outcome:
   running.wait_until(lambda: running.said("writing to"))
   running.tell(signal.SIGTERM)
   status, seconds = running.wait()
-  is_said = "same command goes on" in running.last_line()
+  is_said = "same command resumes it" in running.last_line()
   return Outcome("3, says so: True", f"{status}, says so: {is_said}", seconds, 0)
 
 

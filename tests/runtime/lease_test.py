@@ -301,7 +301,7 @@ def test_a_process_that_stood_still_until_another_came_is_ended(tmp_path):
       first.send_signal(18)  # SIGCONT
       assert first.wait(20) == 2
     words = first.stderr.read()
-  assert "error: this process stood still, and process" in words
+  assert "error: this process was suspended and its lease expired: process" in words
 
 
 def test_a_second_writer_of_data_elsewhere_is_told_who_the_first_is():

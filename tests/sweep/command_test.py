@@ -161,7 +161,7 @@ def test_stopped_sweep_ends_its_run_and_goes_on_where_it_was(
   process.send_signal(number)
   output, errors = process.communicate(timeout=30)
   assert process.returncode == status, errors
-  assert errors.splitlines()[-1] == "stopped; the same command goes on."
+  assert errors.splitlines()[-1] == "stopped; the same command resumes it."
   assert "half done" in output
   before = _num_steps(folder)
   time.sleep(0.7)

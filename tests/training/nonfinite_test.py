@@ -301,5 +301,5 @@ def test_every_part_of_an_optimizer_continues_at_the_same_step_and_rate(policy):
 def test_it_stops_where_it_was_too_often(policy):
   parts = _Parts(on_nonfinite=policy, max_not_finite=1)
   parts.policy.handle_nonfinite(7)
-  with pytest.raises(NotFiniteError, match="1 batches were passed over before"):
+  with pytest.raises(NotFiniteError, match="1 batches were skipped before"):
     parts.policy.handle_nonfinite(8)

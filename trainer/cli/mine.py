@@ -116,7 +116,7 @@ def _newest_whole(model_dir: str, made_of_what: Mapping[str, str]) -> int:
     except OtherDataError:
       raise
     except UserError as error:
-      logging.warning("%s It is passed over.", error)
+      logging.warning("%s It is skipped.", error)
   return 0
 
 

@@ -167,7 +167,7 @@ def _tpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy
   except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"--tpu={name} can't be had ({reason[:200]}); run on a machine that a TPU is "
+      f"--tpu={name} is not available ({reason[:200]}); run on a machine that a TPU is "
       "attached to."
     ) from error
   strategy = tf.distribute.TPUStrategy(resolver)

@@ -370,7 +370,7 @@ class RoundLog:
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise UserError(
         f"{self.path} is damaged ({type(error).__name__}: {error}); put it back, or "
-        f"remove {os.path.dirname(self.path)} to go on with new rounds."
+        f"remove {os.path.dirname(self.path)} to continue with new rounds."
       ) from error
     return dict(sorted(found.items()))
 

@@ -276,7 +276,7 @@ class Rounds:
       folder = os.path.dirname(self._ledger.path)
       raise UserError(
         f"{error} {self._ledger.path} has it from step {step} on: put it back, or "
-        f"remove {folder} to go on with new rounds."
+        f"remove {folder} to continue with new rounds."
       ) from error
 
   def _hold(self, step: int, opened: Optional[_Opened]) -> bool:

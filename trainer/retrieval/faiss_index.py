@@ -211,7 +211,7 @@ class KeptIndex:
       raise UserError(f"{folder} has no index; run --mode=index first.") from error
     if not is_same:
       raise UserError(
-        f"{path} is not the index of which {MANIFEST_NAME} tells; run --mode=index "
+        f"{path} is not the index that {MANIFEST_NAME} describes; run --mode=index "
         "again."
       )
     self._index = knn.load_faiss().read_index(path)

@@ -186,7 +186,7 @@ def check_sizes(
     )
   if not 1 <= num_neighbours <= num_items:
     raise UserError(
-      f"{num_neighbours} neighbours can't be had from a gallery of {num_items} items; "
+      f"num_neighbours={num_neighbours} exceeds the gallery size {num_items}; "
       f"ask for 1 to {num_items}."
     )
 

@@ -205,14 +205,14 @@ class Preemption:
       _exit_after_grace(
         PreemptedError.exit_status,
         f"{self.signal_name}: the grace of {self._grace_s:g} s is over before a "
-        f"checkpoint could be written; {self._newest_fn()}; the same command goes on.",
+        f"checkpoint could be written; {self._newest_fn()}; the same command resumes it.",
       )
 
   def nothing_to_save(self) -> PreemptedError:
     """What is raised where a run is to end."""
     return PreemptedError(
       f"{self.signal_name}: stopped where there was nothing new to save; the same "
-      "command goes on."
+      "command resumes it."
     )
 
 

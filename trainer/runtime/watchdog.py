@@ -163,7 +163,7 @@ class Watchdog:
 
   def _end(self, stood_s: float) -> NoReturn:
     line = (
-      f"error: nothing moved for {stood_s:.0f} s of {self.deadline_s:.0f} s allowed: "
+      f"error: no progress for {stood_s:.0f} s (deadline {self.deadline_s:.0f} s): "
       "another worker, the input or a device hangs; where every thread stood is in "
       f"{self._path}; the same command continues from the newest checkpoint."
     )

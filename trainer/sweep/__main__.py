@@ -209,7 +209,7 @@ def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
   for name in (sweep_page.CSV_FILE, sweep_page.PAGE_FILE):
     print(os.path.join(folder, name))
   if received:
-    print("stopped; the same command goes on.", file=sys.stderr)
+    print("stopped; the same command resumes it.", file=sys.stderr)
     is_interrupt = received[0] == signal.SIGINT
     return _INTERRUPTED if is_interrupt else errors.PreemptedError.exit_status
   has_failed = any(

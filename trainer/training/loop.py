@@ -312,7 +312,7 @@ class Loop:
       failure = f"{checkpoints.failure}; " if checkpoints.failure else ""
       raise PreemptedError(
         f"{self._safety.preemption.signal_name}: stopped after step {step}; {failure}"
-        f"{checkpoints.newest}; the same command goes on."
+        f"{checkpoints.newest}; the same command resumes it."
       )
 
   def _finish(self) -> None:

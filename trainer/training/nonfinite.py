@@ -359,7 +359,7 @@ class NonfinitePolicy:
     if self._options.on_nonfinite == "stop":
       self._stop(step, f"{diagnosis}; no update was made with it")
     if self._count >= self._options.max_not_finite:
-      self._stop(step, f"{diagnosis}; {self._count} batches were passed over before")
+      self._stop(step, f"{diagnosis}; {self._count} batches were skipped before")
     count = self._count + 1
     if self._options.on_nonfinite == "restore":
       self._restore_fn()
