@@ -11,10 +11,10 @@ import pytest
 from trainer.data.index_arrays import MemberTable, members_from_labels
 from trainer.data.samplers import (
   GroupedSampler,
+  HardClassSampler,
   PKSampler,
   SequentialSampler,
-  with_hard_classes,
-  with_lone_images,
+  SingletonSampler,
 )
 from trainer.errors import UserError
 
@@ -184,7 +184,7 @@ def _sampler_fn(classes_per_batch=None, **options):
 
 
 def _hard(index, **options):
-  return with_hard_classes(
+  return HardClassSampler(
     index,
     sampler_fn=_sampler_fn(),
     hard_classes=["class 1", "class 5", "class 7"],
@@ -222,7 +222,7 @@ def test_a_hard_class_that_the_data_have_not_is_named():
   with pytest.raises(
     UserError, match="hard_classes names clas 1, and the data have no"
   ):
-    with_hard_classes(_Index([3] * 4), hard_classes=["class 2", "clas 1"], **options)
+    HardClassSampler(_Index([3] * 4), hard_classes=["class 2", "clas 1"], **options)
 
 
 @pytest.mark.parametrize(
@@ -233,9 +233,9 @@ def test_a_group_pattern_that_is_none_is_refused(pattern, message):
     _grouped(_Index([3] * 4), group_pattern=pattern)
 
 
-def _lone(index, num_lone_rows):
-  return with_lone_images(
-    index, sampler_fn=_sampler_fn(2), num_lone_rows=num_lone_rows, seed=0
+def _lone(index, num_singleton_rows):
+  return SingletonSampler(
+    index, sampler_fn=_sampler_fn(2), num_singleton_rows=num_singleton_rows, seed=0
   )
 
 

@@ -244,7 +244,7 @@ class NamedClasses(index_arrays.Classes, Protocol):
 SamplerFn = Callable[..., PKSampler]
 
 
-class _SideBySide:
+class _StackedSampler:
   """Batches that have the rows of several samplers, one below the other."""
 
   def __init__(self, parts: Sequence[BatchSampler], num_samples: int):
@@ -267,97 +267,97 @@ class _SideBySide:
 
 
 @gin.register
-def with_hard_classes(
-  index: NamedClasses,
-  *,
-  sampler_fn: SamplerFn,
-  hard_classes: Sequence[str],
-  num_hard: int,
-  num_others: int,
-  classes: Optional[np.ndarray] = None,
-) -> BatchSampler:
-  """Batches of which some rows are of given classes, and the rest of the others.
+class HardClassSampler(_StackedSampler):
+  """Batches in which some rows are of given classes, and the rest of the others.
 
   Args:
-    index: knows classes, members and names.
-    sampler_fn: makes the sampler of either part.
-    hard_classes: names of the given classes; those not in `classes` are passed over.
-    num_hard: how many of a batch's classes are of them.
-    num_others: how many are not.
+    index: has the classes, their members and names.
+    sampler_fn: makes the sampler of each part.
+    hard_classes: names of the given classes; those not in `classes` are skipped.
+    num_hard: number of a batch's classes that are given ones.
+    num_others: number of a batch's classes that are not.
     classes: int32 ids of the classes to draw from; None for all.
 
-  Returns:
-    A sampler of num_hard + num_others classes.
-
   Raises:
-    UserError: no class has one of the names, or a part has not enough classes.
+    UserError: no class has one of the names, or a part has too few classes.
   """
-  ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
-  wanted = set(hard_classes)
-  names = [index.class_names[class_id] for class_id in ids]
-  is_hard = np.array([name in wanted for name in names], bool)
-  unknown = wanted.difference(names)
-  if unknown:  # Others are of the other side of a split.
-    unknown.difference_update(index.class_names)
-  if unknown:
-    raise UserError(
-      f"with_hard_classes.hard_classes names {', '.join(sorted(unknown))}, "
-      "and the data have no such class."
-    )
-  parts = [
-    sampler_fn(index, classes=ids[chosen], classes_per_batch=num)
-    for chosen, num in ((is_hard, num_hard), (~is_hard, num_others))
-  ]
-  return _SideBySide(parts, parts[0].shape[1])
+
+  def __init__(
+    self,
+    index: NamedClasses,
+    *,
+    sampler_fn: SamplerFn,
+    hard_classes: Sequence[str],
+    num_hard: int,
+    num_others: int,
+    classes: Optional[np.ndarray] = None,
+  ):
+    ids = np.arange(index.num_classes, dtype=np.int32) if classes is None else classes
+    wanted = set(hard_classes)
+    names = [index.class_names[class_id] for class_id in ids]
+    is_hard = np.array([name in wanted for name in names], bool)
+    unknown = wanted.difference(names)
+    if unknown:  # Others are of the other side of a split.
+      unknown.difference_update(index.class_names)
+    if unknown:
+      raise UserError(
+        f"HardClassSampler.hard_classes names {', '.join(sorted(unknown))}, "
+        "and the data have no such class."
+      )
+    parts = [
+      sampler_fn(index, classes=ids[chosen], classes_per_batch=num)
+      for chosen, num in ((is_hard, num_hard), (~is_hard, num_others))
+    ]
+    super().__init__(parts, parts[0].shape[1])
 
 
 @gin.register
-def with_lone_images(
-  index: index_arrays.Classes,
-  *,
-  sampler_fn: SamplerFn,
-  num_lone_rows: int,
-  seed: int,
-  classes: Optional[np.ndarray] = None,
-) -> BatchSampler:
+class SingletonSampler(_StackedSampler):
   """Batches with rows of classes of one image, which serve as negatives only.
 
-  Such a row has K images of K classes, where others have K of one. The sampler draws
-  from the other classes alone.
+  Such a row has K images of K classes, where the other rows have K images of one class.
 
   Args:
-    index: knows classes and members.
+    index: has the classes and their members.
     sampler_fn: makes the sampler of the classes of two images or more.
-    num_lone_rows: rows of a batch that have lone images.
+    num_singleton_rows: rows of a batch that have images of singleton classes.
     seed: of their order.
     classes: int32 ids of the classes to draw from; None for all.
 
-  Returns:
-    A sampler of P + num_lone_rows rows.
-
   Raises:
-    UserError: there are not as many lone images as a batch takes.
+    UserError: there are fewer singleton classes than a batch takes.
   """
-  table = index_arrays.members_of(index)
-  ids = np.arange(table.num_classes, dtype=np.int32) if classes is None else classes
-  sizes = table.starts[ids + 1] - table.starts[ids]
-  main = sampler_fn(index, classes=ids[sizes > 1])
-  num_samples = main.shape[1]
-  num_lone = int((sizes == 1).sum())
-  if num_lone < num_lone_rows * num_samples:
-    raise UserError(
-      f"with_lone_images.num_lone_rows={num_lone_rows} rows of {num_samples} need "
-      f"{num_lone_rows * num_samples} classes of one image, and there are {num_lone}; "
-      f"choose at most {num_lone // num_samples}."
+
+  def __init__(
+    self,
+    index: index_arrays.Classes,
+    *,
+    sampler_fn: SamplerFn,
+    num_singleton_rows: int,
+    seed: int,
+    classes: Optional[np.ndarray] = None,
+  ):
+    table = index_arrays.members_of(index)
+    ids = np.arange(table.num_classes, dtype=np.int32) if classes is None else classes
+    sizes = table.starts[ids + 1] - table.starts[ids]
+    main = sampler_fn(index, classes=ids[sizes > 1])
+    num_samples = main.shape[1]
+    num_singletons = int((sizes == 1).sum())
+    if num_singletons < num_singleton_rows * num_samples:
+      raise UserError(
+        f"SingletonSampler.num_singleton_rows={num_singleton_rows} rows of "
+        f"{num_samples} need {num_singleton_rows * num_samples} classes of one image, "
+        f"and there are {num_singletons}; choose at most "
+        f"{num_singletons // num_samples}."
+      )
+    singletons = PKSampler(
+      index,
+      classes_per_batch=num_singleton_rows * num_samples,
+      samples_per_class=1,
+      seed=seed,
+      classes=ids[sizes == 1],
     )
-  lone = PKSampler(
-    index,
-    classes_per_batch=num_lone_rows * num_samples,
-    samples_per_class=1,
-    seed=seed,
-    classes=ids[sizes == 1],
-  )
-  return _SideBySide([main, lone], num_samples)
+    super().__init__([main, singletons], num_samples)
 
 
 @gin.register

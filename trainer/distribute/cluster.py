@@ -103,8 +103,8 @@ def _listen(address: str) -> socket.socket:
     except OSError as error:
       if time.monotonic() > deadline:
         raise UserError(
-          f"port {port} of this worker, {address}, is not available ({error.strerror}); "
-          "end what uses it, or choose another."
+          f"port {port} of this worker, {address}, is not available "
+          f"({error.strerror}); end what uses it, or choose another."
         ) from error
       time.sleep(_RETRY_S)
 

@@ -189,7 +189,8 @@ def _leave_to_others(path: str) -> None:
   """Ends this process if there is a claim of another, who has removed ours."""
   for other in _others(path):
     with contextlib.suppress(FileNotFoundError):
-      line = f"error: this process was suspended and its lease expired: {_in_use(other, _read(other))}\n"
+      owner = _in_use(other, _read(other))
+      line = f"error: this process was suspended and its lease expired: {owner}\n"
       os.write(2, line.encode())
       os._exit(UserError.exit_status)
 

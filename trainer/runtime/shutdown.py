@@ -205,7 +205,8 @@ class Preemption:
       _exit_after_grace(
         PreemptedError.exit_status,
         f"{self.signal_name}: the grace of {self._grace_s:g} s is over before a "
-        f"checkpoint could be written; {self._newest_fn()}; the same command resumes it.",
+        f"checkpoint could be written; {self._newest_fn()}; the same command "
+        "resumes it.",
       )
 
   def nothing_to_save(self) -> PreemptedError:
