@@ -77,7 +77,7 @@ class Run:
   allow_config_change: bool = False
   search_request: SearchRequest = _NO_REQUEST
 
-  def facts(self) -> dict[str, str]:
+  def fingerprint(self) -> dict[str, str]:
     """What all workers of the run must have alike, by name."""
     return {
       "trainer": __version__,

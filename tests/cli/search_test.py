@@ -250,7 +250,7 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
 
 def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
   index = RecordIndex.open(str(folder / "data"))
-  embedding_store.check_same_records(index.facts(), index)
+  embedding_store.check_same_records(index.fingerprint(), index)
   with pytest.raises(UserError, match=r"of other records: the number of records was 3"):
     embedding_store.check_same_records({"the number of records": "3"}, index)
 

@@ -16,7 +16,7 @@ from trainer.distribute.cluster import (
   differences,
   find_cluster,
   from_slurm,
-  meet,
+  wait_for_workers,
 )
 from trainer.errors import StalledError, UserError
 
@@ -30,19 +30,19 @@ def free_addresses(num):
   return tuple(f"127.0.0.1:{port}" for port in ports)
 
 
-def _meet(addresses, facts, *, indexes=None, timeout_s=20.0):
+def _meet(addresses, fingerprints, *, indexes=None, timeout_s=20.0):
   """What comes of each worker: None or its error."""
   indexes = range(len(addresses)) if indexes is None else indexes
 
-  def one(index, facts):
+  def one(index, fingerprint):
     try:
-      meet(Cluster(addresses, index), facts, timeout_s=timeout_s)
+      wait_for_workers(Cluster(addresses, index), fingerprint, timeout_s=timeout_s)
     except (UserError, StalledError) as error:
       return error
     return None
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return list(pool.map(one, indexes, facts))
+    return list(pool.map(one, indexes, fingerprints))
 
 
 def test_workers_that_are_alike_meet():
@@ -56,8 +56,12 @@ def test_their_ports_are_free_afterwards():
 
 
 def test_what_differs_is_named_on_every_worker():
-  facts = [{"train.margin": "0.2"}, {"train.margin": "0.2"}, {"train.margin": "0.3"}]
-  errors = _meet(free_addresses(3), facts)
+  fingerprints = [
+    {"train.margin": "0.2"},
+    {"train.margin": "0.2"},
+    {"train.margin": "0.3"},
+  ]
+  errors = _meet(free_addresses(3), fingerprints)
   assert all(isinstance(error, UserError) for error in errors)
   expected = "the workers differ: train.margin is 0.2 on worker 0, 0.3 on 2."
   assert [str(error) for error in errors] == [expected] * 3
@@ -93,9 +97,9 @@ def _connect(address):
 
 def test_a_worker_that_is_there_twice_is_refused():
   addresses = free_addresses(3)
-  greeting = {"index": 1, "addresses": addresses, "facts": {}}
+  greeting = {"index": 1, "addresses": addresses, "fingerprint": {}}
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]) as one, _connect(addresses[0]) as other:
       for connection in (one, other):
         connection.sendall(json.dumps(greeting).encode() + b"\n")
@@ -105,8 +109,10 @@ def test_a_worker_that_is_there_twice_is_refused():
 def test_workers_of_different_clusters_are_refused():
   chief, one, other = free_addresses(3)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    meeting = pool.submit(meet, Cluster((chief, one), 0), {}, timeout_s=20.0)
-    pool.submit(meet, Cluster((chief, other), 1), {}, timeout_s=20.0)
+    meeting = pool.submit(
+      wait_for_workers, Cluster((chief, one), 0), {}, timeout_s=20.0
+    )
+    pool.submit(wait_for_workers, Cluster((chief, other), 1), {}, timeout_s=20.0)
     error = meeting.exception()
   assert isinstance(error, UserError)
   assert "was started with the cluster" in str(error)
@@ -115,22 +121,22 @@ def test_workers_of_different_clusters_are_refused():
 def test_something_else_that_knocks_is_passed_over():
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]) as stranger:
       stranger.sendall(b"GET / HTTP/1.0\n")
-    meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    wait_for_workers(Cluster(addresses, 1), {}, timeout_s=20.0)
     assert chief.exception() is None
 
 
 _STRANGERS = (
   b'{"index": 1}',
-  b'{"index": 1, "addresses": [], "facts": null}',
-  b'{"index": "1", "addresses": ["a:1"], "facts": {}}',
-  b'{"index": true, "addresses": ["a:1"], "facts": {}}',
-  b'{"index": Infinity, "addresses": ["a:1"], "facts": {}}',
-  b'{"index": -1, "addresses": ["a:1"], "facts": {}}',
-  b'{"index": 1, "addresses": [[]], "facts": {}}',
-  b'{"index": 1, "addresses": ["a:1"], "facts": {"x": {}}}',
+  b'{"index": 1, "addresses": [], "fingerprint": null}',
+  b'{"index": "1", "addresses": ["a:1"], "fingerprint": {}}',
+  b'{"index": true, "addresses": ["a:1"], "fingerprint": {}}',
+  b'{"index": Infinity, "addresses": ["a:1"], "fingerprint": {}}',
+  b'{"index": -1, "addresses": ["a:1"], "fingerprint": {}}',
+  b'{"index": 1, "addresses": [[]], "fingerprint": {}}',
+  b'{"index": 1, "addresses": ["a:1"], "fingerprint": {"x": {}}}',
   b"[1]",
   b"null",
   b"[" * 100_000,
@@ -143,19 +149,19 @@ def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 5.0)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     for message in _STRANGERS:
       with _connect(addresses[0]) as stranger:
         stranger.sendall(message + b"\n")
-    meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+    wait_for_workers(Cluster(addresses, 1), {}, timeout_s=20.0)
     assert chief.exception() is None
 
 
 def test_a_number_that_no_worker_has_is_refused():
   addresses = free_addresses(2)
-  greeting = {"index": 2, "addresses": addresses, "facts": {}}
+  greeting = {"index": 2, "addresses": addresses, "fingerprint": {}}
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]) as stranger:
       stranger.sendall(json.dumps(greeting).encode() + b"\n")
       error = chief.exception()
@@ -167,10 +173,10 @@ def test_a_line_without_end_is_given_up(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._MAX_MESSAGE_BYTES", 1000)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]) as stranger:
       stranger.sendall(b"x" * 2000)
-      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+      wait_for_workers(Cluster(addresses, 1), {}, timeout_s=20.0)
     assert chief.exception() is None
 
 
@@ -185,11 +191,11 @@ def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
         stranger.sendall(b"x")
 
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]) as stranger:
       dripping = pool.submit(drip, stranger)
       try:
-        meet(Cluster(addresses, 1), {}, timeout_s=10.0)
+        wait_for_workers(Cluster(addresses, 1), {}, timeout_s=10.0)
         assert chief.exception() is None
       finally:
         is_over.set()
@@ -201,7 +207,7 @@ def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
   addresses = free_addresses(2)
   server = socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1])))
   with server, concurrent.futures.ThreadPoolExecutor() as pool:
-    worker = pool.submit(meet, Cluster(addresses, 1), {}, timeout_s=20.0)
+    worker = pool.submit(wait_for_workers, Cluster(addresses, 1), {}, timeout_s=20.0)
     for line in (answer, b'{"error": null, "is_mistake": false}'):
       connection, _ = server.accept()
       with connection:
@@ -213,10 +219,10 @@ def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.2)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    chief = pool.submit(meet, Cluster(addresses, 0), {}, timeout_s=20.0)
+    chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
     with _connect(addresses[0]):
       start_s = time.monotonic()
-      meet(Cluster(addresses, 1), {}, timeout_s=20.0)
+      wait_for_workers(Cluster(addresses, 1), {}, timeout_s=20.0)
       assert time.monotonic() - start_s < 10
     assert chief.exception() is None
 
@@ -226,7 +232,7 @@ def test_a_port_in_use_is_named(monkeypatch):
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match=f"of this worker, {address}, is not available"):
-      meet(Cluster((address, "127.0.0.1:1"), 0), {}, timeout_s=1.0)
+      wait_for_workers(Cluster((address, "127.0.0.1:1"), 0), {}, timeout_s=1.0)
 
 
 _SLURM = {

@@ -8,7 +8,7 @@ from trainer.data.index_arrays import members_from_labels
 from trainer.mining import corpus, round
 from trainer.mining.miner import Mined
 
-MADE_OF = {"the number of records": "60"}
+FINGERPRINT = {"the number of records": "60"}
 
 
 class Corpus:
@@ -45,18 +45,20 @@ def distances(embeddings):
   return np.sqrt((difference**2).sum(-1))
 
 
-def write_round(model_dir, step, made_of=None, num_records=60, num_classes=9, **arrays):
+def write_round(
+  model_dir, step, fingerprint=None, num_records=60, num_classes=9, **arrays
+):
   """Writes a round, and opens it."""
-  made_of = MADE_OF if made_of is None else made_of
+  fingerprint = FINGERPRINT if fingerprint is None else fingerprint
   round.write_round(
     str(model_dir),
     step,
     Mined(arrays, {"counts": {"anchors": len(arrays.get("anchors", ()))}}),
-    made_of=made_of,
+    fingerprint=fingerprint,
     num_records=num_records,
     num_classes=num_classes,
   )
-  return round.MiningRound(str(model_dir), step, made_of)
+  return round.MiningRound(str(model_dir), step, fingerprint)
 
 
 def example_arrays(num_anchors=20, num_positives=3, num_negatives=5, seed=0):

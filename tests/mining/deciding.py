@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.mining.corpora import example_arrays, write_round
 from trainer.mining.mined_samplers import MinedTripletSampler
-from trainer.mining.miner import Mined, made_of
+from trainer.mining.miner import Mined, corpus_fingerprint
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
 
@@ -27,7 +27,7 @@ class Constant:
 
 # Nine classes of twelve records, of which five are trained on.
 INDEX = types.SimpleNamespace(
-  facts=lambda: {"the number of records": 60},
+  fingerprint=lambda: {"the number of records": 60},
   num_records=60,
   num_classes=9,
   member_table=types.SimpleNamespace(starts=12 * np.arange(10)),
@@ -70,7 +70,7 @@ def mined_round(step):
 
 def write_rounds(folder, *steps):
   for step in steps:
-    write_round(folder, step, made_of(DATASET), **example_arrays())
+    write_round(folder, step, corpus_fingerprint(DATASET), **example_arrays())
 
 
 def drawn(rounds, *steps):

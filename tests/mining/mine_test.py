@@ -15,7 +15,7 @@ from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round
 from trainer.mining.miner import Mined
 
-_INDEX = types.SimpleNamespace(facts=dict, num_records=60, num_classes=9)
+_INDEX = types.SimpleNamespace(fingerprint=dict, num_records=60, num_classes=9)
 _DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
 
 

@@ -159,8 +159,8 @@ def test_what_is_probably_mislabelled_is_named_and_left_out():
     RankWindow(first=1, last=30),
     mislabelled=MislabelledFilter(num_neighbours=5, min_share=0.8),
   )
-  assert mined.doubted.tolist() == expected
-  assert mined.counts["doubted"] == len(expected)
+  assert mined.suspected_mislabelled.tolist() == expected
+  assert mined.counts["suspected_mislabelled"] == len(expected)
   used = {*mined.anchors, *mined.positives.ravel(), *mined.negatives.ravel()}
   assert not used & set(expected)
 

@@ -17,7 +17,7 @@ from trainer.data.sources.source import Item
 from trainer.errors import UserError
 from trainer.mining import corpus
 from trainer.mining.mined_examples import ExampleMining
-from trainer.mining.miner import Miner, made_of
+from trainer.mining.miner import Miner, corpus_fingerprint
 from trainer.mining.negative_windows import MislabelledFilter, RankWindow
 from trainer.retrieval.ground_truth import RecordItems
 
@@ -172,25 +172,29 @@ def test_a_sample_is_another_each_round(dataset):
   assert rounds[0].facts["counts"]["items"] == 25
 
 
-def test_what_is_doubted_is_named_by_its_key(dataset):
+def test_what_is_suspected_is_named_by_its_key(dataset):
   examples = ExampleMining(
     window=RankWindow(first=1, last=5),
     mislabelled=MislabelledFilter(num_neighbours=1, min_share=1.0),
   )
   facts = _mine(dataset, examples=examples).facts
-  assert 0 < facts["counts"]["doubted"] == len(facts["doubted"])
+  assert (
+    0 < facts["counts"]["suspected_mislabelled"] == len(facts["suspected_mislabelled"])
+  )
   keys = set(RecordItems(dataset.index, np.arange(_NUM_RECORDS)).names())
-  assert set(facts["doubted"]) < keys
+  assert set(facts["suspected_mislabelled"]) < keys
 
 
 def test_other_training_classes_are_other_data(dataset):
-  same = made_of(dataset)
+  same = corpus_fingerprint(dataset)
   other = type(dataset)(
     folder=dataset.folder,
     split=ListSplit(evaluation_classes=("4",)),
     decoder=dataset.decoder,
   )
-  different = {name for name, fact in made_of(other).items() if fact != same[name]}
+  different = {
+    name for name, fact in corpus_fingerprint(other).items() if fact != same[name]
+  }
   assert different == {"the hash of the training classes"}
 
 

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.mining.corpora import MADE_OF, example_arrays, write_round
+from tests.mining.corpora import FINGERPRINT, example_arrays, write_round
 from trainer.errors import UserError
 from trainer.mining import round
 from trainer.mining.miner import Mined
@@ -19,8 +19,8 @@ from trainer.mining.round import MiningRound
 from trainer.runtime.filesystem import sha256_of
 
 
-def _open(folder, step=40, made_of=MADE_OF):
-  return MiningRound(str(folder), step, made_of)
+def _open(folder, step=40, fingerprint=FINGERPRINT):
+  return MiningRound(str(folder), step, fingerprint)
 
 
 def test_a_round_comes_back_as_it_was_written(tmp_path):
@@ -146,8 +146,11 @@ def _claim_another_shape(folder):
     (_forget_an_array, "arrays that don't fit each other"),
     (_change_manifest(files=None), "has a damaged manifest"),
     (_change_manifest(files=7), "has a damaged manifest"),
-    (_change_manifest(made_of=[]), "has a damaged manifest"),
-    (_change_manifest(made_of={}), "mined of other data: the number of records was"),
+    (_change_manifest(fingerprint=[]), "has a damaged manifest"),
+    (
+      _change_manifest(fingerprint={}),
+      "mined of other data: the number of records was",
+    ),
     (_change_manifest(num_records=30), "numbers outside -1 to 29"),
     (lambda folder: (folder / "manifest.json").unlink(), "no mining round"),
     (lambda folder: (folder / "manifest.json").write_text("{"), "no mining round"),
@@ -180,11 +183,11 @@ def test_an_array_that_would_be_unpickled_is_not_opened(tmp_path):
 def test_a_round_of_other_data_is_refused(tmp_path):
   write_round(tmp_path, 40, **example_arrays())
   with pytest.raises(UserError, match="the number of records was 60 and is 61"):
-    _open(tmp_path, made_of={"the number of records": 61})
+    _open(tmp_path, fingerprint={"the number of records": 61})
 
 
 def test_an_empty_round_is_written_and_read(tmp_path):
   round.write_round(
-    str(tmp_path), 40, Mined({}, {}), made_of={}, num_records=0, num_classes=0
+    str(tmp_path), 40, Mined({}, {}), fingerprint={}, num_records=0, num_classes=0
   )
   assert MiningRound(str(tmp_path), 40, {}).arrays == {}

@@ -33,14 +33,14 @@ _DTYPES = ("float32", "float16")
 
 def main(run: Run) -> None:
   """Embeds with the newest checkpoint; a run that was killed goes on."""
-  strategy = make_strategy(run.hardware, run.facts())
+  strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
     embedding = workers.run_on_all(lambda: Embedding())
     trained = make_evaluation()
     workers.run_on_chief(embedding.ingest)
     index = workers.run_on_all(lambda: embedding.open(trained))
-    workers.check_equal(index.facts())
+    workers.check_equal(index.fingerprint())
     step = trained.restore(run.model_dir)
     folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
     source = {
@@ -48,7 +48,7 @@ def main(run: Run) -> None:
       "model_dir": os.path.abspath(run.model_dir),
       "config": run.config.hash,
       **embedding_store.encoder_provenance(trained.encoder, run.config.values, step),
-      **index.facts(),
+      **index.fingerprint(),
     }
     embedding.write(trained, index, folder, source)
 

@@ -38,11 +38,11 @@ _LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
 
 def main(run: Run) -> None:
   """Evaluates the newest checkpoint of a run."""
-  strategy = make_strategy(run.hardware, run.facts())
+  strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
     evaluation = make_evaluation()
-    workers.check_equal(evaluation.dataset.index.facts())
+    workers.check_equal(evaluation.dataset.index.fingerprint())
     step = evaluation.restore(run.model_dir)
     evaluated = evaluation.evaluate()
     publish(run.model_dir, step, evaluated)

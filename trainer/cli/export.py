@@ -130,7 +130,7 @@ def _facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFact
     is_image=hasattr(dataset.decoder, "decode_files"),
     embedding_size=trained.encoder.embedding_size,
     data={
-      **dataset.index.facts(),
+      **dataset.index.fingerprint(),
       "classes trained on": len(dataset.train_classes),
       "classes evaluated on": len(dataset.evaluation_classes),
     },

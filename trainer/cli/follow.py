@@ -68,7 +68,7 @@ def main(run: Run) -> None:
   """Measures checkpoints until that of the last step."""
   _check_alone(run)
   num_steps = num_steps_of(run)
-  strategy = make_strategy(run.hardware, run.facts())
+  strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
       raise UserError("--mode=follow is one process; it may have several replicas.")

@@ -20,7 +20,7 @@ from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round
-from trainer.mining.miner import Miner, made_of
+from trainer.mining.miner import Miner, corpus_fingerprint
 from trainer.mining.round import MiningRound, OtherDataError
 from trainer.run import Run, watching
 from trainer.training.run_folder import check_writable
@@ -56,7 +56,7 @@ def main(run: Run) -> None:
   """Mines with each new checkpoint until that of the last step."""
   _check_config(run)
   num_steps_of(run)  # Before all else, if it isn't known.
-  strategy = make_strategy(run.hardware, run.facts())
+  strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
       raise UserError("--mode=mine is one process; it may have several replicas.")
@@ -84,7 +84,10 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   embedder = miner.embedder(evaluation.encoder, dataset)
   num_steps = num_steps_of(run)
   # A training may have gone back, and make checkpoints again that were mined already.
-  step = min(_newest_whole(run.model_dir, made_of(dataset)), newest_step(run.model_dir))
+  step = min(
+    _newest_whole(run.model_dir, corpus_fingerprint(dataset)),
+    newest_step(run.model_dir),
+  )
   while step < num_steps:
     step = restore_newer(evaluation, run.model_dir, step, options)
     if step >= num_steps:
@@ -100,7 +103,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
       run.model_dir,
       step,
       mined,
-      made_of=made_of(dataset),
+      fingerprint=corpus_fingerprint(dataset),
       num_records=dataset.index.num_records,
       num_classes=dataset.index.num_classes,
     )
@@ -108,11 +111,11 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
 
 
-def _newest_whole(model_dir: str, made_of_what: Mapping[str, str]) -> int:
+def _newest_whole(model_dir: str, fingerprint: Mapping[str, str]) -> int:
   """The step of the newest round that needn't be made again; 0 where there is none."""
   for step in round.round_steps(model_dir):
     try:
-      return MiningRound(model_dir, step, made_of_what).step
+      return MiningRound(model_dir, step, fingerprint).step
     except OtherDataError:
       raise
     except UserError as error:

@@ -67,10 +67,10 @@ class TrainConfig:
     dataset = self.dataset
     return self.sampler_fn(dataset.index, classes=dataset.train_classes)
 
-  def facts(self) -> dict[str, object]:
+  def fingerprint(self) -> dict[str, object]:
     """By name, what must be alike on all workers and no configuration has."""
-    mining = {} if self.mining is None else self.mining.facts()
-    return {**self.dataset.index.facts(), **mining}
+    mining = {} if self.mining is None else self.mining.fingerprint()
+    return {**self.dataset.index.fingerprint(), **mining}
 
   def create_variables(self) -> None:
     """Creates the variables of the step, from the seed."""
@@ -127,7 +127,7 @@ class Training(NamedTuple):
 
 def main(run: Run) -> None:
   """Trains to the end, from the newest checkpoint if there is one."""
-  with make_strategy(run.hardware, run.facts()).scope():
+  with make_strategy(run.hardware, run.fingerprint()).scope():
     workers = current_workers()
     with watching(run, workers.index) as watchdog, training(run, watchdog) as built:
       built.loop.run()
@@ -153,7 +153,7 @@ def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   workers.dry_run(lambda: _make_parts(num_replicas)[0].create_variables())
   parts, sampler = _make_parts(num_replicas)
-  workers.check_equal(parts.facts())
+  workers.check_equal(parts.fingerprint())
   with contextlib.ExitStack() as opened:
     workers.run_on_chief(lambda: opened.enter_context(open_run_folder(run)))
     yield _build(run, watchdog, parts, sampler)

@@ -281,7 +281,7 @@ class TrainAndEvaluateOptions:
 def main(run: Run) -> None:
   """Ingests if the run names a source; then measures, trains and measures again."""
   # The strategy first: ingest uses a device, and replicas must be made before that.
-  strategy = make_strategy(run.hardware, run.facts())
+  strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index) as watchdog:
     workers = current_workers()
     if run.config.binds("ingest"):

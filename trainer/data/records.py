@@ -134,7 +134,7 @@ class RecordIndex:
     """C."""
     return self.member_table.num_classes
 
-  def facts(self) -> dict[str, str]:
+  def fingerprint(self) -> dict[str, str]:
     """What tells this index from another, by name: for workers to compare."""
     contents = hashlib.sha256()
     for array in (self.labels, self.arrays.lengths, self.class_names.hashes):

@@ -32,9 +32,9 @@ _PORT_PATIENCE_S = 10.0
 # A worker speaks as soon as it is connected; who is silent must not hold up the others.
 _SPEECH_S = 5.0
 _NUM_SHOWN = 3
-# Facts of 1,000 workers are some 100 kB.
+# The fingerprints of 1,000 workers take some 100 kB.
 _MAX_MESSAGE_BYTES, _PART_BYTES = 4 << 20, 1 << 16
-Facts = Mapping[str, str]
+Fingerprint = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,46 +44,48 @@ class Greeting:
   Attributes:
     index: number of the worker.
     addresses: of all workers, as it was started.
-    facts: what all workers must have alike, by name.
+    fingerprint: what all workers must have alike, by name.
   """
 
   index: int
   addresses: tuple[str, ...]
-  facts: Facts
+  fingerprint: Fingerprint
 
 
-def meet(cluster: Cluster, facts: Facts, *, timeout_s: float) -> None:
-  """Waits for all workers, and checks that their facts are equal.
+def wait_for_workers(
+  cluster: Cluster, fingerprint: Fingerprint, *, timeout_s: float
+) -> None:
+  """Waits for all workers, and checks that their fingerprints are equal.
 
   Args:
     cluster: who is expected.
-    facts: what all workers must have alike, by name.
+    fingerprint: what all workers must have alike, by name.
     timeout_s: how long to wait for the others, seconds.
 
   Raises:
-    UserError: facts differ, two processes say they are the same worker, or this
+    UserError: the fingerprints differ, two processes have the same index, or this
       worker's port is in use.
     StalledError: somebody did not come in time.
   """
   deadline = time.monotonic() + timeout_s
   with _listen(cluster.address) as listener:
     if cluster.index == 0:
-      answer = _receive_all(listener, cluster, facts, deadline, timeout_s)
+      answer = _receive_all(listener, cluster, fingerprint, deadline, timeout_s)
     else:
-      answer = _report(cluster, facts, deadline, timeout_s)
+      answer = _report(cluster, fingerprint, deadline, timeout_s)
   if answer["error"]:
     raise (UserError if answer["is_mistake"] else StalledError)(answer["error"])
 
 
-def differences(facts: Sequence[Facts]) -> Optional[str]:
+def differences(fingerprints: Sequence[Fingerprint]) -> Optional[str]:
   """What is not alike, in words; None where all is.
 
   Args:
-    facts: of each worker, by name.
+    fingerprints: of each worker, by name.
   """
   lines = []
-  for name in sorted({name for each in facts for name in each}):
-    values = [each.get(name, "nothing") for each in facts]
+  for name in sorted({name for each in fingerprints for name in each}):
+    values = [each.get(name, "nothing") for each in fingerprints]
     other = next((i for i, value in enumerate(values) if value != values[0]), None)
     if other is not None:
       lines.append(f"{name} is {values[0]} on worker 0, {values[other]} on {other}")
@@ -112,12 +114,12 @@ def _listen(address: str) -> socket.socket:
 def _receive_all(
   listener: socket.socket,
   cluster: Cluster,
-  facts: Facts,
+  fingerprint: Fingerprint,
   deadline: float,
   timeout_s: float,
 ) -> dict:
   """The chief's part: hears everybody, and answers them."""
-  heard: dict[int, Facts] = {0: facts}
+  heard: dict[int, Fingerprint] = {0: fingerprint}
   with contextlib.ExitStack() as connections:
     waiting = []
     mistake = None
@@ -128,7 +130,7 @@ def _receive_all(
       connection, content = greeting
       waiting.append(connection)
       mistake = _misfit(content, heard, cluster)
-      heard[content.index] = content.facts
+      heard[content.index] = content.fingerprint
     missing = sorted(set(range(cluster.num_workers)) - set(heard))
     if mistake is None and not missing:
       mistake = differences([heard[i] for i in range(cluster.num_workers)])
@@ -167,14 +169,14 @@ def _greeting(content: dict[str, Any]) -> Greeting:
     ValueError: it is not from a worker.
   """
   index, addresses = content.get("index"), content.get("addresses")
-  facts = content.get("facts")
+  fingerprint = content.get("fingerprint")
   if type(index) is not int or index < 0:
     raise ValueError(f"index {index!r:.40} is no number of a worker")
   if not isinstance(addresses, list) or not _are_texts(addresses):
     raise ValueError("addresses are no list of texts")
-  if not isinstance(facts, dict) or not _are_texts(facts.values()):
-    raise ValueError("facts are no texts by name")
-  return Greeting(index, tuple(addresses), facts)
+  if not isinstance(fingerprint, dict) or not _are_texts(fingerprint.values()):
+    raise ValueError("the fingerprint has other values than text")
+  return Greeting(index, tuple(addresses), fingerprint)
 
 
 def _are_texts(values: Iterable[object]) -> bool:
@@ -182,7 +184,7 @@ def _are_texts(values: Iterable[object]) -> bool:
 
 
 def _misfit(
-  greeting: Greeting, heard: Mapping[int, Facts], cluster: Cluster
+  greeting: Greeting, heard: Mapping[int, Fingerprint], cluster: Cluster
 ) -> Optional[str]:
   if greeting.addresses != cluster.addresses:
     return (
@@ -230,13 +232,15 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
   return content
 
 
-def _report(cluster: Cluster, facts: Facts, deadline: float, timeout_s: float) -> dict:
+def _report(
+  cluster: Cluster, fingerprint: Fingerprint, deadline: float, timeout_s: float
+) -> dict:
   """A worker's part: tells the chief, and waits for its answer."""
   host, _, port = cluster.addresses[0].rpartition(":")
   content = {
     "index": cluster.index,
     "addresses": list(cluster.addresses),
-    "facts": dict(facts),
+    "fingerprint": dict(fingerprint),
   }
   while True:
     left_s = deadline - time.monotonic()

@@ -16,7 +16,7 @@ from typing import Any, Optional
 import tensorflow as tf
 from absl import logging
 
-from trainer.distribute.cluster import find_cluster, meet
+from trainer.distribute.cluster import find_cluster, wait_for_workers
 from trainer.errors import UserError
 from trainer.run import Hardware
 from trainer.runtime import shutdown
@@ -44,7 +44,7 @@ _KEYS_PER_STRATEGY = 1_000_000
 
 
 def make_strategy(
-  hardware: Hardware, facts: Optional[Mapping[str, str]] = None
+  hardware: Hardware, fingerprint: Optional[Mapping[str, str]] = None
 ) -> tf.distribute.Strategy:
   """The strategy that a run asks for, on this machine.
 
@@ -59,7 +59,7 @@ def make_strategy(
       "tpu": the TPU that is attached, of one host;
       "auto": "tpu" where one is named, "multi_worker" where several workers are,
         "mirrored" where there are GPUs or virtual replicas, else "cpu".
-    facts: what all workers must have alike, by name.
+    fingerprint: what all workers must have alike, by name.
 
   Returns:
     A strategy.
@@ -80,31 +80,35 @@ def make_strategy(
   # bfloat16: squared distances would be wrong by a thousandth of the norms. What may be
   # less exact is the encoder's business, by its `precision`.
   tf.config.experimental.enable_tensor_float_32_execution(False)
-  return _MAKERS[name](hardware, facts or {})
+  return _MAKERS[name](hardware, fingerprint or {})
 
 
-def _auto(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+def _auto(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.Strategy:
   if hardware.tpu is not None:
     logging.info("Strategy auto: a TPU is named.")
-    return _tpu(hardware, facts)
+    return _tpu(hardware, fingerprint)
   cluster = find_cluster(os.environ)
   if cluster is not None and cluster.num_workers > 1:
     logging.info("Strategy auto: %d workers are named.", cluster.num_workers)
-    return make_strategy(dataclasses.replace(hardware, strategy="multi_worker"), facts)
+    return make_strategy(
+      dataclasses.replace(hardware, strategy="multi_worker"), fingerprint
+    )
   if hardware.num_virtual_replicas > 1 or tf.config.list_physical_devices("GPU"):
-    return _mirrored(hardware, facts)
+    return _mirrored(hardware, fingerprint)
   logging.info("Strategy auto: no GPU and no other worker.")
-  return _cpu(hardware, facts)
+  return _cpu(hardware, fingerprint)
 
 
-def _cpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
-  del hardware, facts
+def _cpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.Strategy:
+  del hardware, fingerprint
   logging.info("Strategy: one replica on the CPU.")
   return tf.distribute.OneDeviceStrategy("CPU:0")
 
 
-def _mirrored(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
-  del facts
+def _mirrored(
+  hardware: Hardware, fingerprint: Mapping[str, str]
+) -> tf.distribute.Strategy:
+  del fingerprint
   if hardware.num_virtual_replicas > 1:
     divide_cpu(hardware.num_virtual_replicas)
     logging.info(
@@ -121,7 +125,7 @@ def _mirrored(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Str
 
 
 def _multi_worker(
-  hardware: Hardware, facts: Mapping[str, str]
+  hardware: Hardware, fingerprint: Mapping[str, str]
 ) -> tf.distribute.Strategy:
   cluster = find_cluster(os.environ)
   if cluster is None:
@@ -129,7 +133,7 @@ def _multi_worker(
       "--strategy=multi_worker needs TF_CONFIG, or to be started with Slurm's srun as "
       "several tasks."
     )
-  meet(cluster, facts, timeout_s=hardware.worker_timeout_s)
+  wait_for_workers(cluster, fingerprint, timeout_s=hardware.worker_timeout_s)
   if cluster.index > 0:
     logging.set_verbosity(logging.WARNING)  # The chief speaks for all.
   strategy = tf.distribute.MultiWorkerMirroredStrategy(
@@ -152,9 +156,9 @@ def _multi_worker(
   return strategy
 
 
-def _tpu(hardware: Hardware, facts: Mapping[str, str]) -> tf.distribute.Strategy:
+def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.Strategy:
   """Resolver, initialisation, strategy: in TensorFlow's order."""
-  del facts
+  del fingerprint
   name = hardware.tpu or "local"
   if name != "local":
     raise UserError(

@@ -154,7 +154,7 @@ class MinedExamples(NamedTuple):
     anchors: [A] int64 items.
     positives: [A, p] int64 items; −1 where there are fewer, at the end.
     negatives: [A, n] int64 items, nearest first; likewise.
-    doubted: items whose label is probably wrong, ascending.
+    suspected_mislabelled: items whose label is probably wrong, ascending.
     counts: of items by what became of them.
     distances: means over anchors, by name.
   """
@@ -162,7 +162,7 @@ class MinedExamples(NamedTuple):
   anchors: np.ndarray
   positives: np.ndarray
   negatives: np.ndarray
-  doubted: np.ndarray
+  suspected_mislabelled: np.ndarray
   counts: dict[str, int]
   distances: dict[str, float]
 
@@ -219,10 +219,12 @@ class ExampleMining:
         lambda: opened.enter_context(neighbours_on_disk(num_items, num_neighbours))
       )
       nearest.search(np.arange(num_items), num_neighbours, found)
-      is_doubted = np.zeros(num_items, bool)
+      is_suspected = np.zeros(num_items, bool)
       if self.mislabelled is not None:
-        is_doubted = self.mislabelled.doubted(found.indices, items.labels, contents)
-      choice = _Choice(self, embeddings, items, contents, ~is_doubted)
+        is_suspected = self.mislabelled.suspected_mislabelled(
+          found.indices, items.labels, contents
+        )
+      choice = _Choice(self, embeddings, items, contents, ~is_suspected)
       choice.add(np.arange(num_items), found)
     wider = min(_WIDER * num_neighbours, num_items - 1)
     again = choice.unfilled() if wider > num_neighbours else np.empty(0, np.int64)
@@ -315,14 +317,14 @@ class _Choice:
     has_positive, has_negative = self._has_positive(), self._negatives[:, 0] >= 0
     anchors = np.flatnonzero(has_positive & has_negative)
     num_with_positive = int(np.count_nonzero(has_positive))
-    num_doubted = int(np.count_nonzero(~self._is_allowed))
+    num_suspected = int(np.count_nonzero(~self._is_allowed))
     counts = {
       "anchors": len(anchors),
       "anchors_without_negative": num_with_positive - len(anchors),
-      "anchors_without_positive": len(has_positive) - num_with_positive - num_doubted,
+      "anchors_without_positive": len(has_positive) - num_with_positive - num_suspected,
       "anchors_looked_at_again": num_looked_at_again,
       "with_copy_of_another_label": int(np.count_nonzero(self._has_copy)),
-      "doubted": num_doubted,
+      "suspected_mislabelled": num_suspected,
     }
     if not len(anchors):
       kind = TooFewExamplesError if counts["anchors_without_negative"] else UserError
@@ -343,9 +345,8 @@ class _Choice:
     if not counts["anchors_without_negative"]:
       return (
         f"none of {len(self._items.labels)} items has a positive to mine: "
-        f"{counts['doubted']} are doubted, the others alone in their class, or copies; "
-        "mine among more "
-        "(Miner.records_per_class)."
+        f"{counts['suspected_mislabelled']} are probably mislabelled, the others alone "
+        "in their class, or copies; mine among more (Miner.records_per_class)."
       )
     return (
       f"none of {counts['anchors_without_negative']} anchors has a negative among its "

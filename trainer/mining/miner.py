@@ -170,12 +170,12 @@ class Miner:
       )
       mined = self.examples.mine(embeddings, items, contents, nearest)
       arrays.update(_as_records(mined, items.record_numbers))
-      doubted = items.record_numbers[mined.doubted[:_NUM_NAMES]]
+      suspected = items.record_numbers[mined.suspected_mislabelled[:_NUM_NAMES]]
       facts.update(
         index_kind=nearest.kind,
         counts={**facts["counts"], **mined.counts},
         distances=mined.distances,
-        doubted=list(RecordItems(index, doubted).names()),
+        suspected_mislabelled=list(RecordItems(index, suspected).names()),
       )
     if self.num_class_neighbours:
       arrays["class_neighbours"] = corpus_search.find_class_neighbours(
@@ -199,11 +199,11 @@ def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
   return embeddings
 
 
-def made_of(dataset: Dataset) -> dict[str, str]:
+def corpus_fingerprint(dataset: Dataset) -> dict[str, str]:
   """What tells records and training classes from others, by name."""
   classes = np.ascontiguousarray(dataset.train_classes, np.int32)
   return {
-    **dataset.index.facts(),
+    **dataset.index.fingerprint(),
     "the hash of the training classes": hashlib.sha256(classes.data).hexdigest()[:16],
   }
 

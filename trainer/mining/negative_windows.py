@@ -170,10 +170,10 @@ class MislabelledFilter:
         f"{self.min_share} doubts too easily; ask at least 1, and more than half."
       )
 
-  def doubted(
+  def suspected_mislabelled(
     self, neighbours: np.ndarray, labels: np.ndarray, contents: np.ndarray
   ) -> np.ndarray:
-    """Which items are doubted.
+    """Which items are suspected_mislabelled.
 
     Args:
       neighbours: [N, k] int32 items, nearest first; −1 for none.
@@ -183,7 +183,7 @@ class MislabelledFilter:
     Returns:
       [N] bool.
     """
-    is_doubted = np.zeros(len(labels), bool)
+    is_suspected = np.zeros(len(labels), bool)
     needed = math.ceil(self.num_neighbours * self.min_share)
     for start in range(0, len(labels), _ROWS_AT_ONCE):
       rows = slice(start, start + _ROWS_AT_ONCE)
@@ -191,5 +191,5 @@ class MislabelledFilter:
       says = (asked >= 0) & (contents[asked] != contents[rows, None])
       said = np.where(says & (labels[asked] != labels[rows, None]), labels[asked], -1)
       num_alike = (said[:, :, None] == said[:, None, :]).sum(axis=2)
-      is_doubted[rows] = (np.where(said >= 0, num_alike, 0) >= needed).any(axis=1)
-    return is_doubted
+      is_suspected[rows] = (np.where(said >= 0, num_alike, 0) >= needed).any(axis=1)
+    return is_suspected

@@ -110,7 +110,7 @@ class OfflineMining:
         f"OfflineMining.when_too_few={self.when_too_few!r} is neither keep nor stop."
       )
 
-  def facts(self) -> dict[str, object]:
+  def fingerprint(self) -> dict[str, object]:
     """By name, what must be alike on all workers, which search each or together."""
     is_mining = self.miner is not None
     return {"FAISS is installed": knn.is_faiss_installed()} if is_mining else {}

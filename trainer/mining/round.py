@@ -120,14 +120,14 @@ class MiningRound:
   Args:
     model_dir: folder of the run.
     step: one of `steps`.
-    made_of: what tells the records and the classes from others, by name.
+    fingerprint: what tells the records and the classes from others, by name.
 
   Raises:
     UserError: it is not there, or not whole.
     OtherDataError: it is of other records or classes.
   """
 
-  def __init__(self, model_dir: str, step: int, made_of: Mapping[str, Any]):
+  def __init__(self, model_dir: str, step: int, fingerprint: Mapping[str, Any]):
     self.step = step
     folder = round_path(model_dir, step)
     manifest = read_json(os.path.join(folder, _MANIFEST))
@@ -140,13 +140,13 @@ class MiningRound:
         name: _checked(folder, name, files[name]) for name in _NUM_AXES if name in files
       }
       bounds = int(manifest["num_records"]), int(manifest["num_classes"])
-      found = {str(name): str(fact) for name, fact in manifest["made_of"].items()}
+      found = {str(name): str(fact) for name, fact in manifest["fingerprint"].items()}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(
         f"{folder} has a damaged manifest ({type(error).__name__}: {error}); remove "
         "the round, and mine again."
       ) from error
-    for name, wanted in made_of.items():
+    for name, wanted in fingerprint.items():
       if found.get(name) != str(wanted):
         raise OtherDataError(
           f"{folder} was mined of other data: {name} was {found.get(name)} and is "
@@ -196,7 +196,7 @@ def write_round(
   step: int,
   mined: Mined,
   *,
-  made_of: Mapping[str, Any],
+  fingerprint: Mapping[str, Any],
   num_records: int,
   num_classes: int,
 ) -> None:
@@ -206,7 +206,7 @@ def write_round(
     model_dir: folder of the run; no other process writes rounds into it.
     step: number of steps the encoder was trained.
     mined: what it has.
-    made_of: what tells the records and the classes from others, by name.
+    fingerprint: what tells the records and the classes from others, by name.
     num_records: of the data.
     num_classes: of the data.
 
@@ -220,7 +220,7 @@ def write_round(
     files = {name: _save(aside, name, each) for name, each in mined.arrays.items()}
     manifest = {
       "step": step,
-      "made_of": dict(made_of),
+      "fingerprint": dict(fingerprint),
       "num_records": num_records,
       "num_classes": num_classes,
       "facts": mined.facts,

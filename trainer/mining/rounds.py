@@ -25,7 +25,7 @@ from trainer.errors import (
   reason_of,
 )
 from trainer.mining import round
-from trainer.mining.miner import Mined, made_of
+from trainer.mining.miner import Mined, corpus_fingerprint
 from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
 from trainer.mining.round import MiningRound, OtherDataError, RoundLog
 from trainer.runtime import watchdog
@@ -79,9 +79,9 @@ class Rounds:
     self._mine_fn = mine_fn
     self._continues_unwritten = continues_unwritten
     self._oldest_step_fn = oldest_step_fn
-    self._made_of = made_of(dataset)
+    self._fingerprint = corpus_fingerprint(dataset)
     self._ledger = RoundLog(model_dir)
-    self._beside = AsyncRounds(options, model_dir, self._made_of)
+    self._beside = AsyncRounds(options, model_dir, self._fingerprint)
     self._workers = current_workers()
     self._current: Optional[_Opened] = None
     self._decided: dict[int, Optional[int]] = {}
@@ -229,7 +229,7 @@ class Rounds:
           self._model_dir,
           step,
           mined,
-          made_of=self._made_of,
+          fingerprint=self._fingerprint,
           num_records=index.num_records,
           num_classes=index.num_classes,
         )
@@ -260,7 +260,7 @@ class Rounds:
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
 
     def open_round() -> _Opened:
-      mining_round = MiningRound(self._model_dir, round_step, self._made_of)
+      mining_round = MiningRound(self._model_dir, round_step, self._fingerprint)
       sampler = self._options.sampler_of(
         mining_round, self._dataset, self.sampler.shape, num_replicas
       )
@@ -324,15 +324,15 @@ class AsyncRounds:
   Args:
     options: how old a round may be, and how long to wait for another.
     model_dir: folder of the run.
-    made_of: what tells the records and the classes from others, by name.
+    fingerprint: what tells the records and the classes from others, by name.
   """
 
   def __init__(
-    self, options: OfflineMining, model_dir: str, made_of: Mapping[str, Any]
+    self, options: OfflineMining, model_dir: str, fingerprint: Mapping[str, Any]
   ):
     self._options = options
     self._model_dir = model_dir
-    self._made_of = made_of
+    self._fingerprint = fingerprint
     # By what tells a round from one that was made anew: whether it is whole.
     self._looked_at: dict[tuple[int, int], bool] = {}
 
@@ -373,7 +373,7 @@ class AsyncRounds:
     made = round_step, round.round_time(self._model_dir, round_step)
     if made not in self._looked_at:
       try:
-        MiningRound(self._model_dir, round_step, self._made_of)
+        MiningRound(self._model_dir, round_step, self._fingerprint)
         self._looked_at[made] = True
       except OtherDataError:
         raise

@@ -87,7 +87,7 @@ def check_same_records(source: Mapping[str, Any], index: RecordIndex) -> None:
   Raises:
     UserError: they are of others; what differs.
   """
-  _check_same(source, index.facts(), "The embeddings are of other records")
+  _check_same(source, index.fingerprint(), "The embeddings are of other records")
 
 
 def _check_same(source: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
