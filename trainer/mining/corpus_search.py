@@ -24,6 +24,18 @@ from trainer.retrieval.exact_distances import common_offset
 from trainer.retrieval.knn import Neighbours, faiss_serves, nearest
 from trainer.runtime import watchdog
 
+# Up to so many items all are compared.
+_MAX_EXACT = 50_000
+KINDS = ("auto", "exact", *faiss_index.KINDS)
+# Items that ask at once: at most so many, and by codes as many as have so many bytes of
+# tables, 80 a dimension.
+_MAX_ASKING, _MIN_ASKING, _TABLE_BYTES = 16_384, 256, 2**27
+# Codes find so many times as many, of which the nearest by true distances are kept.
+_REFINED = 2
+
+# Items whose embeddings are added up at once.
+_NUM_ADDED = 65_536
+
 
 @contextlib.contextmanager
 def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbours]:
@@ -65,16 +77,6 @@ def _claim(descriptor: int, num_bytes: int) -> None:
     os.posix_fallocate(descriptor, 0, num_bytes)
   else:  # macOS has none.
     os.truncate(descriptor, num_bytes)
-
-
-# Up to so many items all are compared.
-_MAX_EXACT = 50_000
-KINDS = ("auto", "exact", *faiss_index.KINDS)
-# Items that ask at once: at most so many, and by codes as many as have so many bytes of
-# tables, 80 a dimension.
-_MAX_ASKING, _MIN_ASKING, _TABLE_BYTES = 16_384, 256, 2**27
-# Codes find so many times as many, of which the nearest by true distances are kept.
-_REFINED = 2
 
 
 class NearestItems:
@@ -208,10 +210,6 @@ def _refined(
   order = np.argsort(squares, axis=1, kind="stable")[:, :num_neighbours]
   indices, squares = (np.take_along_axis(each, order, 1) for each in (indices, squares))
   return Neighbours(indices, np.sqrt(squares))
-
-
-# Items whose embeddings are added up at once.
-_NUM_ADDED = 65_536
 
 
 def class_centroids(embeddings: np.ndarray, items: CorpusItems) -> np.ndarray:

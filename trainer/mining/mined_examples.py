@@ -30,6 +30,11 @@ _CHOICES = ("random", "hardest", "easiest")
 # Of embeddings and their differences.
 _BYTES_AT_ONCE = 2**26
 
+_ROWS_AT_ONCE = 2_048
+# How many times as many neighbours are looked at where most have the anchor's label; in
+# how many bytes at once, of about 20 a neighbour.
+_WIDER, _BYTES_AGAIN = 4, 2**27
+
 
 class ChosenPositives(NamedTuple):
   """The positives of some anchors.
@@ -141,10 +146,6 @@ def _distances(
 
 
 _POSITIVES = Positives()
-_ROWS_AT_ONCE = 2_048
-# How many times as many neighbours are looked at where most have the anchor's label; in
-# how many bytes at once, of about 20 a neighbour.
-_WIDER, _BYTES_AGAIN = 4, 2**27
 
 
 class MinedExamples(NamedTuple):

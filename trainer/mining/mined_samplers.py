@@ -23,6 +23,8 @@ from trainer.mining.round import Round
 # What hashes are for, so that no two uses of one seed are alike (1 to 4: trainer.data).
 _ANCHORS, _POSITIVES, _NEGATIVES = 5, 6, 7
 
+_BLOCKS = 8  # What a hash is for; see `mined_groups`.
+
 
 @gin.register
 class MinedTripletSampler:
@@ -122,9 +124,6 @@ class MinedTripletSampler:
     keys = permutation.mix(self._seed, use, rows)
     places = permutation.distinct_block(epochs, sizes, keys, num_drawn)
     return np.take_along_axis(listed, places, axis=1).astype(np.int64)
-
-
-_BLOCKS = 8  # What a hash is for; see `mined_groups`.
 
 
 @gin.register

@@ -16,6 +16,8 @@ import numpy as np
 
 from trainer.errors import UserError
 
+_ROWS_AT_ONCE = 4_096
+
 
 class NegativeWindow(Protocol):
   """Chooses negatives among neighbours."""
@@ -138,9 +140,6 @@ def first_columns(is_chosen: np.ndarray, num_columns: int) -> np.ndarray:
   columns[~np.take_along_axis(is_chosen, columns, axis=1)] = -1
   padding = [(0, 0), (0, num_columns - columns.shape[1])]
   return np.pad(columns, padding, constant_values=-1)
-
-
-_ROWS_AT_ONCE = 4_096
 
 
 @gin.register

@@ -38,6 +38,16 @@ from trainer.runtime import filesystem
 from trainer.runtime.filesystem import sha256_of
 from trainer.runtime.lease import locked_folder
 
+ROUNDS_FOLDER = "mining"
+_BEFORE = "mining_before"
+_ASIDE, _MANIFEST = "aside", "manifest.json"
+_NAME = re.compile(r"round-(\d{8,18})")
+_ROUND = "round-{:08d}"
+_NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
+_OF_EXAMPLES = ("anchors", "positives", "negatives")
+
+ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
+
 
 class Round(Protocol):
   """What a sampler is made of."""
@@ -94,15 +104,6 @@ def _num_items(dataset: Dataset, records_per_class: Optional[int]) -> int:
     if records_per_class is None
     else sizes.clip(max=records_per_class).sum()
   )
-
-
-ROUNDS_FOLDER = "mining"
-_BEFORE = "mining_before"
-_ASIDE, _MANIFEST = "aside", "manifest.json"
-_NAME = re.compile(r"round-(\d{8,18})")
-_ROUND = "round-{:08d}"
-_NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
-_OF_EXAMPLES = ("anchors", "positives", "negatives")
 
 
 class OtherDataError(UserError):
@@ -340,9 +341,6 @@ def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
   except OSError as error:
     return reason_of(error)
   return None if is_same else "its SHA-256 is another"
-
-
-ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
 
 
 class RoundLog:

@@ -31,6 +31,8 @@ from trainer.mining.round import MiningRound, OtherDataError, RoundLog
 from trainer.runtime import watchdog
 from trainer.training.callbacks import StepReport
 
+_POLL_S = 1.0
+
 
 class _Opened(NamedTuple):
   """A round, and what is drawn of it."""
@@ -313,9 +315,6 @@ class Rounds:
           logging.warning(
             "The mining round of step %d stays: %s.", round_step, reason_of(error)
           )
-
-
-_POLL_S = 1.0
 
 
 class AsyncRounds:

@@ -13,6 +13,33 @@ from trainer.retrieval.report_data import DistanceHistogram, EmbeddingMap
 
 _STEPS = (1.0, 2.0, 5.0, 10.0)
 
+# Of longer curves the lowest and the highest point of each stretch are drawn.
+_MAX_POINTS = 400
+_COLORS = 10
+
+_POSITIVE, _NEGATIVE = 0, 1
+
+# More classes than colours that can be told apart: only those pointed at are coloured.
+_MAX_COLORS = 10
+_RADIUS = 7
+_WIDTH, _MARGIN = 1000, 30
+_SPAN = _WIDTH - 2 * _MARGIN
+# Of the width, lest items in a line have no room.
+_LEAST_HEIGHT = 0.4
+
+# Metrics drawn, each with its title; those that no run logs are left out.
+CURVE_TITLES = {
+  "train/loss": "Loss",
+  "mining/active_fraction": "Active fraction",
+  "mining/hardest_positive_distance": "Mean distance of the hardest positive",
+  "mining/hardest_negative_distance": "Mean distance of the hardest negative",
+  "mining/hard_fraction": "Share of hard triplets",
+  "mining/embedding_rank": "Effective rank of the embeddings",
+  "mining/embedding_norm": "Mean norm of the embeddings",
+  "train/learning_rate": "Learning rate",
+  "train/images_per_second": "Images per second",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
@@ -84,11 +111,6 @@ def _round_step(least: float) -> float:
   """1, 2 or 5 times a power of ten, just above or at `least`."""
   power = 10.0 ** math.floor(math.log10(least))
   return next(step * power for step in _STEPS if step * power >= least * (1 - 1e-9))
-
-
-# Of longer curves the lowest and the highest point of each stretch are drawn.
-_MAX_POINTS = 400
-_COLORS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,9 +279,6 @@ def _legend(series: Sequence[Series]) -> str:
   return f'<ul class="legend">{lines}</ul>'
 
 
-_POSITIVE, _NEGATIVE = 0, 1
-
-
 def histogram_figure(found: DistanceHistogram) -> str:
   """Shares of the sampled pairs by distance.
 
@@ -334,15 +353,6 @@ def _outline(
   ]
 
 
-# More classes than colours that can be told apart: only those pointed at are coloured.
-_MAX_COLORS = 10
-_RADIUS = 7
-_WIDTH, _MARGIN = 1000, 30
-_SPAN = _WIDTH - 2 * _MARGIN
-# Of the width, lest items in a line have no room.
-_LEAST_HEIGHT = 0.4
-
-
 def embedding_map(found: EmbeddingMap, num_items: int) -> str:
   """The map with a legend and a card that tells of the item pointed at.
 
@@ -408,20 +418,6 @@ def _map_legend(names: list[str], num_classes: int) -> str:
     '<li><span class="key ring"></span>nearest neighbour is of another class</li>'
   )
   return f'<ul class="legend">{"".join(lines)}</ul>'
-
-
-# Metrics drawn, each with its title; those that no run logs are left out.
-CURVE_TITLES = {
-  "train/loss": "Loss",
-  "mining/active_fraction": "Active fraction",
-  "mining/hardest_positive_distance": "Mean distance of the hardest positive",
-  "mining/hardest_negative_distance": "Mean distance of the hardest negative",
-  "mining/hard_fraction": "Share of hard triplets",
-  "mining/embedding_rank": "Effective rank of the embeddings",
-  "mining/embedding_norm": "Mean norm of the embeddings",
-  "train/learning_rate": "Learning rate",
-  "train/images_per_second": "Images per second",
-}
 
 
 def curve_points(

@@ -19,6 +19,8 @@ from trainer.training.callbacks import MetricsFile
 _PREFIX = "eval/"
 _WORDS = {"map": "mAP", "ndcg": "nDCG"}
 
+BEFORE, LATEST = "before_training", "latest"
+
 
 def metric_title(name: str) -> str:
   """A metric as the field writes it, such as recall@1.
@@ -41,9 +43,6 @@ def ordered_metrics(names: Iterable[str]) -> tuple[list[str], list[str]]:
   known = [name for name in dict.fromkeys(names) if name.startswith(_PREFIX)]
   first = list(results.result_titles(known))
   return first, [name for name in known if name not in first]
-
-
-BEFORE, LATEST = "before_training", "latest"
 
 
 class Value(NamedTuple):

@@ -17,6 +17,14 @@ from trainer.retrieval.report_data import Confusion, Neighbour, ReportData, Show
 from trainer.runtime import filesystem
 from trainer.training.callbacks import MetricsFile
 
+_HEADS = {BEFORE: "before training", LATEST: "after training"}
+_NUM_WORST = 12
+_BY_CLASS = ("recall_at_1", "map_at_r", "r_precision")
+_RANGE_HEAD = '<th class="range" aria-hidden="true"><span><i>0</i><i>1</i></span></th>'
+
+REPORT_FILE = "report.html"
+_NUM_QUERIES = "eval/num_queries"
+
 
 class Section(NamedTuple):
   """One part of a page.
@@ -68,12 +76,6 @@ def _section(section: Section) -> str:
 
 def _asset(name: str) -> str:
   return resources.files("trainer.report").joinpath(name).read_text(encoding="utf-8")
-
-
-_HEADS = {BEFORE: "before training", LATEST: "after training"}
-_NUM_WORST = 12
-_BY_CLASS = ("recall_at_1", "map_at_r", "r_precision")
-_RANGE_HEAD = '<th class="range" aria-hidden="true"><span><i>0</i><i>1</i></span></th>'
 
 
 def results_table(moments: Mapping[str, Moment]) -> str:
@@ -289,10 +291,6 @@ def _picture(item: int, words: str, pictures: Mapping[str, str]) -> str:
   if picture is None:
     return f'<span class="nopicture">{words.split(",")[0]}</span>'
   return f'<img class="item small" src="{picture}" alt="{words}">'
-
-
-REPORT_FILE = "report.html"
-_NUM_QUERIES = "eval/num_queries"
 
 
 def write_page(model_dir: str) -> str:

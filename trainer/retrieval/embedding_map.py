@@ -30,6 +30,16 @@ _NUM_COMPONENTS = 50
 # Half of the usual: another 500 lower the divergence of 1,000 items by 4 %.
 _NUM_ITERATIONS = 500
 
+NUM_PAIRS = 50_000
+_NUM_BINS = 60
+# Pairs whose embeddings are held at once.
+_NUM_ABREAST = 4_096
+
+CONFIG_FILE = "projector_config.pbtxt"
+_FOLDER = "projector"
+_NEAREST = {True: "wrong", False: "right", None: "not asked"}
+_VECTORS, _METADATA, _SPRITE = "vectors.tsv", "metadata.tsv", "sprite.png"
+
 
 def lay_out(embeddings: np.ndarray) -> tuple[str, np.ndarray]:
   """t-SNE of the principal components; these alone where t-SNE can't be had.
@@ -76,12 +86,6 @@ def _scaled(places: np.ndarray) -> np.ndarray:
   low, high = places.min(axis=0), places.max(axis=0)
   span = (high - low).max() or 1.0
   return 0.5 + (places - (low + high) / 2) / span
-
-
-NUM_PAIRS = 50_000
-_NUM_BINS = 60
-# Pairs whose embeddings are held at once.
-_NUM_ABREAST = 4_096
 
 
 def distance_histogram(
@@ -169,12 +173,6 @@ def _distances(
 
 def _median(distances: np.ndarray) -> Optional[float]:
   return float(np.median(distances)) if len(distances) else None
-
-
-CONFIG_FILE = "projector_config.pbtxt"
-_FOLDER = "projector"
-_NEAREST = {True: "wrong", False: "right", None: "not asked"}
-_VECTORS, _METADATA, _SPRITE = "vectors.tsv", "metadata.tsv", "sprite.png"
 
 
 def write_projector(

@@ -37,6 +37,13 @@ from trainer.runtime.lease import locked_folder
 # What reaches these makes embeddings of records, beside the weights.
 _MODEL = ("evaluate.encoder", "evaluate.dataset.decoder")
 
+MANIFEST_NAME, ROWS_NAME, LABELS_NAME = "manifest.json", "embeddings.npy", "labels.npy"
+TEXT_ARRAYS = ("text", "starts", "hashes")
+
+_ASIDE, _PROGRESS_NAME = "aside", "progress.json"
+# Rows between two notes of how far the writing is.
+_ROWS_PER_NOTE = 8_192
+
 
 def encoder_provenance(
   encoder: tf.keras.Model, values: Mapping[str, str], step: int
@@ -96,10 +103,6 @@ def _check_same(source: Mapping[str, Any], now: Mapping[str, Any], what: str) ->
       raise UserError(
         f"{what}: {name} was {source.get(name)} and is {value}; run --mode=embed again."
       )
-
-
-MANIFEST_NAME, ROWS_NAME, LABELS_NAME = "manifest.json", "embeddings.npy", "labels.npy"
-TEXT_ARRAYS = ("text", "starts", "hashes")
 
 
 class EmbeddingFolder:
@@ -183,11 +186,6 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
   except (OSError, ValueError):
     return None
   return content if isinstance(content, dict) else None
-
-
-_ASIDE, _PROGRESS_NAME = "aside", "progress.json"
-# Rows between two notes of how far the writing is.
-_ROWS_PER_NOTE = 8_192
 
 
 class EmbeddingWriter:

@@ -40,6 +40,22 @@ from trainer.retrieval.exact_distances import (
 )
 from trainer.runtime import watchdog
 
+# Items found beside those asked for: room between the last of these and all others.
+# More take more time; fewer leave more queries to be compared with all items again.
+_NUM_MORE_OF_FAISS, _NUM_MORE_OF_TILES = 16, 2
+
+# Queries and items given to FAISS at once: 128 MB of items at 128 dimensions.
+_NUM_QUERIES, _NUM_ITEMS = 16_384, 262_144
+_SMALLEST_NORMAL = 2.0**-126
+
+# Queries and gallery items of a tile on one replica: 256 MB of products.
+_MIN_TILE_QUERIES, _MIN_TILE_ITEMS = 4_096, 16_384
+# Every item's product is of one kernel where tiles have a multiple of so many items, so
+# that equal items are equally near.
+_KERNEL = 32
+# Narrower windows don't pay.
+_MIN_WINDOW = 4
+
 
 def is_faiss_installed() -> bool:
   """Whether it can be loaded."""
@@ -61,11 +77,6 @@ def load_faiss() -> Any:
       "An index needs FAISS: pip install 'retrieval-trainer[search]'."
     ) from error
   return faiss
-
-
-# Items found beside those asked for: room between the last of these and all others.
-# More take more time; fewer leave more queries to be compared with all items again.
-_NUM_MORE_OF_FAISS, _NUM_MORE_OF_TILES = 16, 2
 
 
 class Neighbours(NamedTuple):
@@ -198,11 +209,6 @@ def faiss_serves() -> bool:
   return is_one and kinds == {"CPU"} and is_faiss_installed()
 
 
-# Queries and items given to FAISS at once: 128 MB of items at 128 dimensions.
-_NUM_QUERIES, _NUM_ITEMS = 16_384, 262_144
-_SMALLEST_NORMAL = 2.0**-126
-
-
 class FaissCandidates(NamedTuple):
   """What a search in float32 found.
 
@@ -318,15 +324,6 @@ def _certain_candidates(
       squares = np.take_along_axis(squares, best, axis=1)
       indices = np.take_along_axis(indices, best, axis=1)
   return FaissCandidates(indices, squares.max(axis=1, initial=0.0))
-
-
-# Queries and gallery items of a tile on one replica: 256 MB of products.
-_MIN_TILE_QUERIES, _MIN_TILE_ITEMS = 4_096, 16_384
-# Every item's product is of one kernel where tiles have a multiple of so many items, so
-# that equal items are equally near.
-_KERNEL = 32
-# Narrower windows don't pay.
-_MIN_WINDOW = 4
 
 
 def search_by_tiles(

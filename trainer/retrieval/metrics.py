@@ -15,6 +15,9 @@ import numpy as np
 
 from trainer.runtime import watchdog
 
+_NUM_RESAMPLES = 1000
+_CONFIDENCE = 0.95
+
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
   """Whether any of the k nearest is relevant: [r_1 <= k]; also hit rate, CMC@k.
@@ -128,10 +131,6 @@ def _num_within(ranks: np.ndarray, k: int) -> np.ndarray:
 def _places(ranks: np.ndarray) -> np.ndarray:
   """The numbers 1, 2, 3 … up to R, as [R] int."""
   return np.arange(1, ranks.shape[-1] + 1)
-
-
-_NUM_RESAMPLES = 1000
-_CONFIDENCE = 0.95
 
 
 def bootstrap_intervals(values: np.ndarray, *, seed: int = 0) -> np.ndarray:

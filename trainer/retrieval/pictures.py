@@ -25,6 +25,11 @@ from trainer.retrieval.report_data import Sprite
 _MAX_PNG_BYTES, _MAX_PNG_BYTES_PER_PIXEL = 2_000, 0.5
 _JPEG_QUALITY = 80
 
+_NUM_ABREAST = 64
+
+_GAP, _AFTER_QUERY, _MIN_HEIGHT = 2, 10, 48
+_WHITE = 255
+
 
 def shrink(pictures: Sequence[bytes], max_side: int) -> np.ndarray:
   """Pictures of one size, each side at most so long; a smaller one stays as it is.
@@ -94,9 +99,6 @@ def sprite(images: np.ndarray) -> Sprite:
   )
 
 
-_NUM_ABREAST = 64
-
-
 def pictures_of(
   index: RecordIndex, decoder: Decoder, record_numbers: np.ndarray
 ) -> Optional[Callable[[np.ndarray], list[bytes]]]:
@@ -124,10 +126,6 @@ def pictures_of(
     return files
 
   return pictures
-
-
-_GAP, _AFTER_QUERY, _MIN_HEIGHT = 2, 10, 48
-_WHITE = 255
 
 
 def grid_png(rows: Sequence[Sequence[Optional[np.ndarray]]]) -> bytes:

@@ -22,6 +22,9 @@ _MAX_QUERIES, _MAX_NEIGHBOURS = 2_000, 100
 # Queries that exclude more would be searched much deeper than is looked at.
 _MAX_EXCLUDED = 200
 
+# Squares of distances between such vectors are below float32's largest number.
+_MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
+
 
 class SampledAnswers(NamedTuple):
   """Some queries and what is nearest to them, without what doesn't count.
@@ -82,8 +85,6 @@ def sampled_answers(
 EmbedFn = Callable[[bytes], np.ndarray]
 # The nearest items of queries [Q, D] and their number.
 NearestFn = Callable[[np.ndarray, int], Neighbours]
-# Squares of distances between such vectors are below float32's largest number.
-_MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
 
 
 class Hit(NamedTuple):

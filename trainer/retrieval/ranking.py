@@ -35,6 +35,23 @@ _MAX_SHARE_UNDECIDED = 1 / 32
 # Parts of what is held at once, for threads to take.
 _NUM_PARTS = 16
 
+# Ranks of queries that wait until there are more with as many, 32 MB.
+_MAX_RANKS = 4_000_000
+
+_OF_RANKING = {
+  "map": metrics.average_precision,
+  "map_at_r": metrics.average_precision_at_r,
+  "r_precision": metrics.r_precision,
+  "mrr": metrics.reciprocal_rank,
+}
+_OF_NEAREST = {
+  "recall_at": metrics.recall_at_k,
+  "precision_at": metrics.precision_at_k,
+  "found_fraction_at": metrics.set_recall_at_k,
+  "map_at": metrics.average_precision_at_k,
+  "ndcg_at": metrics.ndcg_at_k,
+}
+
 
 class GroundTruth(Protocol):
   """Which gallery items are relevant to a query, and which don't count."""
@@ -225,24 +242,6 @@ def _num_before(values: np.ndarray, items: np.ndarray, num_others: int) -> np.nd
   num_before = np.empty(len(order), np.int64)
   num_before[order] = np.cumsum(order < num_others)
   return num_before[num_others:]
-
-
-# Ranks of queries that wait until there are more with as many, 32 MB.
-_MAX_RANKS = 4_000_000
-
-_OF_RANKING = {
-  "map": metrics.average_precision,
-  "map_at_r": metrics.average_precision_at_r,
-  "r_precision": metrics.r_precision,
-  "mrr": metrics.reciprocal_rank,
-}
-_OF_NEAREST = {
-  "recall_at": metrics.recall_at_k,
-  "precision_at": metrics.precision_at_k,
-  "found_fraction_at": metrics.set_recall_at_k,
-  "map_at": metrics.average_precision_at_k,
-  "ndcg_at": metrics.ndcg_at_k,
-}
 
 
 class Rankings(NamedTuple):

@@ -14,11 +14,11 @@ from trainer.errors import UserError
 from trainer.retrieval import embedding_map, pictures, report_data
 from trainer.retrieval.report_data import Answers, EmbeddingMap, ReportData, ShownQuery
 
-PicturesFn = Callable[[np.ndarray], Sequence[bytes]]
-
 NUM_MAPPED = 1_000
 _MAX_CURVE_K = 100
 _THUMBNAIL_SIDE, _SPRITE_SIDE = 64, 40
+
+PicturesFn = Callable[[np.ndarray], Sequence[bytes]]
 
 
 def collect_report_data(

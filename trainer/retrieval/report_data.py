@@ -20,6 +20,12 @@ from trainer.runtime import filesystem
 
 REPORT_DATA_FILE = os.path.join("eval", "evidence.json")
 
+NUM_QUERIES = 24
+NUM_NEIGHBOURS = 8
+_NUM_CONFUSIONS = 12
+# Of the shown queries; the others are right, so that these are seen too.
+_MOST_MISTAKES = 18
+
 
 @dataclasses.dataclass(frozen=True)
 class DistanceHistogram:
@@ -217,13 +223,6 @@ def _of_json(content: dict[str, Any]) -> ReportData:
     "embedding_map": EmbeddingMap(**{**place, "sprite": sprite}),
   }
   return ReportData(**{**content, **parts})
-
-
-NUM_QUERIES = 24
-NUM_NEIGHBOURS = 8
-_NUM_CONFUSIONS = 12
-# Of the shown queries; the others are right, so that these are seen too.
-_MOST_MISTAKES = 18
 
 
 @dataclasses.dataclass(frozen=True)

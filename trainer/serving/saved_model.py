@@ -29,6 +29,18 @@ from trainer.serving import model_card
 FOLDER, SCRIPT_NAME = "saved_model", "embed_images.py"
 _SCRIPT = os.path.join(os.path.dirname(__file__), SCRIPT_NAME)
 
+LITE_FILE = "encoder.tflite"
+
+_ASIDE = "aside"
+# All that an export may hold; the card says what the rest is, and comes last.
+_NAMES = (
+  *(FOLDER, SCRIPT_NAME, LITE_FILE, run_config.CONFIG_FILE),
+  model_card.MODEL_CARD_FILE,
+)
+
+# TensorFlow Lite takes one at a time.
+_NUM_LITE = 4
+
 
 def save_saved_model(
   encoder: tf.keras.Model,
@@ -95,9 +107,6 @@ def _signatures(
   return signatures
 
 
-LITE_FILE = "encoder.tflite"
-
-
 def save_lite(saved_model: str, folder: str) -> str:
   """Converts the signature for tensors, one input at a time.
 
@@ -115,14 +124,6 @@ def save_lite(saved_model: str, folder: str) -> str:
   with open(path, "wb") as file:
     file.write(converter.convert())
   return path
-
-
-_ASIDE = "aside"
-# All that an export may hold; the card says what the rest is, and comes last.
-_NAMES = (
-  *(FOLDER, SCRIPT_NAME, LITE_FILE, run_config.CONFIG_FILE),
-  model_card.MODEL_CARD_FILE,
-)
 
 
 @contextlib.contextmanager
@@ -163,10 +164,6 @@ def _remove(path: str) -> None:
     shutil.rmtree(path)
   elif os.path.exists(path):
     os.remove(path)
-
-
-# TensorFlow Lite takes one at a time.
-_NUM_LITE = 4
 
 
 def saved_model_difference(

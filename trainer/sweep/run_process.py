@@ -23,6 +23,11 @@ LOG_FILE = "log.txt"
 _FAILURE_FILE = "failure.json"
 _LOCK_FILE = "lock"
 
+_POLL_S = 0.2
+_GRACE_S = 60.0  # To save a checkpoint in.
+_AGAIN = (PreemptedError.exit_status, StalledError.exit_status)
+_MAX_RESTARTS = 5
+
 
 class Failure(NamedTuple):
   """Why a run ended without result.
@@ -136,12 +141,6 @@ class RunFolder:
   def is_locked(self) -> bool:
     """Whether some sweep works on it now."""
     return lease.is_locked(os.path.join(self.path, _LOCK_FILE))
-
-
-_POLL_S = 0.2
-_GRACE_S = 60.0  # To save a checkpoint in.
-_AGAIN = (PreemptedError.exit_status, StalledError.exit_status)
-_MAX_RESTARTS = 5
 
 
 class Ending(enum.Enum):

@@ -29,6 +29,29 @@ from trainer.config import gin_resolution, gin_statements
 from trainer.config.gin_statements import Binding, Reference, Statement
 from trainer.errors import UserError
 
+KINDS = ("choice", "range", "log_range")
+
+_BINARY: dict[type, Callable[[Any, Any], Any]] = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.FloorDiv: operator.floordiv,
+  ast.Mod: operator.mod,
+  ast.Eq: operator.eq,
+  ast.NotEq: operator.ne,
+  ast.Lt: operator.lt,
+  ast.LtE: operator.le,
+  ast.Gt: operator.gt,
+  ast.GtE: operator.ge,
+  ast.In: lambda left, right: left in right,
+  ast.NotIn: lambda left, right: left not in right,
+}
+
+METHODS = ("grid", "random", "tpe")
+GOALS = ("maximize", "minimize")
+MODES = ("train", "train_and_evaluate")
+
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
@@ -99,7 +122,6 @@ class Range:
 
 
 Domain = Union[Choice, Range]
-KINDS = ("choice", "range", "log_range")
 
 
 def read_domain(binding: Binding) -> Domain:
@@ -138,24 +160,6 @@ def _range(binding: Binding) -> Range:
   if num and (not isinstance(num[0], int) or num[0] < 1):
     raise UserError(f"{form}, at least one; it has {values!r}.")
   return Range(low, high, num[0] if num else None, is_log)
-
-
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
-  ast.Add: operator.add,
-  ast.Sub: operator.sub,
-  ast.Mult: operator.mul,
-  ast.Div: operator.truediv,
-  ast.FloorDiv: operator.floordiv,
-  ast.Mod: operator.mod,
-  ast.Eq: operator.eq,
-  ast.NotEq: operator.ne,
-  ast.Lt: operator.lt,
-  ast.LtE: operator.le,
-  ast.Gt: operator.gt,
-  ast.GtE: operator.ge,
-  ast.In: lambda left, right: left in right,
-  ast.NotIn: lambda left, right: left not in right,
-}
 
 
 class Constraint:
@@ -228,11 +232,6 @@ class Constraint:
       raise UserError(f"sweep.constraints: {self.text!r}: {name} is not swept{nearest}")
     value = values[name]
     return value.name if isinstance(value, Reference) else value
-
-
-METHODS = ("grid", "random", "tpe")
-GOALS = ("maximize", "minimize")
-MODES = ("train", "train_and_evaluate")
 
 
 @dataclasses.dataclass(frozen=True)

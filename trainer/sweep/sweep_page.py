@@ -28,6 +28,65 @@ _HEIGHT, _TOP, _BOTTOM = 260, 34, 20
 _AXIS_WIDTH = 150
 _BEST, _OTHERS = 1.0, 0.25
 
+_PAGE = string.Template("""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d5dae2;
+  --page: #ffffff; --card: #f6f7f9; --curve: #0b62d6; --best: #d6480b; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3;
+  --line: #333a47; --page: #14171c; --card: #1b2027; --curve: #6ea8ff;
+  --best: #ff9a62; } }
+body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; color: var(--ink);
+  background: var(--page); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; overflow-wrap: anywhere; margin-bottom: .2rem; }
+h2 { font-size: 1.1rem; margin-top: 2rem; }
+p { color: var(--soft); margin: .2rem 0 .8rem; }
+.scroll { overflow-x: auto; background: var(--card); border-radius: .5rem;
+  padding: .75rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem 1.2rem .3rem 0; text-align: left; white-space: nowrap;
+  border-bottom: 1px solid var(--line); font-weight: 400; }
+thead th { color: var(--soft); font-size: .85rem; }
+tbody tr:first-child td:nth-child(2) { color: var(--best); font-weight: 600; }
+td.note { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
+td.wide { width: 60%; min-width: 6rem; } table.full { width: 100%; }
+a { color: var(--curve); }
+svg { width: 100%; height: auto; display: block; }
+svg text { fill: var(--soft); font-size: 12px; } svg text.name { fill: var(--ink); }
+svg text.halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
+.axis { stroke: var(--soft); } .line { stroke: var(--curve); fill: none;
+  stroke-width: 1.6; opacity: var(--share); } .line:hover { stroke-width: 4; }
+.best { stroke: var(--best); stroke-width: 3; }
+.bar { display: block; height: .8rem; background: var(--curve); border-radius: .2rem;
+  min-width: 1px; }
+svg.seeds { width: 120px; } .seeds path { stroke: var(--line); }
+.seeds path.mean { stroke: var(--best); stroke-width: 2; }
+.seeds circle { fill: var(--curve); opacity: .7; }
+</style>
+<h1>$title</h1>
+<p>$summary</p>
+<h2>Leaderboard</h2>
+$leaderboard
+<h2>Settings and what came of them</h2>
+<p>A line a setting; the best is orange, and fainter is worse.</p>
+<div class="scroll">$coordinates</div>
+<h2>What matters</h2>
+<p>Share of the spread between settings that the means by one name explain.</p>
+<div class="scroll"><table class="full">$importance</table></div>
+$failures
+</html>
+""")
+
+_SPEC_FILE = "sweep.json"
+CSV_FILE = "sweep.csv"
+PAGE_FILE = "sweep.html"
+_NUM_SHOWN = 3
+# More trials of the same search are no other sweep.
+_MAY_CHANGE = ("sweep.num_trials",)
+
 
 def parallel_coordinates(rows: Sequence[SweepRow], metric: str) -> str:
   """A line a setting across an axis a swept name, and one for the metric.
@@ -146,59 +205,6 @@ def _words(row: SweepRow) -> str:
   return f"{row.mean:.4f}: {settings}"
 
 
-_PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1d2430; --soft: #667085; --line: #d5dae2;
-  --page: #ffffff; --card: #f6f7f9; --curve: #0b62d6; --best: #d6480b; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ef; --soft: #98a2b3;
-  --line: #333a47; --page: #14171c; --card: #1b2027; --curve: #6ea8ff;
-  --best: #ff9a62; } }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 72rem; color: var(--ink);
-  background: var(--page); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; overflow-wrap: anywhere; margin-bottom: .2rem; }
-h2 { font-size: 1.1rem; margin-top: 2rem; }
-p { color: var(--soft); margin: .2rem 0 .8rem; }
-.scroll { overflow-x: auto; background: var(--card); border-radius: .5rem;
-  padding: .75rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem 1.2rem .3rem 0; text-align: left; white-space: nowrap;
-  border-bottom: 1px solid var(--line); font-weight: 400; }
-thead th { color: var(--soft); font-size: .85rem; }
-tbody tr:first-child td:nth-child(2) { color: var(--best); font-weight: 600; }
-td.note { white-space: normal; min-width: 16rem; overflow-wrap: anywhere; }
-td.wide { width: 60%; min-width: 6rem; } table.full { width: 100%; }
-a { color: var(--curve); }
-svg { width: 100%; height: auto; display: block; }
-svg text { fill: var(--soft); font-size: 12px; } svg text.name { fill: var(--ink); }
-svg text.halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
-.axis { stroke: var(--soft); } .line { stroke: var(--curve); fill: none;
-  stroke-width: 1.6; opacity: var(--share); } .line:hover { stroke-width: 4; }
-.best { stroke: var(--best); stroke-width: 3; }
-.bar { display: block; height: .8rem; background: var(--curve); border-radius: .2rem;
-  min-width: 1px; }
-svg.seeds { width: 120px; } .seeds path { stroke: var(--line); }
-.seeds path.mean { stroke: var(--best); stroke-width: 2; }
-.seeds circle { fill: var(--curve); opacity: .7; }
-</style>
-<h1>$title</h1>
-<p>$summary</p>
-<h2>Leaderboard</h2>
-$leaderboard
-<h2>Settings and what came of them</h2>
-<p>A line a setting; the best is orange, and fainter is worse.</p>
-<div class="scroll">$coordinates</div>
-<h2>What matters</h2>
-<p>Share of the spread between settings that the means by one name explain.</p>
-<div class="scroll"><table class="full">$importance</table></div>
-$failures
-</html>
-""")
-
-
 def write_sweep_page(found: Sequence[SweepRow], spec: Spec, path: str) -> None:
   """Writes the page.
 
@@ -287,14 +293,6 @@ def _failures(found: Sequence[SweepRow]) -> str:
   if not lines:
     return ""
   return f'<h2>Failed</h2><div class="scroll"><table>{"".join(lines)}</table></div>'
-
-
-_SPEC_FILE = "sweep.json"
-CSV_FILE = "sweep.csv"
-PAGE_FILE = "sweep.html"
-_NUM_SHOWN = 3
-# More trials of the same search are no other sweep.
-_MAY_CHANGE = ("sweep.num_trials",)
 
 
 def open_sweep_folder(spec: Spec, folder: str) -> None:

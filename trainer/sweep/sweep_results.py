@@ -26,6 +26,10 @@ from trainer.sweep.spec import SweepOptions
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
 HALF_DONE, WAITING = "half done", "waiting"
 
+_NUM_GROUPS = 4  # Of a name that nearly every point gives another value.
+
+_NUM_SHOWN = 10
+
 
 @dataclasses.dataclass(frozen=True)
 class RunRow:
@@ -163,9 +167,6 @@ def _run_row(point: Point, folder: RunFolder, metric: str, is_running: bool) -> 
   )
 
 
-_NUM_GROUPS = 4  # Of a name that nearly every point gives another value.
-
-
 def importances(rows: Sequence[SweepRow]) -> dict[str, float]:
   """The share of each swept name, the greatest first.
 
@@ -204,9 +205,6 @@ def _groups(values: Sequence[str]) -> Sequence[object]:
     return values
   place = {value: _NUM_GROUPS * i // len(order) for i, value in enumerate(order)}
   return [place[value] for value in values]
-
-
-_NUM_SHOWN = 10
 
 
 def table_text(

@@ -18,6 +18,12 @@ from trainer.sweep.points import Point, PointBuilder, meets_constraints
 from trainer.sweep.run_process import Ending
 from trainer.sweep.spec import Spec
 
+_JOURNAL_FILE = "study.journal"
+_LOCK_FOLDER = "trials"
+_TRIES_PER_TRIAL = 200
+_HOST = "host"
+_CRASHED = "crashed"  # Of the failed trials, those that count.
+
 
 class Trial:
   """Points that are tried together; the value of the trial is their mean.
@@ -89,11 +95,6 @@ except ImportError as error:
     "sweep.method='tpe' needs Optuna 4: pip install 'retrieval-trainer[sweep]'."
   ) from error
 
-_JOURNAL_FILE = "study.journal"
-_LOCK_FOLDER = "trials"
-_TRIES_PER_TRIAL = 200
-_HOST = "host"
-_CRASHED = "crashed"  # Of the failed trials, those that count.
 _State = optuna.trial.TrialState
 
 

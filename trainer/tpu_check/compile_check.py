@@ -29,6 +29,42 @@ from trainer.training import checks
 # A search that finds no end stops at so many times the P that it began with.
 MAX_FACTOR = 64
 
+_TPU_CLAIM = (
+  "This says: libtpu's compiler takes the whole replica step (forward, gather, loss, "
+  "statistics,\nbackward, optimizer) for this topology, and what it needs. It does not "
+  "say: how fast it is, what\nTPU arithmetic gives, that the host keeps up, or that "
+  "tf.distribute's TPUStrategy, which wraps\nthe step on the TPU, adds nothing."
+)
+_GPU_CLAIM = (
+  "An estimate: XLA's own analysis of the same step compiled for this CPU. TensorFlow "
+  "on a GPU keeps\nother temporaries, and its libraries take some of the memory for "
+  "themselves."
+)
+
+_OPERATION = re.compile(r"(\w+) \(No registered '\w+' OpKernel.*?\{\{node ([^}]+)\}\}")
+_LINE = re.compile(r'^File "([^"]+)", line (\d+), in ', re.MULTILINE)
+_LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
+_TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
+_MAX_LENGTH = 300
+
+_PYTHON = "Python runs on the host alone: write it in TensorFlow's operations"
+_HOST = "do it in the dataset's decoder or augmentation, which run on the host"
+# By what an operation's name begins with.
+_ADVICE = {
+  "EagerPyFunc": _PYTHON,
+  "PyFunc": _PYTHON,
+  "Print": "take tf.print out of the step",
+  "String": "strings, as of tf.print, stay on the host: take them out of the step",
+  "Decode": _HOST,
+  "Encode": _HOST,
+  "ImageProjective": _HOST,
+  "Unique": "its result has no shape that is known beforehand: use a mask instead",
+  "Where": "its result has no shape that is known beforehand: use a mask instead",
+}
+_OTHER_ADVICE = f"use others in its place, or {_HOST}"
+
+_ROWS_PER_TILE = 128
+
 
 def largest_fitting_batch(
   fits: Callable[[int], bool], start: int, *, unit: int
@@ -57,19 +93,6 @@ def largest_fitting_batch(
     else:
       above = middle
   return below * unit or None
-
-
-_TPU_CLAIM = (
-  "This says: libtpu's compiler takes the whole replica step (forward, gather, loss, "
-  "statistics,\nbackward, optimizer) for this topology, and what it needs. It does not "
-  "say: how fast it is, what\nTPU arithmetic gives, that the host keeps up, or that "
-  "tf.distribute's TPUStrategy, which wraps\nthe step on the TPU, adds nothing."
-)
-_GPU_CLAIM = (
-  "An estimate: XLA's own analysis of the same step compiled for this CPU. TensorFlow "
-  "on a GPU keeps\nother temporaries, and its libraries take some of the memory for "
-  "themselves."
-)
 
 
 def global_batch_text(num_classes: int, num_samples: int) -> str:
@@ -150,29 +173,6 @@ def _collectives(compiled: Compiled) -> str:
   return f"{counted}; {memory_text(total)} come to each replica"
 
 
-_OPERATION = re.compile(r"(\w+) \(No registered '\w+' OpKernel.*?\{\{node ([^}]+)\}\}")
-_LINE = re.compile(r'^File "([^"]+)", line (\d+), in ', re.MULTILINE)
-_LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
-_TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
-_MAX_LENGTH = 300
-
-_PYTHON = "Python runs on the host alone: write it in TensorFlow's operations"
-_HOST = "do it in the dataset's decoder or augmentation, which run on the host"
-# By what an operation's name begins with.
-_ADVICE = {
-  "EagerPyFunc": _PYTHON,
-  "PyFunc": _PYTHON,
-  "Print": "take tf.print out of the step",
-  "String": "strings, as of tf.print, stay on the host: take them out of the step",
-  "Decode": _HOST,
-  "Encode": _HOST,
-  "ImageProjective": _HOST,
-  "Unique": "its result has no shape that is known beforehand: use a mask instead",
-  "Where": "its result has no shape that is known beforehand: use a mask instead",
-}
-_OTHER_ADVICE = f"use others in its place, or {_HOST}"
-
-
 class Refusal(NamedTuple):
   """An operation that XLA does not compile.
 
@@ -231,9 +231,6 @@ def refusal_of_compiler(message: str) -> str:
   """The compiler's own words, in one line that is not too long."""
   line = " ".join(message.split())
   return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
-
-
-_ROWS_PER_TILE = 128
 
 
 def proposals(

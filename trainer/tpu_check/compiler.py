@@ -20,6 +20,9 @@ _EXAMPLES = "v5e:2x4, v4:2x2x1 or gpu:4x16GB"
 _TPU = re.compile(r"(v\w+):(\d+(?:x\d+){1,2})")
 _GPU = re.compile(r"gpu:([1-9]\d*)x(\d+(?:\.\d+)?)GB")
 
+_SCRIPT = pathlib.Path(__file__).with_name("xla_in_jax.py")
+_NUM_LINES_TOLD = 5
+
 
 class TpuVersion(NamedTuple):
   """A generation of TPUs.
@@ -106,10 +109,6 @@ def parse_topology(name: str) -> Topology:
     int(version.replica_gib * GIB),
     -(-num_chips // version.chips_per_host),
   )
-
-
-_SCRIPT = pathlib.Path(__file__).with_name("xla_in_jax.py")
-_NUM_LINES_TOLD = 5
 
 
 class Collective(NamedTuple):

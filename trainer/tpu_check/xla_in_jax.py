@@ -16,7 +16,7 @@ import sys
 import time
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
-_BYTES.update({"f64": 8, "s64": 8, "u64": 8, "c64": 8, "s32": 4, "u32": 4, "f32": 4})
+
 _COLLECTIVES = (
   "all-gather",
   "all-reduce",
@@ -28,10 +28,12 @@ _COLLECTIVE = re.compile(rf"= (\S.*?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(")
 _NAME = re.compile(r'"([^"]+)"')
 _TENSOR = re.compile(r"tensor<((?:\d+x)*)(\w+)>")
 _MLIR_TYPES = {"i1": "pred", "i8": "s8", "i32": "s32", "i64": "s64"}
-_MLIR_TYPES.update({"ui8": "u8", "ui32": "u32", "ui64": "u64"})
+
 _NUM_LARGEST = 3
 _ALIAS = re.compile(r"\{(\d+)\}: \((\d+), \{\}")
 _ARRAY = re.compile(r"\b(\w+)\[([\d,]*)\]")
+_BYTES.update({"f64": 8, "s64": 8, "u64": 8, "c64": 8, "s32": 4, "u32": 4, "f32": 4})
+_MLIR_TYPES.update({"ui8": "u8", "ui32": "u32", "ui64": "u64"})
 
 
 def main(request_file, answer_file):
