@@ -1,4 +1,4 @@
-"""Losses mined inside the batch: pure functions of tensors, without a strategy."""
+"""Losses with in-batch mining: pure functions of tensors, independent of strategies."""
 
 from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances

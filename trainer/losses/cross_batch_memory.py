@@ -1,8 +1,8 @@
-"""A memory of the last embeddings, as further candidates of the loss.
+"""Cross-batch memory: embeddings of past steps as additional candidates of the loss.
 
-Cross-batch memory: weights change slowly, so an embedding of some steps ago is nearly
-what it would be now, and costs no forward pass. A loss gets the negatives of a batch of
-tens of thousands for the price of the inner products with them.
+Weights change slowly, so an embedding computed some steps ago is close to its current
+value and costs no forward pass. A loss gets the negatives of a batch of tens of
+thousands for the cost of their inner products.
 
 Source: Wang et al. 2020, https://arxiv.org/abs/1912.06798.
 
@@ -27,14 +27,14 @@ _NEVER = -1
 
 
 class Entries(NamedTuple):
-  """Embeddings with what must be known of them later.
+  """Embeddings with their labels, record numbers and steps.
 
   Attributes:
     embeddings: [N, D] float32, finite.
     labels: [N] int32.
-    record_numbers: [N] int32, of which record each is.
-    steps: [N] int32, the number of steps done when it was embedded; −1 where there is
-      none.
+    record_numbers: [N] int32, number of each example's record.
+    steps: [N] int32, number of steps done when the example was embedded; −1 for an
+      empty entry.
   """
 
   embeddings: tf.Tensor
@@ -45,20 +45,21 @@ class Entries(NamedTuple):
 
 @gin.register
 class CrossBatchMemory(tf.Module):
-  """The last M examples that were trained on, the newest first.
+  """The last M training examples, the newest first.
 
-  Each replica keeps all of it, and adds the same examples in the same order, that of
-  the global batch: so no more is sent than what the loss gathers anyway, or where each
-  replica mines alone, the batch once a step. Padding takes a place, and is never a
+  Each replica keeps the whole bank and adds the same examples in the order of the
+  global batch. Nothing is sent beyond what the loss gathers anyway; if each replica
+  mines alone, the batch is sent once per step. Padding takes a place and is never a
   candidate.
 
   Args:
-    size: M >= 1, in examples; more than the training set only adds older copies.
-    warm_up_steps: steps in which it is filled and not yet used, >= 0: at first weights
-      change fast.
+    size: M >= 1, in examples; a value above the size of the training set only adds
+      older copies.
+    warm_up_steps: number of first steps, >= 0, in which the bank is filled but not
+      used, because weights change fast at first.
 
   Raises:
-    UserError: a number is too small.
+    UserError: an argument is too small.
   """
 
   def __init__(self, *, size: int, warm_up_steps: int):
@@ -80,7 +81,7 @@ class CrossBatchMemory(tf.Module):
     """
     numbers = tf.fill([self._size], _NEVER)
     empty = Entries(tf.zeros([self._size, embedding_size]), numbers, numbers, numbers)
-    # All replicas have the same, each writes its own: nothing need be sent.
+    # Each replica writes its own equal copy: no communication is needed.
     self.contents = {
       field: tf.Variable(
         value,
@@ -93,16 +94,16 @@ class CrossBatchMemory(tf.Module):
 
   @property
   def shape(self) -> list[int]:
-    """M and D."""
+    """Shape [M, D] of the embeddings."""
     return self.contents["embeddings"].shape.as_list()
 
   @property
   def entries(self) -> Entries:
-    """What is in it, [M], the newest first."""
+    """Returns all M entries, the newest first."""
     return Entries(*map(tf.convert_to_tensor, self.contents.values()))
 
   def add(self, entries: Entries) -> None:
-    """Adds entries before the others; the last of them fall out.
+    """Adds entries at the front; the oldest ones are dropped.
 
     Args:
       entries: in the order of the global batch; the same on all replicas.
@@ -111,7 +112,7 @@ class CrossBatchMemory(tf.Module):
       variable.assign(tf.concat([new, variable], 0)[: self._size])
 
   def usable(self, entries: Entries, step: tf.Tensor) -> tf.Tensor:
-    """Which entries may be candidates, whatever the batch is, [M] bool.
+    """Returns which entries may be candidates for any batch, [M] bool.
 
     Args:
       entries: M of them.
@@ -121,22 +122,22 @@ class CrossBatchMemory(tf.Module):
 
 
 class CrossBatchMemoryLoss:
-  """A loss that has the entries of a bank for further candidates, in one step.
+  """A loss with the entries of a bank as additional candidates, for one step.
 
-  An entry of a record that is in the batch as well is none: it is an older copy of an
-  anchor itself, or of what is a candidate already.
+  Entries whose record is in the current batch are masked out. Each is an older copy of
+  an anchor or of an existing candidate.
 
   Attributes:
-    comparison: as of the loss.
-    margin: as of the loss.
-    added: what the bank gets of this step, once the loss was called.
+    comparison: that of the loss.
+    margin: that of the loss.
+    added: the entries that this step adds to the bank, set when the loss is called.
 
   Args:
-    loss: any of this package.
+    loss: a loss of this package.
     bank: its variables exist.
     record_numbers: [A] int32, of this replica's batch.
     step: [] int32, number of steps done.
-    collectives: the other replicas.
+    collectives: connect the replicas.
   """
 
   def __init__(
@@ -158,14 +159,14 @@ class CrossBatchMemoryLoss:
     self.added: Optional[Entries] = None
 
   def __call__(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """The loss against the batch and the bank; statistics of the bank are added.
+    """Computes the loss against the batch and the bank, and adds bank statistics.
 
     Args:
       anchors: A of them.
       candidates: G of them: the global batch, or this replica's.
 
     Raises:
-      UserError: examples have several labels, or positives are not told by labels.
+      UserError: examples have several labels, or positives are not defined by labels.
     """
     if candidates.labels.dtype == tf.bool:
       raise UserError("CrossBatchMemory keeps one label of an example, not several.")
@@ -199,7 +200,7 @@ class CrossBatchMemoryLoss:
     return terms._replace(statistics={**terms.statistics, **found})
 
   def _entries_of(self, candidates: Candidates) -> Entries:
-    """The batch as what the bank keeps, [G]."""
+    """Converts the batch to bank entries, [G]."""
     numbers = self._record_numbers
     if candidates.labels.shape[0] != numbers.shape[0]:
       numbers = self._collectives.gather(numbers)
@@ -212,10 +213,10 @@ class CrossBatchMemoryLoss:
 
 
 class _Copies:
-  """Which entries are older copies of examples of a batch, and how old ones differ.
+  """Matches entries to examples of a batch with the same record.
 
   Attributes:
-    is_copy: [M] bool.
+    is_copy: [M] bool, whether an entry's record is in the batch.
 
   Args:
     record_numbers: [G] int32, of the batch.
@@ -228,7 +229,7 @@ class _Copies:
     places = self._places(entries.record_numbers)
     after = tf.searchsorted(self._sorted, entries.record_numbers, side="right")
     self.is_copy = tf.logical_and(entries.steps > _NEVER, places < after)
-    # By the place of a record among those of the batch, which entry is its newest copy.
+    # For each record of the batch, by its position, the index of its newest copy.
     num_entries, num_places = entries.labels.shape[0], record_numbers.shape[0] + 1
     numbers = tf.where(self.is_copy, tf.range(num_entries), num_entries)
     self._newest = tf.math.unsorted_segment_min(numbers, places, num_places)
@@ -236,7 +237,7 @@ class _Copies:
   def drift(
     self, embeddings: tf.Tensor, record_numbers: tf.Tensor, is_real: tf.Tensor
   ) -> metric_accumulators.WeightedMean:
-    """The mean Euclidean distance of embeddings to their newest copies.
+    """Computes the mean Euclidean distance of embeddings to their newest copies.
 
     Args:
       embeddings: [A, D] float, of examples of the batch.
@@ -257,7 +258,7 @@ class _Copies:
 def _fill_and_age(
   entries: Entries, step: tf.Tensor
 ) -> dict[str, metric_accumulators.WeightedMean]:
-  """How full the bank is, and the mean age of its entries in steps."""
+  """Computes the fill fraction of the bank and the mean age of its entries in steps."""
   is_there = entries.steps > _NEVER
   ages = tf.cast(step - entries.steps, tf.float32)
   return {

@@ -1,4 +1,4 @@
-"""A triplet loss that goes from all triplets to the hardest during training.
+"""A curriculum from all triplets to the hardest ones during training.
 
 Shapes: T anchors of a tile, C candidates.
 """
@@ -27,28 +27,27 @@ from trainer.losses.triplet_sums import all_triplets, read_margin
 
 
 class Pace(Protocol):
-  """Gives the progress of a curriculum, from 0 at its begin to 1 at its end."""
+  """Computes the progress of a curriculum, from 0 at its start to 1 at its end."""
 
   def __call__(
     self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
   ) -> tf.Tensor:
-    """The progress of the next step.
+    """Returns the progress of the next step.
 
     Args:
-      progress: [] float32, of the step that was done.
+      progress: [] float32, of the last step.
       step: [] int32, number of steps done.
-      active: of the step that was done, the terms of all replicas that are not 0, and
-        how many there were.
+      active: nonzero terms and all terms of the last step, over all replicas.
     """
 
 
 @gin.register
 class LinearPace(KerasSerializable):
-  """From 0 to 1 in equal steps.
+  """Linear progress from 0 to 1.
 
   Args:
-    first_step: until which it is 0, >= 0.
-    last_step: from which it is 1, above first_step.
+    first_step: progress is 0 up to this step, >= 0.
+    last_step: progress is 1 from this step on; above first_step.
 
   Raises:
     UserError: the steps are not in that order.
@@ -66,7 +65,7 @@ class LinearPace(KerasSerializable):
   def __call__(
     self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
   ) -> tf.Tensor:
-    """By the step alone; see `Pace`."""
+    """Returns the progress, which depends on the step alone; see `Pace`."""
     del progress, active
     done = tf.cast(step - self._first_step, tf.float32)
     done /= self._last_step - self._first_step
@@ -75,19 +74,20 @@ class LinearPace(KerasSerializable):
 
 @gin.register
 class AdaptivePace(KerasSerializable):
-  """On where too little is active, back where too much is.
+  """Raises the progress if too few terms are active, and lowers it if too many are.
 
-  Few active terms are starvation: what is compared is learned, and harder pairs teach
-  more. Where nearly all are active nothing is learned, as in a collapse, where no
-  distance differs from another: easier pairs, which are more, lead out of it.
+  Few active terms are starvation: the pairs compared are learned, and harder pairs are
+  more useful. If nearly all terms are active nothing is learned, as in a collapse,
+  where all distances are equal. Easier pairs, which are more numerous, lead out of it.
 
   Args:
-    lowest: share of active terms below which it goes on.
-    highest: share above which it goes back.
-    change: by how much a step; the inverse of the steps that the whole way takes.
+    lowest: fraction of active terms below which the progress is raised.
+    highest: fraction above which the progress is lowered.
+    change: change of the progress per step; its inverse is the number of steps from 0
+      to 1.
 
   Raises:
-    UserError: a number is out of its range.
+    UserError: an argument is out of its range.
   """
 
   def __init__(
@@ -105,7 +105,7 @@ class AdaptivePace(KerasSerializable):
   def __call__(
     self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
   ) -> tf.Tensor:
-    """By the active share; where there was no term, as it was; see `Pace`."""
+    """Returns the next progress; unchanged if there was no term. See `Pace`."""
     del step
     share = active.total / tf.maximum(active.count, 1.0)
     is_starving = tf.logical_and(active.count > 0.0, share < self._lowest)
@@ -114,7 +114,7 @@ class AdaptivePace(KerasSerializable):
     return tf.clip_by_value(progress + change, 0.0, 1.0)
 
 
-# A number, or the first and the last of a way.
+# A constant, or the first and the last value.
 Way = Union[float, Sequence[float]]
 
 
@@ -122,13 +122,14 @@ Way = Union[float, Sequence[float]]
 class CurriculumTripletLoss(BatchAllTripletLoss):
   """The mean of max(d_ap − d_an + margin, 0) over the harder triplets of each anchor.
 
-  With hardness h, of an anchor's positives those count that are no nearer than
-  max − (1 − h)(max − min) of their distances, and of its negatives those no farther
-  than min + (1 − h)(max − min). So 0 is `BatchAllTripletLoss`, and 1 has one triplet
-  an anchor, the hardest, as `BatchHardTripletLoss` with its reduction.
+  With hardness h, an anchor's positives count if their distance is at least max − (1 −
+  h)(max − min) of the positives' distances. Its negatives count up to min + (1 − h)(max
+  − min) of the negatives' distances. h = 0 is `BatchAllTripletLoss`. h = 1 has one
+  triplet per anchor, the hardest, as `BatchHardTripletLoss` with the reduction of this
+  loss.
 
-  Hardness and margin go their ways as a pace says. How far they have come is part of
-  the checkpoint, and logged as `curriculum/hardness` and `curriculum/margin`.
+  A pace sets the progress of hardness and margin. The progress is part of the
+  checkpoint, and logged as `curriculum/hardness` and `curriculum/margin`.
   """
 
   def __init__(
@@ -141,18 +142,19 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     reduction: Optional[str] = None,
     rows_per_tile: Optional[int] = None,
   ):
-    """Begins the way.
+    """Initializes the curriculum at its start.
 
     Args:
-      margin: above 0, in the distance's units; one, or first and last.
-      hardness: h, from 0 to 1; one, or first and last.
-      pace: how the way is gone; None where both are one number.
+      margin: above 0, in the distance's units; a constant, or first and last value.
+      hardness: h, from 0 to 1; a constant, or first and last value.
+      pace: sets the progress; None if both are constant.
       distance: one of `trainer.losses.distances.DISTANCES`.
-      reduction: as of `BatchAllTripletLoss`.
+      reduction: as in `BatchAllTripletLoss`.
       rows_per_tile: anchors at a time; None to choose by size.
 
     Raises:
-      UserError: a number is out of its range, or a way has no pace, or a pace no way.
+      UserError: an argument is out of its range, a range has no pace, or a pace has no
+        range.
     """
     margins = tuple(_fixed(each) for each in _ends("margin", margin))
     self._hardness = _ends("hardness", hardness)
@@ -175,7 +177,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     )
     self._margin = margins
     self._pace = pace
-    # All replicas have the same, each computes its own: nothing need be sent.
+    # Each replica computes its own equal copy: no communication is needed.
     self._progress = tf.Variable(
       0.0,
       trainable=False,
@@ -186,11 +188,11 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
 
   @property
   def margin(self) -> tf.Tensor:
-    """Of this step, [] float32."""
+    """Margin of this step, [] float32."""
     return self.parameters()[1]
 
   def parameters(self) -> list[tf.Tensor]:
-    """Hardness and margin of this step, [] float32 each."""
+    """Returns hardness and margin of this step, [] float32 each."""
     progress = tf.convert_to_tensor(self._progress)
     return [
       first + progress * (last - first)
@@ -198,21 +200,21 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     ]
 
   def advance(self, step: tf.Tensor, active: WeightedMean) -> None:
-    """Goes on; to be called on each replica after each step.
+    """Updates the progress; must be called on each replica after each step.
 
     Args:
       step: [] int32, number of steps done.
-      active: terms that were not 0, and all terms, of the global batch.
+      active: nonzero terms and all terms of the global batch.
     """
     if self._pace is not None:
       progress = tf.convert_to_tensor(self._progress)
       self._progress.assign(self._pace(progress, step, active))
 
   def check_is_complete(self) -> None:
-    """Checks that there is no pace: nothing but a training of this package calls it.
+    """Checks that there is no pace, because only training in this package calls it.
 
     Raises:
-      UserError: there is one.
+      UserError: the loss has a pace.
     """
     if self._pace is not None:
       raise UserError(
@@ -222,7 +224,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
       )
 
   def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """This replica's sum, count and statistics; see the base class."""
+    """Computes this replica's sum, count and statistics; see the base class."""
     terms = super().terms(anchors, candidates)
     values = zip(("hardness", "margin"), self.parameters())
     found = {
@@ -233,11 +235,11 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """The harder triplets of each anchor; see the base class."""
+    """Computes the harder triplets of each anchor; see the base class."""
     hardness, margin = map(tf.stop_gradient, parameters)
     is_positive = _highest(compared, pairs.is_positive, hardness)
     is_negative = _highest(-compared, pairs.is_negative, hardness)
-    # The lists have all positives: those that don't count are made nearer than any.
+    # The lists contain all positives: those that don't count get distance −∞.
     counted = tf.where(is_positive | ~pairs.is_positive, compared, -float("inf"))
     kept = PairMasks(is_positive, is_negative, pairs.lists)
     total, num_active = all_triplets(counted, kept, margin)
@@ -247,7 +249,7 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
 
 
 def _highest(values: tf.Tensor, is_member: tf.Tensor, hardness: tf.Tensor) -> tf.Tensor:
-  """[T, C] bool, the members within (1 − h)(max − min) of the row's highest."""
+  """Returns [T, C] bool, members within (1 − h)(max − min) of the row's highest."""
   infinity = float("inf")
   highest = tf.reduce_max(tf.where(is_member, values, -infinity), 1, keepdims=True)
   lowest = tf.reduce_min(tf.where(is_member, values, infinity), 1, keepdims=True)
@@ -256,7 +258,7 @@ def _highest(values: tf.Tensor, is_member: tf.Tensor, hardness: tf.Tensor) -> tf
 
 
 def _fixed(margin: float) -> float:
-  """A margin, which is no variable: a pace is what changes it."""
+  """Checks that a margin is a number and no variable: only a pace changes it."""
   margin = read_margin(margin)
   if not isinstance(margin, float):
     raise UserError(
@@ -267,7 +269,7 @@ def _fixed(margin: float) -> float:
 
 
 def _ends(name: str, way: Way) -> tuple[float, float]:
-  """First and last."""
+  """Returns the first and the last value."""
   ends = tuple(way) if isinstance(way, Sequence) else (way, way)
   if len(ends) != 2:
     raise UserError(

@@ -1,15 +1,17 @@
-"""How two embeddings are compared, from their inner product and their norms.
+"""Distances and similarities, from inner products and norms.
 
-Shapes: A anchors, C candidates, D dimensions.
+The Gram form ‖a‖² − 2⟨a, c⟩ + ‖c‖² takes one matrix product and subtracts nearly equal
+numbers. In float32 a squared distance has an error of up to about 5 ulp of ‖a‖² + ‖c‖².
+The common offset of the candidates is subtracted first, so these are the norms of the
+remainders, about the spread of the batch. A pair below that error counts as a
+duplicate: its distance is exactly 0 with gradient 0, for every split of the batch over
+replicas.
 
-The Gram form ‖a‖² − 2⟨a, c⟩ + ‖c‖² costs one matrix product and subtracts nearly equal
-numbers: in float32 a squared distance carries an error of up to about 5 ulp of
-‖a‖² + ‖c‖². What the candidates have in common is subtracted before, so these are the
-norms of what is left, which are about the spread of the batch. What is below that error
-is taken for a duplicate: its distance is exactly 0, with gradient 0, for every split of
-the batch over replicas. Where products are not float32 but TensorFloat-32, as GPUs may
-take them, that fails: `make_strategy` turns it off. The exact forms take products in
-float64, whose error is 5e8 times smaller.
+This does not hold for products in TensorFloat-32, which GPUs may use instead of
+float32; `make_strategy` turns it off. The exact distances compute products in float64,
+whose error is 5e8 times smaller.
+
+Shapes: A anchors, C candidates, N vectors, D dimensions.
 """
 
 from __future__ import annotations
@@ -21,26 +23,27 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 
-# Vectors of which mean and spread are taken.
+# Number of vectors from which mean and spread are estimated.
 _NUM_SAMPLED = 64
-# Units below the last place of a mean are of no use; float32 has none below the other.
+# Units below the last place of a mean have no effect; float32 has no normal numbers
+# below the second.
 _LAST_PLACE, _SMALLEST_NORMAL = 2.0**-22, 2.0**-126
-# The exponent of a float32, among its bits.
+# The exponent bits of a float32.
 _EXPONENT_BITS = 0x7F800000
-# Eight ulp of ‖a‖² + ‖c‖² ≈ 2‖a‖²; five is the most seen for 8 to 2,048 dimensions.
+# Eight ulp of ‖a‖² + ‖c‖² ≈ 2‖a‖²; the largest seen for 8 to 2,048 dimensions is five.
 _DUPLICATE_ULPS = 2 * 8
 _ULP = {tf.float32: 2.0**-23, tf.float64: 2.0**-52}
 
 
 class PairwiseMetric(NamedTuple):
-  """A way to compare, split so that the matrix product stands alone.
+  """A comparison of embeddings, split so that the matrix product is separate.
 
   Attributes:
-    vectors_fn: from embeddings [N, D] float to the vectors whose products are taken.
-    compare_fn: from products [A, C], squared norms of anchors [A] and of candidates
+    vectors_fn: converts embeddings [N, D] float to the vectors that are multiplied.
+    compare_fn: converts products [A, C], squared norms of anchors [A] and of candidates
       [C] to distances or similarities [A, C] float32.
-    uses_norms: whether squared distances are compared, and not products alone.
-    distance_fn: from what is compared to distances: larger is farther.
+    uses_norms: whether squared distances are compared rather than products alone.
+    distance_fn: converts the compared values to distances: larger is farther.
   """
 
   vectors_fn: Callable[[tf.Tensor], tf.Tensor]
@@ -69,17 +72,18 @@ class PairwiseMetric(NamedTuple):
 def common_offset(
   vectors: tf.Tensor, is_counted: Optional[tf.Tensor] = None
 ) -> tf.Tensor:
-  """About the mean of some vectors, which their distances do not depend on.
+  """Returns approximately the mean of some vectors; distances do not depend on it.
 
-  In each dimension it is rounded to a power of 2 about as large as the spread: vectors
-  around zero, or on a grid, stay as they are. Of many vectors some are looked at.
+  Each dimension is rounded to a power of 2 of about the size of the spread: vectors
+  around zero, or on a grid, stay unchanged. If there are many vectors, only a sample is
+  used.
 
   Args:
     vectors: [N, D] float.
     is_counted: [N] bool, false for padding, whose vectors are 0; None for all.
 
   Returns:
-    [D] as the vectors are, without gradient; 0 where there is nothing but padding.
+    [D] in the type of the vectors, without gradient; 0 if all vectors are padding.
   """
   step = max(1, (vectors.shape[0] or 0) // _NUM_SAMPLED)
   fixed = tf.cast(tf.stop_gradient(vectors[::step]), tf.float32)
@@ -96,7 +100,7 @@ def common_offset(
 
 
 def squared_norms(vectors: tf.Tensor) -> tf.Tensor:
-  """Squared Euclidean norm of each row, [N] of [N, D]."""
+  """Computes the squared Euclidean norm of each row, [N] of [N, D]."""
   return tf.reduce_sum(tf.square(vectors), 1)
 
 
@@ -109,7 +113,7 @@ def _float64(embeddings: tf.Tensor) -> tf.Tensor:
 
 
 def _unit(embeddings: tf.Tensor) -> tf.Tensor:
-  """Rows scaled to norm 1; one of a norm below 1e-6 becomes 0, with gradient 0."""
+  """Scales rows to norm 1; one of a norm below 1e-6 becomes 0, with gradient 0."""
   vectors = _float32(embeddings)
   squared = squared_norms(vectors)[:, None]
   is_zero = squared < 1e-12
@@ -120,7 +124,7 @@ def _unit(embeddings: tf.Tensor) -> tf.Tensor:
 def _squared(
   products: tf.Tensor, anchor_norms: tf.Tensor, candidate_norms: tf.Tensor
 ) -> tf.Tensor:
-  """[A, C] squared distances in the products' type; exactly 0 for duplicates."""
+  """Computes squared distances [A, C] in the products' type; 0 for duplicates."""
   squared = anchor_norms[:, None] - 2.0 * products + candidate_norms[None, :]
   bound = _DUPLICATE_ULPS * _ULP[products.dtype] * anchor_norms[:, None]
   return tf.where(squared <= bound, tf.zeros_like(squared), squared)
@@ -137,7 +141,7 @@ def _compare_euclidean(
 ) -> tf.Tensor:
   squared = _squared(products, anchor_norms, candidate_norms)
   is_apart = squared > 0.0
-  # Inside as well: the root's gradient at 0 is infinite, and masking it gives NaN.
+  # Mask inside as well: the root's gradient at 0 is infinite, and 0 times it is NaN.
   roots = tf.sqrt(tf.where(is_apart, squared, tf.ones_like(squared)))
   return tf.cast(tf.where(is_apart, roots, tf.zeros_like(roots)), tf.float32)
 
@@ -182,7 +186,7 @@ DISTANCES: Mapping[str, PairwiseMetric] = {
 
 
 def distance_named(name: str) -> PairwiseMetric:
-  """The distance of that name.
+  """Returns the distance of that name.
 
   Raises:
     UserError: no distance has that name.
@@ -197,6 +201,6 @@ def pairwise_distances(embeddings: tf.Tensor, squared: bool = False) -> tf.Tenso
 
   Args:
     embeddings: [C, D] float.
-    squared: squared instead of Euclidean distances.
+    squared: whether to return squared instead of Euclidean distances.
   """
   return (squared_euclidean if squared else euclidean)(embeddings, embeddings)

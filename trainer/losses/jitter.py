@@ -1,4 +1,4 @@
-"""A way out of collapse: embeddings a little apart, so that distances have a direction.
+"""Recovery from collapse by adding small vectors to the embeddings.
 
 Shapes: A anchors, C candidates, D dimensions.
 """
@@ -20,15 +20,15 @@ _SEED = (20_260, 1_124)
 
 @gin.register
 class JitteredLoss(InBatchLoss):
-  """A loss of embeddings that are each moved by a small vector of their own.
+  """A loss of embeddings that are each moved by a different small vector.
 
-  Where all embeddings are equal, every distance is 0 and so is its gradient: a loss of
-  distances never leaves that state. Moved apart, they have directions to be pushed in.
-  An example is moved by where it stands in the global batch, so that any number of
-  replicas gives the same. The price is that much noise in every distance.
+  If all embeddings are equal, every distance and its gradient are 0, so a loss of
+  distances never leaves that state. Moved embeddings have gradient directions. An
+  example's vector depends on its position in the global batch, so that any number of
+  replicas gives the same loss. The cost is noise of this size in every distance.
 
   Args:
-    loss: any of this package.
+    loss: a loss of this package.
     scale: length of the vectors, in units of the embeddings; about 1 % of their norm.
 
   Raises:
@@ -44,26 +44,26 @@ class JitteredLoss(InBatchLoss):
 
   @property
   def needs_positives(self) -> bool:
-    """As of the loss."""
+    """That of the wrapped loss."""
     return self._loss.needs_positives
 
   @property
   def comparison(self) -> PairwiseMetric:
-    """As of the loss."""
+    """That of the wrapped loss."""
     return self._loss.comparison
 
   @property
   def margin(self) -> Optional[float]:
-    """As of the loss."""
+    """That of the wrapped loss."""
     return self._loss.margin
 
   def check_is_complete(self) -> None:
-    """As of the loss; see the base class."""
+    """Checks the wrapped loss; see the base class."""
     if isinstance(self._loss, InBatchLoss):
       self._loss.check_is_complete()
 
   def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """The loss of the moved embeddings; gradients reach the embeddings themselves."""
+    """Computes the loss of the moved embeddings, with gradients to the embeddings."""
     embeddings = tf.cast(candidates.embeddings, tf.float32)
     shape = tf.shape(embeddings)
     directions = tf.random.stateless_normal(shape, _SEED)

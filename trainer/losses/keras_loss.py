@@ -1,11 +1,11 @@
-"""Losses as Keras takes them: in compile and fit, in its files, with sample weights.
+"""Keras interface of the losses: compile and fit, model files, sample weights.
 
-Under a strategy each replica mines its own batch, and Keras takes the mean over the
-replicas of loss and gradients: L = 1/R Σ_r total_r / count_r, as `local_negatives`
-does. It depends on R: on more replicas an anchor of the same global batch has fewer
+Under a strategy each replica mines its own batch, and Keras takes the mean of loss and
+gradients over the replicas: L = 1/R Σ_r total_r / count_r, as `local_negatives` does.
+It depends on R: on more replicas an anchor of the same global batch has fewer
 candidates.
 
-Shapes: B embeddings of one replica, D dimensions, R replicas.
+Shapes: B embeddings of one replica, D dimensions, L labels, R replicas.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from trainer.losses.loss_terms import Anchors, Candidates, LossOutput, check_emb
 
 
 class KerasSerializable:
-  """Base of what Keras can write into a model's file and read back.
+  """Base of objects that Keras can save in a model file and load again.
 
-  Its configuration is the constructor's arguments, each of which is an attribute of the
-  same name with an underscore before it.
+  The configuration is the constructor's arguments. Each argument is an attribute of the
+  same name with a leading underscore.
   """
 
   def __init_subclass__(cls, **arguments: Any):
     super().__init_subclass__(**arguments)
-    if cls.__module__.startswith("trainer."):  # Of others' classes it is theirs to do.
+    if cls.__module__.startswith("trainer."):  # Others register their own.
       tf.keras.utils.register_keras_serializable("trainer")(cls)
 
   def get_config(self) -> dict[str, Any]:
-    """Returns the constructor's arguments, in types that JSON has."""
+    """Returns the constructor's arguments as JSON types."""
     names = inspect.signature(type(self)).parameters
     return {name: _plain(getattr(self, f"_{name}")) for name in names}
 
@@ -50,13 +50,13 @@ class KerasSerializable:
     """Returns the object that has this configuration.
 
     Args:
-      config: as of `get_config`.
+      config: as returned by `get_config`.
     """
     return cls(**{name: _revived(value) for name, value in config.items()})
 
 
 class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
-  """Base of the losses: called by a training of this package, or by Keras.
+  """Base of the losses: called by training in this package, or by Keras.
 
   Attributes:
     reduction: how Keras combines replicas: by the mean.
@@ -77,22 +77,24 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
     """Checks that the loss needs nothing but embeddings and labels.
 
     Raises:
-      UserError: a training of this package would have to change it after each step.
+      UserError: the loss must be updated after each step, which only training in this
+        package does.
     """
 
   @tf.autograph.experimental.do_not_convert
   def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-    """Computes `terms` of anchors and candidates, or a loss as Keras wants it.
+    """Computes `terms` of anchors and candidates, or the loss value for Keras.
 
     Args:
-      y_true: `Anchors`; or labels, [B] or [B, 1], as of `read_labels`.
+      y_true: `Anchors`; or labels, [B] or [B, 1], as in `read_labels`.
       y_pred: `Candidates`; or embeddings [B, D].
-      sample_weight: of labels and embeddings, [B] or [B, 1] >= 0: the terms of an
-        anchor are multiplied by its weight, in the sum and in the count it is divided
-        by; of weight 0 it is no candidate either. None for 1.
+      sample_weight: weights of labels and embeddings, [B] or [B, 1] >= 0; None for 1.
+        An anchor's terms are multiplied by its weight in the sum and in the count. An
+        example of weight 0 is not a candidate either.
 
     Returns:
-      `LossOutput` of anchors; of labels [] float32, the mean, 0 over nothing.
+      `LossOutput` for anchors; for labels the mean, [] float32, 0 if there are no
+      terms.
     """
     if isinstance(y_true, Anchors):
       return self.terms(y_true, y_pred)
@@ -107,13 +109,13 @@ class KerasLoss(KerasSerializable, tf.keras.losses.Loss):
   """A loss of this package for labels in another encoding.
 
   Args:
-    loss: any of this package.
-    label_encoding: "integer" for [B] or [B, 1], as every loss takes them by itself;
-      "one_hot" for [B, L] with one 1 a row; "multi_hot" for [B, L] of zeros and ones,
-      where examples with a label in common are positives.
+    loss: a loss of this package.
+    label_encoding: "integer" for [B] or [B, 1], which every loss accepts without this
+      class; "one_hot" for [B, L] with one 1 per row; "multi_hot" for [B, L] of zeros
+      and ones, where examples with a common label are positives.
 
   Raises:
-    UserError: the encoding is unknown, or it is no loss of this package.
+    UserError: the encoding is unknown, or the loss is not from this package.
   """
 
   def __init__(self, loss: InBatchLoss, *, label_encoding: str):
@@ -142,14 +144,14 @@ def mean_of_batch(
   weights: Any = None,
   label_encoding: str = INTEGER,
 ) -> tf.Tensor:
-  """Computes total / count of one replica's batch, [] float32; 0 over nothing.
+  """Computes total / count of one replica's batch, [] float32; 0 if there are no terms.
 
   Args:
-    loss: any of this package.
-    labels: as of `terms_of_batch`.
+    loss: a loss of this package.
+    labels: as in `terms_of_batch`.
     embeddings: [B, D] float.
     weights: [B] or [B, 1] >= 0; None for 1.
-    label_encoding: as of `read_labels`.
+    label_encoding: as in `read_labels`.
   """
   loss.check_is_complete()
   terms = terms_of_batch(loss, labels, embeddings, weights, label_encoding)
@@ -166,15 +168,15 @@ def terms_of_batch(
   """Computes the terms of all embeddings of a batch against each other.
 
   Args:
-    loss: any of this package.
-    labels: as of `read_labels`. Total and count are NaN where XLA has dropped the
-      assertion that they are sound.
+    loss: a loss of this package.
+    labels: as in `read_labels`. Total and count are NaN for invalid labels if XLA has
+      dropped the assertion.
     embeddings: [B, D] float.
     weights: [B] or [B, 1] >= 0; None for 1.
-    label_encoding: as of `read_labels`.
+    label_encoding: as in `read_labels`.
 
   Raises:
-    UserError: embeddings are not of rank 2, or as `read_labels`.
+    UserError: embeddings are not of rank 2, or as in `read_labels`.
   """
   embeddings = tf.convert_to_tensor(embeddings)
   check_embeddings(embeddings)
@@ -190,7 +192,7 @@ def terms_of_batch(
       positions=tf.range(num_embeddings),
     ),
   )
-  # Of both: 0 / 0 is 0.
+  # Both become NaN: with a count of 0 the mean would be 0.
   total, count = (
     tf.where(read.is_sound, each, float("nan")) for each in (terms.total, terms.count)
   )
@@ -198,7 +200,7 @@ def terms_of_batch(
 
 
 def _weights(weights: Any, num_embeddings: tf.Tensor) -> tf.Tensor:
-  """[B] float32 of sample weights in any shape that Keras has them in."""
+  """Converts sample weights in any shape that Keras passes to [B] float32."""
   if weights is None:
     return tf.ones([num_embeddings])
   weights = tf.cast(tf.convert_to_tensor(weights), tf.float32)
@@ -211,13 +213,13 @@ def _weights(weights: Any, num_embeddings: tf.Tensor) -> tf.Tensor:
       "shape (B,) or (B, 1)."
     )
   weights = of_batch("sample_weight", tf.reshape(weights, [-1]), num_embeddings)
-  # NaN is not.
+  # False for NaN.
   is_usable = tf.reduce_all(weights >= 0.0)
   return refused_unless(is_usable, weights, "sample_weight must be at least 0.")
 
 
 def _plain(value: Any) -> Any:
-  """An argument in types that JSON has."""
+  """Converts an argument to JSON types."""
   if hasattr(value, "get_config"):
     name = tf.keras.utils.get_registered_name(type(value))
     return {"registered_name": name, "config": value.get_config()}
@@ -231,7 +233,7 @@ def _plain(value: Any) -> Any:
 
 
 def _revived(value: Any) -> Any:
-  """The argument of what `_plain` made of it."""
+  """Restores the argument from the result of `_plain`."""
   if not isinstance(value, Mapping):
     return value
   name = value["registered_name"]

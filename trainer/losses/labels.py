@@ -1,7 +1,7 @@
-"""Labels in the forms that callers have them, read into the forms that losses take.
+"""Conversion of labels from callers' encodings to those of the losses.
 
-Keras hands a loss labels of shape (B, 1), as integers or as floats; a classifier's data
-set has them one-hot. Losses take [B] integer or [B, L] bool.
+Keras passes labels of shape (B, 1), as integers or floats; a classifier's data set has
+them one-hot. Losses take [B] integer or [B, L] bool.
 
 Shapes: B examples, L classes or labels.
 """
@@ -17,7 +17,8 @@ from trainer.errors import UserError
 INTEGER, ONE_HOT, MULTI_HOT = "integer", "one_hot", "multi_hot"
 LABEL_ENCODINGS = (INTEGER, ONE_HOT, MULTI_HOT)
 
-# Whole numbers below are all different in the type; from there on neighbours are not.
+# Below this limit all whole numbers are distinct in the type; from it on neighbours are
+# equal.
 _FIRST_SHARED = {
   tf.bfloat16: 2.0**8,
   tf.float16: 2.0**11,
@@ -27,11 +28,11 @@ _FIRST_SHARED = {
 
 
 class Labels(NamedTuple):
-  """Labels that a loss takes.
+  """Labels in the form that losses take.
 
   Attributes:
     values: [B] integer, or [B, L] bool.
-    is_sound: [] bool, whether the values given were ones that the encoding allows.
+    is_sound: [] bool, whether the given values are valid in the encoding.
   """
 
   values: tf.Tensor
@@ -39,7 +40,7 @@ class Labels(NamedTuple):
 
 
 def check_label_encoding(label_encoding: str) -> None:
-  """Checks the name of an encoding.
+  """Raises if an encoding is unknown.
 
   Raises:
     UserError: it is not one of `LABEL_ENCODINGS`.
@@ -53,20 +54,20 @@ def check_label_encoding(label_encoding: str) -> None:
 def read_labels(
   labels: Any, num_embeddings: tf.Tensor, label_encoding: str = INTEGER
 ) -> Labels:
-  """Reads labels, and refuses those that would be compared wrongly.
+  """Reads labels, and rejects those that would be compared incorrectly.
 
   Args:
     labels: for "integer" [B] or [B, 1]: integers, whole floats or strings; or [B, L]
       bool, which is "multi_hot". For "one_hot" [B, L], one 1 in each row. For
-      "multi_hot" [B, L] of zeros and ones; examples with a 1 in common are positives.
-    num_embeddings: B, [] int32; static where it is known.
+      "multi_hot" [B, L] of zeros and ones; examples with a common 1 are positives.
+    num_embeddings: B, [] int32; static if known.
     label_encoding: "integer", "one_hot" or "multi_hot".
 
   Raises:
-    UserError: shape, type or, if executed eagerly, values are not those of the
-      encoding, or the number of labels is not B. A graph raises
-      `tf.errors.InvalidArgumentError` for values; where XLA compiles it, which drops
-      assertions, `is_sound` alone reports them.
+    UserError: shape, type or, if executed eagerly, values do not match the encoding, or
+      the number of labels is not B. For values, a graph raises
+      `tf.errors.InvalidArgumentError`. XLA drops assertions; there, only `is_sound`
+      reports invalid values.
   """
   check_label_encoding(label_encoding)
   labels = tf.convert_to_tensor(labels)
@@ -82,7 +83,7 @@ def _is_bool_matrix(labels: tf.Tensor) -> bool:
 
 
 def _classes(labels: tf.Tensor) -> Labels:
-  """[B] integers of [B] or [B, 1]."""
+  """Converts [B] or [B, 1] labels to [B] integers."""
   dtype, shape = labels.dtype, labels.shape
   is_column = shape.rank == 2 and shape[1] in (None, 1)
   if not (shape.rank in (None, 1) or is_column):
@@ -106,19 +107,19 @@ def _classes(labels: tf.Tensor) -> Labels:
 
 
 def _signed(labels: tf.Tensor) -> tf.Tensor:
-  """The same classes in a type that sorts on every device."""
+  """Converts classes to a type that sorts on every device."""
   if labels.dtype in (tf.int32, tf.int64):
     return labels
   if labels.dtype == tf.uint64:
-    return tf.bitcast(labels, tf.int64)  # Other numbers, but as many.
+    return tf.bitcast(labels, tf.int64)  # The values change but stay distinct.
   return tf.cast(labels, tf.int64 if labels.dtype == tf.uint32 else tf.int32)
 
 
 def _whole(labels: tf.Tensor) -> Labels:
-  """Integers of floats that are whole, and small enough to be told apart."""
+  """Converts floats that are whole, and small enough to be distinct, to integers."""
   limit = _FIRST_SHARED[labels.dtype]
   integer = tf.int64 if labels.dtype == tf.float64 else tf.int32
-  # NaN is neither.
+  # False for NaN.
   is_whole = tf.logical_and(tf.equal(labels, tf.round(labels)), tf.abs(labels) < limit)
   return _sound(
     tf.cast(tf.where(is_whole, labels, tf.zeros_like(labels)), integer),
@@ -129,7 +130,7 @@ def _whole(labels: tf.Tensor) -> Labels:
 
 
 def _matrix(labels: tf.Tensor, label_encoding: str) -> Labels:
-  """[B] int32 of one-hot labels, [B, L] bool of multi-hot ones."""
+  """Converts one-hot labels to [B] int32, and multi-hot ones to [B, L] bool."""
   is_number = labels.dtype.is_floating or labels.dtype.is_integer
   if labels.shape.rank != 2 or not (is_number or labels.dtype == tf.bool):
     raise UserError(
@@ -157,15 +158,15 @@ def _matrix(labels: tf.Tensor, label_encoding: str) -> Labels:
 
 
 def of_batch(name: str, values: tf.Tensor, num_embeddings: tf.Tensor) -> tf.Tensor:
-  """Returns the values, one for each embedding: a single one would be broadcast.
+  """Returns the values after checking their number: a single one would be broadcast.
 
   Args:
-    name: of the values, in the error.
+    name: name of the values, for the error.
     values: [B, ...].
-    num_embeddings: B, [] int32; static where it is known.
+    num_embeddings: B, [] int32; static if known.
 
   Raises:
-    UserError: there are more or fewer.
+    UserError: the number of values is not B.
   """
   size, num = values.shape[0], tf.get_static_value(num_embeddings)
   if size is not None and num is not None:
@@ -180,12 +181,12 @@ def of_batch(name: str, values: tf.Tensor, num_embeddings: tf.Tensor) -> tf.Tens
 
 
 def refused_unless(condition: tf.Tensor, values: tf.Tensor, message: str) -> tf.Tensor:
-  """Returns the values, or refuses them.
+  """Returns the values if the condition holds.
 
   Args:
     condition: [] bool.
     values: of any shape.
-    message: what is needed, and what to do.
+    message: the requirement, and what to do.
 
   Raises:
     UserError: the condition is false, if executed eagerly; a graph raises
