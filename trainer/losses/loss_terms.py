@@ -1,10 +1,7 @@
-"""What a loss receives and returns: anchors, candidates, pair masks and sums.
+"""Inputs and outputs of a loss: anchors, candidates, pair masks and sums.
 
-Shapes: A anchors (this replica's), C candidates, of which F are fixed, D dimensions.
-
-Shapes: A anchors, T anchors of a tile, C candidates, N entries of the table.
-
-Shapes: A anchors, C candidates, L labels an example may have.
+Shapes: A anchors (this replica's), T anchors of a tile, C candidates, of which F are
+fixed, N entries of the table, D dimensions, L labels per example.
 """
 
 from __future__ import annotations
@@ -18,11 +15,11 @@ from trainer.errors import UserError
 
 
 class Anchors(NamedTuple):
-  """The examples of this replica, from which distances are taken.
+  """The examples of this replica, from which distances are computed.
 
   Attributes:
     embeddings: [A, D] float.
-    labels: [A] int32, or [A, L] bool for several labels an example.
+    labels: [A] int32, or [A, L] bool for several labels per example.
     weights: [A] float32 >= 0; 0 for a padding row.
   """
 
@@ -32,18 +29,18 @@ class Anchors(NamedTuple):
 
 
 class Candidates(NamedTuple):
-  """The examples to which distances are taken, the anchors among them.
+  """The examples to which distances are computed, including the anchors.
 
   Attributes:
     embeddings: [C − F, D] float, of the first candidates.
     labels: [C] int32, or [C, L] bool.
     is_valid: [C] bool; false for a padding row.
-    positions: [A] int32, where each anchor stands among the candidates.
+    positions: [A] int32, index of each anchor among the candidates.
     is_relevant: [A, C] bool, which candidates are positives of which anchor; None to
       compare labels.
-    fixed_embeddings: [F, D] float, of the last candidates, which get no gradient and
-      are no anchors: those of a memory bank. Finite, also where they are not valid.
-      None where there are none.
+    fixed_embeddings: [F, D] float, of the last candidates, which have no gradient and
+      are not anchors: the entries of a cross-batch memory. Finite even if not valid.
+      None if there are none.
     is_compared: [A, C] bool, which candidates count for which anchor; None for all.
   """
 
@@ -56,7 +53,7 @@ class Candidates(NamedTuple):
   is_compared: Optional[tf.Tensor] = None
 
   def of_anchors(self, numbers: tf.Tensor) -> Candidates:
-    """The same candidates, of the anchors with these numbers, [n] int32."""
+    """Returns the candidates for the anchors with the given indices, [n] int32."""
     return self._replace(
       positions=tf.gather(self.positions, numbers),
       is_relevant=_rows(self.is_relevant, numbers),
@@ -65,7 +62,7 @@ class Candidates(NamedTuple):
 
 
 class WeightedMean(NamedTuple):
-  """A statistic that adds up over steps and replicas; its value is total / count.
+  """A statistic that is summed over steps and replicas; its value is total / count.
 
   Attributes:
     total: [] float32.
@@ -82,8 +79,8 @@ class LossOutput(NamedTuple):
   Attributes:
     total: [] float32, differentiable.
     count: [] float32, without gradient.
-    statistics: by metric name, each a `WeightedMean` or another structure of sums,
-      which add up over steps and replicas; see `trainer.losses.metric_accumulators`.
+    statistics: by metric name, each a `WeightedMean` or another structure of sums over
+      steps and replicas; see `trainer.losses.metric_accumulators`.
   """
 
   total: tf.Tensor
@@ -99,13 +96,13 @@ def _rows(pairs: Optional[tf.Tensor], numbers: tf.Tensor) -> Optional[tf.Tensor]
 
 
 class PositiveLists(NamedTuple):
-  """Where the positives of each anchor stand in a table of columns.
+  """The positives of each anchor, as runs of a table of columns.
 
   Attributes:
-    table: [N] int32, numbers of candidates; an anchor's positives are a run of it.
-    starts: [A] int32, where the run of each anchor begins.
-    sizes: [A] int32, how many positives it has.
-    skipped: [A] int32, the place in the run that is the anchor itself; -1 for none.
+    table: [N] int32, candidate indices; an anchor's positives are a contiguous run.
+    starts: [A] int32, start of each anchor's run.
+    sizes: [A] int32, number of positives of each anchor.
+    skipped: [A] int32, position of the anchor itself in its run; -1 if it is not there.
   """
 
   table: tf.Tensor
@@ -114,18 +111,18 @@ class PositiveLists(NamedTuple):
   skipped: tf.Tensor
 
   def rows(self, numbers: tf.Tensor) -> PositiveLists:
-    """Those of the anchors with these numbers, [T]."""
+    """Returns the lists of the anchors with the given indices, [T]."""
     return PositiveLists(self.table, *(tf.gather(each, numbers) for each in self[1:]))
 
   def places(self, k: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The k-th positive of each anchor.
+    """Returns the k-th positive of each anchor.
 
     Args:
       k: [] int32.
 
     Returns:
-      [A, 2] int32, row and column; and [A] bool, false where an anchor has no k-th
-      positive and its column means nothing.
+      [A, 2] int32, row and column; and [A] bool, false if an anchor has no k-th
+      positive and its column is undefined.
     """
     places = self.starts + k
     is_after = tf.logical_and(self.skipped >= 0, places >= self.skipped)
@@ -137,7 +134,7 @@ class PositiveLists(NamedTuple):
 
 
 def lists_of_classes(anchors: Anchors, candidates: Candidates) -> PositiveLists:
-  """The lists of integer labels, by one sort of [C].
+  """Builds the lists of integer labels, by one sort of [C].
 
   Candidates are sorted by class, padding last in each: a class is a run of the table.
 
@@ -163,7 +160,7 @@ def lists_of_classes(anchors: Anchors, candidates: Candidates) -> PositiveLists:
 
 
 def _valid_first(is_valid: tf.Tensor) -> tf.Tensor:
-  """[C] int32, the order of candidates in which padding is last, without a sort."""
+  """Returns [C] int32, an order of candidates with padding last, without a sort."""
   ones = tf.cast(is_valid, tf.int32)
   num_before, num_valid = tf.cumsum(ones, exclusive=True), tf.reduce_sum(ones)
   numbers = tf.range(tf.shape(ones)[0])
@@ -171,13 +168,13 @@ def _valid_first(is_valid: tf.Tensor) -> tf.Tensor:
 
 
 def _inverse(order: tf.Tensor) -> tf.Tensor:
-  """[C] int32, at which place of an order [C] each number stands."""
+  """Returns [C] int32, the position of each number in an order [C]."""
   size = tf.shape(order)
   return tf.scatter_nd(order[:, None], tf.range(size[0]), size)
 
 
 def lists_of_pairs(is_positive: tf.Tensor) -> PositiveLists:
-  """The lists of any relevance, by a sort of each row.
+  """Builds the lists of any relevance, by a sort of each row.
 
   Args:
     is_positive: [A, C] bool.
@@ -194,12 +191,12 @@ def lists_of_pairs(is_positive: tf.Tensor) -> PositiveLists:
 
 
 class PairMasks(NamedTuple):
-  """The two kinds of pairs; an anchor itself and padding are neither.
+  """Masks of positive and negative pairs; an anchor itself and padding are in neither.
 
   Attributes:
     is_positive: [A, C] bool.
     is_negative: [A, C] bool.
-    lists: the positives by anchor, for losses that take one after the other.
+    lists: positives of each anchor, for losses that process them one by one.
   """
 
   is_positive: tf.Tensor
@@ -208,7 +205,7 @@ class PairMasks(NamedTuple):
 
   @property
   def is_either(self) -> tf.Tensor:
-    """[A, C] bool."""
+    """[A, C] bool, whether a pair is positive or negative."""
     return tf.logical_or(self.is_positive, self.is_negative)
 
   @property
@@ -220,7 +217,7 @@ class PairMasks(NamedTuple):
 
 
 def check_batch(anchors: Anchors, candidates: Candidates) -> None:
-  """Refuses what would silently broadcast to nonsense, when traced.
+  """Raises at trace time if the shapes of a batch would broadcast incorrectly.
 
   Args:
     anchors: A of them.
@@ -228,8 +225,8 @@ def check_batch(anchors: Anchors, candidates: Candidates) -> None:
 
   Raises:
     UserError: embeddings are not of rank 2; labels are neither [B] integer nor [B, L]
-      bool, or not of one kind; weights, validity, positions or relevance have another
-      shape than they need.
+      bool, or not of one kind; weights, validity, positions or relevance have the wrong
+      shape.
   """
   check_embeddings(anchors.embeddings)
   check_embeddings(candidates.embeddings)
@@ -257,10 +254,10 @@ def _check_shape(name: str, tensor: tf.Tensor, shape: list[Optional[int]]) -> No
 
 
 def check_embeddings(embeddings: tf.Tensor) -> None:
-  """Refuses embeddings that are not one vector an example, when traced.
+  """Raises at trace time if embeddings are not one vector per example.
 
   Raises:
-    UserError: their rank is known, and is not 2.
+    UserError: their rank is known and is not 2.
   """
   if embeddings.shape.rank not in (None, 2):
     raise UserError(
@@ -270,7 +267,7 @@ def check_embeddings(embeddings: tf.Tensor) -> None:
 
 
 def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
-  """Refuses labels that would silently broadcast to nonsense, when traced.
+  """Raises at trace time if labels would broadcast incorrectly.
 
   Raises:
     UserError: the labels are neither [B] integer nor [B, L] bool.
@@ -291,15 +288,15 @@ def check_labels(labels: tf.Tensor, num_embeddings: Optional[int]) -> None:
 
 
 def positive_lists(anchors: Anchors, candidates: Candidates) -> Optional[PositiveLists]:
-  """The positives of each anchor by one sort of all labels.
+  """Builds the lists of positives by one sort of all labels.
 
   Args:
     anchors: A of them.
     candidates: C of them.
 
   Returns:
-    None where an example has several labels or the pairs are given: then a sort of
-    every row is needed, which is for a tile to do, by `lists_of_pairs`.
+    None if an example has several labels or the pairs are given. Then every row must be
+    sorted, which each tile does by `lists_of_pairs`.
   """
   is_given = candidates.is_relevant is not None or candidates.is_compared is not None
   if is_given or candidates.labels.dtype == tf.bool:
@@ -310,9 +307,10 @@ def positive_lists(anchors: Anchors, candidates: Candidates) -> Optional[Positiv
 def pair_masks(
   anchors: Anchors, candidates: Candidates, lists: Optional[PositiveLists] = None
 ) -> PairMasks:
-  """Positives share a label with the anchor, or are given; the rest are negatives.
+  """Builds pair masks: positives share a label or are given, the rest are negatives.
 
-  Of what the anchor is compared with: padding and itself are neither.
+  Only candidates that the anchor is compared with are in a mask; padding and the anchor
+  itself are in neither.
   """
   is_self = tf.equal(
     candidates.positions[:, None], tf.range(tf.shape(candidates.is_valid)[0])[None, :]
@@ -329,7 +327,7 @@ def pair_masks(
 
 
 def shares_label(anchors: Anchors, candidates: Candidates) -> tf.Tensor:
-  """[A, C] bool: the given relevance, or whether a label is in common."""
+  """Returns [A, C] bool: the given relevance, or whether a pair has a common label."""
   if candidates.is_relevant is not None:
     return candidates.is_relevant
   if candidates.labels.dtype == tf.bool:

@@ -1,4 +1,4 @@
-"""Statistics of the mining in a batch, and detection of a collapse.
+"""Mining statistics of a batch, and collapse detection.
 
 Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
 """
@@ -29,11 +29,14 @@ from trainer.losses.tiled_loss import MIN_PAIRS_TO_COMPILE, num_pairs
 
 # Half of all pairs at distance 0: no data set has so many duplicates in a batch.
 _DUPLICATE_FRACTION = 0.5
-# A cloud that small beside its distance from 0 is near the rounding of its distances.
+# A spread this small relative to the norm is close to the rounding of the distances.
 _SPREAD = 5e-3
-# All embeddings nearly on one line, and not because two classes are well apart.
+# Nearly all embeddings on one line, unless two classes are well separated.
 _RANK = 1.2
 _HARD_FRACTION = 0.1
+# Positives and negatives share a histogram of this many bins; the last is for other
+# pairs.
+_NUM_SEGMENTS = 2 * metric_accumulators.NUM_BINS + 1
 
 ADVICE = (
   "try Encoder.is_normalized = True, a lower learning rate or a warm-up, "
@@ -43,10 +46,10 @@ ADVICE = (
 
 
 def describe_collapse(metrics: Mapping[str, float]) -> Optional[str]:
-  """In words, what has collapsed; None where nothing has.
+  """Returns a description of the collapse, or None if there is none.
 
   Args:
-    metrics: with those of `MiningStatistics`, if they are on.
+    metrics: including those of `MiningStatistics`, if they are on.
   """
   duplicates = metrics.get("mining/duplicate_fraction", 0.0)
   if duplicates > _DUPLICATE_FRACTION:
@@ -60,44 +63,41 @@ def describe_collapse(metrics: Mapping[str, float]) -> Optional[str]:
   return None
 
 
-# Positives and negatives share a histogram of this many bins, and a rest that is none.
-_NUM_SEGMENTS = 2 * metric_accumulators.NUM_BINS + 1
-
-
 class MinedLoss(Protocol):
-  """What must be known of a loss to tell how it mines.
+  """A loss whose mining can be analysed.
 
   Attributes:
-    comparison: how it compares an anchor and a candidate.
-    margin: of its triplets, in units of the comparison; None where it has none.
+    comparison: compares an anchor and a candidate.
+    margin: of its triplets, in units of the comparison; None if it has none.
   """
 
   comparison: PairwiseMetric
 
   @property
   def margin(self) -> Optional[float]:
-    """Of its triplets, as above."""
+    """Margin of its triplets, see above."""
 
   def __call__(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """The loss."""
+    """Computes the loss."""
 
 
 @gin.register
 class MiningStatistics:
-  """Statistics of anchors taken at equal distances from the global batch.
+  """Mining statistics of anchors sampled at equal intervals from the global batch.
 
-  Which anchors are taken depends on the number of candidates alone, so that any number
-  of replicas logs the same. They are compared with that batch, and not with a memory
-  bank, so that the numbers mean the same with one as without. Distances are Euclidean,
-  between the embeddings as they are; only what compares a positive with a negative goes
-  by the loss's own comparison.
+  The sampled anchors depend only on the number of candidates, so that any number of
+  replicas logs the same values. They are compared with the global batch and not with a
+  cross-batch memory, so that values with and without one are comparable. Distances are
+  Euclidean, between unmodified embeddings. Only comparisons of a positive with a
+  negative use the loss's own metric.
 
   Args:
-    num_anchors: how many of the global batch, about; all of a smaller one.
-    every_steps: of how many steps one is looked at, the first of each so many.
+    num_anchors: approximate number of anchors of the global batch; all of a smaller
+      one.
+    every_steps: interval in steps; statistics are computed in the first step of each.
 
   Raises:
-    UserError: one of them is not at least 1.
+    UserError: an argument is below 1.
   """
 
   def __init__(self, *, num_anchors: int = 32, every_steps: int = 10):
@@ -111,11 +111,11 @@ class MiningStatistics:
     self._compiled_fn = tf.function(_sums, jit_compile=True, autograph=False)
 
   def observing(self, loss: MinedLoss, step_fn: Callable[[], tf.Tensor]) -> LossFn:
-    """The loss, with these statistics added to its own; of other steps, nothing.
+    """Returns the loss with these statistics added; none in the other steps.
 
     Args:
-      loss: any of this package.
-      step_fn: gives the number of steps done, [] integer.
+      loss: a loss of this package.
+      step_fn: returns the number of steps done, [] integer.
     """
 
     def observed(anchors: Anchors, candidates: Candidates) -> LossOutput:
@@ -137,11 +137,11 @@ class MiningStatistics:
   def __call__(
     self, loss: MinedLoss, anchors: Anchors, candidates: Candidates
   ) -> Mapping[str, Any]:
-    """The statistics, by metric name, without gradient.
+    """Computes the statistics, by metric name, without gradient.
 
     Args:
-      loss: how it compares, and its margin.
-      anchors: A of them, in a row among the candidates; padding is left out.
+      loss: its comparison and margin are used.
+      anchors: A of them, contiguous among the candidates; padding is left out.
       candidates: C of them.
     """
     is_real = anchors.weights > 0.0
@@ -161,7 +161,7 @@ class MiningStatistics:
       margin=loss.margin,
       lists=lists,
     )
-    # XLA on a CPU scatters one by one, so this stands outside what it compiles.
+    # XLA on a CPU scatters one by one, so this is outside the compiled function.
     counts = tf.math.unsorted_segment_sum(shares, segments, _NUM_SEGMENTS)
     positive, negative, _ = tf.split(counts, [metric_accumulators.NUM_BINS] * 2 + [1])
     norms = tf.norm(anchors.embeddings, axis=1)
@@ -175,7 +175,7 @@ class MiningStatistics:
   def _sample(
     self, anchors: Anchors, candidates: Candidates
   ) -> tuple[Anchors, Candidates]:
-    """Every n-th of the global batch that is here; the rest of N are of weight 0."""
+    """Selects every n-th local anchor; the rest of the N have weight 0."""
     num_anchors, num_candidates = anchors.labels.shape[0], candidates.labels.shape[0]
     stride = -(-num_candidates // min(self._num_anchors, num_candidates))
     first = -candidates.positions[0] % stride
@@ -188,13 +188,13 @@ class MiningStatistics:
 
 
 def _fixed(is_real: tf.Tensor, embeddings: tf.Tensor) -> tf.Tensor:
-  """Embeddings without gradient, and 0 for padding, which may hold anything."""
+  """Returns embeddings without gradient, and 0 for padding, which may hold anything."""
   embeddings = tf.stop_gradient(tf.cast(embeddings, tf.float32))
   return tf.where(is_real[:, None], embeddings, 0.0)
 
 
 def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no-untyped-def]
-  """Sums over [N] anchors, and where their N · C pairs are in the histograms."""
+  """Computes sums over [N] anchors, and the histogram bins of their N · C pairs."""
   pairs = pair_masks(anchors, candidates, lists)
   counts = anchors.weights > 0.0
   pairs = pairs._replace(
@@ -216,7 +216,7 @@ def _sums(anchors, candidates, *, comparison, margin, lists):  # type: ignore[no
 def _of_distances(
   distances: tf.Tensor, pairs: PairMasks, counts: tf.Tensor
 ) -> dict[str, WeightedMean]:
-  """Of [N, C] distances and [N] anchors that count."""
+  """Computes statistics of [N, C] distances and of [N] anchors that count."""
   is_pair = tf.reshape(pairs.is_either, [-1])
   is_duplicate = tf.cast(tf.reshape(distances, [-1]) <= 0.0, tf.float32)
   farthest = tf.reduce_max(tf.where(pairs.is_positive, distances, -1.0), 1)
@@ -241,7 +241,7 @@ def _of_distances(
 def _of_triplets(
   compared: tf.Tensor, pairs: PairMasks, margin: Optional[float]
 ) -> dict[str, WeightedMean]:
-  """Shares of triplets by hardness, and of anchors with a violated margin."""
+  """Computes fractions of triplets by hardness, and of violated margins."""
   infinity = float("inf")
   negatives = tf.where(pairs.is_negative, compared, infinity)
   hard = _num_below(negatives, compared, pairs, 0.0)
@@ -267,7 +267,7 @@ def _of_triplets(
 def _num_below(
   negatives: tf.Tensor, compared: tf.Tensor, pairs: PairMasks, margin: float
 ) -> tf.Tensor:
-  """How many triplets have d_an < d_ap + margin, [] float32."""
+  """Counts the triplets with d_an < d_ap + margin, [] float32."""
   lists = pairs.lists
   assert lists is not None
 
@@ -285,9 +285,9 @@ def _num_below(
 
 
 def _places(distances: tf.Tensor, pairs: PairMasks) -> tuple[tf.Tensor, tf.Tensor]:
-  """Bins [2 · N · C] int32, and what to add there, float32: two of each pair.
+  """Returns bins [2 · N · C] int32 and their increments, float32, two per pair.
 
-  Bins of positives come first, then those of negatives, then the rest.
+  Bins of positives come first, then those of negatives, then the last for other pairs.
   """
   lower, share = metric_accumulators.bins_of(distances)
   first = tf.where(pairs.is_negative, metric_accumulators.NUM_BINS, 0) + lower

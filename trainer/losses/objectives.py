@@ -1,8 +1,8 @@
-"""Where a batch is mined: across all replicas, or on each one by itself.
+"""Objectives: mining across all replicas, or on each replica alone.
 
-An objective function turns a replica's embeddings into its share of the loss. Shares
-add up: the loss is their sum over the replicas, and since gradients are summed over
-replicas too, they are the gradients of that loss.
+An objective function computes a replica's share of the loss from its embeddings. The
+loss is the sum of the shares over the replicas. Gradients are summed over replicas too,
+so they are the gradients of that loss.
 
 Shapes: B examples on each replica, D dimensions, R replicas.
 """
@@ -27,7 +27,7 @@ class ReplicaLoss(NamedTuple):
 
   Attributes:
     loss: [] float32, differentiable; the loss is its sum over replicas.
-    statistics: what the loss tells of this replica's anchors, adding up.
+    statistics: of this replica's anchors; they are summed over replicas.
   """
 
   loss: tf.Tensor
@@ -35,10 +35,10 @@ class ReplicaLoss(NamedTuple):
 
 
 class Loss(MinedLoss, Protocol):
-  """What a training asks of a loss.
+  """A loss that can be trained.
 
   Attributes:
-    needs_positives: whether a batch without two examples of a class has no loss.
+    needs_positives: whether the loss needs two examples of a class in the batch.
   """
 
   needs_positives: bool
@@ -51,18 +51,18 @@ ObjectiveFn = Callable[[LossFn, Anchors, Collectives], ReplicaLoss]
 def global_negatives(
   loss: LossFn, anchors: Anchors, collectives: Collectives
 ) -> ReplicaLoss:
-  """Local anchors against the candidates of all replicas.
+  """Computes the loss of local anchors against the candidates of all replicas.
 
-  L = Σ_r total_r / Σ_r count_r. The value, and every gradient, is that of one
-  replica with the whole batch; the work of a replica is B × R·B distances.
+  L = Σ_r total_r / Σ_r count_r. The value and every gradient equal those of one replica
+  with the whole batch. Each replica computes B × R·B distances.
 
   Args:
-    loss: gives total and count for the anchors.
+    loss: computes total and count for the anchors.
     anchors: this replica's embeddings [B, D], labels [B] and weights [B].
-    collectives: how the replicas gather and sum.
+    collectives: gather and sum over the replicas.
 
   Returns:
-    ReplicaLoss: total_r / Σ_r count_r; 0 where the global count is 0.
+    ReplicaLoss: total_r / Σ_r count_r; 0 if the global count is 0.
   """
   return _share(loss, anchors, _gathered(anchors, collectives), collectives)
 
@@ -71,18 +71,18 @@ def global_negatives(
 def local_negatives(
   loss: LossFn, anchors: Anchors, collectives: Collectives
 ) -> ReplicaLoss:
-  """Each replica's anchors against its own batch; nothing is gathered.
+  """Computes the loss of each replica's anchors against its own batch; no gather.
 
-  L = 1/R Σ_r total_r / count_r, the mean of the replicas' losses. It depends on R:
-  the same global batch on more replicas has fewer negatives for each anchor.
+  L = 1/R Σ_r total_r / count_r, the mean of the replicas' losses. It depends on R: the
+  same global batch on more replicas has fewer negatives for each anchor.
 
   Args:
-    loss: gives total and count for the anchors.
+    loss: computes total and count for the anchors.
     anchors: this replica's embeddings [B, D], labels [B] and weights [B].
-    collectives: how many replicas there are.
+    collectives: give the number of replicas.
 
   Returns:
-    ReplicaLoss: total_r / count_r / R; 0 where the count is 0.
+    ReplicaLoss: total_r / count_r / R; 0 if the count is 0.
   """
   candidates = Candidates(
     embeddings=anchors.embeddings,
@@ -97,18 +97,18 @@ def local_negatives(
 
 @gin.register
 class WithinGroups:
-  """The first row of each group against the rest of its group, as a list says.
+  """Objective that compares the first row of each group with the rest of its group.
 
-  For batches of triplets: a row is an anchor, what it is to be near, and what it is to
-  be far from, whatever their labels are. Rows of other groups are not looked at.
-  L = Σ_r total_r / Σ_r count_r: any number of replicas gives the same.
+  It is for batches of triplets: a group is an anchor, its positives and its negatives,
+  whatever their labels are. Rows of other groups are ignored. L = Σ_r total_r / Σ_r
+  count_r: any number of replicas gives the same.
 
   Args:
-    num_positives: p >= 1, how many rows after the anchor are its positives.
-    num_negatives: n >= 1, how many after those are its negatives.
+    num_positives: p >= 1, number of positives after the anchor.
+    num_negatives: n >= 1, number of negatives after the positives.
 
   Raises:
-    UserError: a number is too small.
+    UserError: an argument is too small.
   """
 
   def __init__(self, *, num_positives: int = 1, num_negatives: int = 1):
@@ -121,15 +121,15 @@ class WithinGroups:
     self._group_size = 1 + num_positives + num_negatives
 
   def check_groups(self, group: Optional[tuple[int, int]], sampler_name: str) -> None:
-    """Checks that a batch has such groups.
+    """Checks that batches consist of such groups.
 
     Args:
-      group: positives and negatives of each row of a batch; None where rows are no
-        groups.
-      sampler_name: of the parameter that has the batches' sampler.
+      group: number of positives and negatives per group of a batch; None if rows are
+        not grouped.
+      sampler_name: name of the parameter that has the batch sampler.
 
     Raises:
-      UserError: it has not.
+      UserError: the groups are different, or there are none.
     """
     if group is None:
       raise UserError(
@@ -146,16 +146,16 @@ class WithinGroups:
   def __call__(
     self, loss: LossFn, anchors: Anchors, collectives: Collectives
   ) -> ReplicaLoss:
-    """The share of a replica.
+    """Computes this replica's share of the loss.
 
     Args:
-      loss: gives total and count for the anchors.
-      anchors: this replica's embeddings [B, D], labels [B] and weights [B], of whole
+      loss: computes total and count for the anchors.
+      anchors: this replica's embeddings [B, D], labels [B] and weights [B], in whole
         groups.
-      collectives: how the replicas gather and sum.
+      collectives: gather and sum over the replicas.
 
     Returns:
-      ReplicaLoss: total_r / Σ_r count_r; 0 where the global count is 0.
+      ReplicaLoss: total_r / Σ_r count_r; 0 if the global count is 0.
     """
     candidates = _gathered(anchors, collectives)
     groups, places = self._groups_and_places(tf.range(candidates.labels.shape[0]))
@@ -172,12 +172,12 @@ class WithinGroups:
     )
 
   def _groups_and_places(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Of rows of the global batch, [n]: which group, and which place in it."""
+    """Returns group and position in it for rows of the global batch, [n]."""
     return rows // self._group_size, rows % self._group_size
 
 
 def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
-  """The global batch, of which the anchors are a part."""
+  """Gathers the global batch, which includes the anchors."""
   num_local = anchors.labels.shape[0]
   gather = collectives.gather
   return Candidates(
@@ -191,14 +191,14 @@ def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
 def _share(
   loss: LossFn, anchors: Anchors, candidates: Candidates, collectives: Collectives
 ) -> ReplicaLoss:
-  """Of a loss that is divided by the count of all replicas."""
+  """Computes the share of a loss that is divided by the count of all replicas."""
   terms = loss(anchors, candidates)
   count = collectives.sum(tf.stop_gradient(terms.count))
   return ReplicaLoss(tf.math.divide_no_nan(terms.total, count), terms.statistics)
 
 
 def mines_across_replicas(objective_fn: ObjectiveFn) -> bool:
-  """Whether it gives what one replica would, also as gin hands it out."""
+  """Returns whether the objective mines across replicas, also if wrapped by gin."""
   if isinstance(objective_fn, WithinGroups):
     return True
   return inspect.unwrap(objective_fn) is global_negatives

@@ -1,4 +1,4 @@
-"""Losses that pull positives and push negatives, each pair weighted by its own value.
+"""Pair losses, in which each pair is weighted by its own value.
 
 Shapes: T anchors of a tile, C candidates. d is a distance, s the cosine similarity.
 """
@@ -56,13 +56,13 @@ class ContrastiveLoss(TiledPairLoss):
     self._distance = distance
 
   def parameters(self) -> list[tf.Tensor]:
-    """The margin, if it may change; see the base class."""
+    """Returns the margin if it may change; see the base class."""
     return margin_parameters(self._margin)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term a pair; see the base class."""
+    """Computes one term per pair; see the base class."""
     margin = margin_of(self._margin, parameters)
     lacking = tf.where(pairs.is_negative, tf.nn.relu(margin - compared), 0.0)
     offence = tf.where(pairs.is_positive, compared, lacking)
@@ -77,9 +77,9 @@ class ContrastiveLoss(TiledPairLoss):
 class LiftedStructureLoss(TiledPairLoss):
   """The mean over anchors of max(log Σ_p e^{d_ap} + log Σ_n e^{margin − d_an}, 0).
 
-  The generalised form: each anchor has a term of all its positives and negatives,
-  where the first form has one of each pair and both its ends' negatives. The mean is
-  over anchors with a positive and a negative.
+  This is the generalised form, with one term per anchor over all its positives and
+  negatives. The original form has one term per pair over the negatives of both its
+  ends. The mean is over anchors with a positive and a negative.
 
   Args:
     margin: above 0, in the distance's units.
@@ -107,13 +107,13 @@ class LiftedStructureLoss(TiledPairLoss):
     self._distance = distance
 
   def parameters(self) -> list[tf.Tensor]:
-    """The margin, if it may change; see the base class."""
+    """Returns the margin if it may change; see the base class."""
     return margin_parameters(self._margin)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term an anchor; see the base class."""
+    """Computes one term per anchor; see the base class."""
     margin = margin_of(self._margin, parameters)
     costs = tf.nn.relu(
       log_sum_exp(compared, pairs.is_positive)
@@ -129,7 +129,7 @@ class MultiSimilarityLoss(TiledPairLoss):
 
   1/α log(1 + Σ_p e^{−α (s_ap − λ)}) + 1/β log(1 + Σ_n e^{β (s_an − λ)}), over positives
   with s_ap < max_n s_an + ε and negatives with s_an > min_p s_ap − ε. An anchor without
-  a positive or without a negative has no such pair, and its term is 0; it counts.
+  a positive or without a negative has no such pair: its term is 0, but it counts.
 
   Args:
     positive_scale: α.
@@ -169,7 +169,7 @@ class MultiSimilarityLoss(TiledPairLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term an anchor; see the base class."""
+    """Computes one term per anchor; see the base class."""
     mined = self._mined(compared, pairs)
     alpha, beta = self._positive_scale, self._negative_scale
     excess = compared - self._threshold
@@ -196,19 +196,19 @@ class MultiSimilarityLoss(TiledPairLoss):
 
 @gin.register
 class CircleLoss(TiledPairLoss):
-  """The mean over anchors of a soft maximum of s_an − s_ap, the worst weighted most.
+  """The mean over anchors of a soft maximum of s_an − s_ap, weighted by violation.
 
-  log(1 + Σ_n e^{γ α_n (s_an − m)} Σ_p e^{−γ α_p (s_ap − 1 + m)}), where
-  α_n = max(s_an + m, 0) and α_p = max(1 + m − s_ap, 0) have no gradient. The mean is
-  over anchors with a positive and a negative.
+  log(1 + Σ_n e^{γ α_n (s_an − m)} Σ_p e^{−γ α_p (s_ap − 1 + m)}), where α_n = max(s_an
+  + m, 0) and α_p = max(1 + m − s_ap, 0) have no gradient. The mean is over anchors with
+  a positive and a negative.
 
   Args:
     margin: m, in (0, 1).
     scale: γ above 0.
     rows_per_tile: anchors at a time; None to choose by size.
 
-  Source: Sun et al. 2020, https://arxiv.org/abs/2002.10857; it has m = 0.25 and γ = 256
-  for faces, 0.4 and 80 for retrieval.
+  Source: Sun et al. 2020, https://arxiv.org/abs/2002.10857; it uses m = 0.25 and γ =
+  256 for faces, 0.4 and 80 for retrieval.
   """
 
   def __init__(
@@ -226,13 +226,13 @@ class CircleLoss(TiledPairLoss):
     self._scale = scale
 
   def parameters(self) -> list[tf.Tensor]:
-    """The margin, if it may change; see the base class."""
+    """Returns the margin if it may change; see the base class."""
     return margin_parameters(self._margin)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term an anchor; see the base class."""
+    """Computes one term per anchor; see the base class."""
     margin = margin_of(self._margin, parameters)
     fixed = tf.stop_gradient(compared)
     push = self._scale * tf.nn.relu(fixed + margin)

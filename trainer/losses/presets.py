@@ -1,9 +1,10 @@
 """Losses with the values of a reference implementation, and drop-in functions.
 
-On a GPU call tf.config.experimental.enable_tensor_float_32_execution(False) first, as a
-training of this package does: TensorFloat-32 has distances right to a hundredth only.
+On a GPU call tf.config.experimental.enable_tensor_float_32_execution(False) first, as
+training in this package does: with TensorFloat-32, distances are accurate to a
+hundredth only.
 
-Shapes: B embeddings of one device, D dimensions.
+Shapes: B embeddings of one device, L labels, D dimensions.
 """
 
 from __future__ import annotations
@@ -29,27 +30,30 @@ from trainer.losses.triplet_sums import Margin, read_margin
 
 @gin.register
 def omoindrot_batch_all(*, margin: float) -> BatchAllTripletLoss:
-  """omoindrot/tensorflow-triplet-loss, `batch_all_triplet_loss`."""
+  """Returns `batch_all_triplet_loss` of omoindrot/tensorflow-triplet-loss."""
   return BatchAllTripletLoss(margin=margin)
 
 
 @gin.register
 def omoindrot_batch_hard(*, margin: float) -> BatchHardTripletLoss:
-  """omoindrot/tensorflow-triplet-loss, `batch_hard_triplet_loss`; TFA's too."""
+  """Returns `batch_hard_triplet_loss` of omoindrot/tensorflow-triplet-loss.
+
+  TensorFlow Addons' loss of that name has the same values.
+  """
   return BatchHardTripletLoss(margin=margin)
 
 
 @gin.register
 def tfa_semi_hard(*, margin: float = 1.0) -> SemiHardTripletLoss:
-  """TensorFlow Addons, `TripletSemiHardLoss`; 0 instead of NaN without a pair."""
+  """Returns TensorFlow Addons' `TripletSemiHardLoss`; 0, not NaN, without a pair."""
   return SemiHardTripletLoss(margin=margin)
 
 
 @gin.register
 def hermans_batch_hard() -> TripletLoss:
-  """Hermans et al. 2017, batch hard with the soft margin.
+  """Returns batch hard with the soft margin, as Hermans et al. 2017.
 
-  An anchor without a positive adds 0 but counts; their code takes d_ap = 0 for it.
+  An anchor without a positive adds 0 but counts; their code uses d_ap = 0 for it.
   """
   return TripletLoss(
     positives="hardest", negatives="hardest", margin="soft", reduction="mean_anchors"
@@ -58,13 +62,13 @@ def hermans_batch_hard() -> TripletLoss:
 
 @gin.register
 def pml_batch_all(*, margin: float = 0.05) -> BatchAllTripletLoss:
-  """PyTorch Metric Learning, `TripletMarginLoss` without a miner."""
+  """Returns PyTorch Metric Learning's `TripletMarginLoss` without a miner."""
   return BatchAllTripletLoss(margin=margin, distance="normalized_euclidean")
 
 
 @gin.register
 def pml_batch_hard(*, margin: float = 0.05) -> TripletLoss:
-  """PyTorch Metric Learning, `TripletMarginLoss` after `BatchHardMiner`."""
+  """Returns PyTorch Metric Learning's `TripletMarginLoss` with `BatchHardMiner`."""
   return TripletLoss(
     positives="hardest",
     negatives="hardest",
@@ -76,12 +80,12 @@ def pml_batch_hard(*, margin: float = 0.05) -> TripletLoss:
 
 @gin.register
 def pml_semi_hard(*, margin: float = 0.05) -> InsideMarginTripletLoss:
-  """PyTorch Metric Learning, `TripletMarginLoss` after a "semihard" miner."""
+  """Returns PyTorch Metric Learning's `TripletMarginLoss` with a "semihard" miner."""
   return InsideMarginTripletLoss(margin=margin, distance="normalized_euclidean")
 
 
 class LossAndFraction(NamedTuple):
-  """What `batch_all_triplet_loss` returns; for Keras take `[0]`.
+  """Result of `batch_all_triplet_loss`; for Keras use `[0]`.
 
   Attributes:
     loss: [] float32.
@@ -93,7 +97,7 @@ class LossAndFraction(NamedTuple):
 
 
 def _refuse_tensor(value: LossAndFraction, **_: Any) -> tf.Tensor:
-  """Raises: Keras would take the mean of the two for the loss."""
+  """Raises, because Keras would use the mean of the two as the loss."""
   del value
   raise UserError(
     "batch_all_triplet_loss returns the loss and a fraction; give Keras the first "
@@ -101,7 +105,7 @@ def _refuse_tensor(value: LossAndFraction, **_: Any) -> tf.Tensor:
   )
 
 
-# Before the conversion of tuples, which has priority 100.
+# Precedes the conversion of tuples, which has priority 100.
 tf.register_tensor_conversion_function(LossAndFraction, _refuse_tensor, priority=50)
 
 
@@ -114,24 +118,24 @@ def batch_all_triplet_loss(
   *,
   label_encoding: str = INTEGER,
 ) -> LossAndFraction:
-  """The mean of max(d_ap − d_an + margin, 0) over the triplets where it is above 0.
+  """Computes the mean of max(d_ap − d_an + margin, 0) over triplets above 0.
 
   Args:
     labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
       encoding.
     embeddings: [B, D] float.
-    margin: above 0, in the distances' units; a variable is read at each call, and gets
-      no gradient.
-    squared: squared instead of Euclidean distances.
-    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
-      labels, where those with one in common are positives.
+    margin: above 0, in the distances' units; a variable is read at each call and has no
+      gradient.
+    squared: whether to use squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for several labels per example,
+      where examples with a common label are positives.
 
   Returns:
     [] float32 loss, and [] float32 fraction of the valid triplets that are above 0;
-    both 0 where there is none.
+    both 0 if there is none.
 
   Raises:
-    UserError: the margin is not above 0; labels are not one an embedding, or not in
+    UserError: the margin is not above 0; labels are not one per embedding, or not in
       the encoding; embeddings are not [B, D].
   """
   loss = _loss(BatchAllTripletLoss, margin, squared)
@@ -152,23 +156,26 @@ def batch_hard_triplet_loss(
   *,
   label_encoding: str = INTEGER,
 ) -> tf.Tensor:
-  """The mean over anchors of max(hardest d_ap − hardest d_an + margin, 0), [] float32.
+  """Computes the mean over anchors of max(hardest d_ap − hardest d_an + margin, 0).
 
-  An anchor without a positive counts with d_ap = 0. A batch of one class has for loss
+  An anchor without a positive counts with d_ap = 0. The loss of a batch of one class is
   the margin, with gradient 0.
 
   Args:
     labels: [B] or [B, 1], integers, whole floats or strings; [B, L] with another
       encoding.
     embeddings: [B, D] float.
-    margin: above 0, in the distances' units; a variable is read at each call, and gets
-      no gradient.
-    squared: squared instead of Euclidean distances.
-    label_encoding: "integer", "one_hot", or "multi_hot" for examples of several
-      labels, where those with one in common are positives.
+    margin: above 0, in the distances' units; a variable is read at each call and has no
+      gradient.
+    squared: whether to use squared instead of Euclidean distances.
+    label_encoding: "integer", "one_hot", or "multi_hot" for several labels per example,
+      where examples with a common label are positives.
+
+  Returns:
+    [] float32.
 
   Raises:
-    UserError: the margin is not above 0; labels are not one an embedding, or not in
+    UserError: the margin is not above 0; labels are not one per embedding, or not in
       the encoding; embeddings are not [B, D].
   """
   loss = _loss(BatchHardTripletLoss, margin, squared)
@@ -176,7 +183,7 @@ def batch_hard_triplet_loss(
 
 
 def _loss(loss_class: type, margin: Margin, squared: bool) -> InBatchLoss:
-  """The loss, kept where it can be: each new one is compiled anew."""
+  """Returns the loss, cached if possible, because each new one is compiled again."""
   margin = read_margin(margin)
   distance = "squared_euclidean" if squared else "euclidean"
   if isinstance(margin, float):

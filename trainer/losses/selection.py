@@ -1,8 +1,8 @@
-"""Which positives and which negatives of an anchor form triplets.
+"""Selection of the positives and negatives that form triplets with an anchor.
 
-A selection gives each candidate a weight: 1 for each that is chosen, in equal parts
-where several tie, and a probability where the choice is by chance; a loss is then the
-expectation over the choice. Weights have no gradient.
+A selection gives each candidate a weight: 1 if it is selected, in equal parts in case
+of ties, or a probability if the selection is random. A loss is then the expectation
+over the selection. Weights have no gradient.
 
 Shapes: T anchors, C candidates.
 """
@@ -21,7 +21,7 @@ from trainer.losses.loss_terms import PairMasks
 
 # [T, C] weights of positives, given [T, C] distances.
 PositivesFn = Callable[[tf.Tensor, PairMasks], tf.Tensor]
-# The same of negatives, given [T, 1] distances to a positive as well.
+# The same for negatives, given also [T, 1] distances to a positive.
 NegativesFn = Callable[[tf.Tensor, PairMasks, tf.Tensor], tf.Tensor]
 
 _INFINITY = float("inf")
@@ -56,7 +56,7 @@ def _hardest_negatives(
 def semi_hard_of_pair(
   distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
-  """The nearest negative beyond the positive; the farthest where none is beyond.
+  """Selects the nearest negative beyond the positive, or else the farthest negative.
 
   Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832; the fallback is that of
   TensorFlow Addons.
@@ -73,7 +73,7 @@ def semi_hard_of_pair(
 def _semi_hard_of_anchor(
   distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
 ) -> tf.Tensor:
-  """As of a pair, but beyond the anchor's farthest positive, whatever the pair's is."""
+  """Selects as `semi_hard_of_pair`, but beyond the anchor's farthest positive."""
   del positive
   farthest = tf.reduce_max(
     tf.where(pairs.is_positive, distances, -_INFINITY), 1, keepdims=True
@@ -83,17 +83,17 @@ def _semi_hard_of_anchor(
 
 @gin.register
 class DistanceWeightedNegatives(KerasSerializable):
-  """A negative by chance, as often near as far on the unit sphere.
+  """Random negatives, with a uniform distribution of distances on the unit sphere.
 
   Probabilities are inverse to q(d) = d^(n−2) (1 − d²/4)^((n−3)/2), the density of
-  distances between random points of the sphere in n dimensions; distances below
-  `nearest` count as `nearest`, and those above `farthest` are never chosen. The loss is
-  the expectation, which is what sampling estimates, without its noise.
+  distances between random points of the sphere in n dimensions. Distances below
+  `nearest` count as `nearest`, and those above `farthest` are never selected. The loss
+  is the expectation, which sampling would estimate with noise.
 
   Args:
     num_dimensions: n, of the embeddings, which must have norm 1 and be compared by
       Euclidean distance.
-    nearest: distance below which noise would decide.
+    nearest: distance below which the selection would be noise.
     farthest: distance above which no margin is violated.
 
   Source: Wu et al. 2017, https://arxiv.org/abs/1706.07567.
@@ -116,7 +116,7 @@ class DistanceWeightedNegatives(KerasSerializable):
   def __call__(
     self, distances: tf.Tensor, pairs: PairMasks, positive: tf.Tensor
   ) -> tf.Tensor:
-    """Probabilities of the negatives, [T, C]; all 0 where none is near enough."""
+    """Returns the negatives' probabilities, [T, C]; all 0 if none is near enough."""
     del positive
     is_near = tf.logical_and(pairs.is_negative, distances < self._farthest)
     clipped = tf.clip_by_value(distances, self._nearest, self._farthest)
@@ -143,7 +143,7 @@ NEGATIVES: Mapping[str, NegativesFn] = {
 
 
 def _nearest(distances: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
-  """1 on the nearest member, shared among ties; 0 everywhere where there is none."""
+  """Returns 1 at the nearest member, shared among ties; all 0 if there is none."""
   masked = tf.where(is_member, distances, _INFINITY)
   is_nearest = tf.equal(masked, tf.reduce_min(masked, 1, keepdims=True))
   return _shared(tf.logical_and(is_nearest, is_member), distances.dtype)
