@@ -1,8 +1,8 @@
 """Losses that classify positives among candidates by a softmax.
 
-Shapes: T anchors, C candidates.
+s is a similarity, τ the temperature.
 
-Shapes: T anchors of a tile, C candidates. s is a similarity, τ the temperature.
+Shapes: T anchors of a tile, C candidates.
 """
 
 from __future__ import annotations
@@ -30,12 +30,16 @@ from trainer.losses.tiled_loss import (
   is_accelerated,
 )
 
-# Stands for log 0: finite, so that gradients through it are 0 and not NaN.
+# Used as log 0: finite, so that gradients through it are 0 and not NaN.
 LOG_ZERO = -1e30
+# Smaller batches are not compiled, and each loop step would cost as much as a pass.
+_MIN_PAIRS_OF_LISTS = MIN_PAIRS_TO_COMPILE
+# Log of the smallest positive normal float32.
+_LOG_OF_LEAST = math.log(2.0**-126)
 
 
 def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
-  """Log of Σ exp(value) over members, [T]; `LOG_ZERO` where there is none.
+  """Computes log Σ exp(value) over members, [T]; `LOG_ZERO` if there are none.
 
   Args:
     values: [T, C] float32.
@@ -43,7 +47,7 @@ def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
   """
   masked = tf.where(is_member, values, LOG_ZERO)
   largest = tf.stop_gradient(tf.reduce_max(masked, 1, keepdims=True))
-  # Not a pass of its own. What is not a number is a member.
+  # This avoids a pass of its own. NaN counts as a member.
   has_member = ~(largest[:, 0] <= LOG_ZERO)
   shares = tf.where(is_member, tf.exp(masked - largest), 0.0)
   total = tf.where(has_member, tf.reduce_sum(shares, 1), 1.0)
@@ -51,19 +55,19 @@ def log_sum_exp(values: tf.Tensor, is_member: tf.Tensor) -> tf.Tensor:
 
 
 def num_members(is_member: tf.Tensor) -> tf.Tensor:
-  """How many members each anchor has, [T] float32."""
+  """Counts the members of each anchor, [T] float32."""
   return tf.reduce_sum(tf.cast(is_member, tf.float32), 1)
 
 
 @gin.register
 class LearnedTemperature(KerasSerializable, tf.Module):
-  """A temperature that training changes, kept above 0 as the exponential of a variable.
+  """A trained temperature, kept above 0 as the exponential of a variable.
 
   Args:
-    initial: where it starts, above 0.
+    initial: initial value, above 0.
 
   Raises:
-    UserError: it does not start above 0.
+    UserError: the initial value is not above 0.
   """
 
   def __init__(self, *, initial: float):
@@ -72,11 +76,11 @@ class LearnedTemperature(KerasSerializable, tf.Module):
     self._logarithm = tf.Variable(math.log(initial), name="log_temperature")
 
   def get_config(self) -> dict[str, Any]:
-    """The temperature as it is now: what is made of it goes on from there."""
+    """Returns the current temperature as the initial value of a copy."""
     return {"initial": float(self())}
 
   def __call__(self) -> tf.Tensor:
-    """The temperature, [] float32."""
+    """Returns the temperature, [] float32."""
     return tf.exp(self._logarithm)
 
 
@@ -84,10 +88,10 @@ Temperature = Union[float, LearnedTemperature]
 
 
 def check_temperature(temperature: float) -> None:
-  """Refuses a temperature that is not above 0.
+  """Raises if a temperature is not above 0.
 
   Raises:
-    UserError: it is not.
+    UserError: the temperature is not above 0.
   """
   if not temperature > 0:
     raise UserError(
@@ -96,16 +100,10 @@ def check_temperature(temperature: float) -> None:
 
 
 def temperature_value(temperature: Temperature) -> tf.Tensor:
-  """The temperature, [] float32."""
+  """Returns the temperature, [] float32."""
   if isinstance(temperature, LearnedTemperature):
     return temperature()
   return tf.constant(temperature, tf.float32)
-
-
-# Fewer are not compiled, and each step of a loop would cost as much as a pass.
-_MIN_PAIRS_OF_LISTS = MIN_PAIRS_TO_COMPILE
-# Of the least positive float32 that is not denormal.
-_LOG_OF_LEAST = math.log(2.0**-126)
 
 
 class _SoftmaxLoss(TiledPairLoss):
@@ -126,10 +124,10 @@ class _SoftmaxLoss(TiledPairLoss):
     self._temperature = temperature
 
   def check_is_complete(self) -> None:
-    """Checks that the temperature is a number: Keras trains a model's variables alone.
+    """Checks that the temperature is a number: Keras trains only a model's variables.
 
     Raises:
-      UserError: it is to be learned.
+      UserError: the temperature is learned.
     """
     if isinstance(self._temperature, LearnedTemperature):
       raise UserError(
@@ -138,12 +136,12 @@ class _SoftmaxLoss(TiledPairLoss):
       )
 
   def parameters(self) -> list[tf.Tensor]:
-    """The temperature, if it is learned: else its gradient is a pass for nothing."""
+    """Returns the temperature if learned; else its gradient would be a wasted pass."""
     is_learned = isinstance(self._temperature, LearnedTemperature)
     return [temperature_value(self._temperature)] if is_learned else []
 
   def _temperature_of(self, parameters: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Of a tile."""
+    """Returns the temperature inside a tile."""
     return parameters[0] if parameters else temperature_value(self._temperature)
 
 
@@ -151,8 +149,8 @@ class _SoftmaxLoss(TiledPairLoss):
 class InfoNCELoss(_SoftmaxLoss):
   """The mean over positive pairs of −log(e^{s_ap/τ} / (e^{s_ap/τ} + Σ_n e^{s_an/τ})).
 
-  s is the cosine similarity. A pair is told from the anchor's negatives alone, not
-  from its other positives; with two views an example this is NT-Xent.
+  s is the cosine similarity. A pair is contrasted with the anchor's negatives only, not
+  with its other positives. With two views per example this is NT-Xent.
 
   Args:
     temperature: τ above 0, or `LearnedTemperature`.
@@ -174,7 +172,7 @@ class InfoNCELoss(_SoftmaxLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term a positive pair; see the base class."""
+    """Computes one term per positive pair; see the base class."""
     logits = compared / self._temperature_of(parameters)
     return positives_against_negatives(logits, pairs)
 
@@ -183,7 +181,7 @@ class InfoNCELoss(_SoftmaxLoss):
 class NPairsLoss(TiledPairLoss):
   """The mean over positive pairs of log(1 + Σ_n e^{⟨a, n⟩ − ⟨a, p⟩}).
 
-  The paper adds an L2 penalty of the embeddings, which is left to the model here.
+  The L2 penalty of the embeddings in the paper is left to the model.
 
   Args:
     rows_per_tile: anchors at a time; None to choose by size.
@@ -202,7 +200,7 @@ class NPairsLoss(TiledPairLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term a positive pair; see the base class."""
+    """Computes one term per positive pair; see the base class."""
     return positives_against_negatives(compared, pairs)
 
 
@@ -210,8 +208,8 @@ class NPairsLoss(TiledPairLoss):
 class SupervisedContrastiveLoss(_SoftmaxLoss):
   """The mean over anchors of −1/P Σ_p log(e^{s_ap/τ} / Σ_{k≠a} e^{s_ak/τ}).
 
-  s is the cosine similarity, and the mean is over anchors with a positive (L_out of
-  the paper, without its factor of τ).
+  s is the cosine similarity. The mean is over anchors with a positive (L_out of the
+  paper, without its factor of τ).
 
   Args:
     temperature: τ above 0, or `LearnedTemperature`.
@@ -230,7 +228,7 @@ class SupervisedContrastiveLoss(_SoftmaxLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term an anchor; see the base class."""
+    """Computes one term per anchor; see the base class."""
     logits = compared / self._temperature_of(parameters)
     everyone = log_sum_exp(logits, pairs.is_either)
     own = tf.reduce_sum(tf.where(pairs.is_positive, logits, 0.0), 1)
@@ -262,7 +260,7 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One term an anchor; see the base class."""
+    """Computes one term per anchor; see the base class."""
     logits = -compared / self._temperature_of(parameters)
     positive = log_sum_exp(logits, pairs.is_positive)
     negative = log_sum_exp(logits, pairs.is_negative)
@@ -271,13 +269,14 @@ class SoftNearestNeighbourLoss(_SoftmaxLoss):
 
 
 def positives_against_negatives(logits: tf.Tensor, pairs: PairMasks) -> AnchorTerms:
-  """Σ_p log(1 + Σ_n exp(logit_n − logit_p)) of each anchor, a term for each positive.
+  """Computes Σ_p log(1 + Σ_n exp(logit_n − logit_p)) of each anchor.
+
+  Each positive has one term.
 
   Args:
     logits: [T, C] float32.
-    pairs: which are of positives and which of negatives; with lists of the positives,
-      a processor goes through them in large batches, where each pass over all pairs
-      that is saved counts.
+    pairs: masks of positives and negatives. With lists of the positives, a CPU loops
+      over them in large batches, which saves passes over all pairs.
   """
   lists, num_pairs = pairs.lists, logits.shape.num_elements() or 0
   if lists is None or num_pairs < _MIN_PAIRS_OF_LISTS or is_accelerated():
@@ -291,7 +290,7 @@ def positives_against_negatives(logits: tf.Tensor, pairs: PairMasks) -> AnchorTe
     total, num_active, pull = by(logits, negative, pairs)
 
     def gradient(upstream: tf.Tensor, _: tf.Tensor) -> tf.Tensor:
-      # The share of a negative, of all of them; and that of a positive beside them.
+      # Each negative's share of all negatives, and a positive's share relative to them.
       ratios = tf.exp(logits - negative[:, None])
       of_positives = tf.where(pairs.is_positive, -1.0 / (1.0 + ratios), 0.0)
       slope = tf.where(pairs.is_negative, pull[:, None] * ratios, of_positives)
@@ -306,7 +305,7 @@ def positives_against_negatives(logits: tf.Tensor, pairs: PairMasks) -> AnchorTe
 def _by_pairs(
   logits: tf.Tensor, negative: tf.Tensor, pairs: PairMasks
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """[T] each: sum of the terms, how many are above 0, sum of their slopes."""
+  """Returns sum of the terms, number above 0, and sum of their slopes, [T] each."""
   costs, is_active, slopes = _terms(negative[:, None] - logits, pairs.is_positive)
   total, pull = (tf.reduce_sum(each, 1) for each in (costs, slopes))
   return total, num_members(is_active), pull
@@ -315,7 +314,7 @@ def _by_pairs(
 def _by_lists(
   logits: tf.Tensor, negative: tf.Tensor, pairs: PairMasks
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """The same, one positive of all anchors after the other."""
+  """Returns the same, looping over the k-th positive of all anchors."""
   lists = pairs.lists
   assert lists is not None
 
@@ -338,9 +337,9 @@ def _by_lists(
 def _terms(
   excess: tf.Tensor, is_positive: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """Of positives: the term, whether it is above 0, and its slope; of others 0."""
+  """Returns term, whether it is above 0, and slope of positives; 0 for others."""
   costs = tf.where(is_positive, tf.nn.softplus(excess), 0.0)
-  # As costs > 0, but for denormal ones, without an exponential function of each pair.
+  # Equals costs > 0, except for denormal ones, without an exponential per pair.
   is_active = tf.logical_and(is_positive, excess > _LOG_OF_LEAST)
   return costs, is_active, tf.where(is_positive, tf.nn.sigmoid(excess), 0.0)
 

@@ -1,20 +1,16 @@
 """Pair losses computed tile by tile, so that memory holds one tile of pairs.
 
-Shapes: C candidates, of which F are fixed, D dimensions.
+A tile's gradient is computed together with its value, while its [T, C] matrices are
+still in the cache. It is added to sums of size [A, D] and [C − F, D]. The backward pass
+only scales these sums, and nothing of size A × C outlives its tile. One tile that holds
+all anchors is the full form: same code, same values.
+
+Everything between the matrix products of a tile is one function of the products. For
+large batches XLA compiles it into a few passes over them. Small batches are not
+compiled: compilation costs about 1 s per replica.
 
 Shapes: A anchors, T anchors of a tile, C candidates, of which F are fixed, D
 dimensions.
-
-A tile's gradient is formed as soon as its value, while its [T, C] matrices are still
-in the cache, and kept as the [A, D] and [C − F, D] sums it adds to. So the backward
-pass has only to scale them, and nothing of size A × C outlives its tile. One tile that
-holds all anchors is the full form: same code, same values.
-
-Between the matrix products of a tile everything is one function of the products. In
-large batches XLA compiles it into a few passes over them; in small ones the second that
-this takes, on each replica, would not come back.
-
-Shapes: A anchors, T anchors of a tile, C candidates.
 """
 
 from __future__ import annotations
@@ -42,13 +38,25 @@ from trainer.losses.loss_terms import (
   positive_lists,
 )
 
-# Whether what is traced now is for another machine, which has one.
+# Not empty while a function is traced for another machine with an accelerator.
 _traced_for_accelerator: list[bool] = []
+# Numbers from which compilation pays off, as for pairs.
+_MIN_NUMBERS_TO_COMPILE = 2**16
+# Pairs of one tile, without and with an accelerator, if the number of rows is not
+# given. A float32 matrix of the first has 2 MB, about the cache of a core; accelerators
+# need few launches.
+_PAIRS_PER_TILE = {False: 2**19, True: 2**24}
+# With fewer rows the matrix products are inefficient. A matrix of more pairs exceeds
+# the 32 MB that malloc keeps. Each tile would then get new pages from the system, which
+# takes as long as the products.
+_ENOUGH_ROWS, _MAX_PAIRS, _MIN_ROWS = 128, 5 * 2**20, 32
+
+MIN_PAIRS_TO_COMPILE = 2**16
 
 
 @contextlib.contextmanager
 def for_accelerator() -> Iterator[None]:
-  """Chooses, while a function is traced, as on a machine with an accelerator.
+  """Traces functions in this context as on a machine with an accelerator.
 
   Yields:
     Nothing.
@@ -61,14 +69,10 @@ def for_accelerator() -> Iterator[None]:
 
 
 def is_accelerated() -> bool:
-  """Whether the machine that is traced for has one."""
+  """Returns whether the traced function is for a machine with an accelerator."""
   if _traced_for_accelerator:
     return True
   return any(device.device_type != "CPU" for device in tf.config.list_logical_devices())
-
-
-# Numbers from which it pays to compile; as of pairs.
-_MIN_NUMBERS_TO_COMPILE = 2**16
 
 
 def join_vectors(
@@ -77,16 +81,16 @@ def join_vectors(
   comparison: PairwiseMetric,
   offset: Optional[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Vectors, those that are fixed last, and their squared norms.
+  """Joins vectors, the fixed ones last, and computes their squared norms.
 
   Args:
     vectors: [C − F, D], of the first candidates, less the offset.
-    fixed: [F, D] float, embeddings of the last ones; None where there are none.
-    comparison: makes vectors of embeddings, and says whether norms are needed.
+    fixed: [F, D] float, embeddings of the last ones; None if there are none.
+    comparison: converts embeddings to vectors; its `uses_norms` is read.
     offset: [D], is subtracted from the fixed vectors; None for none.
 
   Returns:
-    [C, D] vectors, and [C] squared norms: 0 where they are not needed.
+    [C, D] vectors, and [C] squared norms, 0 if they are not needed.
   """
   if fixed is None:
     return vectors, _norms(vectors, comparison)
@@ -107,7 +111,7 @@ def _join(
   return joined, _norms(joined, comparison)
 
 
-# In one pass over what may be far larger than a cache.
+# A single pass over data that may be far larger than a cache.
 _compiled_join = tf.function(_join, jit_compile=True, autograph=False)
 
 
@@ -117,25 +121,13 @@ def _norms(vectors: tf.Tensor, comparison: PairwiseMetric) -> tf.Tensor:
   return tf.zeros_like(vectors[:, 0])
 
 
-# Pairs of one tile, without and with an accelerator, when the number of rows is left to
-# us. A float32 matrix of the first has 2 MB, about what a core's caches hold; an
-# accelerator wants few launches.
-_PAIRS_PER_TILE = {False: 2**19, True: 2**24}
-# Fewer rows leave the matrix products short of work; but a matrix of more pairs is past
-# the 32 MB that malloc keeps: each tile would get new pages of the system, which takes
-# as long as the products.
-_ENOUGH_ROWS, _MAX_PAIRS, _MIN_ROWS = 128, 5 * 2**20, 32
-
-MIN_PAIRS_TO_COMPILE = 2**16
-
-
 class Sums(NamedTuple):
-  """What is added up over the anchors.
+  """Sums over the anchors.
 
   Attributes:
     total: [] float32, the numerator of the loss; the only one with a gradient.
-    num_active: [] float32, terms that are not 0.
-    num_terms: [] float32, terms that could be.
+    num_active: [] float32, number of nonzero terms.
+    num_terms: [] float32, number of possible terms.
   """
 
   total: tf.Tensor
@@ -144,7 +136,7 @@ class Sums(NamedTuple):
 
 
 class Pairs(NamedTuple):
-  """Some anchors against all candidates: what their terms are made of.
+  """Inputs of the terms of some anchors against all candidates.
 
   Attributes:
     products: [T, C] inner products of the vectors.
@@ -152,7 +144,7 @@ class Pairs(NamedTuple):
     candidate_norms: [C] squared norms of the vectors.
     anchors: T of them; their embeddings are the vectors.
     candidates: C of them; their embeddings are the vectors.
-    lists: positives of the anchors; None where the loss needs none.
+    lists: positives of the anchors; None if the loss needs none.
   """
 
   products: tf.Tensor
@@ -167,8 +159,8 @@ class PairGradients(NamedTuple):
   """Gradients of a tile's total.
 
   Attributes:
-    products: [T, C]. Norms count in squared distances alone, ‖a‖² − 2⟨a, c⟩ + ‖c‖², so
-      that their gradients are −½ of the sums of these.
+    products: [T, C]. Norms enter only through squared distances, ‖a‖² − 2⟨a, c⟩ + ‖c‖²,
+      so their gradients are −½ of the sums of these.
     parameters: one for each parameter.
   """
 
@@ -189,16 +181,17 @@ def sum_over_tiles(
   parameters: Sequence[tf.Tensor] = (),
   rows_per_tile: Optional[int] = None,
 ) -> Sums:
-  """The sum of what `pairs_fn` returns for each tile of anchors.
+  """Sums the results of `pairs_fn` over all tiles of anchors.
 
   Args:
-    pairs_fn: sums and slopes of a tile; an anchor of weight 0 must add nothing.
-    anchors: A of them, with vectors for embeddings; a static number, or else one tile
-      is made of all.
-    candidates: C of them, with vectors for embeddings, but where they are fixed; those
-      get no gradient, which takes no time then.
+    pairs_fn: computes sums and gradients of a tile; an anchor of weight 0 must add
+      nothing.
+    anchors: A of them, with vectors as embeddings; if A is not static, one tile holds
+      all.
+    candidates: C of them, with vectors as embeddings except for fixed ones; those have
+      no gradient, which saves its time.
     lists: positives of the anchors, if the loss needs them.
-    comparison: makes vectors of embeddings, and says whether norms count.
+    comparison: converts embeddings to vectors; its `uses_norms` is read.
     parameters: further tensors that the total has a gradient to.
     rows_per_tile: T; None to choose by the number of candidates and the device.
   """
@@ -208,11 +201,11 @@ def sum_over_tiles(
   def sums(
     vectors: tf.Tensor, candidate_vectors: tf.Tensor, *parameters: tf.Tensor
   ) -> tuple[tuple[tf.Tensor, ...], Callable]:
-    # An outer tape must not record the tiles: it would keep all of them.
+    # An outer tape must not record the tiles, because it would keep all of them.
     vectors, fresh = tf.stop_gradient(vectors), tf.stop_gradient(candidate_vectors)
     fixed, offset = candidates.fixed_embeddings, None
     if comparison.uses_norms:
-      # Distances don't depend on it, so that it has no part in the gradient.
+      # Distances don't depend on the offset, so the gradient does not include it.
       offset = common_offset(fresh, candidates.is_valid[: fresh.shape[0]])
       vectors, fresh = vectors - offset, fresh - offset
     joined, norms = join_vectors(fresh, fixed, comparison, offset)
@@ -237,7 +230,7 @@ def sum_over_tiles(
 
 
 def num_pairs(anchors: Anchors, candidates: Candidates) -> Optional[int]:
-  """A × C; None where it is not known when the step is traced."""
+  """Returns A × C; None if it is not known when the step is traced."""
   num_anchors, num_candidates = anchors.labels.shape[0], candidates.labels.shape[0]
   if num_anchors is None or num_candidates is None:
     return None
@@ -247,7 +240,7 @@ def num_pairs(anchors: Anchors, candidates: Candidates) -> Optional[int]:
 def _num_rows(
   anchors: Anchors, candidates: Candidates, rows_per_tile: Optional[int]
 ) -> Optional[int]:
-  """T, or None where one tile holds all anchors."""
+  """Returns T, or None if one tile holds all anchors."""
   if num_pairs(anchors, candidates) is None:
     return None
   if rows_per_tile is None:
@@ -257,14 +250,14 @@ def _num_rows(
     rows_per_tile = max(enough, pairs_per_tile // num_candidates)
   num_anchors = anchors.labels.shape[0]
   num_tiles = -(-num_anchors // rows_per_tile)
-  # Equally many in each: padding is computed too.
+  # Tiles of equal size, because padding is computed too.
   return -(-num_anchors // num_tiles) if num_tiles > 1 else None
 
 
 class _Tiles(NamedTuple):
-  """The sums and the gradients of any part of the anchors.
+  """Computes sums and gradients of any part of the anchors.
 
-  Candidates after the first `num_fresh` are fixed; it is None where none are.
+  Candidates after the first `num_fresh` are fixed; it is None if there are none.
   """
 
   pairs_fn: PairsFn
@@ -277,13 +270,13 @@ class _Tiles(NamedTuple):
   parameters: Sequence[tf.Tensor]
 
   def whole(self) -> tuple[Sums, list[tf.Tensor]]:
-    """The sums, and gradients to anchors, candidates and parameters, of all."""
+    """Returns sums, and gradients to anchors, candidates and parameters, of all."""
     sums, to_anchors, slopes = self._tile(self.anchors, self.candidates, self.lists)
     to_candidates = self._with_norms(slopes[0], slopes[1], self._fresh)
     return sums, [to_anchors, to_candidates, *slopes[2:]]
 
   def loop(self, num_rows: int) -> tuple[Sums, list[tf.Tensor]]:
-    """The same, `num_rows` anchors at a time."""
+    """Returns the same, computed `num_rows` anchors at a time."""
     num_anchors, num_dimensions = self.anchors.embeddings.shape
     num_tiles = -(-num_anchors // num_rows)
     fresh = self._fresh
@@ -306,7 +299,7 @@ class _Tiles(NamedTuple):
       lambda index, *_: index < num_tiles,
       body,
       (tf.constant(0), Sums(*(tf.zeros([]) for _ in Sums._fields)), shared, gradients),
-      parallel_iterations=2,  # The products of one while another's terms are summed.
+      parallel_iterations=2,  # Overlaps products with the terms.
       maximum_iterations=num_tiles,
     )
     to_candidates = self._with_norms(shared[0], shared[1], fresh)
@@ -318,10 +311,10 @@ class _Tiles(NamedTuple):
     candidates: Candidates,
     lists: Optional[PositiveLists],
   ) -> tuple[Sums, tf.Tensor, list[tf.Tensor]]:
-    """Of some anchors: sums, gradient to their vectors [T, D], and shared slopes.
+    """Computes sums, gradient to the anchors' vectors [T, D], and shared gradients.
 
-    Those are the slopes' products with the anchors [C − F, D], their sums [C − F], and
-    the gradients to the parameters.
+    The shared gradients are their products with the anchors [C − F, D], their sums [C −
+    F], and the gradients to the parameters.
     """
     vectors, others = anchors.embeddings, candidates.embeddings
     norms = squared_norms(vectors)
@@ -344,13 +337,13 @@ class _Tiles(NamedTuple):
 
   @property
   def _fresh(self) -> tf.Tensor:
-    """[C − F, D], the candidates' vectors that a gradient is wanted to."""
+    """The candidates' vectors that need a gradient, [C − F, D]."""
     return self.candidates.embeddings[: self.num_fresh]
 
   def _with_norms(
     self, by_products: tf.Tensor, slope_sums: tf.Tensor, vectors: tf.Tensor
   ) -> tf.Tensor:
-    """A gradient by the products, and by the vectors' own norms where they count."""
+    """Adds the gradient through the vectors' own norms, if they are used."""
     return (
       by_products - slope_sums[:, None] * vectors if self.uses_norms else by_products
     )
@@ -358,7 +351,7 @@ class _Tiles(NamedTuple):
   def _rows(
     self, numbers: tf.Tensor
   ) -> tuple[Anchors, Candidates, Optional[PositiveLists]]:
-    """The anchors with these numbers, [T]; past the last is padding."""
+    """Returns the anchors with the given indices, [T]; padding beyond the last."""
     last = self.anchors.weights.shape[0] - 1
     is_padding = numbers > last
     numbers = tf.minimum(numbers, last)
@@ -373,8 +366,8 @@ class AnchorTerms(NamedTuple):
 
   Attributes:
     total: [T] float32, the sum of the anchor's terms, differentiable.
-    num_active: [T] float32, how many of its terms are not 0.
-    num_terms: [T] float32, how many terms it has.
+    num_active: [T] float32, number of its nonzero terms.
+    num_terms: [T] float32, number of its terms.
   """
 
   total: tf.Tensor
@@ -397,23 +390,21 @@ def _anchors(sums: Sums, weights: tf.Tensor) -> tf.Tensor:
   return tf.reduce_sum(weights)
 
 
-# What the sum of all terms is divided by.
+# Denominators of the sum of all terms.
 REDUCTIONS = {"mean_active": _active, "mean_terms": _terms, "mean_anchors": _anchors}
 
 
 class TiledPairLoss(InBatchLoss):
-  """Base of the losses: compares anchors with candidates, tile by tile, and sums up.
+  """Base of the losses: compares anchors with candidates by tiles and sums the terms.
 
   Each term of an anchor is multiplied by the anchor's weight, in the sum and in the
-  count it is divided by. A mean over nothing is 0 with gradient 0.
+  count. A mean without terms is 0 with gradient 0.
 
   Attributes:
     comparison: how an anchor and a candidate are compared.
-    needs_positives: whether nothing is learned from a batch in which no class comes
-      twice.
-    uses_lists: whether the terms are made of one positive after the other, where
-      labels give lists of them.
-    needs_lists: whether they are also where lists take a sort of every row.
+    needs_positives: whether a batch without two examples of a class has no loss.
+    uses_lists: whether terms are computed positive by positive, if labels give lists.
+    needs_lists: whether lists are also used if they need a sort of every row.
   """
 
   needs_positives = True
@@ -436,42 +427,42 @@ class TiledPairLoss(InBatchLoss):
     self._reduction = reduction
     self._reduction_fn = REDUCTIONS[reduction]
     self._rows_per_tile = rows_per_tile
-    # Made once: a function made at each call would be compiled at each call.
+    # Created once: a function created at each call would be compiled at each call.
     self._compiled_fn = tf.function(
       self._sums_and_slopes, jit_compile=True, autograph=False
     )
 
   @property
   def margin(self) -> Optional[float]:
-    """Of its triplets; here none."""
+    """Margin of its triplets; none here."""
     return None
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """The terms of a tile's anchors.
+    """Computes the terms of a tile's anchors.
 
     Args:
       compared: [T, C] float32, distances or similarities.
-      pairs: which of them are to positives, which to negatives.
+      pairs: masks of positives and negatives.
       parameters: the values of `parameters()`.
     """
     raise NotImplementedError
 
   def parameters(self) -> list[tf.Tensor]:
-    """Values, of variables of the loss, that the terms have a gradient to."""
+    """Returns values of the loss's variables that the terms have a gradient to."""
     return []
 
   def terms(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """This replica's sum, count and statistics.
+    """Computes this replica's sum, count and statistics.
 
     Raises:
-      UserError: as `check_batch`.
+      UserError: as in `check_batch`.
     """
     check_batch(anchors, candidates)
     uses_lists = self.uses_lists or self.needs_lists
     lists = positive_lists(anchors, candidates) if uses_lists else None
-    # What padding holds may be anything, and 0 times NaN is NaN.
+    # Padding may hold any value, and 0 times NaN is NaN.
     vectors_fn = self.comparison.vectors_fn
     own = _zero_unless(anchors.weights > 0.0, anchors.embeddings)
     fresh = candidates.embeddings
@@ -496,11 +487,11 @@ class TiledPairLoss(InBatchLoss):
   def _tile(
     self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, PairGradients]:
-    """The sums and slopes of a tile; around what XLA compiles."""
+    """Computes sums and gradients of a tile by the function that XLA may compile."""
     return pairs_fn(self._with_lists(pairs), parameters)
 
   def _with_lists(self, pairs: Pairs) -> Pairs:
-    """The same, with lists where they are needed and labels gave none."""
+    """Adds lists if they are needed and labels gave none."""
     if not self.needs_lists or pairs.lists is not None:
       return pairs
     is_positive = pair_masks(pairs.anchors, pairs.candidates).is_positive
@@ -509,7 +500,7 @@ class TiledPairLoss(InBatchLoss):
   def _sums_and_slopes(
     self, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, PairGradients]:
-    """The sums of a tile, and the gradients of its total."""
+    """Computes the sums of a tile, and the gradients of its total."""
     sources = [pairs.products, *parameters]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(sources)

@@ -1,10 +1,6 @@
-"""Triplet losses: all, hardest, semi-hard and chosen triplets.
-
-Shapes: T anchors, C candidates.
+"""Triplet losses: all, hardest, semi-hard and configurable triplets.
 
 Shapes: T anchors of a tile, C candidates.
-
-Shapes: T anchors, C candidates.
 """
 
 from __future__ import annotations
@@ -47,9 +43,13 @@ from trainer.losses.triplet_sums import (
   triplets_of_one_positive,
 )
 
+# With more positives per anchor sorting is faster. On a CPU, at 4,096 candidates, the
+# loop takes 6 ms per positive, and sorting 1.8 s.
+MAX_POSITIVES_OF_LOOP = 256
+
 
 def farthest_positive(distances: tf.Tensor, is_positive: tf.Tensor) -> tf.Tensor:
-  """Distance of each anchor to its farthest positive, [T]; 0 if it has none.
+  """Returns the distance of each anchor to its farthest positive, [T]; 0 without one.
 
   Args:
     distances: [T, C] float32 >= 0.
@@ -59,13 +59,13 @@ def farthest_positive(distances: tf.Tensor, is_positive: tf.Tensor) -> tf.Tensor
 
 
 def nearest_negative(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
-  """Distance of each anchor to its nearest negative, [T].
+  """Returns the distance of each anchor to its nearest negative, [T].
 
-  An anchor without a negative has its farthest positive instead, 0 without either.
+  For an anchor without a negative it is the farthest positive, or 0 without either.
 
   Args:
     distances: [T, C] float32 >= 0.
-    pairs: which distances are to positives and which to negatives.
+    pairs: masks of positives and negatives.
   """
   has_negative = tf.reduce_any(pairs.is_negative, 1)
   nearest = tf.reduce_min(tf.where(pairs.is_negative, distances, float("inf")), 1)
@@ -73,20 +73,15 @@ def nearest_negative(distances: tf.Tensor, pairs: PairMasks) -> tf.Tensor:
   return tf.where(has_negative, nearest, farthest)
 
 
-# Beyond so many positives of an anchor sorting is the faster way: on a CPU, at 4,096
-# candidates, the loop takes 6 ms a positive, and sorting 1.8 s.
-MAX_POSITIVES_OF_LOOP = 256
-
-
 class MarginTripletLoss(TiledPairLoss):
   """Base of the triplet losses that have a margin and a distance.
 
   Args:
-    margin: above 0, in the distance's units; a variable is read at each call, and gets
-      no gradient.
+    margin: above 0, in the distance's units; a variable is read at each call and has no
+      gradient.
     distance: one of `trainer.losses.distances.DISTANCES`.
-    reduction: "mean_active" over the terms above 0, "mean_terms" over all that could
-      be, "mean_anchors"; None for the loss's own, which is what it is known by.
+    reduction: "mean_active" over the terms above 0, "mean_terms" over all possible
+      terms, "mean_anchors"; None for the loss's own reduction.
     rows_per_tile: anchors at a time; None to choose by size.
 
   Raises:
@@ -114,15 +109,15 @@ class MarginTripletLoss(TiledPairLoss):
 
   @property
   def margin(self) -> Any:
-    """In units of what is compared, a float or [] float32."""
+    """Margin in units of what is compared, a float or [] float32."""
     return margin_of(self._margin, self.parameters())
 
   def parameters(self) -> list[tf.Tensor]:
-    """The margin, if it may change; see the base class."""
+    """Returns the margin if it may change; see the base class."""
     return margin_parameters(self._margin)
 
   def _margin_in(self, parameters: Sequence[tf.Tensor]) -> Any:
-    """Of a tile."""
+    """Returns the margin inside a tile."""
     return margin_of(self._margin, parameters)
 
 
@@ -130,8 +125,8 @@ class MarginTripletLoss(TiledPairLoss):
 class BatchAllTripletLoss(MarginTripletLoss):
   """The mean of max(d_ap − d_an + margin, 0) over all triplets of the batch.
 
-  By default the mean is over the triplets that are above 0, as Hermans et al. 2017,
-  https://arxiv.org/abs/1703.07737, propose; `reduction="mean_terms"` divides by all.
+  By default the mean is over the triplets above 0, as proposed by Hermans et al. 2017,
+  https://arxiv.org/abs/1703.07737; `reduction="mean_terms"` divides by all.
   """
 
   needs_lists = True
@@ -140,7 +135,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """All triplets of each anchor; see the base class."""
+    """Computes all triplets of each anchor; see the base class."""
     total, num_active = all_triplets(compared, pairs, self._margin_in(parameters))
     return AnchorTerms(
       total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
@@ -149,7 +144,7 @@ class BatchAllTripletLoss(MarginTripletLoss):
   def _tile(
     self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, PairGradients]:
-    """By a loop over positives, or by sorting where an anchor has very many."""
+    """Loops over positives, or sorts if an anchor has very many."""
     pairs = self._with_lists(pairs)
     assert pairs.lists is not None
     without_lists = pairs._replace(lists=None)
@@ -164,8 +159,8 @@ class BatchAllTripletLoss(MarginTripletLoss):
 class BatchHardTripletLoss(MarginTripletLoss):
   """The mean of max(hardest d_ap − hardest d_an + margin, 0) over all anchors.
 
-  An anchor without a positive has d_ap = 0; one without a negative has for d_an the
-  largest of its distances: its term is the margin, with gradient 0. Both count.
+  An anchor without a positive has d_ap = 0. For one without a negative, d_an is the
+  largest of its distances, so its term is the margin with gradient 0. Both count.
 
   Source: Hermans et al. 2017, https://arxiv.org/abs/1703.07737.
   """
@@ -175,7 +170,7 @@ class BatchHardTripletLoss(MarginTripletLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One triplet an anchor; see the base class."""
+    """Computes one triplet per anchor; see the base class."""
     positive = farthest_positive(compared, pairs.is_positive)
     negative = nearest_negative(compared, pairs)
     hinge = tf.nn.relu(positive - negative + self._margin_in(parameters))
@@ -184,20 +179,20 @@ class BatchHardTripletLoss(MarginTripletLoss):
 
 @gin.register
 class TripletLoss(TiledPairLoss):
-  """The mean cost of the triplets that a choice of positives and negatives forms.
+  """The mean cost of the triplets formed by selected positives and negatives.
 
-  An anchor without a positive or without a negative forms none, and adds nothing to
-  the sum; only `reduction="mean_anchors"` counts it.
+  An anchor without a positive or without a negative forms no triplet and adds nothing
+  to the sum. Only `reduction="mean_anchors"` counts it.
 
   Args:
     positives: "all", "hardest" (the farthest) or "easiest" (the nearest).
     negatives: "all", "hardest" (the nearest), "semi_hard_of_pair" (the nearest beyond
       the positive, else the farthest), "semi_hard_of_anchor" (the nearest beyond the
       farthest positive, else the farthest), or `DistanceWeightedNegatives`.
-    margin: above 0 for max(d_ap − d_an + margin, 0), or "soft" for
-      log(1 + exp(d_ap − d_an)).
-    reduction: "mean_active" over triplets that cost something, "mean_terms" over all
-      that were formed, "mean_anchors".
+    margin: above 0 for max(d_ap − d_an + margin, 0), or "soft" for log(1 + exp(d_ap −
+      d_an)).
+    reduction: "mean_active" over triplets with nonzero cost, "mean_terms" over all
+      triplets formed, "mean_anchors".
     distance: one of `trainer.losses.distances.DISTANCES`.
     rows_per_tile: anchors at a time; None to choose by size.
 
@@ -240,21 +235,21 @@ class TripletLoss(TiledPairLoss):
 
   @property
   def margin(self) -> Any:
-    """Above 0, a float or [] float32; None for the soft margin."""
+    """Margin above 0, a float or [] float32; None for the soft margin."""
     return self._margin_in(self.parameters())
 
   def parameters(self) -> list[tf.Tensor]:
-    """The margin, if it may change; see the base class."""
+    """Returns the margin if it may change; see the base class."""
     return margin_parameters(self._margin)
 
   def _margin_in(self, parameters: Sequence[tf.Tensor]) -> Any:
-    """Of a tile."""
+    """Returns the margin inside a tile."""
     return None if _is_soft(self._margin) else margin_of(self._margin, parameters)
 
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """The chosen triplets of each anchor; see the base class."""
+    """Computes the selected triplets of each anchor; see the base class."""
     fixed = tf.stop_gradient(compared)
     arguments = (
       self._positives_fn(fixed, pairs),
@@ -270,9 +265,10 @@ class TripletLoss(TiledPairLoss):
 class SemiHardTripletLoss(MarginTripletLoss):
   """The mean over positive pairs of max(d_ap − semi-hard d_an + margin, 0).
 
-  The semi-hard negative of a pair is the nearest beyond the positive, else the
-  farthest; an anchor without a negative has d_an = 0. These are the values of
-  TensorFlow Addons, but where no pair exists the loss is 0 with gradient 0, not NaN.
+  The semi-hard negative of a pair is the nearest beyond the positive, or else the
+  farthest. An anchor without a negative has d_an = 0. The values equal those of
+  TensorFlow Addons, except that without any pair the loss is 0 with gradient 0, not
+  NaN.
 
   Source: Schroff et al. 2015, https://arxiv.org/abs/1503.03832.
   """
@@ -283,7 +279,7 @@ class SemiHardTripletLoss(MarginTripletLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """One triplet a positive pair; see the base class."""
+    """Computes one triplet per positive pair; see the base class."""
     fixed = tf.stop_gradient(compared)
     positives = tf.cast(pairs.is_positive, tf.float32)
     total, num_active, num_terms = triplets_of_all_positives(
@@ -307,8 +303,8 @@ class SemiHardTripletLoss(MarginTripletLoss):
 class InsideMarginTripletLoss(MarginTripletLoss):
   """The mean of d_ap − d_an + margin over triplets with d_ap < d_an < d_ap + margin.
 
-  All semi-hard triplets of the batch, without a fallback: what PyTorch Metric Learning
-  calls semi-hard.
+  These are all semi-hard triplets of the batch, without a fallback, as PyTorch Metric
+  Learning defines semi-hard.
   """
 
   needs_lists = True
@@ -317,7 +313,7 @@ class InsideMarginTripletLoss(MarginTripletLoss):
   def anchor_terms(
     self, compared: tf.Tensor, pairs: PairMasks, parameters: Sequence[tf.Tensor]
   ) -> AnchorTerms:
-    """All semi-hard triplets of each anchor; see the base class."""
+    """Computes all semi-hard triplets of each anchor; see the base class."""
     negatives = tf.cast(pairs.is_negative, tf.float32)
     return AnchorTerms(
       *triplets_of_all_positives(
@@ -331,10 +327,10 @@ class InsideMarginTripletLoss(MarginTripletLoss):
 
 
 def _is_soft(margin: Margin) -> bool:
-  """Whether it is no number.
+  """Returns whether the margin is the word "soft".
 
   Raises:
-    UserError: it is another word than "soft".
+    UserError: the margin is another word.
   """
   if isinstance(margin, str) and margin != "soft":
     raise UserError(f'margin={margin!r} is unknown; give a number above 0, or "soft".')

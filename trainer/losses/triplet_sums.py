@@ -1,20 +1,16 @@
 """Sums over the triplets of each anchor, without a cube of triplets.
 
-Shapes: T anchors, C candidates.
+For each positive of an anchor, t = d_ap + margin is a threshold, and the positive forms
+triplets with the negatives below it. Their number is the gradient to d_ap. The number
+of thresholds above a negative, negated, is the gradient to d_an.
 
-Shapes: T anchors, C candidates.
+`all_triplets` loops over positives: the k-th positive of all anchors is processed at
+once. Each takes a few [T, C] passes, O(C) per anchor.
 
-With an anchor's negatives sorted, the place of a threshold d_ap + margin among them
-says how many are below it, and a running sum says what they add up to; with its
-thresholds sorted, the place of a negative says how many are above it. So a row takes
-O(C log C), however large the classes, where `all_triplets` takes O(C) for a positive.
-
-Shapes: T anchors, C candidates.
-
-For each positive of an anchor, t = d_ap + margin is a threshold: the negatives below it
-are those it forms a triplet with. Their number is the gradient to d_ap; the number of
-thresholds above a negative is, negated, the gradient to d_an. So a positive costs a few
-[T, C] passes, and the k-th positive of all anchors is dealt with at once.
+`sorted_sums_and_slope` sorts an anchor's negatives. The position of a threshold among
+them is the number of negatives below it, and a running sum gives their total. With
+sorted thresholds, the position of a negative gives the number of thresholds above it. A
+row takes O(C log C) for classes of any size.
 
 Shapes: T anchors, C candidates.
 """
@@ -30,27 +26,30 @@ import tensorflow as tf
 from trainer.errors import UserError
 from trainer.losses.loss_terms import PairMasks, PositiveLists
 
-# From d_ap [T, 1] and d_an [T, C]: the cost of each triplet and its derivative by
-# d_ap, both [T, C]; the derivative by d_an is the same, negated.
+# Computes, from d_ap [T, 1] and d_an [T, C], the cost of each triplet and its
+# derivative by d_ap, both [T, C]; the derivative by d_an is the same, negated.
 PenaltyFn = Callable[[tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
-# A number; a scalar variable or the tensor of a graph, which is read at each call; or
-# "soft".
+# A number; a scalar variable or graph tensor, which is read at each call; or "soft".
 Margin = Any
+_INFINITY = float("inf")
+# Number of positives that share the passes over an anchor's negatives. With 64 samples
+# per class, four take a quarter less time than one by one; eight take no less.
+_POSITIVES_AT_ONCE = 4
 
 
 def read_margin(margin: Margin) -> Any:
-  """Reads a margin, and refuses one that no triplet needs to keep.
+  """Reads a margin, and rejects values that are not above 0.
 
   Args:
-    margin: a number, of NumPy or TensorFlow too; or a scalar variable or the tensor of
-      a graph.
+    margin: a Python, NumPy or TensorFlow number; or a scalar variable or graph tensor.
 
   Returns:
-    A float; the variable or the tensor itself, so that its value may change.
+    A float; or the variable or tensor itself, so that its value may change.
 
   Raises:
-    UserError: the margin is not one finite number above 0; a variable as it is now.
+    UserError: the margin, or the current value of a variable, is not one finite number
+      above 0.
   """
   value = tf.get_static_value(margin) if tf.is_tensor(margin) else margin
   if isinstance(margin, tf.Variable):
@@ -71,10 +70,10 @@ def read_margin(margin: Margin) -> Any:
 
 
 def margin_parameters(margin: Any) -> list[tf.Tensor]:
-  """Returns what a loss passes into its compiled part: a margin that may change.
+  """Returns a margin that may change as input of the compiled part of a loss.
 
   Args:
-    margin: as of `read_margin`.
+    margin: as in `read_margin`.
 
   Returns:
     Its value, [] float32, without gradient; nothing for a float, which is compiled in.
@@ -88,23 +87,23 @@ def margin_of(margin: Any, parameters: Sequence[tf.Tensor]) -> Any:
   """Returns the margin in the compiled part.
 
   Args:
-    margin: as of `read_margin`.
+    margin: as in `read_margin`.
     parameters: values of `margin_parameters`.
   """
   return tf.stop_gradient(parameters[0]) if tf.is_tensor(margin) else margin
 
 
 def penalty_of(margin: Margin) -> PenaltyFn:
-  """The hinge of a margin, or the soft margin for None.
+  """Returns the hinge with a margin, or the soft margin for None.
 
   Args:
-    margin: as of `margin_of`, or None.
+    margin: as in `margin_of`, or None.
   """
   return soft_margin if margin is None else hinge(margin)
 
 
 def hinge(margin: Any) -> PenaltyFn:
-  """max(d_ap − d_an + margin, 0)."""
+  """Returns the penalty max(d_ap − d_an + margin, 0)."""
 
   def penalty(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     cost = tf.nn.relu(positive + margin - negative)
@@ -114,7 +113,7 @@ def hinge(margin: Any) -> PenaltyFn:
 
 
 def hinge_of_semi_hard(margin: Any) -> PenaltyFn:
-  """d_ap − d_an + margin where d_ap < d_an < d_ap + margin, and 0 elsewhere."""
+  """Returns d_ap − d_an + margin where d_ap < d_an < d_ap + margin, and 0 elsewhere."""
 
   def penalty(positive: tf.Tensor, negative: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     cost = tf.nn.relu(positive + margin - negative)
@@ -127,21 +126,18 @@ def hinge_of_semi_hard(margin: Any) -> PenaltyFn:
 def soft_margin(
   positive: tf.Tensor, negative: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """log(1 + exp(d_ap − d_an))."""
+  """Computes log(1 + exp(d_ap − d_an))."""
   return tf.nn.softplus(positive - negative), tf.sigmoid(positive - negative)
-
-
-_INFINITY = float("inf")
 
 
 def sorted_sums_and_slope(
   distances: tf.Tensor, pairs: PairMasks, margin: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and its gradient.
+  """Computes Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and its gradient.
 
   Args:
     distances: [T, C] float32.
-    pairs: which distances are to positives and which to negatives.
+    pairs: masks of positives and negatives.
     margin: in the distances' units.
 
   Returns:
@@ -163,7 +159,7 @@ def sorted_sums_and_slope(
 def _hinges(
   thresholds: tf.Tensor, negatives: tf.Tensor, num_below: tf.Tensor
 ) -> tf.Tensor:
-  """Σ_p (t · n − the sum of the n smallest negatives), [T], n of them below t.
+  """Computes Σ_p (t · n − sum of the n smallest negatives), [T], n of them below t.
 
   In float64, because a hinge is a small difference of large sums.
   """
@@ -176,24 +172,19 @@ def _hinges(
   return tf.cast(tf.reduce_sum(hinges, 1), tf.float32)
 
 
-# Positives of an anchor that share the passes over its negatives: with 64 samples a
-# class, four at once take a quarter less time than one by one, and eight no less.
-_POSITIVES_AT_ONCE = 4
-
-
 def all_triplets(
   distances: tf.Tensor, pairs: PairMasks, margin: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and how many are above 0.
+  """Computes Σ_pn max(d_ap − d_an + margin, 0) of each anchor, and its nonzero terms.
 
   Args:
     distances: [T, C] float32.
-    pairs: which distances are to positives and which to negatives; with lists of the
-      positives to go through them, without to sort.
+    pairs: masks of positives and negatives; with lists of positives it loops over them,
+      without it sorts.
     margin: in the distances' units.
 
   Returns:
-    [T] float32 sums, differentiable, and [T] float32 counts.
+    [T] float32 sums, differentiable, and [T] float32 counts of the terms above 0.
   """
 
   @tf.custom_gradient
@@ -212,7 +203,7 @@ def all_triplets(
 def _sums_and_slope_of_all(
   distances: tf.Tensor, pairs: PairMasks, margin: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """The sums and counts, both [T], and the sums' gradient to distances, [T, C]."""
+  """Returns sums and counts, both [T], and the sums' gradient to distances, [T, C]."""
   lists = pairs.lists
   assert lists is not None
   negatives = tf.where(pairs.is_negative, distances, float("inf"))
@@ -246,7 +237,7 @@ def _sums_and_slope_of_all(
   return total, num_active, slope
 
 
-# From [T, 1] distances to a positive, the [T, C] weights of the negatives it meets.
+# Returns, for [T, 1] distances to a positive, the [T, C] weights of its negatives.
 ChooseFn = Callable[[tf.Tensor], tf.Tensor]
 
 
@@ -256,20 +247,21 @@ def triplets_of_one_positive(
   choose_fn: ChooseFn,
   penalty_fn: PenaltyFn,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """Σ_n w_n penalty(d_ap, d_an) of each anchor, which has one positive p.
+  """Computes Σ_n w_n penalty(d_ap, d_an) of each anchor, which has one positive p.
 
   Args:
     distances: [T, C] float32.
-    positives: [T, C] float32, above 0 on the positive, and on others as far.
-    choose_fn: the weights w_n, without gradient.
-    penalty_fn: what a triplet costs.
+    positives: [T, C] float32, above 0 at the positive, and at others of the same
+      distance.
+    choose_fn: returns the weights w_n, without gradient.
+    penalty_fn: computes the cost of a triplet.
 
   Returns:
     As `triplets_of_all_positives`.
   """
   is_positive = positives > 0.0
   has_positive = tf.reduce_any(is_positive, 1, keepdims=True)
-  # The gradient of a maximum goes to what is as large in equal parts.
+  # The gradient of a maximum is shared equally among ties.
   farthest = tf.reduce_max(
     tf.where(is_positive, distances, -float("inf")), 1, keepdims=True
   )
@@ -290,18 +282,18 @@ def triplets_of_all_positives(
   choose_fn: ChooseFn,
   penalty_fn: PenaltyFn,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-  """Σ_pn w_p w_n penalty(d_ap, d_an) of each anchor.
+  """Computes Σ_pn w_p w_n penalty(d_ap, d_an) of each anchor.
 
   Args:
     distances: [T, C] float32.
     lists: the positives of each anchor.
     positives: [T, C] float32 weights w_p, without gradient.
-    choose_fn: the weights w_n, without gradient.
-    penalty_fn: what a triplet costs.
+    choose_fn: returns the weights w_n, without gradient.
+    penalty_fn: computes the cost of a triplet.
 
   Returns:
-    [T] float32 sums, differentiable; [T] float32 weights of the triplets that cost
-    something, and of all.
+    [T] float32 sums, differentiable; [T] float32 weights of the triplets with nonzero
+    cost, and of all.
   """
 
   @tf.custom_gradient
@@ -325,7 +317,7 @@ def _sums_and_slope_of_chosen(
   choose_fn: ChooseFn,
   penalty_fn: PenaltyFn,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-  """Three [T] sums, and the gradient of the first to distances, [T, C]."""
+  """Returns three [T] sums, and the gradient of the first to distances, [T, C]."""
   assert lists is not None
 
   def body(k, total, num_active, num_terms, slope):  # type: ignore[no-untyped-def]
