@@ -1,13 +1,13 @@
 """The cluster of workers: addresses from the environment, and the rendezvous.
 
-TensorFlow waits for a missing worker without a word, and trains workers of unequal
-configurations together. So each worker first tells the chief, on the chief's own port,
-who it is and what it has; the chief answers all of them alike, and the port is free
-again for TensorFlow. One line of JSON each way.
+TensorFlow waits for a missing worker without a message, and trains workers of unequal
+configurations together. Therefore each worker first sends its index and fingerprints to
+the chief, on the chief's own port. The chief sends the same answer to all workers and
+releases the port for TensorFlow. Each message is one line of JSON.
 
-Plain Python. `TF_CONFIG` says it on every launcher; under Slurm it is built from what
-`srun` sets, without TensorFlow's resolver, which sorts hosts as strings and so swaps
-the ranks of node9 and node10.
+Plain Python, without TensorFlow. Every launcher sets `TF_CONFIG`. Under Slurm the
+cluster is built from the variables that `srun` sets. TensorFlow's resolver is not used:
+it sorts hosts as strings and so swaps the ranks of node9 and node10.
 """
 
 from __future__ import annotations
@@ -27,24 +27,27 @@ from absl import logging
 from trainer.errors import StalledError, UserError
 
 _RETRY_S = 0.2
-# A process that was killed may hold its port for a moment.
+# A killed process may hold its port for a moment.
 _PORT_PATIENCE_S = 10.0
-# A worker speaks as soon as it is connected; who is silent must not hold up the others.
+# A worker sends at once when connected; a silent connection must not block the others.
 _SPEECH_S = 5.0
 _NUM_SHOWN = 3
-# The fingerprints of 1,000 workers take some 100 kB.
+# The fingerprints of 1,000 workers take about 100 kB.
 _MAX_MESSAGE_BYTES, _PART_BYTES = 4 << 20, 1 << 16
+# Below Linux's ephemeral ports, from 32768 on; a block of 32 for each job.
+_FIRST_PORT, _NUM_BLOCKS, _BLOCK = 15000, 500, 32
+_LAST_PORT = 65_535
 Fingerprint = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Greeting:
-  """What a worker sends to the chief.
+  """Message from a worker to the chief.
 
   Attributes:
     index: number of the worker.
-    addresses: of all workers, as it was started.
-    fingerprint: what all workers must have alike, by name.
+    addresses: of all workers, as given to this worker.
+    fingerprint: values that must be equal on all workers, by name.
   """
 
   index: int
@@ -58,14 +61,14 @@ def wait_for_workers(
   """Waits for all workers, and checks that their fingerprints are equal.
 
   Args:
-    cluster: who is expected.
-    fingerprint: what all workers must have alike, by name.
-    timeout_s: how long to wait for the others, seconds.
+    cluster: the expected workers.
+    fingerprint: values that must be equal on all workers, by name.
+    timeout_s: limit of the wait for the others, seconds.
 
   Raises:
     UserError: the fingerprints differ, two processes have the same index, or this
       worker's port is in use.
-    StalledError: somebody did not come in time.
+    StalledError: a worker did not arrive in time.
   """
   deadline = time.monotonic() + timeout_s
   with _listen(cluster.address) as listener:
@@ -78,7 +81,7 @@ def wait_for_workers(
 
 
 def differences(fingerprints: Sequence[Fingerprint]) -> Optional[str]:
-  """What is not alike, in words; None where all is.
+  """Describes how fingerprints differ; returns None if all are equal.
 
   Args:
     fingerprints: of each worker, by name.
@@ -96,7 +99,7 @@ def differences(fingerprints: Sequence[Fingerprint]) -> Optional[str]:
 
 
 def _listen(address: str) -> socket.socket:
-  """A socket on this worker's port: the proof that it is free for TensorFlow."""
+  """Opens a socket on this worker's port, which proves that TensorFlow can use it."""
   port = int(address.rpartition(":")[2])
   deadline = time.monotonic() + _PORT_PATIENCE_S
   while True:
@@ -118,7 +121,7 @@ def _receive_all(
   deadline: float,
   timeout_s: float,
 ) -> dict:
-  """The chief's part: hears everybody, and answers them."""
+  """Receives the greetings of all workers on the chief, and answers them."""
   heard: dict[int, Fingerprint] = {0: fingerprint}
   with contextlib.ExitStack() as connections:
     waiting = []
@@ -146,7 +149,7 @@ def _receive_all(
 def _accept(
   listener: socket.socket, connections: contextlib.ExitStack, deadline: float
 ) -> Optional[tuple[socket.socket, Greeting]]:
-  """Returns the next worker's connection and greeting; None when the time is up."""
+  """Returns the next worker's connection and greeting; None after the deadline."""
   while True:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
@@ -158,15 +161,15 @@ def _accept(
       content = _receive(connection, min(deadline, time.monotonic() + _SPEECH_S))
       return connection, _greeting(content)
     except (OSError, ValueError) as error:
-      # Something else connects to the port: health checks do.
+      # Other clients may connect to the port, such as health checks.
       logging.debug("Not a worker: %s", error)
 
 
 def _greeting(content: dict[str, Any]) -> Greeting:
-  """Returns a worker's message, each field checked.
+  """Returns a worker's message with each field checked.
 
   Raises:
-    ValueError: it is not from a worker.
+    ValueError: the message is not from a worker.
   """
   index, addresses = content.get("index"), content.get("addresses")
   fingerprint = content.get("fingerprint")
@@ -207,11 +210,11 @@ def _send(connection: socket.socket, content: Mapping[str, Any]) -> None:
 
 
 def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
-  """Returns the message of whoever connected: one line, a JSON object.
+  """Returns the message of a connection: one line, a JSON object.
 
   Raises:
-    OSError: it did not come in time.
-    ValueError: it is too long, or no JSON object.
+    OSError: it did not arrive in time.
+    ValueError: it is too long, or not a JSON object.
   """
   line = bytearray()
   while not line.endswith(b"\n"):
@@ -235,7 +238,7 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
 def _report(
   cluster: Cluster, fingerprint: Fingerprint, deadline: float, timeout_s: float
 ) -> dict:
-  """A worker's part: tells the chief, and waits for its answer."""
+  """Sends this worker's greeting to the chief, and waits for the answer."""
   host, _, port = cluster.addresses[0].rpartition(":")
   content = {
     "index": cluster.index,
@@ -261,7 +264,7 @@ def _ask(chief: tuple[str, int], content: dict, left_s: float) -> dict[str, Any]
   """
   with socket.create_connection(chief, left_s) as connection:
     _send(connection, content)
-    # The chief waits as long as we do, and tells us who was missing.
+    # The chief waits as long as this worker, and reports who was missing.
     answer = _receive(connection, time.monotonic() + left_s + _PORT_PATIENCE_S)
   error, is_mistake = answer.get("error"), answer.get("is_mistake")
   is_text = "error" in answer and (error is None or isinstance(error, str))
@@ -276,18 +279,13 @@ def _names(cluster: Cluster, indexes: Sequence[int]) -> str:
   return ", ".join(names) + more
 
 
-# Below the ports that Linux hands out by itself, 32768 on; a block of 32 for each job.
-_FIRST_PORT, _NUM_BLOCKS, _BLOCK = 15000, 500, 32
-_LAST_PORT = 65_535
-
-
 @dataclasses.dataclass(frozen=True)
 class Cluster:
   """The workers of a run.
 
   Attributes:
     addresses: "host:port" of each worker, the chief first.
-    index: which of them this is.
+    index: number of this worker.
   """
 
   addresses: tuple[str, ...]
@@ -295,27 +293,27 @@ class Cluster:
 
   @property
   def num_workers(self) -> int:
-    """How many there are."""
+    """Number of workers."""
     return len(self.addresses)
 
   @property
   def address(self) -> str:
-    """Where this worker listens, "host:port"."""
+    """Address of this worker, "host:port"."""
     return self.addresses[self.index]
 
 
 def find_cluster(environment: Mapping[str, str]) -> Optional[Cluster]:
-  """The cluster that the environment describes.
+  """Returns the cluster described by the environment.
 
   Args:
     environment: such as `os.environ`.
 
   Returns:
-    From `TF_CONFIG` if it is set, else from Slurm's variables of a step of several
-    tasks, else None.
+    The cluster of `TF_CONFIG` if it is set; else of Slurm's variables of a step with
+    several tasks; else None.
 
   Raises:
-    UserError: what is set is malformed.
+    UserError: a variable is malformed.
   """
   if environment.get("TF_CONFIG", "").strip():
     return from_tf_config(environment["TF_CONFIG"])
@@ -325,15 +323,15 @@ def find_cluster(environment: Mapping[str, str]) -> Optional[Cluster]:
 
 
 def from_tf_config(text: str) -> Cluster:
-  """The cluster that a `TF_CONFIG` describes.
+  """Returns the cluster described by a `TF_CONFIG`.
 
   Args:
     text: {"cluster": {"worker": ["host:port", ...]}, "task": {"type": "worker",
-      "index": 0}}; a "chief" of one address may stand before the workers.
+      "index": 0}}; a "chief" with one address may precede the workers.
 
   Raises:
-    UserError: it is no such JSON, an address is there twice, or the task is none of
-      the cluster's.
+    UserError: the JSON is invalid, an address occurs twice, or the task is not in the
+      cluster.
   """
   try:
     content = json.loads(text)
@@ -379,17 +377,17 @@ def from_slurm(
   environment: Mapping[str, str],
   hostnames_fn: Optional[Callable[[str], list[str]]] = None,
 ) -> Cluster:
-  """The cluster of a Slurm step: a worker for each task.
+  """Returns the cluster of a Slurm step, with one worker per task.
 
   The ports follow from the job's number and the task's rank.
 
   Args:
-    environment: with what `srun` sets.
-    hostnames_fn: from a list as Slurm writes it to the names of its hosts, in order;
-      None to ask `scontrol`.
+    environment: with the variables that `srun` sets.
+    hostnames_fn: expands Slurm's list of hosts to their names, in order; None to call
+      `scontrol`.
 
   Raises:
-    UserError: a variable is missing, or the tasks are not laid out host by host.
+    UserError: a variable is missing, or the tasks are not assigned host by host.
   """
   try:
     hosts = (hostnames_fn or _scontrol_hostnames)(environment["SLURM_STEP_NODELIST"])
@@ -410,7 +408,7 @@ def from_slurm(
 
 
 def _tasks_per_node(text: str) -> list[int]:
-  """Slurm's "2(x3),1" is [2, 2, 2, 1]."""
+  """Parses Slurm's format: "2(x3),1" is [2, 2, 2, 1]."""
   counts: list[int] = []
   for part in text.split(","):
     match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)

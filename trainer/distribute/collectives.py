@@ -1,12 +1,9 @@
-"""Collectives between replicas: none, of a strategy, or compiled by XLA.
+"""Collectives between replicas: for one replica, of a strategy, or compiled by XLA.
 
-The step knows only this interface, so that the same function trains under every
-strategy, and can be exported without one.
-
-Shapes: N rows on each replica, R replicas.
-
-The step that is exported to be compiled for a TPU has no `tf.distribute` around it:
-its sums are XLA all-reduces, and a gather is a sum of rows put in their places.
+The step uses only this interface, so that the same function trains under every strategy
+and can be exported without one. A step that is exported for a TPU has no
+`tf.distribute` around it. Its sums are XLA all-reduces, and a gather is a sum of rows
+at their positions.
 
 Shapes: N rows on each replica, R replicas.
 """
@@ -21,6 +18,8 @@ from typing import Any, Optional, Union
 
 import tensorflow as tf
 
+_GROUP_KEY = 1
+
 
 class Collectives(abc.ABC):
   """Sums and gathers over all replicas, both differentiable."""
@@ -28,7 +27,7 @@ class Collectives(abc.ABC):
   @property
   @abc.abstractmethod
   def num_replicas(self) -> int:
-    """R."""
+    """Number of replicas, R."""
 
   @property
   @abc.abstractmethod
@@ -40,7 +39,7 @@ class Collectives(abc.ABC):
     """Sums each tensor of a structure over the replicas.
 
     Args:
-      values: structure of float tensors, alike on all replicas.
+      values: structure of float tensors, of equal shapes on all replicas.
 
     Returns:
       The same structure, equal on all replicas. The gradient is the sum of the
@@ -62,22 +61,22 @@ class Collectives(abc.ABC):
 
 
 class OneReplica(Collectives):
-  """The collectives of a replica that is alone: nothing moves."""
+  """The collectives of a single replica: no communication."""
 
   num_replicas = 1
   replica_id = 0
 
   def sum(self, values):
-    """Returns the values as they are."""
+    """Returns the values unchanged."""
     return values
 
   def gather(self, rows):
-    """Returns the rows as they are."""
+    """Returns the rows unchanged."""
     return rows
 
 
 class StrategyCollectives(Collectives):
-  """The collectives of the `tf.distribute` replica context that it is made in."""
+  """The collectives of the `tf.distribute` replica context that creates it."""
 
   def __init__(self):
     self._context = tf.distribute.get_replica_context()
@@ -85,7 +84,7 @@ class StrategyCollectives(Collectives):
 
   @property
   def num_replicas(self):
-    """R."""
+    """Number of replicas, R."""
     return self._context.num_replicas_in_sync
 
   @property
@@ -94,12 +93,12 @@ class StrategyCollectives(Collectives):
     return self._context.replica_id_in_sync_group
 
   def sum(self, values):
-    """Sums over replicas; all tensors in one collective where that helps."""
+    """Sums over replicas; all tensors in one collective if that is faster."""
     return self._context.all_reduce(tf.distribute.ReduceOp.SUM, values)
 
   def gather(self, rows):
     """Stacks the rows of all replicas."""
-    if rows.dtype == tf.bool:  # The CPU's collectives have no bool.
+    if rows.dtype == tf.bool:  # CPU collectives do not support bool.
       return tf.cast(self._stack(tf.cast(rows, tf.int32)), tf.bool)
     num_rows = rows.shape[0]
 
@@ -114,16 +113,16 @@ class StrategyCollectives(Collectives):
     return stack(rows) if rows.dtype.is_floating else self._stack(rows)
 
   def _stack(self, rows):
-    """Without TensorFlow's gradient: it slices by number what is in another order."""
-    # The copy is on this replica's device, which all_gather wants to know.
+    """Gathers without TensorFlow's gradient, which slices in the wrong order."""
+    # The copy is on this replica's device, which all_gather needs.
     gathered = self._context.all_gather(tf.identity(rows), axis=0)
-    # all_gather forgets the static shape, which the losses and XLA need.
+    # all_gather drops the static shape, which the losses and XLA need.
     shape = [self.num_replicas, rows.shape[0], *rows.shape[1:]]
     by_rank = tf.reshape(gathered, shape)
     return tf.reshape(self._by_number(by_rank), [shape[0] * shape[1], *shape[2:]])
 
   def _by_number(self, by_rank):
-    """Several workers are ranked by name, where task 10 comes before task 2."""
+    """Sorts by number: TensorFlow sorts workers by name, task 10 before task 2."""
     if not isinstance(
       self._context.strategy, tf.distribute.MultiWorkerMirroredStrategy
     ):
@@ -139,10 +138,10 @@ _used: list[Collectives] = []
 
 @contextlib.contextmanager
 def using(collectives: Collectives) -> Iterator[None]:
-  """Makes these the current ones, while a function is traced without a strategy.
+  """Sets the current collectives while a function is traced without a strategy.
 
   Args:
-    collectives: of the replica whose function it is.
+    collectives: those of the traced replica function.
 
   Yields:
     Nothing.
@@ -155,7 +154,7 @@ def using(collectives: Collectives) -> Iterator[None]:
 
 
 def current_collectives() -> Collectives:
-  """The collectives of the replica function that calls this."""
+  """Returns the collectives of the replica function that calls this."""
   if _used:
     return _used[-1]
   if tf.distribute.get_replica_context().num_replicas_in_sync == 1:
@@ -163,13 +162,10 @@ def current_collectives() -> Collectives:
   return StrategyCollectives()
 
 
-_GROUP_KEY = 1
-
-
 class XlaCollectives(Collectives):
-  """The collectives of one replica of a program compiled by XLA for R of them.
+  """The collectives of one replica of a program compiled by XLA for R replicas.
 
-  To be made inside of the function with `jit_compile=True`, once a trace, because its
+  Create it inside the function with `jit_compile=True`, once per trace, because its
   sums are numbered.
 
   Args:
@@ -182,26 +178,26 @@ class XlaCollectives(Collectives):
 
   @property
   def num_replicas(self):
-    """R."""
+    """Number of replicas, R."""
     return self._num_replicas
 
   @property
   def replica_id(self):
-    """This replica's number, [] int32, known when the program runs."""
+    """This replica's number, [] int32, known at run time."""
     if self._num_replicas == 1:
-      return 0  # Run on a CPU, the operation would ask for a number nobody gave.
-    from tensorflow.compiler.tf2xla.python import xla  # Loads what few runs need.
+      return 0  # On a CPU the operation would need a device number that is not set.
+    from tensorflow.compiler.tf2xla.python import xla  # Few runs need it.
 
     return tf.cast(xla.replica_id(), tf.int32)
 
   def sum(self, values):
-    """Sums over replicas, a collective each tensor."""
+    """Sums over replicas, with one collective per tensor."""
     return tf.nest.map_structure(self._sum, values)
 
   def gather(self, rows):
-    """Stacks the rows of all replicas: sums them, each in its place among zeros.
+    """Stacks the rows of all replicas: sums them, each at its position among zeros.
 
-    A NaN in one row is one in that row of the result, as the others add 0 to it.
+    A NaN in one row stays in that row of the result, because the others add 0 to it.
     """
     if rows.dtype == tf.bool:
       return tf.cast(self.gather(tf.cast(rows, tf.int32)), tf.bool)
@@ -223,7 +219,7 @@ class XlaCollectives(Collectives):
 
   def _all_reduce(self, value: tf.Tensor) -> tf.Tensor:
     if self._num_replicas == 1:
-      return value  # XLA for the CPU runs no collectives, and none are needed.
+      return value  # XLA for the CPU has no collectives, and none are needed.
     return tf.raw_ops.CollectiveReduceV2(
       input=value,
       group_size=self._num_replicas,

@@ -1,8 +1,8 @@
 """Strategies, and iterators over replica batches.
 
-tf.data tunes itself at intervals that double, up to a minute, and whoever deletes an
-iterator over devices waits for the next of them: about as long as it ran. So that is
-left to a thread.
+tf.data tunes itself at intervals that double, up to a minute. Deleting an iterator over
+devices waits for the next interval, about as long as the iterator ran. Iterators are
+therefore released in a background thread.
 """
 
 from __future__ import annotations
@@ -21,13 +21,15 @@ from trainer.errors import UserError
 from trainer.run import Hardware
 from trainer.runtime import shutdown
 
+_KEYS_PER_STRATEGY = 1_000_000
+
 
 class ReplicaBatches:
-  """Batches for replicas.
+  """Batches for the replicas of a strategy.
 
   Args:
     strategy: the replicas.
-    dataset: a batch for each replica of this worker in turn, of static shapes.
+    dataset: yields batches for the replicas of this worker in turn, of static shapes.
   """
 
   def __init__(self, strategy: tf.distribute.Strategy, dataset: tf.data.Dataset):
@@ -36,37 +38,34 @@ class ReplicaBatches:
 
   @property
   def iterator(self) -> Any:
-    """The distributed iterator; not to be kept longer than this."""
+    """Returns the distributed iterator; do not keep it longer than this object."""
     return self._held[0]
-
-
-_KEYS_PER_STRATEGY = 1_000_000
 
 
 def make_strategy(
   hardware: Hardware, fingerprint: Optional[Mapping[str, str]] = None
 ) -> tf.distribute.Strategy:
-  """The strategy that a run asks for, on this machine.
+  """Creates the strategy of a run on this machine.
 
-  It must be made before TensorFlow has used a device.
+  It must be called before TensorFlow has used a device.
 
   Args:
     hardware: its `strategy` is one of:
       "cpu": one replica on the CPU;
       "mirrored": all local GPUs, or virtual replicas of the CPU;
-      "multi_worker": the local GPUs, or else the CPU, of every worker that `TF_CONFIG`
-        or Slurm names;
-      "tpu": the TPU that is attached, of one host;
-      "auto": "tpu" where one is named, "multi_worker" where several workers are,
-        "mirrored" where there are GPUs or virtual replicas, else "cpu".
-    fingerprint: what all workers must have alike, by name.
+      "multi_worker": the local GPUs, or else the CPU, of every worker of `TF_CONFIG` or
+        Slurm;
+      "tpu": the attached TPU, of one host;
+      "auto": "tpu" if one is named, "multi_worker" if there are several workers,
+        "mirrored" if there are GPUs or virtual replicas, else "cpu".
+    fingerprint: values that must be equal on all workers, by name.
 
   Returns:
     A strategy.
 
   Raises:
-    UserError: the name is unknown, or doesn't fit what this machine has.
-    StalledError: a worker did not come.
+    UserError: the name is unknown, or does not match the hardware of this machine.
+    StalledError: a worker did not arrive.
   """
   name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
   if name not in _MAKERS:
@@ -76,9 +75,9 @@ def make_strategy(
       f"--strategy={name} divides no CPU; --num_virtual_replicas={num_virtual} needs "
       "mirrored."
     )
-  # TensorFloat-32 takes products to 10 bits, and with it allowed a TPU takes them in
-  # bfloat16: squared distances would be wrong by a thousandth of the norms. What may be
-  # less exact is the encoder's business, by its `precision`.
+  # TensorFloat-32 computes products to 10 bits, and if it is allowed a TPU computes
+  # them in bfloat16. Squared distances would be wrong by a thousandth of the norms. The
+  # encoder's `precision` sets what may be less exact.
   tf.config.experimental.enable_tensor_float_32_execution(False)
   return _MAKERS[name](hardware, fingerprint or {})
 
@@ -135,7 +134,7 @@ def _multi_worker(
     )
   wait_for_workers(cluster, fingerprint, timeout_s=hardware.worker_timeout_s)
   if cluster.index > 0:
-    logging.set_verbosity(logging.WARNING)  # The chief speaks for all.
+    logging.set_verbosity(logging.WARNING)  # Only the chief logs.
   strategy = tf.distribute.MultiWorkerMirroredStrategy(
     tf.distribute.cluster_resolver.SimpleClusterResolver(
       tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
@@ -145,7 +144,7 @@ def _multi_worker(
     )
   )
   shutdown.current_preemption().join_others(cluster.num_workers - 1)
-  # All workers have equally many batches, of static shapes: no need to ask each time.
+  # All workers have equally many batches, of static shapes: no need to check each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(
     "Strategy: %d workers with %d replicas; this is %d.",
@@ -157,7 +156,7 @@ def _multi_worker(
 
 
 def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.Strategy:
-  """Resolver, initialisation, strategy: in TensorFlow's order."""
+  """Creates resolver, system and strategy in TensorFlow's order."""
   del fingerprint
   name = hardware.tpu or "local"
   if name != "local":
@@ -185,13 +184,13 @@ def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.St
 
 
 def divide_cpu(num_devices: int) -> None:
-  """Makes several devices of the CPU, for virtual replicas.
+  """Splits the CPU into several logical devices, for virtual replicas.
 
   Args:
-    num_devices: at least how many.
+    num_devices: minimum number of devices.
 
   Raises:
-    UserError: TensorFlow has used the CPU as fewer already.
+    UserError: TensorFlow already uses the CPU as fewer devices.
   """
   cpu = tf.config.list_physical_devices("CPU")[0]
   devices = [tf.config.LogicalDeviceConfiguration()] * num_devices
@@ -206,12 +205,12 @@ def divide_cpu(num_devices: int) -> None:
 
 
 def mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
-  """A strategy of virtual replicas, on devices that `divide_cpu` made.
+  """Creates a strategy of virtual replicas on the devices of `divide_cpu`.
 
   Args:
-    num_replicas: how many.
+    num_replicas: number of replicas.
   """
-  # Strategies of one process number their collectives alike, and would meet.
+  # Strategies of one process number their collectives equally, and would collide.
   tf.distribute.MirroredStrategy._collective_key_base = (
     _KEYS_PER_STRATEGY * num_replicas
   )

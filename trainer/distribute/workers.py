@@ -1,4 +1,4 @@
-"""The worker processes of a run: what they exchange, and how a loss is reported."""
+"""The worker processes of a run: data exchange, and reporting of a lost worker."""
 
 from __future__ import annotations
 
@@ -34,17 +34,30 @@ _LOST = (
   tf.errors.DeadlineExceededError,
 )
 _NUM_CHARACTERS = 200
+# All gathered rows have one size, for one trace.
+_ROW_SIZE = 1024
+# Errors that are raised on all workers as on the first; subclasses precede their bases.
+_KINDS = {
+  kind.__name__: kind
+  for kind in (
+    PreemptedError,
+    TooFewExamplesError,
+    UnwritableError,
+    UserError,
+    WorkerFailedError,
+  )
+}
 
 
 @contextlib.contextmanager
 def naming_lost_workers() -> Iterator[None]:
-  """Says which worker was lost, where several train together.
+  """Reports which worker was lost, if several train together.
 
   Yields:
     Nothing.
 
   Raises:
-    StalledError: a worker was lost inside.
+    StalledError: a worker was lost inside the context.
   """
   try:
     yield
@@ -62,29 +75,16 @@ def naming_lost_workers() -> Iterator[None]:
     ) from error
 
 
-# One size of all that is gathered, for one trace.
-_ROW_SIZE = 1024
-# What is raised on all workers as on the first: a kind before those that it is one of.
-_KINDS = {
-  kind.__name__: kind
-  for kind in (
-    PreemptedError,
-    TooFewExamplesError,
-    UnwritableError,
-    UserError,
-    WorkerFailedError,
-  )
-}
 _Made = TypeVar("_Made")
 
 
 class Workers:
-  """The workers of the strategy in whose scope it is made; one, where it is local.
+  """The workers of the strategy in whose scope it is created; one for a local strategy.
 
   Attributes:
     index: number of this worker; the chief is 0.
-    num_workers: how many there are.
-    num_local_replicas: replicas of each.
+    num_workers: number of workers.
+    num_local_replicas: number of replicas per worker.
   """
 
   def __init__(self):
@@ -96,12 +96,13 @@ class Workers:
       resolver.cluster_spec().num_tasks(resolver.task_type) if is_many else 1
     )
     self.num_local_replicas = self._strategy.num_replicas_in_sync // self.num_workers
-    # Kept: run without a function, a strategy traces each call, and warns of it.
+    # Kept, because a strategy traces each call without a function again and logs a
+    # warning.
     self._gather_fn = tf.function(self._gather_on_replicas, autograph=False)
 
   @property
   def is_chief(self) -> bool:
-    """Whether this worker writes what the run leaves."""
+    """Whether this worker writes the files of the run."""
     return self.index == 0
 
   def shard(self) -> Shard:
@@ -110,7 +111,7 @@ class Workers:
     return Shard(self.index * num_local, num_local, num_local * self.num_workers)
 
   def exchange(self, text: str) -> list[str]:
-    """Tells all workers something, and waits to hear from all.
+    """Exchanges a text between all workers.
 
     Args:
       text: of this worker.
@@ -131,13 +132,13 @@ class Workers:
     ]
 
   def check_equal(self, facts: Mapping[str, object]) -> None:
-    """Checks that something is alike on all workers.
+    """Raises if values differ between workers.
 
     Args:
-      facts: by name.
+      facts: values by name.
 
     Raises:
-      UserError: it is not; on every worker.
+      UserError: a value differs; raised on every worker.
     """
     text = json.dumps({name: str(fact) for name, fact in facts.items()})
     difference = differences([json.loads(each) for each in self.exchange(text)])
@@ -145,30 +146,30 @@ class Workers:
       raise UserError(difference)
 
   def run_on_chief(self, act: Callable[[], None]) -> None:
-    """Lets the chief do something while the others wait.
+    """Runs a function on the chief while the others wait.
 
     Args:
-      act: what only one process may do.
+      act: a function that only one process may run.
 
     Raises:
-      UserError: it raised one on the chief; then on every worker.
-      WorkerFailedError: it raised another error on the chief; then on the others.
+      UserError: the function raised one on the chief; raised on every worker.
+      WorkerFailedError: it raised another error on the chief; raised on the others.
     """
     self.run_on_all(act if self.is_chief else lambda: None)
 
   def run_on_all(self, make: Callable[[], _Made]) -> _Made:
-    """Lets each worker make something; where one can't, none goes on.
+    """Runs a function on each worker; raises on all if one fails.
 
     Args:
-      make: it must not speak to the other workers itself, as making a variable does
+      make: must not communicate with the other workers, as creating a variable does
         under their strategy.
 
     Returns:
-      What this worker made.
+      The result of this worker.
 
     Raises:
-      UserError: it raised one on some worker; then on every worker.
-      PreemptedError: a worker was told to stop; then on every worker.
+      UserError: the function raised one on some worker; raised on every worker.
+      PreemptedError: a worker was asked to stop; raised on every worker.
       WorkerFailedError: it raised another error elsewhere.
     """
     if self.num_workers == 1:
@@ -184,18 +185,18 @@ class Workers:
     return made
 
   def dry_run(self, make: Callable[[], object]) -> None:
-    """Lets each worker make something without the others, where there are others.
+    """Runs a function on each worker alone, if there are several workers.
 
-    Variables of several workers are made together: where one failed at it, the others
-    would wait for it until it ends, and then call it lost. So each makes its own first,
-    on the CPU, which nobody keeps. What fails under the strategy alone follows from the
-    configuration, and fails on all.
+    Variables of several workers are created together. If one failed, the others would
+    wait until it ends and then consider it lost. Each worker therefore first creates
+    its own on the CPU and discards them. Errors that occur only under the strategy
+    follow from the configuration, and occur on all workers.
 
     Args:
-      make: what is to be made under the strategy afterwards.
+      make: creates what will be created under the strategy afterwards.
 
     Raises:
-      UserError: it raised one on some worker; then on every worker.
+      UserError: the function raised one on some worker; raised on every worker.
       WorkerFailedError: it raised another error elsewhere.
     """
     if self.num_workers == 1:
@@ -205,12 +206,12 @@ class Workers:
       with tf.device("CPU:0"):
         make()
 
-    # A strategy is that of a thread; a new one has none.
+    # Strategies are thread-local; a new thread has none.
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
       self.run_on_all(lambda: pool.submit(make_on_cpu).result())
 
   def _raise_first(self, error: Optional[Exception]) -> None:
-    """Raises what the first worker with an error tells, unless ours is to be shown."""
+    """Raises the error of the first worker that has one, or this worker's own."""
     own = error and [_kind(error).__name__, _in_words(error)]
     told = [json.loads(each) for each in self.exchange(json.dumps(own))]
     index = next((i for i, each in enumerate(told) if each), None)
@@ -222,14 +223,14 @@ class Workers:
     )
 
   def wait(self) -> None:
-    """Waits for all workers: where one that ends would take its part from others."""
+    """Waits for all workers, so that none exits while others need it."""
     self.exchange("")
 
   def _gather_on_replicas(self, rows):
     return self._strategy.run(lambda rows: current_collectives().gather(rows), (rows,))
 
   def _gather(self, row: np.ndarray) -> np.ndarray:
-    """[_ROW_SIZE] int32 of each worker to [num_workers, _ROW_SIZE]."""
+    """Gathers [_ROW_SIZE] int32 of each worker to [num_workers, _ROW_SIZE]."""
     gathered = self._gather_fn(tf.constant(row[None]))
     rows = self._strategy.experimental_local_results(gathered)[0].numpy()
     return rows[:: self.num_local_replicas]
@@ -242,12 +243,12 @@ def _workers_of(strategy: tf.distribute.Strategy) -> Workers:
 
 
 def current_workers() -> Workers:
-  """The workers of the strategy in whose scope this is called."""
+  """Returns the workers of the strategy in whose scope this is called."""
   return _workers_of(tf.distribute.get_strategy())
 
 
 def _kind(error: Exception) -> type[Exception]:
-  """As what the others raise it."""
+  """Returns the class with which the other workers raise the error."""
   kinds = (kind for kind in _KINDS.values() if isinstance(error, kind))
   return next(kinds, WorkerFailedError)
 
