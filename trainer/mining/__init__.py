@@ -1,1 +1,1 @@
-"""Mining over the whole corpus: rounds of examples and of classes that are near."""
+"""Mining over the whole corpus: rounds of hard examples and of neighbouring classes."""

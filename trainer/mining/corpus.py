@@ -1,8 +1,6 @@
 """The training corpus of a mining round: its items, and copies among them.
 
-Shapes: N records.
-
-Shapes: N items, C classes that have any.
+Shapes: N items, one record each, C classes with at least one item.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from trainer.data.records import RecordIndex, Replacements
 from trainer.errors import UserError
 from trainer.runtime import watchdog
 
-# Records, and of those whether they are bad: that decodes them.
+# Records read at once, and records checked at once, which decodes them.
 _READ_AT_ONCE, _TRIED_AT_ONCE = 4_096, 256
 
 
 def dedup_features(decoder: Decoder) -> Sequence[str]:
-  """The names of the features that a decoder makes inputs of.
+  """Returns the names of the features that a decoder reads.
 
   Raises:
-    UserError: it doesn't say.
+    UserError: the decoder has no attribute `features`.
   """
   features = getattr(decoder, "features", None)
   if not features:
@@ -47,21 +45,21 @@ def content_hashes(
   features: Sequence[str],
   replacements: Optional[Replacements] = None,
 ) -> np.ndarray:
-  """A hash of each record's features that inputs are made of.
+  """Returns a hash of the decoded features of each record.
 
   Args:
-    index: the records.
+    index: of the records.
     record_numbers: [N] int64.
-    features: their names, as a decoder has them: file names, addresses and other things
-      that copies don't share are not among them.
-    replacements: of bad records, which are copies of what is put in their place; None
-      to refuse them.
+    features: names of the decoded features, which exclude features that differ between
+      copies, such as file names and addresses.
+    replacements: of bad records, which count as copies of their replacements; None to
+      refuse bad records.
 
   Returns:
-    [N] uint64; equal where every byte of those features is.
+    [N] uint64; equal where all bytes of these features are equal.
 
   Raises:
-    UserError: a record can't be read, or is no example.
+    UserError: a record cannot be read, or is not an example.
   """
   found = np.empty(len(record_numbers), np.uint64)
   for start in range(0, len(found), _READ_AT_ONCE):
@@ -80,7 +78,7 @@ def _hash(
 ) -> int:
   try:
     example = tf.train.Example.FromString(record)
-  except Exception as error:  # protobuf has its own.
+  except Exception as error:  # protobuf raises its own type.
     raise UserError(f"{index.describe(number)} is no tf.train.Example.") from error
   content = tf.train.Example()
   for name in features:
@@ -96,9 +94,9 @@ class CorpusItems(NamedTuple):
   Attributes:
     record_numbers: [N] int64, ascending.
     labels: [N] int32 class ids.
-    by_class: [N] int64, items class after class, in a random order within a class.
-    places: [N] int64, where in `by_class` each item is.
-    starts: [C + 1] int64, where in `by_class` the items of each class start.
+    by_class: [N] int64, items grouped by class, in random order within a class.
+    places: [N] int64, the position of each item in `by_class`.
+    starts: [C + 1] int64, where the items of each class start in `by_class`.
     class_ids: [C] int32, ascending.
   """
 
@@ -111,20 +109,20 @@ class CorpusItems(NamedTuple):
 
   @property
   def largest_class(self) -> int:
-    """Items of the largest class; 0 where there is none."""
+    """Number of items of the largest class; 0 if there are none."""
     return int(np.diff(self.starts).max(initial=0))
 
 
 def draw_items(
   table: MemberTable, classes: np.ndarray, records_per_class: Optional[int], key: int
 ) -> CorpusItems:
-  """Draws the items of a round. Takes about 60 bytes a record meanwhile.
+  """Draws the items of a round; takes about 60 bytes per record temporarily.
 
   Args:
     table: the members of all classes.
-    classes: int32 ids of the classes to mine among.
-    records_per_class: how many of a class at most; None for all.
-    key: another key, other records and another order within the classes.
+    classes: int32 ids of the classes to mine.
+    records_per_class: the largest number of records per class; None for all.
+    key: random key of the records and of their order within the classes.
   """
   classes = np.sort(classes)
   sizes = table.starts[classes + 1] - table.starts[classes]
@@ -133,7 +131,7 @@ def draw_items(
   records = table.records[np.repeat(table.starts[classes], sizes) + places]
   ranks = np.repeat(np.arange(len(classes)), sizes)
   order = np.lexsort((permutation.mix(key, records), ranks))
-  # In that order the places of a class are 0, 1, 2, … again.
+  # In this order the places of a class are again 0, 1, 2, …
   if records_per_class is not None:
     order = order[places < records_per_class]
   records, labels = records[order], classes[ranks[order]]

@@ -1,10 +1,7 @@
-"""Nearest items and nearest classes of the whole training corpus.
+"""Nearest items and nearest classes in the whole training corpus.
 
-Shapes: N items, k neighbours.
-
-Shapes: N items, D dimensions, R items that ask, k neighbours.
-
-Shapes: N items, D dimensions, C classes of the items, L of the data, m neighbours.
+Shapes: N items, D dimensions, R query items, k neighbours of an item, C classes of the
+items, L classes of the data, m neighbours of a class.
 """
 
 from __future__ import annotations
@@ -24,22 +21,23 @@ from trainer.retrieval.exact_distances import common_offset
 from trainer.retrieval.knn import Neighbours, faiss_serves, nearest
 from trainer.runtime import watchdog
 
-# Up to so many items all are compared.
-_MAX_EXACT = 50_000
 KINDS = ("auto", "exact", *faiss_index.KINDS)
-# Items that ask at once: at most so many, and by codes as many as have so many bytes of
-# tables, 80 a dimension.
+# The largest number of items that "auto" compares exhaustively.
+_MAX_EXACT = 50_000
+# Limits on query items per search call. With PQ codes, lookup tables of 80 bytes per
+# dimension and query also have to fit in `_TABLE_BYTES`.
 _MAX_ASKING, _MIN_ASKING, _TABLE_BYTES = 16_384, 256, 2**27
-# Codes find so many times as many, of which the nearest by true distances are kept.
+# PQ codes return this many times k items; the k nearest by true distance are kept.
 _REFINED = 2
-
-# Items whose embeddings are added up at once.
+# Items whose embeddings are summed at once.
 _NUM_ADDED = 65_536
 
 
 @contextlib.contextmanager
 def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbours]:
-  """Arrays that a search can fill, mapped from a file that goes with the context.
+  """Yields arrays for search results, mapped from a temporary file.
+
+  The file is removed when the context ends.
 
   Args:
     num_items: N.
@@ -49,7 +47,7 @@ def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbou
     Indices [N, k] int32 and distances [N, k] float32.
 
   Raises:
-    UserError: the temporary folder has no room for them, 8·N·k bytes.
+    UserError: the temporary folder has no space for 8·N·k bytes.
   """
   shape = (num_items, num_neighbours)
   num_bytes = 4 * num_items * num_neighbours
@@ -72,7 +70,7 @@ def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbou
 
 
 def _claim(descriptor: int, num_bytes: int) -> None:
-  """Gives a file its size on the disk: a full one kills who writes into a map of it."""
+  """Allocates disk space: writing to a map of a full disk kills the process."""
   if hasattr(os, "posix_fallocate"):
     os.posix_fallocate(descriptor, 0, num_bytes)
   else:  # macOS has none.
@@ -80,17 +78,17 @@ def _claim(descriptor: int, num_bytes: int) -> None:
 
 
 class NearestItems:
-  """Answers which items are nearest to an item.
+  """Search for the nearest items of an item.
 
   Attributes:
     kind: "exact", or the kind of FAISS's index.
 
   Args:
     embeddings: [N, D] float32, finite.
-    kind: one of `KINDS`; "auto" compares all up to 50,000 items, and beyond takes
-      IVF-PQ, where FAISS is installed. Fewer items than a cell of an index has are all
-      compared. "flat" and "exact" both compare all, by FAISS on the processor of one
-      replica where it is installed, else by the devices.
+    kind: one of `KINDS`. "auto" compares all items up to 50,000, and uses IVF-PQ beyond
+      if FAISS is installed. If there are fewer items than an index cell needs, all are
+      compared. "flat" and "exact" both compare all items: by FAISS on the CPU of one
+      replica if it is installed, otherwise on the devices.
 
   Raises:
     UserError: the kind is unknown, or FAISS is not installed.
@@ -106,14 +104,15 @@ class NearestItems:
   def search(
     self, items: np.ndarray, num_neighbours: int, out: Neighbours
   ) -> Neighbours:
-    """The nearest other items of each item, nearest first.
+    """Finds the nearest other items of each item, nearest first.
 
     Args:
       items: [R] int64.
       num_neighbours: k < N.
-      out: gets them: indices [R, k] int32, where a cell of the index had no more −1;
-        and distances [R, k] float32, there infinite. Order and distances of what an
-        index finds are computed from the embeddings; codes find twice as many.
+      out: arrays to fill: indices [R, k] int32, −1 if an index cell had no more items;
+        and distances [R, k] float32, infinite there. Order and distances of index
+        results are computed from the embeddings; PQ codes return twice as many
+        candidates.
 
     Returns:
       `out`.
@@ -133,7 +132,7 @@ class NearestItems:
     queries = self._embeddings[items]
     if self._index is None:
       if not faiss_serves():
-        # In few sizes: the devices trace each of them anew.
+        # Use few sizes, because each size is retraced on the devices.
         size = min(_MAX_ASKING, _power_of_two(len(items)))
         queries = np.resize(queries, [size, queries.shape[1]])
       found = nearest(queries, self._embeddings, num_neighbours=num_neighbours)
@@ -146,10 +145,10 @@ class NearestItems:
 
 
 def check_kind(kind: str) -> None:
-  """Checks that there is such a kind of search, here.
+  """Checks that a kind of search is available.
 
   Raises:
-    UserError: there is not, or it needs FAISS, which is not installed.
+    UserError: the kind is unknown, or needs FAISS, which is not installed.
   """
   if kind not in KINDS:
     raise UserError(f"Miner.index_kind={kind!r} is none of {', '.join(KINDS)}.")
@@ -178,18 +177,18 @@ def _chosen(kind: str, num_items: int) -> str:
 
 
 def room_for(num_items: int, num_neighbours: int) -> Neighbours:
-  """Arrays that a search can fill."""
+  """Returns empty arrays for search results."""
   shape = (num_items, num_neighbours)
   return Neighbours(np.empty(shape, np.int32), np.empty(shape, np.float32))
 
 
 def _power_of_two(number: int) -> int:
-  """The next one, at least 256."""
+  """Returns the next power of two, at least 256."""
   return max(256, 1 << (number - 1).bit_length())
 
 
 def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
-  """Neighbours [R, k + 1] without the item that asks; else without the last."""
+  """Removes the query item from neighbours [R, k + 1], or else the last neighbour."""
   is_self = found.indices == items[:, None]
   is_self[:, -1] |= ~is_self.any(axis=1)
   shape = (len(items), found.indices.shape[1] - 1)
@@ -199,9 +198,9 @@ def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
 def _refined(
   queries: np.ndarray, embeddings: np.ndarray, indices: np.ndarray, num_neighbours: int
 ) -> Neighbours:
-  """The k nearest of those found [R, more], by true distances and in their order."""
+  """Returns the k nearest of the candidates [R, more], ordered by true distance."""
   faiss = knn.load_faiss()
-  squares = np.full(indices.shape, np.inf, np.float32)  # So it stays at an index of −1.
+  squares = np.full(indices.shape, np.inf, np.float32)  # Stays infinite at index −1.
   faiss.fvec_L2sqr_by_idx(
     *map(faiss.swig_ptr, (squares, queries, embeddings, indices)),
     embeddings.shape[1],
@@ -213,11 +212,11 @@ def _refined(
 
 
 def class_centroids(embeddings: np.ndarray, items: CorpusItems) -> np.ndarray:
-  """[C, D] float64, the mean of each class's embeddings.
+  """Returns the mean embedding of each class, [C, D] float64.
 
   Args:
     embeddings: [N, D] float32.
-    items: N of them, of C classes.
+    items: N items of C classes.
   """
   sizes = np.diff(items.starts)
   sums = np.zeros((len(sizes), embeddings.shape[1]))
@@ -239,26 +238,26 @@ def find_class_neighbours(
   num_neighbours: int,
   kind: str,
 ) -> np.ndarray:
-  """The classes nearest to each class.
+  """Finds the nearest classes of each class.
 
   Args:
     means: [C, D] float64.
-    class_ids: [C] int32, whose they are.
+    class_ids: [C] int32, the classes of the means.
     num_classes: L.
     num_neighbours: m.
-    kind: of the search, as `NearestItems` has them.
+    kind: of the search, as in `NearestItems`.
 
   Returns:
     [L, m] int32 class ids, nearest first; −1 where there are fewer, and in the rows of
-    classes that have no mean.
+    classes without a mean.
 
   Raises:
-    UserError: there is one class only.
+    UserError: there is only one class.
   """
   if len(means) < 2:
     raise UserError("Neighbours of classes need at least 2 classes.")
   num_found = min(num_neighbours, len(means) - 1)
-  # Means of collapsed embeddings differ in digits that float32 has no room for.
+  # Means of collapsed embeddings differ in digits beyond the precision of float32.
   means = (means - common_offset(means)).astype(np.float32)
   room = room_for(len(means), num_found)
   found = NearestItems(means, kind).search(np.arange(len(means)), num_found, room)

@@ -1,8 +1,7 @@
 """Mined examples: anchors with positives and windows of negatives.
 
-Shapes: N items, D dimensions, R anchors, m candidates and p positives of each.
-
-Shapes: N items, D dimensions, A anchors, k neighbours, p positives, n negatives.
+Shapes: N items, D dimensions, A mined anchors, R anchors of one call, k neighbours, m
+candidates for p positives, n negatives.
 """
 
 from __future__ import annotations
@@ -27,17 +26,16 @@ from trainer.retrieval.knn import Neighbours
 from trainer.runtime import watchdog
 
 _CHOICES = ("random", "hardest", "easiest")
-# Of embeddings and their differences.
+# Limit on the bytes of embeddings and their differences at once.
 _BYTES_AT_ONCE = 2**26
-
 _ROWS_AT_ONCE = 2_048
-# How many times as many neighbours are looked at where most have the anchor's label; in
-# how many bytes at once, of about 20 a neighbour.
+# Factor by which the search widens if most neighbours have the anchor's label, and the
+# limit on its bytes at once, about 20 per neighbour.
 _WIDER, _BYTES_AGAIN = 4, 2**27
 
 
 class ChosenPositives(NamedTuple):
-  """The positives of some anchors.
+  """Positives of some anchors.
 
   Attributes:
     items: [R, p] int64; −1 where there are fewer.
@@ -51,12 +49,13 @@ class ChosenPositives(NamedTuple):
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class Positives:
-  """Which items of an anchor's class become its positives.
+  """Rule that chooses positives among the items of an anchor's class.
 
   Attributes:
     num_positives: p.
     choice: "random"; "hardest", the farthest; or "easiest", the nearest.
-    num_candidates: m, among how many of the class, drawn at random, they are chosen.
+    num_candidates: m, the number of items of the class, drawn at random, to choose
+      from.
 
   Raises:
     UserError: a number is below 1, there are fewer candidates than positives, or the
@@ -86,14 +85,14 @@ class Positives:
     is_allowed: np.ndarray,
     contents: np.ndarray,
   ) -> ChosenPositives:
-    """The positives of some anchors; never a copy of the anchor.
+    """Chooses the positives of some anchors; never a copy of the anchor.
 
     Args:
       anchors: [R] int64.
       embeddings: [N, D] float32.
-      items: N of them.
-      is_allowed: [N] bool, false for what is probably of another class.
-      contents: [N] uint64, alike for copies.
+      items: N items.
+      is_allowed: [N] bool, false for items that are probably mislabelled.
+      contents: [N] uint64, equal for copies.
     """
     candidates, is_there = self._candidates(anchors, items)
     is_there &= is_allowed[candidates]
@@ -116,10 +115,12 @@ class Positives:
   def _candidates(
     self, anchors: np.ndarray, items: CorpusItems
   ) -> tuple[np.ndarray, np.ndarray]:
-    """The next m of each anchor's class, in its random order: all others, if so few.
+    """Returns the next m items of each anchor's class in its random order.
+
+    If the class has no more than m others, these are all of them.
 
     Returns:
-      [R, m] int64 items, and [R, m] bool, which of them are there.
+      [R, m] int64 items, and [R, m] bool, which of them exist.
     """
     num_candidates = min(self.num_candidates, max(1, items.largest_class - 1))
     classes = np.searchsorted(items.class_ids, items.labels[anchors])
@@ -134,7 +135,7 @@ class Positives:
 def _distances(
   embeddings: np.ndarray, anchors: np.ndarray, items: np.ndarray
 ) -> np.ndarray:
-  """[R, m] float32, from anchors [R] to items [R, m]."""
+  """Returns distances [R, m] float32 from anchors [R] to items [R, m]."""
   distances = np.empty(items.shape, np.float32)
   bytes_a_row = 2 * 4 * items.shape[1] * embeddings.shape[1]
   num_rows = max(1, _BYTES_AT_ONCE // bytes_a_row)
@@ -149,14 +150,14 @@ _POSITIVES = Positives()
 
 
 class MinedExamples(NamedTuple):
-  """What was mined.
+  """Result of mining.
 
   Attributes:
     anchors: [A] int64 items.
     positives: [A, p] int64 items; −1 where there are fewer, at the end.
     negatives: [A, n] int64 items, nearest first; likewise.
-    suspected_mislabelled: items whose label is probably wrong, ascending.
-    counts: of items by what became of them.
+    suspected_mislabelled: items that are probably mislabelled, ascending.
+    counts: number of items by outcome.
     distances: means over anchors, by name.
   """
 
@@ -171,17 +172,17 @@ class MinedExamples(NamedTuple):
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class ExampleMining:
-  """For each item that can be an anchor: its positives, and hard negatives.
+  """Options for mining positives and hard negatives of each possible anchor.
 
-  A negative has another label than its anchor and is no copy of it. Where neighbours of
-  the anchor's own label leave fewer of others than the window is deep, 4 times as many
-  neighbours are looked at, once. An anchor that still has no negative is left out and
-  counted.
+  A negative has another label than its anchor and is not a copy of it. If neighbours
+  with the anchor's own label leave fewer others than the depth of the window, the
+  search is repeated once with 4 times as many neighbours. An anchor that still has no
+  negative is left out and counted.
 
   Attributes:
-    window: which of the neighbours of other labels are negatives.
+    window: which neighbours with other labels are negatives.
     positives: which items of the anchor's class are positives.
-    mislabelled: leaves out what probably has a wrong label; None to trust all labels.
+    mislabelled: excludes items that are probably mislabelled; None to trust all labels.
   """
 
   window: NegativeWindow
@@ -197,25 +198,25 @@ class ExampleMining:
   ) -> MinedExamples:
     """Mines among items.
 
-    Neighbours are kept in a temporary file, 8·k bytes an item, k at most twice the
-    window's depth; in memory there are 8·(p + n) bytes an item.
+    Neighbours are kept in a temporary file of 8·k bytes per item, with k at most twice
+    the window's depth. Memory is 8·(p + n) bytes per item.
 
     Args:
       embeddings: [N, D] float32, finite.
-      items: N of them.
-      contents: [N] uint64, alike for copies.
+      items: N items.
+      contents: [N] uint64, equal for copies.
       nearest: searches the embeddings.
 
     Raises:
-      UserError: there is no anchor with a positive and a negative, or no room in the
-        temporary folder.
+      UserError: no anchor has a positive and a negative, or the temporary folder has no
+        space.
     """
     num_items = len(items.labels)
     num_neighbours = min(self._num_neighbours(items), num_items - 1)
     if num_neighbours < 1:
       raise UserError(f"{num_items} items are too few to mine among.")
     with contextlib.ExitStack() as opened:
-      # Where one worker has no room, all end.
+      # If one worker has no space, all end.
       found = current_workers().run_on_all(
         lambda: opened.enter_context(neighbours_on_disk(num_items, num_neighbours))
       )
@@ -236,14 +237,14 @@ class ExampleMining:
     return choice.finished(num_looked_at_again=len(again), wider=wider)
 
   def _num_neighbours(self, items: CorpusItems) -> int:
-    """Room for the window, for as many of the own label, and for what may be asked."""
+    """Returns k: enough for the window, for the own label and for the filter."""
     depth = self.window.depth
     asked = self.mislabelled.num_neighbours if self.mislabelled is not None else 0
     return max(depth + min(depth, items.largest_class), asked)
 
 
 class _Choice:
-  """The examples, as they are chosen for one part of the items after the other."""
+  """Examples under construction, filled for one part of the items after another."""
 
   def __init__(
     self,
@@ -267,7 +268,7 @@ class _Choice:
     self._has_copy = np.zeros(num_items, bool)
 
   def add(self, anchors: np.ndarray, found: Neighbours) -> None:
-    """Chooses for anchors [R] among their neighbours [R, k]."""
+    """Chooses examples for anchors [R] among their neighbours [R, k]."""
     for start in range(0, len(anchors), _ROWS_AT_ONCE):
       watchdog.beat()
       rows = slice(start, start + _ROWS_AT_ONCE)
@@ -290,7 +291,7 @@ class _Choice:
     self._to_negatives[anchors] = distances[:, 0]
 
   def _is_candidate(self, anchors: np.ndarray, neighbours: np.ndarray) -> np.ndarray:
-    """[R, k] bool, which neighbours may be negatives."""
+    """Returns which neighbours may be negatives, [R, k] bool."""
     labels, contents = self._items.labels, self._contents
     is_other = (neighbours >= 0) & (labels[neighbours] != labels[anchors, None])
     is_copy = is_other & (contents[neighbours] == contents[anchors, None])
@@ -298,7 +299,7 @@ class _Choice:
     return is_other & ~is_copy & self._is_allowed[neighbours]
 
   def unfilled(self) -> np.ndarray:
-    """Items with a positive, and with fewer of other labels than the window is deep."""
+    """Returns items with a positive and fewer other-label neighbours than the depth."""
     has_few = self._num_others < self._mining.window.depth
     return np.flatnonzero(self._has_positive() & has_few)
 
@@ -306,14 +307,14 @@ class _Choice:
     return self._is_allowed & (self._positives[:, 0] >= 0)
 
   def finished(self, *, num_looked_at_again: int, wider: int) -> MinedExamples:
-    """What was chosen.
+    """Returns the mined examples.
 
     Args:
-      num_looked_at_again: for how many more neighbours were asked for.
-      wider: how many.
+      num_looked_at_again: number of anchors that were searched again.
+      wider: number of neighbours in that search.
 
     Raises:
-      UserError: there is no anchor with a positive and a negative.
+      UserError: no anchor has a positive and a negative.
     """
     has_positive, has_negative = self._has_positive(), self._negatives[:, 0] >= 0
     anchors = np.flatnonzero(has_positive & has_negative)

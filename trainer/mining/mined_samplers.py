@@ -1,9 +1,8 @@
-"""Samplers of mined examples and of neighbouring classes.
+"""Samplers of mined triplet groups and of neighbouring classes.
 
-Shapes: S steps, T groups a batch, p positives and n negatives a group.
-
-Shapes: S steps, P classes and K samples a class in a batch, C classes to draw from, L
-classes of the data, m neighbours of each, s seeds of neighbourhoods, H of P hard.
+Shapes: S steps. Groups: T groups in a batch, with p positives and n negatives each.
+Classes: P classes with K samples each in a batch, H of the P hard; C classes to draw
+from, L classes of the data, m neighbours of each, s seeds of neighbourhoods.
 """
 
 from __future__ import annotations
@@ -20,33 +19,32 @@ from trainer.data.samplers import PKSampler
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.round import Round
 
-# What hashes are for, so that no two uses of one seed are alike (1 to 4: trainer.data).
+# Purposes of hashes, so that each use of a seed differs (1 to 4: trainer.data).
 _ANCHORS, _POSITIVES, _NEGATIVES = 5, 6, 7
-
-_BLOCKS = 8  # What a hash is for; see `mined_groups`.
+_BLOCKS = 8
 
 
 @gin.register
 class MinedTripletSampler:
-  """T groups of a round's examples: a pure function of seed, step and round.
+  """Sampler of T groups of a round: a pure function of seed, step and round.
 
-  Each anchor comes once an epoch, and each time goes on in its positives and negatives
-  where it was; of fewer than p or n each is repeated as equally often as possible. The
-  anchors of a batch are distinct. A record may be in several groups of a batch: the
-  losses take it as one more example of its class.
+  Each anchor comes once per epoch, and each time continues through its positives and
+  negatives where it stopped. If it has fewer than p or n, each is repeated as equally
+  often as possible. The anchors of a batch are distinct. A record may be in several
+  groups of a batch; the losses then count it as one more example of its class.
 
   Attributes:
     shape: (T, 1 + p + n).
-    group: (p, n), as `WithinGroups` asks for it.
+    group: (p, n), as required by `WithinGroups`.
 
   Args:
-    index: of the records; what it has is not looked at.
-    mining_round: has examples.
+    index: of the records; unused.
+    mining_round: a round with examples.
     groups_per_batch: T.
     positives_per_group: p.
     negatives_per_group: n.
-    seed: another seed, another order.
-    classes: of the records; a round is of these already.
+    seed: random seed of the order.
+    classes: of the records; unused, since a round only has these classes.
 
   Raises:
     UserError: a number is below 1, or the round has no examples or fewer than T.
@@ -92,11 +90,11 @@ class MinedTripletSampler:
     self.group = (positives_per_group, negatives_per_group)
 
   def batch(self, step: int) -> np.ndarray:
-    """[T, 1 + p + n] int64, the record numbers of a step."""
+    """Returns the record numbers of a step, [T, 1 + p + n] int64."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, T, 1 + p + n] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, as [S, T, 1 + p + n] int64."""
     num_anchors = len(self._anchors)
     sizes = np.full(steps.shape, num_anchors)
     keys = np.broadcast_to(permutation.mix(self._seed, _ANCHORS), steps.shape)
@@ -118,7 +116,7 @@ class MinedTripletSampler:
     use: int,
     num_drawn: int,
   ) -> np.ndarray:
-    """[R, num_drawn] int64, what rows [R] of lists give in epochs [R]."""
+    """Draws from rows [R] of `lists` in epochs [R]; returns [R, num_drawn] int64."""
     listed = lists[rows]
     sizes = np.count_nonzero(listed >= 0, axis=1)
     keys = permutation.mix(self._seed, use, rows)
@@ -136,20 +134,21 @@ def with_neighbouring_classes(
   neighbours_per_seed: int,
   classes: Optional[np.ndarray] = None,
 ) -> PKSampler:
-  """P×K batches of which a share of the classes are neighbourhoods of a round.
+  """Returns a P×K sampler with a share of classes in neighbourhoods of a round.
 
   Args:
-    index: knows classes and members.
-    mining_round: has the neighbours of classes.
-    sampler_fn: makes the sampler, which says P, K, seed and the weights of classes.
-    hard_share: of the P classes, 0 … 1.
-    neighbours_per_seed: how many classes a neighbourhood has beside its seed, about:
-      where neighbourhoods overlap, the next nearest take the place of what they share.
+    index: classes and their members.
+    mining_round: a round with neighbours of classes.
+    sampler_fn: builds the sampler, with P, K, seed and class weights.
+    hard_share: share of the P classes, 0 … 1.
+    neighbours_per_seed: approximate number of classes in a neighbourhood, in addition
+      to its seed. If neighbourhoods overlap, the next nearest classes replace shared
+      ones.
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: the share is outside 0 to 1, there is no neighbour, the round has no
-      neighbours of classes or fewer of each, or fewer than P classes can be drawn.
+    UserError: the share is outside 0 to 1, `neighbours_per_seed` is below 1, the round
+      has no or too few neighbours of classes, or fewer than P classes can be drawn.
   """
   if not 0 <= hard_share <= 1 or neighbours_per_seed < 1:
     raise UserError(
@@ -179,21 +178,21 @@ def with_neighbouring_classes(
 
 
 class NeighbouringClasses:
-  """Draws neighbourhoods, and fills up with what another stream draws.
+  """Class stream of neighbourhoods, filled up with classes of another stream.
 
-  The first s classes that the other stream draws are seeds. Then come the nearest of
-  each seed, the second nearest of each, and so on, without what is there already, until
-  there are H; then what the other stream has left, until there are P. All of a batch
-  takes O(s·m + P) numbers; no class is looked at that is not drawn or near.
+  The first s classes of the other stream are seeds. The nearest class of each seed
+  follows, then the second nearest of each, and so on, without duplicates, until there
+  are H. Then come the remaining classes of the other stream, until there are P. A batch
+  takes O(s·m + P) numbers; only drawn classes and their neighbours are read.
 
   Args:
     stream: draws P distinct classes.
     num_drawn: P.
     class_ids: [C] int32, ids of the classes to draw from; None for all L.
-    neighbours: [L, m] int32 ids, nearest first; −1 for none. May be mapped.
+    neighbours: [L, m] int32 ids, nearest first; −1 for none. May be memory-mapped.
     hard_share: H / P.
     neighbours_per_seed: about H / s − 1.
-    round_step: of the round, for another choice of members each round.
+    round_step: step of the round, so that each round draws other members.
   """
 
   def __init__(
@@ -215,13 +214,13 @@ class NeighbouringClasses:
     self._class_ids = class_ids
     self._places: Optional[np.ndarray] = None
     if class_ids is not None:
-      # One more, for −1.
+      # One extra entry for −1.
       self._places = np.full(len(neighbours) + 1, -1, np.int32)
       self._places[class_ids] = np.arange(len(class_ids))
     self._key = permutation.mix(round_step, _BLOCKS)
 
   def draw(self, steps: np.ndarray) -> Draws:
-    """The classes of steps [S] int64, each neighbourhood together, seed first."""
+    """Draws the classes of steps [S] int64, each neighbourhood together, seed first."""
     base = self._stream.draw(steps)
     if not self._num_hard:
       return base
@@ -236,14 +235,14 @@ class NeighbouringClasses:
     is_drawn &= np.cumsum(is_drawn, axis=1) <= self._num_drawn
     columns = self._columns_in_order(is_drawn)
     classes = np.take_along_axis(every, columns, axis=1)
-    # The columns of the neighbours lie between the two parts of the other stream's.
+    # The neighbours' columns lie between the two parts of the other stream's columns.
     is_near = (columns >= self._num_seeds) & (columns < hard.shape[1])
     of_stream = np.where(columns < self._num_seeds, columns, columns - near.shape[1])
     blocks = np.take_along_axis(base.blocks, np.where(is_near, 0, of_stream), axis=1)
     return Draws(classes, np.where(is_near, self._blocks(steps, classes), blocks))
 
   def _near(self, seeds: np.ndarray) -> np.ndarray:
-    """[S, m·s] int64 classes, the nearest of all seeds first; −1 for none."""
+    """Returns [S, m·s] int64 classes, the nearest of all seeds first; −1 for none."""
     ids = seeds if self._class_ids is None else self._class_ids[seeds]
     near = self._neighbours[ids]
     if self._places is not None:
@@ -251,7 +250,7 @@ class NeighbouringClasses:
     return near.transpose(0, 2, 1).reshape(len(seeds), -1).astype(np.int64)
 
   def _columns_in_order(self, is_drawn: np.ndarray) -> np.ndarray:
-    """[S, P] int64, the columns that are drawn, those of a neighbourhood together."""
+    """Returns the drawn columns, [S, P] int64, with each neighbourhood together."""
     num_near = self._neighbours.shape[1] * self._num_seeds
     ranks = np.arange(num_near + self._num_seeds)
     order = ranks % self._num_seeds * (1 + len(ranks)) + ranks
@@ -262,13 +261,13 @@ class NeighbouringClasses:
     return by_place[found[:, : self._num_drawn]]
 
   def _blocks(self, steps: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """[S, …] int64, any block of the members of each class."""
+    """Returns a pseudorandom block of members for each class, [S, …] int64."""
     hashes = permutation.mix(self._key, steps[:, None], classes)
     return (hashes >> np.uint64(33)).astype(np.int64)
 
 
 def _is_first(values: np.ndarray) -> np.ndarray:
-  """Which values [S, n] no earlier one of the same row equals."""
+  """Returns which values [S, n] have no equal earlier value in their row."""
   order = np.argsort(values, axis=1, kind="stable")
   in_order = np.take_along_axis(values, order, axis=1)
   is_new = np.ones(values.shape, bool)

@@ -1,4 +1,4 @@
-"""Mines a round: embeds the training classes, and looks for what is near what.
+"""Miner of rounds: embeds the training classes and searches for near items.
 
 Shapes: N items, D dimensions, A anchors, p positives, n negatives, L classes of the
 data, m neighbours of a class.
@@ -29,24 +29,24 @@ from trainer.retrieval.ground_truth import RecordItems
 from trainer.retrieval.ranking import check_finite
 from trainer.training.step import TrainStep
 
-_ITEMS = 1  # What a hash is for.
+_ITEMS = 1  # Purpose of a hash.
 _NUM_NAMES = 100
 
 
 class Mined(NamedTuple):
-  """What a round has.
+  """Content of a round.
 
   Attributes:
     arrays: by name: "anchors" [A], "positives" [A, p] and "negatives" [A, n] int32
       record numbers, −1 where there are fewer; "class_neighbours" [L, m] int32.
-    facts: plain values: what was mined among, how, and what came of it.
+    facts: plain values that describe items, method and results.
   """
 
   arrays: Mapping[str, np.ndarray]
   facts: Mapping[str, Any]
 
   def summary(self) -> str:
-    """In words, what was found."""
+    """Returns the counts as text."""
     counts = self.facts["counts"].items()
     return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts)
 
@@ -54,21 +54,20 @@ class Mined(NamedTuple):
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class Miner:
-  """What a round looks for, among which records, and how.
+  """Options of a round: what is mined, among which records, and how.
 
   Attributes:
     examples: how anchors get positives and negatives; None for no examples.
-    num_class_neighbours: m, how many nearest classes of each are kept; 0 for none.
-    records_per_class: of how many records of a class at most a round is made, drawn
-      anew for each; None for all.
+    num_class_neighbours: m, the number of nearest classes kept per class; 0 for none.
+    records_per_class: the largest number of records of a class in a round, drawn again
+      for each round; None for all.
     index_kind: "exact"; a kind of FAISS index: "flat", "ivf_flat", "ivf_pq", "hnsw"; or
       "auto": exact or flat up to 50,000 items, then IVF-PQ.
     global_batch_size: records embedded at once, over all replicas.
-    seed: of the records that are drawn, and of the positives.
+    seed: random seed for drawing records and positives.
 
   Raises:
-    UserError: there is nothing to look for, a number is too small, or the kind is
-      unknown.
+    UserError: there is nothing to mine, a number is too small, or the kind is unknown.
   """
 
   examples: Optional[ExampleMining] = None
@@ -92,16 +91,16 @@ class Miner:
         raise UserError(f"Miner.{name}={value} must be at least {at_least}.")
 
   def check(self, dataset: Dataset) -> None:
-    """Checks, before anything is mined, that copies of its records can be known.
+    """Checks, before mining, that copies among the records can be detected.
 
     Raises:
-      UserError: they can't.
+      UserError: the decoder does not declare its features.
     """
     if self.examples is not None:
       corpus.dedup_features(dataset.decoder)
 
   def embedder(self, encoder: tf.keras.Model, dataset: Dataset) -> Embedder:
-    """What embeds for all rounds; it is traced once."""
+    """Returns the embedder for all rounds; it is traced once."""
     return Embedder(
       encoder,
       dataset.index,
@@ -111,14 +110,16 @@ class Miner:
     )
 
   def mining_of(self, step: TrainStep, dataset: Dataset) -> Callable[[int], Mined]:
-    """Mines with the encoder of a training, averaged where that is what is evaluated.
+    """Returns a function that mines with the encoder of a training step.
+
+    The encoder's weights are averaged if averaged weights are evaluated.
 
     Args:
-      step: its encoder and averages.
-      dataset: its training classes are mined among.
+      step: its encoder and weight averages are used.
+      dataset: its training classes are mined.
 
     Returns:
-      Gives a round, of the number of steps done.
+      A function from the number of completed steps to a round.
     """
     embedder = self.embedder(step.encoder, dataset)
 
@@ -129,14 +130,14 @@ class Miner:
     return mine
 
   def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> Mined:
-    """Mines with the encoder as it is now. To be called by all workers alike.
+    """Mines with the current encoder; must be called on all workers.
 
-    In memory there are the embeddings of all items, 4·D bytes each, and what the parts
-    say of themselves.
+    Memory: the embeddings of all items, 4·D bytes each, and the needs documented in the
+    modules used.
 
     Args:
       embedder: of the encoder.
-      dataset: its training classes are mined among.
+      dataset: its training classes are mined.
       step: number of steps the encoder was trained.
 
     Raises:
@@ -153,7 +154,7 @@ class Miner:
   def _mine_embedded(
     self, embeddings: np.ndarray, items: CorpusItems, dataset: Dataset
   ) -> Mined:
-    """Mines among items [N] whose embeddings [N, D] are there."""
+    """Mines among items [N] with embeddings [N, D]."""
     index = dataset.index
     arrays: dict[str, np.ndarray] = {}
     facts: dict[str, Any] = {
@@ -161,7 +162,7 @@ class Miner:
       "counts": {"items": len(items.labels), "classes": len(items.class_ids)},
     }
     if self.examples is not None:
-      # Where one worker can't, all end. They may search together, so not in here.
+      # An error on one worker ends all. Workers may search together, outside of this.
       nearest, contents = current_workers().run_on_all(
         lambda: (
           NearestItems(embeddings, self.index_kind),
@@ -189,7 +190,7 @@ class Miner:
 
 
 def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
-  """[N, D] float32, of records [N] in their order; no more than that is held."""
+  """Returns the embeddings of records [N] in their order, [N, D] float32."""
   embeddings = np.empty((0, 0), np.float32)
   for number, rows in enumerate(embedder.embed(record_numbers)):
     if not number:
@@ -200,7 +201,7 @@ def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
 
 
 def corpus_fingerprint(dataset: Dataset) -> dict[str, str]:
-  """What tells records and training classes from others, by name."""
+  """Returns the fingerprint of records and training classes, by name."""
   classes = np.ascontiguousarray(dataset.train_classes, np.int32)
   return {
     **dataset.index.fingerprint(),
@@ -211,7 +212,7 @@ def corpus_fingerprint(dataset: Dataset) -> dict[str, str]:
 def _as_records(
   mined: MinedExamples, record_numbers: np.ndarray
 ) -> dict[str, np.ndarray]:
-  """Record numbers in the place of items."""
+  """Converts item numbers to record numbers."""
   numbers = np.append(record_numbers, -1).astype(np.int32)
   return {
     name: numbers[getattr(mined, name)]
@@ -221,7 +222,7 @@ def _as_records(
 
 @functools.lru_cache(maxsize=1)
 def _contents(dataset: Dataset, record_numbers: bytes) -> np.ndarray:
-  """Kept from one round to the next, where they mine among the same records."""
+  """Returns content hashes, cached between rounds over the same records."""
   return corpus.content_hashes(
     dataset.index,
     np.frombuffer(record_numbers, np.int64),

@@ -1,8 +1,7 @@
-"""Windows of negatives, and items that are probably mislabelled.
+"""Windows of negatives, and a filter for items that are probably mislabelled.
 
-Shapes: R anchors, k neighbours, nearest first, n negatives.
-
-Shapes: N items, k neighbours, q of them that are asked.
+Shapes: N items, R anchors, k neighbours (nearest first), n negatives, q neighbours that
+the filter compares.
 """
 
 from __future__ import annotations
@@ -20,15 +19,15 @@ _ROWS_AT_ONCE = 4_096
 
 
 class NegativeWindow(Protocol):
-  """Chooses negatives among neighbours."""
+  """Protocol of a rule that chooses negatives among neighbours."""
 
   @property
   def num_negatives(self) -> int:
-    """N, of an anchor at most."""
+    """n, the largest number of negatives of an anchor."""
 
   @property
   def depth(self) -> int:
-    """How many of the nearest of other labels are looked at."""
+    """Number of nearest neighbours with other labels that are considered."""
 
   def choose(
     self,
@@ -36,22 +35,25 @@ class NegativeWindow(Protocol):
     is_candidate: np.ndarray,
     farthest_positive: np.ndarray,
   ) -> np.ndarray:
-    """[R, n] int64 columns of the neighbours, nearest first; −1 where there are fewer.
+    """Chooses negatives among the neighbours.
 
     Args:
       distances: [R, k] float32, ascending.
       is_candidate: [R, k] bool, which neighbours may be negatives.
       farthest_positive: [R] float32, distance of the anchor's farthest positive.
+
+    Returns:
+      [R, n] int64 columns of the neighbours, nearest first; −1 where there are fewer.
     """
 
 
 @gin.register
 class RankWindow:
-  """The neighbours of other labels from one rank to another; 1 is the nearest.
+  """Neighbours with other labels within a range of ranks; 1 is the nearest.
 
-  What is nearest of all is often of the anchor's class in truth, hence a first rank
-  above 1 (as in Xiong et al., 2021, https://arxiv.org/abs/2007.00808, who draw from the
-  first 200, and Qu et al., 2021, https://arxiv.org/abs/2010.08191, on such negatives).
+  The nearest of all often belong to the anchor's true class, hence a first rank above
+  1. Xiong et al., 2021, https://arxiv.org/abs/2007.00808, draw from the first 200; Qu
+  et al., 2021, https://arxiv.org/abs/2010.08191, discuss such negatives.
 
   Attributes:
     num_negatives: last − first + 1.
@@ -80,7 +82,7 @@ class RankWindow:
     is_candidate: np.ndarray,
     farthest_positive: np.ndarray,
   ) -> np.ndarray:
-    """As `NegativeWindow.choose`; distances are not looked at."""
+    """Chooses as `NegativeWindow.choose`; distances are ignored."""
     ranks = np.cumsum(is_candidate, axis=1)
     is_inside = is_candidate & (ranks >= self._first) & (ranks <= self.depth)
     return first_columns(is_inside, self.num_negatives)
@@ -88,18 +90,18 @@ class RankWindow:
 
 @gin.register
 class MarginWindow:
-  """Semi-hard: d_ap < d_an < d_ap + margin, p the farthest of the anchor's positives.
+  """Semi-hard: d_ap < d_an < d_ap + margin, with p the anchor's farthest positive.
 
   Source: Schroff et al., "FaceNet", 2015, https://arxiv.org/abs/1503.03832, where each
   anchor has one positive.
 
   Args:
     margin: Euclidean distance.
-    num_negatives: n; of more inside of the window the nearest.
-    depth: how many of the nearest of other labels are looked at.
+    num_negatives: n; if more are inside the window, the nearest are chosen.
+    depth: number of nearest neighbours with other labels that are considered.
 
   Raises:
-    UserError: the margin is not above 0, or fewer are looked at than are wanted.
+    UserError: the margin is not above 0, or `num_negatives` is not from 1 to `depth`.
   """
 
   def __init__(self, *, margin: float, num_negatives: int, depth: int = 100):
@@ -119,7 +121,7 @@ class MarginWindow:
     is_candidate: np.ndarray,
     farthest_positive: np.ndarray,
   ) -> np.ndarray:
-    """As `NegativeWindow.choose`."""
+    """Chooses as `NegativeWindow.choose`."""
     nearest, farthest = farthest_positive, farthest_positive + self._margin
     is_inside = (distances > nearest[:, None]) & (distances < farthest[:, None])
     is_seen = np.cumsum(is_candidate, axis=1) <= self.depth
@@ -127,7 +129,7 @@ class MarginWindow:
 
 
 def first_columns(is_chosen: np.ndarray, num_columns: int) -> np.ndarray:
-  """The first chosen columns of each row.
+  """Returns the first chosen columns of each row.
 
   Args:
     is_chosen: [R, k] bool.
@@ -145,18 +147,18 @@ def first_columns(is_chosen: np.ndarray, num_columns: int) -> np.ndarray:
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class MislabelledFilter:
-  """An item is doubted where nearly all of its nearest are of one other label.
+  """Filter for items whose nearest neighbours nearly all share one other label.
 
-  That is: of its q nearest other items at least ⌈q·min_share⌉ have one and the same
-  label, which is not its own. Copies of the item say nothing, and count as of no label.
-  What is doubted is no anchor, no positive and no negative.
+  An item is suspected of a wrong label if at least ⌈q·min_share⌉ of its q nearest other
+  items have the same label, which is not its own. Copies of the item do not count. A
+  suspected item is used neither as an anchor nor as a positive or negative.
 
   Attributes:
     num_neighbours: q.
     min_share: above 0.5, at most 1.
 
   Raises:
-    UserError: none is asked, or half of them would be enough.
+    UserError: `num_neighbours` is below 1, or `min_share` is not above 0.5.
   """
 
   num_neighbours: int = 10
@@ -172,12 +174,12 @@ class MislabelledFilter:
   def suspected_mislabelled(
     self, neighbours: np.ndarray, labels: np.ndarray, contents: np.ndarray
   ) -> np.ndarray:
-    """Which items are suspected_mislabelled.
+    """Returns which items are suspected of a wrong label.
 
     Args:
       neighbours: [N, k] int32 items, nearest first; −1 for none.
       labels: [N] int32.
-      contents: [N] uint64, alike for copies.
+      contents: [N] uint64, equal for copies.
 
     Returns:
       [N] bool.

@@ -1,4 +1,4 @@
-"""Offline mining: how often, by which process, and the sampler over rounds.
+"""Options of offline mining, and the sampler that switches between rounds.
 
 Shapes: S steps, B records in a batch.
 """
@@ -22,37 +22,37 @@ from trainer.retrieval import knn
 
 
 class PiecewiseSampler:
-  """A pure function of the step, given from which steps which rounds hold.
+  """Sampler of a run, a pure function of the step and of the rounds in use.
 
-  The one that holds and the one before it are kept: what is read ahead may still be of
-  that. Older ones are let go, so that the disk space of rounds that were removed is
-  free again.
+  Only the current sampler and the one before it are kept, because batches that are read
+  ahead may still use the latter. Older samplers are released, which frees the disk
+  space of removed rounds.
 
   Attributes:
-    shape: that of the plain sampler; batches of all rounds have as many records.
+    shape: shape of the plain sampler; batches of all rounds have as many records.
 
   Args:
-    plain: holds from step 0.
+    plain: sampler used from step 0.
   """
 
   def __init__(self, plain: BatchSampler):
     self.shape = plain.shape
-    # Replaced and never changed: what reads ahead may draw in another thread.
+    # Replaced and never modified: another thread may draw while it reads ahead.
     self._held: tuple[tuple[int, BatchSampler], ...] = ((0, plain),)
 
   def hold(self, first_step: int, sampler: BatchSampler) -> None:
-    """Lets a sampler hold from a step, which is not before that of an earlier one."""
+    """Uses a sampler from a step on, which is not before that of an earlier sampler."""
     self._held = (self._held[-1], (first_step, sampler))
 
   def batch(self, step: int) -> np.ndarray:
-    """The record numbers of a step, in the shape of the plain sampler."""
+    """Returns the record numbers of a step, in the shape of the plain sampler."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, ...] int64, the record numbers of steps [S] int64.
+    """Returns the record numbers of steps [S] int64, as [S, ...] int64.
 
     Raises:
-      ValueError: a step is before those of the samplers that are kept.
+      ValueError: a step is before the first step of the samplers that are kept.
     """
     firsts, samplers = zip(*self._held)
     if (steps < firsts[0]).any():
@@ -69,26 +69,26 @@ class PiecewiseSampler:
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class OfflineMining:
-  """At each multiple of so many steps the training goes over to another mining round.
+  """Options of offline mining: training switches to a new round every `every_steps`.
 
   Attributes:
-    sampler_fn: makes the sampler of a round: `MinedTripletSampler`, or
-      `with_neighbouring_classes`. A batch has as many records as that of
-      `train.sampler_fn`, which holds before the first round.
+    sampler_fn: builds the sampler of a round: `MinedTripletSampler` or
+      `with_neighbouring_classes`. Its batches have as many records as those of
+      `train.sampler_fn`, which is used before the first round.
     every_steps: a multiple of `LoopOptions.steps_per_loop`.
-    miner: mines in the training itself, with the weights as they are (averaged, if
-      those are evaluated); None where `--mode=mine` mines in a process beside it, of
-      which the newest round is taken.
-    max_age_steps: how many steps behind the training a round may be when it is taken,
-      or when it is kept for want of a newer one; before the first round, how many steps
-      may pass without. None for any.
-    when_too_few: where a round has fewer examples than a batch, as nothing may be hard
-      in the end where training goes well: "keep" the batches as they are, with a
-      warning, or "stop".
+    miner: mines in the training process with the current weights (averaged, if averaged
+      weights are evaluated). None if `--mode=mine` mines in a separate process, whose
+      newest round is used.
+    max_age_steps: the largest age of a round, in steps behind the training, when it is
+      selected, or kept because there is no newer one. Before the first round, the
+      largest number of steps without a round. None for no limit.
+    when_too_few: the policy if a round has fewer examples than a batch, as late in a
+      successful run there may be few hard examples. "keep" keeps the current batches,
+      with a warning; "stop" ends the run.
     max_wait_s: how long to wait for a round that is not too old, seconds.
 
   Raises:
-    UserError: a number is too small, or `when_too_few` is neither.
+    UserError: a number is too small, or `when_too_few` is unknown.
   """
 
   sampler_fn: Callable[..., BatchSampler]
@@ -111,18 +111,18 @@ class OfflineMining:
       )
 
   def fingerprint(self) -> dict[str, object]:
-    """By name, what must be alike on all workers, which search each or together."""
+    """Returns the facts that must be equal on all workers, by name."""
     is_mining = self.miner is not None
     return {"FAISS is installed": knn.is_faiss_installed()} if is_mining else {}
 
   def check(self, steps_per_loop: int) -> None:
-    """Checks that rounds begin where the host looks in.
+    """Checks that rounds begin at the end of an inner loop.
 
     Args:
-      steps_per_loop: of the loop.
+      steps_per_loop: steps of an inner loop.
 
     Raises:
-      UserError: they don't.
+      UserError: `every_steps` is not a multiple of `steps_per_loop`.
     """
     if self.every_steps % steps_per_loop:
       raise UserError(
@@ -134,11 +134,11 @@ class OfflineMining:
     """Checks that a round is not too old to train with.
 
     Args:
-      step: number of steps done.
-      round_step: of the round; None where there is none.
+      step: number of completed steps.
+      round_step: step of the round; None if there is no round.
 
     Raises:
-      UserError: it is.
+      UserError: the round is too old.
     """
     if self.max_age_steps is None or step - (round_step or 0) <= self.max_age_steps:
       return
@@ -162,18 +162,18 @@ class OfflineMining:
   def dry_run(
     self, dataset: Dataset, plain_shape: Sequence[int], num_replicas: int
   ) -> BatchSampler:
-    """Checks, before there is one, that rounds will fit.
+    """Checks, before the first round, that rounds will fit.
 
     Args:
       dataset: as in `sampler_of`.
-      plain_shape: likewise.
-      num_replicas: likewise.
+      plain_shape: as in `sampler_of`.
+      num_replicas: as in `sampler_of`.
 
     Returns:
-      As those of rounds will be, but with nothing to draw.
+      A sampler like those of later rounds, but without examples to draw.
 
     Raises:
-      UserError: as `sampler_of`; the miner doesn't look for what is drawn.
+      UserError: as in `sampler_of`; or the miner does not mine what the sampler draws.
     """
     if self.miner is not None:
       self.miner.check(dataset)
@@ -187,17 +187,17 @@ class OfflineMining:
     plain_shape: Sequence[int],
     num_replicas: int,
   ) -> BatchSampler:
-    """The sampler of a round.
+    """Returns the sampler of a round.
 
     Args:
-      mining_round: whole.
+      mining_round: a complete round.
       dataset: its training classes are drawn from.
-      plain_shape: of the plain sampler.
-      num_replicas: among which the rows are divided.
+      plain_shape: shape of the plain sampler.
+      num_replicas: number of replicas that share the rows.
 
     Raises:
-      UserError: the round has not what is drawn, or a batch is not as large as that of
-        the plain sampler, or does not divide.
+      UserError: the round lacks what the sampler draws, or a batch differs in size from
+        that of the plain sampler, or does not split over the replicas.
     """
     sampler = self.sampler_fn(
       dataset.index, mining_round, classes=dataset.train_classes

@@ -1,20 +1,20 @@
 """A mining round on disk, its specification, and the log of rounds in use.
 
-Shapes: N records that can be mined among, L classes of the data.
-
     mining/round-00000400/anchors.npy            [A] int32 record numbers
                           positives.npy          [A, p] int32; −1 where there are fewer
                           negatives.npy          [A, n] int32; likewise
                           class_neighbours.npy   [L, m] int32 class ids; likewise
-                          manifest.json          what it is, sizes and hashes
+                          manifest.json          facts, sizes and hashes
 
-400 is the step of the encoder. A round is made in a folder aside and then renamed: one
-that a process was killed over is never seen.
+400 is the step of the encoder. A round is written to a temporary folder and renamed
+when it is complete, so a process killed while writing leaves no partial round.
 
-Shapes: A anchors, p positives, n negatives, L classes, m neighbours of a class.
+`mining/rounds.jsonl` has one object per decision. {"step": 400, "round": 200} means
+that batches from step 400 on are drawn from the round of step 200; null means the plain
+sampler.
 
-`mining/rounds.jsonl` has an object a decision, {"step": 400, "round": 200}: from step
-400 on the batches are of the round of step 200; of the plain sampler where it is null.
+Shapes: N records that can be mined, A anchors, p positives, n negatives, L classes of
+the data, m neighbours of a class.
 """
 
 from __future__ import annotations
@@ -50,31 +50,31 @@ ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
 
 
 class Round(Protocol):
-  """What a sampler is made of."""
+  """Protocol of a round, from which a sampler is built."""
 
   @property
   def step(self) -> int:
-    """Number of steps its encoder was trained."""
+    """Number of steps the encoder of the round was trained."""
 
   @property
   def arrays(self) -> Mapping[str, np.ndarray]:
-    """By name, as `Mined` has them."""
+    """Arrays by name, as in `Mined`."""
 
 
 class RoundSpec(NamedTuple):
-  """As `Round`; of the first step, and nothing in it is meant to be drawn."""
+  """Specification of a round: a `Round` of step 0 without values to draw."""
 
   step: int
   arrays: Mapping[str, np.ndarray]
 
 
 def round_spec(miner: Optional[Miner], dataset: Dataset) -> RoundSpec:
-  """A round as large as a miner's can be, for checks before there is one.
+  """Returns the specification of a miner's largest round, for checks before mining.
 
   Args:
-    miner: None where another process mines, from which anything may come.
-    dataset: its training classes are mined among. Each record is an anchor: no round
-      has more.
+    miner: None if another process mines; its rounds may then have any content.
+    dataset: its training classes are mined. Each record counts as an anchor, which no
+      round exceeds.
 
   Returns:
     Arrays that take no memory.
@@ -97,7 +97,7 @@ def round_spec(miner: Optional[Miner], dataset: Dataset) -> RoundSpec:
 
 
 def _num_items(dataset: Dataset, records_per_class: Optional[int]) -> int:
-  """N."""
+  """Returns N."""
   sizes = np.diff(dataset.index.member_table.starts)[dataset.train_classes]
   return int(
     sizes.sum()
@@ -107,25 +107,25 @@ def _num_items(dataset: Dataset, records_per_class: Optional[int]) -> int:
 
 
 class OtherDataError(UserError):
-  """A round is of other records or classes than those that are trained on."""
+  """A round was mined from other records or classes than those of the training."""
 
 
 class MiningRound:
-  """A round that is whole.
+  """A complete round.
 
   Attributes:
-    step: number of steps its encoder was trained.
-    arrays: by name, mapped.
-    facts: what the manifest says of it.
+    step: number of steps the encoder of the round was trained.
+    arrays: memory-mapped arrays by name.
+    facts: facts in the manifest.
 
   Args:
     model_dir: folder of the run.
-    step: one of `steps`.
-    fingerprint: what tells the records and the classes from others, by name.
+    step: one of `round_steps`.
+    fingerprint: of the records and classes, by name.
 
   Raises:
-    UserError: it is not there, or not whole.
-    OtherDataError: it is of other records or classes.
+    UserError: the round is missing or incomplete.
+    OtherDataError: the round is of other records or classes.
   """
 
   def __init__(self, model_dir: str, step: int, fingerprint: Mapping[str, Any]):
@@ -172,12 +172,12 @@ class MiningRound:
 
 
 def round_path(model_dir: str, step: int) -> str:
-  """The folder of the round of a step."""
+  """Returns the folder of the round of a step."""
   return os.path.join(model_dir, ROUNDS_FOLDER, _ROUND.format(step))
 
 
 def round_steps(model_dir: str) -> list[int]:
-  """The steps of the rounds that are there, the newest first."""
+  """Returns the steps of the rounds on disk, newest first."""
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
   names = os.listdir(folder) if os.path.isdir(folder) else []
   matches = (_NAME.fullmatch(name) for name in names)
@@ -185,7 +185,7 @@ def round_steps(model_dir: str) -> list[int]:
 
 
 def round_time(model_dir: str, step: int) -> int:
-  """When a round was made, in nanoseconds of the file system; 0 where it is gone."""
+  """Returns when a round was made, in file-system nanoseconds; 0 if it is missing."""
   try:
     return os.stat(os.path.join(round_path(model_dir, step), _MANIFEST)).st_mtime_ns
   except OSError:
@@ -201,18 +201,18 @@ def write_round(
   num_records: int,
   num_classes: int,
 ) -> None:
-  """Writes a round, whole or not at all; one of the same step is replaced.
+  """Writes a round atomically; a round of the same step is replaced.
 
   Args:
-    model_dir: folder of the run; no other process writes rounds into it.
+    model_dir: folder of the run; no other process writes rounds to it.
     step: number of steps the encoder was trained.
-    mined: what it has.
-    fingerprint: what tells the records and the classes from others, by name.
+    mined: content of the round.
+    fingerprint: of the records and classes, by name.
     num_records: of the data.
     num_classes: of the data.
 
   Raises:
-    UnwritableError: it can't be written; what was there before is as it was.
+    UnwritableError: the round cannot be written; the folder is unchanged.
   """
   aside = os.path.join(model_dir, ROUNDS_FOLDER, _ASIDE)
   try:
@@ -243,7 +243,7 @@ def write_round(
 
 @contextlib.contextmanager
 def alone(model_dir: str) -> Iterator[None]:
-  """Keeps other processes from writing rounds into the folder of a run.
+  """Keeps other processes from writing rounds to the folder of a run.
 
   Args:
     model_dir: folder of the run.
@@ -252,8 +252,8 @@ def alone(model_dir: str) -> Iterator[None]:
     Nothing.
 
   Raises:
-    UserError: another process writes rounds into it.
-    UnwritableError: the folder can't be written to.
+    UserError: another process writes rounds to the folder.
+    UnwritableError: the folder cannot be written to.
   """
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
   with contextlib.ExitStack() as claimed:
@@ -268,10 +268,10 @@ def alone(model_dir: str) -> Iterator[None]:
 
 
 def remove_round(model_dir: str, step: int) -> None:
-  """Removes a round; who has it mapped keeps it."""
+  """Removes a round; processes that have it mapped keep its content."""
   folder = round_path(model_dir, step)
   if os.path.isdir(folder):
-    # Its manifest first: what is left of it, if this is cut off, is no round.
+    # Remove the manifest first, so that an interrupted removal leaves no valid round.
     manifest = os.path.join(folder, _MANIFEST)
     if os.path.exists(manifest):
       os.remove(manifest)
@@ -279,13 +279,13 @@ def remove_round(model_dir: str, step: int) -> None:
 
 
 def set_round_aside(model_dir: str) -> None:
-  """Puts all rounds, and what was decided of them, into another folder beside.
+  """Moves all rounds and their decisions to a folder for earlier rounds.
 
   Args:
-    model_dir: folder of the run. What was set aside in it before is removed.
+    model_dir: folder of the run. What was moved aside before is removed.
 
   Raises:
-    UserError: it can't be.
+    UserError: the folder cannot be renamed.
   """
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
   before = os.path.join(model_dir, _BEFORE)
@@ -315,13 +315,13 @@ def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
 
 
 def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
-  """An array, mapped, if its file is the one that the manifest tells of."""
+  """Returns a memory-mapped array, if its file matches the manifest."""
   path = os.path.join(folder, f"{name}.npy")
   fault = _fault(path, expected)
   if fault is None:
     try:
       array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # Python's parser reads the head, and has many.
+    except Exception as error:  # Python's parser of the header raises many types.
       fault = f"it is no array: {reason_of(error)}"
     else:
       shape = tuple(expected["shape"])
@@ -344,7 +344,7 @@ def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
 
 
 class RoundLog:
-  """The decisions of a run.
+  """Log of the decisions of a run.
 
   Args:
     model_dir: folder of the run.
@@ -354,10 +354,10 @@ class RoundLog:
     self.path = os.path.join(model_dir, ROUND_LOG_FILE)
 
   def decisions(self) -> dict[int, Optional[int]]:
-    """By the step, ascending, which round holds from there; None for plain batches.
+    """Returns the round in use from each step on, ascending; None for plain batches.
 
     Raises:
-      UserError: the file can't be read.
+      UserError: the file cannot be read.
     """
     if not os.path.exists(self.path):
       return {}
@@ -373,14 +373,14 @@ class RoundLog:
     return dict(sorted(found.items()))
 
   def add(self, step: int, round_step: Optional[int]) -> None:
-    """Writes a decision, so that it is on the disk when this returns.
+    """Writes a decision to disk.
 
     Args:
-      step: from which it holds.
-      round_step: the round; None for the plain sampler.
+      step: first step with the round.
+      round_step: step of the round; None for the plain sampler.
 
     Raises:
-      UnwritableError: it can't be written.
+      UnwritableError: the decision cannot be written.
     """
     decisions = sorted({**self.decisions(), step: round_step}.items())
     rows = (json.dumps({"step": s, "round": r}) + "\n" for s, r in decisions)

@@ -1,7 +1,7 @@
-"""The mining rounds of a training: which one is in use from which step on.
+"""Mining rounds of a training run: which round is used from which step on.
 
-decided before? ─► mine, or take the newest ─► sampler ─► ledger ─► hold ─► prune
- ledger             miner, rounds_beside        offline_mining       sampler_by_rounds
+recorded decision? ─► mine, or newest ─► sampler ──────► log ───► use ──► prune
+ round.RoundLog        Miner, AsyncRounds OfflineMining   RoundLog PiecewiseSampler
 """
 
 from __future__ import annotations
@@ -35,31 +35,32 @@ _POLL_S = 1.0
 
 
 class _Opened(NamedTuple):
-  """A round, and what is drawn of it."""
+  """A round and its sampler."""
 
   mining_round: MiningRound
   sampler: BatchSampler
 
 
 class Rounds:
-  """Decides at each multiple of `every_steps`; the same on all workers.
+  """Selects a round at each multiple of `every_steps`, equally on all workers.
 
-  What was decided stays: a run that was killed, or goes on from an earlier checkpoint,
-  has the same rounds from the same steps.
+  Decisions are permanent: a run that was killed, or that resumes from an earlier
+  checkpoint, uses the same rounds from the same steps.
 
   Attributes:
-    sampler: what is drawn, by what was decided so far.
+    sampler: sampler of the run under the decisions so far.
 
   Args:
-    options: how often, by whom, what of it.
-    dataset: what is trained on.
-    plain: the sampler before the first round.
-    model_dir: folder of the run, which all workers see.
-    mine_fn: mines with the encoder as it is, given the step.
-    continues_unwritten: whether batches stay as they are where a round, or what was
-      decided, can't be written.
-    oldest_step_fn: the step of the oldest checkpoint; 0 where there is none. Rounds
-      that no checkpoint can come back to are removed.
+    options: of offline mining.
+    dataset: of the training.
+    plain: sampler used before the first round.
+    model_dir: folder of the run, shared by all workers.
+    mine_fn: mines with the current encoder, given the step; None if a separate process
+      mines.
+    continues_unwritten: whether to keep the current batches if a round or a decision
+      cannot be written.
+    oldest_step_fn: returns the step of the oldest checkpoint; 0 if there is none.
+      Rounds that no checkpoint can need again are removed.
   """
 
   def __init__(
@@ -89,18 +90,18 @@ class Rounds:
     self._decided: dict[int, Optional[int]] = {}
 
   def resume(self, first_step: int, num_steps: int) -> None:
-    """Takes up the round that holds at a step, and decides if that is due there.
+    """Restores the round in use at a step, and decides if a decision is due there.
 
     Args:
-      first_step: number of steps done.
-      num_steps: of the whole training; where none is left, nothing is decided.
+      first_step: number of completed steps.
+      num_steps: of the whole training; if none are left, nothing is decided.
 
     Raises:
-      UserError: that round is gone, or as in `decide`.
+      UserError: the round is missing, or as in `decide`.
     """
     decisions = self._decisions()
     if not first_step:
-      # Of another training: before each of its rounds it had saved a checkpoint.
+      # Decisions are of another training: this one would have saved a checkpoint first.
       self._workers.run_on_chief(self._set_aside)
       decisions = {}
     self._decided = decisions
@@ -111,21 +112,21 @@ class Rounds:
       self.decide(first_step)
 
   def is_due(self, step: int) -> bool:
-    """Whether there is something to decide after so many steps."""
+    """Returns whether a decision is due after a number of steps."""
     return step > 0 and step % self._options.every_steps == 0
 
   def decide(self, step: int) -> bool:
-    """Decides from which round on the batches are, if it is time.
+    """Selects the round for the following batches, if a decision is due.
 
     Args:
-      step: number of steps done.
+      step: number of completed steps.
 
     Returns:
-      Whether the batches from here on are others than before.
+      Whether batches change from this step on.
 
     Raises:
-      UserError: nothing can be mined, the rounds of a process beside are too old, or
-        the one decided on is gone, or does not fit.
+      UserError: nothing can be mined, the rounds of the separate process are too old,
+        or the recorded round is missing or does not fit.
     """
     if not self.is_due(step):
       return False
@@ -134,7 +135,7 @@ class Rounds:
       opened = self._opened_again(step, decisions[step])
     else:
       try:
-        # First: a round that does not fit can then be mined anew.
+        # Open before recording, so that a round that does not fit can be mined again.
         opened = self._next(step)
         decisions[step] = None if opened is None else opened.mining_round.step
         self._workers.run_on_chief(lambda: self._ledger.add(step, decisions[step]))
@@ -147,7 +148,7 @@ class Rounds:
     return has_changed
 
   def metrics(self, step: int) -> dict[str, float]:
-    """Which round holds, its age after so many steps, and what was counted in it."""
+    """Returns the step, age and counts of the round in use."""
     counted = self._without_examples(step)
     if self._current is None:
       return counted
@@ -161,10 +162,10 @@ class Rounds:
     }
 
   def _without_examples(self, step: int) -> dict[str, float]:
-    """How many rounds before a step found too few, once there was one at all.
+    """Counts the rounds before a step that had too few examples, if any was decided.
 
-    Not the one of that step: it is decided on when this is logged. A run that goes on
-    knows of it already.
+    The decision of the step itself is excluded, because it follows this log line, while
+    a resumed run has it already.
     """
     decided = [each for each in self._decided.items() if each[0] < step]
     if self._mine_fn is None or not decided:
@@ -173,12 +174,12 @@ class Rounds:
     return {"mining/rounds_without_examples": float(num_kept)}
 
   def _set_aside(self) -> None:
-    """Puts away what another training left, if it left any."""
+    """Moves the rounds of another training aside, if there are any."""
     if self._ledger.decisions() or round.round_steps(self._model_dir):
       round.set_round_aside(self._model_dir)
 
   def _decisions(self) -> dict[int, Optional[int]]:
-    """The chief's, on all workers."""
+    """Returns the decisions read by the chief, on all workers."""
     own = self._workers.run_on_all(
       self._ledger.decisions if self._workers.is_chief else dict
     )
@@ -186,7 +187,7 @@ class Rounds:
     return {step: round_step for step, round_step in rows}
 
   def _next(self, step: int) -> Optional[_Opened]:
-    """What is to hold: what holds, where a round has too few examples."""
+    """Returns the next round; the current one if the new round has too few examples."""
     is_mining = self._mine_fn is not None
     try:
       return self._opened(self._mined(step) if is_mining else self._taken(step))
@@ -197,10 +198,10 @@ class Rounds:
       return self._current
 
   def _keep(self, step: int, error: UserError) -> None:
-    """Keeps the round that holds, in spite of an error.
+    """Keeps the current round in spite of an error.
 
     Raises:
-      UserError: that round is too old; or the error itself, if it is to end the run.
+      UserError: that round is too old; or the error itself, if it must end the run.
     """
     if isinstance(error, UnwritableError) and not self._continues_unwritten:
       raise error
@@ -212,7 +213,7 @@ class Rounds:
     """Mines a round of this step.
 
     Raises:
-      TooFewExamplesError: nothing is hard; on all workers, as on the chief.
+      TooFewExamplesError: there are no hard examples; raised on all workers.
     """
     assert self._mine_fn is not None
     start_s = time.monotonic()
@@ -242,10 +243,10 @@ class Rounds:
     return step
 
   def _taken(self, step: int) -> Optional[int]:
-    """The newest whole round that is not after this step; the chief's, on all workers.
+    """Returns the newest complete round up to this step, as found by the chief.
 
     Raises:
-      UserError: it is too old, and no other came in time.
+      UserError: the round is too old, and no newer one arrived in time.
     """
     held = None if self._current is None else self._current.mining_round.step
     own = self._workers.run_on_all(
@@ -254,7 +255,7 @@ class Rounds:
     return json.loads(self._workers.exchange(json.dumps(own))[0])
 
   def _opened(self, round_step: Optional[int]) -> Optional[_Opened]:
-    """A round and its sampler, on all workers; None for the plain sampler."""
+    """Opens a round and its sampler on all workers; None for the plain sampler."""
     if round_step is None:
       return None
     if self._current is not None and round_step == self._current.mining_round.step:
@@ -271,7 +272,7 @@ class Rounds:
     return self._workers.run_on_all(open_round)
 
   def _opened_again(self, step: int, round_step: Optional[int]) -> Optional[_Opened]:
-    """What was decided on to hold from a step on."""
+    """Opens the round of a recorded decision."""
     try:
       return self._opened(round_step)
     except UserError as error:
@@ -282,7 +283,7 @@ class Rounds:
       ) from error
 
   def _hold(self, step: int, opened: Optional[_Opened]) -> bool:
-    """Lets a round hold from a step on; whether that changes anything."""
+    """Uses a round from a step on; returns whether that changes the batches."""
     if opened is None and self._mine_fn is None:
       logging.warning(
         "Step %d: there is no mining round yet, and batches are plain ones; is "
@@ -300,7 +301,7 @@ class Rounds:
     return True
 
   def _prune(self) -> None:
-    """Removes rounds that no checkpoint comes back to, and that are not to come."""
+    """Removes old rounds that no checkpoint needs."""
     if self._current is None:
       return
     current_step = self._current.mining_round.step
@@ -318,12 +319,12 @@ class Rounds:
 
 
 class AsyncRounds:
-  """Looks for rounds in the folder of a run.
+  """Rounds that a separate process writes to the folder of a run.
 
   Args:
-    options: how old a round may be, and how long to wait for another.
+    options: limits the age of a round and the wait for a newer one.
     model_dir: folder of the run.
-    fingerprint: what tells the records and the classes from others, by name.
+    fingerprint: of the records and classes, by name.
   """
 
   def __init__(
@@ -332,21 +333,22 @@ class AsyncRounds:
     self._options = options
     self._model_dir = model_dir
     self._fingerprint = fingerprint
-    # By what tells a round from one that was made anew: whether it is whole.
+    # Whether a round is complete, by its step and modification time.
     self._looked_at: dict[tuple[int, int], bool] = {}
 
   def newest(self, step: int, held: Optional[int]) -> Optional[int]:
-    """The newest whole round that is not after a step; waits if it is too old.
+    """Returns the newest complete round up to a step; waits if it is too old.
 
     Args:
-      step: number of steps done.
-      held: the round that holds, which was looked at already; None if none does.
+      step: number of completed steps.
+      held: the round in use, already checked; None if there is none.
 
     Returns:
-      Its step; None where there is none.
+      Its step; None if there is no round.
 
     Raises:
-      UserError: it is too old, and no other came in time; or it is of other data.
+      UserError: the round is too old and no newer one arrived in time, or it is of
+        other data.
     """
     deadline_s = time.monotonic() + self._options.max_wait_s
     while True:
@@ -383,13 +385,13 @@ class AsyncRounds:
 
 
 class ChangeRound:
-  """Decides after so many steps; on every worker alike.
+  """Callback that switches rounds, equally on every worker.
 
   Args:
     rounds: of the training.
-    save_fn: saves a checkpoint of a step, if it isn't there yet: mining takes longer
-      than a machine that is taken away may leave.
-    go_on_fn: takes other batches from a step on; what was read ahead is not used.
+    save_fn: saves a checkpoint of a step, if there is none yet. Mining can take longer
+      than the grace period of a preempted machine.
+    go_on_fn: restarts the input from a step on; batches read ahead are discarded.
   """
 
   def __init__(
@@ -404,7 +406,7 @@ class ChangeRound:
     self._go_on_fn = go_on_fn
 
   def __call__(self, report: StepReport) -> None:
-    """Decides, if it is time and steps are left."""
+    """Switches rounds if a decision is due and steps are left."""
     if report.step == report.num_steps or not self._rounds.is_due(report.step):
       return
     self._save_fn(report.step)
