@@ -1,4 +1,4 @@
-"""Errors that end a run, each with the exit status that tells a launcher what to do."""
+"""Errors that end a run, each with the exit status that a launcher acts on."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
 
 class CheckFailedError(RuntimeError):
-  """What was checked is not as it should be."""
+  """A check failed."""
 
   exit_status = FAILURE
 
 
 class WorkerFailedError(RuntimeError):
-  """Another worker of this run failed, which shows a traceback of its own."""
+  """Another worker of this run failed; its own output has the traceback."""
 
   exit_status = FAILURE
 
 
 class UserError(ValueError):
-  """The user's mistake: shown as one line, without a traceback."""
+  """A user error, reported in one line without a traceback."""
 
   exit_status = 2
-  # Keras adds to what is raised in a layer how it was called, unless it has done so.
+  # Keras appends call information to errors raised in a layer unless this is set.
   _keras_call_info_injected = True
 
 
 class UnwritableError(UserError):
-  """A file can't be written, as on a full disk."""
+  """A file can't be written, for example because the disk is full."""
 
 
 class PreemptedError(RuntimeError):
-  """The run was told to stop and has saved; the same command continues it."""
+  """The run was asked to stop and has saved; the same command continues it."""
 
   exit_status = 3
 
@@ -48,7 +48,7 @@ class StalledError(RuntimeError):
 
 
 class TooFewExamplesError(UserError):
-  """Mining found fewer examples than a batch has: often because training went well."""
+  """Mining found fewer examples than a batch needs, often after successful training."""
 
 
 class NotFiniteError(RuntimeError):
@@ -58,10 +58,11 @@ class NotFiniteError(RuntimeError):
 
 
 def reason_of(error: Exception) -> str:
-  """Why a file can't be written, in few words, whoever says so.
+  """Returns a short reason why a file can't be written.
 
   Args:
-    error: `OSError`, or TensorFlow's, which tells the operation and the path before.
+    error: `OSError`, or a TensorFlow error, whose message begins with the operation
+      and the path.
   """
   if isinstance(error, OSError) and error.strerror:
     return error.strerror
@@ -69,29 +70,29 @@ def reason_of(error: Exception) -> str:
   return line.rsplit("; ", 1)[-1].split(" [Op:", 1)[0]
 
 
-# The last is of a limit on the size of files.
+# EFBIG is raised at a limit on file sizes.
 _OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_out_of_space(error: BaseException) -> bool:
-  """Returns whether an error means that no disk space is left, or a limit is reached.
+  """Returns whether the disk is full or a size limit is reached.
 
   Args:
-    error: `OSError`, or that of a library which gives the system's reason in its text.
+    error: `OSError`, or a library's error whose text contains the system's reason.
   """
   if isinstance(error, OSError) and error.errno is not None:
     return error.errno in _OUT_OF_SPACE
   text = str(error)
-  # NumPy counts what it wrote, without the system's reason.
+  # NumPy reports the number of items written, without the system's reason.
   is_short = isinstance(error, OSError) and "requested and" in text
   return is_short or any(os.strerror(number) in text for number in _OUT_OF_SPACE)
 
 
 def out_of_space(error: BaseException) -> Optional[UnwritableError]:
-  """Returns the user error for a full disk; None if the reason is another.
+  """Returns the user error for a full disk; None for any other error.
 
   Args:
-    error: whatever was raised where a file is written.
+    error: any error raised while a file is written.
   """
   if isinstance(error, UserError) or not is_out_of_space(error):
     return None

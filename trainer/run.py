@@ -1,4 +1,4 @@
-"""What one call of the command line asks for: where a run lives, on what, of what."""
+"""One run of the command line: its folder, hardware and configuration."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from trainer import __version__
 from trainer.config import run_config
 from trainer.runtime.watchdog import STALL_FILE, Watchdog
 
-# The distributions whose versions change what is computed.
+# Distributions whose versions affect the results.
 _DISTRIBUTIONS = ("tensorflow", "tf-keras", "tensorflow-addons", "numpy")
 
 
 @dataclasses.dataclass(frozen=True)
 class Hardware:
-  """On what a run computes; the results do not depend on it.
+  """The hardware of a run; the results do not depend on it.
 
   Attributes:
     strategy: "auto", "cpu", "mirrored", "multi_worker" or "tpu".
-    num_virtual_replicas: >= 1; into how many replicas one CPU is divided.
-    tpu: "local", the TPU that is attached; None for the same where `strategy` is
-      "tpu".
-    worker_timeout_s: how long to wait at the start for the other workers, seconds.
-    step_deadline_s: how long a step may take before the run counts as stalled, seconds;
-      None for 20 times the median step that was measured, and at least a minute.
-    start_deadline_s: the same until the first steps are done, and outside of training.
+    num_virtual_replicas: number of replicas on one CPU, >= 1.
+    tpu: "local", the attached TPU; None means the same if `strategy` is "tpu".
+    worker_timeout_s: time to wait for the other workers at the start, seconds.
+    step_deadline_s: longest time of a step before the run counts as stalled, seconds;
+      None for 20 times the measured median step, at least a minute.
+    start_deadline_s: the same deadline before the first steps are done, and outside of
+      training.
   """
 
   strategy: str = "auto"
@@ -43,12 +43,12 @@ class Hardware:
 
 @dataclasses.dataclass(frozen=True)
 class SearchRequest:
-  """What mode `search` is asked, and how it answers.
+  """A request of mode `search`.
 
   Attributes:
     queries: image files, `.npy` files of vectors, or keys.
-    is_json: whether the answer is JSON rather than a table.
-    picture: where a picture of the answers goes; None for none.
+    is_json: whether results are printed as JSON rather than as a table.
+    picture: path of a picture of the results; None for no picture.
   """
 
   queries: Sequence[str] = ()
@@ -61,14 +61,14 @@ _NO_REQUEST = SearchRequest()
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """One run, as every mode's `main` receives it.
+  """One run, as passed to the `main` of every mode.
 
   Attributes:
-    model_dir: the folder that holds everything the run leaves.
-    config: what is computed, already applied to gin.
-    hardware: on what it is computed.
-    allow_config_change: go on although `model_dir` holds another config.
-    asked: what mode `search` is asked.
+    model_dir: folder of all files that the run writes.
+    config: the configuration, already applied to gin.
+    hardware: the hardware to compute on.
+    allow_config_change: whether to continue if `model_dir` holds another config.
+    search_request: the request of mode `search`.
   """
 
   model_dir: str
@@ -78,7 +78,7 @@ class Run:
   search_request: SearchRequest = _NO_REQUEST
 
   def fingerprint(self) -> dict[str, str]:
-    """What all workers of the run must have alike, by name."""
+    """Returns the versions and config values that must be equal on all workers."""
     return {
       "trainer": __version__,
       "Python": platform.python_version(),
@@ -96,10 +96,11 @@ def _version(distribution: str) -> str:
 
 @contextlib.contextmanager
 def watching(run: Run, worker_index: int) -> Iterator[Watchdog]:
-  """Watches a block of a run.
+  """Runs a watchdog during a block of a run.
 
   Args:
-    run: its folder gets the stack of every thread if the block makes no progress.
+    run: the stack of every thread is written to its folder if the block makes no
+      progress.
     worker_index: index of this worker.
 
   Yields:

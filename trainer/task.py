@@ -1,7 +1,7 @@
-"""The command line: flags to a `Run`, and errors to an exit status. No logic.
+"""The command line: converts flags to a `Run`, and errors to an exit status.
 
-Nothing heavy is imported before the mode is known to run, so that `--help` and a
-misspelt flag answer at once.
+Heavy modules are imported only after the mode is known to be valid, so that `--help`
+and a misspelt flag respond at once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from trainer.runtime import shutdown
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-  """What `--mode` can name.
+  """A value of `--mode`.
 
   Attributes:
     summary: one line for `--help`.
     module: the module with `main(run)`.
-    roots: the gin roots it calls, which must have all they require.
+    roots: the gin roots that it calls; all their required parameters must be set.
   """
 
   summary: str
@@ -81,7 +81,7 @@ def main(arguments: Sequence[str]) -> int:
   """Runs the command line.
 
   Args:
-    arguments: with the program's name first, as `sys.argv`.
+    arguments: as `sys.argv`, with the program's name first.
 
   Returns:
     The exit status.
@@ -109,7 +109,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def define_flags() -> dict[str, flags.FlagValues]:
-  """The flags by group, kept apart from those that absl's own modules define."""
+  """Returns the flags by group, separate from those that absl's modules define."""
   what, where, search = (flags.FlagValues() for _ in range(3))
   flags.DEFINE_enum("mode", None, list(MODES), "What to do.", flag_values=what)
   flags.DEFINE_multi_string(
@@ -146,7 +146,7 @@ def define_flags() -> dict[str, flags.FlagValues]:
 
 
 def _hardware_flags() -> flags.FlagValues:
-  """What a run computes on, and how long that may keep it waiting."""
+  """Returns the flags for hardware and time limits."""
   hardware = flags.FlagValues()
   flags.DEFINE_enum(
     "strategy", "auto", STRATEGIES, "How replicas are made.", flag_values=hardware
@@ -193,7 +193,7 @@ def _hardware_flags() -> flags.FlagValues:
 
 
 def help_text() -> str:
-  """The whole of `--help`."""
+  """Returns the full text of `--help`."""
   groups = define_flags()
   lines = [
     "python -m trainer.task --mode=MODE --gin_file=RUN.gin --model_dir=DIR [flags]",
@@ -216,15 +216,15 @@ def help_text() -> str:
 
 
 def _summary(flag: flags.Flag) -> str:
-  """The flag's help without what absl adds to that of a repeatable one."""
+  """Returns the help of a flag without absl's addition for repeatable flags."""
   return str(flag.help).split(";\n", maxsplit=1)[0]
 
 
 def _parse(arguments: Sequence[str]) -> flags.FlagValues:
-  """The values of the flags.
+  """Parses the flags.
 
   Raises:
-    UserError: an unknown flag, a value that doesn't fit, or one that is missing.
+    UserError: a flag is unknown, has an invalid value, or is missing.
   """
   values = flags.FlagValues()
   for group in define_flags().values():
@@ -241,7 +241,7 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
         f"--{name} is missing: {_summary(values[name])} See --help."
       )
   if "://" in values.model_dir:
-    # Files are renamed there, claimed and added to, which no store can.
+    # The run renames, locks and appends to files there, which no store supports.
     raise errors.UserError(
       f"--model_dir={values.model_dir} is no folder of this machine, and none that is "
       "mounted, as by gcsfuse; data may be on a store, a run's own files may not."
@@ -252,7 +252,7 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
 def _run(values: flags.FlagValues) -> None:
   """Loads the config and calls the mode."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  # absl's own flags take their defaults, or it would warn at the first line logged.
+  # absl's own flags take their defaults; otherwise absl warns at the first log line.
   flags.FLAGS(["trainer"])
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
@@ -261,7 +261,7 @@ def _run(values: flags.FlagValues) -> None:
   from trainer.distribute import workers
 
   importlib.import_module("trainer.gin_registrations")
-  # TensorFlow logs every reduction of a value over replicas as information.
+  # TensorFlow logs every reduction over replicas at level INFO.
   python_logging.getLogger("tensorflow").setLevel(python_logging.WARNING)
   mode = MODES[values.mode]
   module = importlib.import_module(mode.module)
@@ -291,7 +291,7 @@ def _run(values: flags.FlagValues) -> None:
 
 
 def _one_line(error: Exception) -> str:
-  """The message, without the calls that gin appends to every error passing through."""
+  """Returns the message without the call information that gin appends."""
   return " ".join(str(error).split("\n  In call to configurable")[0].split())
 
 

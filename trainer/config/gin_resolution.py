@@ -1,11 +1,11 @@
-"""Checks of gin statements, and the values that they give to the roots.
+"""Checks of gin statements, and the values that reach the roots.
 
-Gin 0.5 offers no public way to list registered names or to see a signature before the
-call, and the lint needs both.
+The checks need the registered names and their signatures before any call. Gin 0.5 has
+no public API for either.
 
-The walk mirrors gin's own rules: the bindings of an outer scope hold in an inner one, a
-reference with scopes replaces the scope, one without keeps it, and a macro is evaluated
-in a scope of its name.
+The traversal follows gin's own rules. Bindings of an outer scope apply in an inner one.
+A reference with scopes replaces the current scope, and one without scopes keeps it. A
+macro is evaluated in a scope of its name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from trainer.config import gin_statements
 from trainer.config.gin_statements import Binding, Import, Macro, Reference, Statement
 
 _OWN = ("gin.macro", "gin.constant")
-# Names of parts and parameters before the first release, and what they are now. The
-# table goes with the second release.
+# Names of parts and parameters before the first release, with their new names. The
+# table will be removed in the second release.
 _RENAMED = {
   "PKSchedule": "PKSampler",
   "TripletSchedule": "TripletSampler",
@@ -57,12 +57,12 @@ class Registered:
   """A registered function or class.
 
   Attributes:
-    selector: its full name with the module.
-    name: the shortest name that is clear.
-    parameters: all that can be bound.
-    required: those without default that can be bound; gin passes keywords only.
-    supplied: those of `required` that may be positional arguments of the caller.
-    is_open: whether it takes any further keyword.
+    selector: full name, including the module.
+    name: shortest unambiguous name.
+    parameters: all parameters that can be bound.
+    required: bindable parameters without a default; gin passes keywords only.
+    supplied: those of `required` that the caller may pass as positional arguments.
+    is_open: whether it accepts arbitrary keywords.
   """
 
   selector: str
@@ -73,15 +73,15 @@ class Registered:
   is_open: bool
 
   def accepts(self, parameter: str) -> bool:
-    """Whether the parameter can be bound."""
+    """Returns whether the parameter can be bound."""
     return self.is_open or parameter in self.parameters
 
 
 def find_registered(name: str, origin: str) -> Optional[Registered]:
-  """The part of this name, or None.
+  """Returns the part with this name, or None.
 
   Raises:
-    UserError: several parts have the name.
+    UserError: the name is ambiguous.
   """
   matching = gin_config._REGISTRY.matching_selectors(name)
   if len(matching) > 1:
@@ -92,7 +92,7 @@ def find_registered(name: str, origin: str) -> Optional[Registered]:
 
 
 def registered_names() -> list[str]:
-  """The short names of all parts that a config can bind."""
+  """Returns the short names of all parts that a config can bind."""
   selectors = [selector for selector, _ in gin_config._REGISTRY.items()]
   return [
     gin_config._REGISTRY.minimal_selector(selector)
@@ -102,17 +102,17 @@ def registered_names() -> list[str]:
 
 
 def is_constant(name: str) -> bool:
-  """Whether `%name` is one of gin's constants and no macro."""
+  """Returns whether `%name` is one of gin's constants rather than a macro."""
   return len(gin_config._CONSTANTS.matching_selectors(name)) == 1
 
 
 def is_required_marker(name: str) -> bool:
-  """Whether `%name` is gin's mark for a value that must still be set."""
+  """Returns whether `%name` is gin's marker for a value that must be set."""
   return gin_config._CONSTANTS.get_match(name) is gin.REQUIRED
 
 
 def _describe(configurable: gin_config.Configurable) -> Registered:
-  """What the lint needs to know of a registered function or class."""
+  """Returns the description of a registered function or class."""
   signature = inspect.signature(configurable.wrapped).parameters.values()
   hidden = set(configurable.denylist or ())
   if configurable.allowlist:
@@ -137,15 +137,15 @@ _IMPORTABLE = ("trainer", "tensorflow", "tensorflow_addons")
 def import_modules(
   statements: Sequence[Statement], allowed: Sequence[str] = ()
 ) -> None:
-  """Runs the import statements, so that the modules register their parts.
+  """Executes the import statements, which register the modules' parts.
 
   Args:
-    statements: those that are no imports are passed over.
-    allowed: modules that may be imported, with those inside of them, beside this
-      package's and TensorFlow's.
+    statements: statements; all but imports are skipped.
+    allowed: modules that may be imported, including their submodules, in addition to
+      this package's and TensorFlow's.
 
   Raises:
-    UserError: the module is of another package, or cannot be imported.
+    UserError: the module is not allowed, or cannot be imported.
   """
   importable = (*_IMPORTABLE, *allowed)
   for statement in statements:
@@ -167,7 +167,7 @@ def import_modules(
 
 
 def check_names(bindings: Sequence[Binding]) -> None:
-  """Refuses names that stand for nothing.
+  """Raises if a name is unknown.
 
   Raises:
     UserError: an unknown part, parameter or macro, or a lower-case macro.
@@ -186,11 +186,12 @@ def check_names(bindings: Sequence[Binding]) -> None:
 
 
 def log_overrides(bindings: Sequence[Binding]) -> None:
-  """Logs each binding in a file that replaces another value of an earlier one.
+  """Logs each binding in a file that overrides a different value of an earlier one.
 
-  A file may replace what it includes, and a file of the command line what came before
-  it: that is logged for debugging. Any other replacement is a warning: two included
-  files or two lines of one file disagree, or an include follows the line it replaces.
+  A file may override what it includes, and a file of the command line may override the
+  files before it. Such overrides are logged at debug level. All others are warnings:
+  two included files or two lines of one file disagree, or an include follows the line
+  that it overrides.
   """
   in_effect: dict[tuple[str, str, str], Binding] = {}
   for binding in bindings:
@@ -208,7 +209,7 @@ def log_overrides(bindings: Sequence[Binding]) -> None:
 
 
 def _is_intended(earlier: Binding, later: Binding) -> bool:
-  """Whether the later file includes the earlier one, or is of the command line."""
+  """Returns whether the later file includes the earlier, or is of the command line."""
   *_, file = later.files
   is_of_command_line = len(later.files) == 1
   return file in earlier.files[:-1] or (
@@ -217,7 +218,7 @@ def _is_intended(earlier: Binding, later: Binding) -> bool:
 
 
 def identity(binding: Binding) -> tuple[str, str, str]:
-  """Scope, full name and parameter: equal for bindings that set the same."""
+  """Returns scope, full name and parameter, which identify what a binding sets."""
   if not binding.parameter:
     return binding.scope, binding.name, ""
   part = known_part(binding.name, binding.origin)
@@ -225,7 +226,7 @@ def identity(binding: Binding) -> tuple[str, str, str]:
 
 
 def leaves(value: Any) -> Iterator[Any]:
-  """Every value inside nested lists, tuples and dicts, keys of dicts included."""
+  """Yields every value in nested lists, tuples and dicts, including dict keys."""
   if isinstance(value, dict):
     for item in value.items():
       yield from leaves(item)
@@ -237,7 +238,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def known_part(name: str, origin: str) -> Registered:
-  """The part of this name; refuses an unknown one."""
+  """Returns the part with this name; raises if it is unknown."""
   part = find_registered(name, origin)
   if part is None:
     nearest = _renamed(name) or gin_statements.nearest_name(name, registered_names())
@@ -246,13 +247,13 @@ def known_part(name: str, origin: str) -> Registered:
 
 
 def _renamed(name: str) -> str:
-  """The end of a message about a name that has changed; empty for other names."""
+  """Returns the hint for a name that was changed; empty for other names."""
   new_name = _RENAMED.get(name.rsplit(".", 1)[-1])
   return f"; it is called {new_name!r} now." if new_name else ""
 
 
 def _check_parameter(binding: Binding) -> None:
-  """Refuses a parameter that the part does not have."""
+  """Raises if the part does not have the parameter."""
   part = known_part(binding.name, binding.origin)
   if not part.accepts(binding.parameter):
     nearest = _renamed(binding.parameter) or gin_statements.nearest_name(
@@ -266,7 +267,7 @@ def _check_parameter(binding: Binding) -> None:
 
 
 def _check_macro(macro: Macro, macros: Sequence[str], origin: str) -> None:
-  """Refuses `%NAME` that neither a binding nor gin itself sets."""
+  """Raises if neither a binding nor gin sets `%NAME`."""
   if macro.name not in macros and not is_constant(macro.name):
     nearest = gin_statements.nearest_name(macro.name, macros)
     raise errors.UserError(
@@ -275,7 +276,7 @@ def _check_macro(macro: Macro, macros: Sequence[str], origin: str) -> None:
 
 
 def _not_a_macro(binding: Binding) -> str:
-  """The message for `name = value` whose name is not that of a macro."""
+  """Returns the message for `name = value` if the name is not a valid macro name."""
   owners = [
     f"{name}.{binding.name}"
     for name in registered_names()
@@ -290,12 +291,12 @@ def _not_a_macro(binding: Binding) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-  """What reaches the roots.
+  """The result of following references from the roots.
 
   Attributes:
-    values: by path, such as `train.loss.margin`, each in one canonical spelling.
-    used: the bindings and macros that took part.
-    missing: a message for each parameter that must be set and is not.
+    values: values by path, such as `train.loss.margin`, each in canonical spelling.
+    used: the bindings and macros that were reached.
+    missing: a message for each required parameter that is not set.
   """
 
   values: Mapping[str, str]
@@ -305,7 +306,7 @@ class Resolved:
 
 @dataclasses.dataclass(frozen=True)
 class _Place:
-  """Where in the tree a value stands, and in which scope gin will evaluate it."""
+  """A position in the tree of values, and the scope in which gin evaluates it."""
 
   path: str
   scopes: tuple[str, ...]
@@ -316,13 +317,13 @@ class _Place:
 def resolve(
   bindings: Sequence[Binding], roots: Sequence[str], needed: Sequence[str]
 ) -> Resolved:
-  """Follows the references from every root that is registered.
+  """Follows the references from every registered root.
 
   Args:
-    bindings: those in effect; of two for the same parameter the later one.
-    roots: names of the configurables that are called without being referred to.
-    needed: the roots that will be called; what another lacks is missing only when some
-      of it is bound.
+    bindings: bindings in effect; of two for the same parameter, the later one applies.
+    roots: names of the configurables that are called without being referenced.
+    needed: roots that will be called. Missing parameters of other roots are reported
+      only if some parameter of the root is bound.
 
   Raises:
     UserError: a part or a macro contains itself.
@@ -336,7 +337,7 @@ def resolve(
 
 
 class _Walk:
-  """Collects values, used bindings and missing parameters along the references."""
+  """Traversal that collects values, used bindings and missing parameters."""
 
   def __init__(self, bindings: Sequence[Binding]):
     self._bindings = {identity(binding): binding for binding in bindings}
@@ -346,11 +347,11 @@ class _Walk:
     self.missing: list[str] = []
 
   def binds(self, part: Registered) -> bool:
-    """Whether any parameter of the part is bound outside scopes."""
+    """Returns whether any parameter of the part is bound outside scopes."""
     return any(key[:2] == ("", part.selector) for key in self._bindings)
 
   def visit_part(self, part: Registered, place: _Place, is_call: bool) -> None:
-    """Visits the parameters of a part that is called at this place."""
+    """Visits the parameters of a part that is referenced at this place."""
     within = self._enter(place, (place.scopes, part.selector), part.name)
     bound = self._bound(part, place.scopes)
     required = part.required if is_call else part.required - part.supplied
@@ -366,7 +367,7 @@ class _Walk:
         self.values[path] = self.visit_value(binding.value, inner)
 
   def visit_value(self, value: Any, place: _Place) -> str:
-    """Visits what is inside a value.
+    """Visits the contents of a value.
 
     Returns:
       The value in its canonical spelling.
@@ -395,7 +396,7 @@ class _Walk:
     )
 
   def _visit_macro(self, macro: Macro, place: _Place) -> str:
-    """Visits the value that the macro stands for."""
+    """Visits the value of a macro."""
     binding = self._macros.get(macro.name)
     if binding is None:
       return repr(macro)
@@ -407,7 +408,7 @@ class _Walk:
     )
 
   def _bound(self, part: Registered, scopes: tuple[str, ...]) -> dict[str, Binding]:
-    """The bindings of a part, those of inner scopes over those of outer ones."""
+    """Returns the bindings of a part; inner scopes override outer ones."""
     bound = {}
     for depth in range(len(scopes) + 1):
       scope = "/".join(scopes[:depth])
@@ -418,7 +419,7 @@ class _Walk:
     return bound
 
   def _enter(self, place: _Place, what: Any, name: str) -> tuple[Any, ...]:
-    """What is being visited, with one more; refuses what would never end."""
+    """Returns the visited names with one more; raises on infinite recursion."""
     if what in place.within:
       raise errors.UserError(
         f"{place.origin}: {name} contains itself, by way of {place.path}."
@@ -426,7 +427,7 @@ class _Walk:
     return (*place.within, what)
 
   def _report_missing(self, key: str, place: _Place) -> None:
-    """Notes a parameter that must be set, once."""
+    """Records a required parameter that is not set, once."""
     where = f"{place.origin}: " if place.origin else ""
     message = f"{where}{key} must be set; e.g. --gin_param='{key}=...'"
     if message not in self.missing:
@@ -434,7 +435,7 @@ class _Walk:
 
 
 def _is_required_marker(value: Any) -> bool:
-  """Whether the value is `%gin.REQUIRED`."""
+  """Returns whether the value is `%gin.REQUIRED`."""
   return (
     isinstance(value, Macro)
     and is_constant(value.name)

@@ -1,7 +1,7 @@
-"""Statements of gin files, each with its place.
+"""Statements of gin files, each with its origin.
 
-Gin's own parser reads the statements. Includes are followed here, because gin looks for
-them from the working directory, and an installed package is used from any.
+Gin's own parser reads the statements. Includes are resolved here, because gin resolves
+them against the working directory, and an installed package is used from any directory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from trainer import errors
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:
-  """`; did you mean 'x'?` for the known name nearest to `name`; "" if none is near.
+  """Returns `; did you mean 'x'?` for the nearest known name; "" if none is near.
 
-  Case is ignored, since it is the commonest mistake of all.
+  Case is ignored, because wrong case is the most common error.
   """
   by_lower_case = {candidate.lower(): candidate for candidate in sorted(known)}
   near = difflib.get_close_matches(name.lower(), by_lower_case, n=1)
@@ -30,7 +30,7 @@ def nearest_name(name: str, known: Iterable[str]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-  """`@scope/Name` or, called, `@scope/Name()`."""
+  """A reference: `@scope/Name` or, called, `@scope/Name()`."""
 
   scopes: tuple[str, ...]
   name: str
@@ -42,7 +42,7 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Macro:
-  """`%NAME`, the value of a macro or of one of gin's constants."""
+  """A macro or gin constant: `%NAME`."""
 
   name: str
 
@@ -54,16 +54,16 @@ class Macro:
   frozen=True, eq=False
 )  # Hashed by identity: values may be lists.
 class Binding:
-  """`scope/Name.parameter = value`, or a macro: `NAME = value`, without parameter.
+  """A binding `scope/Name.parameter = value`, or a macro `NAME = value`.
 
   Attributes:
     scope: "" for none.
-    name: what is bound, as written.
+    name: the bound name, as written.
     parameter: "" for a macro.
-    value: a literal that may hold `Reference` and `Macro`.
+    value: a literal that may contain `Reference` and `Macro`.
     origin: `file:line`, or the flag.
-    files: the file of the command line, each one included from there on, and last the
-      one that holds the binding; none for a flag.
+    files: the chain of includes, from the file of the command line to the file that
+      holds the binding; empty for a flag.
   """
 
   scope: str
@@ -75,13 +75,13 @@ class Binding:
 
   @property
   def key(self) -> str:
-    """The left side, as written."""
+    """Returns the left side, as written."""
     scoped = f"{self.scope}/{self.name}" if self.scope else self.name
     return f"{scoped}.{self.parameter}" if self.parameter else scoped
 
   @property
   def is_flag(self) -> bool:
-    """Whether it was given on the command line."""
+    """Returns whether the binding was given on the command line."""
     return self.origin.startswith("--gin_param")
 
   def __str__(self):
@@ -90,7 +90,7 @@ class Binding:
 
 @dataclasses.dataclass(frozen=True)
 class Import:
-  """`import module`, so that the module registers its parts."""
+  """A statement `import module`, which registers the module's parts."""
 
   module: str
   origin: str
@@ -103,7 +103,7 @@ Statement = Union[Binding, Import]
 
 
 class _Syntax(config_parser.ParserDelegate):
-  """Builds values without looking names up, so that every mistake is ours to tell."""
+  """Builds values without resolving names, so that our own checks report the errors."""
 
   def configurable_reference(self, scoped_configurable_name, evaluate):
     *scopes, name = scoped_configurable_name.split("/")
@@ -116,11 +116,11 @@ class _Syntax(config_parser.ParserDelegate):
 def read_statements(
   gin_files: Sequence[str], gin_params: Sequence[str]
 ) -> list[Statement]:
-  """Every statement of the files and then of the flags, in the order they take effect.
+  """Reads all statements of the files, then of the flags, in order of precedence.
 
   Args:
     gin_files: paths, relative to the working directory.
-    gin_params: statements such as `X.y = 1`; they override the files'.
+    gin_params: statements such as `X.y = 1`; they override those of the files.
 
   Raises:
     UserError: a file is missing, unreadable, includes itself, or does not parse.
@@ -137,7 +137,7 @@ def read_statements(
 
 
 def _read_file(path: str, including: tuple[str, ...]) -> Iterator[Statement]:
-  """The statements of one file and of what it includes."""
+  """Yields the statements of a file and its includes."""
   shown = _shown(path)
   if os.path.realpath(path) in including:
     raise errors.UserError(f"{shown} includes itself; remove one of the includes.")
@@ -153,7 +153,7 @@ def _read_file(path: str, including: tuple[str, ...]) -> Iterator[Statement]:
 
 
 def _parse(text, origin_fn, folder, including) -> Iterator[Statement]:
-  """The statements of one text; `origin_fn` tells the place of a line."""
+  """Yields the statements of a text; `origin_fn` returns the origin of a line."""
   try:
     parsed = list(config_parser.ConfigParser(text, _Syntax()))
   except SyntaxError as error:
@@ -182,7 +182,7 @@ def _parse(text, origin_fn, folder, including) -> Iterator[Statement]:
 
 
 def _find(name: str, folder: str, origin: str) -> str:
-  """The included file: beside the file that names it, or from the working directory."""
+  """Returns the path of an include, relative to its file or the working directory."""
   places = [os.path.normpath(os.path.join(folder, name)), os.path.normpath(name)]
   for path in places:
     if os.path.isfile(path):
@@ -191,7 +191,7 @@ def _find(name: str, folder: str, origin: str) -> str:
 
 
 def _missing_file(what: str, name: str, places: Sequence[str]) -> str:
-  """The message for a file that is at none of its places."""
+  """Returns the message for a file that is in none of the searched places."""
   folder = os.path.dirname(places[0]) or "."
   beside = os.listdir(folder) if os.path.isdir(folder) else []
   names = [file for file in beside if file.endswith(".gin")]
@@ -201,7 +201,7 @@ def _missing_file(what: str, name: str, places: Sequence[str]) -> str:
 
 
 def _shown(path: str) -> str:
-  """The path as short as it stays clear: relative below the working directory."""
+  """Returns the path relative to the working directory if it is inside it."""
   path = os.path.abspath(path)
   relative = os.path.relpath(path)
   return path if relative.startswith(os.pardir) else relative

@@ -1,4 +1,4 @@
-"""The configuration of a run: loaded, checked, saved and compared."""
+"""The configuration of a run: loading, checks, saving and comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trainer import errors
 from trainer.config import gin_resolution, gin_statements
 from trainer.runtime import filesystem
 
-# What comes beside or after training doesn't tell one run from another.
+# Roots that run parallel to training or after it don't affect the hash of a run.
 _AFTER_TRAINING = ("follow", "mine", "embed", "index", "search", "export")
 ROOTS = (
   *("ingest", "validate", "train", "evaluate", "train_and_evaluate"),
@@ -26,12 +26,12 @@ ROOTS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """What is computed.
+  """The configuration of a run.
 
   Attributes:
     text: the whole config in gin's syntax, self-contained; each line with its origin.
-    values: what reaches the roots, by path, such as `train.loss.margin`: macros
-      substituted, and each value in one spelling.
+    values: all values that reach a root, by path, such as `train.loss.margin`; macros
+      are substituted, and each value has one canonical spelling.
   """
 
   text: str
@@ -39,7 +39,7 @@ class Config:
 
   @property
   def training_values(self) -> Mapping[str, str]:
-    """Those of `values` that tell one run from another."""
+    """Returns the entries of `values` that identify a training run."""
     return {
       path: value
       for path, value in self.values.items()
@@ -48,23 +48,23 @@ class Config:
 
   @property
   def hash(self) -> str:
-    """SHA-256 of `training_values`: equal for configs that train the same."""
+    """Returns SHA-256 of `training_values`: equal for configs that train alike."""
     values = self.training_values
     lines = [f"{path} = {value}\n" for path, value in sorted(values.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
   def binds(self, root: str) -> bool:
-    """Whether anything is set for this root."""
+    """Returns whether any parameter is set for this root."""
     return any(path.startswith(f"{root}.") for path in self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assembled:
-  """A config, and what was given beside it.
+  """A config, and its unused bindings.
 
   Attributes:
-    config: of the bindings that reach a root.
-    unused: those that reach none.
+    config: config of the bindings that reach a root.
+    unused: bindings that reach no root.
   """
 
   config: Config
@@ -79,7 +79,7 @@ def load(
   roots: Sequence[str] = ROOTS,
   allowed_imports: Sequence[str] = (),
 ) -> Config:
-  """Reads, checks and hands a config to gin, in place of any it had.
+  """Reads and checks a config, and replaces gin's current config with it.
 
   Args: as `read`.
 
@@ -107,19 +107,19 @@ def read(
   roots: Sequence[str] = ROOTS,
   allowed_imports: Sequence[str] = (),
 ) -> Config:
-  """Reads and checks a config and leaves gin as it is.
+  """Reads and checks a config without changing gin's state.
 
   Args:
-    gin_files: paths of gin files, in the order they take effect.
-    gin_params: statements such as `X.y = 1`; they override the files'.
-    needed: the roots that will be called, which must have all they require.
-    roots: the configurables from which a binding must be reachable.
-    allowed_imports: modules that may be imported beside this package's and
+    gin_files: paths of gin files, in order of precedence.
+    gin_params: statements such as `X.y = 1`; they override those of the files.
+    needed: roots that will be called; all their required parameters must be set.
+    roots: the configurables from which every binding must be reachable.
+    allowed_imports: modules that may be imported in addition to this package's and
       TensorFlow's.
 
   Raises:
-    UserError: a file is missing or does not parse; a name is unknown, a macro unset or
-      lower-case; a binding is of no use; something that must be set is not.
+    UserError: a file is missing or does not parse; a name is unknown; a macro is unset
+      or lower-case; a binding is unused; a required value is not set.
   """
   assembled = assemble(
     gin_statements.read_statements(gin_files, gin_params),
@@ -139,18 +139,18 @@ def assemble(
   roots: Sequence[str] = ROOTS,
   allowed_imports: Sequence[str] = (),
 ) -> Assembled:
-  """Checks statements and follows them from the roots; what is of no use is set apart.
+  """Checks statements and follows references from the roots; collects unused bindings.
 
   Args:
-    given: in the order they take effect.
-    needed: the roots that will be called, which must have all they require.
-    roots: the configurables from which a binding must be reachable.
-    allowed_imports: modules that may be imported beside this package's and
+    given: statements in order of precedence.
+    needed: roots that will be called; all their required parameters must be set.
+    roots: the configurables from which every binding must be reachable.
+    allowed_imports: modules that may be imported in addition to this package's and
       TensorFlow's.
 
   Raises:
-    UserError: a name is unknown, a macro unset or lower-case; something that must be
-      set is not.
+    UserError: a name is unknown; a macro is unset or lower-case; a required value is
+      not set.
   """
   gin_resolution.import_modules(given, allowed_imports)
   bindings = [s for s in given if isinstance(s, gin_statements.Binding)]
@@ -173,7 +173,7 @@ def assemble(
 def unused_message(
   unused: Sequence[gin_statements.Binding], roots: Sequence[str] = ROOTS
 ) -> str:
-  """What to tell of bindings and macros that reach no root."""
+  """Returns the error message for bindings and macros that reach no root."""
   messages = [
     f"{binding.origin}: nothing uses {binding.key}"
     + ("" if binding.parameter else f" (write %{binding.key} where it is meant)")
@@ -186,7 +186,7 @@ def unused_message(
 
 
 def diff(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-  """In words, one line a path, in what the values of two configs differ."""
+  """Returns the differences between the values of two configs, one line per path."""
   return [
     f"{path}: {before.get(path, 'unset')} before, {after.get(path, 'unset')} now"
     for path in sorted({*before, *after})
@@ -195,13 +195,13 @@ def diff(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 
 
 def _first_of(messages: Sequence[str]) -> str:
-  """The first message, and how many there are beside it."""
+  """Returns the first message and the number of further ones."""
   more = f" (and {len(messages) - 1} more like it)" if len(messages) > 1 else ""
   return f"{messages[0]}{more}"
 
 
 def _text(given: Sequence[gin_statements.Statement]) -> str:
-  """The statements as one gin file, each with its origin as a comment."""
+  """Returns the statements as one gin file, each with its origin as a comment."""
   return "".join(f"{statement}  # {statement.origin}\n" for statement in given)
 
 
@@ -209,16 +209,16 @@ CONFIG_FILE = "config.gin"
 OPERATIVE_CONFIG_FILE = "operative_config.gin"
 _VALUE = "#   "
 _NUM_SHOWN = 5
-# What gives a variable its first value, which a checkpoint replaces.
+# Initial values of variables, which a checkpoint replaces.
 _INITIAL_VALUES = (".temperature.initial",)
 _INITIAL_WEIGHTS = ("train.seed", ".backbone.weights")
 
 
 def save_config(config: Config, model_dir: str) -> None:
-  """Writes the whole config; it is a gin file that gives the same config again.
+  """Writes the whole config as a gin file that reproduces it.
 
-  The values are added as comments, so that a later version can tell what differs even
-  when it no longer knows every name.
+  The values are added as comments, so that a later version of the package can report
+  differences even if it no longer recognizes every name.
   """
   values = [
     f"{_VALUE}{path} = {value}\n" for path, value in config.training_values.items()
@@ -228,7 +228,7 @@ def save_config(config: Config, model_dir: str) -> None:
 
 
 def save_operative_config(model_dir: str) -> None:
-  """Writes what gin has handed out so far, defaults included: call after a step."""
+  """Writes gin's operative config, including defaults; call it after the first step."""
   _write_config(
     os.path.join(model_dir, OPERATIVE_CONFIG_FILE), gin.operative_config_str()
   )
@@ -240,19 +240,19 @@ def check_same_config(
   allow_change: bool = False,
   is_resumed: bool = False,
 ) -> None:
-  """Refuses to go on in a folder that holds another config, unless that is allowed.
+  """Raises if a folder holds another config, unless a change is allowed.
 
-  Each change that is allowed is logged.
+  Every allowed change is logged.
 
   Args:
-    config: of this run.
-    model_dir: its folder.
-    allow_change: whether another config may go on.
-    is_resumed: whether the folder has a checkpoint. Then values that are only used at
+    config: config of this run.
+    model_dir: folder of the run.
+    allow_change: whether a changed config may continue.
+    is_resumed: whether the folder has a checkpoint. If so, values that are only used at
       the first step must not change.
 
   Raises:
-    UserError: what differs.
+    UserError: the configs differ; the message lists the differences.
   """
   before = read_saved_values(model_dir)
   if before is None or before == config.training_values:
@@ -278,13 +278,13 @@ def check_same_config(
 
 
 def read_saved_values(model_dir: str) -> Optional[dict[str, str]]:
-  """The values of the saved config, by path.
+  """Reads the values of the saved config, by path.
 
   Args:
     model_dir: folder of the run.
 
   Returns:
-    Such as {"train.loss.margin": "0.2"}; None if the folder has no config.
+    A dict such as {"train.loss.margin": "0.2"}; None if the folder has no config.
   """
   path = os.path.join(model_dir, CONFIG_FILE)
   if not tf.io.gfile.exists(path):
@@ -296,6 +296,6 @@ def read_saved_values(model_dir: str) -> Optional[dict[str, str]]:
 
 
 def _write_config(path: str, text: str) -> None:
-  """Writes a file so that no reader sees half of it."""
+  """Writes a file atomically."""
   filesystem.make_folder(os.path.dirname(path))
   filesystem.replace_file(path, text)

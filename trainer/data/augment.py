@@ -1,19 +1,17 @@
 """Random augmentation of images, computed for a whole batch in the graph.
 
-The numbers of a row depend on seed, step and the row's place in the global batch, and
-so neither on threads nor on how many workers or replicas share the batch. They are
-drawn for all rows, and what is computed of them is too, before this worker's are taken:
-the last bit of a root or an exponential may depend on how many are computed at once.
+The random numbers of a row depend on the seed, the step and the row's position in the
+global batch. They do not depend on threads, workers or replicas. Random numbers, and
+values derived from them, are computed for all rows before this worker's rows are
+selected: the last bit of a root or an exponential may depend on the number of values
+computed at once.
 
-Shapes: G rows of the global batch, L of this worker.
+The module uses plain TensorFlow, so the results are the same on every TensorFlow
+version that the package supports. Each geometric change is one map from output to input
+coordinates per image, applied by a single operation.
 
-Plain TensorFlow, so that it is the same on every TensorFlow this package runs on.
-
-Shapes: L images, H × W pixels, C channels; values in [0, 1].
-
-Each is one map of output places to input places for every image, done by one operation.
-
-Shapes: G images of the global batch, L of this worker, H × W pixels, C channels.
+Shapes: G rows of the global batch, L rows of this worker, H × W pixels, C channels;
+values in [0, 1].
 """
 
 from __future__ import annotations
@@ -27,18 +25,18 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 
-# Apart from other uses of a seed.
+# Salt that separates this use of the seed from others.
 _SALT = 0x5EED
 
 
 class RowRandom:
-  """Draws numbers for this worker's rows of a step.
+  """Random numbers for this worker's rows of a step.
 
   Args:
-    seed: of the run.
+    seed: random seed of the run.
     step: scalar int64.
     num_rows: G.
-    first_row: place of this worker's first row.
+    first_row: position of this worker's first row.
     num_local_rows: L.
   """
 
@@ -60,15 +58,15 @@ class RowRandom:
   def uniform(
     self, num_values: int, low: float = 0.0, high: float = 1.0
   ) -> list[tf.Tensor]:
-    """Numbers that no other call gives.
+    """Draws uniform numbers, different for every call.
 
     Args:
-      num_values: how many for each row.
-      low: least value.
-      high: above all values.
+      num_values: numbers per row.
+      low: lower bound, inclusive.
+      high: upper bound, exclusive.
 
     Returns:
-      As many [G] float32 tensors.
+      `num_values` float32 tensors [G].
     """
     self._num_calls += 1
     salted = self._seed * 1_000_003 + _SALT + self._num_calls
@@ -78,23 +76,23 @@ class RowRandom:
     return tf.unstack(values, axis=1)
 
   def local(self, values: tf.Tensor) -> tf.Tensor:
-    """This worker's rows: [G, ...] to [L, ...]."""
+    """Selects this worker's rows: [G, ...] to [L, ...]."""
     return values[self._rows]
 
 
 class Change(Protocol):
-  """Changes images at random."""
+  """A random change of images."""
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
 
 
 @gin.register
 class Augmentation:
-  """Changes in a row, the first one first.
+  """A sequence of random changes.
 
   Attributes:
-    seed: another seed, other changes.
+    seed: random seed.
 
   Args:
     changes: applied in this order.
@@ -106,7 +104,7 @@ class Augmentation:
     self._changes = list(changes)
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape, values kept in [0, 1]."""
+    """Maps [L, H, W, C] float32 to the same shape; values are clipped to [0, 1]."""
     shape = images.shape
     for change in self._changes:
       images = change(images, random)
@@ -115,10 +113,10 @@ class Augmentation:
 
 @gin.register
 class Flip:
-  """Left and right exchanged, in half of the images."""
+  """Horizontal flip of half of the images."""
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     (draw,) = random.uniform(1)
     return tf.where(
       _per_image(random.local(draw) < 0.5), tf.reverse(images, [2]), images
@@ -127,12 +125,12 @@ class Flip:
 
 @gin.register
 class Colour:
-  """Brightness, contrast and saturation changed by random factors.
+  """Random changes of brightness, contrast and saturation.
 
   Args:
-    brightness: values are times 1 ± so much.
-    contrast: differences from the image's mean are times 1 ± so much.
-    saturation: differences from each pixel's grey are times 1 ± so much.
+    brightness: values are multiplied by a factor in 1 ± brightness.
+    contrast: differences from the image's mean are multiplied by 1 ± contrast.
+    saturation: differences from the pixel's grey are multiplied by 1 ± saturation.
 
   Raises:
     UserError: one of them is not between 0 and 1.
@@ -147,7 +145,7 @@ class Colour:
         raise UserError(f"Colour.{name}={value} must be between 0 and 1.")
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     brightness, contrast, saturation = (
       _per_image(1.0 + strength * random.local(draw))
       for strength, draw in zip(self._strengths, random.uniform(3, -1.0, 1.0))
@@ -161,11 +159,11 @@ class Colour:
 
 @gin.register
 class Cutout:
-  """A square of each image made grey (DeVries and Taylor 2017,
+  """Cutout: a grey square in each image (DeVries and Taylor 2017,
   https://arxiv.org/abs/1708.04552).
 
   Args:
-    share: side of the square, as a share of the image's shorter side.
+    share: side of the square as a fraction of the image's shorter side.
 
   Raises:
     UserError: the share is not between 0 and 1.
@@ -177,7 +175,7 @@ class Cutout:
     self._share = share
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     height, width = images.shape[1:3]
     half = self._share * min(height, width) / 2
     y, x = map(random.local, random.uniform(2))
@@ -189,10 +187,10 @@ class Cutout:
 
 @gin.register
 class Blur:
-  """Gaussian blur of a random width.
+  """Gaussian blur of random width.
 
   Args:
-    max_sigma: greatest width, pixels.
+    max_sigma: largest standard deviation, pixels.
 
   Raises:
     UserError: it is not positive.
@@ -204,7 +202,7 @@ class Blur:
     self._max_sigma = max_sigma
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     (sigma,) = random.uniform(1, 0.01, self._max_sigma)
     radius = max(1, round(2.5 * self._max_sigma))
     offsets = tf.range(-radius, radius + 1, dtype=tf.float32)
@@ -218,7 +216,7 @@ class Blur:
 def _weighted_shifts(
   images: tf.Tensor, weights: tf.Tensor, radius: int, axis: int
 ) -> tf.Tensor:
-  """Σ_i weights[:, i] · images shifted by i − radius; edges are repeated."""
+  """Returns Σ_i weights[:, i] · images shifted by i − radius; edges are repeated."""
   size = images.shape[axis]
   places = tf.range(-radius, size + radius)
   padded = tf.gather(images, tf.clip_by_value(places, 0, size - 1), axis=axis)
@@ -230,16 +228,16 @@ def _weighted_shifts(
 
 
 def _per_image(values: tf.Tensor) -> tf.Tensor:
-  """[L] to [L, 1, 1, 1]."""
+  """Reshapes [L] to [L, 1, 1, 1]."""
   return tf.reshape(values, [-1, 1, 1, 1])
 
 
 @gin.register
 class Shift:
-  """Images moved by whole pixels; what comes in is black.
+  """Random shift by whole pixels; uncovered pixels are black.
 
   Args:
-    pixels: at most so far, each way.
+    pixels: largest shift in each direction.
 
   Raises:
     UserError: fewer than 1.
@@ -251,7 +249,7 @@ class Shift:
     self._pixels = pixels
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     draws = random.uniform(2, -self._pixels - 0.5, self._pixels + 0.5)
     x, y = (tf.round(draw) for draw in draws)
     one, zero = tf.ones_like(x), tf.zeros_like(x)
@@ -260,10 +258,10 @@ class Shift:
 
 @gin.register
 class Rotation:
-  """Images turned about their middle; edges are repeated.
+  """Random rotation about the centre; edges are repeated.
 
   Args:
-    degrees: at most so far, each way.
+    degrees: largest angle in each direction.
 
   Raises:
     UserError: not between 0 and 180.
@@ -275,7 +273,7 @@ class Rotation:
     self._radians = math.radians(degrees)
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     (angle,) = random.uniform(1, -self._radians, self._radians)
     cos, sin = tf.cos(angle), tf.sin(angle)
     middle_y, middle_x = ((size - 1) / 2 for size in images.shape[1:3])
@@ -291,14 +289,14 @@ class Rotation:
 
 @gin.register
 class CropAndResize:
-  """A part of random size, proportions and place, as large as the image again.
+  """Random crop of random area and aspect ratio, resized to the size of the image.
 
   Args:
-    min_area: least share of the image's area.
-    max_stretch: width to height, times or divided by at most so much.
+    min_area: smallest fraction of the image's area.
+    max_stretch: largest factor by which the aspect ratio is multiplied or divided.
 
   Raises:
-    UserError: the share is not in (0, 1], or the stretch is below 1.
+    UserError: the fraction is not in (0, 1], or the stretch is below 1.
   """
 
   def __init__(self, *, min_area: float, max_stretch: float = 4 / 3):
@@ -310,7 +308,7 @@ class CropAndResize:
     self._log_stretch = math.log(max_stretch)
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
-    """[L, H, W, C] float32 to the same shape."""
+    """Maps [L, H, W, C] float32 to the same shape."""
     (area,) = random.uniform(1, self._min_area, 1.0)
     (log_stretch,) = random.uniform(1, -self._log_stretch, self._log_stretch)
     place_x, place_y = random.uniform(2)
@@ -334,7 +332,7 @@ def _moved(
   interpolation: str,
   fill_mode: str,
 ) -> tf.Tensor:
-  """What stands at (x, y) comes from x_from · (x, y, 1) and y_from · (x, y, 1), [G]."""
+  """Moves pixels to (x, y) from (x_from · (x, y, 1), y_from · (x, y, 1)), each [G]."""
   zero = tf.zeros_like(x_from[0])
   return tf.raw_ops.ImageProjectiveTransformV3(
     images=images,

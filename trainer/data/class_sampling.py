@@ -1,10 +1,11 @@
 """Sampling of classes: weights, and streams without repetition.
 
-An epoch is a number of draws, of which every class has some. It has each draw once, in
-an order of its own. The draws of a class are numbered through all epochs, and draw j of
-a class gives block j of its members. So each block comes once, whatever the weights.
+An epoch is a number of draws; every class has at least one of them. It contains each
+draw once, in an order of its own. The draws of a class are numbered across all epochs,
+and draw j of a class returns block j of its members. Each block is therefore drawn
+once, whatever the weights.
 
-Shapes: C classes to draw from, T draws an epoch, S steps, P classes a batch.
+Shapes: C classes to draw from, T draws per epoch, S steps, P classes per batch.
 """
 
 from __future__ import annotations
@@ -17,30 +18,30 @@ import numpy as np
 from trainer.data import permutation
 from trainer.errors import UserError
 
-# Draws of a class with as many records as are drawn of it at once, where they
-# are not whole passes: fine enough that rounding changes a weight by 3 % at most.
+# Draws per epoch of a class with K records, if draws are not whole passes over the
+# records: fine enough that rounding changes a weight by 3 % at most.
 _RESOLUTION = 16
 _MAX_DRAWS_PER_EPOCH = 2**31 - 1
 
 
 class ClassWeights(Protocol):
-  """Sets the draws per epoch of each class."""
+  """Sets the number of draws of each class per epoch."""
 
   def draws_per_epoch(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
-    """[C] int64 ≥ 1, from sizes [C] and the samples drawn of a class at once."""
+    """Returns [C] int64 ≥ 1, from the class sizes [C] and the samples per class."""
 
 
 @gin.register
 class SizeWeights:
-  """Classes in proportion to a power of their size, with a cap.
+  """Class weights proportional to a power of the class size, with a cap.
 
-  With power 1 an epoch is one of records: a class of n comes ⌈n / K⌉ times, so that
-  each of its records comes once (some twice, where K doesn't divide n). With power 0.5
-  it is the square root of the size; with power 0 all classes are equal.
+  With power 1 an epoch covers the records: a class of n records is drawn ⌈n / K⌉ times,
+  so each of its records is drawn once (some twice if K doesn't divide n). Power 0.5
+  gives the square root of the size, and power 0 equal weights.
 
   Args:
     power: 0 … 1.
-    max_size: a larger class counts as one of so many records; None for no cap.
+    max_size: sizes are capped at this number of records; None for no cap.
 
   Raises:
     UserError: the power is not between 0 and 1, or the cap is below 1.
@@ -55,7 +56,7 @@ class SizeWeights:
     self._max_size = max_size
 
   def draws_per_epoch(self, sizes: np.ndarray, samples_per_class: int) -> np.ndarray:
-    """Draws of each class.
+    """Computes the draws of each class per epoch.
 
     Args:
       sizes: [C] int64 ≥ 1, records of each class.
@@ -65,7 +66,7 @@ class SizeWeights:
       [C] int64 ≥ 1.
 
     Raises:
-      UserError: there would be more than 2³¹ in all.
+      UserError: the total would exceed 2³¹.
     """
     if self._max_size is not None:
       sizes = np.minimum(sizes, self._max_size)
@@ -83,16 +84,16 @@ class SizeWeights:
 
 
 _TICKETS, _SUBSTITUTES = 1, 3
-# After so many draws in vain the next free class is taken.
+# Number of random draws before the next free class is taken.
 _MAX_DRAWS = 64
 
 
 class Draws(NamedTuple):
-  """The classes of some steps.
+  """The classes drawn in some steps.
 
   Attributes:
-    classes: [S, P] int64, positions among the classes to draw from; a step's differ.
-    blocks: [S, P] int64 ≥ 0, the block of its members that each class gives.
+    classes: [S, P] int64, positions among the classes to draw from; distinct per step.
+    blocks: [S, P] int64 ≥ 0, the block of members of each class.
   """
 
   classes: np.ndarray
@@ -100,19 +101,19 @@ class Draws(NamedTuple):
 
 
 class ClassStream(Protocol):
-  """Draws classes."""
+  """A stream of drawn classes."""
 
   def draw(self, steps: np.ndarray) -> Draws:
-    """The classes of steps [S] int64."""
+    """Returns the classes of steps [S] int64."""
 
 
 class EqualClasses:
-  """Every class once an epoch. Takes no memory.
+  """A stream with every class once per epoch; takes no memory.
 
   Args:
     num_classes: C ≥ P.
     num_drawn: P.
-    seed: another seed, another order.
+    seed: random seed of the order.
   """
 
   def __init__(self, num_classes: int, num_drawn: int, seed: int):
@@ -121,21 +122,21 @@ class EqualClasses:
     self._key = permutation.mix(seed, _TICKETS)
 
   def draw(self, steps: np.ndarray) -> Draws:
-    """The classes of steps [S] int64."""
+    """Returns the classes of steps [S] int64."""
     classes = _draws(steps, self._num_classes, self._key, self._num_drawn)
     return Draws(classes, _epochs(steps, self._num_classes, self._num_drawn))
 
 
 class WeightedClasses:
-  """Every class as often per epoch as its draws say.
+  """A stream with every class as often per epoch as its weight specifies.
 
-  Where a step draws a class twice, the second gives way to another class, drawn by the
-  same weights, with any block of its members.
+  If a step draws a class twice, the second draw is replaced by another class, drawn
+  with the same weights, and any block of its members.
 
   Args:
     draws_per_epoch: [C] int64 ≥ 1, draws of each class; C ≥ P.
     num_drawn: P.
-    seed: another seed, another order.
+    seed: random seed of the order.
   """
 
   def __init__(self, draws_per_epoch: np.ndarray, num_drawn: int, seed: int):
@@ -145,7 +146,7 @@ class WeightedClasses:
     self._key = permutation.mix(seed, _TICKETS)
 
   def draw(self, steps: np.ndarray) -> Draws:
-    """The classes of steps [S] int64."""
+    """Returns the classes of steps [S] int64."""
     total = int(self._ends[-1])
     draws = _draws(steps, total, self._key, self._num_drawn)
     classes = self._class_of(draws)
@@ -162,7 +163,7 @@ class WeightedClasses:
     return np.searchsorted(self._ends, draws, side="right")
 
   def _substitute(self, step: int, classes: np.ndarray, blocks: np.ndarray) -> None:
-    """Replaces what a step draws again, in place; [P] each."""
+    """Replaces repeated classes of a step, in place; both arrays are [P]."""
     _, firsts = np.unique(classes, return_index=True)
     drawn = set(classes[firsts].tolist())
     for place in np.setdiff1d(np.arange(len(classes)), firsts).tolist():
@@ -184,7 +185,7 @@ class WeightedClasses:
 def _draws(
   steps: np.ndarray, draws_per_epoch: int, key: np.ndarray, num_drawn: int
 ) -> np.ndarray:
-  """[S, P] int64 in range(T), no two alike in a row."""
+  """Returns [S, P] int64 in range(T), distinct within a row."""
   shape = steps.shape
   return permutation.distinct_block(
     steps, np.full(shape, draws_per_epoch), np.broadcast_to(key, shape), num_drawn
@@ -192,5 +193,5 @@ def _draws(
 
 
 def _epochs(steps: np.ndarray, draws_per_epoch: int, num_drawn: int) -> np.ndarray:
-  """[S, P] int64, the number of whole epochs before each draw."""
+  """Returns [S, P] int64, the number of complete epochs before each draw."""
   return (steps[:, None] * num_drawn + np.arange(num_drawn)) // draws_per_epoch

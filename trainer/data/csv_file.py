@@ -1,4 +1,4 @@
-"""Text tables (CSV, TSV) as spreadsheets, pandas and labelling tools write them."""
+"""Text tables (CSV, TSV) as written by spreadsheets, pandas and labelling tools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple, Optional
 from trainer.errors import UserError
 from trainer.runtime import filesystem
 
-# The mark of UTF-32 begins with that of UTF-16.
+# UTF-32 first: its byte order mark begins with that of UTF-16.
 _MARKS = (
   (codecs.BOM_UTF8, "utf-8-sig"),
   (codecs.BOM_UTF32_LE, "utf-32"),
@@ -25,7 +25,7 @@ _NUM_COLUMNS_SHOWN = 20
 
 
 class CsvRow(NamedTuple):
-  """A row after the first.
+  """A row after the header.
 
   Attributes:
     line: number of its last line in the file, from 1.
@@ -37,26 +37,26 @@ class CsvRow(NamedTuple):
 
 
 class CsvFile:
-  """A table of text whose first row names its columns.
+  """A text table whose first row names its columns.
 
-  The separator is the one that gives the needed columns: a comma, a tab, a semicolon or
-  a vertical bar. The text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
+  The separator is a comma, a tab, a semicolon or a vertical bar, whichever yields the
+  needed columns. The text is UTF-8, or UTF-16 or UTF-32 with a byte order mark.
 
   Attributes:
-    path: of the file.
+    path: path of the file.
     content: its bytes.
-    columns: names of the columns without surrounding blanks; "" for one without a name.
+    columns: column names without surrounding blanks; "" for an unnamed column.
     separator: the character between cells.
-    has_blanks: whether a blank follows each separator; it is no part of a cell.
+    has_blanks: whether a blank follows each separator; it is not part of a cell.
 
   Args:
-    path: of the file.
+    path: path of the file.
     needed: names of columns that the table must have.
-    errors: "strict", or "replace" for bytes that are no text.
+    errors: "strict", or "replace" for bytes that can't be decoded.
 
   Raises:
-    UserError: the file can't be read, is no text, lacks a needed column, or has two
-      columns of one name.
+    UserError: the file can't be read, is not text, lacks a needed column, or has two
+      columns with the same name.
   """
 
   def __init__(self, path: str, needed: Sequence[str], *, errors: str = "strict"):
@@ -67,7 +67,7 @@ class CsvFile:
     self._skip, separator = self._separator_line()
     headers = self._headers([separator] if separator else self._separators())
     fitting = [s for s, names in headers.items() if {*needed} <= {*map(_name, names)}]
-    # Without the needed columns, the most columns are the likeliest.
+    # Without the needed columns, the separator with the most columns is the likeliest.
     self.separator = next(
       iter(fitting), max(headers, key=lambda each: len(headers[each]), default=",")
     )
@@ -77,10 +77,10 @@ class CsvFile:
     self._check_columns(needed, names)
 
   def rows(self) -> Iterator[CsvRow]:
-    """Every row after the first; rows without any text are skipped.
+    """Yields every row after the first; rows without any text are skipped.
 
     Raises:
-      UserError: the table is damaged, or is no text in its encoding.
+      UserError: the table is damaged, or its bytes can't be decoded.
     """
     reader = self._reader(self.separator, skip_blanks=self.has_blanks)
     line = self._skip
@@ -97,18 +97,18 @@ class CsvFile:
       raise self._no_text() from error
 
   def separator_note(self) -> Optional[str]:
-    """A line on the separator; None where it is the one that the ending promises."""
+    """Returns a message if the separator does not match the extension, or None."""
     if self.separator == self._separators()[0]:
       return None
     return f"{self.path} is read with {_SEPARATORS[self.separator]} between its cells."
 
   def _separators(self) -> list[str]:
-    """The separators to try, the one that the file's ending promises first."""
+    """Returns the separators to try, the one implied by the file extension first."""
     promised = "\t" if self.path.lower().endswith((".tsv", ".tab")) else ","
     return sorted(_SEPARATORS, key=lambda each: each != promised)
 
   def _separator_line(self) -> tuple[int, Optional[str]]:
-    """Number of lines before the table, and the separator that they give."""
+    """Returns the number of lines before the table and the separator they declare."""
     try:
       line = self._text().readline().rstrip("\r\n").strip('"')
     except UnicodeError as error:
@@ -119,12 +119,12 @@ class CsvFile:
     return 0, None
 
   def _headers(self, separators: Sequence[str]) -> dict[str, list[str]]:
-    """The first row by each separator with which it can be read."""
+    """Returns the first row for each separator that can parse it."""
     headers: dict[str, list[str]] = {}
     for separator in separators:
       try:
         headers[separator] = next(self._reader(separator), [])
-      except csv.Error:  # With another separator its quotes may be right.
+      except csv.Error:  # The quotes may be valid with another separator.
         continue
       except UnicodeError as error:
         raise self._no_text() from error
@@ -170,7 +170,7 @@ class CsvFile:
 
 
 def _name(text: str) -> str:
-  """A column's name without surrounding blanks and byte order marks."""
+  """Returns a column name without surrounding blanks and byte order marks."""
   return text.strip().strip("\ufeff").strip()
 
 

@@ -1,4 +1,4 @@
-"""The data set of a run: records, the split of its classes, and a decoder.
+"""The data set of a run: records, a split of the classes, and a decoder.
 
 Shapes: C classes.
 """
@@ -23,11 +23,11 @@ from trainer.errors import UserError
 
 
 class ClassSplit(NamedTuple):
-  """Class ids of either side.
+  """Class ids of both sides of a split.
 
   Attributes:
     train: int32, ascending.
-    evaluation: int32, ascending; none of them in `train`.
+    evaluation: int32, ascending, disjoint from `train`.
   """
 
   train: np.ndarray
@@ -35,22 +35,24 @@ class ClassSplit(NamedTuple):
 
 
 class Split(Protocol):
-  """Divides the classes."""
+  """A split of the classes into training and evaluation."""
 
   def split(self, class_names: Sequence[str]) -> ClassSplit:
-    """The ids of training and of evaluation classes."""
+    """Returns the ids of the training and evaluation classes."""
 
 
 @gin.register
 class HashSplit:
-  """By a stable hash of the class name: a class stays where it is when others come.
+  """Split by a stable hash of the class name.
+
+  A class keeps its side when other classes are added.
 
   Args:
-    evaluation_fraction: share of classes held out, about; 0 < share < 1.
-    salt: another number, another split.
+    evaluation_fraction: approximate fraction of held-out classes, 0 < fraction < 1.
+    salt: a different salt gives a different split.
 
   Raises:
-    UserError: the share is not between 0 and 1.
+    UserError: the fraction is not between 0 and 1.
   """
 
   def __init__(self, *, evaluation_fraction: float, salt: int = 0):
@@ -62,13 +64,13 @@ class HashSplit:
     self._salt = salt
 
   def split(self, class_names: Sequence[str]) -> ClassSplit:
-    """The ids of either side.
+    """Splits the classes.
 
     Args:
       class_names: C names, by class id.
 
     Returns:
-      Disjoint ids that together are all.
+      Disjoint ids that together cover all classes.
 
     Raises:
       UserError: a side would be empty.
@@ -79,14 +81,14 @@ class HashSplit:
 
 @gin.register
 class ListSplit:
-  """By explicit lists.
+  """Split by explicit lists.
 
   Args:
-    evaluation_classes: names of the classes held out.
-    train_classes: names of the classes to train on; None for all others.
+    evaluation_classes: names of the held-out classes.
+    train_classes: names of the training classes; None for all others.
 
   Raises:
-    UserError: a name is in both, or is no text.
+    UserError: a name is in both lists, or is not text.
   """
 
   def __init__(
@@ -107,16 +109,16 @@ class ListSplit:
       )
 
   def split(self, class_names: Sequence[str]) -> ClassSplit:
-    """The ids of either side.
+    """Splits the classes.
 
     Args:
       class_names: C names, by class id.
 
     Returns:
-      Disjoint ids; together they are all, unless `train_classes` says otherwise.
+      Disjoint ids; they cover all classes unless `train_classes` excludes some.
 
     Raises:
-      UserError: a name is no class, or a side would be empty.
+      UserError: a name is not a class, or a side would be empty.
     """
     ids = {name: class_id for class_id, name in enumerate(class_names)}
     is_held_out = _chosen(ids, "evaluation_classes", self._evaluation_classes)
@@ -128,7 +130,7 @@ class ListSplit:
 
 
 def _names(argument: str, names: Sequence[str]) -> list[str]:
-  """The names of a list; a single text would be taken for its letters."""
+  """Returns the names as a list; refuses a single text, a sequence of letters."""
   if isinstance(names, str) or not all(isinstance(name, str) for name in names):
     raise UserError(
       f"ListSplit.{argument}={names!r} must be a list of class names, each a text in "
@@ -138,7 +140,7 @@ def _names(argument: str, names: Sequence[str]) -> list[str]:
 
 
 def _chosen(ids: dict[str, int], argument: str, names: Sequence[str]) -> np.ndarray:
-  """[C] bool, which classes are named."""
+  """Returns [C] bool, true for the named classes."""
   is_chosen = np.zeros(len(ids), bool)
   for name in names:
     if name not in ids:
@@ -164,27 +166,27 @@ def _divide(is_held_out: np.ndarray) -> ClassSplit:
 
 @gin.register
 class Dataset:
-  """Records of classes that train, and of others that evaluate.
+  """Records with a split into training and evaluation classes.
 
   Attributes:
-    folder: of the records, or their pattern.
-    index: the records.
+    folder: folder of the records, or a pattern of shards.
+    index: index of the records.
     train_classes: int32 ids.
     evaluation_classes: int32 ids, disjoint from `train_classes`.
-    decoder: makes inputs of records.
-    replacements: of bad records, by others of their classes; None where bad ones are
-      refused.
+    decoder: converts records to inputs.
+    replacements: replaces bad records by others of their class; None if bad records
+      are refused.
 
   Args:
     folder: folder of TFRecord shards with their index, or a pattern of shards.
-    split: divides the classes.
-    decoder: makes inputs of records.
-    augmentation: changes what is trained on at random; None for no change.
-    bad_records: "refuse" a record that can't be read or decoded, or, while training
-      and mining, "replace" it by another of its class, which is logged.
+    split: splits the classes.
+    decoder: converts records to inputs.
+    augmentation: random changes of the training inputs; None for no change.
+    bad_records: "refuse" a record that can't be read or decoded, or, in training and
+      mining, "replace" it by another of its class, which is logged.
 
   Raises:
-    UserError: there is no index, one side has no class, or `bad_records` is not known.
+    UserError: there is no index, a side has no class, or `bad_records` is unknown.
   """
 
   def __init__(
@@ -211,7 +213,7 @@ class Dataset:
       self.replacements = Replacements(self.index, decoder)
 
   def training_batches(self, sampler: BatchSampler) -> Batches:
-    """The batches of a sampler, augmented, bad records treated as wanted."""
+    """Returns the augmented batches of a sampler; bad records follow `bad_records`."""
     return Batches(
       self.index,
       sampler,

@@ -1,4 +1,4 @@
-"""Encoding of items as records."""
+"""Encoding of items as serialized examples."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 @gin.register
 class Resize:
-  """Images made smaller once, at ingest, and kept as PNG or JPEG.
+  """Downscaling of images at ingest; results are stored as PNG or JPEG.
 
   Args:
-    longest_side: pixels; smaller images stay as they are.
-    jpeg_quality: 1 … 100; None for PNG, which loses nothing.
+    longest_side: pixels; smaller images are unchanged.
+    jpeg_quality: 1 … 100; None for PNG, which is lossless.
 
   Raises:
     UserError: the side is below 1, or the quality is out of range.
@@ -39,12 +39,12 @@ class Resize:
     self._jpeg_quality = jpeg_quality
 
   def describe(self) -> dict[str, object]:
-    """Its arguments."""
+    """Returns its arguments."""
     return {"longest_side": self._longest_side, "jpeg_quality": self._jpeg_quality}
 
   def __call__(self, image: tf.Tensor) -> Optional[bytes]:
-    """[H, W, C] uint8 as a smaller file; None where it is small enough."""
-    import tensorflow as tf  # Late: looking at a finished ingest needs none.
+    """Returns [H, W, C] uint8 as a smaller file; None if it is small enough."""
+    import tensorflow as tf  # Late: inspecting a finished ingest doesn't need it.
 
     height, width, channels = image.shape
     scale = self._longest_side / max(height, width)
@@ -71,7 +71,7 @@ class Prepared(NamedTuple):
     label: name of its class.
     key: its name in the source.
     data: the serialized `tf.train.Example`.
-    digest: 64-bit hash of what it holds besides key and label.
+    digest: 64-bit hash of its content without key and label.
   """
 
   label: str
@@ -81,11 +81,11 @@ class Prepared(NamedTuple):
 
 
 class ExampleEncoder:
-  """Makes records of items.
+  """Encoder of items as records.
 
   Args:
     max_pixels: an image that declares more is refused before it is decoded.
-    resize: makes images smaller; None to keep files byte for byte.
+    resize: downscales images; None to keep files byte for byte.
   """
 
   def __init__(self, *, max_pixels: int, resize: Optional[Resize] = None):
@@ -93,10 +93,10 @@ class ExampleEncoder:
     self._resize = resize
 
   def __call__(self, item: Item) -> Prepared:
-    """The record of an item.
+    """Returns the record of an item.
 
     Raises:
-      UserError: its image doesn't decode or is too large, or a feature can't be kept.
+      UserError: its image doesn't decode or is too large, or a feature can't be stored.
     """
     image = None if item.image is None else self._checked_image(item.key, item.image)
     values: dict[str, Value] = dict(item.features)
@@ -130,7 +130,7 @@ class ExampleEncoder:
       smaller = None if self._resize is None else self._resize(_native_pixels(file))
       if smaller is not None:
         return smaller
-      # The operation of training, on all that its decoder may find.
+      # Decodes with the operation that training uses.
       tf.io.decode_image(file, channels=3, expand_animations=False)
     except UserError as error:
       raise _no_image(key, file, str(error)) from error
@@ -140,15 +140,15 @@ class ExampleEncoder:
 
 
 def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
-  """An image file that training decodes to what Pillow shows.
+  """Returns an image file that training decodes to the same image as Pillow.
 
   Args:
-    file: PNG and JPEG are returned as they are, unless their orientation is in metadata
+    file: PNG and JPEG are returned unchanged, unless their orientation is in metadata
       that training does not read.
-    max_pixels: the most that an image of another format may declare.
+    max_pixels: limit on the declared pixels of an image in another format.
 
   Raises:
-    UserError: it is of another format, and can't be converted.
+    UserError: it has another format and can't be converted.
   """
   if not image_formats.is_kept(file):
     file = image_formats.as_png(file, max_pixels=max_pixels)
@@ -161,8 +161,8 @@ def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
 
 
 def _native_pixels(file: bytes) -> tf.Tensor:
-  """[H, W, C] uint8, upright; grey and alpha stay what they are."""
-  # CMYK is no kind of pixels that an encoder of images knows.
+  """Returns [H, W, C] uint8, upright; greyscale and alpha are preserved."""
+  # Image encoders don't support CMYK pixels.
   is_jpeg = file.startswith(b"\xff\xd8")
   is_cmyk = is_jpeg and tf.image.extract_jpeg_shape(file)[2] > 3
   image = tf.io.decode_image(file, channels=3 if is_cmyk else 0)
@@ -218,7 +218,7 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
 
 
 def _flat(value: Value) -> np.ndarray:
-  """All values of a feature, [n]; text and bytes as objects, which keep every byte.
+  """Flattens the values of a feature to [n]; text and bytes stay objects, unchanged.
 
   Raises:
     ValueError: it is ragged.
@@ -236,10 +236,10 @@ def _flat(value: Value) -> np.ndarray:
 
 
 def _check_precision(array: np.ndarray, name: str, key: str) -> None:
-  """Refuses what a float32 would change into another number.
+  """Raises if float32 would change a value into a different number.
 
-  Rounding is expected. Infinity for a number that is too large is not, nor another
-  identifier for one that is a whole float64.
+  Rounding is expected. A number that overflows to infinity is refused, and so is a
+  single whole float64, possibly an identifier, that float32 can't represent.
   """
   if array.dtype.itemsize <= _FLOAT_BYTES:
     return

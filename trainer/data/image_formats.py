@@ -1,8 +1,8 @@
-"""Image formats that ingest takes, by the endings of files and by their first bytes.
+"""Image formats supported at ingest, detected by file extension and first bytes.
 
-A small file may declare a size that no memory holds (a decompression bomb).
-
-Training decodes PNG and JPEG. Ingest converts the other formats with Pillow.
+Training decodes PNG and JPEG; ingest converts the other formats with Pillow. Declared
+sizes are read before decoding, because a small file may declare a size that exceeds any
+memory (a decompression bomb).
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from PIL import Image, ImageOps
 
 from trainer.errors import UserError
 
-# JPEG's start-of-frame markers: C4, C8 and CC are something else.
+# JPEG's start-of-frame markers; C4, C8 and CC have other meanings.
 _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 _START_OF_SCAN = 0xDA
 
 
 class ImageHead(NamedTuple):
-  """What an image file says of itself.
+  """The format and size that an image file declares.
 
   Attributes:
     format: "png", "jpeg", "gif", "bmp" or "webp".
-    width: pixels; 0 where it isn't said.
-    height: pixels; 0 where it isn't said.
+    width: pixels; 0 if not declared.
+    height: pixels; 0 if not declared.
   """
 
   format: str
@@ -41,7 +41,7 @@ class ImageHead(NamedTuple):
 
 
 def read_image_head(file: bytes) -> Optional[ImageHead]:
-  """The head of an image file; None where it is of no known format.
+  """Reads the head of an image file; returns None for an unknown format.
 
   Args:
     file: the whole file, or its beginning.
@@ -64,7 +64,7 @@ def read_image_head(file: bytes) -> Optional[ImageHead]:
 
 
 def _jpeg_size(file: bytes) -> tuple[int, int]:
-  # Bytes between segments are skipped, as libjpeg does.
+  # Bytes between segments are skipped, as in libjpeg.
   position = file.find(b"\xff", 2)
   while 0 <= position <= len(file) - 9:
     marker = file[position + 1]
@@ -101,11 +101,11 @@ class ImageFormat(NamedTuple):
   """A format of image files.
 
   Attributes:
-    name: as people write it.
-    endings: of files, in lower case, each with its dot.
+    name: display name.
+    endings: file extensions in lower case, with the dot.
     magic: pattern of the first bytes.
-    pillow: names that Pillow has for it; empty where Pillow never opens it.
-    needs: what Pillow needs to open it, where not every Pillow does.
+    pillow: Pillow's names of the format; empty if Pillow never opens it.
+    needs: requirement to open it, if not every Pillow can.
   """
 
   name: str
@@ -150,10 +150,10 @@ FORMATS = (
   ),
 )
 
-# Endings of the files that ingest reads as images.
+# Extensions of files that ingest reads as images.
 ENDINGS = tuple(sorted(ending for each in FORMATS for ending in each.endings))
 
-# Endings of image files that nothing here converts.
+# Extensions of image files that can't be converted.
 OTHER_ENDINGS = (
   ".ai",
   ".arw",
@@ -187,62 +187,62 @@ OTHER_ENDINGS = (
 # Formats whose files are kept byte for byte.
 _KEPT = ("PNG", "JPEG")
 
-# What the bytes of a file have that may say how it is turned.
+# Byte strings that indicate metadata with an orientation.
 _METADATA = (b"Exif", b"eXIf", b"Raw profile", b"tiff:Orientation")
 _ORIENTATION_TAG = 0x0112
 
-# First bytes that `of_content` needs.
+# Number of first bytes that `of_content` needs.
 HEAD_BYTES = 16
 
 
 def has_image_ending(name: str) -> bool:
-  """Whether a file is one that ingest reads as an image, by the ending of its name."""
+  """Returns whether the extension of a file is one that ingest reads as an image."""
   return name.lower().endswith(ENDINGS)
 
 
 def of_content(head: bytes) -> Optional[ImageFormat]:
-  """The format that a file's first bytes show, whatever its name ends in.
+  """Detects the format from the first bytes of a file, whatever its extension.
 
   Args:
     head: the file, or its first `HEAD_BYTES`.
 
   Returns:
-    None where they are of none of `FORMATS`.
+    The format; None if it is none of `FORMATS`.
   """
   return next((each for each in FORMATS if each.magic.match(head)), None)
 
 
 def is_kept(file: bytes) -> bool:
-  """Whether a file is kept byte for byte, because training decodes its format."""
+  """Returns whether training decodes a file's format, so that the file is kept as is."""
   found = of_content(file)
   return found is not None and found.name in _KEPT
 
 
 def has_metadata(file: bytes) -> bool:
-  """Whether a file may say how it is turned."""
+  """Returns whether a file may declare an orientation."""
   return any(mark in file for mark in _METADATA)
 
 
 def orientation(file: bytes) -> int:
-  """The orientation of a PNG or JPEG file as Pillow finds it, in all its metadata.
+  """Reads the orientation of a PNG or JPEG file with Pillow, from all its metadata.
 
   Returns:
-    1 ... 8 as Exif has it; 1 where the file says nothing or Pillow can't open it.
+    1 ... 8 as in Exif; 1 if the file declares none or Pillow can't open it.
   """
   try:
     with Image.open(io.BytesIO(file)) as image:
       found = image.getexif().get(_ORIENTATION_TAG, 1)
-  except Exception:  # Pillow raises many kinds; whether it decodes is checked later.
+  except Exception:  # Pillow raises many types; decoding is checked later.
     return 1
   return found if found in range(1, 9) else 1
 
 
 def with_orientation(file: bytes, orientation: int) -> bytes:
-  """A PNG or JPEG file that decoders of training turn as the orientation says.
+  """Returns a PNG or JPEG file that training's decoders turn by the orientation.
 
   Args:
-    file: a JPEG file gets a further Exif segment, before all others; a PNG file is
-      written anew, upright.
+    file: a JPEG file gets an additional Exif segment before all others; a PNG file is
+      rewritten upright.
     orientation: 1 ... 8.
   """
   if not file.startswith(b"\xff\xd8"):
@@ -253,15 +253,15 @@ def with_orientation(file: bytes, orientation: int) -> bytes:
 
 
 def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
-  """An image file as PNG: its first picture, upright, with its alpha if it has one.
+  """Converts an image file to PNG: first picture, upright, with alpha if it has any.
 
   Args:
     file: of any of `FORMATS`.
-    max_pixels: the most that it may declare; None for as many as Pillow opens.
+    max_pixels: limit on the declared pixels; None for Pillow's own limit.
 
   Raises:
-    UserError: it is of no known format, too large, damaged, or has pixels whose white
-      is not known.
+    UserError: the format is unknown, the image is too large or damaged, or the white
+      level of its pixels is unknown.
   """
   known = of_content(file)
   if known is None:
@@ -278,7 +278,7 @@ def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
       _in_bytes(upright, known).save(png, "PNG")
   except UserError:
     raise
-  except Exception as error:  # Pillow raises many kinds for damaged files.
+  except Exception as error:  # Pillow raises many types for damaged files.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(f"it is {known.name}, and Pillow can't decode it: {reason}.") from (
       error
@@ -303,7 +303,7 @@ def _opened(file: bytes, known: ImageFormat) -> Image.Image:
 
 @functools.cache
 def _pillow_formats() -> frozenset[str]:
-  """Names of the formats that Pillow opens, with pillow-heif where it is installed."""
+  """Returns the formats that Pillow opens, including pillow-heif's if installed."""
   Image.init()
   with contextlib.suppress(ImportError):
     importlib.import_module("pillow_heif").register_heif_opener()
@@ -311,7 +311,7 @@ def _pillow_formats() -> frozenset[str]:
 
 
 def _in_bytes(image: Image.Image, known: ImageFormat) -> Image.Image:
-  """The image in grey or colours of a byte, with alpha where it has one."""
+  """Returns the image as 8-bit greyscale or colour, with alpha if it has any."""
   if image.mode.startswith("I;16") or (image.mode == "I" and known.name == "PNM"):
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.mode in ("I", "F"):

@@ -1,14 +1,10 @@
 """Decoding of images and vectors, in the graph.
 
-Shapes: B files.
+Reads format and size from the first bytes of many files at once, decodes them, and
+converts examples to model inputs. Declared sizes are computed as in
+`image_formats.read_image_head`, for a whole batch.
 
-The same as `image_head` finds in Python, for many files at once.
-
-Shapes: B files.
-
-Shapes: B files, H × W pixels, C channels.
-
-Shapes: B examples, H × W pixels, C channels.
+Shapes: B files or examples, H × W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -24,24 +20,24 @@ from PIL import Image, ImageColor
 from trainer.data import orientation
 from trainer.errors import UserError
 
-# Calls of the function in one graph: more make it slow to build.
+# Calls of the function in one graph; more make the graph slow to build.
 _MAX_PARALLEL = 128
 
 
 def batched_map(
   file_fn: Callable[[tf.Tensor], tf.Tensor], files: tf.Tensor, spec: tf.TensorSpec
 ) -> tf.Tensor:
-  """What a function makes of each file; a loop would cost more than decoding a PNG.
+  """Applies a function to each file; faster than a loop, which outweighs PNG decoding.
 
   Args:
-    file_fn: of one file, [] string.
+    file_fn: function of one file, [] string.
     files: [B] string.
-    spec: of what the function makes.
+    spec: shape and dtype of the function's result.
 
   Returns:
     [B, ...].
   """
-  # One trace, called for each file: tracing it for each took most of a run's start.
+  # Traced once and called for each file: a trace per file dominated the start of a run.
   file_fn = tf.function(
     file_fn, input_signature=[tf.TensorSpec([], tf.string)], autograph=False
   )
@@ -63,16 +59,16 @@ def batched_map(
   return tf.reshape(parts, [num_files, *spec.shape])
 
 
-# What the formats but JPEG need to say their size.
+# First bytes that declare the size, in all formats except JPEG.
 _SIZE_HEAD_BYTES = 30
 
 
 class DeclaredSize(NamedTuple):
-  """What the heads of image files say.
+  """Sizes that the heads of image files declare.
 
   Attributes:
-    num_pixels: [B] int64, width times height; 0 where the format is not known.
-    num_components: [B] int32, of JPEG files; 0 for the others.
+    num_pixels: [B] int64, width times height; 0 for unknown formats.
+    num_components: [B] int32, components of JPEG files; 0 for other files.
   """
 
   num_pixels: tf.Tensor
@@ -80,7 +76,7 @@ class DeclaredSize(NamedTuple):
 
 
 def read_declared_size(files: tf.Tensor) -> DeclaredSize:
-  """Reads what the heads of image files say.
+  """Reads the sizes that the heads of image files declare.
 
   Args:
     files: [B] string.
@@ -98,7 +94,7 @@ def read_declared_size(files: tf.Tensor) -> DeclaredSize:
   sizes = tf.where(_starts_with(heads, b"BM"), tf.abs(bmp), sizes)
   is_webp = _starts_with(heads, b"RIFF") & _starts_with(heads[:, 8:], b"WEBP")
   sizes = tf.where(is_webp, _webp_size(heads), sizes)
-  # Where JPEG says its size is only found by going through what comes before.
+  # The size of a JPEG is only found by walking through the preceding segments.
   shapes = tf.cond(
     tf.reduce_any(is_jpeg),
     lambda: _jpeg_size(files, is_jpeg),
@@ -111,10 +107,10 @@ def read_declared_size(files: tf.Tensor) -> DeclaredSize:
 
 
 def _jpeg_size(files: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
-  """[B, 3] int32: height, width and components of the JPEG files."""
-  # A branch for each file would cost more than looking at a file in its place.
+  """Returns [B, 3] int32: height, width and components of the JPEG files."""
+  # A placeholder for other files: a branch per file would cost more than reading it.
   smallest = tf.io.encode_jpeg(tf.zeros([1, 1, 1], tf.uint8))
-  # Choosing copies the files.
+  # tf.where copies the files, so it is skipped if all are JPEG.
   all_jpeg = tf.cond(
     tf.reduce_all(is_jpeg),
     lambda: files,
@@ -126,7 +122,7 @@ def _jpeg_size(files: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
 
 
 def _webp_size(heads: tf.Tensor) -> tf.Tensor:
-  """By the three kinds of a first chunk: lossy, lossless, extended."""
+  """Returns sizes for the three kinds of first chunk: lossy, lossless, extended."""
   mask = 0x3FFF
   lossy = (_little_endian(heads, 26, 2) & mask) * (_little_endian(heads, 28, 2) & mask)
   bits = _little_endian(heads, 21, 4)
@@ -155,23 +151,23 @@ def _signed(value: tf.Tensor) -> tf.Tensor:
   return tf.where(value >= 1 << 31, value - (1 << 32), value)
 
 
-# 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as Pillow's.
+# 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as in Pillow.
 _GREY_WEIGHTS = (19595, 38470, 7471)
 
 _OTHER, _PALETTE_BMP, _ALPHA_PNG = range(3)
 _BMP_HEADER_BYTES = 14
-# What BMP needs to say how its pixels are kept.
+# First bytes that declare how the pixels of a BMP are stored.
 _FACTS_HEAD_BYTES = 34
 
 
 class ImageFacts(NamedTuple):
-  """What the first bytes of files say.
+  """Properties that the first bytes of files declare.
 
   Attributes:
-    num_pixels: [B] int64, declared; 0 where the format is not known.
-    is_plain: [B] bool, JPEG and PNG that TensorFlow alone decodes as wanted.
-    kind: [B] int32, which way another file is decoded.
-    orientation: [B] int32, 1 ... 8 as Exif has it.
+    num_pixels: [B] int64, declared; 0 for unknown formats.
+    is_plain: [B] bool, JPEG and PNG that TensorFlow decodes correctly without more.
+    kind: [B] int32, decoding method of the other files.
+    orientation: [B] int32, 1 ... 8 as in Exif.
     is_refused: [B] bool, BMP and WebP files that TensorFlow decodes wrongly, or not in
       every version.
   """
@@ -191,7 +187,7 @@ def read_image_facts(
   Args:
     files: [B] string.
     channels: C, 1 or 3.
-    has_background: whether transparent pixels are laid over one.
+    has_background: whether transparent pixels are composited over a background.
   """
   heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_FACTS_HEAD_BYTES)
   heads = tf.cast(heads, tf.int32)
@@ -200,7 +196,7 @@ def read_image_facts(
   is_png = tf.reduce_all(heads[:, :4] == tf.constant(list(b"\x89PNG")), axis=1)
   is_bmp = tf.reduce_all(heads[:, :2] == tf.constant(list(b"BM")), axis=1)
   is_webp = tf.reduce_all(heads[:, 8:12] == tf.constant(list(b"WEBP")), axis=1)
-  # libjpeg makes grey of one or three components, not of four (CMYK).
+  # libjpeg converts one or three components to grey, but not four (CMYK).
   is_plain = (declared.num_components >= 1) & (declared.num_components <= 3)
   is_plain |= (declared.num_components == 4) & (channels == 3)
   is_plain = (is_plain | (is_png & (not has_background))) & (orientations == 1)
@@ -224,11 +220,11 @@ def decode_unusual(
   channels: int,
   background: Optional[tuple[int, int, int]] = None,
 ) -> tf.Tensor:
-  """Decodes an image file that is not plain to pixels, turned as it holds them.
+  """Decodes an image file that is not plain, without turning it upright.
 
   Args:
     file: [] string.
-    kind: [] int32, as in `Facts`.
+    kind: [] int32, as in `ImageFacts`.
     channels: C, 1 or 3.
     background: red, green and blue under transparent pixels; None drops alpha, which
       leaves the colours that the file holds there.
@@ -247,8 +243,8 @@ def decode_unusual(
 
 
 def _over(background: tuple[int, int, int], file: tf.Tensor) -> tf.Tensor:
-  """A PNG file over a colour."""
-  # Of 4 channels TensorFlow makes a wrong alpha where pixels have less than 8 bits.
+  """Decodes a PNG file over a background colour."""
+  # With 4 channels, TensorFlow decodes a wrong alpha for pixels of less than 8 bits.
   image = tf.cast(tf.io.decode_png(file), tf.int32)
   num_channels = tf.shape(image)[-1]
   num_colours = num_channels - (num_channels + 1) % 2
@@ -259,7 +255,7 @@ def _over(background: tuple[int, int, int], file: tf.Tensor) -> tf.Tensor:
 
 
 def _palette_bmp(file: tf.Tensor) -> tf.Tensor:
-  """TensorFlow gives the numbers of the colours; the colours precede the pixels."""
+  """Decodes a palette BMP: TensorFlow returns indices of the palette in the header."""
   numbers = tf.io.decode_bmp(file)[..., 0]
   head = tf.strings.substr(file, 0, 18)
   head = tf.cast(tf.io.decode_raw(head, tf.uint8, fixed_length=18), tf.int32)
@@ -277,12 +273,12 @@ def _grey(image: tf.Tensor) -> tf.Tensor:
   return tf.cast(grey, tf.uint8)
 
 
-# Files that are not plain and are decoded at once.
+# Files that are not plain and are decoded in parallel.
 _PARALLEL_FILES = 32
 
 
 class Decoder(Protocol):
-  """Makes inputs of examples."""
+  """A function from serialized examples to model inputs."""
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -290,26 +286,26 @@ class Decoder(Protocol):
 
   @property
   def features(self) -> tuple[str, ...]:
-    """Names of the features of an example that an input is made of."""
+    """Names of the features of an example that an input is computed from."""
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
-    """[B] serialized `tf.train.Example` to [B, *shape] float32."""
+    """Decodes [B] serialized `tf.train.Example` to [B, *shape] float32."""
 
 
 @gin.register
 class ImageDecoder:
-  """PNG, JPEG, GIF (its first picture) and BMP to values in [0, 1].
+  """Decoder of PNG, JPEG, GIF (first picture) and BMP to values in [0, 1].
 
   Images are turned upright by their Exif orientation. An image of another size is
-  resized, smoothed where it shrinks, and rounded to the 256 values of a byte. BMP must
-  be uncompressed, of 8, 24 or 32 bits for each pixel. Ingest converts other formats.
+  resized, with antialiasing if it shrinks, and rounded to 8 bits. BMP must be
+  uncompressed, with 8, 24 or 32 bits per pixel. Ingest converts other formats.
 
   Args:
     height: H, pixels.
     width: W, pixels.
     channels: 1 for grey, 3 for colour; images are converted.
     feature: name of the feature that holds the file's bytes.
-    max_pixels: an image that declares more is a bad record, and not decoded.
+    max_pixels: an image that declares more is a bad record and is not decoded.
     background: colour under transparent pixels of PNG, as a name ("white") or
       "#rrggbb"; None drops alpha, which leaves the colours that the file holds there.
 
@@ -343,19 +339,19 @@ class ImageDecoder:
     self._background = None if background is None else _colour(background)
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
-    """[B] string to [B, H, W, C] float32 in [0, 1]."""
+    """Decodes [B] string examples to [B, H, W, C] float32 in [0, 1]."""
     features = {self._feature: tf.io.FixedLenFeature([], tf.string)}
     return self.decode_files(tf.io.parse_example(serialized, features)[self._feature])
 
   def decode_files(self, files: tf.Tensor) -> tf.Tensor:
-    """[B] string, bytes of image files, to [B, H, W, C] float32 in [0, 1]."""
+    """Decodes [B] string image files to [B, H, W, C] float32 in [0, 1]."""
     facts = read_image_facts(
       files,
       channels=self.shape[-1],
       has_background=self._background is not None,
     )
     files = self._checked(files, facts)
-    # A branch for each file would slow down the many that need none.
+    # A branch per file would slow down the many files that need none.
     are_plain = tf.reduce_all(facts.is_plain)
     plain = tf.cond(
       are_plain, lambda: files, lambda: tf.where(facts.is_plain, files, self._black)
@@ -369,7 +365,7 @@ class ImageDecoder:
     return tf.cast(images, tf.float32) / 255.0
 
   def _checked(self, files: tf.Tensor, facts: ImageFacts) -> tf.Tensor:
-    """The files, none of which is a decompression bomb or would be decoded wrongly."""
+    """Checks for decompression bombs and unsupported files; returns the files."""
     is_small = facts.num_pixels <= self._max_pixels
     checks = [
       tf.debugging.assert_equal(
@@ -396,7 +392,7 @@ class ImageDecoder:
   def _with_others(
     self, images: tf.Tensor, files: tf.Tensor, facts: ImageFacts
   ) -> tf.Tensor:
-    """The images, with those of files that are not plain in their places."""
+    """Returns the images, with those of files that are not plain filled in."""
     places = tf.where(~facts.is_plain)
 
     def decode(row: tuple[tf.Tensor, ...]) -> tf.Tensor:
@@ -404,7 +400,7 @@ class ImageDecoder:
       image = decode_unusual(
         file, kind, channels=self.shape[-1], background=self._background
       )
-      # Turned when they are small: turning a photo costs as much as decoding it.
+      # Turned after resizing: turning a full photo costs as much as decoding it.
       height, width, _ = self.shape
       size = tf.where(orientation_of_file >= 5, [width, height], [height, width])
       turned = orientation.turn_upright(_sized(image, size), orientation_of_file)
@@ -420,7 +416,7 @@ class ImageDecoder:
 
 
 def _sized(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:
-  """The image in a size of height and width, rounded to bytes."""
+  """Resizes an image to (height, width), rounded to 8 bits."""
 
   def resize() -> tf.Tensor:
     resized = tf.image.resize(image, size, antialias=True)
@@ -431,7 +427,7 @@ def _sized(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:
 
 
 def _black_png(shape: tuple[int, ...]) -> bytes:
-  """A PNG file of a size that needs no resizing."""
+  """Returns a black PNG file of the decoder's size, which needs no resizing."""
   height, width, channels = shape
   file = io.BytesIO()
   Image.new("L" if channels == 1 else "RGB", (width, height)).save(file, "PNG")
@@ -439,7 +435,7 @@ def _black_png(shape: tuple[int, ...]) -> bytes:
 
 
 def _colour(name: str) -> tuple[int, int, int]:
-  """Red, green and blue, 0 ... 255, of a colour."""
+  """Parses a colour to red, green and blue, 0 ... 255."""
   try:
     red, green, blue = ImageColor.getrgb(name)[:3]
   except (ValueError, TypeError) as error:
@@ -452,7 +448,7 @@ def _colour(name: str) -> tuple[int, int, int]:
 
 @gin.register
 class VectorDecoder:
-  """Vectors of floats, as they are.
+  """Decoder of float vectors, without any change.
 
   Args:
     size: length of a vector.
@@ -470,6 +466,6 @@ class VectorDecoder:
     self._feature = feature
 
   def __call__(self, serialized: tf.Tensor) -> tf.Tensor:
-    """[B] string to [B, size] float32."""
+    """Decodes [B] string examples to [B, size] float32."""
     features = {self._feature: tf.io.FixedLenFeature(self.shape, tf.float32)}
     return tf.io.parse_example(serialized, features)[self._feature]

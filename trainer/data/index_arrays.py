@@ -1,8 +1,6 @@
 """The arrays of an index: labels, members of classes and class names.
 
-Shapes: C classes, B bytes of all names together.
-
-Shapes: N records, C classes.
+Arrays of a remote index are copied to this machine once, and memory-mapped from there.
 
 Shapes: N records, C classes, B bytes of all class names together.
 """
@@ -28,10 +26,10 @@ from trainer.runtime.lease import locked
 
 
 class ClassNames(Sequence[str]):
-  """A sequence of class names; class ids are positions in it.
+  """A sequence of class names, indexed by class id.
 
   Attributes:
-    text: [B] uint8, all names in UTF-8, one after the other.
+    text: [B] uint8, all names in UTF-8, concatenated.
     starts: [C + 1] int64, where each name starts in the text.
     hashes: [C] uint64, a stable hash of each name.
   """
@@ -43,7 +41,7 @@ class ClassNames(Sequence[str]):
 
   @classmethod
   def of(cls, names: Iterable[str]) -> ClassNames:
-    """The names themselves if they are `ClassNames` already, otherwise built."""
+    """Returns the names unchanged if they are `ClassNames`, otherwise converted."""
     if isinstance(names, cls):
       return names
     encoded = [name.encode() for name in names]
@@ -96,14 +94,14 @@ def _hash(name: bytes) -> int:
 
 
 class Classes(Protocol):
-  """What a sampler must know of an index."""
+  """The interface of an index for a sampler."""
 
   @property
   def num_classes(self) -> int:
     """Number of classes; their ids are 0 … num_classes − 1."""
 
   def members(self, class_id: int) -> np.ndarray:
-    """[n] int64, the numbers of the records of a class."""
+    """Returns the record numbers of a class, [n] int64."""
 
 
 class MemberTable(NamedTuple):
@@ -123,13 +121,13 @@ class MemberTable(NamedTuple):
     return len(self.starts) - 1
 
   def members(self, class_id: int) -> np.ndarray:
-    """[n] int64, the numbers of the records of a class."""
+    """Returns the record numbers of a class, [n] int64."""
     start, end = self.starts[class_id : class_id + 2]
     return self.records[start:end]
 
 
 def members_from_labels(labels: np.ndarray, num_classes: int) -> MemberTable:
-  """Sorts record numbers by their class, in order of the records within a class.
+  """Sorts record numbers by class, and within a class in ascending order.
 
   Args:
     labels: [N] int32 class ids.
@@ -144,7 +142,7 @@ def members_from_labels(labels: np.ndarray, num_classes: int) -> MemberTable:
 
 
 def members_of(classes: Classes) -> MemberTable:
-  """The table of anything that knows its members: its own if it has one."""
+  """Returns the member table of an index; built from `members` if it has none."""
   table = getattr(classes, "member_table", classes)
   if isinstance(table, MemberTable):
     return table
@@ -160,10 +158,10 @@ _SMALL_BYTES = 1 << 20
 
 
 def local_copy_of(path: str) -> str:
-  """The local path of a copy of a file, which is made where there is none yet.
+  """Returns the path of a local copy of a file; copies it if there is none yet.
 
-  It is taken for the same file while size, time and some of its bytes are the same.
-  Another copy of the same path is removed; who has it mapped goes on with it.
+  The copy is reused while size, time and a sample of the bytes are unchanged. Outdated
+  copies of the same path are removed; processes that have one mapped keep using it.
 
   Raises:
     OSError: the file can't be read, or the copy can't be written.
@@ -182,7 +180,7 @@ def local_copy_of(path: str) -> str:
 
 @contextlib.contextmanager
 def temporary(path: str) -> Iterator[str]:
-  """The local path of a copy of a file that is read once; it is removed in the end.
+  """Copies a file that is read once to a local path; the copy is removed in the end.
 
   Raises:
     OSError: the file can't be read, or the copy can't be written.
@@ -194,9 +192,9 @@ def temporary(path: str) -> Iterator[str]:
 
 
 def _state(path: str) -> str:
-  """What tells a file from another of the same path."""
+  """Returns a digest that changes with the content of a path."""
   status = filesystem.status(path)
-  if status.num_bytes <= _SMALL_BYTES:  # One request, where a sample takes many.
+  if status.num_bytes <= _SMALL_BYTES:  # One request, while a sample takes many.
     return _digest(filesystem.read_bytes(path))
   sample = filesystem.retry_with_backoff(
     path, lambda: manifest.sample(path, status.num_bytes)
@@ -209,7 +207,7 @@ def _digest(content: bytes) -> str:
 
 
 def _folder() -> str:
-  """A folder of this user alone: others could put what they like into the copies."""
+  """Returns a private folder of this user, so that others can't alter the copies."""
   folder = os.path.join(tempfile.gettempdir(), f"retrieval-trainer-{os.getuid()}")
   with contextlib.suppress(FileExistsError):
     os.mkdir(folder, 0o700)
@@ -231,10 +229,10 @@ def _copy(path: str, target: str) -> None:
 
 
 class IndexArrays(NamedTuple):
-  """Where every record lies, what it is, and which records a class has.
+  """All arrays of an index: location and class of each record, members of each class.
 
   Attributes:
-    offsets: [N] int64, where the frame of a record starts in its shard, bytes.
+    offsets: [N] int64, start of each record's frame in its shard, bytes.
     lengths: [N] uint32, length of its data, bytes.
     shards: [N] int32, number of its shard.
     labels: [N] int32, class id.
@@ -257,16 +255,16 @@ class IndexArrays(NamedTuple):
 
   @property
   def member_table(self) -> MemberTable:
-    """Which records belong to which class."""
+    """Returns the table of the members of each class."""
     return MemberTable(self.member_records, self.member_starts)
 
   @property
   def class_names(self) -> ClassNames:
-    """The names of the classes, by class id."""
+    """Returns the class names, by class id."""
     return ClassNames(self.name_text, self.name_starts, self.name_hashes)
 
 
-# Looked at at once, to hold little of what is mapped.
+# Elements checked at once, so that little of a mapped array is in memory.
 _NUM_AT_A_TIME = 1_000_000
 
 _DTYPES: dict[str, type[np.generic]] = {
@@ -283,7 +281,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 
 
 def write_arrays(folder: str, arrays: IndexArrays) -> None:
-  """Writes every array as a file of its own into an existing folder."""
+  """Writes every array as a separate file into an existing folder."""
   for name, array in arrays._asdict().items():
     array = array.astype(_DTYPES[name], copy=False)
     if not filesystem.is_remote(folder):
@@ -295,18 +293,18 @@ def write_arrays(folder: str, arrays: IndexArrays) -> None:
 
 
 def read_arrays(folder: str, *, num_records: int, num_classes: int) -> IndexArrays:
-  """Maps the arrays of an index and checks that they fit its manifest.
+  """Maps the arrays of an index and checks them against its manifest.
 
   Args:
-    folder: where they lie.
+    folder: folder of the arrays.
     num_records: N.
     num_classes: C.
 
   Returns:
-    The arrays, mapped read-only.
+    The arrays, memory-mapped read-only.
 
   Raises:
-    UserError: naming the first file that is missing, cut short, or of another index.
+    UserError: a file is missing, truncated, or from another index; names the first.
   """
   arrays = IndexArrays(*(_map(folder, name) for name in IndexArrays._fields))
   per_class = ("member_starts", "name_starts")
@@ -343,7 +341,7 @@ def _map(folder: str, name: str) -> np.ndarray:
     array = np.lib.format.open_memmap(mapped, mode="r")
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error
-  except Exception as error:  # Python's parser reads the head, and has many.
+  except Exception as error:  # The header is parsed by Python: many error types.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise _damaged(path, reason) from error
   return array

@@ -1,11 +1,9 @@
-"""Builds the index of TFRecord shards, new or existing.
+"""Indexing of TFRecord shards: newly written ones, and existing ones.
 
-Labels are found many at a time. Only where that fails are records looked at one by one,
-to say which it was.
+Labels are parsed in batches. Records are parsed one by one only after a failure, to
+name the bad record.
 
-Shapes: n records.
-
-Shapes: n records of a shard, N of all, C classes.
+Shapes: n records of a shard, N records of all shards, C classes.
 """
 
 from __future__ import annotations
@@ -29,15 +27,15 @@ from trainer.runtime import filesystem
 from trainer.runtime.lease import locked_folder
 from trainer.runtime.progress import Progress
 
-# Parsed at once: enough that the call costs little, and little memory if large.
+# Batch limits: large enough to amortize the call, with little memory for large records.
 _MAX_RECORDS, _BATCH_BYTES = 2048, 32 << 20
 
 
 def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
-  """Reads a shard once.
+  """Reads a shard once, and returns its part of the index.
 
   Args:
-    folder: of the shards.
+    folder: folder of the shards.
     name: path of the shard relative to it.
     label_feature: name of the feature that holds the label, bytes or an integer.
 
@@ -45,7 +43,7 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
     Its part of the index.
 
   Raises:
-    UserError: naming the record that is damaged or has no such label.
+    UserError: a record is damaged or has no such label; the message names it.
   """
   path = os.path.join(folder, name)
   parser = _LabelParser(path, label_feature)
@@ -75,9 +73,9 @@ def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
 
 
 def _batches(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
-  """Joins blocks to as many records as are parsed at once, or a few more.
+  """Joins blocks into batches of about the number of records that is parsed at once.
 
-  What comes before a block that fails is given before.
+  Records before a damaged block are yielded before the error is raised.
   """
   batch: list[bytes] = []
   num_bytes = 0
@@ -95,10 +93,10 @@ def _batches(blocks: Iterator[list[bytes]]) -> Iterator[list[bytes]]:
 
 
 class _LabelParser:
-  """Labels of one shard's records, all of one type.
+  """Parser of the labels of one shard, which must all have the same type.
 
   Args:
-    path: of the shard, for messages.
+    path: path of the shard, for messages.
     label_feature: name of the feature that holds the label.
   """
 
@@ -109,10 +107,10 @@ class _LabelParser:
     self._num_parsed = 0
 
   def labels_of(self, records: Sequence[bytes]) -> list[Any]:
-    """The labels of the next n records.
+    """Returns the labels of the next n records.
 
     Raises:
-      UserError: naming the first that has none.
+      UserError: a record has no label; the message names the first.
     """
     if not records:
       return []
@@ -120,7 +118,7 @@ class _LabelParser:
       self._is_bytes = _kind(self._path, 0, records[0], self._label_feature)
     try:
       labels = _parse(records, self._label_feature, self._is_bytes)
-    # TensorFlow's message may quote what is no text.
+    # TensorFlow's message may contain bytes that can't be decoded.
     except (tf.errors.OpError, UnicodeDecodeError) as error:
       self._explain(records, error)
     found = labels.tolist()
@@ -131,7 +129,7 @@ class _LabelParser:
     return found
 
   def _explain(self, records: Sequence[bytes], error: Exception) -> NoReturn:
-    """Names the record that TensorFlow stumbled over."""
+    """Raises an error that names the record TensorFlow failed on."""
     for number, record in enumerate(records, self._num_parsed):
       if _kind(self._path, number, record, self._label_feature) != self._is_bytes:
         raise UserError(
@@ -143,9 +141,9 @@ class _LabelParser:
 
 
 def _parse(records: Sequence[bytes], feature: str, is_bytes: bool) -> np.ndarray:
-  """[n] bytes or int64, the only value of a feature in each of n examples."""
+  """Returns the single value of a feature in each of n examples, [n] bytes or int64."""
   none = np.empty(0, object)
-  parsed = tf.raw_ops.ParseExampleV2(  # Python's own part of parse_example is slow.
+  parsed = tf.raw_ops.ParseExampleV2(  # The Python part of tf.io.parse_example is slow.
     serialized=np.array(records, object),
     names=none,
     sparse_keys=none,
@@ -162,7 +160,7 @@ def _parse(records: Sequence[bytes], feature: str, is_bytes: bool) -> np.ndarray
 
 
 def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
-  """Whether the label of a record is bytes, and not an integer.
+  """Returns whether the label of a record is bytes rather than an integer.
 
   Raises:
     UserError: it has no label, or one of another type.
@@ -170,7 +168,7 @@ def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
   where = f"{path}: record {number}"
   try:
     features = tf.train.Example.FromString(record).features.feature
-  except Exception as error:  # protobuf has its own.
+  except Exception as error:  # protobuf raises its own type.
     raise UserError(f"{where} is no tf.train.Example.") from error
   if label_feature not in features:
     has = ", ".join(sorted(features)) or "none"
@@ -204,14 +202,14 @@ _OLD = ".old"
 
 
 class ShardIndex(NamedTuple):
-  """Where the records of a shard lie, and what they are.
+  """The part of an index that describes one shard.
 
   Attributes:
     shard: the file.
-    offsets: [n] int64, where each frame starts, bytes.
+    offsets: [n] int64, start of each frame, bytes.
     lengths: [n] uint32, length of each record's data, bytes.
     labels: [n] int32, positions in `label_names`.
-    label_names: the classes that this shard has.
+    label_names: the classes of this shard.
   """
 
   shard: manifest.IndexedShard
@@ -222,20 +220,20 @@ class ShardIndex(NamedTuple):
 
 
 class LabelMapping:
-  """Numbers names in the order in which they first come."""
+  """A mapping of names to numbers, in order of first occurrence."""
 
   def __init__(self) -> None:
     self._ids: dict[Any, int] = {}
 
   def numbers_of(self, names: Sequence[Any]) -> np.ndarray:
-    """[n] int32, the number of each of n names; a new name gets the next one."""
+    """Returns [n] int32, the number of each of n names; new names get the next one."""
     ids = self._ids
     numbers = (ids.setdefault(name, len(ids)) for name in names)
     return np.fromiter(numbers, np.int32, len(names))
 
   @property
   def names(self) -> list[Any]:
-    """The names by number."""
+    """Returns the names by number."""
     return list(self._ids)
 
 
@@ -247,14 +245,14 @@ def write_index(
   source: Optional[Mapping[str, Any]] = None,
   old_names: Sequence[str] = (),
 ) -> None:
-  """Writes arrays and then the manifest.
+  """Writes the arrays of an index, and then its manifest.
 
   Args:
-    folder: of the index; it exists.
-    parts: in the order of the record numbers.
+    folder: an existing folder for the index.
+    parts: parts in the order of the record numbers.
     label_feature: name of the feature that the labels were read from.
-    source: fingerprint of what was ingested.
-    old_names: classes that keep their ids; others follow in the order of their names.
+    source: fingerprint of the ingested source.
+    old_names: classes that keep their ids; the others follow in alphabetical order.
   """
   new_names = {name for part in parts for name in part.label_names} - set(old_names)
   class_names = [*old_names, *sorted(new_names)]
@@ -286,13 +284,13 @@ def write_index(
 
 
 def publish_index(aside: str, folder: str) -> None:
-  """Moves a written index to its place, over one that is there.
+  """Moves a complete index into place and replaces an existing one.
 
-  Who has the old one open goes on with it.
+  Processes that have the old index open can keep using it.
 
   Args:
-    aside: where it was written.
-    folder: where it belongs.
+    aside: folder where it was written.
+    folder: final folder of the index.
   """
   if not filesystem.is_remote(folder):
     old = folder + _OLD
@@ -310,7 +308,7 @@ def publish_index(aside: str, folder: str) -> None:
 
 
 def recover_index(folder: str) -> None:
-  """Puts back the index that `publish_index`, killed, had moved out of the way."""
+  """Restores the index that a killed `publish_index` had moved aside."""
   if filesystem.is_remote(folder):
     return
   if not filesystem.exists(folder) and filesystem.exists(folder + _OLD):
@@ -319,7 +317,7 @@ def recover_index(folder: str) -> None:
 
 
 def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.ndarray:
-  """[N] int32, the class id of every record."""
+  """Returns [N] int32, the class id of every record."""
   ids = {name: class_id for class_id, name in enumerate(class_names)}
   labels = []
   for part in parts:
@@ -333,7 +331,7 @@ _ENDINGS = (".tfrecord", ".tfrecords")
 
 @gin.register
 class ExistingTFRecords:
-  """TFRecords that are there already, in the folder or the pattern of `ingest.folder`.
+  """Existing TFRecords in `ingest.folder`, which is a folder or a pattern.
 
   Args:
     label_feature: name of the feature that holds the label, bytes or an integer.
@@ -344,22 +342,22 @@ class ExistingTFRecords:
 
 
 def index_records(folder_or_pattern: str, *, label_feature: str) -> RecordIndex:
-  """Writes the index of shards, or adds to it those that are new.
+  """Indexes shards, or adds new shards to their index.
 
-  Shards that are in the index already are not read again, unless their time of change
-  is another; their records and classes keep their numbers. Where one of them is missing
-  or has other bytes, all is read anew.
+  Shards that are already in the index are not read again unless their modification time
+  differs; their records and classes keep their numbers. If a shard is missing or its
+  bytes have changed, all shards are read again.
 
   Args:
-    folder_or_pattern: a folder, of which files ending in .tfrecord or .tfrecords are
-      taken, or a pattern of files.
+    folder_or_pattern: a folder, in which files ending in .tfrecord or .tfrecords are
+      used, or a pattern of files.
     label_feature: name of the feature that holds the label.
 
   Returns:
-    The index, opened.
+    The opened index.
 
   Raises:
-    UserError: naming what can't be read or written.
+    UserError: a file can't be read or written; the message names it.
   """
   folder, index_folder = locate(folder_or_pattern)
   try:
@@ -377,7 +375,7 @@ def _index(
   names = _shard_names(folder_or_pattern, folder)
   old = _reusable(folder_or_pattern, folder, index_folder, label_feature)
   old_parts = [] if old is None else _parts_of(old)
-  # Of those with another time only samples were compared, which labels may escape.
+  # Only samples of shards with a new time were compared, and labels may have changed.
   known = {
     part.shard.name for part in old_parts if manifest.has_time_of(folder, part.shard)
   }
@@ -393,7 +391,7 @@ def _index(
   _check_classes(folder_or_pattern, parts)
   aside = index_folder + ".partial"
   try:
-    filesystem.remove_folder(aside)  # What a killed run left.
+    filesystem.remove_folder(aside)  # Left by a killed run.
     filesystem.make_folder(aside)
     write_index(
       aside,
@@ -426,7 +424,7 @@ def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
 
 
 def _in_folder(pattern: str) -> str:
-  """The pattern, whose folder is a name and no pattern, whatever is in it."""
+  """Escapes the folder of a pattern, so that only the file name is a pattern."""
   if filesystem.is_remote(pattern):
     return pattern
   folder, names = os.path.split(pattern)
@@ -436,7 +434,7 @@ def _in_folder(pattern: str) -> str:
 def _reusable(
   folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
 ) -> Optional[RecordIndex]:
-  """The index that is there, if it describes what is there."""
+  """Returns the existing index if it describes the existing shards."""
   description = manifest.read(index_folder)
   if description is None or description.label_feature != label_feature:
     return None
@@ -451,7 +449,7 @@ def _reusable(
 
 
 def _parts_of(index: RecordIndex) -> list[ShardIndex]:
-  """The parts that an index was made of."""
+  """Splits an index into its shards' parts."""
   arrays = index.arrays
   names = list(index.class_names)
   ends = np.cumsum([shard.num_records for shard in index.manifest.shards]).tolist()
@@ -468,7 +466,7 @@ def _parts_of(index: RecordIndex) -> list[ShardIndex]:
 def _scan_all(
   folder: str, names: Sequence[str], label_feature: str
 ) -> list[ShardIndex]:
-  """The parts of new shards, read side by side."""
+  """Reads new shards in parallel, and returns their parts of the index."""
   pass  # Late: TensorFlow isn't needed before.
 
   parts = []

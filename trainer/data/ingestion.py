@@ -1,8 +1,8 @@
-"""Writes items as TFRecord shards with their index, so that no half is taken for whole.
+"""Writing of items as TFRecord shards with their index, atomically.
 
-All is written into a folder aside. Then the shards are moved to their place, and last
-the whole index, without which nothing reads them. What a killed run left aside is gone
-on from: shards that were finished are not made again.
+Everything is first written to a staging folder. Then the shards are moved into place,
+and the complete index last; without an index nothing reads the shards. After a killed
+run, ingest resumes from the staging folder and keeps finished shards.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from trainer.runtime.progress import Progress
 _ASIDE = ".partial"
 _MAX_PIXELS = 100_000_000
 _ITEMS_AHEAD = 256
-# EFBIG: a limit on the size of files. None: NumPy's short writes carry no number.
+# EFBIG: limit on file sizes. None: NumPy's short writes carry no error number.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 _In = TypeVar("_In")
@@ -46,13 +46,13 @@ def write_records(
   records_per_shard: int,
   fingerprint: Mapping[str, object],
 ) -> collections.Counter[str]:
-  """Writes items that are loaded already; all must be readable.
+  """Writes items that are already loaded; all must be readable.
 
   Args:
     items: each is checked to decode.
-    folder: made if it is missing.
+    folder: created if missing.
     records_per_shard: the last shard may have fewer.
-    fingerprint: of the source, to tell later whether it is the same.
+    fingerprint: fingerprint of the source, to detect changes later.
 
   Returns:
     Number of records of each class.
@@ -68,14 +68,14 @@ def write_records(
 
 
 class RecordWriter:
-  """Loads, prepares and writes items, some side by side, in their order.
+  """Loads, encodes and writes items in parallel, in their order.
 
   Args:
-    preparer: makes records of items.
-    records_per_shard: items that go into a shard; the last may have fewer.
-    leave_out_unreadable: whether an item that can't be read is left out and noted,
-      and not the end.
-    num_threads: items at once; None for as many as there are cores.
+    preparer: encodes items as records.
+    records_per_shard: items per shard; the last may have fewer.
+    leave_out_unreadable: whether an item that can't be read is skipped and recorded
+      instead of ending the ingest.
+    num_threads: items in parallel; None for the number of cores.
   """
 
   def __init__(
@@ -99,21 +99,21 @@ class RecordWriter:
     *,
     num_items: Optional[int] = None,
   ) -> list[ShardPart]:
-    """Writes shards and index; one that is there already is replaced.
+    """Writes shards and index; replaces those of an earlier ingest.
 
     Args:
-      loaders: give the items, always in the same order.
-      folder: made if it is missing.
-      fingerprint: of the source.
-      num_items: how many there are, for the progress bar; None where it isn't known.
+      loaders: functions that load the items, always in the same order.
+      folder: created if missing.
+      fingerprint: fingerprint of the source.
+      num_items: number of items, for the progress bar; None if unknown.
 
     Returns:
-      What was written, shard by shard.
+      Descriptions of the written shards.
 
     Raises:
-      UserError: an item can't be read or kept, there are not two classes, the folder
-        can't be written to, a file of the user's own is where a shard belongs, or
-        another process writes into it.
+      UserError: an item can't be read or stored, there are fewer than two classes, the
+        folder can't be written to, a user's own file has the name of a shard, or
+        another process writes into the folder.
     """
     folder, index_folder = locate_folder(folder)
     aside = os.path.join(folder, _ASIDE)
@@ -142,7 +142,7 @@ class RecordWriter:
     parts: list[ShardPart],
     num_items: Optional[int],
   ) -> None:
-    """Writes those that come after the parts there are, and adds them."""
+    """Writes the shards after the existing parts, and appends their descriptions."""
     num_done = sum(part.num_taken for part in parts)
     rest = itertools.islice(loaders, num_done, None)
     progress = Progress("ingesting", "items", num_items, done=num_done)
@@ -164,7 +164,7 @@ class RecordWriter:
       return Unreadable(str(error))
 
   def _prepare_or_refuse(self, load: Loader) -> Prepared:
-    """The record of an item; whatever is wrong with the item is a `UserError`."""
+    """Returns the record of an item; any fault of the item is a `UserError`."""
     key = "An item"
     try:
       item = load()
@@ -184,7 +184,7 @@ def _shard_name(number: int) -> str:
 def _in_order(
   threads: futures.Executor, work_fn: Callable[[_In], _Out], inputs: Iterable[_In]
 ) -> Iterator[_Out]:
-  """As `map`, but takes few inputs ahead."""
+  """Maps a function over inputs in order, with a bounded number of inputs ahead."""
   waiting: collections.deque[futures.Future[_Out]] = collections.deque()
   try:
     for each in inputs:
@@ -205,7 +205,7 @@ def _counted(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
 
 
 def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[ShardPart]:
-  """The shards that a killed run of the same source finished; otherwise starts anew."""
+  """Returns the finished shards of a killed run of this source, or starts anew."""
   note = os.path.join(aside, "fingerprint.json")
   content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
   parts = shards.take_back_shards(aside) if filesystem.exists(aside) else []

@@ -1,7 +1,7 @@
-"""The manifest of an index: which shards it describes, and whether they are the same.
+"""The manifest of an index: the indexed shards, and checks that they are unchanged.
 
-It is written last, under another name and then renamed, so that a folder with a
-manifest is whole.
+The manifest is written last, under another name, and then renamed. A folder with a
+manifest is therefore complete.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _NUM_SAMPLES, _SAMPLE_BYTES = 16, 4096
 
 @dataclasses.dataclass(frozen=True)
 class IndexedShard:
-  """One TFRecord file as it was when it was indexed.
+  """A TFRecord file at the time of indexing.
 
   Attributes:
     name: path relative to the folder of the shards.
     num_bytes: its size.
-    num_records: records in it.
+    num_records: number of records.
     modified_ns: time of its last change, nanoseconds since 1970.
-    sample: digest of some of its bytes; empty where none was taken.
+    sample: digest of some of its bytes; empty if none was computed.
   """
 
   name: str
@@ -45,13 +45,13 @@ class IndexedShard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What an index describes.
+  """The content of a manifest.
 
   Attributes:
     shards: in the order of the record numbers.
-    num_classes: classes, empty ones included.
-    label_feature: name of the feature the labels were read from.
-    source: fingerprint of what was ingested; None for shards of the user's own.
+    num_classes: number of classes, including empty ones.
+    label_feature: name of the feature that the labels were read from.
+    source: fingerprint of the ingested source; None for a user's own shards.
   """
 
   shards: tuple[IndexedShard, ...]
@@ -61,20 +61,20 @@ class Manifest:
 
   @property
   def num_records(self) -> int:
-    """Records in all shards."""
+    """Number of records in all shards."""
     return sum(shard.num_records for shard in self.shards)
 
 
 def describe_shard(folder: str, name: str, num_records: int) -> IndexedShard:
-  """A shard as it is now.
+  """Describes a shard as it is now.
 
   Args:
-    folder: of the shards.
+    folder: folder of the shards.
     name: path relative to it.
-    num_records: records in it.
+    num_records: number of records in it.
 
   Returns:
-    What the manifest keeps of it.
+    The entry for the manifest.
   """
   path = os.path.join(folder, name)
   status = filesystem.status(path)
@@ -83,7 +83,7 @@ def describe_shard(folder: str, name: str, num_records: int) -> IndexedShard:
 
 
 def write(folder: str, manifest: Manifest) -> None:
-  """Writes a manifest in one step: nobody sees half of it."""
+  """Writes a manifest atomically."""
   path = os.path.join(folder, MANIFEST_FILE)
   content = {"version": _VERSION, **dataclasses.asdict(manifest)}
   text = json.dumps(content, indent=1, ensure_ascii=False)
@@ -91,24 +91,24 @@ def write(folder: str, manifest: Manifest) -> None:
 
 
 def retire(folder: str) -> None:
-  """Has nothing read an index any more, whose shards are about to be replaced."""
+  """Invalidates an index whose shards are about to be replaced."""
   path = os.path.join(folder, MANIFEST_FILE)
   if filesystem.exists(path):
     filesystem.move(path, os.path.join(folder, _RETIRED_NAME))
 
 
 def ingested_names(folder: str) -> set[str]:
-  """Names of the shards that an ingest wrote, by its manifest or one retired since."""
+  """Returns the shards that an ingest wrote, by its current or retired manifest."""
   found = (read(folder), _read(os.path.join(folder, _RETIRED_NAME)))
   ingested = (each for each in found if each is not None and each.source is not None)
   return {shard.name for each in ingested for shard in each.shards}
 
 
 def read(folder: str) -> Optional[Manifest]:
-  """The manifest of an index folder, or None if there is none.
+  """Reads the manifest of an index folder; returns None if there is none.
 
   Raises:
-    UserError: it can't be read, is damaged, or is of another version.
+    UserError: it can't be read, is damaged, or has another version.
   """
   return _read(os.path.join(folder, MANIFEST_FILE))
 
@@ -132,7 +132,7 @@ def _read(path: str) -> Optional[Manifest]:
     return None
   except OSError as error:
     raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-  # AttributeError: it is JSON, and no object. RecursionError: lists in lists in lists.
+  # AttributeError: JSON, but not an object. RecursionError: deeply nested lists.
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise UserError(
       f"{path} is damaged ({error}); delete the index and make it again with "
@@ -141,10 +141,10 @@ def _read(path: str) -> Optional[Manifest]:
 
 
 def _check(manifest: Manifest) -> None:
-  """Takes nothing on trust that says where to read, or how much.
+  """Validates all entries that determine where and how much is read.
 
   Raises:
-    ValueError: a name leaves the folder, or a value is of another type or size.
+    ValueError: a path leaves the folder, or a value has the wrong type or size.
   """
   texts = [manifest.label_feature]
   counts = [manifest.num_classes]
@@ -170,13 +170,13 @@ def _is_inside(name: str) -> bool:
 
 
 def check_shards(folder: str, manifest: Manifest) -> None:
-  """Makes sure that every shard is there and is what was indexed.
+  """Checks that every shard exists and is unchanged since it was indexed.
 
-  That is: it has the same size and time of change; where only the time is another (of
-  a copy), some of its bytes are compared.
+  Size and modification time must be equal. If only the time differs (for example in a
+  copy), a sample of the bytes is compared.
 
   Raises:
-    UserError: naming the first shard that is missing or has changed.
+    UserError: a shard is missing or has changed; the message names the first.
   """
   for shard in manifest.shards:
     reason = change_of(folder, shard)
@@ -188,7 +188,7 @@ def check_shards(folder: str, manifest: Manifest) -> None:
 
 
 def change_of(folder: str, shard: IndexedShard) -> str:
-  """In what a shard is not as it was indexed; empty where it is."""
+  """Returns how a shard differs from its indexed state; empty if it does not."""
   path = os.path.join(folder, shard.name)
   try:
     status = filesystem.status(path)
@@ -207,13 +207,13 @@ def change_of(folder: str, shard: IndexedShard) -> str:
 
 
 def has_time_of(folder: str, shard: IndexedShard) -> bool:
-  """Whether a file's time of change is that of the shard that was indexed."""
+  """Returns whether a file's modification time is that of the indexed shard."""
   status = filesystem.status(os.path.join(folder, shard.name))
   return status.modified_ns == shard.modified_ns
 
 
 def sample(path: str, num_bytes: int) -> str:
-  """A digest of some bytes of a file of that size, from the first to the last."""
+  """Returns a digest of bytes sampled from the whole length of a file."""
   digest = hashlib.blake2b(digest_size=8)
   last = max(0, num_bytes - _SAMPLE_BYTES)
   with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:

@@ -1,6 +1,6 @@
-"""The Exif orientation of image files, in the graph, and images turned upright.
+"""Exif orientation of image files, read in the graph, and rotation of images.
 
-Cameras keep the sensor's rows and note how to turn them. Most files have no such note;
+Cameras store the sensor's rows and an orientation tag. Most files have no such tag;
 only those with metadata before their pixels are searched.
 
 Shapes: B files, N of them with metadata, H × W pixels, C channels.
@@ -12,25 +12,25 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# First bytes of a file that show whether metadata follow.
+# First bytes of a file that show whether metadata follows.
 _HEAD_BYTES = 44
 
-# Segments and chunks before the pixels; more are not searched.
+# Segments and chunks before the pixels; later ones are not searched.
 _MAX_STEPS = 256
-# Entries of the first Exif directory, which is sorted; the orientation is among the
-# first.
+# Entries of the first Exif directory. It is sorted, and the orientation is among the
+# first entries.
 _MAX_ENTRIES = 64
 _ORIENTATION_TAG, _SHORT, _LONG = 0x0112, 3, 4
-# Markers of JPEG after which no metadata come: frame, tables, restart interval.
+# JPEG markers after which no metadata follows: frame, tables, restart interval.
 _TABLE_MARKERS = (0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD)
 
 
 class _Walk(NamedTuple):
-  """The state of the search, for each file.
+  """The state of the search in each file.
 
   Attributes:
     position: [N] int32, of the next segment or chunk.
-    exif: [N] int32, of the Exif data's first byte; 0 where none is found yet.
+    exif: [N] int32, of the Exif data's first byte; 0 if none is found yet.
     is_done: [N] bool.
   """
 
@@ -46,7 +46,7 @@ def of_files(files: tf.Tensor) -> tf.Tensor:
     files: [B] string.
 
   Returns:
-    [B] int32, 1 ... 8 as Exif has it; 1 is upright, and for files that say nothing.
+    [B] int32, 1 ... 8 as in Exif; 1 is upright, also for files without the tag.
   """
   heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_HEAD_BYTES)
   heads = tf.cast(heads, tf.int32)
@@ -62,7 +62,7 @@ def of_files(files: tf.Tensor) -> tf.Tensor:
 
 
 def turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
-  """Turns and mirrors the pixels as the orientation says.
+  """Turns and mirrors the pixels according to the orientation.
 
   Args:
     image: [H, W, C].
@@ -71,7 +71,7 @@ def turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
   Returns:
     [H, W, C], or [W, H, C] for orientations above 4.
   """
-  # Without branches, each of which would take time at the start of a run.
+  # Without branches, which would slow down the start of a run.
   is_turned = orientation >= 5
   image = tf.transpose(image, tf.where(is_turned, [1, 0, 2], [0, 1, 2]))
   is_mirrored = [
@@ -82,7 +82,7 @@ def turn_upright(image: tf.Tensor, orientation: tf.Tensor) -> tf.Tensor:
 
 
 def _may_have_metadata(heads: tf.Tensor) -> tf.Tensor:
-  """[B] bool, by the first segment after JPEG's own, or PNG's chunk after IHDR."""
+  """Returns [B] bool, from the segment after JFIF (JPEG) or chunk after IHDR (PNG)."""
   is_jpeg = _equals(heads, 0, b"\xff\xd8\xff")
   has_jfif = _equals(heads, 2, b"\xff\xe0\x00\x10")
   marker = tf.where(has_jfif, heads[:, 21], heads[:, 3])
@@ -108,7 +108,7 @@ def _read(files: tf.Tensor, heads: tf.Tensor) -> tf.Tensor:
 
 
 def _step(files: tf.Tensor, is_jpeg: tf.Tensor, walk: _Walk) -> _Walk:
-  """Goes to the next segment or chunk, unless this one ends the search."""
+  """Advances to the next segment or chunk, unless this one ends the search."""
   head = _bytes(files, walk.position, 10)
   is_exif = tf.where(
     is_jpeg,
@@ -132,7 +132,7 @@ def _step(files: tf.Tensor, is_jpeg: tf.Tensor, walk: _Walk) -> _Walk:
 
 
 def _segment_length(head: tf.Tensor) -> tf.Tensor:
-  """[N] int32, bytes to JPEG's next marker; a byte between segments is skipped."""
+  """Returns [N] int32, bytes to JPEG's next marker; skips bytes between segments."""
   marker = head[:, 1]
   is_marker = (head[:, 0] == 0xFF) & (marker != 0xFF)
   is_alone = (marker <= 0x01) | ((marker >= 0xD0) & (marker <= 0xD8))
@@ -141,7 +141,7 @@ def _segment_length(head: tf.Tensor) -> tf.Tensor:
 
 
 def _of_exif(files: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
-  """[N] int32, from the first directory of the Exif data, which are TIFF's."""
+  """Returns [N] int32, from the first directory of the Exif data, in TIFF format."""
   head = _bytes(files, start, 8)
   is_little = _equals(head, 0, b"II")
   first = start + _ordered(head[:, 4:8], is_little)
@@ -161,7 +161,7 @@ def _of_exif(files: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
 
 
 def _bytes(files: tf.Tensor, start: tf.Tensor, num_bytes: int) -> tf.Tensor:
-  """[N, num_bytes] int32 from a place in each file; zeros behind its end."""
+  """Returns [N, num_bytes] int32 from a position in each file; zeros after its end."""
   start = tf.clip_by_value(start, 0, tf.strings.length(files))
   pieces = tf.strings.substr(files, start, tf.fill(tf.shape(start), num_bytes))
   raw = tf.io.decode_raw(pieces, tf.uint8, fixed_length=num_bytes)
@@ -174,7 +174,7 @@ def _equals(values: tf.Tensor, first: int, expected: bytes) -> tf.Tensor:
 
 
 def _integer(values: tf.Tensor) -> tf.Tensor:
-  """[..., n] int32 of bytes, the highest first, to [...] int32."""
+  """Converts [..., n] int32 big-endian bytes to [...] int32."""
   num_bytes = values.shape[-1]
   factors = [1 << 8 * place for place in reversed(range(num_bytes))]
   return tf.reduce_sum(values * tf.constant(factors), axis=-1)

@@ -1,31 +1,31 @@
 """Keyed permutations, and endless streams of them.
 
 Large n: a generalised Feistel network over pairs (left, right) with left < a,
-right < b and a·b ≥ n: each round adds a hash of one half to the other, modulo its size.
-The few values that come out at n or above go through again until they fall below
-("cycle walking"), which keeps the map one to one. Source: Black and Rogaway, "Ciphers
-with Arbitrary Finite Domains", 2002,
+right < b and a·b ≥ n. Each round adds a hash of one half to the other, modulo its size.
+The few outputs at or above n are passed through again until they fall below n ("cycle
+walking"), which keeps the map one to one. Source: Black and Rogaway, "Ciphers with
+Arbitrary Finite Domains", 2002,
 https://web.cs.ucdavis.edu/~rogaway/papers/subset.pdf.
 
 Small n: the halves would be too small to mix (a chi-squared test of pairs fails below
-n = 20), so these are drawn from tables of random permutations, turned by random amounts
-before and after.
+n = 20). These permutations are drawn from tables of random permutations, with random
+cyclic shifts of input and output.
 
-The stream of a row is one keyed permutation of range(n) after the other, cut in blocks
-of b. A block may begin in the tail of one permutation and end in the head of the next,
-and would then repeat what both have there. So
+The stream of a row is a sequence of keyed permutations of range(n), cut into blocks of
+b values. A block may begin in the tail of one permutation and end in the head of the
+next, and would repeat the values that both contain. This is avoided as follows:
 
-- for n ≥ 2b, the first b values of the later permutation are put in another order:
-  those that the block has already come last. Enough others are there to fill the block,
-  and the tail of a permutation is never part of its own first b values, so one step
-  back is all that must be known;
-- for n < 2b, the same permutation is repeated until it ends together with a block,
-  after lcm(n, b) values: any n values in a row are then distinct, and for n < b a block
-  has each value ⌊b/n⌋ or ⌈b/n⌉ times.
+- For n ≥ 2b, the first b values of the later permutation are reordered, so that those
+  already in the block come last. The remaining values are enough to fill the block. The
+  tail of a permutation never overlaps its own first b values, so only the previous
+  permutation is needed.
+- For n < 2b, the same permutation is repeated until it ends together with a block,
+  after lcm(n, b) values. Any n consecutive values are then distinct, and for n < b a
+  block has each value ⌊b/n⌋ or ⌈b/n⌉ times.
 
-Any block is computed by itself, for many rows at once.
+Each block is computed independently, for many rows at once.
 
-Shapes: R rows, b values a block.
+Shapes: R rows, b values per block.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ import itertools
 import numpy as np
 
 _MAX_TABLED = 64
-# Up to this size there are fewer permutations than a table has: all are listed.
+# Up to this size there are fewer permutations than table rows: all are listed.
 _MAX_LISTED = 6
 _TABLES = 1024
 
-# Pairs of values are uniform to a chi-squared test of 200,000 keys from n = 50 on.
+# Pairs of values pass a chi-squared test of uniformity (200,000 keys) from n = 50 on.
 _NUM_ROUNDS = 6
 
 _U32 = np.uint32
@@ -48,7 +48,7 @@ _U64 = np.uint64
 
 
 def mix(*words: np.ndarray | int) -> np.ndarray:
-  """A 64-bit hash of integers: the finalizer of SplitMix64 after each of them.
+  """Hashes integers to 64 bits: the finalizer of SplitMix64 after each of them.
 
   Source: Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", 2014,
   https://doi.org/10.1145/2714064.2660195.
@@ -69,7 +69,7 @@ def mix(*words: np.ndarray | int) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-  """What stands at positions of keyed permutations of range(size).
+  """Evaluates keyed permutations of range(size).
 
   Args:
     positions: [n] int64, 0 ≤ position < size.
@@ -105,10 +105,10 @@ def _from_tables(
 
 @functools.lru_cache(maxsize=1)
 def _tables() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Permutations of every small size, end to end.
+  """Returns concatenated permutations of every small size.
 
   Returns:
-    uint32: the permutations; by size, where those of that size start; how many.
+    Three uint32 arrays: the permutations; by size, their start; by size, their count.
   """
   blocks = [np.empty((0, 0), np.int64)]
   for size in range(1, _MAX_TABLED + 1):
@@ -133,7 +133,7 @@ def _walk(positions: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
 
 
 def _feistel(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
-  """[n] int64, of the network's own domain, which is a little larger."""
+  """Applies the network; returns [n] int64 in its domain, slightly larger than n."""
   num_left = np.ceil(np.sqrt(sizes)).astype(_U32)
   num_right = np.ceil(sizes / num_left).astype(_U32)
   values = values.astype(_U32)
@@ -150,9 +150,9 @@ def _feistel(values: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndar
 
 
 def _hash(state: np.ndarray) -> np.ndarray:
-  """A 32-bit hash whose upper half is good.
+  """Returns a 32-bit hash whose upper half is well mixed.
 
-  Source: the finalizer of MurmurHash3 without the shifts that serve the lower half,
+  Source: the finalizer of MurmurHash3 without the shifts that mix the lower half,
   https://github.com/aappleby/smhasher/wiki/MurmurHash3.
   """
   state = state * _U32(0x85EBCA6B)
@@ -162,24 +162,24 @@ def _hash(state: np.ndarray) -> np.ndarray:
 
 
 def _below(sizes: np.ndarray, hashes: np.ndarray) -> np.ndarray:
-  """uint32 in range(size), size ≤ 2¹⁶, from the upper half of a 32-bit hash."""
+  """Returns uint32 in range(size), size ≤ 2¹⁶, from the upper half of a 32-bit hash."""
   return (hashes >> _U32(16)) * sizes >> _U32(16)
 
 
 def _add(values: np.ndarray, shift: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-  """(values + shift) modulo size, of numbers below size."""
+  """Returns (values + shift) modulo size, for operands below size."""
   total = values + shift
-  # Below size the difference wraps round to a large number.
+  # If the sum is below size, the difference wraps around to a large number.
   return np.minimum(total, total - sizes)
 
 
 def distinct_block(
   numbers: np.ndarray, sizes: np.ndarray, keys: np.ndarray, block_size: int
 ) -> np.ndarray:
-  """A block of each row's stream.
+  """Returns one block of each row's stream.
 
   Args:
-    numbers: [R] int64 ≥ 0, which block of its stream.
+    numbers: [R] int64 ≥ 0, number of the block in its stream.
     sizes: [R] int64 ≥ 1, the n of each row.
     keys: [R] uint64, one stream for each key and size.
     block_size: b.
@@ -220,8 +220,8 @@ def _reordered(
   positions -= is_next * sizes[:, None]
   values = _values(keys, epochs[:, None] + is_next, positions, sizes)
 
-  # The window of an epoch is touched by the block that begins before it and by the
-  # next; it keeps its order where the epoch begins together with a block.
+  # The first b values of an epoch occur in the block that begins before the epoch and
+  # in the next one. Their order is kept if the epoch begins together with a block.
   is_ahead = is_next.any(axis=1)
   epochs = epochs + is_ahead
   num_used = epochs * sizes % block_size
@@ -243,14 +243,14 @@ def _window(
   num_used: np.ndarray,
   block_size: int,
 ) -> np.ndarray:
-  """The first values of epochs, those last that end the epoch before.
+  """Returns the first values of epochs, those that end the previous epoch last.
 
   Args:
     epochs: [R] int64 ≥ 1.
     sizes: [R] int64.
     keys: [R] uint64.
-    num_used: [R] int64 below b, how many of the last values of the epoch before are in
-      the block that it shares with this one.
+    num_used: [R] int64 below b, number of the previous epoch's last values in the block
+      that both epochs share.
     block_size: b.
 
   Returns:
@@ -266,7 +266,7 @@ def _window(
 
 
 def _is_in_row(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-  """[R, b] bool, which values are among the others of the same row."""
+  """Returns [R, b] bool, true for values that are among the others of the same row."""
   if values.shape[1] > 32:
     return np.stack([np.isin(*row) for row in zip(values, others)])
   return (values[:, :, None] == others[:, None, :]).any(axis=2)
@@ -275,7 +275,7 @@ def _is_in_row(values: np.ndarray, others: np.ndarray) -> np.ndarray:
 def _values(
   keys: np.ndarray, epochs: np.ndarray, positions: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-  """[R, b] int64, the raw permutations of epochs [R] or [R, b] at positions [R, b]."""
+  """Returns [R, b] int64, permutations of epochs [R] or [R, b] at positions [R, b]."""
   epoch_keys = _epoch_keys(keys, epochs if epochs.ndim == 2 else epochs[:, None])
   flat = (
     np.broadcast_to(each, positions.shape).ravel()
@@ -285,7 +285,7 @@ def _values(
 
 
 def _epoch_keys(keys: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-  """uint64 keys of epochs [R, 1] or [R, b]; a row has at most two, in order."""
+  """Returns uint64 keys of epochs [R, 1] or [R, b]; a row has at most two, in order."""
   first = mix(keys[:, None], epochs[:, :1])
   rows = np.flatnonzero(epochs[:, -1] != epochs[:, 0])
   if not len(rows):

@@ -1,12 +1,9 @@
 """Batch samplers: pure functions from a step to record numbers.
 
-So resuming is exact and free, and the global batch does not depend on who computes it.
+Samplers have no state, so resuming is exact and needs no extra work. The global batch
+does not depend on the worker that computes it.
 
-Shapes: S steps, P classes and K samples a class in a batch, B records in a batch.
-
-Each is a pure function of the step, as its parts are.
-
-Shapes: S steps, P classes and K samples a class in a batch.
+Shapes: S steps, P classes and K samples per class in a batch, B records in a batch.
 """
 
 from __future__ import annotations
@@ -28,9 +25,9 @@ from trainer.data.class_sampling import (
 from trainer.data.sources.source import NamePattern
 from trainer.errors import UserError
 
-# What a hash is for, so that no two uses of one seed are alike (1 and 3: the classes).
+# Salt of the hash, so that no two uses of one seed collide (1 and 3: the classes).
 _MEMBERS = 2
-# Sizes of classes are looked at so many at a time, to hold little of them.
+# Class sizes are processed in chunks of this many, to limit memory.
 _CLASSES_AT_A_TIME = 1_000_000
 
 
@@ -38,20 +35,20 @@ StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
 
 
 class BatchSampler(Protocol):
-  """What the pipeline must know of a sampler."""
+  """The interface of a sampler for the pipeline."""
 
   @property
   def shape(self) -> tuple[int, ...]:
     """(P, K) or (B,)."""
 
   def batch(self, step: int) -> np.ndarray:
-    """Record numbers of a step, [P, K] or [B] int64; −1 is a padding row."""
+    """Returns the record numbers of a step, [P, K] or [B] int64; −1 is padding."""
 
 
 def draw(sampler: BatchSampler, steps: np.ndarray) -> np.ndarray:
-  """[S, P, K] or [S, B] int64, what a sampler draws in steps [S].
+  """Returns the records drawn in steps [S], [S, P, K] or [S, B] int64.
 
-  Many steps at once cost little more than one, where a sampler has `batches`.
+  If a sampler has `batches`, many steps at once cost little more than one.
   """
   batches = getattr(sampler, "batches", None)
   if batches is not None:
@@ -61,12 +58,12 @@ def draw(sampler: BatchSampler, steps: np.ndarray) -> np.ndarray:
 
 @gin.register
 class PKSampler:
-  """P classes of K samples each, classes and members balanced over time.
+  """Sampler of P classes with K samples each, balanced over classes and members.
 
-  Every class comes once in an epoch of classes, or as often as its weight says. Within
-  a class no member comes again before all have come. The P classes of a batch are
-  distinct, and the K samples of a class too if it has so many; otherwise each is
-  repeated as equally often as possible.
+  Every class is drawn once per epoch of classes, or as often as its weight specifies.
+  Within a class no member is repeated before all have been drawn. The P classes of a
+  batch are distinct. The K samples of a class are distinct if the class has K records;
+  otherwise its records are repeated as evenly as possible.
   """
 
   def __init__(
@@ -81,18 +78,18 @@ class PKSampler:
     weights: Optional[ClassWeights] = None,
     stream_fn: Optional[StreamFn] = None,
   ):
-    """Looks up what can be drawn.
+    """Determines the classes to draw from.
 
     Args:
-      index: knows classes and their members, such as a `RecordIndex`.
+      index: classes and their members, such as a `RecordIndex`.
       classes_per_batch: P.
       samples_per_class: K.
-      seed: another seed, another order.
+      seed: random seed of the order.
       classes: int32 ids of the classes to draw from; None for all.
-      small_classes: "repeat" members of a class of fewer than K, or "leave_out" it.
-      weights: how often each class comes; None for all equally often.
-      stream_fn: makes of the stream of classes, of P and of the classes' ids (None for
-        all) the stream that is drawn from; None for the stream itself.
+      small_classes: "repeat" members of a class with fewer than K, or "leave_out" it.
+      weights: how often each class is drawn; None for equal frequencies.
+      stream_fn: function of the stream of classes, P and the class ids (None for all)
+        that returns the stream to draw from; None for the unchanged stream.
 
     Raises:
       UserError: if P or K is below 1, or fewer than P classes can be drawn.
@@ -118,15 +115,15 @@ class PKSampler:
 
   @property
   def shape(self) -> tuple[int, int]:
-    """(P, K)."""
+    """Returns (P, K)."""
     return self._num_classes_drawn, self._num_samples
 
   def batch(self, step: int) -> np.ndarray:
-    """[P, K] int64, the record numbers of a step."""
+    """Returns the record numbers of a step, [P, K] int64."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, [S, P, K] int64."""
     draws = self._stream.draw(steps)
     ranks, blocks = draws.classes.ravel(), draws.blocks.ravel()
     class_ids = ranks if self._classes is None else self._classes[ranks]
@@ -148,10 +145,10 @@ class PKSampler:
 
 
 class SequentialSampler:
-  """Given records once, in order; the last batch is filled up with −1."""
+  """Sampler of given records, each once, in order; the last batch is padded with −1."""
 
   def __init__(self, record_numbers: np.ndarray, *, records_per_batch: int):
-    """Takes the records to go through.
+    """Sets the records to iterate over.
 
     Args:
       record_numbers: [n] int64.
@@ -166,20 +163,20 @@ class SequentialSampler:
 
   @property
   def num_batches(self) -> int:
-    """Batches until every record has come once."""
+    """Number of batches that cover every record once."""
     return -(-len(self._records) // self._size)
 
   @property
   def shape(self) -> tuple[int]:
-    """(B,)."""
+    """Returns (B,)."""
     return (self._size,)
 
   def batch(self, step: int) -> np.ndarray:
-    """[B] int64, the record numbers of a step; −1 from the last record on."""
+    """Returns the record numbers of a step, [B] int64; −1 after the last record."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, B] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, [S, B] int64."""
     places = steps[:, None] * self._size + np.arange(self._size)
     is_real = places < len(self._records)
     records = self._records[np.where(is_real, places, 0)]
@@ -192,7 +189,7 @@ def _drawable(
   num_samples: int,
   small_classes: str,
 ) -> Optional[np.ndarray]:
-  """Ids of the classes to draw from; None for all, which takes no memory."""
+  """Returns the ids of the classes to draw from; None for all, to save memory."""
   if small_classes not in ("repeat", "leave_out"):
     raise UserError(
       f"small_classes={small_classes!r} is not known; choose 'repeat' or 'leave_out'."
@@ -229,23 +226,23 @@ def _check_at_least_one(name: str, value: int) -> None:
     raise UserError(f"{name}={value} is too small; it must be at least 1.")
 
 
-# What hashes are for, so that no two uses of one seed are alike (1 to 3: PKSampler).
+# Salt of the hash, so that no two uses of one seed collide (1 to 3: PKSampler).
 _GROUPS = 4
 
 
 class NamedClasses(index_arrays.Classes, Protocol):
-  """Classes with their members and names, such as a `RecordIndex`."""
+  """Classes with members and names, such as a `RecordIndex`."""
 
   @property
   def class_names(self) -> Sequence[str]:
-    """Names by class id."""
+    """Class names by class id."""
 
 
 SamplerFn = Callable[..., PKSampler]
 
 
 class _StackedSampler:
-  """Batches that have the rows of several samplers, one below the other."""
+  """Sampler that concatenates the rows of several samplers."""
 
   def __init__(self, parts: Sequence[BatchSampler], num_samples: int):
     self._parts = parts
@@ -254,11 +251,11 @@ class _StackedSampler:
     self.shape = (num_records // num_samples, num_samples)
 
   def batch(self, step: int) -> np.ndarray:
-    """[P, K] int64, the record numbers of a step."""
+    """Returns the record numbers of a step, [P, K] int64."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, [S, P, K] int64."""
     rows = [
       draw(part, steps).reshape(len(steps), -1, self._num_samples)
       for part in self._parts
@@ -268,18 +265,18 @@ class _StackedSampler:
 
 @gin.register
 class HardClassSampler(_StackedSampler):
-  """Batches in which some rows are of given classes, and the rest of the others.
+  """Sampler with some rows from given classes, and the other rows from the others.
 
   Args:
-    index: has the classes, their members and names.
-    sampler_fn: makes the sampler of each part.
+    index: classes, members and names.
+    sampler_fn: creates the sampler of each part.
     hard_classes: names of the given classes; those not in `classes` are skipped.
-    num_hard: number of a batch's classes that are given ones.
-    num_others: number of a batch's classes that are not.
+    num_hard: number of given classes per batch.
+    num_others: number of other classes per batch.
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: no class has one of the names, or a part has too few classes.
+    UserError: a name matches no class, or a part has too few classes.
   """
 
   def __init__(
@@ -297,7 +294,7 @@ class HardClassSampler(_StackedSampler):
     names = [index.class_names[class_id] for class_id in ids]
     is_hard = np.array([name in wanted for name in names], bool)
     unknown = wanted.difference(names)
-    if unknown:  # Others are of the other side of a split.
+    if unknown:  # The other names are on the other side of a split.
       unknown.difference_update(index.class_names)
     if unknown:
       raise UserError(
@@ -313,19 +310,19 @@ class HardClassSampler(_StackedSampler):
 
 @gin.register
 class SingletonSampler(_StackedSampler):
-  """Batches with rows of classes of one image, which serve as negatives only.
+  """Sampler with extra rows of singleton classes (one image), which are negatives only.
 
-  Such a row has K images of K classes, where the other rows have K images of one class.
+  Such a row has K images of K classes, while other rows have K images of one class.
 
   Args:
-    index: has the classes and their members.
-    sampler_fn: makes the sampler of the classes of two images or more.
-    num_singleton_rows: rows of a batch that have images of singleton classes.
-    seed: of their order.
+    index: classes and members.
+    sampler_fn: creates the sampler of the classes with two images or more.
+    num_singleton_rows: number of rows per batch with images of singleton classes.
+    seed: random seed of their order.
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: there are fewer singleton classes than a batch takes.
+    UserError: there are fewer singleton classes than a batch needs.
   """
 
   def __init__(
@@ -362,22 +359,22 @@ class SingletonSampler(_StackedSampler):
 
 @gin.register
 class GroupedSampler:
-  """Batches of which each is drawn from one group of classes, such as a category.
+  """Sampler that draws each batch from one group of classes, such as a category.
 
-  A group comes as often an epoch as it has batches' worth of classes, and each time
-  goes on where its own sampler was.
+  A group is drawn per epoch as often as its classes fill batches. Each time, its own
+  sampler continues where it stopped.
 
   Args:
-    index: knows classes, members and names.
-    sampler_fn: makes the sampler of a group.
-    group_pattern: regular expression whose first group, searched in a class's name,
-      names the class's group; as it stands, what is before the first slash.
-    seed: of the order of the groups.
+    index: classes, members and names.
+    sampler_fn: creates the sampler of a group.
+    group_pattern: regular expression, searched in the class name; its first group is
+      the name of the class's group. Default: the part before the first slash.
+    seed: random seed of the order of the groups.
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: the pattern is none, a name has no group, or a group has too few classes
-      for a batch.
+    UserError: the pattern is invalid, a name has no group, or a group has too few
+      classes for a batch.
   """
 
   def __init__(
@@ -410,11 +407,11 @@ class GroupedSampler:
     self._key = permutation.mix(seed, _GROUPS)
 
   def batch(self, step: int) -> np.ndarray:
-    """[P, K] int64, the record numbers of a step."""
+    """Returns the record numbers of a step, [P, K] int64."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, P, K] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, [S, P, K] int64."""
     total = int(self._ends[-1])
     keys = np.broadcast_to(self._key, steps.shape)
     sizes = np.full(steps.shape, total)

@@ -1,9 +1,9 @@
 """Files on this machine and on remote stores (gs://, s3://, az://, hdfs://).
 
-It has no release for Python 3.12 and later; what needs it says so there.
-
-What is here goes straight to the system, which needs no TensorFlow; what is elsewhere
-goes through `tf.io.gfile`. Failures are an `OSError` on both.
+Local paths use the operating system directly, without TensorFlow. Remote paths use
+`tf.io.gfile`; all but gs:// need tensorflow-io. tensorflow-io has no release for Python
+3.12 and later, and functions that need it raise an error there. Failures are `OSError`
+for both kinds of path.
 
 Shapes: n reads.
 """
@@ -28,21 +28,24 @@ from absl import logging
 
 from trainer.errors import UserError
 
-# Half a minute in all, which outlasts what stores themselves call transient.
+# About half a minute in total, longer than failures that stores call transient.
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 _Result = TypeVar("_Result")
 
 
 def retry_with_backoff(path: str, call_fn: Callable[[], _Result]) -> _Result:
-  """What a function gives, called again with back-off while the store is at fault.
+  """Calls a function, and again with exponential back-off after transient failures.
 
   Args:
-    path: what it reads, for the log.
-    call_fn: raises `OSError`; EIO stands for what may pass.
+    path: the file that it reads, for the log.
+    call_fn: raises `OSError`; EIO marks a transient failure.
+
+  Returns:
+    The result of the function.
 
   Raises:
-    OSError: of another kind, or after the last time.
+    OSError: another error than EIO, or EIO at the last attempt.
   """
   for wait_s in _WAITS_S:
     try:
@@ -51,19 +54,19 @@ def retry_with_backoff(path: str, call_fn: Callable[[], _Result]) -> _Result:
       if error.errno != errno.EIO:
         raise
       logging.warning("%s: %s; trying again in %g s.", path, error.strerror, wait_s)
-      # Not all workers at the same moment.
+      # Jitter, so that workers don't retry at the same moment.
       time.sleep(wait_s * random.uniform(0.5, 1.0))
   return call_fn()
 
 
 def load_tensorflow_io(purpose: str) -> Any:
-  """The package; importing it also registers its file systems.
+  """Returns the tensorflow-io package; importing it registers its file systems.
 
   Args:
-    purpose: what needs it, for the message.
+    purpose: the feature that needs it, for the message.
 
   Raises:
-    UserError: it is not installed, or doesn't load.
+    UserError: it is not installed, or can't be loaded.
   """
   module, reason = _import()
   if module is None:
@@ -84,7 +87,7 @@ def _import() -> tuple[Any, str]:
 
 
 _NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
-# What may pass, such as a store that is busy or out of reach, is EIO.
+# Errors that are not listed here, such as an unavailable store, are transient: EIO.
 _REASONS = {
   "NotFoundError": errno.ENOENT,
   "PermissionDeniedError": errno.EACCES,
@@ -97,11 +100,11 @@ _REASONS = {
 
 
 class Status(NamedTuple):
-  """What tells a file from what it was.
+  """Size and modification time of a file, which detect a change.
 
   Attributes:
-    num_bytes: its size.
-    modified_ns: time of its last change, nanoseconds since 1970.
+    num_bytes: size, bytes.
+    modified_ns: time of the last change, nanoseconds since 1970.
   """
 
   num_bytes: int
@@ -109,20 +112,20 @@ class Status(NamedTuple):
 
 
 def is_remote(path: str) -> bool:
-  """Whether a path is not of this machine's file system."""
+  """Returns whether a path is on a remote store."""
   return "://" in path
 
 
 def absolute(path: str) -> str:
-  """The path from the root, with ~ resolved."""
+  """Returns the absolute path, with ~ expanded."""
   return path if is_remote(path) else os.path.abspath(os.path.expanduser(path))
 
 
 def open_file(path: str, mode: str) -> IO[Any]:
-  """A file, opened as by `open`; text is UTF-8.
+  """Opens a file as `open` does; text is UTF-8.
 
   Raises:
-    OSError: it can't be opened; elsewhere some failures come on reading or closing.
+    OSError: it can't be opened; for remote files also on reading or closing.
   """
   if not is_remote(path):
     return open(path, mode, encoding=None if "b" in mode else "utf-8")
@@ -131,7 +134,7 @@ def open_file(path: str, mode: str) -> IO[Any]:
 
 
 def read_bytes(path: str) -> bytes:
-  """The whole content of a file."""
+  """Returns the content of a file."""
   if is_remote(path):
     return retry_with_backoff(path, lambda: _read_bytes(path))
   return _read_bytes(path)
@@ -143,14 +146,14 @@ def _read_bytes(path: str) -> bytes:
 
 
 def write_bytes(path: str, content: bytes) -> None:
-  """Writes a file, and makes sure that it has reached the disk."""
+  """Writes a file and flushes it to the disk."""
   write_parts(path, (content,))
 
 
 def write_parts(path: str, parts: Iterable[bytes]) -> None:
-  """As `write_bytes`, of parts that are made while it is written."""
+  """Writes a file as `write_bytes` does, from an iterable of parts."""
   if path.startswith("ram://") and exists(path):
-    gfile(path).remove(path)  # Or it would be written on at its end.
+    gfile(path).remove(path)  # Otherwise the file would be appended to.
   with as_os_errors(path), open_file(path, "wb") as file:
     for part in parts:
       file.write(part)
@@ -160,14 +163,14 @@ def write_parts(path: str, parts: Iterable[bytes]) -> None:
 
 
 def replace_file(path: str, content: Union[bytes, str]) -> None:
-  """Writes a file whole or not at all, over one that exists.
+  """Writes or replaces a file atomically.
 
   Args:
-    path: of the file; its folder exists.
+    path: path of the file; its folder exists.
     content: text is written as UTF-8.
 
   Raises:
-    OSError: it can't be written, naming `path`; the file is unchanged.
+    OSError: it can't be written; the error names `path`, and the file is unchanged.
   """
   with replacing(path) as staged:
     write_bytes(staged, content.encode() if isinstance(content, str) else content)
@@ -175,19 +178,20 @@ def replace_file(path: str, content: Union[bytes, str]) -> None:
 
 @contextlib.contextmanager
 def replacing(path: str) -> Iterator[str]:
-  """Replaces a file by the one that the block writes, if the block raises nothing.
+  """Replaces a file with the one that the block writes, unless the block raises.
 
-  A reader sees the old file or the new one, whole. Processes that replace the same file
-  at once each write a file of their own: the last to finish wins.
+  A reader sees either the complete old file or the complete new one. Processes that
+  replace the same file concurrently each write a separate file; the last to finish
+  wins.
 
   Args:
-    path: of the file; its folder exists.
+    path: path of the file; its folder exists.
 
   Yields:
     The path to write, in the same folder.
 
   Raises:
-    OSError: it can't be written, naming `path`; the file is unchanged.
+    OSError: it can't be written; the error names `path`, and the file is unchanged.
   """
   staged = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.new"
   try:
@@ -202,7 +206,7 @@ def replacing(path: str) -> Iterator[str]:
       error.filename = path
     raise
   if not is_remote(path):
-    with contextlib.suppress(OSError):  # Some file systems do not sync folders.
+    with contextlib.suppress(OSError):  # Some file systems can't sync folders.
       _sync(os.path.dirname(path) or ".")
 
 
@@ -215,7 +219,7 @@ def _sync(path: str) -> None:
 
 
 def status(path: str) -> Status:
-  """Size and time of a file."""
+  """Returns size and modification time of a file."""
   if not is_remote(path):
     found = os.stat(path)
     return Status(found.st_size, found.st_mtime_ns)
@@ -229,7 +233,7 @@ def _remote_status(path: str) -> Status:
 
 
 def exists(path: str) -> bool:
-  """Whether there is such a file or folder."""
+  """Returns whether a file or folder exists."""
   if not is_remote(path):
     return os.path.exists(path)
   with as_os_errors(path):
@@ -237,7 +241,7 @@ def exists(path: str) -> bool:
 
 
 def is_folder(path: str) -> bool:
-  """Whether there is a folder of that name."""
+  """Returns whether a folder exists."""
   if not is_remote(path):
     return os.path.isdir(path)
   with as_os_errors(path):
@@ -245,7 +249,7 @@ def is_folder(path: str) -> bool:
 
 
 def list_folder(path: str) -> list[str]:
-  """The names in a folder, sorted."""
+  """Returns the names in a folder, sorted."""
   if not is_remote(path):
     return sorted(os.listdir(path))
   with as_os_errors(path):
@@ -253,7 +257,7 @@ def list_folder(path: str) -> list[str]:
 
 
 def list_folders(path: str) -> list[str]:
-  """The names of the folders in a folder, sorted."""
+  """Returns the names of the subfolders of a folder, sorted."""
   if not is_remote(path):
     with os.scandir(path) as entries:
       return sorted(entry.name for entry in entries if _is_dir(entry))
@@ -263,7 +267,7 @@ def list_folders(path: str) -> list[str]:
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
-  """Whether it is a folder; a link that can't be followed is none."""
+  """Returns whether an entry is a folder; false for a broken link."""
   try:
     return entry.is_dir()
   except OSError:
@@ -271,7 +275,7 @@ def _is_dir(entry: os.DirEntry) -> bool:
 
 
 def matching(pattern: str) -> list[str]:
-  """The paths that match a pattern, sorted."""
+  """Returns the paths that match a glob pattern, sorted."""
   if not is_remote(pattern):
     return sorted(local_glob.glob(pattern))
   with as_os_errors(pattern):
@@ -279,7 +283,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def make_folder(path: str) -> None:
-  """Makes a folder and those above it; one that is there is left."""
+  """Creates a folder and its parents; existing folders are kept."""
   if not is_remote(path):
     try:
       os.makedirs(path, exist_ok=True)
@@ -292,7 +296,7 @@ def make_folder(path: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-  """Renames a file, over one that is there."""
+  """Renames a file and replaces an existing target."""
   if not is_remote(source):
     os.replace(source, target)
     return
@@ -310,7 +314,7 @@ def remove(path: str) -> None:
 
 
 def remove_folder(path: str) -> None:
-  """Removes a folder with all in it, if it is there."""
+  """Removes a folder and its content, if it exists."""
   if not is_remote(path):
     shutil.rmtree(path, ignore_errors=True)
     return
@@ -319,8 +323,8 @@ def remove_folder(path: str) -> None:
 
 
 def gfile(path: str) -> Any:
-  """`tf.io.gfile`, with the file systems that TensorFlow alone does not know."""
-  import tensorflow as tf  # Late: local paths need none.
+  """Returns `tf.io.gfile`, with tensorflow-io's file systems if the path needs them."""
+  import tensorflow as tf  # Late: local paths don't need TensorFlow.
 
   if path.split("://", maxsplit=1)[0] in _NEEDS_TENSORFLOW_IO:
     pass
@@ -331,7 +335,7 @@ def gfile(path: str) -> Any:
 
 @contextlib.contextmanager
 def as_os_errors(path: str) -> Iterator[None]:
-  """Failures of TensorFlow's file systems as `OSError`."""
+  """Converts errors of TensorFlow's file systems in the block to `OSError`."""
   if not is_remote(path):
     yield
     return
@@ -346,21 +350,21 @@ def as_os_errors(path: str) -> Iterator[None]:
     raise OSError(number, reason, path) from error
 
 
-# Requests at once: their time is mostly waiting.
+# Concurrent requests: most of their time is waiting.
 _NUM_THREADS = 32
 
 
 def read_range(path: str, offset: int, num_bytes: int) -> bytes:
-  """Some bytes of a file; fewer where it ends before.
+  """Reads some bytes of a file; fewer at the end of the file.
 
   Raises:
-    OSError: it can't be read, tried again where that may pass.
+    OSError: it can't be read; transient failures are retried.
   """
   return retry_with_backoff(path, lambda: _read_once(path, offset, num_bytes))
 
 
 def _read_once(path: str, offset: int, num_bytes: int) -> bytes:
-  # TensorFlow's own file object would fetch 512 kB for each record.
+  # TensorFlow's own file object would read 512 kB for each record.
   from tensorflow.python.lib.io import _pywrap_file_io
 
   with as_os_errors(path):
@@ -371,7 +375,7 @@ def _read_once(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def in_parallel(read_fn: Callable[..., bytes], arguments: Iterable[Any]) -> list[bytes]:
-  """What a function gives for each of n tuples of arguments, in their order."""
+  """Calls a function with each of n argument tuples; returns the results in order."""
   return list(_threads().map(lambda each: read_fn(*each), arguments))
 
 
@@ -384,7 +388,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 def sha256_of(path: str) -> str:
-  """SHA-256 of a file's content, in hexadecimal."""
+  """Returns the SHA-256 of a file's content, in hexadecimal."""
   contents = hashlib.sha256()
   with open(path, "rb") as file:
     while block := file.read(_BLOCK_BYTES):

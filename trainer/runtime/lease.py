@@ -1,18 +1,19 @@
-"""Exclusive use of a folder by one process.
+"""Exclusive use of a folder or a file by one process.
 
-Who writes keeps a claim in the folder, a file of its own that says who it is, and
-touches it while it goes on. Whoever comes puts down its own first and looks for others
-then, so that of two that come in the same moment at least one sees the other. Of claims
-that are not settled yet the one whose file's name comes first stays, and the others are
-withdrawn: exactly one process gets the folder. No lock is asked of the file system:
-those of networks grant them badly, or not at all.
+A process that writes into a folder holds a lease: a file of its own in the folder that
+identifies the process and is touched regularly. A new process first writes its own
+lease and then looks for others, so of two that start at the same moment at least one
+sees the other. Of leases that are not settled yet, the one with the first file name
+stays and the others are withdrawn. Exactly one process gets the folder. No file-system
+locks are used, because network file systems implement them unreliably or not at all.
 
-A claim ends with its process: at once where this machine knows it to be gone, else when
-it was not touched for a while, by the clock of the folder's own file system.
+A lease ends with its process. It ends at once if this machine can tell that the process
+is gone. Otherwise it expires when it was not touched for a while, by the clock of the
+folder's file system.
 
-Folders of data and results are kept by claims, on any file system. Work that is shared
-out between processes, as by sweeps, is kept by locks of files (`flock`), which a child
-process can inherit.
+Leases protect folders of data and results, on any file system. Work that is divided
+between processes, as in sweeps, uses file locks (`flock`), which a child process can
+inherit.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from trainer.runtime import filesystem
 
 _PREFIX, _ENDING = ".in-use-", ".json"
 _TOUCH_S = 5.0
-# Who has not touched its claim for so long is gone, or stands still.
+# A lease that was not touched for this long has expired.
 _SILENCE_S = 30.0
 _LOOK_S = 0.2
 _MAX_BYTES = 10_000
@@ -47,18 +48,18 @@ _MAX_BYTES = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
-  """Who writes into a folder.
+  """The content of a lease: which process writes into a folder.
 
   Attributes:
-    host: its name.
-    machine: within which a process's number means the same: a host since it was
-      started, or a container of it.
-    pid: number of the process.
-    since: when it began.
-    doing: what it does, such as "training in".
-    num_touches: how often it was written again; only elsewhere, where a store may date
-      its files or not.
-    is_settled: whether its process has the folder, as no other claim was left.
+    host: name of the host.
+    machine: scope in which process ids are unique: a host since its boot, or a
+      container on it.
+    pid: process id.
+    since: start time of the process's work.
+    doing: the activity, such as "training in".
+    num_touches: number of rewrites; only for remote folders, where a store may not
+      date its files.
+    is_settled: whether the process has the folder, because no other lease was left.
   """
 
   host: str
@@ -70,7 +71,7 @@ class Lease:
   is_settled: bool = True
 
 
-# The claims of this process, by path, with its number: a fork has none of them.
+# Leases of this process: path to process id, so that a forked child holds none of them.
 _held: dict[str, int] = {}
 
 
@@ -78,11 +79,11 @@ _held: dict[str, int] = {}
 def holding_lease(folder: str, doing: str) -> Iterator[None]:
   """Keeps other processes from writing into a folder.
 
-  A process that stood still for so long that another took the folder is ended once it
-  goes on, with the exit status of a user's mistake.
+  A process that was suspended for so long that another process took the folder is ended
+  when it resumes, with the exit status of a user error.
 
   Args:
-    folder: it exists.
+    folder: an existing folder.
     doing: what this process does, as in "is training in".
 
   Yields:
@@ -90,7 +91,7 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
 
   Raises:
     UserError: another process writes into it.
-    OSError: the claim can't be written.
+    OSError: the lease can't be written.
   """
   own = _OwnClaim(folder, doing)
   is_over = threading.Event()
@@ -114,10 +115,10 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
 
 
 class _OwnClaim:
-  """The claim of this process on a folder.
+  """The lease of this process on a folder.
 
   Args:
-    folder: it exists.
+    folder: an existing folder.
     doing: what this process does there.
   """
 
@@ -129,22 +130,22 @@ class _OwnClaim:
     self._lock = threading.Lock()
 
   def write(self, **changes: Any) -> None:
-    """Writes the claim with some of its attributes changed."""
+    """Writes the lease with some of its attributes changed."""
     with self._lock:
       self._claim = dataclasses.replace(self._claim, **changes)
       _write(self.path, self._claim)
 
 
 def _outlast(path: str, own_path: str, began_ns: int) -> None:
-  """Waits until it is clear that another's claim has ended, and removes it.
+  """Waits until another process's lease has clearly ended, and removes it.
 
   Args:
-    path: of the other's claim.
-    own_path: of our own, which is not settled yet.
-    began_ns: when our own was written, by the clock that dates the other's.
+    path: path of the other lease.
+    own_path: path of our own lease, which is not settled yet.
+    began_ns: when our own lease was written, by the same file system's clock.
 
   Raises:
-    UserError: the other has the folder, or comes first.
+    UserError: the other process has the folder, or takes precedence.
   """
   start_s = time.monotonic()
   first: Optional[tuple[Lease, int]] = None
@@ -169,7 +170,7 @@ def _outlast(path: str, own_path: str, began_ns: int) -> None:
 
 
 def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
-  """The thread of a claim."""
+  """Touches a lease regularly, in a thread."""
   for number in itertools.count(1):
     if is_over.wait(_TOUCH_S):
       return
@@ -178,7 +179,7 @@ def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
       if not is_there:
         _leave_to_others(own.path)
       if is_there and not filesystem.is_remote(own.path):
-        os.utime(own.path)  # Also where the disk is full.
+        os.utime(own.path)  # Works even if the disk is full.
       else:
         own.write(num_touches=number)
     except OSError as error:
@@ -186,7 +187,7 @@ def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
 
 
 def _leave_to_others(path: str) -> None:
-  """Ends this process if there is a claim of another, who has removed ours."""
+  """Ends this process if another process has removed our lease and holds one."""
   for other in _others(path):
     with contextlib.suppress(FileNotFoundError):
       owner = _in_use(other, _read(other))
@@ -196,7 +197,7 @@ def _leave_to_others(path: str) -> None:
 
 
 def _others(path: str) -> list[str]:
-  """The paths of the claims beside ours."""
+  """Returns the paths of all leases except ours."""
   folder, own_name = os.path.split(path)
   return [
     os.path.join(folder, name)
@@ -206,7 +207,7 @@ def _others(path: str) -> list[str]:
 
 
 def _read(path: str) -> Lease:
-  """A claim; one of nobody known, where it can't be understood.
+  """Reads a lease; an unreadable one is attributed to an unknown process.
 
   Raises:
     FileNotFoundError: it is gone.
@@ -221,7 +222,7 @@ def _read(path: str) -> Lease:
 
 def _write(path: str, own: Lease) -> None:
   content = json.dumps(dataclasses.asdict(own)).encode()
-  # Stores show an object whole or not at all.
+  # Stores replace an object atomically.
   write_fn = (
     filesystem.write_bytes if filesystem.is_remote(path) else filesystem.replace_file
   )
@@ -244,7 +245,7 @@ def _now() -> str:
 
 
 def _is_running(path: str, pid: int) -> bool:
-  """Whether a process of this machine, or a thread of this one, has the claim."""
+  """Returns whether a process of this machine, or a thread here, has the lease."""
   if pid == os.getpid():
     return _held.get(path) == pid
   try:
@@ -259,7 +260,7 @@ def _is_running(path: str, pid: int) -> bool:
 @functools.cache
 def _machine() -> str:
   facts = [socket.gethostname()]
-  with contextlib.suppress(OSError):  # Linux alone tells them.
+  with contextlib.suppress(OSError):  # Only Linux has these files.
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
       facts.append(file.read().strip())
     facts.append(os.readlink("/proc/self/ns/pid"))
@@ -273,11 +274,11 @@ _READ_ONLY = (errno.EROFS, errno.EACCES)
 def locked_folder(folder: str, doing: str) -> Iterator[None]:
   """Keeps other processes from writing into a folder, on any file system.
 
-  A folder that this process can't write to is not claimed: whatever the block writes
-  there fails by itself.
+  A folder that this process can't write to gets no lease: any write in the block fails
+  by itself.
 
   Args:
-    folder: it exists.
+    folder: an existing folder.
     doing: what this process does, as in "is ingesting into".
 
   Yields:
@@ -285,7 +286,7 @@ def locked_folder(folder: str, doing: str) -> Iterator[None]:
 
   Raises:
     UserError: another process writes into it.
-    OSError: the claim can't be written.
+    OSError: the lease can't be written.
   """
   with contextlib.ExitStack() as claimed:
     try:
@@ -301,14 +302,14 @@ def locked(path: str) -> Iterator[None]:
   """Waits for the lock of a file, and holds it inside the block.
 
   Args:
-    path: of the file; is made if it is missing.
+    path: path of the file; created if missing.
 
   Yields:
     Nothing.
 
   Raises:
     UserError: the file system has no locks.
-    OSError: the file can't be made.
+    OSError: the file can't be created.
   """
   with open(path, "a", encoding="utf-8") as file:
     _flock(file, fcntl.LOCK_EX)
@@ -319,33 +320,33 @@ def locked(path: str) -> Iterator[None]:
 
 
 def try_lock(path: str) -> Optional[TextIO]:
-  """Locks a file without waiting for whoever holds it.
+  """Locks a file without waiting for a process that holds the lock.
 
-  `is_locked`, in this process or another, never keeps the lock from it.
+  A concurrent `is_locked`, in this process or another, never makes this call fail.
 
   Args:
-    path: of the file; is made if it is missing.
+    path: path of the file; created if missing.
 
   Returns:
-    The open file, locked until it is closed, here and in each process that inherited
-    it; None if another holds it.
+    The open file, locked until it is closed here and in each process that inherited
+    it; None if another process holds the lock.
 
   Raises:
     UserError: the file system has no locks.
-    OSError: the file can't be made.
+    OSError: the file can't be created.
   """
   with locked(_gate(path)):
     return _try(path)
 
 
 def is_locked(path: str) -> bool:
-  """Returns whether somebody holds the lock of a file; false where there is no file.
+  """Returns whether a process holds the lock of a file; false if there is no file.
 
-  `flock` shows a lock only to who asks for it. So it is taken for a moment, behind a
-  gate that `try_lock` waits for.
+  `flock` can only be tested by taking the lock. It is therefore taken for a moment,
+  guarded by a second lock that `try_lock` waits for.
 
   Args:
-    path: of the file.
+    path: path of the file.
 
   Raises:
     UserError: the file system has no locks.
@@ -356,7 +357,7 @@ def is_locked(path: str) -> bool:
     file = _try(path)
     if file is None:
       return True
-    # A process that is being started may have a copy: closing ours is not enough.
+    # A process being started may have inherited the file: closing it is not enough.
     fcntl.flock(file, fcntl.LOCK_UN)
     file.close()
     return False

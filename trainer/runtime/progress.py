@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, a line now and then in a log."""
+"""Progress of long work: a bar on a terminal, or periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _BAR_WIDTH = 30
 
 
 class Progress:
-  """Shows how far a long work is.
+  """A progress display for long work.
 
   Args:
-    title: what is done.
+    title: name of the work.
     unit: what is counted, in the plural.
-    total: how many there are; None where that is not known.
-    done: how many of them were done before.
+    total: total count; None if unknown.
+    done: count that was already done before.
   """
 
   def __init__(
@@ -33,7 +33,7 @@ class Progress:
     self._is_terminal = sys.stderr.isatty()
 
   def advance(self, count: int) -> None:
-    """Adds to what is done, and shows it if it is time."""
+    """Adds to the count, and updates the display at most once per interval."""
     self._done += count
     interval_s = _TERMINAL_INTERVAL_S if self._is_terminal else _LOG_INTERVAL_S
     if time.monotonic() - self._shown_s >= interval_s:
@@ -47,7 +47,7 @@ class Progress:
       sys.stderr.flush()
 
   def line(self) -> str:
-    """Title, bar, count, speed and time left."""
+    """Returns title, bar, count, speed and time left."""
     num_new = self._done - self._done_before
     per_second = num_new / max(time.monotonic() - self._start_s, 1e-9)
     speed = f"{per_second:,.0f} {self._unit}/s"

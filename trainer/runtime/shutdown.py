@@ -1,10 +1,12 @@
 """Stopping a process: signals, background release of slow objects, and exit.
 
-TensorFlow's calls keep Python's own handlers waiting, so a thread hears of a signal,
-from the wake-up pipe that the handlers of C write to. What then happens depends on
-where the run is. While it trains it goes on to the end of the inner loop, and saves;
-where that takes too long, the grace is over. Elsewhere there is nothing to save, and
-it ends; but one worker of several only where it meets the others, to end with them.
+TensorFlow calls delay Python's signal handlers. A thread therefore reads signals from
+the wake-up pipe that the C handlers write to. The reaction depends on the state:
+
+- During training, the run finishes the inner loop and saves a checkpoint. If that takes
+  longer than the grace period, the process exits without saving.
+- Elsewhere there is nothing to save, and the process ends at once. One of several
+  workers ends only at the next synchronization, so that all end together.
 """
 
 from __future__ import annotations
@@ -26,25 +28,25 @@ _NAME = "let_go"
 
 
 def release_in_background(held: list[Any]) -> None:
-  """Empties a list in another thread.
+  """Clears a list in another thread.
 
   Args:
-    held: what is in it is held by nobody else.
+    held: its items must not be referenced anywhere else.
   """
-  # No daemon: one that ends after the interpreter aborts the process.
-  with contextlib.suppress(RuntimeError):  # The interpreter ends already.
+  # Not a daemon thread: one that outlives the interpreter aborts the process.
+  with contextlib.suppress(RuntimeError):  # The interpreter is already shutting down.
     threading.Thread(target=held.clear, name=_NAME).start()
 
 
 def exit_process(status: int) -> NoReturn:
-  """Ends the process with a status.
+  """Ends the process with an exit status.
 
-  After S3 was used, tensorflow-io aborts the process while Python tears it down, so
-  that a run that succeeded would end with status 134; and Python waits for threads. So
-  where there is either, it is not torn down.
+  After S3 was used, tensorflow-io aborts the process during interpreter shutdown, and a
+  successful run would end with status 134. Python also waits for threads. In both cases
+  the interpreter's shutdown is skipped.
 
   Args:
-    status: of the process.
+    status: exit status of the process.
   """
   is_letting_go = any(thread.name == _NAME for thread in threading.enumerate())
   if is_letting_go or "tensorflow_io" in sys.modules:
@@ -56,17 +58,17 @@ def exit_process(status: int) -> NoReturn:
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# How long an exception may take to come through what runs; then the process is ended.
+# Time for an exception to unwind the running code; then the process is ended.
 _UNWINDING_S = 5.0
-# More than `struct sigaction` has on any system: 152 on Linux.
+# Larger than `struct sigaction` on any system: 152 on Linux.
 _SIGACTION_BYTES = 1024
 
 
 class Preemption:
-  """Whether this process was told to stop, and what that means now.
+  """The stop request of this process, and the reaction to it.
 
   Args:
-    grace_s: from the signal to the end of the process, seconds.
+    grace_s: time from the signal to the end of the process, seconds.
   """
 
   def __init__(self, grace_s: float):
@@ -81,32 +83,32 @@ class Preemption:
 
   @property
   def stop_requested(self) -> bool:
-    """Whether a signal came."""
+    """Whether a signal was received."""
     return self._told is not None
 
   @property
   def is_to_end(self) -> bool:
-    """Whether a signal came, and there is nothing to save: for all workers to know."""
+    """Whether a signal was received and nothing is to be saved; sent to all workers."""
     return self.stop_requested and not self._is_saving
 
   @property
   def signal_name(self) -> str:
-    """What told it; another worker, where this one heard nothing."""
+    """Name of the signal; "another worker" if this process received none."""
     return self._told.name if self._told else "another worker"
 
   @contextlib.contextmanager
   def saving(self, newest_fn: Callable[[], str]) -> Iterator[None]:
-    """A block that polls `stop_requested` and saves; a signal does not break it.
+    """Marks a block that polls `stop_requested` and saves; signals don't interrupt it.
 
     Args:
-      newest_fn: says in words which checkpoint is the newest.
+      newest_fn: returns a phrase that names the newest checkpoint.
 
     Yields:
       Nothing.
 
     Raises:
-      PreemptedError: a signal came before, or too late for the block to look, and there
-        is no other worker.
+      PreemptedError: a signal was received before the block or after its last poll, and
+        there is no other worker.
     """
     self.hear_again()
     self._is_saving, self._newest_fn = True, newest_fn
@@ -119,7 +121,7 @@ class Preemption:
 
   @contextlib.contextmanager
   def heard(self) -> Iterator[None]:
-    """Hears signals inside the block; only a main thread can.
+    """Handles signals inside the block; has no effect outside the main thread.
 
     Yields:
       Nothing.
@@ -148,21 +150,22 @@ class Preemption:
       reader.close()
 
   def join_others(self, num_others: int) -> None:
-    """To be called when workers are connected: a signal is then for all of them.
+    """Makes a signal apply to all workers; call it once they are connected.
 
-    It breaks off nothing any more, as the others would wait for this one, and call it
-    lost. Who meets the others tells them `is_to_end`.
+    From then on a signal interrupts nothing, because the other workers would wait for
+    this one and report it as lost. `is_to_end` is exchanged at each synchronization.
 
     Args:
-      num_others: how many they are; where there is none, nothing changes.
+      num_others: number of other workers; 0 changes nothing.
     """
     self._is_of_several = num_others > 0
     self.hear_again()
 
   def hear_again(self) -> None:
-    """Hears signals that TensorFlow took, as it does with SIGTERM where it connects.
+    """Reinstalls the signal handlers that TensorFlow replaced.
 
-    Its handler notes the signal, and keeps it from Python.
+    TensorFlow installs a handler of SIGTERM when it connects. It records the signal and
+    hides it from Python.
     """
     if self._is_hearing:
       for number in SIGNALS:
@@ -179,7 +182,7 @@ class Preemption:
       raise self.nothing_to_save()
 
   def _listen(self, reader: socket.socket) -> None:
-    """The thread: hears every signal, whatever the main thread is doing."""
+    """Receives every signal, in a thread, even while the main thread is blocked."""
     num_interruptions = 0
     for number in iter(lambda: reader.recv(1), b""):
       heard = int.from_bytes(number, "little")
@@ -194,7 +197,7 @@ class Preemption:
         threading.Thread(target=self._end_late, daemon=True).start()
 
   def _end_late(self) -> None:
-    """Ends the process when its time is over."""
+    """Ends the process after the grace period."""
     if not self._is_saving:
       patience_s = self._grace_s if self._is_of_several else _UNWINDING_S
       if not self._ended.wait(min(patience_s, self._grace_s)):
@@ -210,7 +213,7 @@ class Preemption:
       )
 
   def nothing_to_save(self) -> PreemptedError:
-    """What is raised where a run is to end."""
+    """Returns the error that ends a run."""
     return PreemptedError(
       f"{self.signal_name}: stopped where there was nothing new to save; the same "
       "command resumes it."
@@ -221,16 +224,16 @@ _current = Preemption(0.0)
 
 
 def current_preemption() -> Preemption:
-  """That of this process; one that hears nothing, before `listening`."""
+  """Returns the state of this process; inactive outside `listening_for_signals`."""
   return _current
 
 
 @contextlib.contextmanager
 def listening_for_signals(grace_s: float) -> Iterator[None]:
-  """Makes this process hear SIGTERM and SIGINT inside the block.
+  """Handles SIGTERM and SIGINT inside the block.
 
   Args:
-    grace_s: from the signal to the end of the process, seconds.
+    grace_s: time from the signal to the end of the process, seconds.
 
   Yields:
     Nothing.
@@ -246,10 +249,10 @@ def listening_for_signals(grace_s: float) -> Iterator[None]:
 
 @contextlib.contextmanager
 def handlers_restored() -> Iterator[None]:
-  """Restores the handlers of SIGTERM and SIGINT after the block, those of C included.
+  """Restores the handlers of SIGTERM and SIGINT after the block, including C handlers.
 
-  Python does not know handlers that a program which embeds it, or a library, set with
-  the system's own call, and would leave the default action in their place.
+  Python has no record of handlers that a library or an embedding program installed with
+  the system call, and would restore the default action instead.
 
   Yields:
     Nothing.
@@ -260,13 +263,13 @@ def handlers_restored() -> Iterator[None]:
     yield
   finally:
     for number, handler in python_handlers.items():
-      # None: it was set before Python started.
+      # None: the handler was installed before Python started.
       signal.signal(number, signal.SIG_DFL if handler is None else handler)
       _libc().sigaction(int(number), system_handlers[number], None)
 
 
 def _system_handler(number: int) -> ctypes.Array:
-  """The system's `struct sigaction` of a signal, as bytes that only it reads."""
+  """Returns the system's `struct sigaction` of a signal as opaque bytes."""
   found = ctypes.create_string_buffer(_SIGACTION_BYTES)
   _libc().sigaction(int(number), None, found)
   return found
@@ -277,7 +280,7 @@ def _libc() -> ctypes.CDLL:
 
 
 def _say(line: str) -> None:
-  # Not by the logging module: the main thread may hold its locks.
+  # Not the logging module: the main thread may hold its locks.
   os.write(2, f"{line}\n".encode())
 
 

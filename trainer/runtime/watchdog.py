@@ -1,7 +1,7 @@
 """A watchdog thread that ends a process without progress.
 
-A peer that was stopped, or an input that hangs, keeps TensorFlow waiting for ever. What
-counts as moving is told by `heartbeat`: steps, batches of an evaluation, work between.
+A suspended peer or a hanging input makes TensorFlow wait for ever. Progress is counted
+by `beat`: steps, batches of an evaluation, and work between them.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ _LEAST_S = 60.0
 _TIMES_MEDIAN = 20.0
 _NUM_MEASURED = 101
 _SHARE_OF_DEADLINE = 20
-_JOIN_S = 5.0  # A device that hangs may hold the thread that reads it.
+_JOIN_S = 5.0  # A hanging device may block the thread that reads from it.
 
 _beats = itertools.count(1)
 _last = 0
 
 
 def beat() -> None:
-  """Says that something was done."""
+  """Records progress."""
   global _last
   _last = next(_beats)
 
 
 def num_beats() -> int:
-  """How often something was done."""
+  """Returns how often progress was recorded."""
   return _last
 
 
 class Watchdog:
-  """Watches a block that should move.
+  """A watchdog for a block that should make progress.
 
   Args:
-    path: file that gets the stack of every thread when the process is ended.
-    start_deadline_s: seconds without progress, until the first steps are done and
-      outside of training.
-    step_deadline_s: seconds a step may take; None for 20 times the median step that was
-      measured, and at least a minute.
+    path: file for the stack of every thread when the process is ended.
+    start_deadline_s: longest time without progress before the first steps are done and
+      outside of training, seconds.
+    step_deadline_s: longest time of a step, seconds; None for 20 times the measured
+      median step, at least a minute.
   """
 
   def __init__(
@@ -69,7 +69,7 @@ class Watchdog:
 
   @property
   def deadline_s(self) -> float:
-    """How long the run may stand still now, seconds."""
+    """Longest time without progress that is allowed now, seconds."""
     if self._num_calls == 0 or self._is_acting:
       return max(self._start_s, self._step_s or 0.0)
     if self._step_s is not None:
@@ -81,10 +81,10 @@ class Watchdog:
 
   @contextlib.contextmanager
   def stepping(self, pulse_fn: Callable[[], int]) -> Iterator[None]:
-    """A block of steps: they are expected as fast as they are found to be.
+    """Marks a block of steps, whose deadline follows from the measured step times.
 
     Args:
-      pulse_fn: reads a number that changes with each step from the device.
+      pulse_fn: reads a number from the device that changes with each step.
 
     Yields:
       Nothing.
@@ -99,7 +99,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def acting(self) -> Iterator[None]:
-    """A block between steps, such as an evaluation, which may take as long as a start.
+    """Marks work between steps, such as an evaluation; the start deadline applies.
 
     Yields:
       Nothing.
@@ -112,11 +112,11 @@ class Watchdog:
       self._is_acting = False
 
   def learn(self, seconds_per_step: float) -> None:
-    """Takes in how long steps take.
+    """Records the measured step time.
 
     Args:
-      seconds_per_step: measured over a call of the inner loop, of which the first also
-        compiles, and is left out.
+      seconds_per_step: mean over one call of the inner loop. The first call also
+        compiles, and is ignored.
     """
     if self._num_calls:
       self._seconds_per_step.append(seconds_per_step)
@@ -144,7 +144,7 @@ class Watchdog:
         thread.join(_JOIN_S)
 
   def _feel_pulse(self) -> None:
-    """Reads the device in a thread of its own, which a device that hangs may hold."""
+    """Reads from the device in a separate thread, which a hanging device may block."""
     while not self._ended.wait(self._interval_s):
       self._pulse = self._pulse_fn()
 
@@ -167,7 +167,7 @@ class Watchdog:
       "another worker, the input or a device hangs; where every thread stood is in "
       f"{self._path}; the same command continues from the newest checkpoint."
     )
-    # What hangs may hold any lock, of logging too.
+    # A hanging thread may hold any lock, including that of logging.
     os.write(2, f"{line}\n".encode())
     with contextlib.suppress(OSError), open(self._path, "w", encoding="utf-8") as file:
       file.write(f"{line}\n")
