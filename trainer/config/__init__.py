@@ -1,1 +1,1 @@
-"""The configuration of a run: gin files, checked, resolved and saved."""
+"""Configuration of a run: gin files, their checks, resolution and saving."""

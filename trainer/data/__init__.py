@@ -1,1 +1,1 @@
-"""From files to replica batches: records, class index, sampler, pipeline."""
+"""From files to replica batches: sources, records, index, samplers and pipeline."""

@@ -213,7 +213,7 @@ def of_content(head: bytes) -> Optional[ImageFormat]:
 
 
 def is_kept(file: bytes) -> bool:
-  """Returns whether training decodes a file's format, so that the file is kept as is."""
+  """Returns whether a file is kept unchanged, because training decodes its format."""
   found = of_content(file)
   return found is not None and found.name in _KEPT
 

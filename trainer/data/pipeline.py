@@ -1,8 +1,9 @@
-"""From a sampler to replica batches: read, decode, cut, in the order of the steps.
+"""The input pipeline: draws, reads and decodes batches, and splits them over replicas.
 
-Nothing here has a state: batch n is what the sampler says for step n.
+The pipeline has no state: batch n consists of the records that the sampler draws in
+step n.
 
-Shapes: G examples of the global batch, L of this worker, B of a replica.
+Shapes: G examples of the global batch, L of this worker, B of a replica, S steps.
 """
 
 from __future__ import annotations
@@ -21,16 +22,15 @@ from trainer.data.records import RecordIndex, Replacements, reason_of
 from trainer.data.samplers import BatchSampler, draw
 from trainer.errors import UserError
 
-# Worker batches that wait, ready, while the devices compute.
+# Worker batches that are prefetched while the devices compute.
 _NUM_PREFETCHED = 2
-# Steps whose records are drawn by one call: the smaller a batch, the more a call costs
-# of it.
+# Steps drawn by one call: for small batches the cost of a call is large in proportion.
 _MAX_STEPS_DRAWN, _MAX_RECORDS_DRAWN = 64, 16_384
-# Calls of Python at once that read, which hold each other up more than files do.
+# Concurrent Python calls that read; more would delay each other more than files do.
 _NUM_READING = 2
-# More steps than tf.data works at before they are asked for.
+# Upper bound on the steps that tf.data processes ahead of the consumer.
 _NUM_READ_AHEAD = 2 * _MAX_STEPS_DRAWN
-# To convert by AutoGraph what has no conditions takes a second of a run's start.
+# AutoGraph conversion takes a second at the start; code without conditions needs none.
 _as_it_is = tf.autograph.experimental.do_not_convert
 PADDING_LABEL = -1
 PADDING_RECORD = -1
@@ -43,8 +43,8 @@ class Batch(NamedTuple):
     inputs: [B, ...] float32.
     labels: [B] int32, class ids; −1 for a padding row.
     weights: [B] float32, 1; 0 for a padding row.
-    record_numbers: [B] int32, of the records that were read, which is not what was
-      drawn where a bad one was replaced; −1 for a padding row.
+    record_numbers: [B] int32, numbers of the records that were read; they differ from
+      the drawn ones if a bad record was replaced; −1 for a padding row.
   """
 
   inputs: tf.Tensor
@@ -58,9 +58,9 @@ class Shard:
   """The part of every global batch that one worker reads.
 
   Attributes:
-    first_replica: number of its first replica.
-    num_local_replicas: how many replicas it has.
-    num_replicas: how many there are on all workers.
+    first_replica: index of its first replica.
+    num_local_replicas: number of its replicas.
+    num_replicas: number of replicas on all workers.
   """
 
   first_replica: int
@@ -72,11 +72,11 @@ class Batches:
   """The batches of a sampler.
 
   Args:
-    index: gives the records by number.
-    sampler: gives the record numbers of each step.
-    decoder: makes inputs of records.
-    augmentation: changes inputs at random; None for no change.
-    replacements: puts others in the place of bad records; None to refuse them.
+    index: returns the records by number.
+    sampler: returns the record numbers of each step.
+    decoder: converts records to inputs.
+    augmentation: random changes of the inputs; None for no change.
+    replacements: replaces bad records; None to refuse them.
   """
 
   def __init__(
@@ -98,21 +98,21 @@ class Batches:
   def dataset(
     self, shard: Shard, *, first_step: int = 0, num_steps: Optional[int] = None
   ) -> tf.data.Dataset:
-    """Replica batches: for each step in order, one for each local replica in order.
+    """Returns replica batches: for each step in order, one per local replica in order.
 
-    Replica r of R gets rows [r·G/R, (r+1)·G/R) of the global batch; of P classes with
-    K samples these are whole classes.
+    Replica r of R gets rows [r·G/R, (r+1)·G/R) of the global batch. With P classes of K
+    samples these are whole classes.
 
     Args:
-      shard: which replicas.
-      first_step: the step to begin with.
-      num_steps: how many steps; None for no end.
+      shard: the replicas of this worker.
+      first_step: first step.
+      num_steps: number of steps; None for an endless data set.
 
     Returns:
       Dataset of `Batch`, all shapes static.
     """
     options = tf.data.Options()
-    no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # The sampler shards.
+    no_sharding = tf.data.experimental.AutoShardPolicy.OFF  # Sharded by `Shard`.
     options.experimental_distribute.auto_shard_policy = no_sharding
     worker_batches = (
       self._record_numbers(shard, first_step, num_steps)
@@ -130,26 +130,26 @@ class Batches:
 
   @contextlib.contextmanager
   def naming_bad_records(self, first_step: int, last_step: int) -> Iterator[None]:
-    """Says which record it was when reading or decoding fails inside.
+    """Names the bad record if reading or decoding fails inside the block.
 
-    Failures that no record can cause, such as a worker that is gone, pass as they are.
+    Errors that no record can cause, such as a lost worker, are not changed.
 
     Args:
-      first_step: of the steps that run inside.
-      last_step: the last of them; those read ahead are looked at too.
+      first_step: first step that runs inside.
+      last_step: last step that runs inside; steps read ahead are searched too.
 
     Yields:
       Nothing.
 
     Raises:
-      UserError: naming file and record.
+      UserError: names file and record.
     """
     try:
       yield
     except (tf.errors.InvalidArgumentError, tf.errors.DataLossError):
       if self._failure is not None:
         raise self._failure from None
-      if self._replacements is None:  # Or those that are bad are tolerated.
+      if self._replacements is None:  # Otherwise bad records are tolerated.
         self._raise_first_bad(range(first_step, last_step + _NUM_READ_AHEAD))
       raise
 
@@ -164,7 +164,7 @@ class Batches:
   def _record_numbers(
     self, shard: Shard, first_step: int, num_steps: Optional[int]
   ) -> tf.data.Dataset:
-    """Dataset of steps with this worker's rows: numbers [L] int64, reality [L] bool."""
+    """Returns a dataset of step, record numbers [L] int64 and is_real [L] bool."""
     num_rows = int(np.prod(self._sampler.shape))
     num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
     local = _local_rows(shard, num_rows)
@@ -185,7 +185,7 @@ class Batches:
   def _read(
     self, step: tf.Tensor, numbers: tf.Tensor, is_real: tf.Tensor
   ) -> list[tf.Tensor]:
-    """The step; serialized examples, labels, weights and record numbers, each [L]."""
+    """Returns the step, and examples, labels, weights and record numbers, each [L]."""
     read_tensors = tf.numpy_function(
       self._read_rows, [numbers, is_real], (tf.string, tf.int32, tf.float32, tf.int32)
     )
@@ -199,7 +199,7 @@ class Batches:
         numbers = self._replacements.replace(numbers)
       records = self._index.read(numbers)
     except UserError as error:
-      self._failure = error  # TensorFlow passes on no more than its text.
+      self._failure = error  # TensorFlow only propagates its text.
       raise
     labels = np.where(is_real, self._index.labels[numbers], PADDING_LABEL)
     return (
@@ -216,7 +216,7 @@ class Batches:
     records: tf.Tensor,
     *rows: tf.Tensor,
   ) -> Batch:
-    """The batch of this worker, [L] rows."""
+    """Returns the batch of this worker, [L] rows."""
     inputs = self._decoder(records)
     if self._augmentation is not None:
       num_rows = int(np.prod(self._sampler.shape))
@@ -232,15 +232,15 @@ class Batches:
 
 
 def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.ndarray]:
-  """Local rows with a record in each: padding rows take one that is read anyway.
+  """Selects local rows, and replaces padding by a record that is read anyway.
 
   Args:
     numbers: [S, G] int64, record numbers of S steps; −1 for padding.
     local: this worker's rows.
 
   Returns:
-    [S, L] int64, where padding has the largest number of the worker's own rows, or of
-    all rows where it has none; and [S, L] bool, which are no padding.
+    [S, L] int64, in which padding has the largest number of the worker's own rows, or
+    of all rows if it has none; and [S, L] bool, true for rows that are not padding.
   """
   own = numbers[:, local]
   largest = own.max(axis=1, keepdims=True)
@@ -250,7 +250,7 @@ def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.nda
 
 
 def _local_rows(shard: Shard, num_rows: int) -> slice:
-  """This worker's rows of a global batch."""
+  """Returns this worker's rows of a global batch."""
   local_negatives = num_rows // shard.num_replicas
   first = shard.first_replica * local_negatives
   return slice(first, first + shard.num_local_replicas * local_negatives)
@@ -259,7 +259,7 @@ def _local_rows(shard: Shard, num_rows: int) -> slice:
 def _per_replica(
   worker_batches: tf.data.Dataset, num_local_replicas: int
 ) -> tf.data.Dataset:
-  """Cuts each batch of a worker into those of its replicas, in order."""
+  """Splits each worker batch into replica batches, in order."""
   if num_local_replicas == 1:
     return worker_batches
 

@@ -1,8 +1,6 @@
-"""Random access to records by number, their names, and unreadable ones.
+"""Random access to records by number, record names, and bad records.
 
-Shapes: N records, C classes.
-
-Shapes: N records of the index, n record numbers.
+Shapes: N records of the index, n record numbers, C classes.
 """
 
 from __future__ import annotations
@@ -30,19 +28,19 @@ from trainer.runtime import filesystem, watchdog
 # Number, shard, offset and length of a record.
 _Place = tuple[int, int, int, int]
 
-# Checked at once; few enough for the processor's cache, if they are small.
+# Records checked at once; small ones fit into the processor's cache.
 _MAX_ABREAST, _MAX_ABREAST_BYTES = 512, 4 << 20
 
-# Well under the usual limit of 1,024 open files, for shards by the thousand.
+# Well below the usual limit of 1,024 open files, for data sets of thousands of shards.
 _MAX_OPEN_SHARDS = 256
 
 
 def locate(folder_or_pattern: str) -> tuple[str, str]:
-  """Where shards lie and where their index belongs.
+  """Returns the folders of shards and of their index.
 
   Args:
-    folder_or_pattern: a folder, whose index is `index` in it, or a pattern such as
-      `data/train-*.tfrecord`, whose index is named after the pattern.
+    folder_or_pattern: a folder, whose index is its subfolder `index`, or a pattern such
+      as `data/train-*.tfrecord`, whose index is named after the pattern.
 
   Returns:
     The folder of the shards and the folder of the index, absolute.
@@ -55,7 +53,7 @@ def locate(folder_or_pattern: str) -> tuple[str, str]:
 
 
 def locate_folder(folder: str) -> tuple[str, str]:
-  """As `locate`, for a folder that is written into and may not be there yet.
+  """Does the same as `locate` for an output folder that may not exist yet.
 
   Raises:
     UserError: it is a pattern, and there is no folder of that name.
@@ -70,18 +68,18 @@ def locate_folder(folder: str) -> tuple[str, str]:
 
 
 class UnreadableError(UserError):
-  """A record that can't be got at, which is no fault of the record."""
+  """A record can't be accessed, for a reason other than its content."""
 
 
 class RecordIndex:
-  """Records by number, and classes with their members; all arrays are mapped.
+  """Records by number, and classes with their members; all arrays are memory-mapped.
 
   Attributes:
     labels: [N] int32, class id of each record.
-    member_table: which records belong to which class.
-    class_names: the name of each class.
-    manifest: what was indexed.
-    arrays: all that is mapped.
+    member_table: the members of each class.
+    class_names: class names by class id.
+    manifest: manifest of the indexed shards.
+    arrays: all memory-mapped arrays.
   """
 
   def __init__(
@@ -110,7 +108,7 @@ class RecordIndex:
     """Opens the index of a folder of shards, or of the shards of a pattern.
 
     Raises:
-      UserError: if there is no index, it is damaged, or a shard is missing or changed.
+      UserError: there is no index, it is damaged, or a shard is missing or changed.
     """
     folder, index_folder = locate(folder_or_pattern)
     description = manifest.read(index_folder)
@@ -135,7 +133,7 @@ class RecordIndex:
     return self.member_table.num_classes
 
   def fingerprint(self) -> dict[str, str]:
-    """What tells this index from another, by name: for workers to compare."""
+    """Returns named values that identify this index, for comparison between workers."""
     contents = hashlib.sha256()
     for array in (self.labels, self.arrays.lengths, self.class_names.hashes):
       contents.update(np.ascontiguousarray(array).data)
@@ -146,11 +144,11 @@ class RecordIndex:
     }
 
   def members(self, class_id: int) -> np.ndarray:
-    """[n] int64, the numbers of the records of a class."""
+    """Returns the record numbers of a class, [n] int64."""
     return self.member_table.members(class_id)
 
   def read(self, record_numbers: Sequence[int] | np.ndarray) -> list[bytes]:
-    """The data of records, each checked against its checksums.
+    """Reads records, and verifies each against its checksums.
 
     Args:
       record_numbers: [n] int64.
@@ -159,8 +157,8 @@ class RecordIndex:
       n serialized examples, in the order of the numbers.
 
     Raises:
-      UserError: naming file and record, if one is corrupt, or if the index is.
-      UnreadableError: likewise, if one cannot be read.
+      UserError: a record or the index is damaged; names file and record.
+      UnreadableError: a record can't be read; names file and record.
     """
     numbers = np.asarray(record_numbers, np.int64)
     self._check(numbers)
@@ -168,18 +166,18 @@ class RecordIndex:
       return filesystem.in_parallel(self._read_one, self._places(numbers))
     try:
       return self._read_local(numbers)
-    except (tfrecord.FramingError, OSError):  # Names the bad one.
+    except (tfrecord.FramingError, OSError):  # Reads one by one to name the bad record.
       return [self._read_one(*place) for place in self._places(numbers)]
 
   def describe(self, record_number: int) -> str:
-    """Names a record for a message: its file and its number in that file."""
+    """Returns the file of a record and its number in that file, for messages."""
     shard = int(self.arrays.shards[record_number])
     return f"{self._paths[shard]}: record {record_number - self._first_records[shard]}"
 
   def _check(self, numbers: np.ndarray) -> None:
-    """Makes sure that records lie in their shards, before memory for them is taken.
+    """Checks that records lie inside their shards, before memory is allocated.
 
-    It is looked at when they are read: there may be too many to look at all at first.
+    The check is made per read, because there may be too many records to check at first.
     """
     arrays = self.arrays
     is_inside = ((numbers >= 0) & (numbers < self.num_records)).all()
@@ -204,8 +202,8 @@ class RecordIndex:
     return list(zip(numbers.tolist(), *(each[numbers].tolist() for each in columns)))
 
   def _read_local(self, numbers: np.ndarray) -> list[bytes]:
-    # In the order of the files, of which one is held open. A step of Python costs as
-    # much as reading a record, so that each is taken for many at once.
+    # In file order, with one file held open. A Python call per record costs as much as
+    # reading it, so each operation processes many records.
     order = np.argsort(numbers, kind="stable")
     ordered = numbers[order]
     records: list[bytes] = []
@@ -216,7 +214,7 @@ class RecordIndex:
     return list(map(records.__getitem__, places.tolist()))
 
   def _read_part(self, numbers: np.ndarray) -> list[bytes]:
-    """Records of one shard, which is held open meanwhile."""
+    """Reads records of one shard, which is held open meanwhile."""
     file = self._open_shard(int(self.arrays.shards[numbers[0]]))
     lengths = self.arrays.lengths[numbers].astype(np.int64)
     sizes = (lengths + tfrecord.OVERHEAD_BYTES).tolist()
@@ -241,7 +239,7 @@ class RecordIndex:
     num_bytes = length + tfrecord.OVERHEAD_BYTES
     if self._is_remote:
       return filesystem.read_range(self._paths[shard], offset, num_bytes)
-    # The local name keeps the file open while it is read, whatever the cache drops.
+    # The local variable keeps the file open even if the cache evicts it.
     file = self._open_shard(shard)
     return os.pread(file.fileno(), num_bytes, offset)
 
@@ -250,9 +248,9 @@ class RecordIndex:
 
 
 def _parts(shards: np.ndarray, lengths: np.ndarray) -> Iterator[slice]:
-  """Cuts rows, ordered by their shards, into few enough of one shard each."""
+  """Splits rows, ordered by shard, into slices of one shard and limited size."""
   is_other = np.concatenate([np.ones(1, bool), np.diff(shards) != 0])
-  # Bytes before a row, in parts: a new one begins where the count has gone up.
+  # Preceding bytes in units of the limit: a slice starts where the count increases.
   num_before = np.cumsum(lengths, dtype=np.int64) - lengths
   is_other[1:] |= np.diff(num_before // _MAX_ABREAST_BYTES) > 0
   ends = [*np.flatnonzero(is_other)[1:].tolist(), len(shards)]
@@ -269,7 +267,7 @@ _READ_AT_ONCE = 4_096
 def read_records(
   index: RecordIndex, numbers: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-  """Records with their numbers, many read at once.
+  """Reads records in large batches.
 
   Args:
     index: the records.
@@ -285,7 +283,7 @@ def read_records(
 
 
 def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
-  """The feature "key" of each record, or where it stands if it has none.
+  """Returns the names of records: the feature "key", or file and number without it.
 
   Args:
     index: the records.
@@ -304,10 +302,10 @@ _UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:
-  """Why a record can't be used, with its name; None where it can.
+  """Returns why a record can't be used, with its name; None if it can.
 
   Raises:
-    UnreadableError: it can't be got at, so that nothing can be said of it.
+    UnreadableError: it can't be accessed, so its state is unknown.
   """
   try:
     [record] = index.read([number])
@@ -326,7 +324,7 @@ def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str
 def reasons_of(
   index: RecordIndex, decoder: Decoder, numbers: Sequence[int] | np.ndarray
 ) -> dict[int, str]:
-  """Why records can't be used, by their numbers; all at once where all can."""
+  """Returns why records can't be used, by number; tests all at once first."""
   try:
     decoder(tf.constant(index.read(numbers)))
   except UnreadableError:
@@ -338,18 +336,18 @@ def reasons_of(
 
 
 class Replacements:
-  """Puts another record of its class in the place of each bad one.
+  """Replacement of bad records by other records of the same class.
 
-  Each record is tried when it is first drawn, which costs as much again as decoding it;
-  what was found is kept, in a byte a record. The replacement is the next good member of
+  Each record is tested when it is first drawn, which costs as much as decoding it. The
+  result is stored in one byte per record. The replacement is the next good member of
   the class, so it is the same on every worker and in every run.
 
   Attributes:
-    num_bad: how many bad records were met.
+    num_bad: number of bad records found so far.
 
   Args:
     index: the records.
-    decoder: what they must pass.
+    decoder: decoder that a good record must pass.
   """
 
   def __init__(self, index: RecordIndex, decoder: Decoder):
@@ -360,7 +358,7 @@ class Replacements:
     self._lock = threading.Lock()
 
   def replace(self, numbers: np.ndarray) -> np.ndarray:
-    """Record numbers [n] int64, all of which can be read and decoded.
+    """Returns record numbers [n] int64, all of which can be read and decoded.
 
     Raises:
       UserError: a class has no good record.

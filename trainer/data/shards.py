@@ -1,7 +1,7 @@
-"""Shards that are being written: the file, its publication and its summary.
+"""Shards written by ingest: files, publication and summary.
 
-What is there already is replaced only where an earlier ingest made it: files of the
-user's own stay.
+Existing files are replaced only if an earlier ingest wrote them; a user's own files are
+never overwritten.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Unreadable:
   """An item that was left out.
 
   Attributes:
-    reason: names it and says why.
+    reason: message with the item's name and the reason.
   """
 
   reason: str
@@ -40,16 +40,16 @@ class Unreadable:
 
 @dataclasses.dataclass(frozen=True)
 class ShardPart:
-  """A shard that is done.
+  """A finished shard.
 
   Attributes:
-    name: of its file.
-    num_taken: items of the source that went into it, unreadable ones included.
-    keys: of its records.
-    labels: of its records.
-    lengths: of its records' data, bytes.
-    digests: of what its records hold.
-    unreadable: why items were left out.
+    name: name of its file.
+    num_taken: number of source items processed for it, including unreadable ones.
+    keys: keys of its records.
+    labels: labels of its records.
+    lengths: lengths of its records' data, bytes.
+    digests: digests of its records' content.
+    unreadable: reasons why items were left out.
   """
 
   name: str
@@ -61,7 +61,7 @@ class ShardPart:
   unreadable: Sequence[str]
 
   def index(self, folder: str) -> ShardIndex:
-    """Its part of the index, of the file as it lies in a folder."""
+    """Returns its part of the index, for its file in the given folder."""
     lengths = np.array(self.lengths, np.int64)
     ends = np.cumsum(lengths + tfrecord.OVERHEAD_BYTES)
     labels = LabelMapping()
@@ -78,15 +78,15 @@ class ShardPart:
 def write_shard(
   folder: str, name: str, records: Iterable[Prepared | Unreadable]
 ) -> ShardPart:
-  """Writes a shard, and then a note that it is whole.
+  """Writes a shard, and then a note that marks it as complete.
 
   Args:
-    folder: where.
-    name: of the shard's file.
-    records: those to write, and those that are left out; one is held at a time.
+    folder: folder of the shard.
+    name: file name of the shard.
+    records: records to write, and items left out; one is held in memory at a time.
 
   Returns:
-    What the note says.
+    The content of the note.
 
   Raises:
     OSError: it can't be written.
@@ -119,20 +119,20 @@ def write_shard(
 
 
 def read_shard_parts(folder: str) -> list[ShardPart]:
-  """What the notes in a folder say, in the order of the shards."""
+  """Reads the notes in a folder, in the order of the shards."""
   names = [name for name in filesystem.list_folder(folder) if name.endswith(_ENDING)]
   contents = (filesystem.read_bytes(os.path.join(folder, name)) for name in names)
   return [ShardPart(**json.loads(content)) for content in contents]
 
 
 def take_back_shards(aside: str) -> list[ShardPart]:
-  """Moves what a killed run had published back to where it was made.
+  """Moves shards that a killed run had published back to the staging folder.
 
   Args:
-    aside: the folder where shards are made, in the folder where they belong.
+    aside: the staging folder, inside the final folder of the shards.
 
   Returns:
-    The shards that are finished, by the notes beside them.
+    The finished shards, according to their notes.
   """
   parts = read_shard_parts(aside)
   for part in parts:
@@ -144,22 +144,22 @@ def take_back_shards(aside: str) -> list[ShardPart]:
 
 
 def withdraw_shards(aside: str) -> None:
-  """Removes what an ingest that failed made, published or not."""
+  """Removes everything that a failed ingest wrote, published or not."""
   with contextlib.suppress(OSError):
     take_back_shards(aside)
   filesystem.remove_folder(aside)
 
 
 def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> None:
-  """Makes sure that no file of the user's own would be written over.
+  """Checks that no file of the user would be overwritten.
 
   Args:
-    folder: of the shards.
-    index_folder: of their index.
-    names: of the shards that are to be written.
+    folder: folder of the shards.
+    index_folder: folder of their index.
+    names: file names of the shards to be written.
 
   Raises:
-    UserError: there is such a file, which no ingest is known to have made.
+    UserError: such a file exists, and no known ingest wrote it.
   """
   own = manifest.ingested_names(index_folder)
   for name in names:
@@ -178,18 +178,18 @@ def publish_shards(
   index_folder: str,
   fingerprint: Mapping[str, object],
 ) -> None:
-  """Moves shards and then index and summary to their place.
+  """Moves shards into place, then index and summary.
 
   Args:
     parts: the shards.
-    aside: where they were made.
-    folder: where they belong.
-    index_folder: where their index belongs.
-    fingerprint: of the source.
+    aside: the staging folder.
+    folder: final folder of the shards.
+    index_folder: final folder of the index.
+    fingerprint: fingerprint of the source.
 
   Raises:
-    UserError: a file of the user's own is in the way.
-    OSError: something can't be written.
+    UserError: a file of the user is in the way.
+    OSError: a file can't be written.
   """
   check_names_free(folder, index_folder, [part.name for part in parts])
   index_aside = os.path.join(aside, "index")
@@ -211,27 +211,27 @@ def publish_shards(
 SUMMARY_FILE = "summary.json"
 _NUM_NAMES = 5
 _WHOLE_NUMBER = re.compile(r"([+-]?)0*(\d+)(\.0*)?")
-# What pandas, spreadsheets and databases write for a value that is missing.
+# Texts that pandas, spreadsheets and databases write for a missing value.
 _MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-  """What a data set holds.
+  """Summary of a data set.
 
   Attributes:
-    num_records: records.
-    num_classes: classes that have any.
+    num_records: number of records.
+    num_classes: number of classes with records.
     smallest_class: name and number of records.
     largest_class: name and number of records.
     num_duplicates: records with the same content as an earlier one.
-    num_duplicates_of_other_class: those of them whose class is another.
-    duplicates: keys of some that are alike, each with the earlier one's.
-    unreadable: why items were left out.
+    num_duplicates_of_other_class: those of them in another class.
+    duplicates: keys of some duplicates, each with the key of the earlier record.
+    unreadable: reasons why items were left out.
     num_repeated_keys: records with the key of an earlier one.
-    num_repeated_keys_of_other_class: those of them whose class is another.
+    num_repeated_keys_of_other_class: those of them in another class.
     repeated_keys: some such keys, each with the classes of both records.
-    similar_classes: some pairs of class names that differ in their spelling alone.
+    similar_classes: some pairs of class names that differ only in spelling.
     missing_classes: class names that are the text of a missing value.
   """
 
@@ -250,7 +250,7 @@ class Summary:
   missing_classes: Sequence[str] = ()
 
   def line(self) -> str:
-    """Records, classes and the ends of their sizes."""
+    """Returns the numbers of records and classes, and the extreme class sizes."""
     smallest, largest = self.smallest_class, self.largest_class
     return (
       f"{self.num_records} records of {self.num_classes} classes, from {smallest[1]} "
@@ -258,7 +258,7 @@ class Summary:
     )
 
   def warnings(self) -> list[str]:
-    """Lines on what is likely a fault of the data; none where there is none."""
+    """Returns messages about likely faults of the data; empty if there are none."""
     lines = [*self._warnings_on_classes(), *self._warnings_on_keys()]
     if self.num_duplicates:
       shown = "; ".join(f"{again} = {first}" for first, again in self.duplicates)
@@ -298,7 +298,7 @@ class Summary:
 
 
 def summary_of_parts(parts: Sequence[ShardPart]) -> Summary:
-  """The summary of what was written, shard by shard."""
+  """Returns the summary of the written shards."""
   sizes = collections.Counter(label for part in parts for label in part.labels)
   alike = _repeated(
     (digest, key, label)
@@ -329,14 +329,14 @@ def summary_of_parts(parts: Sequence[ShardPart]) -> Summary:
 def _repeated(
   records: Iterable[tuple[Hashable, str, str]],
 ) -> list[tuple[tuple[str, str], tuple[str, str]]]:
-  """Records that have what an earlier one has.
+  """Finds records whose value equals that of an earlier one.
 
   Args:
-    records: what they have, their keys and their labels.
+    records: value, key and label of each record.
 
   Returns:
-    Key and label of the first, and of the later one; those of different classes come
-    first, as they teach what is wrong.
+    Key and label of the first and of the later record. Pairs of different classes come
+    first, because they are the most informative.
   """
   first_of: dict[Hashable, tuple[str, str]] = {}
   repeated = []
@@ -349,7 +349,7 @@ def _repeated(
 
 
 def _similar(names: Iterable[str]) -> list[tuple[str, str]]:
-  """Pairs of names that a person may have meant to be one."""
+  """Returns pairs of names that are probably meant to be the same."""
   first_of: dict[str, str] = {}
   pairs = []
   for name in sorted(names):
@@ -360,13 +360,13 @@ def _similar(names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def _plain(name: str) -> str:
-  """A name without case and blanks, and a whole number in its shortest form."""
+  """Normalizes case and blanks of a name, and the form of a whole number."""
   text = " ".join(unicodedata.normalize("NFC", name).casefold().split())
   return _WHOLE_NUMBER.sub(r"\1\2", text) if _WHOLE_NUMBER.fullmatch(text) else text
 
 
 def summary_of_index(index: RecordIndex) -> Summary:
-  """The summary of an index."""
+  """Returns the summary of an index."""
   sizes = np.diff(index.member_table.starts)
   drawn = np.flatnonzero(sizes)
   smallest = int(drawn[np.argmin(sizes[drawn])])
@@ -382,6 +382,6 @@ def summary_of_index(index: RecordIndex) -> Summary:
 def write_summary(index_folder: str, summary: Summary) -> None:
   """Writes `summary.json` into the folder of an index."""
   content = json.dumps(dataclasses.asdict(summary), indent=1, ensure_ascii=False)
-  # A name that is no UTF-8 is shown escaped.
+  # Names that are not UTF-8 are escaped.
   encoded = content.encode(errors="backslashreplace")
   filesystem.write_bytes(os.path.join(index_folder, SUMMARY_FILE), encoded)

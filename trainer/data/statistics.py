@@ -1,8 +1,6 @@
-"""Statistics of what a sampler draws, and classes with too few records.
+"""Statistics of a sampler's draws, and classes with too few records.
 
-Shapes: C classes.
-
-Shapes: C classes of the training side, N records of them, S steps.
+Shapes: C classes (of the training side), N records of them, S steps.
 """
 
 from __future__ import annotations
@@ -21,12 +19,12 @@ _MAX_NAMES, _NUM_NAMES_IN_LINE = 1000, 5
 
 @dataclasses.dataclass(frozen=True)
 class SmallClasses:
-  """Classes that have too few records.
+  """Classes with too few records.
 
   Attributes:
-    min_members: how many a class should have.
-    num_classes: how many classes have fewer.
-    sizes: records of the smallest of them, a thousand at most, by their names.
+    min_members: number of records that a class should have.
+    num_classes: number of classes with fewer.
+    sizes: class name to number of records, for at most a thousand of the smallest.
   """
 
   min_members: int
@@ -34,7 +32,7 @@ class SmallClasses:
   sizes: dict[str, int]
 
   def line(self) -> str:
-    """How many there are, and the smallest with their numbers of records."""
+    """Returns the number of such classes, and the smallest with their sizes."""
     names = list(self.sizes.items())[:_NUM_NAMES_IN_LINE]
     shown = ", ".join(f"{name} ({size})" for name, size in names)
     more = ", ..." if self.num_classes > len(names) else ""
@@ -47,12 +45,12 @@ class SmallClasses:
 def find_small_classes(
   index: RecordIndex, classes: np.ndarray, min_members: int
 ) -> SmallClasses:
-  """Those of some classes that have too few records, the smallest first.
+  """Returns the classes that have too few records, the smallest first.
 
   Args:
-    index: knows the classes' members.
+    index: index with the members of the classes.
     classes: [C] int32 ids.
-    min_members: how many a class should have.
+    min_members: number of records that a class should have.
   """
   starts = index.member_table.starts
   sizes = starts[classes + 1] - starts[classes]
@@ -68,20 +66,20 @@ _RECORDS_AT_A_TIME = 1_000_000
 
 @dataclasses.dataclass(frozen=True)
 class DrawStatistics:
-  """What is drawn.
+  """Statistics of the records drawn by a sampler.
 
   Attributes:
     num_steps: S.
-    num_draws: records drawn, repeats included.
+    num_draws: records drawn, including repeats.
     num_classes: C.
     num_records: N.
-    class_epochs: how often a class comes, on average.
-    record_epochs: how often a record comes, on average.
-    num_classes_never_drawn: of C.
-    num_records_never_drawn: of N.
-    most_draws_of_a_class: rows of a batch, at most.
-    most_draws_of_a_record: at most.
-    num_repeats_in_a_batch: draws of a record that the same batch has already.
+    class_epochs: mean number of times that a class is drawn.
+    record_epochs: mean number of times that a record is drawn.
+    num_classes_never_drawn: out of C.
+    num_records_never_drawn: out of N.
+    most_draws_of_a_class: maximum, in rows of a batch.
+    most_draws_of_a_record: maximum.
+    num_repeats_in_a_batch: draws of a record that is already in the same batch.
   """
 
   num_steps: int
@@ -97,7 +95,7 @@ class DrawStatistics:
   num_repeats_in_a_batch: int
 
   def lines(self) -> list[str]:
-    """The numbers as sentences."""
+    """Returns the numbers as sentences."""
     return [
       f"{self.num_steps} steps draw {self.num_draws} of {self.num_records} records "
       f"of {self.num_classes} classes.",
@@ -114,16 +112,16 @@ class DrawStatistics:
 def draw_statistics(
   sampler: BatchSampler, table: MemberTable, classes: np.ndarray, num_steps: int
 ) -> DrawStatistics:
-  """Draws all steps, and counts.
+  """Draws all steps and counts.
 
   Args:
-    sampler: of batches [P, K].
-    table: the members of all classes.
+    sampler: sampler of batches [P, K].
+    table: members of all classes.
     classes: ids of the classes that the sampler may draw.
     num_steps: S.
 
   Returns:
-    The counts. Memory is some bytes for each record of the index.
+    The counts. Memory is a few bytes per record of the index.
   """
   labels = np.empty(len(table.records), np.int32)
   labels[table.records] = np.repeat(

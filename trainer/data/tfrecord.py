@@ -4,7 +4,8 @@ A frame is the length (8 bytes, little-endian), the masked CRC32C of the length
 (4 bytes), the data, and the masked CRC32C of the data (4 bytes). Source:
 tensorflow/core/lib/io/record_writer.h.
 
-Whatever the file says, no more memory is taken than it has bytes.
+Readers never allocate more memory than the file has bytes, whatever lengths it
+declares.
 
 Shapes: n records of a buffer.
 """
@@ -41,24 +42,24 @@ CORRUPT_DATA = "has corrupt data (checksum differs)"
 
 
 class FramingError(ValueError):
-  """A frame that is cut short or whose checksum does not fit.
+  """A frame is truncated, or its checksum does not match.
 
   Attributes:
-    number: of the record in its file, where records are read in order.
+    number: number of the record in its file, if records are read in order.
   """
 
   number: int = 0
 
   def line(self, path: str) -> str:
-    """What is wrong with a file that was read in order, and what to do."""
+    """Returns the fault of a file that was read in order, with advice."""
     return f"{path}: record {self.number} {self}; restore the file, or leave it out."
 
 
 class CompressedError(FramingError):
-  """A file that is compressed as a whole: no record has an offset."""
+  """A file is compressed as a whole, so its records have no offsets."""
 
   def line(self, path: str) -> str:
-    """What is wrong with a file that was read in order, and what to do."""
+    """Returns the fault of a file that was read in order, with advice."""
     return (
       f"{path} is compressed ({self}), and records are read by their offsets; "
       "decompress the file, or write it anew without compression."
@@ -66,13 +67,13 @@ class CompressedError(FramingError):
 
 
 def masked_crc(data: bytes) -> int:
-  """CRC32C as TFRecord stores it: rotated, so that a CRC of CRCs is no special case."""
+  """Returns the masked (rotated) CRC32C, so that a CRC of CRCs is no special case."""
   crc = google_crc32c.value(data)
   return ((crc >> 15 | crc << 17) + _MASK_DELTA) & 0xFFFFFFFF
 
 
 def frame_record(data: bytes) -> bytes:
-  """The bytes that stand in a file for one record."""
+  """Returns the frame of a record."""
   return b"".join((_header(len(data)), data, _FOOTER.pack(masked_crc(data))))
 
 
@@ -83,23 +84,23 @@ def _header(num_bytes: int) -> bytes:
 
 
 def parse_headers(lengths: Sequence[int]) -> np.ndarray:
-  """[n, 12] uint8, the headers of data of n lengths."""
+  """Returns [n, 12] uint8, the headers for data of n lengths."""
   content = b"".join(map(_header, lengths))
   return np.frombuffer(content, np.uint8).reshape(-1, HEADER_BYTES)
 
 
 def parse_footers(records: Sequence[bytes]) -> np.ndarray:
-  """[n, 4] uint8, the footers of n records' data."""
+  """Returns [n, 4] uint8, the footers for the data of n records."""
   crcs = np.array(list(map(google_crc32c.value, records)), np.uint32)
   masked = (crcs >> np.uint32(15) | crcs << np.uint32(17)) + np.uint32(_MASK_DELTA)
   return masked.astype("<u4").view(np.uint8).reshape(-1, FOOTER_BYTES)
 
 
 def check_header(header: bytes) -> None:
-  """Makes sure that a length, [12] bytes with its checksum, is no damaged one.
+  """Raises if a header of [12] bytes does not match its checksum.
 
   Raises:
-    FramingError: the checksum does not fit.
+    FramingError: the checksum does not match.
   """
   length_crc = _FOOTER.unpack_from(header, LENGTH_BYTES)[0]
   if masked_crc(header[:LENGTH_BYTES]) != length_crc:
@@ -107,17 +108,17 @@ def check_header(header: bytes) -> None:
 
 
 def unframe(framed: bytes, num_bytes: int) -> bytes:
-  """The data of a frame.
+  """Returns the data of a frame.
 
   Args:
-    framed: what was read where the frame should be.
-    num_bytes: length of the data, as the index has it.
+    framed: the bytes at the frame's position.
+    num_bytes: length of the data according to the index.
 
   Returns:
     The data, `num_bytes` long.
 
   Raises:
-    FramingError: if the frame is cut short, or a length or checksum does not fit.
+    FramingError: the frame is truncated, or a length or checksum does not match.
   """
   if len(framed) != num_bytes + OVERHEAD_BYTES:
     raise FramingError("is cut short")
@@ -132,10 +133,10 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
 
 
 def unframe_all(frames: Sequence[bytes], lengths: Sequence[int]) -> list[bytes]:
-  """The data of n frames, as by `unframe`, in half the time that takes.
+  """Returns the data of n frames, in half the time of `unframe`.
 
   Raises:
-    FramingError: one of them is damaged; `unframe` says which and how.
+    FramingError: a frame is damaged; `unframe` reports which and how.
   """
   records = list(map(_DATA, frames))
   heads, tails = b"".join(map(_HEAD, frames)), b"".join(map(_TAIL, frames))
@@ -149,41 +150,41 @@ def unframe_all(frames: Sequence[bytes], lengths: Sequence[int]) -> list[bytes]:
 
 
 def compression(beginning: bytes) -> str:
-  """The method by which a file that begins so is compressed; empty where it is not."""
+  """Returns the compression method of a file by its first bytes; empty for none."""
   if beginning.startswith(b"\x1f\x8b\x08"):
     return "GZIP"
-  # Of RFC 1950: deflate in the low bits, and with its check a multiple of 31. A length
-  # that begins so would have zeros further on.
+  # RFC 1950: the low bits mean deflate, and the first two bytes are a multiple of 31. A
+  # length that begins with the same bytes would have zeros in its high bytes.
   is_zlib = beginning[:1] == b"\x78" and int.from_bytes(beginning[:2], "big") % 31 == 0
   return "ZLIB" if is_zlib and any(beginning[4:LENGTH_BYTES]) else ""
 
 
-# What stays in the processor's cache while it is looked at more than once.
+# Fits into the processor's cache, because each chunk is read several times.
 _CHUNK_BYTES = 1 << 20
 _LENGTH = struct.Struct("<Q")
 
 
 def iterate_records(file: IO[bytes]) -> Iterator[bytes]:
-  """The data of all records of a file, in order.
+  """Yields the data of all records of a file, in order.
 
   Raises:
-    FramingError: as `blocks`.
+    FramingError: as `iterate_blocks`.
   """
   for block in iterate_blocks(file):
     yield from block
 
 
 def iterate_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
-  """The data of all records of a file, in order, some at a time.
+  """Yields the data of all records of a file in order, in blocks.
 
   Args:
     file: open for reading, at its start.
 
   Yields:
-    Data of records; also of those before one that is damaged.
+    Data of records, including those before a damaged one.
 
   Raises:
-    FramingError: with the number of the first record that is damaged.
+    FramingError: a record is damaged; has the number of the first.
   """
   num_left, number, rest = _size(file), 0, b""
   while rest or num_left:
@@ -204,7 +205,7 @@ def iterate_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
 
 
 def _read_on(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
-  """What follows the beginning of a frame: at least what it lacks.
+  """Reads at least the bytes that are missing from a partial frame.
 
   Raises:
     FramingError: its length is damaged, or the file ends before.
@@ -213,7 +214,7 @@ def _read_on(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
   if num_missing <= 0:
     check_header(rest[:HEADER_BYTES])
     num_missing = _LENGTH.unpack_from(rest)[0] + OVERHEAD_BYTES - len(rest)
-  if num_missing > num_left:  # Before memory for it is asked for.
+  if num_missing > num_left:  # Checked before memory is allocated.
     raise FramingError("is cut short")
   chunk = file.read(min(num_left, max(_CHUNK_BYTES, num_missing)))
   if len(chunk) < num_missing:
@@ -238,7 +239,7 @@ def _size(file: IO[bytes]) -> int:
 
 
 def _cut(buffer: bytes) -> tuple[list[bytes], list[int]]:
-  """The data of the frames that a buffer holds whole, and where each frame ends."""
+  """Returns the data of the complete frames in a buffer, and where each frame ends."""
   block: list[bytes] = []
   ends: list[int] = []
   position, last = 0, len(buffer) - OVERHEAD_BYTES
@@ -257,15 +258,15 @@ def _cut(buffer: bytes) -> tuple[list[bytes], list[int]]:
 def _check(
   buffer: bytes, block: Sequence[bytes], ends: Sequence[int]
 ) -> tuple[int, str]:
-  """How many records, from the first, are whole, and what is wrong with the next.
+  """Returns the number of undamaged leading records, and the fault of the next one.
 
   Args:
-    buffer: what the frames were cut from.
-    block: n records' data.
-    ends: where each frame ends in the buffer.
+    buffer: the buffer that contains the frames.
+    block: data of n records.
+    ends: end of each frame in the buffer.
 
   Returns:
-    n and nothing, if none is damaged.
+    n and an empty text if no record is damaged.
   """
   if not block:
     return 0, ""
@@ -288,32 +289,31 @@ _DTYPES = {"bytes_list": object, "int64_list": np.int64, "float_list": np.float3
 
 
 def feature_values(record: bytes, name: str) -> dict[str, list[Any]]:
-  """The values of each feature that has any.
+  """Returns the values of each feature that has any.
 
   Args:
     record: serialized example.
-    name: of the record, for the message.
+    name: name of the record, for the message.
 
   Returns:
-    Bytes, integers or floats by the feature's name.
+    Bytes, integers or floats by feature name.
 
   Raises:
-    UserError: it is no example.
+    UserError: it is not an example.
   """
   return {key: list(kept) for key, (_, kept) in _lists(record, name).items()}
 
 
 def arrays(record: bytes, name: str) -> dict[str, np.ndarray]:
-  """The values of each feature as an array of the feature's own type.
+  """Returns the values of each feature as an array of the feature's own type.
 
-  Args: as `values`.
+  Args: as `feature_values`.
 
   Returns:
-    Arrays [n] of int64, float32, or bytes as objects, by the feature's name, also
-    of n = 0.
+    Arrays [n] of int64, float32, or bytes as objects, by feature name; n may be 0.
 
   Raises:
-    UserError: it is no example.
+    UserError: it is not an example.
   """
   found = {}
   for key, (kind, kept) in _lists(record, name).items():
@@ -323,10 +323,10 @@ def arrays(record: bytes, name: str) -> dict[str, np.ndarray]:
 
 
 def _lists(record: bytes, name: str) -> dict[str, tuple[str, Sequence[Any]]]:
-  """Kind and values of each feature that has a kind."""
+  """Returns kind and values of each feature that has a kind."""
   try:
     features = tf.train.Example.FromString(record).features.feature
-  except Exception as error:  # protobuf has its own.
+  except Exception as error:  # protobuf raises its own type.
     raise UserError(f"{name} is no tf.train.Example.") from error
   kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
   return {
@@ -337,5 +337,5 @@ def _lists(record: bytes, name: str) -> dict[str, tuple[str, Sequence[Any]]]:
 
 
 def feature_text(value: Any) -> Any:
-  """Bytes as text, whatever they hold; all else as it is."""
+  """Decodes bytes to text, with replacement characters; returns other values as is."""
   return value.decode(errors="replace") if isinstance(value, bytes) else value

@@ -1,8 +1,6 @@
-"""Batches of triplets from a list in a file.
+"""Sampler of triplets from a list in a file.
 
-Shapes: n triplets.
-
-Shapes: S steps, T triplets in a batch.
+Shapes: n triplets in the list, S steps, T triplets per batch.
 """
 
 from __future__ import annotations
@@ -30,22 +28,22 @@ _ADVICE = "TripletSampler.bad_triplets='leave_out' goes without them"
 
 
 def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarray:
-  """Reads a list, and leaves out what can't be learned from.
+  """Reads a list of triplets, and drops unusable ones.
 
-  That is a triplet of which a key is unknown, the negative is of the anchor's own
-  class, or the positive is the anchor or the negative.
+  A triplet is unusable if a key is unknown, if the negative is of the anchor's own
+  class, or if the positive is the anchor or the negative.
 
   Args:
-    file: a table as `CsvFile` reads it, with the columns anchor, positive and negative,
-      of keys; or an .npy array [n, 3] of record numbers.
-    index: the records; all are read once where there are keys to be found.
-    is_strict: whether such triplets are an error.
+    file: a table as `CsvFile` reads it, with key columns anchor, positive and negative;
+      or an .npy array [n, 3] of record numbers.
+    index: the records; all are read once if keys must be looked up.
+    is_strict: whether unusable triplets are an error.
 
   Returns:
     [n, 3] int64 record numbers: anchors, positives, negatives.
 
   Raises:
-    UserError: the file can't be read, is no such list, or has such triplets.
+    UserError: the file can't be read, is not such a list, or has unusable triplets.
   """
   if file.lower().endswith(".npy"):
     triplets = _numbers_of_array(file)
@@ -64,7 +62,7 @@ def _numbers_of_array(file: str) -> np.ndarray:
     raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
-  except Exception as error:  # Python's parser reads the head, and has many.
+  except Exception as error:  # The header is parsed by Python: many error types.
     raise UserError(f"{file} is no array: {reason_of(error)}.") from error
   if not isinstance(numbers, np.ndarray):
     raise UserError(f"{file} is no array, but several.")
@@ -77,8 +75,8 @@ def _numbers_of_array(file: str) -> np.ndarray:
 
 
 def _keys_of_table(file: str) -> tuple[dict[str, int], np.ndarray]:
-  """Each key once, numbered as they come; and rows of these numbers, [n, 3]."""
-  # A key that is no UTF-8 is known by the text that stands for it.
+  """Returns distinct keys, numbered by first occurrence, and rows of numbers [n, 3]."""
+  # A key that is not UTF-8 is matched by its text with replacement characters.
   table = CsvFile(file, COLUMNS, errors="replace")
   note = table.separator_note()
   if note is not None:
@@ -96,7 +94,7 @@ def _keys_of_table(file: str) -> tuple[dict[str, int], np.ndarray]:
 def _numbers_of_keys(
   file: str, keys: Mapping[str, int], index: RecordIndex
 ) -> np.ndarray:
-  """[number of keys] int64, the record number of each; −1 for none."""
+  """Returns the record number of each key, [number of keys] int64; −1 for none."""
   numbers = np.full(len(keys), _UNKNOWN, np.int64)
   meant = np.full(len(keys), _UNKNOWN, np.int64)
   respelt = _respelt(keys)
@@ -121,7 +119,7 @@ def _numbers_of_keys(
 
 
 def _respelt(keys: Mapping[str, int]) -> dict[str, list[int]]:
-  """Numbers of the keys that have another, plain spelling, by that spelling."""
+  """Returns the numbers of keys whose normalized spelling differs, by that spelling."""
   respelt = collections.defaultdict(list)
   for key, number in keys.items():
     plain = posixpath.normpath(key.strip().replace("\\", "/"))
@@ -165,20 +163,20 @@ def _without_bad(
   return triplets[~np.any(list(reasons.values()), axis=0)]
 
 
-# What a hash is for, so that no two uses of one seed are alike (1 to 7: others).
+# Salt of the hash, so that no two uses of one seed collide (1 to 7: other uses).
 _TRIPLETS = 8
 
 
 @gin.register
 class TripletSampler:
-  """The triplets of a list, each once an epoch, in an order of the seed.
+  """Sampler of the triplets of a list, each once per epoch, in random order.
 
-  Each row of a batch is an anchor, a positive and a negative. Triplets with a record of
-  a class that is not trained on are left out, and counted.
+  Each row of a batch is an anchor, a positive and a negative. Triplets with a record
+  whose class is not in the training split are skipped and counted.
   """
 
   rows_parameter = "TripletSampler.triplets_per_batch"
-  # Positives and negatives of a row, after its anchor.
+  # Number of positives and negatives of a row, after its anchor.
   group = (1, 1)
 
   def __init__(
@@ -194,19 +192,19 @@ class TripletSampler:
     """Reads the list.
 
     Args:
-      index: the records; all are read once, at the start, where the list has keys.
-      file: CSV or TSV with the columns anchor, positive and negative, of the records'
+      index: the records; all are read once at the start if the list has keys.
+      file: CSV or TSV with columns anchor, positive and negative, which are record
         keys; or an .npy array [n, 3] of record numbers.
       triplets_per_batch: T.
-      seed: another seed, another order.
-      bad_triplets: "refuse" a list, or "leave_out" those triplets, that have unknown
-        records, a negative of the anchor's own class, or the anchor or the negative for
-        their positive.
+      seed: random seed of the order.
+      bad_triplets: "refuse" a list with bad triplets, or "leave_out" these triplets. A
+        triplet is bad if it has unknown records, a negative of the anchor's own class,
+        or the anchor or the negative as its positive.
       classes: int32 ids of the classes to draw from; None for all.
 
     Raises:
-      UserError: the list can't be read, has such triplets, or no other; or T is below
-        1.
+      UserError: the list can't be read, has bad triplets, or has no other ones; or T is
+        below 1.
     """
     if triplets_per_batch < 1:
       raise UserError(f"{self.rows_parameter}={triplets_per_batch} must be at least 1.")
@@ -238,15 +236,15 @@ class TripletSampler:
 
   @property
   def num_triplets(self) -> int:
-    """How many are drawn from."""
+    """Number of triplets to draw from."""
     return len(self._triplets)
 
   def batch(self, step: int) -> np.ndarray:
-    """[T, 3] int64, the record numbers of a step."""
+    """Returns the record numbers of a step, [T, 3] int64."""
     return self.batches(np.array([step]))[0]
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
-    """[S, T, 3] int64, the record numbers of steps [S] int64."""
+    """Returns the record numbers of steps [S] int64, [S, T, 3] int64."""
     sizes = np.full(steps.shape, self.num_triplets)
     keys = np.broadcast_to(self._key, steps.shape)
     return self._triplets[permutation.distinct_block(steps, sizes, keys, self.shape[0])]

@@ -1,1 +1,1 @@
-"""The process around a run: files, leases, signals, watchdog, progress."""
+"""Process-level services of a run: files, leases, signals, watchdog, progress."""

@@ -1,8 +1,8 @@
 """Sources of arrays: NumPy, HDF5 and idx files.
 
-Shapes: N items, H × W pixels, C channels, D numbers.
+Source of the idx format: http://yann.lecun.com/exdb/mnist.
 
-Source: http://yann.lecun.com/exdb/mnist (the format's description).
+Shapes: N items, H × W pixels, C channels, D numbers.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _HDF5_BATCH_BYTES = 4 << 20
 class NumpySource(Source):
   """Inputs and labels in two .npy files, or in one .npz file.
 
-  Inputs of type uint8 with 3 or 4 axes are images, [N, H, W] or [N, H, W, C]; others
-  are vectors, [N, D], and become the feature `vector`.
+  Inputs of type uint8 with 3 or 4 axes are images, [N, H, W] or [N, H, W, C]. Others
+  are vectors, [N, D], stored as the feature `vector`.
 
   Args:
     inputs: path of a .npy file, or "file.npz:name" for an array in a .npz file.
-    labels: likewise; [N] integers or text.
+    labels: in the same form; [N] integers or text.
     class_names: names of labels 0, 1, …; None for the labels themselves.
   """
 
@@ -52,7 +52,7 @@ class NumpySource(Source):
     self._class_names = class_names
 
   def fingerprint(self) -> dict[str, object]:
-    """Digests of the files."""
+    """Returns digests of the files."""
     names = (self._inputs, self._labels)
     return {
       "source": "numpy",
@@ -61,14 +61,14 @@ class NumpySource(Source):
     }
 
   def num_items(self) -> int:
-    """Labels."""
+    """Returns the number of labels."""
     return _load_array(self._labels).size
 
   def loaders(self) -> Iterator[Loader]:
-    """Every row; keys are the inputs' file and the number in it.
+    """Yields a loader for every row; keys are the inputs' file and the row number.
 
     Raises:
-      UserError: a file can't be read, or the arrays don't fit each other.
+      UserError: a file can't be read, or the arrays don't match.
     """
     inputs, labels = _load_array(self._inputs), _load_array(self._labels)
     _check_fit(self._inputs, inputs, labels)
@@ -85,7 +85,7 @@ class Hdf5Source(Source):
   """Inputs and labels as two data sets of an HDF5 file.
 
   Args:
-    path: the file, on this machine.
+    path: path of the file.
     inputs: name of the data set of images or vectors, as for `NumpySource`.
     labels: name of the data set of labels, [N] integers or text.
     class_names: names of labels 0, 1, …; None for the labels themselves.
@@ -104,7 +104,7 @@ class Hdf5Source(Source):
     self._class_names = class_names
 
   def fingerprint(self) -> dict[str, object]:
-    """A digest of the file."""
+    """Returns a digest of the file, and the names."""
     return {
       "source": "hdf5",
       "digest": _digest(self._path),
@@ -113,17 +113,17 @@ class Hdf5Source(Source):
     }
 
   def num_items(self) -> Optional[int]:
-    """Labels; None where there are none, which `loaders` says."""
+    """Returns the number of labels; None without labels, which `loaders` reports."""
     with contextlib.suppress(UserError):
       for header, _ in reader_process.read(read_hdf5, self._path, *self._names):
         return header["num_items"]
     return None
 
   def loaders(self) -> Iterator[Loader]:
-    """Every row, one after the other; keys are the inputs' name and the number.
+    """Yields a loader for every row, in order; keys are the inputs' name and number.
 
     Raises:
-      UserError: the file can't be read, has no such data set, or they don't fit.
+      UserError: the file can't be read, lacks a data set, or the two don't match.
     """
     name = self._names[0]
     dtype, shape, is_text = np.dtype(np.uint8), (), False
@@ -148,18 +148,18 @@ def read_hdf5(
   """Reads two data sets of an HDF5 file; runs in a reader process.
 
   Args:
-    path: of the local file.
-    name: of the file, for messages.
+    path: path of the local file.
+    name: name of the file, for messages.
     inputs: name of the data set of images or vectors.
     labels: name of the data set of labels.
 
   Yields:
-    First, in the header, the number of items, type and shape of a row, and whether
-    labels are text. Then rows, some at a time: number of the first one and labels in
-    the header; the rows' bytes, and labels that are text.
+    First a header with the number of items, type and shape of a row, and whether labels
+    are text. Then batches of rows: the header has the number of the first row and
+    numeric labels; the byte strings are the rows and text labels.
 
   Raises:
-    UserError: the file is damaged, or the data sets are missing or don't fit.
+    UserError: the file is damaged, or the data sets are missing or don't match.
   """
   import h5py
 
@@ -176,9 +176,9 @@ def read_hdf5(
 
 
 def _check_dataset(file: Any, dataset: str, name: str) -> None:
-  """Refuses what is no array of this file, or has parts that are missing.
+  """Raises if a data set is not an array of this file, or has missing parts.
 
-  HDF5 gives zeros for the parts of a virtual data set whose files are missing.
+  HDF5 returns zeros for the parts of a virtual data set whose files are missing.
   """
   import h5py
 
@@ -223,7 +223,7 @@ def _read_hdf5(inputs: Any, labels: Any, name: str) -> Iterator[reader_process.M
 
 
 def _missing_value(dataset: Any) -> Any:
-  """The value that stands for a missing one by netCDF's convention; None without."""
+  """Returns the value that marks missing data by netCDF's convention, or None."""
   for attribute in ("_FillValue", "missing_value"):
     value = np.asarray(dataset.attrs.get(attribute, ())).ravel()
     if value.size == 1:
@@ -284,7 +284,7 @@ def _load(
 
 
 def _vector(key: str, row: np.ndarray) -> np.ndarray:
-  """A row as float32.
+  """Converts a row to float32.
 
   Raises:
     UserError: a value is missing (NaN), infinite, or an integer beyond float32.
@@ -313,7 +313,7 @@ def _class_name(label: Any, class_names: Optional[Sequence[str]], key: str) -> s
 
 
 def _file_of(name: str) -> tuple[str, Optional[str]]:
-  """Path, and the array's name where it is one of a .npz file."""
+  """Returns the path, and the array's name if it is in a .npz file."""
   path, colon, array = name.rpartition(":")
   if colon and path.endswith(".npz"):
     return filesystem.absolute(path), array
@@ -338,7 +338,7 @@ def _load_array(name: str) -> np.ndarray:
     return loaded[array]
   except UserError:
     raise
-  except Exception as error:  # Python's parser reads the head, and has many.
+  except Exception as error:  # The header is parsed by Python: many error types.
     reason = reason_of(error)
     if "bject arrays" in reason or "Python objects" in reason:
       raise UserError(
@@ -372,14 +372,14 @@ def read_idx(path: str, *, num_axes: int) -> np.ndarray:
   """Reads an idx file of unsigned bytes.
 
   Args:
-    path: the file, gzipped if it ends in .gz.
-    num_axes: how many axes its array must have.
+    path: path of the file, gzipped if it ends in .gz.
+    num_axes: required number of axes.
 
   Returns:
-    uint8 array; no axis but the first may be empty.
+    uint8 array; only the first axis may be empty.
 
   Raises:
-    UserError: it can't be read, is no such file, or is damaged.
+    UserError: it can't be read, is not such a file, or is damaged.
   """
   content = _read_bytes(path)
   header_bytes = _MAGIC_BYTES + 4 * num_axes
@@ -401,10 +401,10 @@ def read_idx(path: str, *, num_axes: int) -> np.ndarray:
 
 
 def num_idx_records(path: str) -> int:
-  """How many records the head of an idx file says.
+  """Returns the number of records that the header of an idx file declares.
 
   Raises:
-    UserError: it can't be read, or has no head.
+    UserError: it can't be read, or has no header.
   """
   try:
     with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:
@@ -430,13 +430,13 @@ class IdxSource(Source):
   """Images and labels in idx files, plain or gzipped.
 
   Args:
-    folder: where the files are.
+    folder: folder of the files.
     pairs: (images file, labels file) of each part, relative to the folder.
     class_names: names of labels 0, 1, …; None for the numbers themselves.
 
   Raises:
-    UserError: a pair is no pair, `class_names` is a text, or two labels have the same
-      name.
+    UserError: an entry is not a pair, `class_names` is a text, or two labels have the
+      same name.
   """
 
   def __init__(
@@ -462,7 +462,9 @@ class IdxSource(Source):
     self._class_names = class_names
 
   def fingerprint(self) -> dict[str, object]:
-    """Names and digests of the files: data sets like MNIST have equal names and sizes.
+    """Returns names and digests of the files.
+
+    Digests are needed because data sets like MNIST have equal file names and sizes.
 
     Raises:
       UserError: a file is missing or can't be read.
@@ -475,18 +477,18 @@ class IdxSource(Source):
     }
 
   def num_items(self) -> int:
-    """Labels, by the heads of their files."""
+    """Returns the number of labels, from the headers of their files."""
     return sum(num_idx_records(self._path(labels)) for _, labels in self._pairs)
 
   def loaders(self) -> Iterator[Loader]:
-    """Every image of every pair.
+    """Yields a loader for every image of every pair.
 
     Yields:
       Loaders of items whose key is the images file and the number in it.
 
     Raises:
-      UserError: a file is missing, cut short or no idx file, a pair differs in length,
-        or a label has no name.
+      UserError: a file is missing, truncated or not an idx file, a pair differs in
+        length, or a label has no name.
     """
     for images_name, labels_name in self._pairs:
       images = read_idx(self._path(images_name), num_axes=3)
@@ -511,7 +513,7 @@ class IdxSource(Source):
     return self._class_names[label]
 
   def _path(self, name: str) -> str:
-    """The file, or its gzipped form where only that is there."""
+    """Returns the path of the file, or of its gzipped form if only that exists."""
     path = os.path.join(self._folder, name)
     for candidate in (path, path + ".gz"):
       if filesystem.exists(candidate):

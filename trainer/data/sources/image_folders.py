@@ -1,4 +1,4 @@
-"""Image files in a folder for each class."""
+"""Source of image files in one folder per class."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.runtime import filesystem
 _NUM_NAMES_SHOWN = 5
 _SUBFOLDERS = ("leave_out", "of_class", "classes")
 _ADVICE = "which ImageFolderSource.subfolders can include"
-# Folders that people put above the class folders.
+# Common names of folders above the class folders.
 _SPLIT_NAME = re.compile(
   "train(ing|val)?|val(id|idation)?|dev|test(ing)?|eval(uation)?|query|gallery",
   re.IGNORECASE,
@@ -30,7 +30,7 @@ _SPLIT_NAME = re.compile(
 
 
 class _File(NamedTuple):
-  """An image file: its path within the folder, its class, and its split if any."""
+  """An image file: its path within the folder, its class, and its split, if any."""
 
   key: str
   label: str
@@ -46,7 +46,7 @@ class _Listing(NamedTuple):
 
 
 class _Count:
-  """A number of files, and the names of the first."""
+  """A count of files, and the names of the first ones."""
 
   def __init__(self):
     self._number = 0
@@ -60,7 +60,7 @@ class _Count:
         self._names.append(name)
 
   def line(self, what: str) -> list[str]:
-    """What they are, with number and names; none where there are none."""
+    """Returns a phrase with the kind, number and names; empty if there are none."""
     if not self._number:
       return []
     dots = ", ..." if self._number > len(self._names) else ""
@@ -69,15 +69,15 @@ class _Count:
 
 @dataclasses.dataclass
 class _LeftOut:
-  """What becomes no record.
+  """Files and folders that are left out.
 
   Attributes:
     below: images in folders below the class folders.
-    tops: the class folders that have such images.
-    beside: images beside the class folders.
-    folders: folders beside those of `splits`.
+    tops: the class folders that contain such images.
+    beside: images next to the class folders.
+    folders: folders next to those of `splits`.
     unreadable: folders below the class folders that can't be listed.
-    endings: number of the files without the ending of an image, by their ending.
+    endings: number of files without an image extension, by extension.
   """
 
   below: _Count = dataclasses.field(default_factory=_Count)
@@ -90,12 +90,12 @@ class _LeftOut:
   )
 
   def count_others(self, names: Iterable[str]) -> None:
-    """Counts files without the ending of an image."""
+    """Counts files without an image extension."""
     endings = (os.path.splitext(name)[1].lower() or "no ending" for name in names)
     self.endings.update(endings)
 
   def line(self) -> str:
-    """Everything that was left out; empty if nothing was."""
+    """Returns everything that was left out; empty if nothing was."""
     below = self.below.line("images in folders below the class folders")
     parts = [
       *(f"{line}, {_ADVICE}" for line in below),
@@ -116,21 +116,21 @@ class _LeftOut:
 class ImageFolderSource(Source):
   """A folder of class folders of image files.
 
-  Images beside or below the class folders, and files without the ending of an image,
-  are left out and counted in a warning. Names that begin with a dot are ignored.
+  Images next to or below the class folders, and files without an image extension, are
+  left out and counted in a warning. Names that begin with a dot are ignored.
 
   Args:
-    folder: its folders are the classes, named after them.
-    subfolders: what to do with images in folders below the class folders: "leave_out";
-      "of_class" gives them the class of the folder above; "classes" makes each folder
-      that holds images a class, named by its path ("alphabet/character").
+    folder: its subfolders are the classes, named after them.
+    subfolders: treatment of images in folders below the class folders. "leave_out"
+      skips them. "of_class" assigns them to the class folder above. "classes" makes
+      each folder with images a class, named by its path ("alphabet/character").
     splits: names of folders above the class folders, such as ("train", "test"). All are
-      read, and each record has the name of its own as the feature "split". None for
-      class folders in `folder` itself; folders that are named as splits and hold class
-      folders are then refused, and with () they are not.
+      read, and each record has the feature "split". None if the class folders are in
+      `folder` itself; folders with the names of splits that contain class folders are
+      then refused. () accepts them as classes.
 
   Raises:
-    UserError: `subfolders` is not known, or `splits` is a text.
+    UserError: `subfolders` is unknown, or `splits` is a text.
   """
 
   def __init__(
@@ -157,7 +157,7 @@ class ImageFolderSource(Source):
     self._splits = None if splits is None else tuple(splits)
 
   def fingerprint(self) -> dict[str, object]:
-    """Number of the files, and a digest of their names and sizes.
+    """Returns the number of files, and a digest of their names and sizes.
 
     Raises:
       UserError: the folder can't be read, holds splits, or does not hold images of two
@@ -172,7 +172,7 @@ class ImageFolderSource(Source):
       "num_files": len(self._files),
       "digest": digest.hexdigest(),
     }
-    # Without options it is that of records that were made before there were any.
+    # Default options are omitted, to match fingerprints made before they existed.
     if self._subfolders != "leave_out":
       fingerprint["subfolders"] = self._subfolders
     if self._splits:
@@ -180,25 +180,25 @@ class ImageFolderSource(Source):
     return fingerprint
 
   def num_items(self) -> int:
-    """Image files."""
+    """Returns the number of image files."""
     return len(self._files)
 
   def check(self) -> None:
     """Raises if a file can't be found, such as the target of a broken link.
 
     Raises:
-      UserError: naming the first such file; or as `fingerprint`.
+      UserError: a file is missing (the message names the first); or as `fingerprint`.
     """
     for size in self._sizes:
       if isinstance(size, UserError):
         raise size
 
   def loaders(self) -> Iterator[Loader]:
-    """Every image, classes and files in the order of their names.
+    """Yields a loader for every image, with classes and files in alphabetical order.
 
     Yields:
       Loaders of items whose key is the path within the folder; they raise a `UserError`
-      where the file can't be read.
+      if the file can't be read.
 
     Raises:
       UserError: as `fingerprint`.
@@ -216,13 +216,13 @@ class ImageFolderSource(Source):
 
   @functools.cached_property
   def _sizes(self) -> list[Union[int, UserError]]:
-    """Bytes of each file, or why it can't be found."""
+    """Size of each file in bytes, or the error why it can't be found."""
     sizes: list[Union[int, UserError]] = []
     for file in self._files:
       try:
         sizes.append(filesystem.status(self._path(file.key)).num_bytes)
       except OSError as error:
-        # A store that is out of reach is no fault of the file.
+        # An unreachable store is not a fault of the file.
         if filesystem.is_remote(self._folder) and not isinstance(
           error, FileNotFoundError
         ):
@@ -256,7 +256,7 @@ class ImageFolderSource(Source):
     return files
 
   def _by_class_folder(self, left_out: _LeftOut) -> dict[str, list[_File]]:
-    """The images of each class folder, by its path."""
+    """Returns the images of each class folder, by its path."""
     if self._splits:
       folders = self._list("", is_top=True).folders
       left_out.folders.add(name for name in folders if name not in self._splits)
@@ -283,7 +283,7 @@ class ImageFolderSource(Source):
             left_out.below.add(_join(folder, image) for image in images)
             left_out.tops.add(top)
           continue
-        # A folder that is named like an image is refused by name.
+        # A folder with an image extension is treated as a file, and refused by name.
         images = sorted([*images, *filter(has_image_ending, listing.folders)])
       label = folder if self._subfolders == "classes" else top
       label = label if split is None else label[len(split) + 1 :]
@@ -293,7 +293,7 @@ class ImageFolderSource(Source):
         yield _File(_join(folder, image), label, split)
 
   def _walk(self, top: str, left_out: _LeftOut) -> Iterator[tuple[str, _Listing]]:
-    """A class folder and those below it, without links to a folder above them."""
+    """Yields a class folder and its subfolders, without links to a parent folder."""
     stack = [(top, frozenset([self._identity("")]))]
     while stack:
       folder, above = stack.pop()
@@ -315,7 +315,7 @@ class ImageFolderSource(Source):
     path = self._path(folder)
     names = [name for name in filesystem.list_folder(path) if not name.startswith(".")]
     if filesystem.is_remote(path):
-      # Each question takes a request: below the top, images are not asked for.
+      # Each check is a request: below the top level, images are not checked.
       asked = [name for name in names if is_top or not has_image_ending(name)]
       folders = [
         name for name in asked if filesystem.is_folder(os.path.join(path, name))
@@ -335,7 +335,7 @@ class ImageFolderSource(Source):
       ) from error
 
   def _check_splits(self, files: Sequence[_File], tops_below: set[str]) -> None:
-    """Refuses folders of splits where class folders belong."""
+    """Raises if split folders are found instead of class folders."""
     tops = tops_below | {file.key.split("/")[0] for file in files}
     if not tops or not all(map(_SPLIT_NAME.fullmatch, tops)):
       return

@@ -1,4 +1,4 @@
-"""A CSV or TSV file that lists items: path, label, and further columns."""
+"""Source of items listed in a CSV or TSV file: path, label, and further columns."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from trainer.errors import UserError
 from trainer.runtime import filesystem
 
 _NUMBERS = {"int": int, "float": float}
-_WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0*")  # What pandas makes of integers.
+_WHOLE_FLOAT = re.compile(r"([+-]?\d+)\.0*")  # pandas writes integers in this form.
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 @gin.register
 class ManifestSource(Source):
-  """Items as the rows of a table of text: CSV, TSV, or with another separator.
+  """Items as the rows of a text table: CSV, TSV, or with another separator.
 
-  The first row names the columns. What is neither path nor label becomes a feature of
-  the record, under the column's name: text, or a number where that is said. A number
-  that is missing is no feature of its record. Surrounding blanks of paths and labels
-  are removed, and backslashes in paths are read as slashes where no such file exists.
+  The first row names the columns. Columns other than path and label become features of
+  the record, under the column's name: text, or numbers for `number_columns`. A missing
+  number is omitted from its record. Surrounding blanks of paths and labels are removed.
+  Backslashes in paths are read as slashes if no such file exists.
 
   Args:
     path: the file, UTF-8, or UTF-16 with its byte order mark.
     label_column: column of the class.
     path_column: column of the image's path; None for rows without images.
-    folder: what the paths are relative to, and may not leave; None for the folder of
-      the file. Absolute paths and those of a store, such as gs://, must lie in it.
+    folder: folder that contains all paths, and that relative paths refer to; None for
+      the folder of the file. Absolute and remote paths (such as gs://) must be in it.
     number_columns: "int" or "float" by the name of a column of numbers.
 
   Raises:
-    UserError: a type of numbers is not known.
+    UserError: a number type is unknown.
   """
 
   def __init__(
@@ -70,7 +70,7 @@ class ManifestSource(Source):
         )
 
   def fingerprint(self) -> dict[str, object]:
-    """A digest of the file; a change of an image alone is not noticed."""
+    """Returns a digest of the file; changes of the images are not detected."""
     return {
       "source": "manifest",
       "digest": hashlib.sha256(self._table().content).hexdigest(),
@@ -79,29 +79,29 @@ class ManifestSource(Source):
     }
 
   def num_items(self) -> Optional[int]:
-    """Rows but the first; None where they can't be told apart."""
+    """Returns the number of rows after the header; None if they can't be parsed."""
     try:
       return sum(1 for _ in self._table().rows())
-    except UserError:  # `loaders` names what is wrong.
+    except UserError:  # `loaders` reports the fault.
       return None
 
   def check(self) -> None:
     """Raises if a row is damaged; images are not read.
 
     Raises:
-      UserError: naming the first such row.
+      UserError: a row is damaged; the message names the first.
     """
     for row in self._rows():
       if isinstance(row, UserError):
         raise row
 
   def loaders(self) -> Iterator[Loader]:
-    """Every row.
+    """Yields a loader for every row.
 
     Yields:
-      Loaders of items whose key is the path, or the number of the row where there is
-      none; they raise a `UserError` where the row is damaged, its path leaves the
-      folder, or its image can't be read.
+      Loaders of items whose key is the path, or the row number without paths. They
+      raise a `UserError` if the row is damaged, its path leaves the folder, or its
+      image can't be read.
 
     Raises:
       UserError: the file can't be read as a table.
@@ -115,7 +115,7 @@ class ManifestSource(Source):
     notes.log()
 
   def _rows(self, notes: Optional[_Notes] = None) -> Iterator[Union[Item, UserError]]:
-    """Each row as an item without its image, or why it is none."""
+    """Yields each row as an item without its image, or as an error."""
     notes = _Notes(self._path) if notes is None else notes
     table = self._table()
     used = (self._label_column, self._path_column)
@@ -167,7 +167,7 @@ class ManifestSource(Source):
       raise UserError(f"{path} can't be read: {error.strerror}.") from error
 
   def _value(self, name: str, text: str, where: str) -> Optional[Value]:
-    """The value of a cell; None for a number that is missing."""
+    """Returns the value of a cell; None for a missing number."""
     kind = self._number_columns.get(name)
     if kind is None:
       return text
@@ -176,7 +176,7 @@ class ManifestSource(Source):
       return None
     whole = _WHOLE_FLOAT.fullmatch(text) if kind == "int" else None
     try:
-      if "_" in text:  # Python's own spelling; in a table it is no number.
+      if "_" in text:  # Python accepts underscores; tables do not use them.
         raise ValueError(text)
       value = _NUMBERS[kind](whole[1] if whole else text)
     except ValueError as error:
@@ -186,7 +186,7 @@ class ManifestSource(Source):
     return None if math.isnan(value) else value
 
   def _inside(self, path: str, where: str) -> str:
-    """The path relative to the folder, which it must not leave."""
+    """Returns the path relative to the folder; raises if it is outside."""
     relative = self._relative(path)
     if relative is None or relative == ".." or relative.startswith("../"):
       raise UserError(
@@ -197,7 +197,7 @@ class ManifestSource(Source):
     return relative
 
   def _relative(self, path: str) -> Optional[str]:
-    """The path from the folder on; None where it does not begin in it."""
+    """Returns the path relative to the folder; None if it does not start in it."""
     if not path or "\0" in path or _WINDOWS_DRIVE.match(path):
       return None
     if not filesystem.is_remote(path) and not os.path.isabs(path):
@@ -217,7 +217,7 @@ class ManifestSource(Source):
     return os.path.realpath(self._folder)
 
   def _is_file(self, path: str) -> bool:
-    """Whether a path with backslashes names a file as it is; never on a store."""
+    """Returns whether a path with backslashes names a local file as it is."""
     if "\0" in path or filesystem.is_remote(self._folder):
       return False
     return os.path.exists(os.path.join(self._folder, path))
@@ -228,10 +228,10 @@ class ManifestSource(Source):
 
 
 class _Notes:
-  """What is read otherwise than it is written, counted, for a warning each.
+  """Counts of values that are read differently than written, for one warning per kind.
 
   Args:
-    path: of the list.
+    path: path of the list.
   """
 
   def __init__(self, path: str):
@@ -241,19 +241,19 @@ class _Notes:
     self._first: dict[str, int] = {}
 
   def add(self, what: str, line: int) -> None:
-    """Counts one more, at a line of the file."""
+    """Counts one occurrence in a line of the file."""
     self._counts[what] += 1
     self._first.setdefault(what, line)
 
   def stripped(self, text: str, line: int) -> str:
-    """The text without surrounding blanks, which are counted."""
+    """Returns the text without surrounding blanks, which are counted."""
     plain = text.strip()
     if plain != text:
       self.add("paths or labels have surrounding blanks, which are removed", line)
     return plain
 
   def on_table(self, table: CsvFile, names: Mapping[str, str]) -> None:
-    """Notes the separator, and columns that are renamed or left out."""
+    """Records the separator, and columns that are renamed or left out."""
     note = table.separator_note()
     self._lines = [] if note is None else [note]
     if table.has_blanks:
@@ -271,7 +271,7 @@ class _Notes:
     ]
 
   def log(self) -> None:
-    """Logs a warning for each kind."""
+    """Logs one warning per kind."""
     counted = [
       f"{self._path}: {count} {what}, first in line {self._first[what]}."
       for what, count in self._counts.items()

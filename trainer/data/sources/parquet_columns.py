@@ -1,8 +1,8 @@
 """Rows of a Parquet file as plain values: scalars, byte strings and arrays.
 
-`read` runs in a reader process and reduces every column to few types; `row_of` takes
-one row of a batch apart. Fields of a struct become columns of their own, with a dotted
-name: `image.bytes`.
+`read` runs in a reader process and converts every column to one of a few types.
+`row_of` extracts one row of a batch. Fields of a struct become separate columns with
+dotted names, such as `image.bytes`.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def read(
   """Reads one file; runs in a reader process.
 
   Args:
-    path: of the local file.
-    name: of the file, for messages.
+    path: path of the local file.
+    name: name of the file, for messages.
     label: column of the class.
-    image: column of the image files; None where there are none.
-    columns: further columns; a struct stands for all its fields; None for all.
+    image: column of the image files; None for rows without images.
+    columns: further columns (a struct includes all its fields); None for all.
 
   Yields:
-    First, in the header, the kind of each column: "bytes", "int", "float", or None for
-    a column without any value. Then the rows, as batches in Arrow's stream format.
+    First a header with the kind of each column: "bytes", "int", "float", or None for a
+    column without any value. Then the rows, as batches in Arrow's stream format.
 
   Raises:
-    UserError: the file is damaged, lacks a column, or has one of a type that records
-      can't keep.
+    UserError: the file is damaged, lacks a column, or has a column of a type that
+      records can't store.
   """
   try:
     with parquet.ParquetFile(
@@ -61,7 +61,7 @@ def read(
 
 
 def count(path: str, name: str) -> Iterator[Message]:
-  """The number of rows of a file, in one header; runs in a reader process.
+  """Yields one header with the number of rows of a file; runs in a reader process.
 
   Raises:
     UserError: the file is damaged.
@@ -73,20 +73,20 @@ def count(path: str, name: str) -> Iterator[Message]:
 
 
 def batch_of(message: bytes) -> pa.RecordBatch:
-  """The batch of one message of `read`."""
+  """Returns the batch in one message of `read`."""
   return pa.ipc.open_stream(message).read_next_batch()
 
 
 def row_of(batch: pa.RecordBatch, number: int, where: str) -> dict[str, Value]:
-  """The values of one row by column; nulls are left out.
+  """Returns the values of one row by column; nulls are left out.
 
   Args:
-    batch: of `batch_of`.
-    number: of the row in the batch.
-    where: names the row in the message.
+    batch: batch from `batch_of`.
+    number: number of the row in the batch.
+    where: name of the row, for the message.
 
   Raises:
-    UserError: a list has a null in it, or is ragged.
+    UserError: a list contains a null, or is ragged.
   """
   row: dict[str, Value] = {}
   for name, column in zip(batch.schema.names, batch.columns):
@@ -131,10 +131,10 @@ def _choose(
   special: tuple[str, Optional[str]],
   columns: Optional[Sequence[str]],
 ) -> dict[str, pa.DataType]:
-  """Types of the wanted columns by dotted name.
+  """Returns the types of the wanted columns by dotted name.
 
   Raises:
-    UserError: one is missing, comes twice, or can't be kept.
+    UserError: a column is missing, occurs twice, or can't be stored.
   """
   found = list(_leaves(schema))
   label, image = special
@@ -170,7 +170,7 @@ def _is_within(name: str, columns: Sequence[str]) -> bool:
 
 
 def _check_type(name: str, column: str, type_: pa.DataType) -> None:
-  """Refuses a type that records can't keep: maps, lists of structs, unions."""
+  """Raises for a type that records can't store: maps, lists of structs, unions."""
   try:
     _plain(pa.array([], _stored(type_)))
   except (pa.ArrowException, NotImplementedError, TypeError, ValueError) as error:
@@ -181,7 +181,7 @@ def _check_type(name: str, column: str, type_: pa.DataType) -> None:
 
 
 def _leaves(fields: Any, prefix: str = "") -> Iterator[tuple[str, pa.DataType]]:
-  """Dotted name and type of every column, structs taken apart."""
+  """Yields dotted name and type of every column, including the fields of structs."""
   for field in fields:
     type_ = _stored(field.type)
     if types.is_struct(type_):
@@ -204,7 +204,7 @@ def _plain_batch(
 
 
 def _flattened(name: str, array: pa.Array) -> Iterator[tuple[str, pa.Array]]:
-  """A column, or the fields of a struct; these are null where the struct is."""
+  """Yields a column, or the fields of a struct, which are null where the struct is."""
   if isinstance(array, pa.ExtensionArray):
     array = array.storage
   if not types.is_struct(array.type):
@@ -215,7 +215,7 @@ def _flattened(name: str, array: pa.Array) -> Iterator[tuple[str, pa.Array]]:
 
 
 def _plain(array: pa.Array) -> pa.Array:
-  """The values as integers, floats, Booleans or bytes, or (nested) lists of them.
+  """Converts values to integers, floats, Booleans or bytes, or (nested) lists of them.
 
   Dates, times and decimal numbers become text; durations become integers.
   """
@@ -291,7 +291,7 @@ def _bytes_of(batch: pa.RecordBatch) -> bytes:
 
 
 def _array(values: pa.Array, name: str, where: str) -> np.ndarray:
-  """The values of one list; those of a nested list in row-major order."""
+  """Returns the values of one list, nested lists in row-major order."""
   while _is_list(values.type):
     if values.null_count:
       raise _has_null(name, where)

@@ -1,8 +1,8 @@
-"""Reads a file in a child process, so that damage can end that process only.
+"""Reading of a file in a child process, so that a crash ends only that process.
 
-The C libraries that read Parquet, LMDB and HDF5 abort or fault on some damaged files.
-A reader is a function of the package that yields messages; it runs in the child, and
-its messages arrive over a pipe.
+The C libraries that read Parquet, LMDB and HDF5 abort or crash on some damaged files. A
+reader is a function of this package that yields messages. It runs in the child process
+and sends its messages over a pipe.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from typing import IO, Any, Callable, Optional
 from trainer.errors import UserError
 from trainer.runtime import filesystem
 
-# A header of plain values, and byte strings that belong to it.
+# A header of JSON values, and byte strings.
 Message = tuple[dict[str, Any], Sequence[bytes]]
 Reader = Callable[..., Iterator[Message]]
 
 _PACKAGE_ROOT = str(pathlib.Path(__file__).parents[3])
 _LENGTH = struct.Struct("<Q")
-# Longest wait for a message: libraries loop for ever on some damaged files.
+# Longest wait for a message: libraries loop forever on some damaged files.
 _SILENCE_S = 300.0
 _END, _REFUSED, _FAILED = "end", "refused", "failed"
 
@@ -42,8 +42,8 @@ def read(reader: Reader, path: str, *arguments: Any) -> Iterator[Message]:
   Args:
     reader: function of a module of this package. Its arguments are the path of a local
       file, `path` for messages, and `arguments`.
-    path: of the file; a remote file is copied to a temporary one first.
-    arguments: plain values that JSON keeps.
+    path: path of the file; a remote file is first copied to a temporary one.
+    arguments: JSON values.
 
   Yields:
     The messages of the reader.
@@ -60,17 +60,17 @@ def read(reader: Reader, path: str, *arguments: Any) -> Iterator[Message]:
 
 @contextlib.contextmanager
 def local_file(path: str) -> Iterator[str]:
-  """Path of a local file of the same content; a copy is removed in the end.
+  """Returns the path of a local file with the same content; removes a copy at the end.
 
   Raises:
     OSError: the file can't be read, or the copy can't be written.
   """
   if not filesystem.is_remote(path):
     with open(path, "rb"):
-      pass  # Raises here, with a reason, what is missing or a folder.
+      pass  # Raises here, with a reason, if the file is missing or a folder.
     yield path
     return
-  from trainer.data import index_arrays  # Late: it needs a POSIX system.
+  from trainer.data import index_arrays  # Late: requires a POSIX system.
 
   with index_arrays.temporary(path) as copy:
     yield copy
@@ -108,7 +108,7 @@ def _messages(reader: Reader, path: str, arguments: Sequence[Any]) -> Iterator[M
 
 
 class _PipeWithDeadline(io.RawIOBase):
-  """Reads a pipe; raises TimeoutError where nothing arrives in time."""
+  """Pipe reader that raises TimeoutError if nothing arrives in time."""
 
   def __init__(self, descriptor: int):
     self._descriptor = descriptor
@@ -118,7 +118,7 @@ class _PipeWithDeadline(io.RawIOBase):
     return True
 
   def readinto(self, buffer) -> int:
-    """Waits for some bytes, and returns how many there were; 0 at the end."""
+    """Waits for some bytes, and returns their number; 0 at the end."""
     if hasattr(select, "poll"):  # On POSIX systems.
       poll = select.poll()
       poll.register(self._descriptor, select.POLLIN)
@@ -130,13 +130,13 @@ class _PipeWithDeadline(io.RawIOBase):
 
 
 def _start(name: str) -> subprocess.Popen[bytes]:
-  """Starts the child; its group is its own, so that Ctrl-C reaches only the parent."""
+  """Starts the child in its own session, so that Ctrl-C reaches only the parent."""
   search = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
   return subprocess.Popen(
     [sys.executable, "-m", "trainer.data.sources.reader_process", name],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
-    stderr=subprocess.DEVNULL,  # C libraries print to it while they abort.
+    stderr=subprocess.DEVNULL,  # C libraries print to it when they abort.
     cwd=_PACKAGE_ROOT,
     env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
     start_new_session=True,
@@ -163,7 +163,7 @@ def _send(file: IO[bytes], header: dict[str, Any], parts: Sequence[bytes]) -> No
 
 
 def _receive(file: IO[bytes]) -> Optional[Message]:
-  """The next message; None where the sender has died."""
+  """Receives the next message; returns None if the sender has died."""
   fields = []
   num_fields = _receive_length(file)
   for _ in range(num_fields or 0):
@@ -181,11 +181,11 @@ def _receive_length(file: IO[bytes]) -> Optional[int]:
 
 
 def _limit_memory() -> None:
-  """Has allocations of more than half of the memory fail, where the system can.
+  """Limits the process to half of the memory, if the system supports it.
 
   A damaged file may declare any size. Mapped files do not count.
   """
-  # Where memory is short all the same, Linux ends this process and not the parent.
+  # If memory still runs out, Linux ends this process rather than the parent.
   with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
     file.write("1000")
   with contextlib.suppress(ImportError, ValueError, OSError):
@@ -196,10 +196,10 @@ def _limit_memory() -> None:
 
 
 def main() -> None:
-  """Runs the reader that the command line names; sends its messages to the parent."""
+  """Runs the reader named on the command line; sends its messages to the parent."""
   _limit_memory()
   pipe = os.fdopen(os.dup(1), "wb")
-  os.dup2(2, 1)  # What a library prints must not get between the messages.
+  os.dup2(2, 1)  # Output of libraries must not mix with the messages.
   try:
     module, name = sys.argv[1].split(":")
     reader = getattr(importlib.import_module(module), name)
@@ -208,7 +208,7 @@ def main() -> None:
       _send(pipe, header, parts)
     _send(pipe, {_END: True}, ())
   except BrokenPipeError:
-    pass  # The parent needs no more.
+    pass  # The parent has closed the pipe.
   except MemoryError:
     reason = "it takes more than half of the memory, or is damaged"
     _send(pipe, {_REFUSED: f"{arguments[1]} can't be read: {reason}."}, ())

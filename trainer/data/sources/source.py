@@ -1,4 +1,4 @@
-"""Sources of raw data."""
+"""Sources of raw data: the interface, items, and conversion of names and labels."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainer.errors import UserError
 
 
 class NamePattern:
-  """A regular expression whose first group, searched in a name, is what is wanted.
+  """A regular expression whose first group is searched in names.
 
   Args:
     pattern: the expression.
-    parameter: where the user gives it, for the message.
+    parameter: name of the user's parameter, for the message.
 
   Raises:
-    UserError: it is no regular expression, or has no group.
+    UserError: it is not a regular expression, or has no group.
   """
 
   def __init__(self, pattern: str, parameter: str):
@@ -38,26 +38,26 @@ class NamePattern:
       )
 
   def part_of(self, name: str) -> Optional[str]:
-    """What the first group matches; None where that is nothing."""
+    """Returns the match of the first group; None if there is no match."""
     found = self._pattern.search(name)
     return None if found is None else found[1]
 
 
-# What a feature of a record can hold.
+# Types of a record's feature.
 Value = Union[
   str, bytes, int, float, Sequence[int], Sequence[float], Sequence[bytes], np.ndarray
 ]
-# Features that ingest gives each record.
+# Features that ingest adds to each record.
 RECORD_FEATURES = ("image", "label", "key")
 
 
 class Item(NamedTuple):
-  """One record to be.
+  """One item of a source, which becomes a record.
 
   Attributes:
     key: its name in the source, unique.
     label: name of its class.
-    image: bytes of an image file; None where it is no image.
+    image: bytes of an image file; None for items without an image.
     features: further features by name, such as a text or a vector.
   """
 
@@ -71,85 +71,85 @@ Loader = Callable[[], Item]
 
 
 class Source(abc.ABC):
-  """A way to raw data."""
+  """A source of raw data."""
 
   @abc.abstractmethod
   def fingerprint(self) -> Mapping[str, object]:
-    """What tells this source's data from another's; plain values that JSON keeps."""
+    """Returns plain JSON values that identify the source's data."""
 
   @abc.abstractmethod
   def loaders(self) -> Iterator[Loader]:
-    """Gives every item by a function that loads it, always in the same order.
+    """Yields a function per item that loads it, always in the same order.
 
-    To go through them is cheap; the functions may be called side by side.
+    Iteration is cheap; the functions may be called in parallel.
     """
 
   def num_items(self) -> Optional[int]:
-    """How many items there are; None where only reading all would tell."""
+    """Returns the number of items; None if it is only known after reading all."""
     return None
 
-  def check(self) -> None:  # noqa: B027  Most sources find faults only by reading.
-    """Raises if an item is found to be bad without reading it.
+  def check(self) -> None:  # noqa: B027  Most sources find faults only when reading.
+    """Raises if an item can be recognized as bad without reading it.
 
-    Ingest calls it where a bad item is refused, before anything is written.
+    Ingest calls it before anything is written, if bad items are refused.
 
     Raises:
-      UserError: naming the first such item.
+      UserError: an item is bad; the message names the first.
     """
 
   def items(self) -> Iterator[Item]:
-    """Every item, loaded one after the other."""
+    """Yields every item, loaded one after the other."""
     for load in self.loaders():
       yield load()
 
 
 class ItemLoader:
-  """Gives an item that is loaded already.
+  """Loader of an item that is already loaded.
 
   Args:
-    item: what it gives.
+    item: the item to return.
   """
 
   def __init__(self, item: Item):
     self._item = item
 
   def __call__(self) -> Item:
-    """The item."""
+    """Returns the item."""
     return self._item
 
 
 @gin.register
 class DigitsSource(Source):
-  """Scikit-learn's handwritten digits: 1,797 images of 8 × 8, ten classes."""
+  """Scikit-learn's handwritten digits: 1,797 images of 8 × 8 pixels, ten classes."""
 
   def fingerprint(self) -> dict[str, object]:
-    """The data set's name."""
+    """Returns the data set's name."""
     return {"source": "digits"}
 
   def num_items(self) -> int:
-    """Digits."""
+    """Returns the number of digits."""
     return 1797
 
   def loaders(self) -> Iterator[Loader]:
-    """Every digit; its class is its numeral."""
+    """Yields a loader for every digit; its class is its numeral."""
     from sklearn import datasets  # Late: a second to import.
 
     digits = datasets.load_digits()
-    # Ink is 0…16 there; 15.9375 · 16 = 255.
+    # Original values are 0…16; 15.9375 · 16 = 255.
     images = np.round(digits.images * 15.9375).astype(np.uint8)
     for number, (image, label) in enumerate(zip(images, digits.target)):
       yield ItemLoader(Item(f"digits/{number}", str(label), encode_png(image)))
 
 
 def feature_names(columns: Iterable[str]) -> dict[str, str]:
-  """The names that columns of a table get as features of a record.
+  """Returns the feature names for the columns of a table.
 
   Args:
-    columns: neither the image's nor the label's; one without a name is left out.
+    columns: columns other than image and label; an unnamed one is left out.
 
   Returns:
-    Feature by column: the column's own name, or with "_column" behind it where each
-    record has a feature of that name already.
+    Column to feature name: the column's own name, with the suffix "_column" if each
+    record already has a feature of that name.
   """
   names = {column: column for column in columns if column}
   for column in names:
@@ -161,16 +161,16 @@ def feature_names(columns: Iterable[str]) -> dict[str, str]:
 
 
 def text_of(value: object, where: str) -> str:
-  """A label as text.
+  """Converts a label to text.
 
   Args:
-    value: text, bytes in UTF-8, or an integer. A float that is whole is taken for an
-      integer: a column of integers becomes floats where some are missing.
-    where: names it in the message.
+    value: text, bytes in UTF-8, or an integer. A whole float is read as an integer: a
+      column of integers with missing values is stored as floats.
+    where: name of the item, for the message.
 
   Raises:
-    UserError: it is missing (None, NaN or no text), its bytes are no UTF-8, or it is a
-      float that is not whole.
+    UserError: it is missing (None, NaN or empty text), its bytes are not UTF-8, or it
+      is a float that is not whole.
   """
   if value is None or value in ("", b"") or value != value:
     raise UserError(f"{where} has no label; give it one, or leave it out.")
@@ -187,7 +187,7 @@ def text_of(value: object, where: str) -> str:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-  """An image as PNG.
+  """Encodes an image as PNG.
 
   Args:
     image: [H, W] or [H, W, 1] for grey, [H, W, 3] for colour; uint8.
@@ -198,7 +198,7 @@ def encode_png(image: np.ndarray) -> bytes:
   Raises:
     UserError: it has another shape or type.
   """
-  import tensorflow as tf  # Late: looking at a finished ingest needs none.
+  import tensorflow as tf  # Late: inspecting a finished ingest doesn't need it.
 
   pixels = image[:, :, None] if image.ndim == 2 else image
   is_image = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size > 0

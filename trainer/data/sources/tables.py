@@ -1,6 +1,6 @@
-"""Rows of Parquet files, entries of LMDB, and records of TFRecords, made records anew.
+"""Sources of Parquet rows, LMDB entries and TFRecord records.
 
-Parquet and LMDB are read in a child process, which a damaged file may end.
+Parquet and LMDB are read in a child process, which a damaged file may crash.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _LMDB_BATCH_BYTES = 4 << 20
 class ParquetSource(Source):
   """Rows of Parquet files; further columns become features of the record.
 
-  Fields of a struct are columns with dotted names, `image.bytes`. A null is left out of
-  its record. Lists, also of fixed size, are features of many values, and nested lists
-  of one length are flattened. Dates, times and decimal numbers become text. Columns
-  named `image`, `label` or `key` beside the two get `_column` behind the name.
+  Fields of a struct are columns with dotted names, such as `image.bytes`. A null is
+  left out of its record. Lists, also of fixed size, are features with many values;
+  nested lists of equal length are flattened. Dates, times and decimal numbers become
+  text. Further columns named `image`, `label` or `key` get the suffix `_column`.
 
   Args:
-    pattern: the files.
+    pattern: pattern of the files.
     label_column: column of the class, text or an integer.
     image_column: column of the image file's bytes; None for rows without images.
     columns: further columns to keep; None for all.
@@ -61,7 +61,7 @@ class ParquetSource(Source):
     self._columns = None if columns is None else list(columns)
 
   def fingerprint(self) -> dict[str, object]:
-    """Names, sizes and times of the files, and the columns."""
+    """Returns names, sizes and times of the files, and the columns."""
     return {
       "source": "parquet",
       "reader": "pyarrow",
@@ -70,18 +70,18 @@ class ParquetSource(Source):
     }
 
   def num_items(self) -> Optional[int]:
-    """Rows, by the ends of the files; None where these are remote."""
+    """Returns the number of rows, from the files' metadata; None for remote files."""
     found = _matching(self._pattern)
     if any(map(filesystem.is_remote, found)):
-      return None  # Each would be copied here twice.
+      return None  # Each file would be copied here twice.
     return sum(map(_num_parquet_rows, found))
 
   def loaders(self) -> Iterator[Loader]:
-    """Every row, one after the other; keys are the file and the number in it.
+    """Yields a loader for every row, in order; keys are the file and the row number.
 
     Raises:
-      UserError: a file can't be read, has no such column, or has one of another type
-        than the files before.
+      UserError: a file can't be read, lacks a column, or has a column of another type
+        than earlier files.
     """
     _check_installed("pyarrow", "Parquet files")
     from trainer.data.sources import (
@@ -122,15 +122,15 @@ class ParquetSource(Source):
 
 @gin.register
 class LmdbSource(Source):
-  """Entries of an LMDB file: the value is an image file, the key tells the class.
+  """Entries of an LMDB file: values are image files, and keys contain the class.
 
   Args:
     path: the database's folder, or its file.
-    label_pattern: regular expression whose first group is the class, searched in the
-      key; as it stands, what is before the last slash.
+    label_pattern: regular expression, searched in the key; its first group is the
+      class. Default: the part before the last slash.
 
   Raises:
-    UserError: the expression is none, or has no group.
+    UserError: it is not a regular expression, or has no group.
   """
 
   def __init__(self, *, path: str, label_pattern: str = r"^(.+)/"):
@@ -139,7 +139,7 @@ class LmdbSource(Source):
     self._label = NamePattern(label_pattern, "LmdbSource.label_pattern")
 
   def fingerprint(self) -> dict[str, object]:
-    """Name, size and time of the file."""
+    """Returns name, size and time of the file, and the pattern."""
     return {
       "source": "lmdb",
       "files": _states(self._file()),
@@ -147,7 +147,7 @@ class LmdbSource(Source):
     }
 
   def loaders(self) -> Iterator[Loader]:
-    """Every entry, one after the other, in the order of the keys.
+    """Yields a loader for every entry, in the order of the keys.
 
     Raises:
       UserError: the file can't be read.
@@ -177,11 +177,11 @@ def read_lmdb(path: str, name: str) -> Iterator[reader_process.Message]:
   """Reads keys and values of an LMDB file; runs in a reader process.
 
   Args:
-    path: of the local file.
-    name: of the file, for messages.
+    path: path of the local file.
+    name: name of the file, for messages.
 
   Yields:
-    Keys and values in turn, some at a time.
+    Batches of alternating keys and values.
 
   Raises:
     UserError: the file is damaged.
@@ -213,7 +213,7 @@ def read_lmdb(path: str, name: str) -> Iterator[reader_process.Message]:
 def _checked_entries(
   transaction: Any, name: str, is_sorted: bool
 ) -> Iterator[tuple[bytes, bytes]]:
-  """Keys and values; as many as the file declares, with keys that increase."""
+  """Yields keys and values; checks their number and that keys increase."""
   declared, num_entries = transaction.stat()["entries"], 0
   last: Optional[bytes] = None
   for key, value in transaction.cursor():
@@ -232,14 +232,14 @@ def _checked_entries(
 
 @gin.register
 class TfRecordSource(Source):
-  """Records of TFRecords, to be written anew: with other names, or resized.
+  """Records of TFRecords that are rewritten, with other names or resized.
 
-  To use TFRecords as they are, see `ExistingTFRecords`.
+  To use TFRecords unchanged, see `ExistingTFRecords`.
 
   Args:
-    pattern: the files.
-    label_feature: the feature of the class, bytes or an integer.
-    image_feature: the feature of the image file; None where there is none.
+    pattern: pattern of the files.
+    label_feature: feature of the class, bytes or an integer.
+    image_feature: feature of the image file; None for records without images.
     features: names of further features to keep.
   """
 
@@ -257,15 +257,15 @@ class TfRecordSource(Source):
     self._features = tuple(features)
 
   def fingerprint(self) -> dict[str, object]:
-    """Names, sizes and times of the files."""
+    """Returns names, sizes and times of the files, and the features."""
     names = [self._label_feature, self._image_feature, *self._features]
     return {"source": "tfrecord", "files": _states(self._pattern), "features": names}
 
   def loaders(self) -> Iterator[Loader]:
-    """Every record, in the order of the files; keys are file and number.
+    """Yields a loader for every record, in file order; keys are file and number.
 
     Raises:
-      UserError: naming the record that is damaged.
+      UserError: a record is damaged; the message names it.
     """
     from trainer.data import tfrecord
 
@@ -320,9 +320,9 @@ def _check_kinds(
   path: str,
   label_column: str,
 ) -> None:
-  """Refuses a column that files keep by different types, and notes the new ones."""
+  """Raises if files store a column with different types; records new columns."""
   for column, kind in kinds.items():
-    if kind is None or column == label_column:  # Labels become text.
+    if kind is None or column == label_column:  # Labels are converted to text.
       continue
     before, first = known.setdefault(column, (kind, path))
     if before != kind:
@@ -333,7 +333,7 @@ def _check_kinds(
 
 
 def _named(found: Sequence[str]) -> list[tuple[str, str]]:
-  """Each path with a short name: its last part, or more where two have the same."""
+  """Returns each path with a short name: its last part, or more if names collide."""
   names = [os.path.basename(path) for path in found]
   if len(set(names)) < len(names):
     above = os.path.commonpath([os.path.dirname(path) for path in found])
