@@ -10,6 +10,9 @@ DONE = 0
 FAILURE = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
+# EFBIG is raised at a limit on file sizes.
+_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class CheckFailedError(RuntimeError):
   """A check failed."""
@@ -68,10 +71,6 @@ def reason_of(error: Exception) -> str:
     return error.strerror
   line = (str(error).strip().splitlines() or [type(error).__name__])[0]
   return line.rsplit("; ", 1)[-1].split(" [Op:", 1)[0]
-
-
-# EFBIG is raised at a limit on file sizes.
-_OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def is_out_of_space(error: BaseException) -> bool:

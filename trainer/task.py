@@ -18,6 +18,16 @@ from absl import flags, logging
 from trainer import errors
 from trainer.runtime import shutdown
 
+STRATEGIES = ("auto", "cpu", "mirrored", "multi_worker", "tpu")
+_RUN_ERRORS = (
+  errors.CheckFailedError,
+  errors.UserError,
+  errors.PreemptedError,
+  errors.StalledError,
+  errors.NotFiniteError,
+  errors.WorkerFailedError,
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
@@ -66,15 +76,6 @@ MODES = {
     "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.cli.check", ("train",)
   ),
 }
-STRATEGIES = ("auto", "cpu", "mirrored", "multi_worker", "tpu")
-_RUN_ERRORS = (
-  errors.CheckFailedError,
-  errors.UserError,
-  errors.PreemptedError,
-  errors.StalledError,
-  errors.NotFiniteError,
-  errors.WorkerFailedError,
-)
 
 
 def main(arguments: Sequence[str]) -> int:

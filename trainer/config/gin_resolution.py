@@ -51,6 +51,9 @@ _RENAMED = {
   "when_disk_full": "on_disk_full",
 }
 
+_MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
+_IMPORTABLE = ("trainer", "tensorflow", "tensorflow_addons")
+
 
 @dataclasses.dataclass(frozen=True)
 class Registered:
@@ -128,10 +131,6 @@ def _describe(configurable: gin_config.Configurable) -> Registered:
     supplied=frozenset(p.name for p in required if p.kind is not p.KEYWORD_ONLY),
     is_open=any(p.kind is p.VAR_KEYWORD for p in signature),
   )
-
-
-_MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")
-_IMPORTABLE = ("trainer", "tensorflow", "tensorflow_addons")
 
 
 def import_modules(

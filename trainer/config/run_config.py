@@ -23,6 +23,14 @@ ROOTS = (
   *_AFTER_TRAINING,
 )
 
+CONFIG_FILE = "config.gin"
+OPERATIVE_CONFIG_FILE = "operative_config.gin"
+_VALUE = "#   "
+_NUM_SHOWN = 5
+# Initial values of variables, which a checkpoint replaces.
+_INITIAL_VALUES = (".temperature.initial",)
+_INITIAL_WEIGHTS = ("train.seed", ".backbone.weights")
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -203,15 +211,6 @@ def _first_of(messages: Sequence[str]) -> str:
 def _text(given: Sequence[gin_statements.Statement]) -> str:
   """Returns the statements as one gin file, each with its origin as a comment."""
   return "".join(f"{statement}  # {statement.origin}\n" for statement in given)
-
-
-CONFIG_FILE = "config.gin"
-OPERATIVE_CONFIG_FILE = "operative_config.gin"
-_VALUE = "#   "
-_NUM_SHOWN = 5
-# Initial values of variables, which a checkpoint replaces.
-_INITIAL_VALUES = (".temperature.initial",)
-_INITIAL_WEIGHTS = ("train.seed", ".backbone.weights")
 
 
 def save_config(config: Config, model_dir: str) -> None:

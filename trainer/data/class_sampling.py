@@ -23,6 +23,10 @@ from trainer.errors import UserError
 _RESOLUTION = 16
 _MAX_DRAWS_PER_EPOCH = 2**31 - 1
 
+_TICKETS, _SUBSTITUTES = 1, 3
+# Number of random draws before the next free class is taken.
+_MAX_DRAWS = 64
+
 
 class ClassWeights(Protocol):
   """Sets the number of draws of each class per epoch."""
@@ -81,11 +85,6 @@ class SizeWeights:
         f"{_MAX_DRAWS_PER_EPOCH:,} can be ordered; lower max_size or power."
       )
     return draws_per_epoch
-
-
-_TICKETS, _SUBSTITUTES = 1, 3
-# Number of random draws before the next free class is taken.
-_MAX_DRAWS = 64
 
 
 class Draws(NamedTuple):

@@ -17,6 +17,11 @@ from trainer.errors import UserError
 if TYPE_CHECKING:
   import tensorflow as tf
 
+LABEL_FEATURE = "label"
+_LARGEST_INTEGER = np.iinfo(np.int64).max
+_FLOAT_BYTES = 4
+_LARGEST_WHOLE_FLOAT = 2.0**53
+
 
 @gin.register
 class Resize:
@@ -56,12 +61,6 @@ class Resize:
     if self._jpeg_quality is None or channels not in (1, 3):
       return tf.io.encode_png(pixels).numpy()
     return tf.io.encode_jpeg(pixels, quality=self._jpeg_quality).numpy()
-
-
-LABEL_FEATURE = "label"
-_LARGEST_INTEGER = np.iinfo(np.int64).max
-_FLOAT_BYTES = 4
-_LARGEST_WHOLE_FLOAT = 2.0**53
 
 
 class Prepared(NamedTuple):

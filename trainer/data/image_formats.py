@@ -25,6 +25,50 @@ _FRAME_MARKERS = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 _START_OF_SCAN = 0xDA
 
+_JPEG2000 = rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
+_HEIF_BRANDS = rb"hei[cxms]|hev[cxms]|mif1|msf1"
+
+# Extensions of image files that can't be converted.
+OTHER_ENDINGS = (
+  ".ai",
+  ".arw",
+  ".cr2",
+  ".cr3",
+  ".dcm",
+  ".dng",
+  ".eps",
+  ".exr",
+  ".hdr",
+  ".icns",
+  ".ico",
+  ".jxl",
+  ".jxr",
+  ".nef",
+  ".orf",
+  ".pcx",
+  ".pfm",
+  ".psd",
+  ".qoi",
+  ".raf",
+  ".raw",
+  ".rw2",
+  ".sgi",
+  ".svg",
+  ".tga",
+  ".wbmp",
+  ".xcf",
+)
+
+# Formats whose files are kept byte for byte.
+_KEPT = ("PNG", "JPEG")
+
+# Byte strings that indicate metadata with an orientation.
+_METADATA = (b"Exif", b"eXIf", b"Raw profile", b"tiff:Orientation")
+_ORIENTATION_TAG = 0x0112
+
+# Number of first bytes that `of_content` needs.
+HEAD_BYTES = 16
+
 
 class ImageHead(NamedTuple):
   """The format and size that an image file declares.
@@ -120,9 +164,6 @@ def _format(name, endings, magic, pillow, needs="") -> ImageFormat:
   return ImageFormat(name, tuple(endings.split()), pattern, tuple(pillow), needs)
 
 
-_JPEG2000 = rb"\x00\x00\x00\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51"
-_HEIF_BRANDS = rb"hei[cxms]|hev[cxms]|mif1|msf1"
-
 FORMATS = (
   _format("PNG", ".png .apng", rb"\x89PNG\r\n\x1a\n", ["PNG"]),
   _format("JPEG", ".jpg .jpeg .jpe .jfif .mpo", rb"\xff\xd8\xff", ["JPEG", "MPO"]),
@@ -152,47 +193,6 @@ FORMATS = (
 
 # Extensions of files that ingest reads as images.
 ENDINGS = tuple(sorted(ending for each in FORMATS for ending in each.endings))
-
-# Extensions of image files that can't be converted.
-OTHER_ENDINGS = (
-  ".ai",
-  ".arw",
-  ".cr2",
-  ".cr3",
-  ".dcm",
-  ".dng",
-  ".eps",
-  ".exr",
-  ".hdr",
-  ".icns",
-  ".ico",
-  ".jxl",
-  ".jxr",
-  ".nef",
-  ".orf",
-  ".pcx",
-  ".pfm",
-  ".psd",
-  ".qoi",
-  ".raf",
-  ".raw",
-  ".rw2",
-  ".sgi",
-  ".svg",
-  ".tga",
-  ".wbmp",
-  ".xcf",
-)
-
-# Formats whose files are kept byte for byte.
-_KEPT = ("PNG", "JPEG")
-
-# Byte strings that indicate metadata with an orientation.
-_METADATA = (b"Exif", b"eXIf", b"Raw profile", b"tiff:Orientation")
-_ORIENTATION_TAG = 0x0112
-
-# Number of first bytes that `of_content` needs.
-HEAD_BYTES = 16
 
 
 def has_image_ending(name: str) -> bool:

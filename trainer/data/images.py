@@ -23,6 +23,20 @@ from trainer.errors import UserError
 # Calls of the function in one graph; more make the graph slow to build.
 _MAX_PARALLEL = 128
 
+# First bytes that declare the size, in all formats except JPEG.
+_SIZE_HEAD_BYTES = 30
+
+# 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as in Pillow.
+_GREY_WEIGHTS = (19595, 38470, 7471)
+
+_OTHER, _PALETTE_BMP, _ALPHA_PNG = range(3)
+_BMP_HEADER_BYTES = 14
+# First bytes that declare how the pixels of a BMP are stored.
+_FACTS_HEAD_BYTES = 34
+
+# Files that are not plain and are decoded in parallel.
+_PARALLEL_FILES = 32
+
 
 def batched_map(
   file_fn: Callable[[tf.Tensor], tf.Tensor], files: tf.Tensor, spec: tf.TensorSpec
@@ -57,10 +71,6 @@ def batched_map(
     fn_output_signature=tf.TensorSpec([num_abreast, *spec.shape], spec.dtype),
   )
   return tf.reshape(parts, [num_files, *spec.shape])
-
-
-# First bytes that declare the size, in all formats except JPEG.
-_SIZE_HEAD_BYTES = 30
 
 
 class DeclaredSize(NamedTuple):
@@ -149,15 +159,6 @@ def _big_endian(heads: tf.Tensor, first: int) -> tf.Tensor:
 
 def _signed(value: tf.Tensor) -> tf.Tensor:
   return tf.where(value >= 1 << 31, value - (1 << 32), value)
-
-
-# 16-bit fixed-point weights of red, green and blue (ITU-R BT.601), as in Pillow.
-_GREY_WEIGHTS = (19595, 38470, 7471)
-
-_OTHER, _PALETTE_BMP, _ALPHA_PNG = range(3)
-_BMP_HEADER_BYTES = 14
-# First bytes that declare how the pixels of a BMP are stored.
-_FACTS_HEAD_BYTES = 34
 
 
 class ImageFacts(NamedTuple):
@@ -271,10 +272,6 @@ def _grey(image: tf.Tensor) -> tf.Tensor:
   weighted = tf.cast(image, tf.int32) * tf.constant(_GREY_WEIGHTS)
   grey = (tf.reduce_sum(weighted, axis=-1, keepdims=True) + (1 << 15)) // (1 << 16)
   return tf.cast(grey, tf.uint8)
-
-
-# Files that are not plain and are decoded in parallel.
-_PARALLEL_FILES = 32
 
 
 class Decoder(Protocol):

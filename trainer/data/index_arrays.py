@@ -24,6 +24,24 @@ from trainer.errors import UserError
 from trainer.runtime import filesystem
 from trainer.runtime.lease import locked
 
+_CHUNK_BYTES = 16 << 20
+_SMALL_BYTES = 1 << 20
+
+# Elements checked at once, so that little of a mapped array is in memory.
+_NUM_AT_A_TIME = 1_000_000
+
+_DTYPES: dict[str, type[np.generic]] = {
+  "offsets": np.int64,
+  "lengths": np.uint32,
+  "shards": np.int32,
+  "labels": np.int32,
+  "member_records": np.int64,
+  "member_starts": np.int64,
+  "name_text": np.uint8,
+  "name_starts": np.int64,
+  "name_hashes": np.uint64,
+}
+
 
 class ClassNames(Sequence[str]):
   """A sequence of class names, indexed by class id.
@@ -153,10 +171,6 @@ def members_of(classes: Classes) -> MemberTable:
   return MemberTable(records, starts)
 
 
-_CHUNK_BYTES = 16 << 20
-_SMALL_BYTES = 1 << 20
-
-
 def local_copy_of(path: str) -> str:
   """Returns the path of a local copy of a file; copies it if there is none yet.
 
@@ -262,22 +276,6 @@ class IndexArrays(NamedTuple):
   def class_names(self) -> ClassNames:
     """Returns the class names, by class id."""
     return ClassNames(self.name_text, self.name_starts, self.name_hashes)
-
-
-# Elements checked at once, so that little of a mapped array is in memory.
-_NUM_AT_A_TIME = 1_000_000
-
-_DTYPES: dict[str, type[np.generic]] = {
-  "offsets": np.int64,
-  "lengths": np.uint32,
-  "shards": np.int32,
-  "labels": np.int32,
-  "member_records": np.int64,
-  "member_starts": np.int64,
-  "name_text": np.uint8,
-  "name_starts": np.int64,
-  "name_hashes": np.uint64,
-}
 
 
 def write_arrays(folder: str, arrays: IndexArrays) -> None:

@@ -30,6 +30,10 @@ from trainer.runtime.progress import Progress
 # Batch limits: large enough to amortize the call, with little memory for large records.
 _MAX_RECORDS, _BATCH_BYTES = 2048, 32 << 20
 
+_OLD = ".old"
+
+_ENDINGS = (".tfrecord", ".tfrecords")
+
 
 def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
   """Reads a shard once, and returns its part of the index.
@@ -198,9 +202,6 @@ def _text(path: str, label: Any) -> str:
     raise UserError(f"{path} has a label {label!r} that is no UTF-8.") from error
 
 
-_OLD = ".old"
-
-
 class ShardIndex(NamedTuple):
   """The part of an index that describes one shard.
 
@@ -324,9 +325,6 @@ def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.nd
     own = np.array([ids[name] for name in part.label_names], np.int32)
     labels.append(own[part.labels] if len(own) else np.empty(0, np.int32))
   return np.concatenate(labels)
-
-
-_ENDINGS = (".tfrecord", ".tfrecords")
 
 
 @gin.register

@@ -34,6 +34,10 @@ _MAX_ABREAST, _MAX_ABREAST_BYTES = 512, 4 << 20
 # Well below the usual limit of 1,024 open files, for data sets of thousands of shards.
 _MAX_OPEN_SHARDS = 256
 
+_READ_AT_ONCE = 4_096
+
+_UNKNOWN, _GOOD, _BAD = 0, 1, 2
+
 
 def locate(folder_or_pattern: str) -> tuple[str, str]:
   """Returns the folders of shards and of their index.
@@ -261,9 +265,6 @@ def _parts(shards: np.ndarray, lengths: np.ndarray) -> Iterator[slice]:
     first = end
 
 
-_READ_AT_ONCE = 4_096
-
-
 def read_records(
   index: RecordIndex, numbers: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
@@ -296,9 +297,6 @@ def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
     place = index.describe(number)
     values = tfrecord.feature_values(record, place).get("key")
     yield str(tfrecord.feature_text(values[0])) if values else place
-
-
-_UNKNOWN, _GOOD, _BAD = 0, 1, 2
 
 
 def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:

@@ -33,6 +33,9 @@ _CLASSES_AT_A_TIME = 1_000_000
 
 StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
 
+# Salt of the hash, so that no two uses of one seed collide (1 to 3: PKSampler).
+_GROUPS = 4
+
 
 class BatchSampler(Protocol):
   """The interface of a sampler for the pipeline."""
@@ -224,10 +227,6 @@ def _drawable(
 def _check_at_least_one(name: str, value: int) -> None:
   if value < 1:
     raise UserError(f"{name}={value} is too small; it must be at least 1.")
-
-
-# Salt of the hash, so that no two uses of one seed collide (1 to 3: PKSampler).
-_GROUPS = 4
 
 
 class NamedClasses(index_arrays.Classes, Protocol):

@@ -26,6 +26,12 @@ from trainer.runtime import filesystem
 
 _ENDING = ".part.json"
 
+SUMMARY_FILE = "summary.json"
+_NUM_NAMES = 5
+_WHOLE_NUMBER = re.compile(r"([+-]?)0*(\d+)(\.0*)?")
+# Texts that pandas, spreadsheets and databases write for a missing value.
+_MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
+
 
 @dataclasses.dataclass(frozen=True)
 class Unreadable:
@@ -206,13 +212,6 @@ def publish_shards(
   for part in parts:
     filesystem.move(os.path.join(aside, part.name), os.path.join(folder, part.name))
   indexing.publish_index(index_aside, index_folder)
-
-
-SUMMARY_FILE = "summary.json"
-_NUM_NAMES = 5
-_WHOLE_NUMBER = re.compile(r"([+-]?)0*(\d+)(\.0*)?")
-# Texts that pandas, spreadsheets and databases write for a missing value.
-_MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
 
 
 @dataclasses.dataclass(frozen=True)

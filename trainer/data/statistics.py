@@ -16,6 +16,8 @@ from trainer.data.samplers import BatchSampler, draw
 
 _MAX_NAMES, _NUM_NAMES_IN_LINE = 1000, 5
 
+_RECORDS_AT_A_TIME = 1_000_000
+
 
 @dataclasses.dataclass(frozen=True)
 class SmallClasses:
@@ -59,9 +61,6 @@ def find_small_classes(
   order = np.argsort(small_sizes, kind="stable")[:_MAX_NAMES]
   named = {index.class_names[small[place]]: int(small_sizes[place]) for place in order}
   return SmallClasses(min_members, len(small), named)
-
-
-_RECORDS_AT_A_TIME = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,12 @@ _TAIL = operator.itemgetter(slice(-FOOTER_BYTES, None))
 CORRUPT_LENGTH = "has a corrupt length (checksum differs)"
 CORRUPT_DATA = "has corrupt data (checksum differs)"
 
+# Fits into the processor's cache, because each chunk is read several times.
+_CHUNK_BYTES = 1 << 20
+_LENGTH = struct.Struct("<Q")
+
+_DTYPES = {"bytes_list": object, "int64_list": np.int64, "float_list": np.float32}
+
 
 class FramingError(ValueError):
   """A frame is truncated, or its checksum does not match.
@@ -157,11 +163,6 @@ def compression(beginning: bytes) -> str:
   # length that begins with the same bytes would have zeros in its high bytes.
   is_zlib = beginning[:1] == b"\x78" and int.from_bytes(beginning[:2], "big") % 31 == 0
   return "ZLIB" if is_zlib and any(beginning[4:LENGTH_BYTES]) else ""
-
-
-# Fits into the processor's cache, because each chunk is read several times.
-_CHUNK_BYTES = 1 << 20
-_LENGTH = struct.Struct("<Q")
 
 
 def iterate_records(file: IO[bytes]) -> Iterator[bytes]:
@@ -283,9 +284,6 @@ def _check(
     return len(block), ""
   is_of_length = bool(is_bad_header[first].any())
   return first, CORRUPT_LENGTH if is_of_length else CORRUPT_DATA
-
-
-_DTYPES = {"bytes_list": object, "int64_list": np.int64, "float_list": np.float32}
 
 
 def feature_values(record: bytes, name: str) -> dict[str, list[Any]]:

@@ -26,6 +26,9 @@ COLUMNS = ("anchor", "positive", "negative")
 _UNKNOWN = -1
 _ADVICE = "TripletSampler.bad_triplets='leave_out' goes without them"
 
+# Salt of the hash, so that no two uses of one seed collide (1 to 7: other uses).
+_TRIPLETS = 8
+
 
 def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarray:
   """Reads a list of triplets, and drops unusable ones.
@@ -161,10 +164,6 @@ def _without_bad(
       raise UserError(f"{message}; {_ADVICE}.")
     logging.warning("%s; they are left out.", message)
   return triplets[~np.any(list(reasons.values()), axis=0)]
-
-
-# Salt of the hash, so that no two uses of one seed collide (1 to 7: other uses).
-_TRIPLETS = 8
 
 
 @gin.register

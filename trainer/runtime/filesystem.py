@@ -33,6 +33,23 @@ _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
 
 _Result = TypeVar("_Result")
 
+_NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
+# Errors that are not listed here, such as an unavailable store, are transient: EIO.
+_REASONS = {
+  "NotFoundError": errno.ENOENT,
+  "PermissionDeniedError": errno.EACCES,
+  "UnauthenticatedError": errno.EACCES,
+  "InvalidArgumentError": errno.EINVAL,
+  "OutOfRangeError": errno.EINVAL,
+  "FailedPreconditionError": errno.EINVAL,
+  "UnimplementedError": errno.ENOSYS,
+}
+
+# Concurrent requests: most of their time is waiting.
+_NUM_THREADS = 32
+
+_BLOCK_BYTES = 1 << 20
+
 
 def retry_with_backoff(path: str, call_fn: Callable[[], _Result]) -> _Result:
   """Calls a function, and again with exponential back-off after transient failures.
@@ -84,19 +101,6 @@ def _import() -> tuple[Any, str]:
   except Exception as error:  # Its compiled part raises more than ImportError.
     return None, str(error).strip().splitlines()[0]
   return tensorflow_io, ""
-
-
-_NEEDS_TENSORFLOW_IO = ("s3", "az", "hdfs", "viewfs", "http", "https")
-# Errors that are not listed here, such as an unavailable store, are transient: EIO.
-_REASONS = {
-  "NotFoundError": errno.ENOENT,
-  "PermissionDeniedError": errno.EACCES,
-  "UnauthenticatedError": errno.EACCES,
-  "InvalidArgumentError": errno.EINVAL,
-  "OutOfRangeError": errno.EINVAL,
-  "FailedPreconditionError": errno.EINVAL,
-  "UnimplementedError": errno.ENOSYS,
-}
 
 
 class Status(NamedTuple):
@@ -350,10 +354,6 @@ def as_os_errors(path: str) -> Iterator[None]:
     raise OSError(number, reason, path) from error
 
 
-# Concurrent requests: most of their time is waiting.
-_NUM_THREADS = 32
-
-
 def read_range(path: str, offset: int, num_bytes: int) -> bytes:
   """Reads some bytes of a file; fewer at the end of the file.
 
@@ -382,9 +382,6 @@ def in_parallel(read_fn: Callable[..., bytes], arguments: Iterable[Any]) -> list
 @functools.cache
 def _threads() -> futures.ThreadPoolExecutor:
   return futures.ThreadPoolExecutor(_NUM_THREADS, "remote reads")
-
-
-_BLOCK_BYTES = 1 << 20
 
 
 def sha256_of(path: str) -> str:

@@ -45,6 +45,8 @@ _SILENCE_S = 30.0
 _LOOK_S = 0.2
 _MAX_BYTES = 10_000
 
+_READ_ONLY = (errno.EROFS, errno.EACCES)
+
 
 @dataclasses.dataclass(frozen=True)
 class Lease:
@@ -265,9 +267,6 @@ def _machine() -> str:
       facts.append(file.read().strip())
     facts.append(os.readlink("/proc/self/ns/pid"))
   return " ".join(facts)
-
-
-_READ_ONLY = (errno.EROFS, errno.EACCES)
 
 
 @contextlib.contextmanager

@@ -26,6 +26,12 @@ from trainer.errors import INTERRUPTED, PreemptedError
 
 _NAME = "let_go"
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Time for an exception to unwind the running code; then the process is ended.
+_UNWINDING_S = 5.0
+# Larger than `struct sigaction` on any system: 152 on Linux.
+_SIGACTION_BYTES = 1024
+
 
 def release_in_background(held: list[Any]) -> None:
   """Clears a list in another thread.
@@ -55,13 +61,6 @@ def exit_process(status: int) -> NoReturn:
     sys.stderr.flush()
     os._exit(status)
   sys.exit(status)
-
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Time for an exception to unwind the running code; then the process is ended.
-_UNWINDING_S = 5.0
-# Larger than `struct sigaction` on any system: 152 on Linux.
-_SIGACTION_BYTES = 1024
 
 
 class Preemption:

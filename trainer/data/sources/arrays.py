@@ -30,6 +30,9 @@ from trainer.runtime import filesystem
 _CHUNK_BYTES = 16 << 20
 _HDF5_BATCH_BYTES = 4 << 20
 
+_MAGIC_BYTES = 4
+_UINT8 = 0x08
+
 
 @gin.register
 class NumpySource(Source):
@@ -362,10 +365,6 @@ def _digest(path: str) -> str:
   except OSError as error:
     raise UserError(f"{path} can't be read: {error.strerror}.") from error
   return digest.hexdigest()
-
-
-_MAGIC_BYTES = 4
-_UINT8 = 0x08
 
 
 def read_idx(path: str, *, num_axes: int) -> np.ndarray:

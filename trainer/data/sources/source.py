@@ -12,6 +12,9 @@ import numpy as np
 
 from trainer.errors import UserError
 
+# Features that ingest adds to each record.
+RECORD_FEATURES = ("image", "label", "key")
+
 
 class NamePattern:
   """A regular expression whose first group is searched in names.
@@ -47,8 +50,6 @@ class NamePattern:
 Value = Union[
   str, bytes, int, float, Sequence[int], Sequence[float], Sequence[bytes], np.ndarray
 ]
-# Features that ingest adds to each record.
-RECORD_FEATURES = ("image", "label", "key")
 
 
 class Item(NamedTuple):
