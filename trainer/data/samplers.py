@@ -25,16 +25,14 @@ from trainer.data.class_sampling import (
 from trainer.data.sources.source import NamePattern
 from trainer.errors import UserError
 
-# Salt of the hash, so that no two uses of one seed collide (1 and 3: the classes).
+# Salts of hashes, so that no two uses of one seed collide (1 and 3: the classes).
 _MEMBERS = 2
+_GROUPS = 4
 # Class sizes are processed in chunks of this many, to limit memory.
 _CLASSES_AT_A_TIME = 1_000_000
 
 
 StreamFn = Callable[[ClassStream, int, Optional[np.ndarray]], ClassStream]
-
-# Salt of the hash, so that no two uses of one seed collide (1 to 3: PKSampler).
-_GROUPS = 4
 
 
 class BatchSampler(Protocol):
