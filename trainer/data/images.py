@@ -41,7 +41,9 @@ _PARALLEL_FILES = 32
 def batched_map(
   file_fn: Callable[[tf.Tensor], tf.Tensor], files: tf.Tensor, spec: tf.TensorSpec
 ) -> tf.Tensor:
-  """Applies a function to each file; faster than a loop, which outweighs PNG decoding.
+  """Applies a function to each file, in parallel.
+
+  A loop in the graph would cost more than decoding a PNG.
 
   Args:
     file_fn: function of one file, [] string.
@@ -166,7 +168,7 @@ class ImageFacts(NamedTuple):
 
   Attributes:
     num_pixels: [B] int64, declared; 0 for unknown formats.
-    is_plain: [B] bool, JPEG and PNG that TensorFlow decodes correctly without more.
+    is_plain: [B] bool, JPEG and PNG that need only TensorFlow's own decoder.
     kind: [B] int32, decoding method of the other files.
     orientation: [B] int32, 1 ... 8 as in Exif.
     is_refused: [B] bool, BMP and WebP files that TensorFlow decodes wrongly, or not in

@@ -206,7 +206,7 @@ def temporary(path: str) -> Iterator[str]:
 
 
 def _state(path: str) -> str:
-  """Returns a digest that changes with the content of a path."""
+  """Returns a digest of a file: of its content, or of size, time and a sample."""
   status = filesystem.status(path)
   if status.num_bytes <= _SMALL_BYTES:  # One request, while a sample takes many.
     return _digest(filesystem.read_bytes(path))

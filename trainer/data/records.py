@@ -268,7 +268,7 @@ def _parts(shards: np.ndarray, lengths: np.ndarray) -> Iterator[slice]:
 def read_records(
   index: RecordIndex, numbers: np.ndarray
 ) -> Iterator[tuple[int, bytes]]:
-  """Reads records in large batches.
+  """Yields records, which are read in large batches.
 
   Args:
     index: the records.
@@ -284,7 +284,7 @@ def read_records(
 
 
 def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
-  """Returns the names of records: the feature "key", or file and number without it.
+  """Yields the names of records: the feature "key", or file and number without it.
 
   Args:
     index: the records.

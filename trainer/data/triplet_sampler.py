@@ -33,8 +33,8 @@ _TRIPLETS = 8
 def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarray:
   """Reads a list of triplets, and drops unusable ones.
 
-  A triplet is unusable if a key is unknown, if the negative is of the anchor's own
-  class, or if the positive is the anchor or the negative.
+  A triplet is unusable if a key is unknown, if the negative is of the anchor's class,
+  or if the positive is the anchor or the negative.
 
   Args:
     file: a table as `CsvFile` reads it, with key columns anchor, positive and negative;

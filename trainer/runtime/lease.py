@@ -2,10 +2,11 @@
 
 A process that writes into a folder holds a lease: a file of its own in the folder that
 identifies the process and is touched regularly. A new process first writes its own
-lease and then looks for others, so of two that start at the same moment at least one
-sees the other. Of leases that are not settled yet, the one with the first file name
-stays and the others are withdrawn. Exactly one process gets the folder. No file-system
-locks are used, because network file systems implement them unreliably or not at all.
+lease and then looks for others. Of two that start at the same moment, at least one
+therefore sees the other. Of leases that are not settled yet, the one with the first
+file name stays and the others are withdrawn. Exactly one process gets the folder. No
+file-system locks are used, because network file systems implement them unreliably or
+not at all.
 
 A lease ends with its process. It ends at once if this machine can tell that the process
 is gone. Otherwise it expires when it was not touched for a while, by the clock of the
