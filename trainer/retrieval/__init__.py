@@ -1,1 +1,1 @@
-"""Retrieval with a trained encoder: embed, search, measure."""
+"""Retrieval with a trained encoder: embedding, search and evaluation."""

@@ -22,17 +22,17 @@ from trainer.runtime import shutdown, watchdog
 
 
 class Embedder:
-  """Embeds records on the replicas of the current strategy, each its share.
+  """Embeds records on the replicas of the current strategy.
 
   Attributes:
     global_batch_size: B, over all replicas.
 
   Args:
     encoder: model from inputs to embeddings.
-    index: gives the records.
-    decoder: makes inputs of them.
-    global_batch_size: wanted; rounded up to what the replicas divide.
-    replacements: puts others in the place of bad records; None to refuse them.
+    index: of the records.
+    decoder: decodes records to inputs.
+    global_batch_size: rounded up to a multiple of the number of replicas.
+    replacements: replaces bad records; None to refuse them.
   """
 
   def __init__(
@@ -51,7 +51,7 @@ class Embedder:
     self._index = index
     self._decoder = decoder
     self._replacements = replacements
-    # Traced once, however often a training is evaluated.
+    # Traced once, for all evaluations of a training run.
     self._embed_fn = tf.function(
       lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end)),
       autograph=False,
@@ -64,13 +64,13 @@ class Embedder:
 
     Args:
       record_numbers: [N] int64.
-      first_step: the step to begin with.
+      first_step: the first step.
 
     Yields:
-      Of each step in order, on every worker: [B, D] float32; the last is padded.
+      [B, D] float32 of each step in order, on every worker; the last step is padded.
 
     Raises:
-      PreemptedError: a worker of several was told to stop; on all of them.
+      PreemptedError: one of several workers was asked to stop; raised on all of them.
     """
     size = self.global_batch_size
     sampler = SequentialSampler(record_numbers, records_per_batch=size)
@@ -92,8 +92,8 @@ class Embedder:
         yield rows.numpy()
 
   def _embed(self, batch: Batch, is_to_end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    # Gathered, so that every worker has the rows of all.
+    # Gather, so that every worker has all rows.
     embeddings = self._encoder(batch.inputs, training=False)
     collectives = current_collectives()
-    # What comes from outside is on no replica's device, where sums are taken.
+    # `identity` copies the flag to the replica's device, where sums are computed.
     return collectives.gather(embeddings), collectives.sum(tf.identity(is_to_end))

@@ -1,12 +1,8 @@
-"""Embeddings in the plane, distances of pairs, TensorBoard's projector.
+"""Embeddings in the plane, distances of pairs, and files of TensorBoard's projector.
 
-Shapes: M items, D dimensions.
+`tensorboard --logdir=MODEL_DIR` finds these files by `projector_config.pbtxt`.
 
-Shapes: G items, D dimensions, P pairs.
-
-`tensorboard --logdir=MODEL_DIR` finds them by `projector_config.pbtxt`.
-
-Shapes: G items, D dimensions.
+Shapes: M items of the map, G evaluated items, D dimensions, P pairs.
 """
 
 from __future__ import annotations
@@ -22,17 +18,17 @@ from threadpoolctl import threadpool_limits
 from trainer.retrieval.report_data import DistanceHistogram, EmbeddingMap, Sprite
 from trainer.runtime import filesystem
 
-# Below it t-SNE has too few neighbours to go by.
+# With fewer items, t-SNE has too few neighbours.
 _LEAST_ITEMS = 12
 _PERPLEXITY = 30.0
-# Principal components that t-SNE starts from, as its authors do.
+# Principal components as input of t-SNE, as its authors recommend.
 _NUM_COMPONENTS = 50
-# Half of the usual: another 500 lower the divergence of 1,000 items by 4 %.
+# Half of the usual number: 500 more lower the divergence of 1,000 items by 4 %.
 _NUM_ITERATIONS = 500
 
 NUM_PAIRS = 50_000
 _NUM_BINS = 60
-# Pairs whose embeddings are held at once.
+# Pairs with embeddings in memory at once.
 _NUM_ABREAST = 4_096
 
 CONFIG_FILE = "projector_config.pbtxt"
@@ -42,13 +38,16 @@ _VECTORS, _METADATA, _SPRITE = "vectors.tsv", "metadata.tsv", "sprite.png"
 
 
 def lay_out(embeddings: np.ndarray) -> tuple[str, np.ndarray]:
-  """t-SNE of the principal components; these alone where t-SNE can't be had.
+  """Projects items by t-SNE of principal components, or by the latter alone.
+
+  Principal components alone are used for fewer than 12 items, or without variance in
+  two directions.
 
   Args:
     embeddings: [M, D] float32, finite.
 
   Returns:
-    "t-SNE" or "PCA", and [M, 2] float64 within 0 to 1, both axes in one scale.
+    "t-SNE" or "PCA", and [M, 2] float64 within 0 to 1, both axes at the same scale.
 
   Source: van der Maaten & Hinton 2008, https://jmlr.org/papers/v9/vandermaaten08a.html
   """
@@ -56,7 +55,7 @@ def lay_out(embeddings: np.ndarray) -> tuple[str, np.ndarray]:
   num_items = len(components)
   if num_items < _LEAST_ITEMS or not components[:, :2].any(axis=0).all():
     return "PCA", _scaled(components[:, :2])
-  from sklearn.manifold import TSNE  # Late: pages, which need none, read evidence too.
+  from sklearn.manifold import TSNE  # Imported late: report pages do not need it.
 
   estimator = TSNE(
     perplexity=min(_PERPLEXITY, (num_items - 1) / 3),
@@ -64,15 +63,15 @@ def lay_out(embeddings: np.ndarray) -> tuple[str, np.ndarray]:
     max_iter=_NUM_ITERATIONS,
     random_state=0,
   )
-  # Its threads wait for each other at every step: where others have the cores, as
-  # TensorFlow's may, two take ten times as long as one.
+  # Its threads wait for each other at every step. If other threads, such as
+  # TensorFlow's, occupy the cores, two threads take ten times as long as one.
   with threadpool_limits(1):
     places = estimator.fit_transform(components.astype(np.float32))
   return "t-SNE", _scaled(places.astype(np.float64))
 
 
 def _principal_components(embeddings: np.ndarray) -> np.ndarray:
-  """[M, >= 2] float64, the largest first; 0 where there is no variance."""
+  """Returns [M, >= 2] float64, the largest first; 0 where there is no variance."""
   centred = embeddings.astype(np.float64)
   centred -= centred.mean(axis=0)
   left, sizes, _ = np.linalg.svd(centred, full_matrices=False)
@@ -91,7 +90,7 @@ def _scaled(places: np.ndarray) -> np.ndarray:
 def distance_histogram(
   embeddings: np.ndarray, labels: np.ndarray, random: np.random.Generator
 ) -> DistanceHistogram:
-  """Draws pairs with replacement, each as likely as any other, and counts.
+  """Samples pairs uniformly with replacement, and counts their distances.
 
   Args:
     embeddings: [G, D] float32.
@@ -99,7 +98,7 @@ def distance_histogram(
     random: draws them.
 
   Returns:
-    `NUM_PAIRS` of each kind; none of a kind that the items don't have.
+    Counts of `NUM_PAIRS` pairs of each kind; none of a kind that does not exist.
   """
   _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   pairs = [
@@ -125,7 +124,7 @@ def distance_histogram(
 def _positive_pairs(
   class_of: np.ndarray, sizes: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of different items of one class: two arrays [P] int64."""
+  """Draws pairs of different items of one class: two arrays [P] int64."""
   weights = sizes * (sizes - 1.0)
   if not weights.any():
     return np.empty(0, np.int64), np.empty(0, np.int64)
@@ -141,7 +140,7 @@ def _positive_pairs(
 def _negative_pairs(
   class_of: np.ndarray, sizes: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Pairs of items of two classes: two arrays [P] int64."""
+  """Draws pairs of items of two classes: two arrays [P] int64."""
   num_items = len(class_of)
   weights = sizes * (num_items - sizes.astype(np.float64))
   if not weights.any():
@@ -150,7 +149,7 @@ def _negative_pairs(
   starts = np.cumsum(sizes) - sizes
   chosen = random.choice(len(sizes), NUM_PAIRS, p=weights / weights.sum())
   first = random.integers(sizes[chosen])
-  # The others of all classes, as if the class were cut out of the ordered items.
+  # Items of other classes, numbered as if the class were removed from the order.
   second = random.integers(num_items - sizes[chosen])
   second = np.where(second >= starts[chosen], second + sizes[chosen], second)
   return by_class[starts[chosen] + first], by_class[second]
@@ -159,7 +158,7 @@ def _negative_pairs(
 def _distances(
   embeddings: np.ndarray, first: np.ndarray, second: np.ndarray
 ) -> np.ndarray:
-  """[P] float64, Euclidean."""
+  """Computes Euclidean distances, [P] float64."""
   parts = [
     np.linalg.norm(
       embeddings[first[i : i + _NUM_ABREAST]].astype(np.float64)
@@ -178,18 +177,18 @@ def _median(distances: np.ndarray) -> Optional[float]:
 def write_projector(
   model_dir: str, sample: EmbeddingMap, embeddings: np.ndarray
 ) -> None:
-  """Writes the files; the config last, so that it names none that is not there.
+  """Writes the projector's files, the config last, so that it names existing files.
 
   Args:
     model_dir: folder of the run.
-    sample: which items, with their classes and pictures.
+    sample: items with their classes and pictures.
     embeddings: [G, D] float32, of all items.
   """
   os.makedirs(os.path.join(model_dir, _FOLDER), exist_ok=True)
   vectors = embeddings[np.asarray(sample.items)]
   lines = ["\t".join(f"{value:.6g}" for value in vector) for vector in vectors]
   _write_vectors(model_dir, _VECTORS, "\n".join(lines).encode())
-  # TensorBoard takes the first line for a head only where there are two columns.
+  # TensorBoard treats the first line as a header only if there are two columns.
   rows = zip(sample.items, sample.class_names, sample.is_mistake)
   lines = [f"{item}\t{_one_cell(name)}\t{_NEAREST[no]}" for item, name, no in rows]
   _write_vectors(
@@ -214,12 +213,12 @@ def _write_vectors(model_dir: str, name: str, content: bytes) -> None:
 
 
 def _one_cell(text: str) -> str:
-  """The text without what ends a cell or a line."""
+  """Returns the text without characters that end a cell or a line."""
   return " ".join(text.split()) or "-"
 
 
 def _png(sprite: Sprite) -> bytes:
-  """The sprite as PNG, whatever it is kept as."""
+  """Returns the sprite as PNG, whatever its format."""
   _, _, content = sprite.picture.partition("base64,")
   image = tf.io.decode_image(base64.b64decode(content), expand_animations=False)
   return tf.io.encode_png(image).numpy()

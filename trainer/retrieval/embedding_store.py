@@ -1,15 +1,13 @@
-"""Embeddings on disk: mapped arrays, a manifest and their provenance.
+"""Embeddings on disk: memory-mapped arrays, a manifest and their provenance.
 
     embeddings.npy        [N, D] float32 or float16
     labels.npy            [N] int32 class ids
     keys_*.npy            the name of each item; see `trainer.data.index_arrays`
     class_names_*.npy     the name of each class
-    manifest.json         what it is, written last
+    manifest.json         sizes and provenance, written last
 
-Shapes: N items, D dimensions.
-
-Who has the embeddings open that were there before keeps them: files are replaced, and
-never written over.
+Files are replaced and never overwritten, so a process that has earlier embeddings open
+keeps them.
 
 Shapes: N items, D dimensions, B rows of a batch.
 """
@@ -34,21 +32,21 @@ from trainer.runtime import filesystem
 from trainer.runtime.filesystem import sha256_of
 from trainer.runtime.lease import locked_folder
 
-# What reaches these makes embeddings of records, beside the weights.
+# Bindings that determine the embeddings, in addition to the weights.
 _MODEL = ("evaluate.encoder", "evaluate.dataset.decoder")
 
 MANIFEST_NAME, ROWS_NAME, LABELS_NAME = "manifest.json", "embeddings.npy", "labels.npy"
 TEXT_ARRAYS = ("text", "starts", "hashes")
 
 _ASIDE, _PROGRESS_NAME = "aside", "progress.json"
-# Rows between two notes of how far the writing is.
+# Rows between two writes of the progress file.
 _ROWS_PER_NOTE = 8_192
 
 
 def encoder_provenance(
   encoder: tf.keras.Model, values: Mapping[str, str], step: int
 ) -> dict[str, Any]:
-  """What tells one trained encoder from another, by name.
+  """Returns the fingerprint of a trained encoder, by name.
 
   Args:
     encoder: restored.
@@ -61,7 +59,7 @@ def encoder_provenance(
       model.update(f"{path} = {value}\n".encode())
   strategy = tf.distribute.get_strategy()
   for variable in encoder.variables:
-    # Of one replica: the mean of several may differ from each by a rounding error.
+    # Use one replica: the mean of several may differ by a rounding error.
     value = strategy.experimental_local_results(variable)[0].numpy()
     weights.update(np.ascontiguousarray(value).tobytes())
   return {
@@ -72,27 +70,27 @@ def encoder_provenance(
 
 
 def check_same_encoder(source: Mapping[str, Any], encoder: Mapping[str, Any]) -> None:
-  """Checks that embeddings are of an encoder.
+  """Checks that embeddings were made by an encoder.
 
   Args:
-    source: of the embeddings.
-    encoder: what tells it from others, as `of_encoder` gives it.
+    source: provenance of the embeddings.
+    encoder: fingerprint of the encoder, from `encoder_provenance`.
 
   Raises:
-    UserError: they are of another; what differs.
+    UserError: the embeddings are of another encoder; names the difference.
   """
   _check_same(source, encoder, "The embeddings are of another encoder than the run's")
 
 
 def check_same_records(source: Mapping[str, Any], index: RecordIndex) -> None:
-  """Checks that embeddings are of the records that are there now.
+  """Checks that embeddings are of the current records.
 
   Args:
-    source: of the embeddings.
-    index: the records.
+    source: provenance of the embeddings.
+    index: of the records.
 
   Raises:
-    UserError: they are of others; what differs.
+    UserError: the embeddings are of other records; names the difference.
   """
   _check_same(source, index.fingerprint(), "The embeddings are of other records")
 
@@ -106,21 +104,21 @@ def _check_same(source: Mapping[str, Any], now: Mapping[str, Any], what: str) ->
 
 
 class EmbeddingFolder:
-  """Embeddings with labels and keys, mapped.
+  """Embeddings with labels and keys, memory-mapped.
 
   Attributes:
     embeddings: [N, D] float32 or float16.
     labels: [N] int32 class ids.
     keys: the name of each item.
     class_names: the name of each class id.
-    source: what was embedded by what; plain values.
-    sha256: of the file of embeddings, as it was written.
+    source: provenance of the embeddings; plain values.
+    sha256: hash of the embeddings file when it was written.
 
   Args:
-    folder: as `EmbeddingWriter` left it.
+    folder: written by `EmbeddingWriter`.
 
   Raises:
-    UserError: it holds no embeddings, or arrays that don't fit its manifest.
+    UserError: it has no embeddings, or its arrays do not match its manifest.
   """
 
   def __init__(self, folder: str):
@@ -144,18 +142,18 @@ class EmbeddingFolder:
     _check_labels(folder, self.labels, len(self.class_names))
 
   def position(self, key: str) -> Optional[int]:
-    """The row of a key; None where there is none."""
+    """Returns the row of a key; None if there is none."""
     [wanted] = ClassNames.of([key]).hashes
     rows = np.flatnonzero(self.keys.hashes == wanted)
     return next((int(row) for row in rows if self.keys[int(row)] == key), None)
 
 
 def _mapped(folder: str, name: str) -> np.ndarray:
-  """An array, mapped; nothing in it is ever unpickled."""
+  """Returns a memory-mapped array; nothing is unpickled."""
   path = os.path.join(folder, name)
   try:
     return np.load(path, mmap_mode="r", allow_pickle=False)
-  except Exception as error:  # Python's parser reads the head, and has many.
+  except Exception as error:  # Python's parser of the header raises many types.
     raise UserError(f"{path} is missing or damaged; embed again.") from error
 
 
@@ -179,7 +177,7 @@ def _check_labels(folder: str, labels: np.ndarray, num_classes: int) -> None:
 
 
 def read_json(path: str) -> Optional[dict[str, Any]]:
-  """What a file says; None where there is none, or it is damaged."""
+  """Reads a JSON object; returns None if the file is missing or damaged."""
   try:
     with open(path, encoding="utf-8") as file:
       content = json.load(file)
@@ -189,22 +187,22 @@ def read_json(path: str) -> Optional[dict[str, Any]]:
 
 
 class EmbeddingWriter:
-  """Writes embeddings in order, and goes on where a killed one stopped.
+  """Writes embeddings in order, and resumes where a killed writer stopped.
 
   Attributes:
-    num_done: rows that are there already.
-    is_finished: whether the folder holds just these embeddings, whole.
+    num_done: number of rows already written.
+    is_finished: whether the folder holds exactly these embeddings, complete.
 
   Args:
-    folder: is made if it is missing; what it holds stays until `finish`. No other
-      process writes into it: see `alone`.
+    folder: is created if it is missing; its content stays until `finish`. No other
+      process may write to it: see `alone`.
     shape: (N, D).
     dtype: "float32" or "float16".
-    source: what is embedded by what; rows of another source are not gone on with.
-    rows_per_batch: B; rows are gone on with in the same batches only.
+    source: provenance of the embeddings; rows of another source are discarded.
+    rows_per_batch: B; rows are resumed only with the same batches.
 
   Raises:
-    UserError: the folder can't be written to, or the disk is full.
+    UserError: the folder cannot be written to, or the disk is full.
   """
 
   def __init__(
@@ -227,7 +225,7 @@ class EmbeddingWriter:
     }
     self._progress = {**self._manifest, "rows_per_batch": rows_per_batch}
     with _telling_of_failures(folder):
-      if self._is_of(self._aside):  # Killed while it took its place.
+      if self._is_of(self._aside):  # Killed during `_publish`.
         self._publish()
       self.is_finished = self._is_of(folder) and self._is_whole()
       self.num_done = shape[0] if self.is_finished else self._num_noted()
@@ -236,10 +234,10 @@ class EmbeddingWriter:
     self._noted = self.num_done
 
   def append(self, rows: np.ndarray) -> None:
-    """Writes the next rows [B, D]; those beyond the last are padding.
+    """Writes the next rows [B, D]; rows beyond the last are padding.
 
     Raises:
-      UserError: the folder can't be written to.
+      UserError: the folder cannot be written to.
     """
     start = self.num_done
     self.num_done = min(len(self._rows), start + len(rows))
@@ -251,7 +249,7 @@ class EmbeddingWriter:
   def finish(
     self, labels: np.ndarray, keys: Iterable[str], class_names: Iterable[str]
   ) -> None:
-    """Writes what belongs to the rows, then the manifest, and replaces what was there.
+    """Writes labels, names and the manifest, and replaces the earlier embeddings.
 
     Args:
       labels: [N] int32.
@@ -259,7 +257,7 @@ class EmbeddingWriter:
       class_names: the name of each class id.
 
     Raises:
-      UserError: the folder can't be written to.
+      UserError: the folder cannot be written to.
     """
     with _telling_of_failures(self._folder):
       self._note()
@@ -273,7 +271,7 @@ class EmbeddingWriter:
     self.is_finished = True
 
   def _is_of(self, folder: str) -> bool:
-    """Whether a folder has the manifest of these embeddings."""
+    """Returns whether a folder has the manifest of these embeddings."""
     known = read_json(os.path.join(folder, MANIFEST_NAME)) or {}
     return {**known, "sha256": None} == {**self._manifest, "sha256": None}
 
@@ -285,7 +283,7 @@ class EmbeddingWriter:
     return kept.sha256 == sha256_of(os.path.join(self._folder, ROWS_NAME))
 
   def _num_noted(self) -> int:
-    """How many rows aside can be gone on with."""
+    """Returns the number of rows in the temporary folder that can be kept."""
     known = read_json(os.path.join(self._aside, _PROGRESS_NAME)) or {}
     num_done = known.pop("num_done", 0)
     is_there = os.path.exists(os.path.join(self._aside, ROWS_NAME))
@@ -299,7 +297,7 @@ class EmbeddingWriter:
     os.makedirs(self._aside)
     rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
-      # Else a full disk would end the process by a signal, in the middle of a row.
+      # Otherwise a full disk would kill the process by a signal while it writes.
       with open(path, "r+b") as file:
         os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
     return rows
@@ -311,7 +309,7 @@ class EmbeddingWriter:
     self._noted = self.num_done
 
   def _publish(self) -> None:
-    """Moves all files to their place, the manifest last; can be done again."""
+    """Moves all files to their final place, the manifest last; can be repeated."""
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(self._folder, MANIFEST_NAME))
     names = set(os.listdir(self._aside)) - {MANIFEST_NAME, _PROGRESS_NAME}
@@ -322,16 +320,16 @@ class EmbeddingWriter:
 
 @contextlib.contextmanager
 def alone(folder: str) -> Iterator[None]:
-  """Makes a folder of embeddings, and keeps other processes from writing into it.
+  """Creates a folder of embeddings, and keeps other processes from writing to it.
 
   Args:
-    folder: is made if it is missing.
+    folder: is created if it is missing.
 
   Yields:
     Nothing.
 
   Raises:
-    UserError: another process writes into it, or it can't be written to.
+    UserError: another process writes to the folder, or it cannot be written to.
   """
   with contextlib.ExitStack() as claimed:
     with _telling_of_failures(folder):

@@ -1,8 +1,9 @@
-"""The order of distances, exact where float32 products can't tell it.
+"""Exact order of distances, including pairs that float32 products cannot distinguish.
 
-A matrix product gives, for a query q and an item g, the nearness ‖g‖² / 2 − ⟨q, g⟩,
-which orders as the distance does. Its error is bounded, so most of the order is proven;
-what lies within the error is compared by float64 differences of the vectors.
+For a query q and an item g, a matrix product computes ‖g‖² / 2 − ⟨q, g⟩, called the
+nearness here. It has the same order as the distance. Its error is bounded, so most of
+the order is proven; pairs closer than the error are compared by float64 differences of
+the vectors.
 
 Shapes: Q queries, G gallery items, D dimensions, k neighbours, n items of a query.
 """
@@ -17,34 +18,34 @@ import numpy as np
 from trainer.runtime import watchdog
 
 ROUNDOFF_32, ROUNDOFF_64 = 2.0**-24, 2.0**-53
-# Items of which mean and spread are taken.
+# Items sampled for mean and spread.
 _NUM_SAMPLED = 4_096
-# Rows that are looked at first, as nearly all data are on no grid.
+# Rows checked first, since nearly all data lie on no grid.
 _NUM_LOOKED_AT = 256
-# Differences that are held at once, 512 KB, which a cache holds.
+# Differences held at once, 512 KB, which fits into a cache.
 _MAX_NUMBERS = 65_536
-# Items that are converted to float64 at once, and queries they are compared with.
+# Items converted to float64 at once, and queries they are compared with.
 _NUM_CONVERTED, _NUM_QUERIES = 8_192, 512
-# What is smaller may be flushed to zero.
+# Smaller numbers may be flushed to zero.
 _SMALLEST_NORMAL = 2.0**-126
 
 Floats = Union[float, np.ndarray]
 
 
 def common_offset(gallery: np.ndarray) -> np.ndarray:
-  """[D] float32, about the mean of the items, to be subtracted before products.
+  """Returns the approximate mean of the items, [D] float32, to centre them.
 
-  Far from zero, what all items have in common takes the digits in which they differ. In
-  each dimension the mean is rounded to a power of 2 about as large as the spread: what
-  lies around zero, or on a grid, stays as it is.
+  Far from zero, the part that all items share uses up the digits in which they differ.
+  In each dimension the mean is rounded to a multiple of a power of 2 about as large as
+  the spread. Vectors around zero or on a grid stay unchanged.
 
   Args:
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
   """
   step = max(1, -(-len(gallery) // _NUM_SAMPLED))
   sample = np.asarray(gallery[::step], np.float64)
   mean = sample.mean(axis=0)
-  # Units below the last place of the mean are of no use.
+  # Units below the last place of the mean have no effect.
   spread = np.maximum(sample.std(axis=0), 2.0**-22 * np.abs(mean))
   unit = np.ldexp(1.0, np.frexp(np.maximum(spread, _SMALLEST_NORMAL))[1] - 1)
   return (np.round(mean / unit) * unit).astype(np.float32)
@@ -53,21 +54,21 @@ def common_offset(gallery: np.ndarray) -> np.ndarray:
 def product_error(
   num_dimensions: int, query_norms: Floats, item_norms: Floats, roundoff: float
 ) -> Floats:
-  """The largest error of a nearness whose product is summed in any order.
+  """Returns the largest error of a nearness, for any order of summation.
 
-  It is (D + 6) u ‖q‖‖g‖ + 3 u ‖g‖² for a unit roundoff u: D of the product, the rest of
-  the offset's subtraction, the norms and the difference. Beyond float32's range it is
-  infinite. With ‖q‖ + d for the item's norm the bound also holds for comparisons with
-  an item at distance d: what is longer is farther by more than its larger error.
+  It is (D + 6) u ‖q‖‖g‖ + 3 u ‖g‖² for a unit roundoff u: D from the product, the rest
+  from subtracting the offset, the norms and the difference. Beyond float32's range it
+  is infinite. With ‖q‖ + d for the item's norm the bound also holds for comparisons
+  with an item at distance d: longer items are farther by more than their larger error.
 
   Args:
     num_dimensions: D.
-    query_norms: norms of queries, less the offset.
-    item_norms: norms of items, less the offset.
+    query_norms: norms of queries, after subtracting the offset.
+    item_norms: norms of items, after subtracting the offset.
     roundoff: u of the products.
 
   Returns:
-    As large as the norms, in units of the nearness.
+    Error in units of the nearness, in the shape of the norms.
   """
   products = query_norms * item_norms
   error = roundoff * ((num_dimensions + 6) * products + 3 * item_norms**2)
@@ -76,16 +77,16 @@ def product_error(
 
 
 def is_exact_in_float32(offset: np.ndarray, *parts: np.ndarray) -> bool:
-  """Whether every nearness of these vectors is computed without any rounding.
+  """Returns whether every nearness of these vectors is computed without rounding.
 
-  That holds on a grid that is coarse beside the vectors' norms, as that of binary codes
-  and of small integers.
+  This holds on a grid that is coarse relative to the vectors' norms, such as that of
+  binary codes and small integers.
 
   Args:
     offset: [D] float32, is subtracted.
-    *parts: [n, D] float each; may be mapped.
+    *parts: [n, D] float each; may be memory-mapped.
   """
-  # Nearly all data are on no grid, which the first rows show.
+  # Nearly all data lie on no grid, which the first rows show.
   return all(
     _are_on_coarse_grid([np.float32(part[:end]) - offset for part in parts])
     for end in (_NUM_LOOKED_AT, None)
@@ -96,7 +97,7 @@ def _are_on_coarse_grid(parts: Sequence[np.ndarray]) -> bool:
   largest = max(float(np.max(np.abs(part), initial=0.0)) for part in parts)
   if largest == 0.0:
     return True
-  # D products of half units add up to less than 2^24, and none leaves float32's range.
+  # D products of half units sum to less than 2^24, and none exceeds float32's range.
   num_numbers = 2.0**22 / parts[0].shape[1]
   exponent = np.floor(0.5 * np.log2(num_numbers) - np.log2(largest))
   if abs(exponent) > 60:
@@ -108,11 +109,11 @@ def _are_on_coarse_grid(parts: Sequence[np.ndarray]) -> bool:
 def squared_distances(
   queries: np.ndarray, gallery: np.ndarray, indices: np.ndarray
 ) -> np.ndarray:
-  """[Q, n] float64 squared distances, from float64 differences.
+  """Computes squared distances [Q, n] float64 from float64 differences.
 
   Args:
     queries: [Q, D] float.
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
     indices: [Q, n] int64, items of each query.
   """
   squares = np.empty(indices.shape)
@@ -132,11 +133,11 @@ def squared_distances(
 def nearness_in_float64(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray
 ) -> Iterator[np.ndarray]:
-  """Nearness by products in float64, of one part of the gallery after the other.
+  """Computes the nearness by float64 products, one part of the gallery at a time.
 
   Args:
     queries: [Q, D] float.
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
     offset: [D] float32, subtracted from both.
 
   Yields:
@@ -157,17 +158,17 @@ def nearest_in_float64(
   num_neighbours: int,
   at_most: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices and squared distances [Q, k] of the nearest items, proven for each query.
+  """Returns indices and squared distances [Q, k] of the proven nearest items.
 
-  Every item whose nearness may be among the k best is compared by float64 differences;
-  among equal ones the lower index comes first.
+  Every item whose nearness may be among the k best is compared by float64 differences.
+  Among equal distances the lower index comes first.
 
   Args:
     queries: [Q, D] float.
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
     offset: [D] float32, subtracted from both before products.
     num_neighbours: k <= G.
-    at_most: [Q] float64, squared distances that some k items do not exceed.
+    at_most: [Q] float64, upper bounds on the k-th smallest squared distance.
   """
   size = (len(queries), num_neighbours)
   indices, squares = np.empty(size, np.int64), np.empty(size)
@@ -191,7 +192,7 @@ def _perhaps_nearest(
   num_neighbours: int,
   at_most: np.ndarray,
 ) -> Iterator[np.ndarray]:
-  """For each query the items that may be among its k nearest, [n] int64 ascending."""
+  """Yields the items that may be among each query's k nearest, [n] int64 ascending."""
   norms = np.linalg.norm(queries.astype(np.float64) - offset, axis=1)
   reach = norms + np.sqrt(at_most)
   error = product_error(gallery.shape[1], norms, reach, ROUNDOFF_64)

@@ -1,7 +1,7 @@
-"""Indexes of FAISS: built by a rule, measured, and kept with a manifest.
+"""FAISS indexes: built by size, measured, and stored with a manifest.
 
-    index.faiss      as FAISS writes it
-    manifest.json    what it is, of what it was built, how well it finds; written last
+    index.faiss      as written by FAISS
+    manifest.json    kind, provenance and measured recall; written last
 
 Shapes: N items, D dimensions, Q queries, k neighbours.
 """
@@ -27,41 +27,42 @@ from trainer.runtime.filesystem import sha256_of
 FILE_NAME, MANIFEST_NAME = "index.faiss", "manifest.json"
 KINDS_WITH_CELLS = ("ivf_flat", "ivf_pq")
 KINDS = ("flat", *KINDS_WITH_CELLS, "hnsw")
-# Up to so many items a search of all is fast; from so many on, codes save memory.
+# Up to the first number of items a flat search is fast; from the second, codes save
+# memory.
 _MAX_FLAT, _MIN_CODES = 20_000, 1_000_000
 _HNSW_LINKS, _HNSW_EFFORT = 32, 128
 _BITS_A_DIMENSION = 4
-# Of the items so many a cell find its centre, drawn by FAISS; it warns below the least.
+# Training items per cell, sampled by FAISS, which warns below the minimum.
 LEAST_A_CELL, _MOST_A_CELL = 39, 64
 _NUM_MEASURED, _MEASURED_K = 1_000, 10
-# Items that are added at once, and found beside those asked for.
+# Items added at once, and candidates in addition to k.
 _NUM_ADDED, _NUM_MORE = 262_144, 16
 
 
 def choose_kind(num_items: int) -> str:
-  """The kind of index for so many items: "flat", "ivf_flat" or "ivf_pq"."""
+  """Returns the kind of index for a size: "flat", "ivf_flat" or "ivf_pq"."""
   if num_items <= _MAX_FLAT:
     return "flat"
   return "ivf_flat" if num_items < _MIN_CODES else "ivf_pq"
 
 
 def build_index(embeddings: np.ndarray, kind: str) -> Any:
-  """Builds an index, sized by the number of items.
+  """Builds an index sized by the number of items.
 
-  - flat: every item is compared, exactly.
+  - flat: compares every item, exactly.
   - ivf_flat: 4√N cells, of which 1/16 are searched, at least 8.
-  - ivf_pq: the same, with 4 bits a dimension instead of 32, looked at 32 items at once.
-  - hnsw: a graph of 32 links an item, searched with effort 128.
+  - ivf_pq: the same, with 4 bits per dimension instead of 32, scanned 32 items at once.
+  - hnsw: a graph with 32 links per item, searched with effort 128.
+
+  The index subtracts the common offset of all items from items and queries, because
+  FAISS compares in float32.
 
   Args:
     embeddings: [N, D] float32, finite.
     kind: one of `KINDS`.
 
-  The index itself subtracts what all items have in common from items and queries, as
-  FAISS compares in float32.
-
   Returns:
-    A FAISS index of Euclidean distance.
+    A FAISS index for Euclidean distance.
 
   Raises:
     UserError: the kind is unknown or there are too few items for it, or FAISS is not
@@ -91,7 +92,7 @@ def build_index(embeddings: np.ndarray, kind: str) -> Any:
 def _training_vectors(
   embeddings: np.ndarray, offset: np.ndarray, num_cells: int
 ) -> np.ndarray:
-  """Of which FAISS finds the centres of cells; it draws among them once more."""
+  """Returns the vectors to train cells with, of which FAISS draws a sample."""
   if not offset.any():
     return embeddings
   num_drawn = min(len(embeddings), num_cells * _MOST_A_CELL)
@@ -100,7 +101,7 @@ def _training_vectors(
 
 
 def _less_offset(faiss: Any, index: Any, offset: np.ndarray) -> Any:
-  """An index that subtracts an offset from items and queries."""
+  """Returns an index that subtracts an offset from items and queries."""
   centring = faiss.CenteringTransform(len(offset))
   faiss.copy_array_to_vector(offset, centring.mean)
   centring.is_trained = True
@@ -128,16 +129,16 @@ def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) 
 def measure_index(
   index: Any, embeddings: np.ndarray, *, seed: int = 0
 ) -> dict[str, float]:
-  """How well and how fast an index finds what exact search finds, itself left out.
+  """Measures an index against exact search, without the query itself.
 
   Args:
     index: of these embeddings.
     embeddings: [N, D] float32.
-    seed: of the items that are drawn to ask.
+    seed: random seed for drawing query items.
 
   Returns:
     "recall_at_10", the share of the 10 nearest other items that it finds, and
-    "queries_per_second"; nothing of a single item.
+    "queries_per_second"; empty for a single item.
   """
   num_items = len(embeddings)
   k = min(_MEASURED_K, num_items - 1)
@@ -164,14 +165,14 @@ def write_index(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
   """Writes an index, and its manifest last.
 
   Args:
-    folder: is made if it is missing; an index in it is replaced.
+    folder: is created if it is missing; an existing index is replaced.
     index: of FAISS.
-    manifest: what is known of it; size and hash are added.
+    manifest: description of the index; size and hash are added.
   """
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, FILE_NAME)
   manifest_path = os.path.join(folder, MANIFEST_NAME)
-  # Both are written before one is replaced: a full disk leaves the old index whole.
+  # Write both before replacing either, so that a full disk leaves the old index valid.
   with (
     filesystem.replacing(manifest_path) as new_manifest,
     filesystem.replacing(path) as new,
@@ -188,17 +189,17 @@ def write_index(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
 
 
 class KeptIndex:
-  """An index that was written.
+  """An index on disk.
 
   Attributes:
-    manifest: what is known of it.
+    manifest: description of the index.
 
   Args:
-    folder: as `write` left it.
+    folder: written by `write_index`.
 
   Raises:
-    UserError: there is none, its file is not the one its manifest tells of, or FAISS is
-      not installed.
+    UserError: there is no index, its file does not match its manifest, or FAISS is not
+      installed.
   """
 
   def __init__(self, folder: str):
@@ -219,18 +220,18 @@ class KeptIndex:
   def nearest(
     self, queries: np.ndarray, embeddings: np.ndarray, *, num_neighbours: int
   ) -> Neighbours:
-    """For each query about its nearest items; fewer where cells hold fewer: index −1.
+    """Finds the approximately nearest items; index −1 where cells hold fewer.
 
-    What the index finds, and a few more, is put in the order of true distances. A flat
-    index compares all items, and so does this without it, exactly.
+    The results of the index and a few more are ordered by true distance. A flat index
+    compares all items, so it is replaced by the exact search.
 
     Args:
       queries: [Q, D] float32, finite.
-      embeddings: [N, D] float32, of which the index is; may be mapped.
+      embeddings: [N, D] float32, the embeddings of the index; may be memory-mapped.
       num_neighbours: k <= N.
 
     Raises:
-      UserError: k exceeds the gallery, or the dimensions differ.
+      UserError: k exceeds the gallery size, or the dimensions differ.
     """
     check_sizes(queries, (self._index.ntotal, self._index.d), num_neighbours)
     if self.manifest.get("kind") == "flat":

@@ -1,19 +1,15 @@
 """Exact nearest neighbours in bounded memory, by FAISS or by tiles.
 
-By FAISS on the processor of one replica, where it is installed; else by tiles on the
-devices. Both find the same, because what rounding errors leave open is compared again.
+A search by float32 products finds a few more items than requested. It uses FAISS on the
+CPU of one replica if it is installed, otherwise tiles on the devices. Distances of
+these candidates are then computed by float64 differences, which give the order.
 
-Shapes: Q queries, G gallery items, D dimensions, k neighbours.
+No other item belongs among the first k if the k-th is nearer than every item outside
+the candidates by more than the largest rounding error. Queries for which this is not
+proven are compared with all items again. Both searches therefore give the same result.
 
-A search by products in float32, on the devices or by FAISS, finds a few more items than
-are asked for. Their distances are taken again in float64, from differences: they give
-the order. That no other item belongs among the first k follows where the k-th is nearer
-than anything that was not found, by more than the largest rounding error.
-
-Shapes: Q queries, G gallery items, D dimensions, k neighbours, E >= k found.
-
-Shapes: Q queries, G gallery items, D dimensions, k neighbours; T items of a tile, W of
-a window.
+Shapes: Q queries, G gallery items, D dimensions, k neighbours, E >= k candidates, T
+items of a tile, W columns of a window.
 """
 
 from __future__ import annotations
@@ -40,8 +36,8 @@ from trainer.retrieval.exact_distances import (
 )
 from trainer.runtime import watchdog
 
-# Items found beside those asked for: room between the last of these and all others.
-# More take more time; fewer leave more queries to be compared with all items again.
+# Candidates in addition to k: a margin between the k-th item and those not found. More
+# take more time; with fewer, more queries are compared with all items again.
 _NUM_MORE_OF_FAISS, _NUM_MORE_OF_TILES = 16, 2
 
 # Queries and items given to FAISS at once: 128 MB of items at 128 dimensions.
@@ -50,25 +46,25 @@ _SMALLEST_NORMAL = 2.0**-126
 
 # Queries and gallery items of a tile on one replica: 256 MB of products.
 _MIN_TILE_QUERIES, _MIN_TILE_ITEMS = 4_096, 16_384
-# Every item's product is of one kernel where tiles have a multiple of so many items, so
-# that equal items are equally near.
+# If tiles have a multiple of this many items, one kernel computes every product, so that
+# equal items are equally near.
 _KERNEL = 32
-# Narrower windows don't pay.
+# Narrower windows do not save time.
 _MIN_WINDOW = 4
 
 
 def is_faiss_installed() -> bool:
-  """Whether it can be loaded."""
+  """Returns whether FAISS can be imported."""
   return importlib.util.find_spec("faiss") is not None
 
 
 def load_faiss() -> Any:
-  """The module.
+  """Returns the module `faiss`.
 
   Raises:
-    UserError: it is not installed.
+    UserError: FAISS is not installed.
   """
-  # It tells at length which instructions of the processor it uses.
+  # The loader logs at length which CPU instructions it uses.
   logging.getLogger("faiss.loader").setLevel(logging.WARNING)
   try:
     import faiss
@@ -80,7 +76,7 @@ def load_faiss() -> Any:
 
 
 class Neighbours(NamedTuple):
-  """The gallery items nearest to each query.
+  """The nearest gallery items of each query.
 
   Attributes:
     indices: [Q, k] int64, nearest first.
@@ -94,24 +90,24 @@ class Neighbours(NamedTuple):
 def nearest(
   queries: np.ndarray, gallery: np.ndarray, *, num_neighbours: int
 ) -> Neighbours:
-  """For each query its nearest gallery items, among equal ones the lower index first.
+  """Finds the nearest gallery items of each query; ties by the lower index.
 
-  A [queries, items] matrix of distances never exists. Products in float32 find a few
-  more items than are asked for. Differences in float64 put these in order, and an
-  answer is taken where no rounding error can have left out another item. Other queries
-  are compared with all items in float64. So order and distances are those of float64
-  differences, for near-duplicates as well, and the same on all devices.
+  The matrix of all distances is never in memory. Float32 products find a few more items
+  than requested, and float64 differences order them. A result is accepted if no
+  rounding error can have left out another item; other queries are compared with all
+  items in float64. Order and distances thus equal those of float64 differences, also
+  for near-duplicates, and are the same on all devices.
 
   Args:
     queries: [Q, D] float, finite.
-    gallery: [G, D] float, finite; may be mapped. Both are taken as float32.
+    gallery: [G, D] float, finite; may be memory-mapped. Both are converted to float32.
     num_neighbours: k <= G.
 
   Returns:
-    Indices and distances. Without a query: nothing, [0, k].
+    Indices and distances; [0, k] without queries.
 
   Raises:
-    UserError: k exceeds the gallery, or the dimensions differ.
+    UserError: k exceeds the gallery size, or the dimensions differ.
   """
   check_sizes(queries, gallery.shape, num_neighbours)
   if not len(queries):
@@ -122,7 +118,7 @@ def nearest(
     gallery = np.asarray(gallery, np.float32)
   offset, roundoff = common_offset(gallery), _unit_roundoff()
   if roundoff == ROUNDOFF_32 and is_exact_in_float32(offset, queries, gallery):
-    # As of binary codes, of which many are equally near.
+    # For example binary codes, where many items are equally near.
     indices, squares = search_by_tiles(
       queries, gallery, offset, num_neighbours=num_neighbours
     )
@@ -150,7 +146,7 @@ def nearest(
 def _candidates(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_neighbours: int
 ) -> FaissCandidates:
-  """A few more than k, from FAISS or from the devices."""
+  """Returns a few more than k candidates, from FAISS or from the devices."""
   by_faiss = faiss_serves()
   num_more = _NUM_MORE_OF_FAISS if by_faiss else _NUM_MORE_OF_TILES
   num_found = min(num_neighbours + num_more, len(gallery))
@@ -165,21 +161,21 @@ def _roots(squares: np.ndarray) -> np.ndarray:
 
 
 def _unit_roundoff() -> float:
-  """Of products of float32 numbers on the devices, at most."""
+  """Returns an upper bound on the roundoff of float32 products on the devices."""
   kinds = {device.device_type for device in tf.config.list_logical_devices()}
   if kinds == {"CPU"}:
     return ROUNDOFF_32
   if tf.config.experimental.tensor_float_32_execution_enabled():
     # TensorFloat-32 has 11 bits, and bfloat16 8.
     return 2.0**-11 if kinds <= {"CPU", "GPU"} else 2.0**-8
-  # A TPU adds up products of bfloat16 parts, which is a little less than float32.
+  # A TPU sums products of bfloat16 parts, slightly less precise than float32.
   return ROUNDOFF_32 if kinds <= {"CPU", "GPU"} else 2.0**-21
 
 
 def check_sizes(
   queries: np.ndarray, gallery_shape: Sequence[int], num_neighbours: int
 ) -> None:
-  """Checks that queries can be answered from a gallery.
+  """Checks that a gallery can be searched for queries.
 
   Args:
     queries: [Q, D].
@@ -187,7 +183,7 @@ def check_sizes(
     num_neighbours: k.
 
   Raises:
-    UserError: k exceeds the gallery, or the dimensions differ.
+    UserError: k exceeds the gallery size, or the dimensions differ.
   """
   num_items, num_dimensions = gallery_shape
   if queries.shape[1] != num_dimensions:
@@ -203,19 +199,19 @@ def check_sizes(
 
 
 def faiss_serves() -> bool:
-  """Whether this is one replica on a processor, and FAISS is installed."""
+  """Returns whether there is one replica on a CPU and FAISS is installed."""
   is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
   kinds = {device.device_type for device in tf.config.list_logical_devices()}
   return is_one and kinds == {"CPU"} and is_faiss_installed()
 
 
 class FaissCandidates(NamedTuple):
-  """What a search in float32 found.
+  """Candidates of a float32 search.
 
   Attributes:
     indices: [Q, E] int64, in any order.
-    last: [Q] float, the largest of their squared distances, as they were compared: no
-      other item has a smaller one.
+    last: [Q] float, the largest of their squared distances as compared in the search;
+      no other item has a smaller one.
   """
 
   indices: np.ndarray
@@ -223,10 +219,10 @@ class FaissCandidates(NamedTuple):
 
 
 class Found(NamedTuple):
-  """What is known of the nearest items.
+  """Nearest candidates, and whether they are proven.
 
   Attributes:
-    indices: [Q, k] int64, nearest first; among equal ones the lower index first.
+    indices: [Q, k] int64, nearest first; among equal distances the lower index first.
     squares: [Q, k] float64, squared distances.
     is_certain: [Q] bool, whether it is proven that no other item belongs there.
   """
@@ -245,15 +241,15 @@ def prove(
   num_neighbours: int,
   roundoff: float,
 ) -> Found:
-  """The k nearest of the candidates, and whether they are the nearest of all.
+  """Returns the k nearest candidates, and whether they are the nearest of all items.
 
   Args:
     queries: [Q, D] float32.
-    gallery: [G, D] float; may be mapped.
-    offset: [D] float32, was subtracted from both before float32 was reckoned in.
+    gallery: [G, D] float; may be memory-mapped.
+    offset: [D] float32, was subtracted from both before the float32 products.
     candidates: E of each query; E = G, or more than k.
     num_neighbours: k <= E.
-    roundoff: of the products by which they were found.
+    roundoff: of the products that found the candidates.
   """
   ids = np.sort(candidates.indices, axis=1)
   squares = _squared_distances(queries, gallery, ids)
@@ -263,7 +259,7 @@ def prove(
   )
   if ids.shape[1] == len(gallery):
     return Found(indices, squares, np.ones(len(queries), bool))
-  # An item as near as the k-th is no longer than the query's length and that distance.
+  # The norm of an item as near as the k-th is at most ‖q‖ plus that distance.
   kth = np.sqrt(squares[:, -1])
   centred = queries - offset
   norms = np.sqrt(np.einsum("qd,qd->q", centred, centred, dtype=np.float64))
@@ -277,7 +273,7 @@ def prove(
 def _squared_distances(
   queries: np.ndarray, gallery: np.ndarray, indices: np.ndarray
 ) -> np.ndarray:
-  """[Q, E] float64, by all cores."""
+  """Computes squared distances [Q, E] float64 on all cores."""
   num_parts = os.cpu_count() or 1
   parts = (np.array_split(each, num_parts) for each in (queries, indices))
   with futures.ThreadPoolExecutor(num_parts) as threads:
@@ -290,11 +286,11 @@ def _squared_distances(
 def candidates_of_faiss(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, *, num_found: int
 ) -> FaissCandidates:
-  """Candidates by FAISS, which computes on the processor.
+  """Finds candidates with FAISS on the CPU.
 
   Args:
     queries: [Q, D] float32.
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
     offset: [D] float32, subtracted from both.
     num_found: E <= G.
   """
@@ -335,15 +331,15 @@ def search_by_tiles(
   max_queries: int = _MIN_TILE_QUERIES,
   max_items: int = _MIN_TILE_ITEMS,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices [Q, k] int64 and squared distances [Q, k] float64, nearest first.
+  """Returns indices [Q, k] int64 and squared distances [Q, k] float64, nearest first.
 
-  A [queries, items] matrix of distances never exists: a tile's products are reduced to
-  the k best before the next. Nearness is compared as q·g − ‖g‖²/2 in float32; among
+  The matrix of all distances is never in memory: the products of a tile are reduced to
+  the k best before the next tile. Items are compared by q·g − ‖g‖²/2 in float32; among
   equal ones the lower index comes first. The replicas share the queries.
 
   Args:
     queries: [Q, D] float, Q > 0.
-    gallery: [G, D] float; may be mapped.
+    gallery: [G, D] float; may be memory-mapped.
     offset: [D] float32, subtracted from both.
     num_neighbours: k <= G.
     max_queries: of a tile on one replica.
@@ -363,7 +359,7 @@ def search_by_tiles(
 def _merge_fn(
   strategy: tf.distribute.Strategy,
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
-  """Kept, so that it is traced once for a shape and not at each call."""
+  """Returns the merge function, cached so that it is traced once per shape."""
   return tf.function(
     lambda *arguments: strategy.run(_merged, arguments), autograph=False
   )
@@ -372,7 +368,7 @@ def _merge_fn(
 def _parts(
   queries: np.ndarray, offset: np.ndarray, num_rows: int
 ) -> Iterator[np.ndarray]:
-  """Parts of [num_rows, D], the last filled up with zeros."""
+  """Yields parts of [num_rows, D], the last padded with zeros."""
   for start in range(0, len(queries), num_rows):
     yield _filled(queries[start : start + num_rows], offset, num_rows)
 
@@ -389,10 +385,10 @@ def _nearest_of_part(
   num_neighbours: int,
   max_items: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Indices and squared distances [Q, k] of queries that the replicas divide.
+  """Returns indices and squared distances [Q, k]; the replicas divide the queries.
 
   Args:
-    queries: [Q, D] float32, less the offset.
+    queries: [Q, D] float32, after subtracting the offset.
     gallery: [G, D].
     offset: [D].
     num_neighbours: k.
@@ -430,14 +426,14 @@ def _merged(
   nearness: tf.Tensor,
   indices: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """The best of what was found before and of a tile.
+  """Merges the best items so far with those of a tile.
 
   Args:
     queries: [Q, D] float32.
     tile: [T, D] float32.
-    place: [2] int32, the gallery index of the tile's first item, and how many items it
-      has; the rest is padding.
-    nearness: [Q, k] float32 of what was found, best first.
+    place: [2] int32, the gallery index of the tile's first item, and its number of
+      items; the rest is padding.
+    nearness: [Q, k] float32 of the best items so far, best first.
     indices: [Q, k] int32.
 
   Returns:
@@ -449,7 +445,7 @@ def _merged(
   half_norms = tf.where(is_item, half_norms, np.inf)
   found = tf.matmul(queries, tile, transpose_b=True) - half_norms
   found, columns = _best_windows(found, nearness.shape[1])
-  # What was found before has lower indices: among equals, top_k takes the first.
+  # Earlier items have lower indices; among equals, top_k takes the first.
   both = tf.concat([nearness, found], axis=1)
   both_indices = tf.concat([indices, first_item + columns], axis=1)
   nearness, places = tf.math.top_k(both, nearness.shape[1])
@@ -457,20 +453,21 @@ def _merged(
 
 
 def _best_windows(found: tf.Tensor, num_neighbours: int) -> tuple[tf.Tensor, tf.Tensor]:
-  """The columns among which the k best of each row are, in ascending order.
+  """Returns columns that include the k best of each row, in ascending order.
 
-  Of windows of W columns, the k whose best is best hold the k best columns: a column of
-  another window is no better than these k bests, and stands behind those it equals.
+  Of windows of W columns, the k windows with the best maximum contain the k best
+  columns: a column of another window is no better than these k maxima, and comes after
+  those it equals.
 
   Args:
-    found: [Q, T] float32, the more the better.
+    found: [Q, T] float32, larger is better.
     num_neighbours: k.
 
   Returns:
-    Values [Q, n] float32, and which columns they are, [Q, n] int32; n is k · W, or T.
+    Values [Q, n] float32 and their columns [Q, n] int32; n is k · W, or T.
   """
   num_rows, num_columns = found.shape
-  # Windows are looked at, and k · W columns: about as many of either.
+  # Balance the number of windows and the k · W columns.
   width = 2 ** round(math.log2(max(1.0, num_columns / num_neighbours)) / 2.0)
   if width < _MIN_WINDOW or num_columns % width:
     return found, tf.tile(tf.range(num_columns)[None, :], [num_rows, 1])

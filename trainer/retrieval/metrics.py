@@ -1,12 +1,10 @@
 """Retrieval metrics of one query, and bootstrap intervals of their means.
 
 Each function takes the ranks of a query's R relevant items, r_1 < r_2 < … < r_R, from
-1, and gives one number; of many queries with as many each, many. A metric of a set of
-queries is the mean over them.
+1, and returns one number. For several queries with the same R it returns one number per
+query. A metric of a set of queries is the mean over them.
 
-Shapes: [...] queries, R relevant items of each, R >= 1.
-
-Shapes: Q queries, M metrics.
+Shapes: [...] queries with R >= 1 relevant items each; Q queries, M metrics.
 """
 
 from __future__ import annotations
@@ -20,14 +18,14 @@ _CONFIDENCE = 0.95
 
 
 def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """Whether any of the k nearest is relevant: [r_1 <= k]; also hit rate, CMC@k.
+  """Returns whether any of the k nearest is relevant: [r_1 <= k]; also hit rate, CMC@k.
 
   Args:
     ranks: [..., R] int, ascending.
-    k: how many neighbours count.
+    k: number of neighbours that count.
 
   Returns:
-    0 or 1, as each of these functions [...] float.
+    [...] float, 0 or 1. All metrics of this module have this shape.
 
   Source: Jégou et al. 2011, Product quantization for nearest neighbor search.
   """
@@ -35,31 +33,31 @@ def recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def set_recall_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """Share of the relevant items that are among the k nearest: |{r_j <= k}| / R.
+  """Returns the share of relevant items among the k nearest: |{r_j <= k}| / R.
 
   Information retrieval calls this recall@k.
 
   Args:
     ranks: [..., R] int, ascending.
-    k: how many neighbours count.
+    k: number of neighbours that count.
   """
   return _num_within(ranks, k) / ranks.shape[-1]
 
 
 def precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """Share of the k nearest that are relevant: |{r_j <= k}| / k.
+  """Returns the share of the k nearest that are relevant: |{r_j <= k}| / k.
 
-  It can't reach 1 where R < k.
+  It is below 1 if R < k.
 
   Args:
     ranks: [..., R] int, ascending.
-    k: how many neighbours count.
+    k: number of neighbours that count.
   """
   return _num_within(ranks, k) / k
 
 
 def r_precision(ranks: np.ndarray) -> np.ndarray:
-  """Share of relevant items among the R nearest: |{r_j <= R}| / R.
+  """Returns the share of relevant items among the R nearest: |{r_j <= R}| / R.
 
   Args:
     ranks: [..., R] int, ascending.
@@ -68,7 +66,7 @@ def r_precision(ranks: np.ndarray) -> np.ndarray:
 
 
 def average_precision(ranks: np.ndarray) -> np.ndarray:
-  """1/R Σ_j precision@r_j, where precision@r_j = j / r_j; its mean is MAP.
+  """Returns 1/R Σ_j precision@r_j, where precision@r_j = j / r_j; its mean is MAP.
 
   Args:
     ranks: [..., R] int, ascending.
@@ -77,11 +75,11 @@ def average_precision(ranks: np.ndarray) -> np.ndarray:
 
 
 def average_precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """1/min(R, k) Σ_{j: r_j <= k} j / r_j; its mean is mAP@k.
+  """Returns 1/min(R, k) Σ_{j: r_j <= k} j / r_j; its mean is mAP@k.
 
   Args:
     ranks: [..., R] int, ascending.
-    k: how many neighbours count.
+    k: number of neighbours that count.
   """
   first = ranks[..., :k]
   precisions = np.where(first <= k, _places(first) / first, 0.0)
@@ -89,7 +87,7 @@ def average_precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def average_precision_at_r(ranks: np.ndarray) -> np.ndarray:
-  """1/R Σ_{j: r_j <= R} j / r_j; its mean is MAP@R.
+  """Returns 1/R Σ_{j: r_j <= R} j / r_j; its mean is MAP@R.
 
   Args:
     ranks: [..., R] int, ascending.
@@ -100,7 +98,7 @@ def average_precision_at_r(ranks: np.ndarray) -> np.ndarray:
 
 
 def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
-  """1 / r_1; its mean is MRR.
+  """Returns 1 / r_1; its mean is MRR.
 
   Args:
     ranks: [..., R] int, ascending.
@@ -109,11 +107,11 @@ def reciprocal_rank(ranks: np.ndarray) -> np.ndarray:
 
 
 def ndcg_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
-  """Σ_{j: r_j <= k} 1/log₂(1 + r_j), over the same sum for the best ranks, 1, 2, 3 ….
+  """Returns Σ_{j: r_j <= k} 1/log₂(1 + r_j) relative to the best ranks, 1, 2, 3 ….
 
   Args:
     ranks: [..., R] int, ascending.
-    k: how many neighbours count.
+    k: number of neighbours that count.
 
   Source: Järvelin and Kekäläinen 2002, Cumulated gain-based evaluation.
   """
@@ -124,24 +122,24 @@ def ndcg_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
 
 
 def _num_within(ranks: np.ndarray, k: int) -> np.ndarray:
-  """How many ranks are up to k, which are among the first k."""
+  """Counts the ranks up to k, which are among the first k."""
   return (ranks[..., :k] <= k).sum(axis=-1)
 
 
 def _places(ranks: np.ndarray) -> np.ndarray:
-  """The numbers 1, 2, 3 … up to R, as [R] int."""
+  """Returns the numbers 1, 2, 3 … up to R, [R] int."""
   return np.arange(1, ranks.shape[-1] + 1)
 
 
 def bootstrap_intervals(values: np.ndarray, *, seed: int = 0) -> np.ndarray:
-  """Percentile intervals of means: 95 % of 1,000 resamples of the queries lie inside.
+  """Computes 95 % percentile intervals of means, from 1,000 resamples of the queries.
 
-  All metrics are resampled together. Queries of one class are not independent: where
-  classes are few, what new classes would give varies more than this says.
+  All metrics are resampled together. Queries of one class are not independent: with few
+  classes, new classes vary more than these intervals.
 
   Args:
     values: [Q, M] float64, Q >= 1.
-    seed: of the resampling.
+    seed: random seed of the resampling.
 
   Returns:
     [M, 2] float64, low and high.

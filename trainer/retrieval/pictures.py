@@ -1,10 +1,6 @@
-"""Pictures of records, thumbnails, and grids of them.
+"""Pictures of records, thumbnails, and grids of pictures.
 
-Shapes: N pictures, H × W pixels, C channels.
-
-Shapes: N records.
-
-Shapes: H × W pixels, C channels.
+Shapes: N pictures or records, H × W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ from trainer.data.images import Decoder
 from trainer.data.records import RecordIndex
 from trainer.retrieval.report_data import Sprite
 
-# PNG files above both limits are worth JPEG's loss.
+# PNG files above both limits are stored as JPEG.
 _MAX_PNG_BYTES, _MAX_PNG_BYTES_PER_PIXEL = 2_000, 0.5
 _JPEG_QUALITY = 80
 
@@ -32,7 +28,7 @@ _WHITE = 255
 
 
 def shrink(pictures: Sequence[bytes], max_side: int) -> np.ndarray:
-  """Pictures of one size, each side at most so long; a smaller one stays as it is.
+  """Shrinks pictures to a maximum side; smaller pictures are unchanged.
 
   Args:
     pictures: N PNG files, all of one size.
@@ -52,7 +48,7 @@ def shrink(pictures: Sequence[bytes], max_side: int) -> np.ndarray:
 
 
 def data_uri(image: np.ndarray) -> str:
-  """The picture as text: PNG, or JPEG where that would be large.
+  """Returns a data URI of a picture: PNG, or JPEG if the PNG is large.
 
   Args:
     image: [H, W, C] uint8.
@@ -65,7 +61,7 @@ def data_uri(image: np.ndarray) -> str:
 
 
 def mosaic(images: np.ndarray) -> np.ndarray:
-  """Pictures in rows, as near to a square as it goes; the rest is black.
+  """Arranges pictures in rows, as nearly square as possible; the rest is black.
 
   Args:
     images: [N, H, W, C] uint8.
@@ -83,7 +79,7 @@ def mosaic(images: np.ndarray) -> np.ndarray:
 
 
 def sprite(images: np.ndarray) -> Sprite:
-  """Pictures as one.
+  """Combines pictures into one.
 
   Args:
     images: [N, H, W, C] uint8.
@@ -102,15 +98,16 @@ def sprite(images: np.ndarray) -> Sprite:
 def pictures_of(
   index: RecordIndex, decoder: Decoder, record_numbers: np.ndarray
 ) -> Optional[Callable[[np.ndarray], list[bytes]]]:
-  """What gives PNG files of records; None if the inputs are no pictures.
+  """Returns a function that makes PNG files of records; None for other inputs.
 
   Args:
-    index: where the records are.
-    decoder: makes inputs of them.
+    index: of the records.
+    decoder: decodes records to inputs.
     record_numbers: [N] int64.
 
   Returns:
-    From positions among the record numbers, [n] int64, to n files.
+    A function from positions among the record numbers, [n] int64, to n files; None if
+    inputs are not pictures.
   """
   shape = decoder.shape
   if len(shape) != 3 or shape[-1] not in (1, 3):
@@ -129,11 +126,11 @@ def pictures_of(
 
 
 def grid_png(rows: Sequence[Sequence[Optional[np.ndarray]]]) -> bytes:
-  """A PNG file.
+  """Returns a PNG file of a grid of pictures.
 
   Args:
-    rows: of [H, W, C] uint8, all of one shape; None leaves a place empty. Small ones
-      are enlarged by whole factors.
+    rows: of [H, W, C] uint8, all of one shape; None leaves a cell empty. Small pictures
+      are enlarged by integer factors.
   """
   height, width, channels = next(p for row in rows for p in row if p is not None).shape
   factor = max(1, -(-_MIN_HEIGHT // height))

@@ -1,8 +1,6 @@
-"""Answers to queries by image, vector or key, and sampled neighbourhoods.
+"""Search by image, vector or key, and sampled queries of an evaluation.
 
-Shapes: N items, D dimensions, Q sampled queries, k neighbours.
-
-Shapes: N items, D dimensions, n vectors of a file, k neighbours.
+Shapes: N items, D dimensions, Q sampled queries, n vectors of a file, k neighbours.
 """
 
 from __future__ import annotations
@@ -19,15 +17,15 @@ from trainer.retrieval.ground_truth import LabelGroundTruth
 from trainer.retrieval.knn import Neighbours, check_sizes, nearest
 
 _MAX_QUERIES, _MAX_NEIGHBOURS = 2_000, 100
-# Queries that exclude more would be searched much deeper than is looked at.
+# Queries with more excluded items would need a much deeper search.
 _MAX_EXCLUDED = 200
 
-# Squares of distances between such vectors are below float32's largest number.
+# Below this squared norm, squared distances fit into float32.
 _MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
 
 
 class SampledAnswers(NamedTuple):
-  """Some queries and what is nearest to them, without what doesn't count.
+  """Sampled queries and their nearest items, without excluded items.
 
   Attributes:
     queries: [Q] int64, items.
@@ -47,13 +45,13 @@ def sampled_answers(
   *,
   seed: int = 0,
 ) -> SampledAnswers:
-  """Neighbours of queries that are drawn at random, searched by all replicas.
+  """Samples queries at random and finds their neighbours, on all replicas.
 
   Args:
     embeddings: [N, D] float32, finite.
-    judged: what is found, and what is relevant to whom.
-    asking: [n] int64, the items to draw from; each has something to find.
-    seed: of the drawing.
+    judged: queries, gallery and ground truth.
+    asking: [n] int64, the items to draw from; each has relevant items.
+    seed: random seed of the drawing.
 
   Returns:
     At most 2,000 queries with at most 100 neighbours each.
@@ -81,9 +79,9 @@ def sampled_answers(
   return SampledAnswers(judged.queries[drawn], judged.gallery[neighbours], is_right)
 
 
-# Embeds the bytes of an image file: [D] float32.
+# Embeds the bytes of an image file; returns [D] float32.
 EmbedFn = Callable[[bytes], np.ndarray]
-# The nearest items of queries [Q, D] and their number.
+# Returns the nearest items of queries [Q, D], given k.
 NearestFn = Callable[[np.ndarray, int], Neighbours]
 
 
@@ -94,7 +92,7 @@ class Hit(NamedTuple):
     item: its row.
     key: its name.
     class_name: its class.
-    distance: from the query, Euclidean.
+    distance: Euclidean distance from the query.
   """
 
   item: int
@@ -104,12 +102,12 @@ class Hit(NamedTuple):
 
 
 class Answer(NamedTuple):
-  """What was found for a query, or why nothing was.
+  """Result of a query, or its error.
 
   Attributes:
-    query: as it was asked.
+    query: the query as given.
     hits: nearest first.
-    error: what is wrong with the query; None if nothing is.
+    error: why the query is invalid; None if it is valid.
   """
 
   query: str
@@ -117,7 +115,7 @@ class Answer(NamedTuple):
   error: Optional[str] = None
 
   def items(self) -> list[int]:
-    """The rows of the hits."""
+    """Returns the rows of the hits."""
     return [hit.item for hit in self.hits]
 
 
@@ -125,9 +123,9 @@ class Query(NamedTuple):
   """A query as a vector.
 
   Attributes:
-    name: as it was asked.
+    name: the query as given.
     vector: [D] float32.
-    row: of the item that it is itself; None if it is none.
+    row: row of the item with this key; None if the query is not an item.
   """
 
   name: str
@@ -143,21 +141,21 @@ def answer(
   nearest_fn: NearestFn,
   num_neighbours: int,
 ) -> list[Answer]:
-  """Answers each query; one that can't be answered holds up none of the others.
+  """Searches for each query; an invalid query does not affect the others.
 
   Args:
     asked: paths of image files, paths of `.npy` files with vectors [n, D] or [D], or
-      keys. What a key names is not its own neighbour.
+      keys. The item of a key is excluded from its own neighbours.
     kept: the embeddings that are searched.
     embed_fn: embeds an image.
     nearest_fn: searches.
     num_neighbours: k.
 
   Returns:
-    An answer for each query, in order; n for a file of n vectors.
+    One result per query, in order; n for a file of n vectors.
 
   Raises:
-    UserError: nothing is asked.
+    UserError: there are no queries.
   """
   if not asked:
     raise UserError("Nothing is asked; name an image, a .npy file or a key by --query.")
@@ -204,20 +202,20 @@ def _content(path: str) -> bytes:
 def _vectors(path: str) -> np.ndarray:
   try:
     vectors = np.load(path, allow_pickle=False)
-  except Exception as error:  # Python's parser reads the head, and has many.
+  except Exception as error:  # Python's parser of the header raises many types.
     raise UserError(f"{path} holds no array of numbers.") from error
   if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiub":
     raise UserError(f"{path} holds no array of numbers.")
   if vectors.ndim not in (1, 2) or not vectors.size:
     raise UserError(f"{path} holds an array of {vectors.shape}, not one of vectors.")
-  with np.errstate(over="ignore"):  # What becomes infinite is told of later.
+  with np.errstate(over="ignore"):  # Infinities are reported later.
     return vectors.astype(np.float32)
 
 
 def _fault(
   query: Query, gallery_shape: Sequence[int], num_neighbours: int
 ) -> Optional[str]:
-  """Why a query can't be answered; None where it can."""
+  """Returns why a query has no result; None if it is valid."""
   num_others = gallery_shape[0] - (query.row is not None)
   try:
     check_sizes(query.vector[None], (num_others, gallery_shape[1]), num_neighbours)
@@ -236,7 +234,7 @@ def _found(
   nearest_fn: NearestFn,
   num_neighbours: int,
 ) -> Iterator[Answer]:
-  """Answers queries by one search; in it an item is its own neighbour too."""
+  """Searches for all queries at once, and removes a query's own item from its results."""
   num_wanted = num_neighbours + any(query.row is not None for query in queries)
   vectors = np.stack([query.vector for query in queries])
   found = nearest_fn(vectors, min(num_wanted, len(kept.keys)))

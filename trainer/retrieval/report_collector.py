@@ -1,4 +1,4 @@
-"""Collects the evidence of an evaluation.
+"""Collects the data of a report from an evaluation.
 
 Shapes: G items, D dimensions, Q queries, k neighbours.
 """
@@ -32,27 +32,26 @@ def collect_report_data(
   pictures_fn: Optional[PicturesFn] = None,
   seed: int = 0,
 ) -> ReportData:
-  """Samples what is to be shown; the same seed gives the same sample.
+  """Samples the data of a report; the same seed gives the same sample.
 
-  Queries whose class has no other item have no answer and are left out, unless it is
-  given what is right.
+  Queries whose class has no other item are left out, unless `is_right` is given.
 
   Args:
     embeddings: [G, D] float32.
     labels: [G] int.
     neighbours: [Q, k] int64, items nearest to each query, nearest first, without the
       query itself.
-    queries: [Q] int64, the items that ask.
+    queries: [Q] int64, the query items.
     class_names: name of each label.
-    is_right: [Q, k] bool, whether a neighbour is relevant; None where those of the
-      query's class are.
-    pictures_fn: PNG files, all of one size, of items [n] int64; None if inputs are no
-      pictures.
-    seed: of the samples.
+    is_right: [Q, k] bool, whether a neighbour is relevant; None if the items of the
+      query's class are relevant.
+    pictures_fn: returns PNG files, all of one size, of items [n] int64; None if inputs
+      are not pictures.
+    seed: random seed of the samples.
 
   Raises:
-    UserError: an embedding is not finite; no query has a relevant item, or there are
-      no neighbours.
+    UserError: an embedding is not finite, no query has a relevant item, or there are no
+      neighbours.
   """
   answers = _answers(embeddings, labels, neighbours, queries, is_right, class_names)
   is_right = answers.is_right
@@ -83,7 +82,7 @@ def _answers(
   is_right: Optional[np.ndarray],
   class_names: Union[Sequence[str], Mapping[int, str]],
 ) -> Answers:
-  """The answers to queries with a relevant item."""
+  """Returns the results of the queries with a relevant item."""
   num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
   if num_bad:
     raise UserError(f"{num_bad} of {len(embeddings)} embeddings are not finite.")
@@ -108,7 +107,7 @@ def _map(
   pictures_fn: Optional[PicturesFn],
   random: np.random.Generator,
 ) -> EmbeddingMap:
-  """A map of the shown queries and of others drawn at random."""
+  """Returns a map of the shown queries and of other items drawn at random."""
   asking = [query.item for query in shown]
   others = np.setdiff1d(np.arange(len(answers.labels)), asking)
   num_others = min(NUM_MAPPED - len(asking), len(others))
@@ -135,7 +134,7 @@ def _map(
 def _pictures(
   shown: Sequence[ShownQuery], pictures_fn: Optional[PicturesFn]
 ) -> dict[str, str]:
-  """Thumbnails of shown queries and their neighbours, by item."""
+  """Returns thumbnails of shown queries and their neighbours, by item."""
   if pictures_fn is None:
     return {}
   items = sorted(

@@ -1,4 +1,4 @@
-"""The results of an evaluation, and `eval/metrics.json`.
+"""Results of an evaluation, `eval/metrics.json` and `eval/classes.csv`.
 
 Shapes: N items, D dimensions, Q queries, k neighbours.
 """
@@ -26,7 +26,7 @@ from trainer.runtime import filesystem
 
 RESULTS_FILE = os.path.join("eval", "metrics.json")
 _HEADS = {"before_training": "before training", "latest": "after training"}
-# Patterns of the names that are shown, in this order, and their titles.
+# Patterns of the names in tables, in this order, and their titles.
 _TITLES = {
   r"recall_at_(\d+)": r"recall@\1",
   "map_at_r": "MAP@R",
@@ -40,14 +40,14 @@ _TITLES = {
 
 
 class Measurement(NamedTuple):
-  """What one evaluation found.
+  """Metrics of one evaluation.
 
   Attributes:
     metrics: by metric name, such as "eval/recall_at_1".
-    intervals: low and high of those that are means over queries.
+    intervals: low and high of the metrics that are means over queries.
     worst_classes: {"class": name, "num_queries": n, metrics}, the worst first.
     categories: metrics by category.
-    queries_without_relevant: the first names of those that have nothing to find.
+    queries_without_relevant: first names of the queries without relevant items.
   """
 
   metrics: Mapping[str, float]
@@ -60,10 +60,10 @@ class Measurement(NamedTuple):
 class Results:
   """The evaluation results of a run: {"before_training": {...}, "latest": {...}}.
 
-  Each has "step", the metrics by name, and the rest of a `Measurement`.
+  Each has "step", the metrics by name, and the other fields of a `Measurement`.
 
   Args:
-    model_dir: folder of the run; results that it holds are read.
+    model_dir: folder of the run; existing results are read.
 
   Raises:
     UserError: the results in it are damaged.
@@ -76,26 +76,26 @@ class Results:
       self.by_moment = _read(self.path)
 
   def write_before_training(self, found: Measurement) -> None:
-    """Writes what the untrained encoder gives.
+    """Writes the results of the untrained encoder.
 
     Args:
-      found: by evaluation.
+      found: result of the evaluation.
     """
     self.by_moment = {"before_training": _moment(0, found)}
     self._write()
 
   def write_latest(self, step: int, found: Measurement) -> None:
-    """Writes what the encoder gives now.
+    """Writes the results of the current encoder.
 
     Args:
       step: number of steps it was trained.
-      found: by evaluation.
+      found: result of the evaluation.
     """
     self.by_moment["latest"] = _moment(step, found)
     self._write()
 
   def rows(self) -> list[list[str]]:
-    """The main metrics of all moments, a column each; the first row is the heads."""
+    """Returns the main metrics, one column per moment; the first row has the headings."""
     moments = [self.by_moment[m] for m in _HEADS if m in self.by_moment]
     heads = [head for m, head in _HEADS.items() if m in self.by_moment]
     rows = [["", *heads]]
@@ -105,7 +105,7 @@ class Results:
     return rows
 
   def table(self) -> str:
-    """The rows as text, to be printed."""
+    """Returns the rows as printable text."""
     return "\n".join(
       f"{row[0]:<14}" + "".join(f"{cell:>26}" for cell in row[1:])
       for row in self.rows()
@@ -137,7 +137,7 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
 
 
 def result_titles(names) -> dict[str, str]:
-  """The names that are shown, in the order to show them, with their titles.
+  """Returns the titles of the displayed metrics by name, in display order.
 
   Args:
     names: of metrics, such as "eval/recall_at_1".
@@ -163,15 +163,15 @@ def _cell(moment: Mapping[str, Any], name: str) -> str:
 
 
 class EvaluationResult(NamedTuple):
-  """What an evaluation embedded and found.
+  """Embeddings and results of an evaluation.
 
   Attributes:
     dataset: of the items.
-    items: [N], that were embedded.
+    items: [N], the embedded items.
     embeddings: [N, D] float32.
-    judged: who asked, what was relevant.
+    judged: queries, gallery and ground truth.
     rankings: the metrics of each query.
-    measurement: what they come to.
+    measurement: the metrics of the evaluation.
   """
 
   dataset: Dataset
@@ -192,15 +192,15 @@ class EvaluationResult(NamedTuple):
     filesystem.replace_file(path, text.getvalue())
 
   def sampled_answers(self) -> SampledAnswers:
-    """Some queries with something to find, searched by all replicas."""
+    """Returns sampled queries with relevant items, searched on all replicas."""
     return sampled_answers(self.embeddings, self.judged, self.rankings.queries)
 
   def write_evidence(self, model_dir: str, answers: SampledAnswers) -> None:
-    """Writes what a person looks at: evidence for the report, a projector's files.
+    """Writes the data of the report and the files of the projector.
 
     Args:
       model_dir: folder of the run.
-      answers: some queries and what they found.
+      answers: sampled queries and their neighbours.
     """
     found = report_collector.collect_report_data(
       self.embeddings,
@@ -218,7 +218,7 @@ class EvaluationResult(NamedTuple):
 
 
 def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
-  """{"class": name, "num_queries": n, metrics} of each class, the worst first."""
+  """Returns {"class": name, "num_queries": n, metrics} per class, the worst first."""
   return [
     {
       "class": items.class_names[label],

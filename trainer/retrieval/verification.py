@@ -1,6 +1,4 @@
-"""Pair verification and clustering measures of embeddings.
-
-Shapes: N items, D dimensions.
+"""Pair verification and clustering metrics of embeddings.
 
 Shapes: N items, D dimensions, C classes.
 """
@@ -20,16 +18,16 @@ from trainer.errors import UserError
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class Verification:
-  """ROC of pairs, nearer ones first.
+  """ROC of pairs, ordered by distance.
 
-  Rates are taken within positive and within negative pairs, so they don't depend on how
-  many there are of each. Of more than `max_pairs`, so many are drawn uniformly without
-  replacement.
+  Rates are taken within positive and within negative pairs, so they do not depend on
+  the number of pairs of each kind. Of more than `max_pairs`, that many are drawn
+  uniformly without replacement.
 
   Attributes:
-    false_positive_rates: at which the true-positive rate is told.
-    max_pairs: positive pairs at most, and negative pairs at most.
-    seed: of the drawing.
+    false_positive_rates: rates for which the true-positive rate is reported.
+    max_pairs: limit on positive pairs, and on negative pairs.
+    seed: random seed of the drawing.
   """
 
   false_positive_rates: Sequence[float] = (1e-1, 1e-2, 1e-3, 1e-4)
@@ -44,20 +42,21 @@ class Verification:
   ) -> dict[str, float]:
     """Measures a set of items.
 
-    - roc_auc: share of (positive pair, negative pair) of which the positive is nearer,
-      equal ones counted half.
+    - roc_auc: share of (positive pair, negative pair) in which the positive pair is
+      nearer; ties count half.
     - tpr_at_fpr_F: largest share of positive pairs below a threshold that has at most
       the share F of the negative pairs below it.
-    - best_threshold: the distance up to which pairs are taken as positive, where
-      best_balanced_accuracy, (true-positive rate + true-negative rate) / 2, is largest.
+    - best_threshold: the largest distance of pairs classified as positive that
+      maximizes best_balanced_accuracy, (true-positive rate + true-negative rate) / 2.
 
     Args:
       embeddings: [N, D] float32, finite.
       labels: [N] int.
-      groups: [N] int; pairs of one label and one group don't count; None for no such.
+      groups: [N] int; pairs with equal label and equal group are excluded; None to
+        exclude no pairs.
 
     Returns:
-      By name, with "eval/" before; nothing where one kind of pair doesn't exist.
+      Metrics by name, prefixed by "eval/"; empty if one kind of pair does not exist.
     """
     positives, negatives = self._pairs(np.asarray(labels))
     if groups is not None:
@@ -67,7 +66,7 @@ class Verification:
     distances = [_distances(embeddings, pairs) for pairs in (positives, negatives)]
     is_positive = np.repeat([1, 0], [len(each) for each in distances])
     nearness = -np.concatenate(distances)
-    from sklearn import metrics  # Late: it takes half a second to load.
+    from sklearn import metrics  # Imported late: loading takes half a second.
 
     false_rates, true_rates, thresholds = metrics.roc_curve(
       is_positive, nearness, drop_intermediate=False
@@ -85,7 +84,7 @@ class Verification:
     return {name: float(value) for name, value in found.items()}
 
   def metric_names(self) -> list[str]:
-    """The names of what is measured."""
+    """Returns the names of the metrics."""
     of_thresholds = ("roc_auc", "best_threshold", "best_balanced_accuracy")
     return [
       *(f"eval/{name}" for name in of_thresholds),
@@ -93,7 +92,7 @@ class Verification:
     ]
 
   def _pairs(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n, 2] positive and [m, 2] negative pairs of items, each pair once."""
+    """Returns [n, 2] positive and [m, 2] negative pairs of items, each pair once."""
     if self.max_pairs < 1:
       raise UserError(f"Verification.max_pairs={self.max_pairs} must be at least 1.")
     rng = np.random.default_rng(self.seed)
@@ -103,7 +102,7 @@ class Verification:
     )
     places = np.arange(len(labels))
     ends = np.cumsum(sizes)[class_of]
-    # Of an item in the order of classes: the rest of its class, then all later classes.
+    # For an item in class order: the rest of its class, then all later classes.
     sides = ((places + 1, ends - places - 1), (ends, len(labels) - ends))
     positives, negatives = (
       order[_drawn_pairs(firsts, counts, self.max_pairs, rng)]
@@ -119,12 +118,12 @@ def _tpr_at(false_positive_rate: float) -> str:
 def _drawn_pairs(
   firsts: np.ndarray, counts: np.ndarray, max_pairs: int, rng: np.random.Generator
 ) -> np.ndarray:
-  """Pairs of places: all, or `max_pairs` drawn uniformly without replacement.
+  """Returns pairs of places: all, or `max_pairs` drawn uniformly without replacement.
 
   Args:
     firsts: [N] int64, the first partner of each place; the others follow it.
     counts: [N] int64, the number of its partners.
-    max_pairs: at most so many pairs are returned.
+    max_pairs: the largest number of pairs returned.
     rng: draws them.
 
   Returns:
@@ -139,14 +138,14 @@ def _drawn_pairs(
 
 
 def _distinct(population: int, size: int, rng: np.random.Generator) -> np.ndarray:
-  """[size] int64, ascending distinct numbers below `population`, each set as likely.
+  """Draws a uniform set of distinct numbers below `population`, [size] int64 ascending.
 
   Memory grows with the size, not with the population.
   """
   if population <= 4 * size:
     return np.sort(rng.permutation(population)[:size])
   found = np.empty(0, np.int64)
-  # Each round draws exactly what is missing, so no number is dropped by its size.
+  # Each round draws exactly the missing count, so no number is dropped by its size.
   while len(found) < size:
     drawn = rng.integers(population, size=size - len(found))
     found = np.union1d(found, drawn)
@@ -154,7 +153,7 @@ def _distinct(population: int, size: int, rng: np.random.Generator) -> np.ndarra
 
 
 def _distances(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-  """[n] float64 Euclidean distances, from differences in float64."""
+  """Computes Euclidean distances [n] float64, from float64 differences."""
   parts = np.array_split(pairs, max(1, len(pairs) // 50_000))
   distances = []
   for part in parts:
@@ -168,12 +167,13 @@ def _distances(embeddings: np.ndarray, pairs: np.ndarray) -> np.ndarray:
 class Clustering:
   """Normalised mutual information of k-means clusters, k = C, and classes.
 
-  NMI = 2 I(cluster; class) / (H(cluster) + H(class)). Costs N × C distances a round, so
-  of more than `max_items`, whole classes are drawn until there are so many.
+  NMI = 2 I(cluster; class) / (H(cluster) + H(class)). Each k-means iteration costs N ×
+  C distances, so of more than `max_items` items, whole classes are drawn up to that
+  number.
 
   Attributes:
-    max_items: N at most.
-    seed: of the first centres, and of the drawing.
+    max_items: the largest N.
+    seed: random seed of the first centres and of the drawing.
 
   Source: Manning et al. 2008, Introduction to Information Retrieval, chapter 16.3
   """
@@ -189,9 +189,9 @@ class Clustering:
       labels: [N] int.
 
     Returns:
-      "eval/nmi", in [0, 1]; one class gives nothing.
+      "eval/nmi", in [0, 1]; empty if there is only one class.
     """
-    from sklearn import cluster, metrics  # Late: it takes half a second to load.
+    from sklearn import cluster, metrics  # Imported late: loading takes half a second.
 
     kept = self._drawn(np.asarray(labels))
     labels = labels[kept]
@@ -203,11 +203,11 @@ class Clustering:
     return {"eval/nmi": float(metrics.normalized_mutual_info_score(labels, clusters))}
 
   def metric_names(self) -> list[str]:
-    """The names of what is measured."""
+    """Returns the names of the metrics."""
     return ["eval/nmi"]
 
   def _drawn(self, labels: np.ndarray) -> np.ndarray:
-    """Int64 items of whole classes."""
+    """Returns the items of the drawn classes, int64."""
     if len(labels) <= self.max_items:
       return np.arange(len(labels))
     classes, class_of, sizes = np.unique(
