@@ -1,1 +1,1 @@
-"""Encoders: a backbone and the head that makes embeddings of its features."""
+"""Encoders: a backbone and a head that computes embeddings from its features."""

@@ -1,6 +1,4 @@
-"""Backbones: from inputs to features, before pooling.
-
-Shapes: B examples, H × W pixels, C channels, F features.
+"""Backbones: networks from inputs to features, before pooling.
 
 Shapes: B examples, H × W pixels, C channels, h × w positions, F features.
 """
@@ -30,17 +28,23 @@ _NORMALIZATIONS = {
   "batch": tf.keras.layers.BatchNormalization,
   "synchronized_batch": SynchronizedBatchNormalization,
 }
+# Of images in [0, 1], red, green and blue, for Keras' published weights.
+_IMAGENET_MEAN = (0.485, 0.456, 0.406)
+_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+# Prefixes in a file of a whole model that are not weights of its layers.
+_NO_WEIGHTS = ("optimizer", "metrics/", "keras_api/", "save_counter", "_CHECKPOINTABLE")
+_NUM_NAMED = 3
 
 
 @gin.register
 class ConvNet(tf.keras.layers.Layer):
-  """Blocks of convolution, rectifier and 2 × 2 maximum: the seed's small network.
+  """Blocks of convolution, ReLU and 2 × 2 max pooling: the small network of omoindrot.
 
   Args:
     filters: number of filters of each block, e.g. (32, 64).
     kernel_size: width of the convolutions, pixels.
     normalization: after each convolution: "none"; "batch", over the replica's batch;
-      "synchronized_batch", over that of all replicas.
+      "synchronized_batch", over the batch of all replicas.
   """
 
   def __init__(
@@ -66,7 +70,7 @@ class ConvNet(tf.keras.layers.Layer):
     self._shrink = tf.keras.layers.MaxPool2D(2, padding="same")
 
   def call(self, images, training=None):
-    """[B, H, W, C] float to [B, H / 2^blocks, W / 2^blocks, F] float."""
+    """Maps [B, H, W, C] float to [B, H / 2^blocks, W / 2^blocks, F] float."""
     features = images
     for convolution, norm in zip(self._convolutions, self._norms):
       features = self._shrink(norm(convolution(features), training=training))
@@ -75,11 +79,11 @@ class ConvNet(tf.keras.layers.Layer):
 
 @gin.register
 class Perceptron(tf.keras.layers.Layer):
-  """Dense layers with rectifiers, for inputs that are vectors.
+  """Dense layers with ReLU, for vector inputs.
 
   Args:
-    hidden_units: number of units of each layer; () hands the inputs on.
-    dropout_rate: share of units dropped in training, after each layer.
+    hidden_units: number of units of each layer; () returns the inputs unchanged.
+    dropout_rate: fraction of units dropped in training, after each layer.
   """
 
   def __init__(self, *, hidden_units: Sequence[int], dropout_rate: float = 0.0):
@@ -90,7 +94,7 @@ class Perceptron(tf.keras.layers.Layer):
     self._dropouts = [Dropout(dropout_rate) for _ in hidden_units]
 
   def call(self, vectors, training=None):
-    """[B, anything] float to [B, F] float."""
+    """Maps [B, anything] float to [B, F] float."""
     features = tf.reshape(
       vectors, [vectors.shape[0] or -1, vectors.shape[1:].num_elements()]
     )
@@ -99,19 +103,11 @@ class Perceptron(tf.keras.layers.Layer):
     return features
 
 
-# Of the images in [0, 1] of which Keras' published files are, red, green and blue.
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
-# What a file of a whole model holds beside the weights of its layers.
-_NO_WEIGHTS = ("optimizer", "metrics/", "keras_api/", "save_counter", "_CHECKPOINTABLE")
-_NUM_NAMED = 3
-
-
 def _modules() -> dict[str, types.ModuleType]:
-  """Each network's name, with the module that has its `preprocess_input`.
+  """Returns the module with `preprocess_input` for each network name.
 
-  That is the module in which the network is defined: the public one of MobileNetV3 has
-  no network, and that of others is an alias.
+  It is the module that defines the network. The public module of MobileNetV3 has no
+  network, and those of others are aliases.
   """
   makers = {
     name: value
@@ -126,21 +122,21 @@ def _modules() -> dict[str, types.ModuleType]:
 class KerasApplication(tf.keras.layers.Layer):
   """A network of `tf.keras.applications` without its classifier.
 
-  Images in [0, 1] are scaled as the network was trained to have them. EfficientNet's
-  published files hold standard deviations where its layer takes variances, and Keras
-  corrects this only for `weights="imagenet"`. A file with these constants is taken for
-  a published one and corrected; other constants are used as they are.
+  Images in [0, 1] are scaled as the network expects. EfficientNet's published files
+  hold standard deviations where its layer expects variances, and Keras corrects this
+  only for `weights="imagenet"`. A file with these constants is treated as published and
+  corrected; other constants are used unchanged.
 
   Args:
     name: e.g. "MobileNetV2", "ResNet50", "EfficientNetB0".
     weights: path of a weights file of that network without its top, in any format that
       Keras writes; None for random weights. Nothing is downloaded.
-    is_batch_norm_synchronized: whether batch normalisation is over the batch of all
+    is_batch_norm_synchronized: whether batch normalisation uses the batch of all
       replicas.
 
   Raises:
-    UserError: the name is unknown; the file is missing, doesn't fit or is not finite;
-      or the network does not take the images.
+    UserError: the name is unknown; the file is missing, does not match or is not
+      finite; or the network does not accept the images.
   """
 
   def __init__(
@@ -174,12 +170,12 @@ class KerasApplication(tf.keras.layers.Layer):
       )
     if self._weights_file is not None:
       self._load_weights(network)
-    # A backbone is frozen before these layers are there, and they would not know of it.
+    # A backbone may be frozen before these layers exist, so pass the flag on.
     self._network.trainable = self.trainable
     super().build(input_shape)
 
   def _make_network(self, image_shape: Sequence[Optional[int]]) -> tf.keras.Model:
-    """Keras' own network, with random weights."""
+    """Creates Keras' own network, with random weights."""
     reason = ""
     if len(image_shape) != 3:
       reason = "it takes images of [height, width, channels]"
@@ -189,7 +185,7 @@ class KerasApplication(tf.keras.layers.Layer):
         return getattr(tf.keras.applications, self._application_name)(
           include_top=False, weights=None, input_shape=image_shape
         )
-    except tf.errors.InvalidArgumentError:  # Its scaling has a constant a channel.
+    except tf.errors.InvalidArgumentError:  # Its scaling has one constant per channel.
       reason = "it takes images of 3 channels; set ImageDecoder.channels = 3"
     except ValueError as error:
       reason = str(error).splitlines()[0]
@@ -198,7 +194,7 @@ class KerasApplication(tf.keras.layers.Layer):
     )
 
   def _clone_layer(self, layer):
-    """Ours for Keras' layers that replicas or micro-batches would compute otherwise."""
+    """Replaces Keras layers that differ with replicas or micro-batches by ours."""
     config = layer.get_config()
     if isinstance(layer, tf.keras.layers.Dropout):
       return Dropout(layer.rate, layer.noise_shape, name=layer.name)
@@ -208,13 +204,13 @@ class KerasApplication(tf.keras.layers.Layer):
     return layer.__class__.from_config(config)
 
   def _load_weights(self, network: tf.keras.Model) -> None:
-    """Loads the file into Keras' own network, and takes over what it has then."""
+    """Loads the file into Keras' own network, and copies the resulting weights."""
     path = str(self._weights_file)
     try:
       reason = _misfit(_stored_shapes(path), network)
       if not reason:
         status = network.load_weights(path)
-        if status is not None:  # Of a checkpoint, which may set some and not others.
+        if status is not None:  # For a checkpoint, which may set only some.
           status.assert_existing_objects_matched().expect_partial()
     except (ValueError, OSError, AssertionError, KeyError, tf.errors.OpError) as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -232,21 +228,22 @@ class KerasApplication(tf.keras.layers.Layer):
         _correct_normalization(layer)
 
   def call(self, images, training=None):
-    """[B, H, W, C] float in [0, 1] to [B, h, w, F] float."""
+    """Maps [B, H, W, C] float in [0, 1] to [B, h, w, F] float."""
     scaled = self._module.preprocess_input(images * 255.0)
     return self._network(scaled, training=training)
 
 
 def _correct_normalization(layer: tf.keras.layers.Normalization) -> None:
-  """Makes variances of the standard deviations that Keras' published files hold.
+  """Converts the standard deviations in Keras' published files to variances.
 
-  They become weights of the layer, so that a checkpoint holds them. Source: the layer
-  that `weights="imagenet"` adds, https://github.com/tensorflow/tensorflow/issues/49930.
+  They become weights of the layer, so that a checkpoint contains them. Source: the
+  layer that `weights="imagenet"` adds,
+  https://github.com/tensorflow/tensorflow/issues/49930.
   """
   mean, variance, count = layer.get_weights()
   constants = np.array([mean, variance], np.float32)
   published = np.array([_IMAGENET_MEAN, _IMAGENET_DEVIATION], np.float32)
-  # Digits enough for a layer that computes in bfloat16.
+  # Enough digits for a layer that computes in bfloat16.
   if constants.shape == published.shape and np.allclose(
     constants, published, rtol=5e-3
   ):
@@ -255,18 +252,18 @@ def _correct_normalization(layer: tf.keras.layers.Normalization) -> None:
 
 
 def _exists(path: str) -> bool:
-  """Whether there is a file, a folder or a checkpoint of this name."""
+  """Returns whether a file, folder or checkpoint of this name exists."""
   return tf.io.gfile.exists(path) or tf.io.gfile.exists(f"{path}.index")
 
 
 def _stored_shapes(path: str) -> list[tuple[str, tuple[int, ...]]]:
-  """Name and shape of each weight in a file of any format that Keras writes."""
+  """Returns name and shape of each weight in a file of any format that Keras writes."""
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive, archive.open("model.weights.h5") as file:
       return _shapes_in_hdf5(file)
   if path.endswith((".h5", ".hdf5", ".keras")):
     return _shapes_in_hdf5(path)
-  folder = f"{path}/variables/variables"  # Of a SavedModel.
+  folder = f"{path}/variables/variables"  # For a SavedModel.
   is_saved_model = tf.io.gfile.exists(f"{folder}.index")
   reader = tf.train.load_checkpoint(folder if is_saved_model else path)
   shapes = reader.get_variable_to_shape_map()
@@ -292,7 +289,7 @@ def _shapes_in_hdf5(file: Any) -> list[tuple[str, tuple[int, ...]]]:
 def _misfit(
   stored: Sequence[tuple[str, tuple[int, ...]]], network: tf.keras.Model
 ) -> str:
-  """In words, what a file leaves unset and what it has beyond; empty for nothing."""
+  """Describes the weights that a file lacks and those in excess; empty if none."""
   needed = [(weight.name, tuple(weight.shape)) for weight in network.weights]
   unset, surplus = _beyond(needed, stored), _beyond(stored, needed)
   reasons = [f"it lacks {_named(unset)}"] if unset else []
@@ -304,7 +301,7 @@ def _misfit(
 
 
 def _beyond(shapes, others) -> list[tuple[str, tuple[int, ...]]]:
-  """Those whose shape the others don't have as often."""
+  """Returns those whose shape occurs less often among the others."""
   left = collections.Counter(shape for _, shape in others)
   beyond = []
   for name, shape in shapes:
@@ -315,7 +312,7 @@ def _beyond(shapes, others) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def _named(weights: Sequence[tuple[str, tuple[int, ...]]]) -> str:
-  """The first weights by name, and how many there are beside them."""
+  """Lists the first weights by name, and the number of further ones."""
   named = [f"{name} {list(shape)}" for name, shape in weights[:_NUM_NAMED]]
   more = len(weights) - len(named)
   return ", ".join(named) + (f" and {more} more" if more else "")

@@ -1,4 +1,4 @@
-"""Batch normalisation: synchronised over replicas, and equal on all of them.
+"""Batch normalisation: synchronised over replicas, with equal moving averages.
 
 Shapes: B examples on each replica, R replicas, C channels.
 """
@@ -11,13 +11,13 @@ from trainer.distribute.collectives import current_collectives
 
 
 class SynchronizedBatchNormalization(tf.keras.layers.BatchNormalization):
-  """Keras' layer, with a mean and variance of the R·B examples that keep their digits.
+  """Keras' layer, with an accurate mean and variance of the R·B examples.
 
-  The variance is the mean of squared distances to the mean of all replicas, one
-  collective more than E(x²) − E(x)², which loses the digits that both have in common.
-  Means are taken axis by axis, from the last: a float32 that adds up all pixels of all
-  examples, one after the other, has an error that grows with their number, and another
-  one on each number of replicas.
+  The variance is the mean of squared distances to the mean of all replicas. This takes
+  one collective more than E(x²) − E(x)², which loses the digits that both terms share.
+  Means are computed axis by axis, from the last. Adding all pixels of all examples in
+  one float32 would have an error that grows with their number and depends on the number
+  of replicas.
 
   Args:
     options: of Keras' layer.
@@ -27,7 +27,7 @@ class SynchronizedBatchNormalization(tf.keras.layers.BatchNormalization):
     super().__init__(**{**options, "synchronized": True})
 
   def _calculate_mean_and_var(self, inputs, reduction_axes, keep_dims, mask=None):
-    del mask  # None reaches an image network.
+    del mask  # Always None in an image network.
     collectives = current_collectives()
 
     def global_mean(values):
@@ -43,7 +43,7 @@ class SynchronizedBatchNormalization(tf.keras.layers.BatchNormalization):
 
 
 def batch_norms(encoder: tf.keras.Model) -> list[tf.keras.layers.Layer]:
-  """The encoder's batch normalisations that training changes."""
+  """Returns the encoder's batch normalisations that training changes."""
   return [
     layer
     for layer in encoder.submodules
@@ -52,14 +52,14 @@ def batch_norms(encoder: tf.keras.Model) -> list[tf.keras.layers.Layer]:
 
 
 def has_synchronized(encoder: tf.keras.Model) -> bool:
-  """Whether one of them is over the batch of all replicas."""
+  """Returns whether one of them uses the batch of all replicas."""
   return any(getattr(each, "synchronized", False) for each in batch_norms(encoder))
 
 
 def make_replicas_equal(encoder: tf.keras.Model) -> None:
-  """Gives all replicas the mean of their moving averages, which is what is saved.
+  """Sets the moving averages of all replicas to their mean, which is also saved.
 
-  To be called on all workers, in the strategy's scope.
+  Must be called on all workers, in the strategy's scope.
 
   Args:
     encoder: its variables exist.

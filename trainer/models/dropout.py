@@ -1,7 +1,7 @@
 """Dropout whose mask is a pure function of step, layer and example.
 
-An example has the same mask wherever it stands in the global batch's parts: on any
-number of replicas, in any micro-batch, and when it is computed a second time.
+An example has the same mask for every split of the global batch: on any number of
+replicas, in any micro-batch, and when it is computed again.
 
 Shapes: B examples, F features of an example.
 """
@@ -16,11 +16,11 @@ import tensorflow as tf
 
 
 class _Place(NamedTuple):
-  """Where the examples stand that pass now.
+  """The position of the current examples.
 
   Attributes:
     step: [] integer.
-    first_example: [] int32, number of the first in the global batch.
+    first_example: [] int32, index of the first example in the global batch.
   """
 
   step: tf.Tensor
@@ -32,11 +32,11 @@ _places: list[_Place] = []
 
 @contextlib.contextmanager
 def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
-  """Says, while a function is traced, which examples pass.
+  """Sets the position of the examples while a function is traced.
 
   Args:
-    step: [] integer, another one, another mask.
-    first_example: [] int32, number of the first example in the global batch.
+    step: [] integer; each step has a different mask.
+    first_example: [] int32, index of the first example in the global batch.
 
   Yields:
     Nothing.
@@ -49,11 +49,11 @@ def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
 
 
 def set_seed(encoder: tf.keras.Model, seed: int) -> None:
-  """Gives the encoder's dropout the seed of the run.
+  """Sets the seed of the encoder's dropout layers.
 
   Args:
-    encoder: with its layers made.
-    seed: another one, other masks.
+    encoder: its layers exist.
+    seed: each seed has different masks.
   """
   for layer in encoder.submodules:
     if isinstance(layer, Dropout):
@@ -61,17 +61,17 @@ def set_seed(encoder: tf.keras.Model, seed: int) -> None:
 
 
 class Dropout(tf.keras.layers.Layer):
-  """Sets a share of the features to 0 in training, and scales up the others.
+  """Sets a fraction of the features to 0 in training, and scales up the others.
 
-  Outside of `examples_at` the mask is any.
+  Outside `examples_at` the mask is arbitrary.
 
   Args:
-    rate: share of the features that is dropped, in [0, 1).
-    noise_shape: as in Keras; 1 for an axis along which features fall together.
+    rate: fraction of the features that is dropped, in [0, 1).
+    noise_shape: as in Keras; 1 for an axis along which features are dropped together.
 
   Attributes:
-    number: of this layer in its encoder, so that no two have the same masks.
-    seed: of the run, another one, other masks; in 0…2³²−1.
+    number: index of this layer in its encoder, so that no two have the same masks.
+    seed: of the run, in 0…2³²−1; each seed has different masks.
   """
 
   def __init__(self, rate: float, noise_shape: Optional[tuple] = None, **options):
@@ -82,7 +82,7 @@ class Dropout(tf.keras.layers.Layer):
     self._noise_shape = noise_shape
 
   def call(self, features, training=None):
-    """[B, ...] float to the same."""
+    """Maps [B, ...] float to the same shape."""
     if not training or self._rate == 0:
       return features
     shape = list(features.shape)
@@ -93,7 +93,7 @@ class Dropout(tf.keras.layers.Layer):
     return tf.where(uniform >= self._rate, scaled, tf.zeros_like(features))
 
   def get_config(self):
-    """What Keras needs to copy the layer."""
+    """Returns the arguments that Keras needs to copy the layer."""
     return {
       **super().get_config(),
       "rate": self._rate,
@@ -101,7 +101,7 @@ class Dropout(tf.keras.layers.Layer):
     }
 
   def _uniform(self, shape: list[int]) -> tf.Tensor:
-    """[B, ...] float32 in [0, 1), from the place of each example and feature."""
+    """Draws [B, ...] float32 in [0, 1) by the position of each example and feature."""
     layer = _mix(
       _mix(tf.constant(self.seed, tf.uint32)) + tf.constant(self.number, tf.uint32)
     )
@@ -115,13 +115,13 @@ def _uniform(shape: list[int], seed: tf.Tensor, first_example: tf.Tensor) -> tf.
   rows = _mix(seed + examples)
   features = tf.range(num_features, dtype=tf.int32)
   bits = _mix(rows[:, None] + _mix(tf.cast(features, tf.uint32))[None, :])
-  # A float32 has 24 bits.
+  # A float32 has 24 significant bits.
   top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.float32)
   return tf.reshape(top * 2.0**-24, shape)
 
 
 def _mix(values: tf.Tensor) -> tf.Tensor:
-  """The finalizer of MurmurHash3: uint32 to uint32, every bit from every bit."""
+  """Applies the finalizer of MurmurHash3 to uint32: all bits depend on all bits."""
   for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
     shifted = tf.bitwise.right_shift(values, tf.constant(shift, tf.uint32))
     values = tf.bitwise.bitwise_xor(values, shifted) * tf.constant(factor, tf.uint32)

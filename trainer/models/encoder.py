@@ -1,7 +1,5 @@
 """The encoder: backbone, pooling and embedding layer.
 
-Shapes: B examples, H × W positions, F features.
-
 Shapes: B examples, H × W positions, F features, D dimensions.
 """
 
@@ -19,17 +17,19 @@ from trainer.errors import UserError
 from trainer.models.dropout import Dropout
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+# A smaller scale is for pixels in [0, 255]: 1 / 255, 1 / 127.5 or 1 / 128.
+_LARGEST_PIXEL_SCALE = 0.01
 
 
 def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
-  """Sets the type in which a layer and all inside of it compute.
+  """Sets the compute type of a layer and its sublayers.
 
   Args:
     layer: its variables are float32, whether they exist or will be created.
     precision: one of `PRECISIONS`.
 
   Raises:
-    UserError: variables exist, and can't be read in another type than their own.
+    UserError: variables exist, and cannot be read in another type.
   """
   layers = [
     each
@@ -50,10 +50,10 @@ def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
 
 @contextlib.contextmanager
 def precision_of(layer: tf.keras.layers.Layer) -> Iterator[None]:
-  """Makes layers that are created inside compute as this one does.
+  """Makes layers that are created in this context compute in the type of a layer.
 
   Args:
-    layer: whose policy is taken over.
+    layer: its policy is used.
 
   Yields:
     Nothing.
@@ -80,7 +80,7 @@ class GeneralizedMean(tf.keras.layers.Layer):
     self._epsilon = epsilon
 
   def build(self, input_shape):
-    """Creates the power, one for all features."""
+    """Creates the power, a single one for all features."""
     self.power = self.add_weight(
       name="power",
       shape=(),
@@ -89,18 +89,19 @@ class GeneralizedMean(tf.keras.layers.Layer):
     super().build(input_shape)
 
   def call(self, features):
-    """[B, H, W, F] float to [B, F] float."""
+    """Maps [B, H, W, F] float to [B, F] float."""
     clipped = tf.maximum(features, self._epsilon)
     return _power_mean(clipped, tf.convert_to_tensor(self.power))
 
 
 @tf.custom_gradient
 def _power_mean(features: tf.Tensor, power: tf.Tensor):
-  """(mean x^p)^(1/p) over the positions, of positive features.
+  """Computes (mean x^p)^(1/p) of positive features over the positions.
 
-  The derivative by p is y / p² · mean(u log u), where u = (x / y)^p has mean 1. So it
-  is y / p² · mean(u log u - u + 1), in which no term is negative: the terms don't
-  cancel, as the two logarithms of the chain rule do, which cost up to three digits.
+  The derivative by p is y / p² · mean(u log u), where u = (x / y)^p has mean 1. It is
+  computed as y / p² · mean(u log u - u + 1), in which no term is negative. The terms
+  don't cancel, unlike the two logarithms of the chain rule, which cost up to three
+  digits.
 
   Args:
     features: [B, H, W, F] float, above 0.
@@ -136,16 +137,16 @@ POOLINGS = {
 
 
 def make_pooling(name: str) -> tf.keras.layers.Layer:
-  """The pooling layer of that name.
+  """Creates the pooling layer of that name.
 
   Args:
-    name: a key of `POOLINGS`. "flatten" also takes features that are vectors already.
+    name: a key of `POOLINGS`. "flatten" also accepts features that are vectors.
 
   Returns:
     A layer from [B, H, W, F] to [B, anything].
 
   Raises:
-    UserError: there is none of that name.
+    UserError: the name is unknown.
   """
   if name not in POOLINGS:
     raise UserError(
@@ -158,12 +159,13 @@ def check_features(features: Any, *, num_examples: Optional[int], pooling: str) 
   """Checks that a backbone's features can be pooled.
 
   Args:
-    features: what the backbone gives.
-    num_examples: B; None where it is not known yet.
+    features: output of the backbone.
+    num_examples: B; None if it is not known yet.
     pooling: a key of `POOLINGS`.
 
   Raises:
-    UserError: they are no dense float tensor of B examples, or of another rank.
+    UserError: features are not a dense float tensor of B examples, or have the wrong
+      rank.
   """
   needed = "[B, F] or more axes" if pooling == "flatten" else "[B, H, W, F]"
   is_dense = tf.is_tensor(features) and not isinstance(
@@ -188,37 +190,34 @@ def check_features(features: Any, *, num_examples: Optional[int], pooling: str) 
     )
 
 
-# A scale below this one is for pixels in [0, 255]: 1 / 255, 1 / 127.5 or 1 / 128.
-_LARGEST_PIXEL_SCALE = 0.01
-
-
 @gin.register
 class Encoder(tf.keras.Model):
   """Maps inputs to embeddings, to be compared by their distance.
 
   Args:
     backbone: layer or model from inputs to features, [B, H, W, F] or, for the pooling
-      "flatten", [B, anything] float. Images come in [0, 1].
+      "flatten", [B, anything] float. Images are in [0, 1].
     embedding_size: D, dimensions of an embedding.
     pooling: how a feature map becomes a vector: "average", "flatten",
       "generalized_mean" or "max".
-    is_normalized: whether embeddings are scaled to length 1. Without it a batch_all
-      or batch_hard training can collapse for good: where all embeddings are equal the
+    is_normalized: whether embeddings are scaled to length 1. Without it, training with
+      batch_all or batch_hard can collapse permanently: if all embeddings are equal, the
       gradient is 0.
     precision: of the backbone's computation: "float32", "mixed_bfloat16" or
       "mixed_float16". Weights, pooling, projection and loss stay in float32.
-    is_backbone_frozen: whether only the head is trained; then batch normalisation in
-      the backbone is as in inference. What is frozen in a backbone stays so without it.
-    backbone_output: which of several outputs of the backbone has the features: a key
-      of a dict, the name of an output, or its number; None where there is one.
+    is_backbone_frozen: whether only the head is trained; batch normalisation in the
+      backbone then runs in inference mode. Layers that a backbone has frozen stay
+      frozen in any case.
+    backbone_output: selects the features among several outputs of the backbone: a key
+      of a dict, the name of an output, or its index; None for a single output.
 
   Attributes:
     embedding_size: D.
     precision: as given.
 
   Raises:
-    UserError: a size, the pooling or the precision is not possible, or the backbone
-      takes other inputs or gives no such features.
+    UserError: a size, the pooling or the precision is invalid, or the backbone takes
+      other inputs or returns no such features.
   """
 
   def __init__(
@@ -259,7 +258,7 @@ class Encoder(tf.keras.Model):
     self._is_normalized = is_normalized
 
   def call(self, inputs, training=None):
-    """[B, ...] float32 inputs to [B, D] float32 embeddings."""
+    """Maps [B, ...] float32 inputs to [B, D] float32 embeddings."""
     features = self._features(self._backbone(inputs, training=training))
     check_features(features, num_examples=inputs.shape[0], pooling=self._pooling_name)
     features = tf.cast(features, tf.float32)
@@ -273,7 +272,7 @@ class Encoder(tf.keras.Model):
     _check_inputs(self._backbone, input_shape)
     self(tf.zeros([1, *input_shape]), training=False)
     if self._is_backbone_frozen:
-      # Layers that the backbone made just now do not know of it.
+      # Layers that the backbone has just created are not frozen yet.
       self._backbone.trainable = False
     dropouts = [layer for layer in self.submodules if isinstance(layer, Dropout)]
     for number, dropout in enumerate(dropouts):
@@ -285,7 +284,7 @@ class Encoder(tf.keras.Model):
     return list(self._backbone.trainable_variables)
 
   def _features(self, outputs: Any) -> Any:
-    """The features among what the backbone gives."""
+    """Selects the features among the backbone's outputs."""
     wanted = self._backbone_output
     if not isinstance(outputs, (Mapping, Sequence)):
       if wanted is None:
@@ -309,7 +308,7 @@ class Encoder(tf.keras.Model):
 
 
 def _named_outputs(backbone: tf.keras.layers.Layer, outputs: Any) -> dict[Any, Any]:
-  """Several outputs by key, by number and, where the model has names, by name."""
+  """Returns several outputs by key, by index and, if the model has names, by name."""
   if isinstance(outputs, Mapping):
     return dict(outputs)
   names = getattr(outputs, "_fields", None) or getattr(backbone, "output_names", None)
@@ -328,14 +327,14 @@ def _shape(output: Any) -> str:
 def _check_inputs(
   backbone: tf.keras.layers.Layer, input_shape: Sequence[Optional[int]]
 ) -> None:
-  """Compares the inputs with those of which a Keras model was made.
+  """Compares the inputs with those for which a Keras model was built.
 
   Args:
-    backbone: anything; only functional and sequential models say what they take.
+    backbone: any layer; only functional and sequential models define their inputs.
     input_shape: shape of one input.
 
   Raises:
-    UserError: the model takes something else.
+    UserError: the model takes different inputs.
   """
   inputs = getattr(backbone, "inputs", None)
   if not inputs:
