@@ -1,8 +1,8 @@
 """Callbacks of the outer loop: logging, metrics, events and checkpoints.
 
-Both can be read without this package.
-
-An action is called with a `Report`; the outer loop knows no more of it.
+`metrics.jsonl` and the TensorBoard events can be read without this package. Each
+callback is called with a `StepReport`, the only information that it gets from the outer
+loop.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ LOGGED = (
 
 METRICS_FILE = "metrics.jsonl"
 HISTORY_FILE = os.path.join("eval", "history.jsonl")
+LOG_FILE = "log.txt"
 
 
 class MetricsFile:
-  """Appends rows; after a resume, drops those that will be written again.
+  """Appends rows to a file; after a resume, drops rows that will be written again.
 
-  A row that finds no room on the disk is kept, and written before the next one.
+  A row that does not fit on the disk is kept and written before the next one.
 
   Args:
     model_dir: folder of the run.
@@ -72,7 +73,7 @@ class MetricsFile:
     self._waiting: list[str] = []
 
   def append(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Writes one row, whole, and on the disk itself, or keeps it.
+    """Writes one whole row and flushes it to the disk, or keeps it if the disk is full.
 
     Args:
       step: number of steps done.
@@ -86,10 +87,10 @@ class MetricsFile:
       logging.warning("%s.", error)
 
   def write_waiting(self) -> None:
-    """Writes the rows that are kept.
+    """Writes the rows that were kept.
 
     Raises:
-      UnwritableError: they can't be written, and stay kept.
+      UnwritableError: they cannot be written, and stay kept.
     """
     if not self._waiting:
       return
@@ -103,7 +104,7 @@ class MetricsFile:
     self._waiting.clear()
 
   def rows(self) -> Iterator[dict[str, float]]:
-    """Returns the rows; skips a last line that a killed process left torn.
+    """Yields the rows; skips a last line that a killed process left incomplete.
 
     Raises:
       UserError: another line is damaged.
@@ -116,13 +117,13 @@ class MetricsFile:
           yield _row(self._path, number, line)
 
   def drop_after(self, step: int) -> None:
-    """Keeps the rows up to that step, so that each step is there once.
+    """Keeps the rows up to a step, so that each step occurs once.
 
     Args:
       step: the last step to keep.
 
     Raises:
-      UnwritableError: the file can't be written; it is as it was.
+      UnwritableError: the file cannot be written; it is unchanged.
       UserError: a line is damaged.
     """
     kept = [row for row in self.rows() if row["step"] <= step]
@@ -138,7 +139,7 @@ class MetricsFile:
 
 
 def _append(path: str, content: bytes) -> None:
-  """Adds content at the end of a file, and on the disk itself, whole or not at all."""
+  """Appends content to a file and flushes it to the disk, whole or not at all."""
   descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
   try:
     size = os.fstat(descriptor).st_size
@@ -165,23 +166,20 @@ def _row(path: str, number: int, line: str) -> dict[str, float]:
   )
 
 
-LOG_FILE = "log.txt"
-
-
 class _LogFile(python_logging.FileHandler):
-  """Omits what can't be written: the terminal has it."""
+  """Log file handler that omits records it cannot write: the terminal has them."""
 
   def emit(self, record):
-    """Writes a record; the first one makes the file, where there is room."""
+    """Writes a record; the first one creates the file, if there is room."""
     with contextlib.suppress(OSError):
       super().emit(record)
 
-  def handleError(self, record):  # noqa: N802  The base class's name.
+  def handleError(self, record):  # noqa: N802  Name of the base class.
     del record
 
 
 def keep_log(model_dir: str) -> None:
-  """Appends every line that is logged from now on to the run's log.
+  """Appends every line logged from now on to the run's log.
 
   Args:
     model_dir: folder of the run, which exists.
@@ -195,12 +193,12 @@ def keep_log(model_dir: str) -> None:
 def log_start(
   run: Run, batch_shape: Sequence[int], step: TrainStep, first_step: int
 ) -> None:
-  """Says once what is trained, and where.
+  """Logs once what is trained, and where.
 
   Args:
-    run: where it lives.
-    batch_shape: (P, K), classes and samples a class of the global batch.
-    step: with its variables made.
+    run: gives the folder.
+    batch_shape: (P, K), classes and samples per class of the global batch.
+    step: its variables exist.
     first_step: number of steps done.
   """
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -220,11 +218,11 @@ def log_start(
 
 
 class StepReport(NamedTuple):
-  """Where a run stands.
+  """Progress of a run.
 
   Attributes:
     step: number of steps done.
-    num_steps: number of steps in all.
+    num_steps: total number of steps.
     metrics: of the steps since the last report, by metric name.
   """
 
@@ -233,12 +231,12 @@ class StepReport(NamedTuple):
   metrics: Mapping[str, float]
 
 
-# What gives True ends the run, as if it had made its last step.
+# Returning True ends the run, as if it had done its last step.
 Action = Callable[[StepReport], Optional[bool]]
 
 
 class ShowProgress:
-  """A progress line: in place on a terminal, one line a report in logs."""
+  """A progress line: in place on a terminal, one line per report in logs."""
 
   def __init__(self):
     self._is_terminal = sys.stderr.isatty()
@@ -279,13 +277,13 @@ class ShowProgress:
 
 
 class WarnOfCollapse:
-  """Says in words, once, that the embeddings have collapsed, and what to try."""
+  """Logs one warning when embeddings have collapsed, with suggestions."""
 
   def __init__(self):
     self._is_said = False
 
   def __call__(self, report: StepReport) -> None:
-    """Warns where the mining statistics tell of it."""
+    """Warns if the mining statistics show a collapse."""
     collapse = describe_collapse(report.metrics)
     if collapse and not self._is_said:
       logging.warning("Step %d: collapse: %s; %s.", report.step, collapse, ADVICE)
@@ -293,7 +291,7 @@ class WarnOfCollapse:
 
 
 class WriteMetrics:
-  """A row of `metrics.jsonl` for each report."""
+  """Writes a row of `metrics.jsonl` for each report."""
 
   def __init__(self, file: MetricsFile):
     self._file = file
@@ -303,10 +301,10 @@ class WriteMetrics:
     self._file.append(report.step, report.metrics)
 
   def finish(self) -> None:
-    """Writes the rows that found no room so far.
+    """Writes the rows that did not fit on the disk before.
 
     Raises:
-      UnwritableError: there still is none.
+      UnwritableError: there still is no room.
     """
     self._file.write_waiting()
 
@@ -314,8 +312,8 @@ class WriteMetrics:
 class WriteEvents:
   """TensorBoard events in the run's folder.
 
-  Readers of a file stop at the first event that is cut off. So reports that find no
-  room on the disk are kept, and written into a new file before the next one.
+  Readers of a file stop at the first truncated event. Reports that do not fit on the
+  disk are therefore kept, and written to a new file before the next one.
 
   Args:
     model_dir: folder of the run.
@@ -332,7 +330,7 @@ class WriteEvents:
     self._write_waiting()
 
   def finish(self) -> None:
-    """Writes the reports that found no room so far; curves are no reason to fail."""
+    """Writes the reports that did not fit before; does not fail if there is no room."""
     if self._waiting:
       self._write_waiting()
 
@@ -353,11 +351,11 @@ class WriteEvents:
 
 
 class WriteOnce:
-  """Writes a file on the first report; on a later one, where the disk was full.
+  """Writes a file on the first report, or on a later one if the disk was full.
 
   Args:
     path: of the file, for messages.
-    write_fn: writes it.
+    write_fn: writes the file.
   """
 
   def __init__(self, path: str, write_fn: Callable[[], None]):
@@ -366,7 +364,7 @@ class WriteOnce:
     self._is_written = False
 
   def __call__(self, report: StepReport) -> None:
-    """Writes it, unless it is written."""
+    """Writes the file unless it is written."""
     del report
     try:
       self.finish()
@@ -374,10 +372,10 @@ class WriteOnce:
       logging.warning("%s.", error)
 
   def finish(self) -> None:
-    """Writes it, unless it is written.
+    """Writes the file unless it is written.
 
     Raises:
-      UnwritableError: it can't be written.
+      UnwritableError: it cannot be written.
     """
     if self._is_written:
       return
@@ -391,7 +389,7 @@ class WriteOnce:
 
 
 class SaveOperativeConfig(WriteOnce):
-  """`operative_config.gin`, when the first steps have called all parts.
+  """Writes `operative_config.gin` once the first steps have called all parts.
 
   Args:
     model_dir: folder of the run.
@@ -403,13 +401,13 @@ class SaveOperativeConfig(WriteOnce):
 
 
 class SaveCheckpoint:
-  """A checkpoint every so many steps, and after the last."""
+  """Saves a checkpoint every `every_steps` steps, and after the last."""
 
   def __init__(self, checkpoints: Checkpoints, *, every_steps: int):
     self._checkpoints = checkpoints
     self._every_steps = every_steps
 
   def __call__(self, report: StepReport) -> None:
-    """Saves if it is time."""
+    """Saves a checkpoint if it is due."""
     if report.step % self._every_steps == 0 or report.step == report.num_steps:
       self._checkpoints.save(report.step)

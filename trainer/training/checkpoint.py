@@ -1,6 +1,7 @@
 """Checkpoints: what is saved, written in the background, and restored.
 
-So that they can be written while the variables go on changing.
+Values are copied to the host first, so that the variables can change while they are
+written.
 """
 
 from __future__ import annotations
@@ -21,6 +22,11 @@ from trainer.training import checkpoint_files
 from trainer.training.checkpoint_files import FOLDER
 from trainer.training.optimizers import AveragedWeights, hyperparameters, set_step
 
+# TensorFlow's reader raises the last two for a file in another format.
+_UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
+_NUM_SHOWN = 3
+_BANK = "cross_batch_memory/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
+
 
 class Background:
   """Runs a function in a thread; a second one waits for the first to end."""
@@ -30,20 +36,20 @@ class Background:
     self._error: Optional[BaseException] = None
 
   def start(self, work: Callable[[], None]) -> None:
-    """Waits for the work before, and begins this.
+    """Waits for the previous function, and starts this one.
 
     Args:
-      work: what is to be done.
+      work: function to run.
     """
     self.wait()
     self._thread = threading.Thread(target=self._run, args=(work,), daemon=True)
     self._thread.start()
 
   def wait(self) -> None:
-    """Waits until nothing is under way.
+    """Waits until no function is running.
 
     Raises:
-      BaseException: what the work raised.
+      BaseException: raised by the function.
     """
     if self._thread is not None:
       self._thread.join()
@@ -63,15 +69,17 @@ Snapshot = dict[str, np.ndarray]
 
 
 def take_snapshot(checkpoint: tf.train.Checkpoint) -> Snapshot:
-  """Copies all values to the host; on every worker, as replicas may have to be asked.
+  """Copies all values to the host.
+
+  Must be called on every worker, because reading replica variables may be a collective.
 
   Args:
-    checkpoint: what is saved.
+    checkpoint: objects to save.
 
   Returns:
-    Values by the names that they have in TensorFlow's files.
+    Values by their names in TensorFlow's files.
   """
-  # The public way to these names and values writes them to a file at once.
+  # The public API for these names and values writes them to a file at once.
   gathered, *_ = checkpoint._saver._gather_serialized_tensors(None)
   values = {}
   for tensors in gathered.values():
@@ -84,13 +92,13 @@ def variable_paths(checkpoint: tf.train.Checkpoint) -> set[str]:
   """Returns the paths of the variables that a checkpoint would save, without values.
 
   Args:
-    checkpoint: what is saved.
+    checkpoint: objects to save.
 
   Returns:
-    Such as "encoder/_head/kernel", as in TensorFlow's files.
+    Paths such as "encoder/_head/kernel", as in TensorFlow's files.
   """
   view = tf.train.TrackableView(checkpoint)
-  # Breadth first, as TensorFlow names what can be reached in several ways.
+  # Breadth first, as TensorFlow names objects that are reachable by several paths.
   queue: list[tuple[str, Any]] = [("", checkpoint)]
   seen = {id(checkpoint)}
   paths = set()
@@ -105,17 +113,17 @@ def variable_paths(checkpoint: tf.train.Checkpoint) -> set[str]:
 
 
 def saved_paths(prefix: str) -> set[str]:
-  """Returns the paths of the variables that a checkpoint file has.
+  """Returns the paths of the variables in a checkpoint file.
 
   Args:
-    prefix: path of the files, without their endings.
+    prefix: path of the files without their extensions.
   """
   names = tf.train.load_checkpoint(prefix).get_variable_to_shape_map()
   return {name.split("/.", 1)[0] for name in names if "/." in name}
 
 
 def not_finite(snapshot: Snapshot) -> list[str]:
-  """Returns the paths of the values that hold NaN or an infinity, sorted.
+  """Returns the sorted paths of values with NaN or an infinity.
 
   Args:
     snapshot: the values.
@@ -125,7 +133,7 @@ def not_finite(snapshot: Snapshot) -> list[str]:
     for name, value in snapshot.items()
     if np.issubdtype(value.dtype, np.floating)
     and value.size
-    # NaN is passed on by both, and no array of flags is made.
+    # min and max propagate NaN, and need no array of flags.
     and not (np.isfinite(value.min()) and np.isfinite(value.max()))
   )
 
@@ -135,10 +143,10 @@ def write_snapshot(snapshot: Snapshot, prefix: str) -> None:
 
   Args:
     snapshot: the values.
-    prefix: path of the files, without their endings.
+    prefix: path of the files without their extensions.
 
   Raises:
-    tf.errors.OpError: they can't be written.
+    tf.errors.OpError: they cannot be written.
   """
   names = sorted(snapshot)
   with tf.device("CPU:0"):
@@ -151,10 +159,10 @@ def write_snapshot(snapshot: Snapshot, prefix: str) -> None:
 
 
 def claimed_bytes(prefix: str) -> int:
-  """How much memory the tensors would take that a checkpoint says it has.
+  """Returns the memory that the tensors declared by a checkpoint would take, in bytes.
 
   Args:
-    prefix: path of the files, without their endings.
+    prefix: path of the files without their extensions.
   """
   reader = tf.train.load_checkpoint(prefix)
   dtypes = reader.get_variable_to_dtype_map()
@@ -166,41 +174,36 @@ def claimed_bytes(prefix: str) -> int:
 
 
 def data_bytes(prefix: str) -> int:
-  """Size of the file that has them."""
+  """Returns the size of the data file in bytes."""
   return os.path.getsize(f"{prefix}.data-00000-of-00001")
 
 
 def _on_host(tensor) -> np.ndarray:
-  # Variables that replicas keep apart are described, and read when they are asked.
+  # Per-replica variables are given as specs and read on demand.
   value = getattr(tensor, "tensor", tensor)
   # A view of the CPU's own memory would change with the variable.
   return np.array(value.numpy())
-
-
-# TensorFlow's reader raises the last two for a file that is not its own.
-_UNREADABLE = (tf.errors.OpError, IndexError, RuntimeError)
-_NUM_SHOWN = 3
-_BANK = "cross_batch_memory/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Checkpoints:
   """The checkpoints of a run.
 
   Attributes:
-    notes: numbers that are kept beside each checkpoint, by name.
-    failure: why the last one could not be written; None where it could.
-    saved_step: of the newest that was written or restored; None where there is none.
+    notes: numbers stored with each checkpoint, by name.
+    failure: why the last checkpoint could not be written; None if it could.
+    saved_step: step of the newest checkpoint written or restored; None if there is
+      none.
 
   Args:
     model_dir: folder of the run.
     encoder: its variables exist.
-    loss: saved too where it is a `tf.Module` (a learned temperature).
+    loss: also saved if it is a `tf.Module` (a learned temperature).
     optimizer: built; its `iterations` are the step. None to read encoders only.
     averages: of the encoder's weights, if there are any.
     cross_batch_memory: of the training, if it has one.
-    num_kept: how many of the newest to keep.
+    num_kept: number of newest checkpoints to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
-      variable that is kept on each replica is a collective.
+      per-replica variable is a collective.
   """
 
   def __init__(
@@ -250,10 +253,10 @@ class Checkpoints:
     return sum(v.shape.num_elements() * v.dtype.size for v in variables)
 
   def save(self, step: int) -> None:
-    """Copies everything to the host, and writes it beside the training.
+    """Copies everything to the host, and writes it in the background.
 
-    Where replicas have moving averages of their own, all go on with what is saved. A
-    step that is being saved already is not saved again.
+    If replicas have moving averages of their own, all continue with the saved ones. A
+    step that is already being saved is not saved again.
 
     Args:
       step: number of steps done.
@@ -279,11 +282,11 @@ class Checkpoints:
       self.saved_step = step
 
   def steps(self) -> list[int]:
-    """The steps of the checkpoints that are there, the newest first."""
+    """Returns the steps of the existing checkpoints, the newest first."""
     return checkpoint_files.steps(self._folder)
 
   def drop_after(self, step: int) -> None:
-    """Removes checkpoints after a step, of a run that goes on from there.
+    """Removes checkpoints after the step from which a run resumes.
 
     Args:
       step: the last to keep.
@@ -291,22 +294,22 @@ class Checkpoints:
     checkpoint_files.drop_after(self._folder, step)
 
   def wait(self) -> None:
-    """Waits until what was saved is written; `failure` then tells whether it could."""
+    """Waits until the checkpoint is written; `failure` then holds a write error."""
     self._background.wait()
 
   def restore(self) -> Optional[int]:
-    """Restores the newest checkpoint that is whole, naming those that are not.
+    """Restores the newest valid checkpoint, and logs the invalid ones.
 
-    To an encoder alone its averaged weights are given, where the checkpoint has them.
-    Hyperparameters of the optimizer keep the values of the configuration, and each that
-    the checkpoint has otherwise is logged.
+    If only an encoder is restored, it gets its averaged weights if the checkpoint has
+    them. Hyperparameters of the optimizer keep the values of the configuration, and
+    differences from the checkpoint are logged.
 
     Returns:
-      The number of steps done; None where there is no checkpoint.
+      The number of steps done; None if there is no checkpoint.
 
     Raises:
       UserError: the checkpoint is of another encoder, loss or optimizer, or there are
-        some and none can be trusted.
+        checkpoints but none is valid.
     """
     step = self._newest_whole()
     if step is None:
@@ -355,10 +358,10 @@ class Checkpoints:
     return step
 
   def _newest_whole(self) -> Optional[int]:
-    """The step of the newest checkpoint without fault; None where there is none at all.
+    """Returns the step of the newest valid checkpoint; None if there is none at all.
 
     Raises:
-      UserError: all that there are have faults.
+      UserError: all existing checkpoints are damaged.
     """
     faults: list[str] = []
     for step in checkpoint_files.steps(self._folder):
@@ -381,7 +384,7 @@ class Checkpoints:
       raise RuntimeError(f"it claims {claimed} bytes of tensors and has {there}")
 
   def _check_bank(self, path: str) -> None:
-    """Says in words what TensorFlow would say of a variable that isn't there."""
+    """Raises a clear error where TensorFlow would report a missing variable."""
     if self._optimizer is None:
       return
     shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
@@ -394,7 +397,7 @@ class Checkpoints:
       )
 
   def _misfit(self, path: str, error: Exception) -> str:
-    """Names the parts of which a checkpoint has other variables than this run."""
+    """Names the parts whose variables differ between a checkpoint and this run."""
     saved = saved_paths(path)
     mine = variable_paths(self._checkpoint)
     parts = []
@@ -412,7 +415,7 @@ class Checkpoints:
     )
 
   def _write(self, values: Snapshot, step: int, notes: dict[str, int]) -> None:
-    """Writes aside and publishes; a failure is kept, and what is there stays."""
+    """Writes to a staging folder and publishes; records a failure."""
     try:
       folder = checkpoint_files.aside(self._folder)
       write_snapshot(values, checkpoint_files.prefix(folder, step))
@@ -429,7 +432,7 @@ class Checkpoints:
 
   @property
   def newest(self) -> str:
-    """In words, which checkpoint a run would go on from."""
+    """Describes the checkpoint that a run would resume from."""
     if self.saved_step is None:
       return "no checkpoint was saved"
     return f"the newest checkpoint is of step {self.saved_step}"
@@ -444,7 +447,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _refresh_constants(encoder: tf.keras.Model) -> None:
-  """Lets layers such as Normalization compute with the weights that were restored."""
+  """Updates layers such as Normalization to the restored weights."""
   for layer in encoder.submodules:
     if isinstance(layer, tf.keras.layers.Layer):
       layer.finalize_state()

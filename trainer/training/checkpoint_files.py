@@ -1,8 +1,8 @@
-"""The files of checkpoints: which there are, whether they are whole, how they are made.
+"""The files of checkpoints: listing, integrity checks and publication.
 
-A checkpoint `ckpt-N` is two files as TensorFlow writes them, and `ckpt-N.json`, which
-has their sizes and SHA-256. The latter is renamed into its place last: a checkpoint
-without it is one that a process was killed over. Plain Python; nothing is unpickled.
+A checkpoint `ckpt-N` consists of two files as TensorFlow writes them, and `ckpt-N.json`
+with their sizes and SHA-256. The latter is renamed into place last: a checkpoint
+without it belongs to a process that was killed. Plain Python; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _BLOCK_BYTES = 1 << 20
 
 
 def prefix(folder: str, step: int) -> str:
-  """The checkpoint's path without the endings of its files."""
+  """Returns the checkpoint's path without the extensions of its files."""
   return os.path.join(folder, f"ckpt-{step}")
 
 
 def aside(folder: str) -> str:
-  """Makes the empty folder in which a checkpoint is written before it is published."""
+  """Creates the empty staging folder in which a checkpoint is written first."""
   path = os.path.join(folder, _ASIDE)
   shutil.rmtree(path, ignore_errors=True)
   os.makedirs(path)
@@ -39,12 +39,12 @@ def aside(folder: str) -> str:
 
 
 def drop_aside(folder: str) -> None:
-  """Removes what could not be published."""
+  """Removes files that could not be published."""
   shutil.rmtree(os.path.join(folder, _ASIDE), ignore_errors=True)
 
 
 def steps(folder: str) -> list[int]:
-  """The steps of the checkpoints that have a manifest, the newest first."""
+  """Returns the steps of the checkpoints that have a manifest, the newest first."""
   if not os.path.isdir(folder):
     return []
   matches = (_MANIFEST.fullmatch(name) for name in os.listdir(folder))
@@ -52,15 +52,15 @@ def steps(folder: str) -> list[int]:
 
 
 def publish(folder: str, step: int, notes: dict[str, int]) -> None:
-  """Makes a checkpoint visible that was written aside, whole or not at all.
+  """Makes a staged checkpoint visible, whole or not at all.
 
   Args:
     folder: of the checkpoints.
     step: of the checkpoint.
-    notes: what the manifest keeps beside.
+    notes: numbers stored in the manifest.
 
   Raises:
-    OSError: something can't be written; what was published before is as it was.
+    OSError: a file cannot be written; checkpoints published before are unchanged.
   """
   source = os.path.join(folder, _ASIDE)
   files = {}
@@ -72,7 +72,7 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
     os.path.join(source, manifest),
     json.dumps({"step": step, "files": files, "notes": notes}, indent=1),
   )
-  # A damaged one of the same step is no checkpoint while its files are replaced.
+  # Remove the manifest first: a damaged checkpoint of this step must not look valid.
   _remove(os.path.join(folder, manifest))
   for name in (*_names(step), manifest):
     os.replace(os.path.join(source, name), os.path.join(folder, name))
@@ -81,7 +81,7 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
 
 
 def fault(folder: str, step: int) -> Optional[str]:
-  """Why a checkpoint can't be trusted, naming the file; None where it can.
+  """Returns why a checkpoint is invalid, naming the file; None if it is valid.
 
   Args:
     folder: of the checkpoints.
@@ -108,18 +108,18 @@ def fault(folder: str, step: int) -> Optional[str]:
 
 
 def notes(folder: str, step: int) -> dict[str, int]:
-  """What was noted beside a checkpoint that has no fault."""
+  """Returns the notes of a valid checkpoint."""
   return {k: int(v) for k, v in _read_manifest(folder, step)["notes"].items()}
 
 
 def prune(folder: str, num_kept: int) -> None:
-  """Removes all but the newest, and what killed processes left of older ones.
+  """Removes all but the newest checkpoints, and remains of killed processes.
 
-  To be called when the newest was just published, so that a good one always stays.
+  Must be called after the newest was published, so that a valid one always exists.
 
   Args:
     folder: of the checkpoints.
-    num_kept: how many stay.
+    num_kept: number of checkpoints to keep.
   """
   kept = steps(folder)[:num_kept]
   for step in steps(folder)[num_kept:]:
@@ -147,7 +147,7 @@ def drop_after(folder: str, step: int) -> None:
 
 
 def _write_list(folder: str, newest_first: Sequence[int]) -> None:
-  """The list by which TensorFlow itself finds the newest."""
+  """Writes the list by which TensorFlow itself finds the newest checkpoint."""
   lines = [f'model_checkpoint_path: "ckpt-{newest_first[0]}"']
   lines += [f'all_model_checkpoint_paths: "ckpt-{s}"' for s in reversed(newest_first)]
   path = os.path.join(folder, _LIST)
@@ -155,7 +155,7 @@ def _write_list(folder: str, newest_first: Sequence[int]) -> None:
 
 
 def _names(step: int) -> tuple[str, str]:
-  # Never those that a manifest names: no path leaves the folder.
+  # Names from a manifest are never used, so that no path leaves the folder.
   return f"ckpt-{step}.data-00000-of-00001", f"ckpt-{step}.index"
 
 

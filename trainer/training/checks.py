@@ -16,11 +16,11 @@ def check_batch(sampler: PKSampler, step: TrainStep, num_replicas: int) -> None:
 
   Args:
     sampler: of P classes and K samples.
-    step: its loss may need positives, its micro-batches a batch that they divide.
-    num_replicas: among which the classes are divided.
+    step: its loss may need positives, and its micro-batches must divide the batch.
+    num_replicas: must divide the classes.
 
   Raises:
-    UserError: it does not.
+    UserError: the batch does not fit.
   """
   num_classes, num_samples = sampler.shape
   if num_classes % num_replicas:
@@ -42,15 +42,15 @@ def check_batch(sampler: PKSampler, step: TrainStep, num_replicas: int) -> None:
 
 
 def check_groups(sampler: BatchSampler, step: TrainStep, sampler_name: str) -> None:
-  """Checks that batches have groups, where a step goes by them.
+  """Checks that batches have the groups that a step's objective needs.
 
   Args:
     sampler: of the batches.
-    step: its objective may go by groups.
-    sampler_name: of the parameter that has the sampler.
+    step: its objective may use groups.
+    sampler_name: name of the parameter that has the sampler.
 
   Raises:
-    UserError: they have not, or others.
+    UserError: batches have no groups, or different ones.
   """
   if isinstance(step.objective_fn, WithinGroups):
     group = getattr(sampler, "group", None)
@@ -58,12 +58,12 @@ def check_groups(sampler: BatchSampler, step: TrainStep, sampler_name: str) -> N
 
 
 def _rows_parameter(sampler: PKSampler) -> str:
-  """What says how many rows a batch has; that of classes, where nothing else does."""
+  """Returns the parameter that sets the rows of a batch; by default the classes."""
   return getattr(sampler, "rows_parameter", "PKSampler.classes_per_batch")
 
 
 def check_tpu_limits(step: TrainStep) -> None:
-  """Refuses what TensorFlow's TPUStrategy refuses in the middle of the first step.
+  """Raises for what TensorFlow's TPUStrategy rejects only during the first step.
 
   Args:
     step: to train on a TPU.
@@ -79,13 +79,13 @@ def check_tpu_limits(step: TrainStep) -> None:
 
 
 def check_tpu_limits_if_on_tpu(step: TrainStep) -> None:
-  """The same where the strategy in whose scope it is called is that of a TPU.
+  """Checks the TPU limits if the current strategy is that of a TPU.
 
   Args:
     step: to train under the strategy.
 
   Raises:
-    UserError: as `check`.
+    UserError: as in `check_tpu_limits`.
   """
   if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
     check_tpu_limits(step)

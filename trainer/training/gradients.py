@@ -15,12 +15,14 @@ from trainer.errors import UserError
 from trainer.losses.objectives import ReplicaLoss
 from trainer.models.batch_norm import batch_norms, has_synchronized
 
+_ZERO = tf.UnconnectedGradients.ZERO
+
 
 def with_loss_scale(optimizer: Any, encoder: tf.keras.Model) -> Any:
-  """The optimizer, with a dynamic scale of the loss if the encoder is mixed_float16.
+  """Returns the optimizer, with a dynamic loss scale if the encoder is mixed_float16.
 
   Raises:
-    UserError: it would be needed, and the optimizer can't have it.
+    UserError: a loss scale is needed, and the optimizer does not support it.
   """
   if getattr(encoder, "precision", None) != "mixed_float16":
     return optimizer
@@ -33,19 +35,19 @@ def with_loss_scale(optimizer: Any, encoder: tf.keras.Model) -> Any:
 
 
 def has_loss_scale(optimizer: Any) -> bool:
-  """Whether an optimizer scales the loss."""
+  """Returns whether an optimizer scales the loss."""
   return hasattr(optimizer, "get_scaled_loss")
 
 
 def scale_loss(optimizer: Any, loss: tf.Tensor) -> tf.Tensor:
-  """The loss times the optimizer's scale, if it has one."""
+  """Returns the loss times the optimizer's scale, if it has one."""
   return optimizer.get_scaled_loss(loss) if has_loss_scale(optimizer) else loss
 
 
 def unscale_gradients(
   optimizer: Any, gradients: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
-  """Gradients of the loss itself, from those of what `scaled` gives."""
+  """Returns the gradients of the loss from those of `scale_loss`."""
   if not has_loss_scale(optimizer):
     return list(gradients)
   return optimizer.get_unscaled_gradients(gradients)
@@ -55,11 +57,11 @@ _Random = tf.keras.__internal__.layers.BaseRandomLayer
 
 
 def check_splittable_encoder(encoder: tf.keras.Model) -> None:
-  """Refuses what can't be computed twice alike; says what batch normalisation does.
+  """Raises if a layer is not deterministic across passes; logs batch normalisation.
 
   Raises:
-    UserError: a layer draws random numbers that can't be drawn again, or speaks to
-      other replicas.
+    UserError: a layer draws random numbers that cannot be drawn again, or communicates
+      with other replicas.
   """
   for layer in encoder.submodules:
     if isinstance(layer, _Random):
@@ -83,10 +85,10 @@ def check_splittable_encoder(encoder: tf.keras.Model) -> None:
 
 
 def check_micro_batch_size(num_micro_batches: int, replica_batch_size: int) -> None:
-  """Refuses a number of micro-batches into which the batch can't be divided.
+  """Raises if the batch cannot be divided into the micro-batches.
 
   Raises:
-    UserError: it does not divide.
+    UserError: the number of micro-batches does not divide the batch.
   """
   if num_micro_batches < 1 or replica_batch_size % num_micro_batches:
     divisors = [
@@ -99,12 +101,11 @@ def check_micro_batch_size(num_micro_batches: int, replica_batch_size: int) -> N
     )
 
 
-# From inputs [n, ...], and the number of the first of them, to embeddings [n, D].
+# Maps inputs [n, ...] and the index of the first of them to embeddings [n, D].
 EncodeFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-# From embeddings [B, D] to the share, and to what is derived: its loss, scaled.
+# Maps embeddings [B, D] to the share, and to the scaled loss that is differentiated.
 ReplicaLossFn = Callable[[tf.Tensor], tuple[ReplicaLoss, tf.Tensor]]
 Gradients = list[tf.Tensor]
-_ZERO = tf.UnconnectedGradients.ZERO
 
 
 def whole_batch_gradients(
@@ -113,13 +114,15 @@ def whole_batch_gradients(
   inputs: tf.Tensor,
   variables: Sequence[tf.Variable],
 ) -> tuple[ReplicaLoss, Gradients]:
-  """One forward and one backward pass; all activations are in memory.
+  """Computes gradients by one forward and one backward pass over the whole batch.
+
+  Memory holds all activations.
 
   Args:
-    encode_fn: embeds.
-    share_fn: mines and sums up.
+    encode_fn: computes embeddings.
+    share_fn: computes the share of the loss.
     inputs: [B, ...].
-    variables: to which gradients are wanted.
+    variables: those to compute gradients for.
   """
   with tf.GradientTape() as tape:
     share, loss = share_fn(encode_fn(inputs, tf.constant(0)))
@@ -133,19 +136,19 @@ def micro_batch_gradients(
   variables: Sequence[tf.Variable],
   num_micro_batches: int,
 ) -> tuple[ReplicaLoss, Gradients]:
-  """The same with the activations of B/M examples in memory, for one more forward pass.
+  """Computes the same gradients with the activations of B/M examples in memory.
 
-  Embeds all micro-batches and forgets their activations; takes the loss, and its
-  gradient to the embeddings, over all; then embeds each micro-batch again, and sends
-  its part of that gradient on to the weights.
+  It embeds all micro-batches without keeping activations, then computes the loss and
+  its gradient to all embeddings. It embeds each micro-batch again and backpropagates
+  its part of that gradient to the weights. This takes one more forward pass.
 
   Source: Gao et al. 2021, https://arxiv.org/abs/2101.06983.
 
   Args:
-    encode_fn: embeds; the same each time it is given the same.
-    share_fn: mines and sums up.
+    encode_fn: computes embeddings; deterministic.
+    share_fn: computes the share of the loss.
     inputs: [B, ...].
-    variables: to which gradients are wanted.
+    variables: those to compute gradients for.
     num_micro_batches: M, a divisor of B.
   """
   size = inputs.shape[0] // num_micro_batches

@@ -1,4 +1,4 @@
-"""Learning rates that change with the step, and that follow the batch.
+"""Learning rates: schedules over the steps, and scaling with the batch size.
 
 Each schedule begins with a warm-up: at step t < warmup_steps, counted from 0, the rate
 is peak · (t + 1) / warmup_steps.
@@ -17,7 +17,7 @@ from trainer.errors import UserError
 
 
 class _Warmed(tf.keras.optimizers.schedules.LearningRateSchedule):
-  """Base of the schedules: a peak, and a line that leads to it."""
+  """Base of the schedules: a linear warm-up to a peak."""
 
   def __init__(self, *, peak: float, warmup_steps: int):
     if peak <= 0 or warmup_steps < 0:
@@ -29,7 +29,7 @@ class _Warmed(tf.keras.optimizers.schedules.LearningRateSchedule):
     self._warmup_steps = warmup_steps
 
   def __call__(self, step) -> tf.Tensor:
-    """The rate of a step, [] float32."""
+    """Returns the rate of a step, [] float32."""
     step = tf.cast(step, tf.float32)
     warm = self._peak * (step + 1.0) / max(1, self._warmup_steps)
     return tf.where(step < self._warmup_steps, warm, self._after(step))
@@ -38,13 +38,13 @@ class _Warmed(tf.keras.optimizers.schedules.LearningRateSchedule):
     raise NotImplementedError
 
   def get_config(self):
-    """The arguments."""
+    """Returns the arguments."""
     return {"peak": self._peak, "warmup_steps": self._warmup_steps}
 
 
 @gin.register
 class Constant(_Warmed):
-  """The peak, after the warm-up.
+  """A constant rate after the warm-up.
 
   Args:
     peak: the rate, > 0.
@@ -60,11 +60,11 @@ class Constant(_Warmed):
 
 @gin.register
 class Cosine(_Warmed):
-  """From the peak to `end` along half a cosine, until `num_steps`.
+  """A half cosine from the peak to `end`, until `num_steps`.
 
   Args:
     peak: the rate after the warm-up, > 0.
-    num_steps: steps in all, the warm-up among them.
+    num_steps: total number of steps, including the warm-up.
     warmup_steps: steps until the peak is reached; 0 for none.
     end: the rate at and after `num_steps`.
   """
@@ -86,18 +86,18 @@ class Cosine(_Warmed):
     return self._end + (self._peak - self._end) * (1 + tf.cos(math.pi * done)) / 2
 
   def get_config(self):
-    """The arguments."""
+    """Returns the arguments."""
     return {**super().get_config(), "num_steps": self._num_steps, "end": self._end}
 
 
 @gin.register
 class Steps(_Warmed):
-  """The peak, multiplied by `factor` at each of some steps.
+  """The peak, multiplied by `factor` at each of the given steps.
 
   Args:
     peak: the rate after the warm-up, > 0.
-    at_steps: when, ascending.
-    factor: by what, usually 0.1.
+    at_steps: steps at which the rate changes, ascending.
+    factor: multiplier at each of them, usually 0.1.
     warmup_steps: steps until the peak is reached; 0 for none.
   """
 
@@ -121,7 +121,7 @@ class Steps(_Warmed):
     return self._peak * self._factor**num_passed
 
   def get_config(self):
-    """The arguments."""
+    """Returns the arguments."""
     return {
       **super().get_config(),
       "at_steps": self._at_steps,
@@ -137,12 +137,12 @@ def scaled_to_batch(
   classes_per_batch: int,
   samples_per_class: int,
 ) -> float:
-  """The linear scaling rule: rate · global batch / reference batch.
+  """Applies the linear scaling rule: rate · global batch / reference batch.
 
   Source: Goyal et al. 2017, https://arxiv.org/abs/1706.02677.
 
   Args:
-    rate: the rate that is right for the reference batch.
+    rate: learning rate for the reference batch.
     reference_batch_size: examples.
     classes_per_batch: P of this run.
     samples_per_class: K of this run.
