@@ -1,6 +1,6 @@
-"""The training loop: an inner loop on the devices, an outer one on the host.
+"""The training loop: an inner loop on the devices, an outer loop on the host.
 
-stop told? -> inner call (n steps) -> all finite? -> actions (log, save) -> stop told?
+stop? -> inner call (n steps) -> all finite? -> callbacks (log, save) -> stop?
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from trainer.training.step import TrainStep
 
 
 class HostFlags(NamedTuple):
-  """What at least one host said; the same on all.
+  """Flags set by at least one host; equal on all hosts.
 
   Attributes:
-    is_told_to_stop: it was told to stop.
-    is_saving_impossible: its last checkpoint could not be written.
+    is_told_to_stop: a stop was requested.
+    is_saving_impossible: the last checkpoint could not be written.
   """
 
   is_told_to_stop: bool
@@ -41,31 +41,31 @@ class HostFlags(NamedTuple):
 
 
 def pack_host_flags(preemption: Preemption, checkpoints: Checkpoints) -> np.ndarray:
-  """[2] int32, what this host says."""
+  """Returns the flags of this host, [2] int32."""
   return np.array(
     [preemption.stop_requested, checkpoints.failure is not None], np.int32
   )
 
 
 def unpack_host_flags(words: np.ndarray) -> HostFlags:
-  """What was said, of the sum over hosts."""
+  """Converts the sum over hosts to flags."""
   return HostFlags(*(bool(word) for word in words > 0))
 
 
-# AutoGraph is for the loop below alone: to convert what runs inside of it, which has no
-# conditions, takes a third of a run's start.
+# AutoGraph is only for the loop below. Converting the functions inside of it, which
+# have no conditions, would take a third of a run's startup.
 _as_it_is = tf.autograph.experimental.do_not_convert
 
 
 class InnerLoopResult(NamedTuple):
-  """What a call of the inner loop did.
+  """Result of an inner loop call.
 
   Attributes:
-    num_steps: how many updates were made: fewer than asked where the next one was not
-      finite, which was not made.
-    statistics: of these steps, added up over steps and replicas, as NumPy values.
-    words: [n] int32, what the hosts had to say at the end of the call, summed over
-      replicas: so all of them know the same.
+    num_steps: number of updates applied; fewer than requested if the next one was not
+      finite, which was not applied.
+    statistics: summed over these steps and over replicas, as NumPy values.
+    words: [n] int32, flags of the hosts at the end of the call, summed over replicas,
+      so that all hosts have the same.
   """
 
   num_steps: int
@@ -74,15 +74,15 @@ class InnerLoopResult(NamedTuple):
 
 
 class InnerLoop:
-  """Runs steps on the devices, and brings their statistics to the host once.
+  """Runs steps on the devices, and copies their statistics to the host once.
 
   Args:
     step: one update on one replica.
     strategy: the replicas.
     batches: of the replicas.
     zero_statistics: zeros in the structure that a step returns.
-    words_fn: what this host has to say to all, [n] int32; asked once a call, after the
-      steps.
+    words_fn: returns the flags of this host, [n] int32; called once per inner call,
+      after the steps.
   """
 
   def __init__(
@@ -101,17 +101,17 @@ class InnerLoop:
     self._words_fn = words_fn
 
   def run(self, num_steps: int) -> InnerLoopResult:
-    """Runs that many steps, or as many as are finite.
+    """Runs the given number of steps, or stops before an update that is not finite.
 
     Args:
-      num_steps: how many; another number doesn't trace again.
+      num_steps: number of steps; changing it does not trace again.
     """
     done = self._run(self._batches.iterator, tf.constant(num_steps))
     num_done, totals, words = tf.nest.map_structure(lambda each: each.numpy(), done)
     return InnerLoopResult(int(num_done), totals, words)
 
   def go_on_with(self, batches: ReplicaBatches) -> None:
-    """Takes other batches from here on; nothing is traced again.
+    """Uses other batches from now on, without tracing again.
 
     Args:
       batches: of the replicas, of the same shapes.
@@ -120,8 +120,8 @@ class InnerLoop:
 
   @tf.function
   def _run(self, batches, num_steps):
-    # The loop is around strategy.run: all_gather raises in a loop inside of it, and an
-    # update in a condition.
+    # The loop is outside strategy.run, because all_gather raises in a loop inside of
+    # it, and an update raises in a condition.
     totals = self._strategy.run(self._zeros)
     num_done, is_finite = 0, True
     while num_done < num_steps and is_finite:
@@ -172,14 +172,14 @@ class InnerLoop:
 
 
 class Safety(NamedTuple):
-  """What keeps a run from losing what it has.
+  """Objects that protect a run from losing its results.
 
   Attributes:
     checkpoints: of the run.
-    preemption: whether the run was told to stop.
-    watchdog: watches the steps.
-    naming_bad_records: context of steps (first, last) that names what can't be read.
-    not_finite: what is done where an update is not finite.
+    preemption: whether a stop was requested.
+    watchdog: monitors the steps.
+    naming_bad_records: context of steps (first, last) that names unreadable records.
+    not_finite: handles an update that is not finite.
   """
 
   checkpoints: Checkpoints
@@ -194,12 +194,13 @@ class Loop:
 
   Args:
     inner: several steps on all replicas.
-    optimizer: its `iterations` are the step, its learning rate is logged.
-    options: how long and how often.
+    optimizer: its `iterations` are the step; its learning rate is logged.
+    options: length, and intervals of logging and checkpoints.
     images_per_step: the global batch size.
     actions: called in order after each inner loop.
-    safety: what keeps it from losing what it has.
-    metrics_fns: each gives more metrics of an inner loop, given the step at its end.
+    safety: protects the results.
+    metrics_fns: each returns additional metrics of an inner loop, given the step at its
+      end.
   """
 
   def __init__(
@@ -223,20 +224,20 @@ class Loop:
     self._is_over = False
 
   def add_action(self, action: Action) -> None:
-    """Adds what happens after all else.
+    """Adds a callback after all others.
 
     Args:
-      action: on every worker alike, if it speaks to the others.
+      action: must be the same on every worker if it communicates with the others.
     """
     self._actions.append(action)
 
   def run(self) -> None:
-    """Runs the steps that are left, and waits until the last checkpoint is written.
+    """Runs the remaining steps, and waits until the last checkpoint is written.
 
     Raises:
-      PreemptedError: the run was told to stop, and has saved.
-      NotFiniteError: an update is not finite, and the options don't pass over it.
-      UserError: a checkpoint could not be written that had to be.
+      PreemptedError: a stop was requested, and the run has saved.
+      NotFiniteError: an update is not finite, and the options do not skip it.
+      UserError: a required checkpoint could not be written.
     """
     safety = self._safety
     saving = safety.preemption.saving(lambda: safety.checkpoints.newest)
@@ -247,7 +248,7 @@ class Loop:
           step = self._run_once(step)
       except Exception:
         with safety.watchdog.acting():
-          safety.checkpoints.wait()  # For one that is being written.
+          safety.checkpoints.wait()  # A checkpoint may be in progress.
         raise
       self._finish()
 
@@ -281,7 +282,7 @@ class Loop:
     return end
 
   def _run_steps(self, step: int, end: int) -> tuple[Mapping[str, Any], HostFlags]:
-    """Statistics of the steps that were finite, and what the hosts said."""
+    """Returns statistics of the finite steps, and the hosts' flags."""
     parts = []
     while step < end:
       with self._safety.naming_bad_records(step, end):
@@ -289,16 +290,14 @@ class Loop:
       parts.append(done.statistics)
       step += done.num_steps
       if step < end:
-        with (
-          self._safety.watchdog.acting()
-        ):  # The step is compiled again to look at it.
+        with self._safety.watchdog.acting():  # The diagnosis compiles the step again.
           self._safety.not_finite.handle_nonfinite(step)
         step += 1
     total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
     return total, unpack_host_flags(done.words)
 
   def _heed(self, said: HostFlags, step: int) -> None:
-    """Stops where a worker was told to, or could not save what it must."""
+    """Stops if a worker requests it, or could not save a required checkpoint."""
     checkpoints = self._safety.checkpoints
     if said.is_saving_impossible and self._options.on_disk_full == "stop":
       checkpoints.wait()

@@ -1,8 +1,8 @@
 """Handling and diagnosis of updates that are not finite.
 
-The batch of a step is a pure function of it, and the weights are as they were before.
-So the step is computed again on the same replicas, layer by layer, and leaves nothing:
-what its forward passes write is restored.
+The batch of a step is a pure function of the step, and the weights are those before it.
+The step is computed again on the same replicas, layer by layer. It leaves no trace,
+because variables written by its forward passes are restored.
 
 Shapes: B examples on a replica, R replicas.
 """
@@ -36,17 +36,20 @@ from trainer.training.step import TrainStep
 
 DIAGNOSIS_FILE = "not_finite-{}.json"
 _NUM_SHOWN = 5
+_COUNT = "not_finite_steps"
 
 
 class Diagnosis:
-  """Looks at a step again, on all replicas; to be called by all workers alike.
+  """Recomputes a step on all replicas to find what is not finite.
+
+  Must be called by all workers.
 
   Args:
     step: with the weights before it.
-    index: names the records.
-    sampler: says which records made the batch.
+    index: gives the records' keys.
+    sampler: gives the records of the batch.
     batches: gives the batch.
-    model_dir: gets a file with the keys of all records; None to write none.
+    model_dir: folder for a file with the keys of all records; None to write none.
   """
 
   def __init__(
@@ -65,10 +68,10 @@ class Diagnosis:
     self._model_dir = model_dir
 
   def __call__(self, step: int) -> str:
-    """In words, what is not finite in that step, and which records it has."""
+    """Describes what is not finite in a step, and the records of its batch."""
     try:
       found = self._again.describe(self._batch(step))
-    except Exception as error:  # Whatever it is, it must not take the step's place.
+    except Exception as error:  # Must not hide the step's own error.
       logging.warning("Step %d can't be computed again: %s", step, error)
       why = (str(error).strip().splitlines() or [""])[0]
       found = (
@@ -81,14 +84,14 @@ class Diagnosis:
     return f"{found}; the batch has {shown}, … ({len(keys)} records{where})"
 
   def _batch(self, step: int) -> Any:
-    """The batch of a step, on the replicas."""
+    """Returns the batch of a step, on the replicas."""
     workers = current_workers()
     dataset = self._batches.dataset(workers.shard(), first_step=step, num_steps=1)
     batches = ReplicaBatches(tf.distribute.get_strategy(), dataset)
     return workers.run_on_all(lambda: next(batches.iterator))
 
   def _key(self, number: int) -> str:
-    """The record's own key, or else its place."""
+    """Returns the record's key, or else its position."""
     place = self._index.describe(number)
     try:
       [record] = self._index.read([number])
@@ -108,11 +111,11 @@ class Diagnosis:
 
 
 class _Check(NamedTuple):
-  """One number that must be 0, and what is said where it is not.
+  """A number that must be 0, with its description.
 
   Attributes:
-    words: in the order of the computation, the first of several is said.
-    num_bad: [] float32; of this replica, and then of all.
+    words: in the order of the computation; the first one not 0 is reported.
+    num_bad: [] float32; of this replica, later of all.
   """
 
   words: str
@@ -120,7 +123,7 @@ class _Check(NamedTuple):
 
 
 class _Again:
-  """A step that is computed again without its update; traced once.
+  """Computes a step again without its update; traced once.
 
   Args:
     step: with the weights before the update.
@@ -132,7 +135,7 @@ class _Again:
     self._seen = _SeenOutputs(step.encoder)
 
   def describe(self, batch: Any) -> str:
-    """The first thing that is not finite, in the order of the computation.
+    """Returns the first non-finite quantity in the order of the computation.
 
     Args:
       batch: of each replica, or one for every replica.
@@ -166,7 +169,7 @@ class _Again:
     return [strategy.experimental_local_results(each)[0] for each in found]
 
   def _on_replica(self, batch: Batch):
-    """[R·B] bool, which rows are not finite; [n] how often each check was not; loss."""
+    """Returns [R·B] bool, non-finite rows; [n] counts of the checks; and the loss."""
     collectives = current_collectives()
     rows = collectives.gather(~_are_rows_finite(batch.inputs))
     checks = list(self._checks_before())
@@ -189,7 +192,7 @@ class _Again:
     return rows, *collectives.sum([counts, loss])
 
   def _checks_before(self) -> Iterator[_Check]:
-    """Of what the step begins with."""
+    """Yields checks of the inputs of a step."""
     for weight in self._step.trainable_variables:
       yield _Check(f"the weights of {weight.name} are not finite", _num_bad(weight))
     for each in self._step.forward_state:
@@ -202,7 +205,7 @@ class _Again:
   def _checks_after(
     self, batch: Batch, collectives: Collectives
   ) -> tuple[list[_Check], tf.Tensor]:
-    """Of the loss and the gradients, and this replica's share of the loss."""
+    """Returns checks of loss and gradients, and this replica's share of the loss."""
     share, gradients = self._step.gradients(batch, collectives)
     words = f"the loss, {type(self._step.loss).__name__}, is {{loss}}"
     checks = [_Check(words, _num_bad(share.loss))]
@@ -219,7 +222,7 @@ class _Again:
 
 
 class _SeenOutputs:
-  """Notes the outputs of the layers of a model, those of inner layers first.
+  """Records the outputs of a model's layers, those of inner layers first.
 
   Args:
     model: its layers exist.
@@ -227,16 +230,16 @@ class _SeenOutputs:
 
   def __init__(self, model: tf.keras.Model):
     self._model = model
-    # Replicas are traced in threads of their own, in turn.
+    # Replicas are traced in separate threads, one after the other.
     self._local = threading.local()
 
   @contextlib.contextmanager
   def noting(self) -> Iterator[list[tuple[str, tf.Tensor]]]:
-    """A block in which a replica calls the layers, in a graph.
+    """Records the layers that a replica calls in this context, in a graph.
 
     Yields:
-      Gets, by the end of the block, for each output the layer's name, and how many of
-      its numbers are not finite.
+      A list, filled by the end of the context, with the layer's name and the number of
+      non-finite values for each output.
     """
     graph = tf.compat.v1.get_default_graph()
     outputs: list[tuple[str, Any]] = []
@@ -245,20 +248,20 @@ class _SeenOutputs:
     yield found
     self._local.outputs = None
     for name, output in outputs:
-      # A layer may trace a function of its own, whose inside can't be seen.
+      # A layer may trace a function of its own, whose tensors are not accessible.
       tensors = [each for each in tf.nest.flatten(output) if _is_of(each, graph)]
       found.extend((name, _num_bad(each)) for each in tensors)
 
   @contextlib.contextmanager
   def patched(self) -> Iterator[None]:
-    """A block in which layers that are traced are seen, on all replicas.
+    """Records traced layers in this context, on all replicas.
 
     Yields:
       Nothing.
     """
     modules = {id(each): each for each in self._model.submodules}.values()
     layers = [each for each in modules if isinstance(each, tf.keras.layers.Layer)]
-    # Some layers of Keras keep the function that they call in the same place.
+    # Some Keras layers keep the function that they call in the same attribute.
     own = [(layer, vars(layer).get("call")) for layer in layers]
     for layer in layers:
       layer.call = self._noting(layer.name, layer.call)
@@ -283,18 +286,18 @@ class _SeenOutputs:
 
 
 def _what(step: TrainStep, batch: Any) -> str:
-  """The first thing that is not finite in a step, of which nothing is kept."""
+  """Returns the first non-finite quantity of a step, and restores all state."""
   return _Again(step).describe(batch)
 
 
 def _is_of(value: Any, graph: tf.Graph) -> bool:
-  """Whether something is a tensor of that graph, of floating-point numbers."""
+  """Returns whether a value is a floating-point tensor of that graph."""
   is_tensor = isinstance(value, tf.Tensor) and value.dtype.is_floating
   return is_tensor and value.graph is graph
 
 
 def _num_bad(values: Any) -> tf.Tensor:
-  """[] float32, how many numbers are not finite; 0 for integers."""
+  """Counts values that are not finite, [] float32; 0 for integers."""
   values = tf.convert_to_tensor(values)
   if not values.dtype.is_floating:
     return tf.constant(0.0)
@@ -302,23 +305,20 @@ def _num_bad(values: Any) -> tf.Tensor:
 
 
 def _are_rows_finite(inputs: tf.Tensor) -> tf.Tensor:
-  """[B] bool."""
+  """Returns whether each row is finite, [B] bool."""
   flat = tf.reshape(tf.cast(inputs, tf.float32), [inputs.shape[0], -1])
   return tf.reduce_all(tf.math.is_finite(flat), axis=1)
 
 
-_COUNT = "not_finite_steps"
-
-
 class NonfinitePolicy:
-  """Stops, skips the batch, or goes back to the newest checkpoint.
+  """Stops, skips the batch, or restores the newest checkpoint.
 
   Args:
-    options: which of them, and how often.
+    options: the policy and its limit.
     optimizer: its `iterations` are the step, and so the number of the next batch.
-    checkpoints: keep how often it was.
-    restore_fn: restores the newest checkpoint, on all workers alike.
-    diagnose_fn: says in words what is not finite in a step, and of which records.
+    checkpoints: store the count of skipped updates.
+    restore_fn: restores the newest checkpoint; called on all workers.
+    diagnose_fn: describes what is not finite in a step, and its records.
   """
 
   def __init__(
@@ -341,19 +341,19 @@ class NonfinitePolicy:
     return self._checkpoints.notes.get(_COUNT, 0)
 
   def metrics(self) -> dict[str, float]:
-    """How many batches were passed over, where that is wanted."""
+    """Returns the number of skipped batches, if skipping is enabled."""
     if self._options.on_nonfinite == "stop":
       return {}
     return {"train/not_finite_steps": float(self._count)}
 
   def handle_nonfinite(self, step: int) -> None:
-    """Goes on with the batch after that of a step, or raises.
+    """Continues with the batch after that of a step, or raises.
 
     Args:
       step: the step whose update is not finite.
 
     Raises:
-      NotFiniteError: the options want it, or it was too often.
+      NotFiniteError: the policy is 'stop', or `max_not_finite` was exceeded.
     """
     diagnosis = self._diagnose_fn(step)
     if self._options.on_nonfinite == "stop":

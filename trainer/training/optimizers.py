@@ -1,9 +1,10 @@
-"""Optimizers that gin can name, and averages of the weights.
+"""Optimizers that gin can configure, and averages of the weights.
 
-Clipping is the optimizer's (`global_clipnorm`), because gradients reach it summed over
-the replicas: clipped before, each replica would clip by its own norm.
+Clipping is done by the optimizer (`global_clipnorm`), because it receives gradients
+summed over the replicas. If clipped before, each replica would clip by its own norm.
 
-They are optimizers of Keras' older kind, which takes other arguments.
+`novograd` and `rectified_adam` use Keras' legacy optimizers, which take other
+arguments; `LegacyOptimizerAdapter` adapts them.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ from trainer.training.learning_rates import LearningRate, as_schedule
 
 
 class Lamb(tf.keras.optimizers.Optimizer):
-  """w ← w − η·(‖w‖ / ‖u‖)·u, with u = m̂ / (√v̂ + ε) + λ·w, for each variable.
+  """LAMB: w ← w − η·(‖w‖ / ‖u‖)·u, with u = m̂ / (√v̂ + ε) + λ·w, for each variable.
 
-  The ratio is 1 where either norm is 0. Own, because that of TensorFlow Addons is an
-  optimizer of the old kind, which can't leave gradients as they are under a strategy,
-  and isn't there on the current stack.
+  The ratio is 1 if either norm is 0. The optimizer of TensorFlow Addons is not used: it
+  is a legacy optimizer, which cannot leave gradients unchanged under a strategy, and it
+  is not available on the current stack.
 
   Source: You et al. 2020, https://arxiv.org/abs/1904.00962.
 
   Args:
     learning_rate: η, or a schedule.
-    beta_1: decay of m, a step.
-    beta_2: decay of v, a step.
+    beta_1: decay of m per step.
+    beta_2: decay of v per step.
     epsilon: ε.
-    weight_decay_rate: λ; not for variables of one axis or none, biases and scales.
+    weight_decay_rate: λ; not for variables with at most one axis (biases, scales).
     options: of a Keras optimizer, such as `global_clipnorm`.
   """
 
@@ -83,7 +84,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
     variable.assign_sub(rate * ratio * update)
 
   def get_config(self):
-    """What Keras needs to copy the optimizer."""
+    """Returns the arguments that Keras needs to copy the optimizer."""
     return {
       **super().get_config(),
       "learning_rate": self._serialize_hyperparameter(self._learning_rate),
@@ -96,12 +97,12 @@ class Lamb(tf.keras.optimizers.Optimizer):
 
 @gin.register
 class MultiOptimizer(tf.Module):
-  """Trains the backbone by one optimizer, and the head and the loss by another.
+  """Trains the backbone with one optimizer, and the head and the loss with another.
 
-  Each clips its own gradients. The rate that is logged is the head's.
+  Each clips its own gradients. The logged learning rate is the head's.
 
   Args:
-    backbone: Keras optimizer, usually of a small learning rate.
+    backbone: Keras optimizer, usually with a small learning rate.
     head: Keras optimizer.
   """
 
@@ -117,7 +118,7 @@ class MultiOptimizer(tf.Module):
     self._of_backbone: set[int] = set()
 
   def divide(self, backbone_variables: Iterable[tf.Variable]) -> None:
-    """Says which variables are the backbone's."""
+    """Sets which variables are the backbone's."""
     self._of_backbone = {id(variable) for variable in backbone_variables}
 
   def build(self, variables: Sequence[tf.Variable]) -> None:
@@ -126,7 +127,7 @@ class MultiOptimizer(tf.Module):
     self.head.build([v for v in variables if id(v) not in self._of_backbone])
 
   def apply_gradients(self, gradients_and_variables, **options) -> None:
-    """Updates each part; options are handed on to both."""
+    """Updates each part; options are passed to both."""
     pairs = list(gradients_and_variables)
     for optimizer, is_backbone in ((self.backbone, True), (self.head, False)):
       mine = [
@@ -147,11 +148,11 @@ class MultiOptimizer(tf.Module):
 
   @property
   def learning_rate(self):
-    """The head's."""
+    """Learning rate of the head."""
     return self.head.learning_rate
 
   def hyperparameters(self) -> dict[str, tf.Variable]:
-    """Returns those of both; see `trainer.training.optimizers.hyperparameters`."""
+    """Returns the hyperparameters of both; see the function `hyperparameters`."""
     return {
       f"{part}.{name}": variable
       for part, optimizer in (("backbone", self.backbone), ("head", self.head))
@@ -165,7 +166,7 @@ class MultiOptimizer(tf.Module):
 
 
 def set_step(optimizer: Any, step: int) -> None:
-  """Sets the number of steps done in every counter that an optimizer has.
+  """Sets the number of steps done in every counter of an optimizer.
 
   Args:
     optimizer: built; `MultiOptimizer` has a counter for each part.
@@ -178,9 +179,9 @@ def set_step(optimizer: Any, step: int) -> None:
 def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
   """Returns the variables of an optimizer whose values the configuration sets.
 
-  They are saved with the optimizer, and a checkpoint of another configuration would
-  replace them: constant learning rates of Keras' optimizers, and all that the older
-  kind of optimizer has.
+  They are saved with the optimizer, so a checkpoint of another configuration would
+  replace them. These are constant learning rates of Keras' optimizers, and all
+  hyperparameters of legacy optimizers.
 
   Args:
     optimizer: a Keras optimizer, `MultiOptimizer` or `LegacyOptimizerAdapter`, built.
@@ -193,7 +194,7 @@ def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
   if hasattr(optimizer, "hyperparameters"):
     return optimizer.hyperparameters()
   rate = getattr(optimizer, "_learning_rate", None)
-  inner = getattr(optimizer, "inner_optimizer", None)  # Of a LossScaleOptimizer.
+  inner = getattr(optimizer, "inner_optimizer", None)  # For a LossScaleOptimizer.
   if inner is not None:
     return hyperparameters(inner)
   return {"learning_rate": rate} if isinstance(rate, tf.Variable) else {}
@@ -208,14 +209,14 @@ def adam(
   epsilon: float = 1e-7,
   global_clipnorm: Optional[float] = None,
 ) -> tf.keras.optimizers.Optimizer:
-  """Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980).
+  """Creates Adam (Kingma and Ba 2015, https://arxiv.org/abs/1412.6980).
 
   Args:
     learning_rate: step size, > 0, or a schedule.
-    beta_1: decay of the mean of gradients, a step.
-    beta_2: decay of the mean of squared gradients, a step.
+    beta_1: decay of the mean of gradients per step.
+    beta_2: decay of the mean of squared gradients per step.
     epsilon: added to the root of the latter.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Returns:
     A Keras optimizer.
@@ -240,13 +241,13 @@ def sgd(
   is_nesterov: bool = False,
   global_clipnorm: Optional[float] = None,
 ) -> tf.keras.optimizers.Optimizer:
-  """Stochastic gradient descent, with momentum if wanted.
+  """Creates stochastic gradient descent with optional momentum.
 
   Args:
     learning_rate: step size, > 0, or a schedule.
-    momentum: decay of the velocity, a step.
-    is_nesterov: whether momentum is Nesterov's.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    momentum: decay of the velocity per step.
+    is_nesterov: whether to use Nesterov momentum.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Returns:
     A Keras optimizer.
@@ -263,7 +264,7 @@ def sgd(
 
 
 class _AdamW(tf.keras.optimizers.AdamW):
-  """AdamW that decays neither biases nor scales."""
+  """AdamW without decay of biases and scales."""
 
   def build(self, var_list):
     """Creates the moments of each variable."""
@@ -282,19 +283,20 @@ def adamw(
   epsilon: float = 1e-7,
   global_clipnorm: Optional[float] = None,
 ) -> tf.keras.optimizers.Optimizer:
-  """Adam with decoupled weight decay, w ← w − η·λ·w.
+  """Creates Adam with decoupled weight decay, w ← w − η·λ·w.
 
-  Variables of one axis or none (biases, scales, a learned temperature) are not decayed.
+  Variables with at most one axis (biases, scales, a learned temperature) are not
+  decayed.
 
   Source: Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101.
 
   Args:
     learning_rate: step size, > 0, or a schedule.
     weight_decay: λ.
-    beta_1: decay of the mean of gradients, a step.
-    beta_2: decay of the mean of squared gradients, a step.
+    beta_1: decay of the mean of gradients per step.
+    beta_2: decay of the mean of squared gradients per step.
     epsilon: added to the root of the latter.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Returns:
     A Keras optimizer.
@@ -322,15 +324,15 @@ def lamb(
   epsilon: float = 1e-6,
   global_clipnorm: Optional[float] = None,
 ) -> tf.keras.optimizers.Optimizer:
-  """LAMB, for large batches; see `trainer.training.optimizers`.
+  """Creates LAMB, for large batches; see `Lamb`.
 
   Args:
     learning_rate: step size, > 0, or a schedule.
     weight_decay_rate: λ; biases and scales are not decayed.
-    beta_1: decay of the mean of gradients, a step.
-    beta_2: decay of the mean of squared gradients, a step.
+    beta_1: decay of the mean of gradients per step.
+    beta_2: decay of the mean of squared gradients per step.
     epsilon: added to the root of the latter.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Returns:
     A Keras optimizer.
@@ -349,22 +351,22 @@ def lamb(
 
 
 class LegacyOptimizerAdapter(tf.Module):
-  """An optimizer of Keras' older kind, to be called as one of the newer.
+  """Adapts a legacy Keras optimizer to the interface of the current ones.
 
   Args:
-    optimizer: it clips, if it does, what it is given: gradients of all replicas.
-    with_rate: the optimizer whose rate is logged; None for the first.
+    optimizer: if it clips, it clips the gradients given to it, those of all replicas.
+    with_rate: the optimizer whose rate is logged; None for `optimizer`.
   """
 
   def __init__(self, optimizer: Any, *, with_rate: Any = None):
     super().__init__(name=optimizer._name)
     self._optimizer = optimizer
-    # Hidden in a function, or checkpoints would have it twice.
+    # Stored in a function, because checkpoints would contain it twice otherwise.
     self._with_rate_fn = lambda: with_rate or optimizer
 
   def build(self, variables: Sequence[tf.Variable]) -> None:
     """Creates the optimizer's variables."""
-    self.iterations  # noqa: B018  The older kind makes it when it is asked for.
+    self.iterations  # noqa: B018  Legacy optimizers create it on first access.
     self._optimizer._create_all_weights(variables)
 
   def apply_gradients(
@@ -388,11 +390,11 @@ class LegacyOptimizerAdapter(tf.Module):
 
   @property
   def learning_rate(self) -> tf.Tensor:
-    """That of the next step, [] float32."""
+    """Learning rate of the next step, [] float32."""
     return self._with_rate_fn()._decayed_lr(tf.float32)
 
   def hyperparameters(self) -> dict[str, tf.Variable]:
-    """Returns variables by name; see `trainer.training.optimizers.hyperparameters`."""
+    """Returns variables by name; see the function `hyperparameters`."""
     optimizers = {id(each): each for each in (self._optimizer, self._with_rate_fn())}
     return {
       name: value
@@ -416,19 +418,19 @@ def novograd(
   beta_2: float = 0.98,
   global_clipnorm: Optional[float] = None,
 ) -> LegacyOptimizerAdapter:
-  """NovoGrad: gradients normalised layer by layer, with half of Adam's memory.
+  """Creates NovoGrad: gradients normalised per layer, with half of Adam's memory.
 
   Source: Ginsburg et al. 2019, https://arxiv.org/abs/1905.11286.
 
   Args:
     learning_rate: step size, > 0, or a schedule.
-    weight_decay: of all variables, in the update.
-    beta_1: decay of the mean of gradients, a step.
-    beta_2: decay of the layers' squared norms, a step.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    weight_decay: decay of all variables, in the update.
+    beta_1: decay of the mean of gradients per step.
+    beta_2: decay of the layers' squared norms per step.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Raises:
-    UserError: the learning rate is not positive, or Addons is not there.
+    UserError: the learning rate is not positive, or Addons is not installed.
   """
   rate = as_schedule("novograd", learning_rate)
   return LegacyOptimizerAdapter(
@@ -450,20 +452,20 @@ def rectified_adam(
   lookahead_steps: int = 0,
   global_clipnorm: Optional[float] = None,
 ) -> LegacyOptimizerAdapter:
-  """Adam that needs no warm-up; with Lookahead, steps that are averaged on the way.
+  """Creates rectified Adam, which needs no warm-up, optionally with Lookahead.
 
   Source: Liu et al. 2020, https://arxiv.org/abs/1908.03265; Zhang et al. 2019,
   https://arxiv.org/abs/1907.08610.
 
   Args:
     learning_rate: step size, > 0, or a schedule.
-    weight_decay: of all variables, decoupled.
-    lookahead_steps: after how many steps the weights go half of the way that they
-      took; 0 for never.
-    global_clipnorm: greatest norm of all gradients together; None for no clipping.
+    weight_decay: decoupled decay of all variables.
+    lookahead_steps: interval in steps at which the weights move back half of the way
+      since the last time; 0 for never.
+    global_clipnorm: maximum norm of all gradients together; None for no clipping.
 
   Raises:
-    UserError: the learning rate is not positive, or Addons is not there.
+    UserError: the learning rate is not positive, or Addons is not installed.
   """
   rate = as_schedule("rectified_adam", learning_rate)
   addons = _addons("rectified_adam")
@@ -493,9 +495,10 @@ def _addons(name: str) -> Any:
 
 
 class AveragedWeights(tf.Module):
-  """An average beside each weight: a ← d·a + (1 − d)·w after each step.
+  """A moving average of each weight: a ← d·a + (1 − d)·w after each step.
 
-  At step t, d = min(decay, (1 + t) / (10 + t)), so that it forgets where it started.
+  At step t, d = min(decay, (1 + t) / (10 + t)), which reduces the influence of the
+  initial weights.
 
   Args:
     weights: variables of the encoder, which exist.
@@ -510,9 +513,10 @@ class AveragedWeights(tf.Module):
     if not 0 < decay < 1:
       raise UserError(f"averaging_decay={decay} must be between 0 and 1, e.g. 0.999.")
     self._decay = decay
-    # Hidden in a function, or checkpoints would name the weights after this.
+    # Stored in a function, because checkpoints would name the weights after this
+    # otherwise.
     self._weights_fn = lambda: tuple(weights)
-    # All replicas have the same, each computes its own: nothing need be sent.
+    # Each replica computes its own equal copy: no communication is needed.
     self.averages = [
       tf.Variable(
         tf.convert_to_tensor(weight),
@@ -524,7 +528,7 @@ class AveragedWeights(tf.Module):
     ]
 
   def update(self, step: tf.Tensor) -> None:
-    """Takes in the weights; to be called on each replica after each step.
+    """Updates the averages; must be called on each replica after each step.
 
     Args:
       step: [] integer, number of steps done.
@@ -536,7 +540,7 @@ class AveragedWeights(tf.Module):
 
   @contextlib.contextmanager
   def in_use(self) -> Iterator[None]:
-    """Puts the averages in the place of the weights, for as long as the block takes.
+    """Replaces the weights by the averages inside the context.
 
     Yields:
       Nothing.

@@ -12,23 +12,27 @@ from trainer.errors import UserError
 from trainer.models.batch_norm import has_synchronized
 
 COMPILED = ("nothing", "encoder", "step")
+_CHOICES = {
+  "on_disk_full": ("continue", "stop"),
+  "on_nonfinite": ("stop", "skip", "restore"),
+}
 
 
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-  """How a step is computed.
+  """Options of the computation of a step.
 
   Attributes:
-    num_micro_batches: in how many parts a replica's batch is embedded; more take less
-      memory, and one forward pass more.
-    averaging_decay: of an average of the weights, a step, e.g. 0.999; then evaluation
-      uses it. None for no average.
-    compiled: what XLA compiles: "nothing"; "encoder"; "step", the whole of it, which
-      works on one replica only.
+    num_micro_batches: number of parts in which a replica's batch is embedded; more
+      parts take less memory. More than one takes one more forward pass.
+    averaging_decay: decay per step of an average of the weights, e.g. 0.999, which
+      evaluation then uses. None for no average.
+    compiled: what XLA compiles: "nothing"; "encoder"; "step", the whole step, for one
+      replica only.
 
   Raises:
-    UserError: what is to be compiled is unknown.
+    UserError: `compiled` is unknown.
   """
 
   num_micro_batches: int = 1
@@ -40,14 +44,14 @@ class StepOptions:
       raise UserError(f"StepOptions.compiled={self.compiled!r} is none of {COMPILED}.")
 
   def check_compiled(self, encoder: tf.keras.Model, num_replicas: int) -> None:
-    """Refuses to compile what replicas say to each other.
+    """Raises if the compiled part contains communication between replicas.
 
     Args:
       encoder: its variables exist.
       num_replicas: of the strategy.
 
     Raises:
-      UserError: they speak in what is to be compiled.
+      UserError: replicas communicate in the compiled part.
     """
     if num_replicas == 1:
       return
@@ -64,31 +68,25 @@ class StepOptions:
       )
 
 
-_CHOICES = {
-  "on_disk_full": ("continue", "stop"),
-  "on_nonfinite": ("stop", "skip", "restore"),
-}
-
-
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class LoopOptions:
-  """How long a run goes, how often the host looks in, what it does about trouble.
+  """Length of a run, interval of host calls, and handling of failures.
 
   Attributes:
-    num_steps: steps in all.
-    steps_per_loop: steps a host call; metrics are logged once a call, and a run that is
-      told to stop goes on to its end.
+    num_steps: total number of steps.
+    steps_per_loop: steps per host call. Metrics are logged once per call, and a stop
+      request takes effect at its end.
     checkpoint_every_steps: a multiple of `steps_per_loop`.
-    num_checkpoints_kept: how many of the newest checkpoints stay.
-    on_disk_full: "continue" without what could not be written, or "stop" if that is
-      a checkpoint. Either way a run that ends without a file has exit status 2.
+    num_checkpoints_kept: number of newest checkpoints to keep.
+    on_disk_full: "continue" without the file that could not be written, or "stop" if it
+      is a checkpoint. In both cases a run that ends without a file has exit status 2.
     on_nonfinite: "stop" before an update that is not finite; "skip" its batch; or
-      "restore" to the newest checkpoint and on with the batch after.
-    max_not_finite: how many batches may be passed over in all.
+      "restore" the newest checkpoint and continue with the batch after it.
+    max_not_finite: maximum number of batches skipped in all.
 
   Raises:
-    UserError: a number is below 1, or a choice does not exist.
+    UserError: a number is below 1, or a choice is unknown.
   """
 
   num_steps: int

@@ -1,8 +1,8 @@
-"""Whether N replicas train as one: the same steps, done both ways, and compared.
+"""Parity check: the same steps on N replicas and on one, compared.
 
-What one replica would do is computed from the definition: with the batch mined across
-replicas, from the whole batch; mined on each replica alone, as the mean over the
-replicas' parts.
+The expected result is computed on one replica from the definition. If the batch is
+mined across replicas, it uses the whole batch. If each replica mines alone, it is the
+mean over the replicas' parts.
 
 Shapes: G examples of a global batch.
 """
@@ -28,15 +28,15 @@ QUANTITIES = ("loss", "gradients", "weights", "statistics")
 
 
 class Outcome(NamedTuple):
-  """What some steps come to, by what is compared.
+  """Result of some steps, by the quantities compared.
 
   Attributes:
     loss: of each step.
     gradients: of the first step, to each trainable variable.
     weights: each trainable variable after the last step.
     statistics: of the first step, by name.
-    gradient_scales: the largest number of each gradient before the gradients of the
-      examples cancel each other; empty unless it was measured.
+    gradient_scales: the largest value of each gradient before the examples' gradients
+      cancel each other; empty if not measured.
   """
 
   loss: list[np.ndarray]
@@ -49,12 +49,12 @@ class Outcome(NamedTuple):
 def expected(
   make_step: Callable[[], TrainStep], batches: Sequence[Batch], num_replicas: int
 ) -> Outcome:
-  """What so many replicas should come to, computed on one.
+  """Computes the expected outcome of N replicas on one replica.
 
   Args:
-    make_step: makes the step and its variables, alike each time.
+    make_step: creates the step and its variables, with equal values each time.
     batches: a global batch for each step, [G, ...].
-    num_replicas: which matters only where each mines alone.
+    num_replicas: N; relevant only if each replica mines alone.
   """
   step = make_step()
   num_parts = 1 if mines_across_replicas(step.objective_fn) else num_replicas
@@ -82,11 +82,11 @@ def trained(
   make_step: Callable[[], TrainStep],
   batches: Sequence[Batch],
 ) -> Outcome:
-  """What the replicas of a strategy come to.
+  """Computes the outcome of the replicas of a strategy.
 
   Args:
     strategy: the replicas.
-    make_step: makes the step and its variables, alike each time.
+    make_step: creates the step and its variables, with equal values each time.
     batches: a global batch for each step, [G, ...].
   """
   with strategy.scope():
@@ -111,14 +111,14 @@ def trained(
 
 
 def gradient_scales(make_step: Callable[[], TrainStep], batch: Batch) -> list[float]:
-  """Measures how large each gradient is before examples cancel each other.
+  """Measures the size of each gradient before the examples cancel each other.
 
   A float32 sum is rounded in proportion to its terms. The sign of each example's
-  gradient is drawn at random, which leaves the terms as large as they are: in the mean
-  over the draws, the square of the result is the sum of their squares.
+  gradient is drawn at random, which keeps the size of the terms. In the mean over the
+  draws, the square of the result is the sum of their squares.
 
   Args:
-    make_step: makes the step and its variables, alike each time.
+    make_step: creates the step and its variables, with equal values each time.
     batch: a global batch, [G, ...].
 
   Returns:
@@ -136,7 +136,7 @@ def gradient_scales(make_step: Callable[[], TrainStep], batch: Batch) -> list[fl
 
 
 def _with_random_signs(encode: Callable, seed: int) -> Callable:
-  """The encoder, the gradient of each example multiplied by 1 or −1."""
+  """Wraps the encoder to multiply each example's gradient by 1 or −1."""
 
   def times_signs(gradient):
     shape = [tf.shape(gradient)[0], 1]
@@ -151,20 +151,19 @@ def _with_random_signs(encode: Callable, seed: int) -> Callable:
 
 
 def errors(got: Outcome, wanted: Outcome) -> dict[str, float]:
-  """The largest error of each quantity, relative to the tensor's largest number.
+  """Returns the largest error of each quantity, relative to the tensor's largest value.
 
-  That of a gradient is relative to its scale, where `wanted` has one.
-
-  That of the weights is relative to the largest of all weights: Adam divides a gradient
-  that is a rounding error by its own size, and a bias that started at 0 is then no
-  larger than the steps it took.
+  The error of a gradient is relative to its scale, if `wanted` has one. The error of
+  the weights is relative to the largest of all weights. Adam divides a gradient that is
+  a rounding error by its own size, so a bias that started at 0 is no larger than its
+  steps.
 
   Args:
-    got: of the replicas.
-    wanted: of one.
+    got: outcome of the replicas.
+    wanted: outcome of one replica.
 
   Returns:
-    By quantity; infinite where there is something else than wanted.
+    By quantity; infinite if the structure differs from the expected one.
   """
   if got.statistics.keys() != wanted.statistics.keys():
     return dict.fromkeys(QUANTITIES, float("inf"))
@@ -180,10 +179,10 @@ def errors(got: Outcome, wanted: Outcome) -> dict[str, float]:
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
-  """The errors of all rows as text, each with its verdict.
+  """Formats the errors of all rows as text, each with its verdict.
 
   Args:
-    rows: a name, and the errors by quantity.
+    rows: name and errors by quantity of each.
   """
   width = max(len(name) for name, _ in rows) + 2
   lines = [" " * width + "".join(f"{name:>12}" for name in QUANTITIES)]
@@ -194,7 +193,7 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
 
 
 def is_equal(found: Mapping[str, float]) -> bool:
-  """Whether all errors are within the tolerance; one that is no number is not."""
+  """Returns whether all errors are within the tolerance; NaN is not."""
   return all(error <= TOLERANCE for error in found.values())
 
 
@@ -209,7 +208,7 @@ def _outcome(step: TrainStep, results: list) -> Outcome:
 
 
 def _error(got, wanted, scales=()) -> float:
-  # Where all should be 0, nothing but 0 is right.
+  # If all expected values are 0, only 0 is correct.
   least = scales or [np.float32(1e-30)] * len(wanted)
   scales = [max(np.abs(each).max(), size) for each, size in zip(wanted, least)]
   found = [
@@ -221,7 +220,7 @@ def _error(got, wanted, scales=()) -> float:
 def _one_after_the_other(
   entries: Sequence[Optional[Entries]],
 ) -> Optional[Entries]:
-  """What the parts of a batch give to the memory bank; None without one."""
+  """Joins the memory bank entries of the parts of a batch; None without a bank."""
   of_parts = [each for each in entries if each is not None]
   if not of_parts:
     return None

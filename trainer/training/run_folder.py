@@ -1,4 +1,4 @@
-"""The folder of a run: made, and checked against what it holds."""
+"""The folder of a run: created, and checked for consistency."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.run import Run
 from trainer.runtime.lease import locked_folder
 from trainer.training import checkpoint_files
 
-# What a run leaves, all readable without this package.
+# Files of a run, all readable without this package.
 CONTENTS = {
   "eval/metrics.json": "results",
   "report.html": "report",
@@ -26,16 +26,16 @@ CONTENTS = {
 
 @contextlib.contextmanager
 def open_run_folder(run: Run) -> Iterator[None]:
-  """Makes the run's folder, or checks that it holds the same run; keeps others out.
+  """Creates the run's folder, or checks that it holds the same run; locks out others.
 
   Args:
-    run: its `model_dir` is made if it is missing.
+    run: its `model_dir` is created if it is missing.
 
   Yields:
     Nothing.
 
   Raises:
-    UserError: the folder can't be written to, another process trains in it, or it holds
+    UserError: the folder is not writable, another process trains in it, or it contains
       a run of another configuration and `run.allow_config_change` is not set.
   """
   check_writable(run.model_dir)
@@ -58,15 +58,15 @@ def open_run_folder(run: Run) -> Iterator[None]:
 
 
 def check_disk(model_dir: str, *, num_bytes: int) -> None:
-  """Checks that a run's checkpoints will fit.
+  """Checks that a run's checkpoints fit on the disk.
 
   Args:
     model_dir: folder of the run.
-    num_bytes: size of all checkpoints that will be there at once. Those that are there
-      already need no more room.
+    num_bytes: maximum size of all checkpoints at one time, bytes. Existing checkpoints
+      need no additional room.
 
   Raises:
-    UserError: the disk has less.
+    UserError: the disk has less room.
   """
   free = shutil.disk_usage(model_dir).free
   needed = num_bytes - _size(os.path.join(model_dir, "checkpoints"))
@@ -79,7 +79,7 @@ def check_disk(model_dir: str, *, num_bytes: int) -> None:
 
 
 def _size(folder: str) -> int:
-  """Bytes of the files of a folder; 0 where there is none."""
+  """Returns the size of the files of a folder in bytes; 0 if there is none."""
   if not os.path.isdir(folder):
     return 0
   with os.scandir(folder) as entries:
@@ -87,13 +87,13 @@ def _size(folder: str) -> int:
 
 
 def check_writable(folder: str) -> None:
-  """Makes a run's folder if it is missing, and checks that files can be made in it.
+  """Creates a run's folder if it is missing, and checks that it is writable.
 
   Args:
     folder: `model_dir` of the run.
 
   Raises:
-    UserError: they can't.
+    UserError: files cannot be created in it.
   """
   try:
     os.makedirs(folder, exist_ok=True)

@@ -1,4 +1,4 @@
-"""One update of the weights from one batch, the same under every strategy."""
+"""The training step: one update of the weights, the same under every strategy."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ from trainer.training.options import StepOptions
 
 
 class Update(NamedTuple):
-  """What a step changes; equal on all replicas.
+  """Values that a step applies; equal on all replicas.
 
   Attributes:
     gradients: of the global loss, to each trainable variable.
     entries: of the global batch, for the memory bank; None without one.
-    active: terms of the loss that are not 0, and all terms, for a curriculum.
+    active: nonzero terms and all terms of the loss, for a curriculum.
   """
 
   gradients: list[tf.Tensor]
@@ -45,13 +45,13 @@ class Update(NamedTuple):
 
 
 class StepResult(NamedTuple):
-  """An update that was computed and not yet made.
+  """An update that has been computed but not applied.
 
   Attributes:
-    update: what it changes.
-    statistics: of this replica; they add up over replicas and steps.
-    is_finite: [] bool, whether embeddings, moving averages, loss and gradients of all
-      replicas are finite, and the gradients' squared norm; equal on all replicas.
+    update: values to apply.
+    statistics: of this replica, to be summed over replicas and steps.
+    is_finite: [] bool, whether embeddings, moving averages, loss, gradients and the
+      gradients' squared norm are finite on all replicas; equal on all replicas.
   """
 
   update: Update
@@ -66,20 +66,20 @@ _ACTIVE = "mining/active_fraction"
 
 @gin.register
 class TrainStep:
-  """Forward, loss, gradients, update, on one replica.
+  """One training step on one replica: forward pass, loss, gradients, update.
 
   Args:
     encoder: model from inputs to embeddings.
     loss: loss of anchors against candidates. If it is a `tf.Module` with trainable
       variables (a temperature), they are trained too.
-    objective_fn: where the batch is mined.
+    objective_fn: mines across replicas or on each one.
     optimizer: Keras optimizer, `MultiOptimizer` or `LegacyOptimizerAdapter`.
-    mining_statistics: what is logged of the mining beside the loss; None for nothing.
+    mining_statistics: logged in addition to the loss; None for none.
     cross_batch_memory: older embeddings as candidates; None for the batch alone.
-    options: how it is computed.
+    options: of the computation.
 
   Raises:
-    UserError: the optimizer can't scale the loss of mixed_float16.
+    UserError: the optimizer cannot scale the loss of mixed_float16.
   """
 
   def __init__(
@@ -123,8 +123,8 @@ class TrainStep:
       input_shape: shape of one input.
 
     Raises:
-      UserError: the encoder has variables from before its strategy, can't be embedded
-        in micro-batches, or the step not be compiled for these replicas.
+      UserError: the encoder has variables from outside its strategy, it does not
+        support micro-batches, or the step cannot be compiled for these replicas.
     """
     self.encoder.create_variables(input_shape)
     _check_scope(self.encoder)
@@ -146,7 +146,7 @@ class TrainStep:
   def forward_state(self) -> list[tf.Variable]:
     """Variables that a forward pass may write, such as moving averages.
 
-    Those of a frozen layer are among them. Weights are not, frozen or trained.
+    They include those of frozen layers, but no weights, frozen or trained.
     """
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     found = [*self.encoder.variables, *getattr(self.loss, "variables", ())]
@@ -157,11 +157,11 @@ class TrainStep:
     ]
 
   def read_forward_state(self) -> list[tf.Tensor]:
-    """Copies of this replica's forward state; to be called on each replica."""
+    """Returns copies of this replica's forward state; call it on each replica."""
     return [tf.identity(variable) for variable in self.forward_state]
 
   def write_forward_state(self, values: Sequence[tf.Tensor]) -> None:
-    """Restores this replica's forward state; to be called on each replica.
+    """Restores this replica's forward state; must be called on each replica.
 
     Args:
       values: from `read_forward_state`.
@@ -174,7 +174,7 @@ class TrainStep:
 
   @property
   def trainable_variables(self) -> list[tf.Variable]:
-    """What a step updates; the gradients are in the same order."""
+    """Variables that a step updates; the gradients are in the same order."""
     return self._variables
 
   def __call__(self, batch: Batch, collectives: Collectives) -> Mapping[str, Any]:
@@ -185,19 +185,19 @@ class TrainStep:
       collectives: the other replicas.
 
     Returns:
-      Statistics of this replica, which add up over replicas and steps; "train/loss"
-      among them.
+      Statistics of this replica, to be summed over replicas and steps, including
+      "train/loss".
     """
     proposal = self.compute_update(batch, collectives)
     self.apply_update(proposal.update)
     return proposal.statistics
 
   def _compute_update(self, batch: Batch, collectives: Collectives) -> StepResult:
-    """Computes an update, and does not make it.
+    """Computes an update without applying it.
 
     Args:
       batch: this replica's part of the global batch.
-      collectives: the other replicas.
+      collectives: connect the replicas.
     """
     share, num_bad, update = self._checked_update(batch, collectives)
     is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(update.gradients)
@@ -206,11 +206,11 @@ class TrainStep:
     )
 
   def _is_applicable(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-    """[] bool, whether gradients leave weights and moments finite.
+    """Returns whether gradients leave weights and moments finite, [] bool.
 
     Optimizers square gradients, so the square of their global norm must be finite. An
-    optimizer that scales the loss leaves an update with infinite gradients out, and
-    takes a smaller scale, until the scale is 1.
+    optimizer that scales the loss skips an update with infinite gradients and reduces
+    the scale, until the scale is 1.
     """
     is_applicable = tf.math.is_finite(tf.linalg.global_norm(gradients))
     if gradients_lib.has_loss_scale(self.optimizer):
@@ -218,7 +218,7 @@ class TrainStep:
     return is_applicable
 
   def _apply_update(self, update: Update) -> None:
-    """Updates the weights, their averages, the memory bank, and a curriculum."""
+    """Updates the weights, their averages, the memory bank and a curriculum."""
     if self.cross_batch_memory is not None and update.entries is not None:
       self.cross_batch_memory.add(update.entries)
     self.optimizer.apply_gradients(
@@ -232,7 +232,7 @@ class TrainStep:
   def gradients(
     self, batch: Batch, collectives: Collectives
   ) -> tuple[ReplicaLoss, list[tf.Tensor]]:
-    """The loss of the global batch, and its gradients, equal on all replicas.
+    """Computes the loss of the global batch and its gradients, equal on all replicas.
 
     Args:
       batch: this replica's part of the global batch.
@@ -247,7 +247,7 @@ class TrainStep:
   def _checked_update(
     self, batch: Batch, collectives: Collectives
   ) -> tuple[ReplicaLoss, tf.Tensor, Update]:
-    """This replica's share, how many replicas got what isn't finite, and the update."""
+    """Returns the replica's share, the number of non-finite replicas, and the update."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
 
@@ -270,8 +270,8 @@ class TrainStep:
     else:
       gradients_lib.check_micro_batch_size(num_parts, num_examples)
       value, local = gradients_lib.micro_batch_gradients(*arguments, num_parts)
-    # Some more numbers in the same sum: no replica need be asked again. An overflow
-    # inside of the network may show in the moving averages alone.
+    # The flags are summed with the gradients, without additional communication. An
+    # overflow inside the network may show only in the moving averages.
     written = [each for each in self.forward_state if each.dtype.is_floating]
     is_bad = tf.cast(~_are_finite([value.loss, *seen, *written]), tf.float32)
     active = value.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
@@ -283,7 +283,7 @@ class TrainStep:
     return value, num_bad, Update(gradients, entries, WeightedMean(*active_of_all))
 
   def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
-    """The loss, with the bank's candidates if there is one."""
+    """Returns the loss, with the bank's candidates if there is a bank."""
     if self.cross_batch_memory is None:
       return self.loss
     return CrossBatchMemoryLoss(
@@ -301,7 +301,7 @@ class TrainStep:
     batch: Batch,
     collectives: Collectives,
   ) -> ReplicaLoss:
-    """This replica's share of the loss, with the statistics of its mining."""
+    """Computes this replica's share of the loss, with its mining statistics."""
     anchors = Anchors(embeddings, batch.labels, batch.weights)
     observed: LossFn = loss
     if self._mining_statistics is not None:
@@ -311,19 +311,19 @@ class TrainStep:
     return self.objective_fn(observed, anchors, collectives)
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
-    """A block in which the encoder has its averaged weights, if it has any."""
+    """Returns a context in which the encoder has its averaged weights, if any."""
     if self.averages is None:
       return contextlib.nullcontext()
     return self.averages.in_use()
 
   def zero_statistics(self, batch: Batch) -> Mapping[str, Any]:
-    """Zeros in the structure that a step returns, to add up from.
+    """Returns zeros in the structure of a step's statistics, as initial sums.
 
     Args:
       batch: specs or tensors of a replica batch.
 
     Returns:
-      What a step returns, every number 0.
+      The structure that a step returns, every number 0.
     """
     num_examples = batch.labels.shape[0]
     embeddings = tf.TensorSpec([num_examples, self.encoder.embedding_size])
@@ -339,7 +339,7 @@ class TrainStep:
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
 
   def embed_layerwise(self, batch: Batch, collectives: Collectives) -> None:
-    """Embeds this replica's batch as a step does, without what XLA compiles or loops.
+    """Embeds this replica's batch as a step does, without XLA compilation or loops.
 
     Args:
       batch: this replica's part of the global batch.
@@ -357,24 +357,24 @@ class TrainStep:
       return self.encoder(inputs, training=True)
 
   def _with_loss(self, share: ReplicaLoss, num_replicas: int) -> Mapping[str, Any]:
-    # Losses add up over replicas, so each replica counts as its part of one step.
+    # Losses are summed over replicas, so each replica counts as its part of one step.
     loss = WeightedMean(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
     return {"train/loss": loss, **share.statistics}
 
 
 def _are_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
-  """[] bool, whether every number of every tensor is finite."""
+  """Returns whether every number of every tensor is finite, [] bool."""
   return tf.reduce_all([tf.reduce_all(tf.math.is_finite(each)) for each in tensors])
 
 
 def _is_writable(variable: tf.Variable) -> bool:
-  """Whether TensorFlow lets several replicas write a variable in a step."""
+  """Returns whether TensorFlow allows all replicas to write a variable in a step."""
   is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
   return is_local or variable.aggregation != tf.VariableAggregation.NONE
 
 
 def _is_summed(variable: tf.Variable) -> bool:
-  """Whether a variable becomes the sum of what the replicas assign."""
+  """Returns whether a variable becomes the sum of the replicas' assignments."""
   is_local = variable.synchronization == tf.VariableSynchronization.ON_READ
   return not is_local and variable.aggregation == tf.VariableAggregation.SUM
 
