@@ -155,3 +155,14 @@ def test_how_many_pixels_are_too_many_can_be_said(folder):
 def test_a_limit_below_one_pixel_is_refused():
   with pytest.raises(UserError, match=r"max_pixels=0 must be at least 1"):
     ImageDecoder(height=4, width=4, channels=1, max_pixels=0)
+
+
+@pytest.mark.parametrize("num_files", [1, 15, 16, 17, 97])
+def test_batches_of_any_size_are_decoded_as_file_by_file(num_files):
+  pictures = np.random.default_rng(num_files).integers(
+    0, 256, (num_files, 5, 4, 3), np.uint8
+  )
+  files = tf.constant([tf.io.encode_png(each).numpy() for each in pictures])
+  decoder = ImageDecoder(height=5, width=4, channels=3)
+  decoded = tf.function(decoder.decode_files)(files).numpy()
+  np.testing.assert_array_equal(np.rint(decoded * 255), pictures)
