@@ -61,8 +61,8 @@ class InnerLoopResult(NamedTuple):
   """Result of an inner loop call.
 
   Attributes:
-    num_steps: number of updates applied; fewer than requested if the next one was not
-      finite, which was not applied.
+    num_steps: number of updates applied; fewer than requested if the next update
+      was not finite and therefore not applied.
     statistics: summed over these steps and over replicas, as NumPy values.
     words: [n] int32, flags of the hosts at the end of the call, summed over replicas,
       so that all hosts have the same.

@@ -82,7 +82,7 @@ class LoopOptions:
     on_disk_full: "continue" without the file that could not be written, or "stop" if it
       is a checkpoint. In both cases a run that ends without a file has exit status 2.
     on_nonfinite: "stop" before an update that is not finite; "skip" its batch; or
-      "restore" the newest checkpoint and continue with the batch after it.
+      "restore" the newest checkpoint and continue with the batch after the bad one.
     max_not_finite: maximum number of batches skipped in all.
 
   Raises:

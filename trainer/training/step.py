@@ -247,7 +247,7 @@ class TrainStep:
   def _checked_update(
     self, batch: Batch, collectives: Collectives
   ) -> tuple[ReplicaLoss, tf.Tensor, Update]:
-    """Returns the replica's share, the number of non-finite replicas, and the update."""
+    """Returns the replica's share, the number of non-finite replicas and the update."""
     num_examples = batch.labels.shape[0]
     first_of_replica = collectives.replica_id * num_examples
 
