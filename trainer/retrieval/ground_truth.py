@@ -1,11 +1,7 @@
-"""Evaluation protocols: queries, gallery, and relevant items.
+"""Evaluation protocols: queries, gallery and relevant items.
 
-Shapes: N items, M pairs of an item and a label (N where each has one), Q queries, G
-gallery items.
-
-Shapes: N items, Q queries, G gallery items.
-
-Shapes: N items, D dimensions.
+Shapes: N items, M pairs of an item and a label (N if each item has one label), Q
+queries, G gallery items, D dimensions.
 """
 
 from __future__ import annotations
@@ -29,7 +25,7 @@ class ItemLabels:
 
   Args:
     labels: [M] int label ids; ids below 0 are relevant to nothing.
-    items: [M] int64, whose they are, ascending; None where item i has labels[i].
+    items: [M] int64, the item of each label, ascending; None if item i has labels[i].
     num_items: N; None for as many as there are labels.
   """
 
@@ -46,15 +42,15 @@ class ItemLabels:
     self._starts = np.searchsorted(self._items, np.arange(self.num_items + 1))
 
   def of(self, item: int) -> np.ndarray:
-    """[n] int label ids of an item."""
+    """Returns the label ids of an item, [n] int."""
     return self._labels[self._starts[item] : self._starts[item + 1]]
 
   def is_labelled(self) -> np.ndarray:
-    """[N] bool, whether an item has a label."""
+    """Returns whether each item has a label, [N] bool."""
     return np.diff(self._starts) > 0
 
   def holders(self) -> MemberTable:
-    """The items of each label."""
+    """Returns the items of each label."""
     num_labels = int(self._labels.max(initial=-1)) + 1
     table = members_from_labels(self._labels, num_labels)
     return table._replace(records=self._items[table.records].astype(np.int64))
@@ -62,16 +58,16 @@ class ItemLabels:
 
 @dataclasses.dataclass(frozen=True)
 class LabelGroundTruth:
-  """GroundTruth by shared labels.
+  """Ground truth by shared labels.
 
   An item is never in its own gallery.
 
   Attributes:
-    queries: [Q] int64, the items that ask.
-    gallery: [G] int64, the items that are found, ascending.
+    queries: [Q] int64, the query items.
+    gallery: [G] int64, the gallery items, ascending.
     labels: of all items.
-    groups: [N] int; a pair of items that share a label and a group is excluded, such as
-      one identity seen by one camera; None for no such pairs.
+    groups: [N] int; pairs of items that share a label and a group are excluded, such as
+      one identity seen by one camera; None to exclude no pairs.
   """
 
   queries: np.ndarray
@@ -80,11 +76,11 @@ class LabelGroundTruth:
   groups: Optional[np.ndarray] = None
 
   def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a query should find, and what doesn't count.
+    """Returns the relevant and the excluded items of a query.
 
     Returns:
-      [R] int64, places in the gallery of the items that are relevant; and int64 places
-      of those that don't count: the query itself, and excluded pairs.
+      [R] int64, gallery positions of the relevant items; and int64 positions of the
+      excluded items: the query itself, and excluded pairs.
     """
     item = int(self.queries[query])
     own = self._places[item]
@@ -98,14 +94,14 @@ class LabelGroundTruth:
     return sharing[~is_excluded], excluded
 
   def _sharing(self, item: int) -> np.ndarray:
-    """Places of the gallery's items that share a label with an item, ascending."""
+    """Returns the gallery positions that share a label with an item, ascending."""
     places = [self._places_with(int(label)) for label in self.labels.of(item)]
     if len(places) == 1:
       return places[0]
     return np.unique(np.concatenate([np.empty(0, np.int64), *places]))
 
   def _places_with(self, label: int) -> np.ndarray:
-    """Places of the gallery's items with a label, ascending; looked up once."""
+    """Returns the gallery positions with a label, ascending; cached."""
     if label not in self._known:
       places = self._places[self._holders.members(label)]
       self._known[label] = np.sort(places[places >= 0])
@@ -121,14 +117,14 @@ class LabelGroundTruth:
 
   @functools.cached_property
   def _places(self) -> np.ndarray:
-    """[N] int64, the place of each item in the gallery; −1 where it is not in it."""
+    """The position of each item in the gallery, [N] int64; −1 if it is not in it."""
     places = np.full(self.labels.num_items, -1, np.int64)
     places[self.gallery] = np.arange(len(self.gallery))
     return places
 
 
 class Items(Protocol):
-  """What is evaluated, as protocols see it."""
+  """Protocol of evaluated items."""
 
   @property
   def labels(self) -> np.ndarray:
@@ -139,32 +135,32 @@ class Items(Protocol):
     """Name of each class id."""
 
   def feature(self, name: str) -> list[list[Any]]:
-    """The values of a feature of each item's record.
+    """Returns the values of a feature of each item's record.
 
     Raises:
-      UserError: a record doesn't have it.
+      UserError: a record lacks the feature.
     """
 
 
 class EvaluationProtocol(Protocol):
-  """Divides items into queries and gallery."""
+  """Protocol that divides items into queries and gallery."""
 
   def judge(self, items: Items) -> LabelGroundTruth:
-    """Queries, gallery, and what is relevant to whom."""
+    """Returns queries, gallery and ground truth."""
 
 
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class Relevance:
-  """What is relevant to what: items of one class, if nothing else is said.
+  """Rule of relevance; by default, items of the same class are relevant to each other.
 
   Attributes:
     labels_feature: name of a feature that holds several labels of an item; items that
-      share one are relevant to each other. None: the class of the record.
+      share one are relevant to each other. None for the class of the record.
     excluded_feature: name of a feature, such as a camera or a source; pairs that share
       a label and its value count neither as hits nor as misses.
-    distractor_classes: names of classes whose items are in the gallery, and relevant to
-      nothing.
+    distractor_classes: names of classes whose items are in the gallery but relevant to
+      no query.
   """
 
   labels_feature: Optional[str] = None
@@ -172,10 +168,10 @@ class Relevance:
   distractor_classes: Sequence[str] = ()
 
   def labels(self, items: Items) -> ItemLabels:
-    """The labels of each item.
+    """Returns the labels of each item.
 
     Raises:
-      UserError: an unknown class, or a record without the feature.
+      UserError: a class is unknown, or a record lacks the feature.
     """
     labels = np.array(items.labels, np.int64)
     names = {name: number for number, name in enumerate(items.class_names)}
@@ -194,7 +190,7 @@ class Relevance:
     return ItemLabels(ids, np.repeat(np.arange(len(values)), counts), len(values))
 
   def groups(self, items: Items) -> Optional[np.ndarray]:
-    """[N] int, the group of each item; None where no pairs are excluded."""
+    """Returns the group of each item, [N] int; None if no pairs are excluded."""
     if self.excluded_feature is None:
       return None
     return _numbered(items.feature(self.excluded_feature))
@@ -206,18 +202,18 @@ _SAME_CLASS = Relevance()
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class LeaveOneOut:
-  """Each item looks for the others that are relevant to it, in all others.
+  """Protocol in which each item is a query against all other items.
 
-  Distractors ask nothing.
+  Distractors are not queries.
 
   Attributes:
-    relevance: what is relevant to what.
+    relevance: rule of relevance.
   """
 
   relevance: Relevance = _SAME_CLASS
 
   def judge(self, items: Items) -> LabelGroundTruth:
-    """Queries, gallery, and what is relevant to whom."""
+    """Returns queries, gallery and ground truth."""
     labels = self.relevance.labels(items)
     everything = np.arange(labels.num_items)
     asks = everything[labels.is_labelled()]
@@ -227,14 +223,14 @@ class LeaveOneOut:
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class QueryAndGallery:
-  """Some items ask, others are found, as a feature of the records says.
+  """Protocol in which a feature of the records assigns queries and gallery.
 
   Attributes:
     role_feature: name of the feature.
-    query_role: its value for items that ask.
-    gallery_role: its value for items that are found; items of another value are in
-      neither. The same as `query_role` is not possible: that is `LeaveOneOut`.
-    relevance: what is relevant to what.
+    query_role: its value for query items.
+    gallery_role: its value for gallery items, which must differ from `query_role` (for
+      equal roles use `LeaveOneOut`); items with another value are in neither.
+    relevance: rule of relevance.
   """
 
   role_feature: str = "role"
@@ -243,10 +239,10 @@ class QueryAndGallery:
   relevance: Relevance = _SAME_CLASS
 
   def judge(self, items: Items) -> LabelGroundTruth:
-    """Queries, gallery, and what is relevant to whom.
+    """Returns queries, gallery and ground truth.
 
     Raises:
-      UserError: nothing asks, or there is nothing to find.
+      UserError: there are no queries or no gallery items.
     """
     roles = items.feature(self.role_feature)
     sides = {}
@@ -269,7 +265,7 @@ class QueryAndGallery:
 
 
 def _numbered(values: Sequence[Sequence[Any]]) -> np.ndarray:
-  """[N] int64, equal where the values are; an item without a value is like no other."""
+  """Numbers the values, [N] int64; an item without a value equals no other."""
   numbers: dict[tuple, int] = {}
   return np.array(
     [
@@ -280,7 +276,7 @@ def _numbered(values: Sequence[Sequence[Any]]) -> np.ndarray:
 
 
 class RecordItems:
-  """Items that are records.
+  """Evaluated items that are records.
 
   Attributes:
     record_numbers: [N] int64.
@@ -288,8 +284,8 @@ class RecordItems:
     class_names: name of each class id.
 
   Args:
-    index: the records.
-    record_numbers: [N] int64, which of them.
+    index: of the records.
+    record_numbers: [N] int64, the selected records.
   """
 
   def __init__(self, index: RecordIndex, record_numbers: np.ndarray):
@@ -299,10 +295,10 @@ class RecordItems:
     self.class_names: Sequence[str] = index.class_names
 
   def feature(self, name: str) -> list[list[Any]]:
-    """The values of a feature of each item's record; text as `str`.
+    """Returns the values of a feature of each item's record; text as `str`.
 
     Raises:
-      UserError: a record doesn't have it.
+      UserError: a record lacks the feature.
     """
     return [
       self._values(number, record, name)
@@ -310,7 +306,7 @@ class RecordItems:
     ]
 
   def names(self, items: Optional[np.ndarray] = None) -> Iterator[str]:
-    """What a person knows items by: their keys, or their places in a file.
+    """Returns readable names of items: their keys, or their places in a file.
 
     Args:
       items: [n] int64; None for all.

@@ -46,8 +46,8 @@ _SMALLEST_NORMAL = 2.0**-126
 
 # Queries and gallery items of a tile on one replica: 256 MB of products.
 _MIN_TILE_QUERIES, _MIN_TILE_ITEMS = 4_096, 16_384
-# If tiles have a multiple of this many items, one kernel computes every product, so that
-# equal items are equally near.
+# If tiles have a multiple of this many items, one kernel computes every product, so
+# that equal items are equally near.
 _KERNEL = 32
 # Narrower windows do not save time.
 _MIN_WINDOW = 4

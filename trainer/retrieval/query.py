@@ -234,7 +234,7 @@ def _found(
   nearest_fn: NearestFn,
   num_neighbours: int,
 ) -> Iterator[Answer]:
-  """Searches for all queries at once, and removes a query's own item from its results."""
+  """Searches for all queries at once; omits a query's own item from its results."""
   num_wanted = num_neighbours + any(query.row is not None for query in queries)
   vectors = np.stack([query.vector for query in queries])
   found = nearest_fn(vectors, min(num_wanted, len(kept.keys)))

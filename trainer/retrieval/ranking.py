@@ -1,12 +1,10 @@
-"""Ranks of the relevant items of each query, and the metrics from them.
+"""Ranks of the relevant items of each query, and the metrics computed from them.
 
-Every metric of a ranking follows from these ranks; the ranking itself is never written
-down, so neither its length nor the size of a class is limited.
+Every metric of a ranking follows from these ranks. The ranking itself is never stored,
+so neither its length nor the size of a class is limited.
 
-Shapes: Q queries, G gallery items, D dimensions, R items relevant to a query, n some
-queries, or items that are not relevant.
-
-Shapes: N items, D dimensions, Q queries that have something to find, M metrics.
+Shapes: N items, Q queries with relevant items, G gallery items, D dimensions, R items
+relevant to a query, n some queries or irrelevant items, M metrics.
 """
 
 from __future__ import annotations
@@ -28,14 +26,14 @@ from trainer.runtime import watchdog
 
 # Distances held at once, 256 MB.
 _MAX_DISTANCES = 64_000_000
-# Up to so many relevant items, counting what is nearer than each beats sorting.
+# Up to this many relevant items, counting nearer items is faster than sorting.
 _MAX_COUNTED = 64
-# Up to this share of the gallery, differences of vectors beat a product in float64.
+# Up to this share of the gallery, vector differences are faster than a float64 product.
 _MAX_SHARE_UNDECIDED = 1 / 32
-# Parts of what is held at once, for threads to take.
+# Parts of the distances in memory, distributed to threads.
 _NUM_PARTS = 16
 
-# Ranks of queries that wait until there are more with as many, 32 MB.
+# Buffered ranks, grouped by the number of relevant items, 32 MB.
 _MAX_RANKS = 4_000_000
 
 _OF_RANKING = {
@@ -54,14 +52,14 @@ _OF_NEAREST = {
 
 
 class GroundTruth(Protocol):
-  """Which gallery items are relevant to a query, and which don't count."""
+  """Protocol of the relevant and excluded gallery items of each query."""
 
   def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
-    """What a query should find, and what doesn't count.
+    """Returns the relevant and the excluded items of a query.
 
     Returns:
       [R] int64, distinct gallery items that are relevant; and int64 gallery items that
-      are not in the query's gallery, none of them relevant.
+      are excluded from the query's gallery, none of them relevant.
     """
 
 
@@ -72,20 +70,20 @@ def ranks_of_relevant(
   *,
   max_distances: int = _MAX_DISTANCES,
 ) -> Iterator[np.ndarray]:
-  """The ranks of each query's relevant items, exact.
+  """Yields the exact ranks of each query's relevant items.
 
-  Order is by Euclidean distance, as float64 differences of the vectors give it; among
-  equal ones the lower gallery index comes first. What float32 products can't tell apart
-  is compared in float64.
+  Items are ordered by Euclidean distance, computed from float64 differences of the
+  vectors; among equal distances the lower gallery index comes first. Items that float32
+  products cannot distinguish are compared in float64.
 
   Args:
     queries: [Q, D] float32, finite.
     gallery: [G, D] float32, finite.
-    judgements: of each query by its number.
-    max_distances: how many distances are held at once.
+    judgements: ground truth of each query by its number.
+    max_distances: the largest number of distances held at once.
 
   Yields:
-    Of each query in order: [R] int64 ranks, ascending, from 1.
+    [R] int64 ranks of each query in order, ascending, from 1.
   """
   ranking = _Ranking(queries, gallery, judgements)
   num_rows = max(1, min(len(queries), max_distances // max(1, len(gallery))))
@@ -101,7 +99,7 @@ def ranks_of_relevant(
 
 
 class _Ranking:
-  """Queries and their gallery, less what all items have in common."""
+  """Queries and their gallery, after subtracting the common offset of all items."""
 
   def __init__(self, queries: np.ndarray, gallery: np.ndarray, judgements: GroundTruth):
     self._queries, self._gallery = queries, gallery
@@ -115,13 +113,13 @@ class _Ranking:
     self._roundoff = 0.0 if is_exact else ROUNDOFF_32
 
   def nearness(self, start: int, out: np.ndarray) -> np.ndarray:
-    """‖g‖² / 2 − ⟨q, g⟩ of the queries from one on, into [n, G] float32."""
+    """Computes ‖g‖² / 2 − ⟨q, g⟩ of queries from `start` on, into [n, G] float32."""
     rows = self._queries[start : start + len(out)] - self._offset
     np.matmul(rows, self._items.T, out=out)
     return np.subtract(self._half_norms, out, out=out)
 
   def ranks(self, start: int, nearness: np.ndarray) -> list[np.ndarray]:
-    """Ranks of the queries from one on.
+    """Returns the ranks of the queries from `start` on.
 
     Args:
       start: the first query.
@@ -132,7 +130,7 @@ class _Ranking:
     found: list[Optional[np.ndarray]] = []
     for row, norm in enumerate(norms):
       found.append(self._ranks(start + row, nearness[row], norm, self._roundoff))
-      if found[-1] is None:  # So will be most of the others.
+      if found[-1] is None:  # Most of the others will be undecided, too.
         break
     found += [None] * (len(norms) - len(found))
     undecided = [row for row, ranks in enumerate(found) if ranks is None]
@@ -148,16 +146,17 @@ class _Ranking:
   def _ranks(
     self, query: int, nearness: np.ndarray, norm: float, roundoff: float
   ) -> Optional[np.ndarray]:
-    """Ranks of a query; None where float32 leaves too much undecided.
+    """Returns the ranks of a query; None if float32 leaves too much undecided.
 
     Two items whose nearness differs by more than two errors are in their true order.
-    For each relevant item, others within that are compared by their true distances.
+    For each relevant item, others within this range are compared by their true
+    distances.
 
     Args:
       query: its number.
       nearness: [G] float32 or float64, is overwritten.
-      norm: of the query, less the offset.
-      roundoff: of the nearness; 0 where it is exact.
+      norm: norm of the query, after subtracting the offset.
+      roundoff: of the nearness; 0 if it is exact.
     """
     relevant, excluded = self._judgements.judge(query)
     if not len(relevant):
@@ -169,7 +168,7 @@ class _Ranking:
     if roundoff == ROUNDOFF_32 and not error < np.inf:
       return None
     low, high = ((own + sign * 2.0 * error).astype(own.dtype) for sign in (-1, 1))
-    # What is farther than all that is relevant has no say: in a trained space, most.
+    # Skip items farther than all relevant ones: the majority in a trained space.
     near = np.flatnonzero(nearness <= min(high[-1], np.finfo(own.dtype).max))
     others = nearness[near]
     num_nearer, num_perhaps = _counts(others, low, high)
@@ -191,7 +190,7 @@ class _Ranking:
     return np.sort(num_nearer) + np.arange(1, len(num_nearer) + 1)
 
   def _error(self, norm: float, farthest: float, roundoff: float) -> float:
-    """The error that matters for items up to the farthest relevant one."""
+    """Returns the error bound for items up to the farthest relevant one."""
     if not roundoff:
       return 0.0
     reach = 1.01 * (norm + max(0.0, 2.0 * farthest + norm**2) ** 0.5)
@@ -203,7 +202,7 @@ class _Ranking:
 def _counts(
   others: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """How many of others [n] are below each low and up to each high, [R] int64 each."""
+  """Counts the others [n] below each low and up to each high, [R] int64 each."""
   if len(low) > _MAX_COUNTED:
     in_order = np.sort(others)
     return np.searchsorted(in_order, low), np.searchsorted(in_order, high, "right")
@@ -213,7 +212,7 @@ def _counts(
 
 
 def _is_between(others: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-  """[n] bool, which of others [n] are from a low to its high, [R] each, ascending."""
+  """Returns which of others [n] are between low and high, [R] each, ascending."""
   is_between = np.zeros(len(others), bool)
   if len(low) <= _MAX_COUNTED:
     for lowest, highest in zip(low, high):
@@ -231,11 +230,11 @@ def _is_between(others: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.nda
 
 
 def _num_before(values: np.ndarray, items: np.ndarray, num_others: int) -> np.ndarray:
-  """[R] int64, how many others are before each relevant item.
+  """Counts the others before each relevant item, [R] int64.
 
   Args:
     values: [n + R], of the others and then of the relevant items.
-    items: [n + R] int64; of equal values the lower item is before the other.
+    items: [n + R] int64; of equal values the lower item comes first.
     num_others: n.
   """
   order = np.lexsort((items, values))
@@ -245,13 +244,13 @@ def _num_before(values: np.ndarray, items: np.ndarray, num_others: int) -> np.nd
 
 
 class Rankings(NamedTuple):
-  """How well each query found what is relevant to it.
+  """Ranking metrics of each query.
 
   Attributes:
-    names: [M] of the metrics, with "eval/" before.
+    names: [M] of the metrics, prefixed by "eval/".
     values: [Q, M] float64.
-    queries: [Q] int64, the items that asked.
-    unanswerable: int64, items that would ask but have nothing to find.
+    queries: [Q] int64, the query items.
+    unanswerable: int64, query items without relevant items.
   """
 
   names: list[str]
@@ -260,7 +259,7 @@ class Rankings(NamedTuple):
   unanswerable: np.ndarray
 
   def means(self) -> dict[str, float]:
-    """Each metric over all queries, and how many queries there are."""
+    """Returns each metric over all queries, and the number of queries."""
     return {
       **self._named(self.values.mean(axis=0)),
       "eval/num_queries": len(self.queries),
@@ -268,17 +267,17 @@ class Rankings(NamedTuple):
     }
 
   def intervals(self) -> dict[str, list[float]]:
-    """Low and high of each metric; see `trainer.retrieval.metrics`."""
+    """Returns low and high of each metric; see `trainer.retrieval.metrics`."""
     return self._named(bootstrap_intervals(self.values))
 
   def by_group(self, groups: np.ndarray) -> dict[Any, dict[str, float]]:
-    """Each metric over the queries of each group, the worst recall@1 and MAP@R first.
+    """Returns metrics per group of queries, the worst recall@1 and MAP@R first.
 
     Args:
       groups: [N] of every item, such as its class.
 
     Returns:
-      By group; "num_queries" among the metrics.
+      Metrics by group, including "num_queries".
     """
     found, group_of, counts = np.unique(
       groups[self.queries], return_inverse=True, return_counts=True
@@ -302,20 +301,19 @@ def rank(
 ) -> Rankings:
   """Ranks the gallery for every query, exactly, in bounded memory.
 
-  A query to which nothing is relevant has no answer: it is left out of the means, and
-  told.
+  A query without relevant items is left out of the means and reported.
 
   Args:
     embeddings: [N, D] float32.
-    judged: who asks, what is found, what is relevant.
-    ks: the k of recall@k and others.
+    judged: queries, gallery and ground truth.
+    ks: the k of recall@k and similar metrics.
 
   Returns:
     The metrics of each query.
 
   Raises:
-    UserError: an embedding is not finite, a k is not possible, or no query has anything
-      to find.
+    UserError: an embedding is not finite, a k is below 1, or no query has relevant
+      items.
   """
   check_finite(embeddings)
   functions = _functions(ks).values()
@@ -339,25 +337,25 @@ def rank(
 
 
 def metric_names(ks: Sequence[int]) -> list[str]:
-  """The names of the metrics of a query, such as "eval/recall_at_1".
+  """Returns the names of a query's metrics, such as "eval/recall_at_1".
 
   Args:
-    ks: the k of recall@k and others.
+    ks: the k of recall@k and similar metrics.
 
   Raises:
-    UserError: a k is not possible.
+    UserError: a k is below 1.
   """
   return [f"eval/{name}" for name in _functions(ks)]
 
 
 def check_finite(embeddings: np.ndarray) -> None:
-  """Checks that no embedding holds NaN or an infinity.
+  """Checks that no embedding has a NaN or an infinity.
 
   Args:
     embeddings: [N, D].
 
   Raises:
-    UserError: some do; they are counted.
+    UserError: some embeddings do; reports their number.
   """
   num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
   if num_bad:
@@ -370,10 +368,13 @@ def check_finite(embeddings: np.ndarray) -> None:
 def _equally_many(
   found: Iterable[np.ndarray],
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-  """Numbers of queries [n], and their ranks [n, R], for each R > 0 that there is.
+  """Groups queries by their number of relevant items R > 0.
 
   Args:
     found: ranks [R] of each query in order.
+
+  Yields:
+    Numbers of queries [n], and their ranks [n, R].
   """
   waiting: dict[int, list[tuple[int, np.ndarray]]] = {}
   num_waiting = 0
@@ -393,13 +394,13 @@ def _stacked(rows: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]
 
 
 def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-  """A function from ranks [..., R] to [...], by the metric's name."""
+  """Returns a function from ranks [..., R] to [...] for each metric name."""
   if not ks or min(ks) < 1:
     raise UserError(f"evaluate.ks={tuple(ks)} needs numbers of at least 1.")
   found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
   for name, function in _OF_NEAREST.items():
     for k in sorted(ks):
-      # Of the nearest one alone, all say the same.
+      # For k = 1 all metrics are equal.
       if k > 1 or name == "recall_at":
         found[f"{name}_{k}"] = functools.partial(function, k=k)
   return {**found, **_OF_RANKING}

@@ -1,6 +1,7 @@
-"""The data behind a report, `eval/evidence.json`.
+"""The data of a report, `eval/evidence.json`.
 
-Items are named by their position among those evaluated. Pictures are data URIs.
+Items are identified by their position among the evaluated items. Pictures are data
+URIs.
 
 Shapes: G items, Q queries, k neighbours.
 """
@@ -23,7 +24,7 @@ REPORT_DATA_FILE = os.path.join("eval", "evidence.json")
 NUM_QUERIES = 24
 NUM_NEIGHBOURS = 8
 _NUM_CONFUSIONS = 12
-# Of the shown queries; the others are right, so that these are seen too.
+# Among the shown queries; the others are correct, so that both kinds are shown.
 _MOST_MISTAKES = 18
 
 
@@ -34,9 +35,9 @@ class DistanceHistogram:
   Attributes:
     low: lower edge of the first bin, distance units.
     high: upper edge of the last bin.
-    positive: number of pairs of one class, by bin.
-    negative: number of pairs of two classes, by bin.
-    positive_median: of the sampled pairs; None if there is no such pair.
+    positive: number of positive pairs per bin.
+    negative: number of negative pairs per bin.
+    positive_median: of the sampled pairs; None if there are no such pairs.
     negative_median: likewise.
   """
 
@@ -50,12 +51,12 @@ class DistanceHistogram:
 
 @dataclasses.dataclass(frozen=True)
 class Neighbour:
-  """One answer to a query.
+  """One neighbour of a query.
 
   Attributes:
-    item: which item it is.
+    item: position of the item.
     class_name: its class.
-    distance: from the query, Euclidean.
+    distance: Euclidean distance from the query.
     is_right: whether it is of the query's class.
   """
 
@@ -70,7 +71,7 @@ class ShownQuery:
   """A query with its nearest neighbours.
 
   Attributes:
-    item: which item it is.
+    item: position of the item.
     class_name: its class.
     neighbours: nearest first.
   """
@@ -87,15 +88,15 @@ class ShownQuery:
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-  """Queries of one class whose nearest neighbour is of one other.
+  """Queries of one class whose nearest neighbour is of one other class.
 
   Attributes:
     class_name: of the queries.
     taken_for: class of the nearest neighbour.
-    num_mistakes: how many queries.
-    num_queries: how many the class has in all.
+    num_mistakes: number of these queries.
+    num_queries: number of all queries of the class.
     query: item of one of them, which is among the shown queries.
-    neighbour: item that is nearest to it.
+    neighbour: its nearest item.
   """
 
   class_name: str
@@ -112,9 +113,9 @@ class Sprite:
 
   Attributes:
     picture: the data URI.
-    columns: pictures in a row.
-    rows: how many rows.
-    width: of one of them, pixels.
+    columns: pictures per row.
+    rows: number of rows.
+    width: of one picture, pixels.
     height: likewise.
   """
 
@@ -130,14 +131,14 @@ class EmbeddingMap:
   """A sample of items in the plane.
 
   Attributes:
-    method: what laid it out, "t-SNE" or "PCA".
-    items: which items they are.
-    class_names: of each.
-    x: of each, 0 to 1, left to right.
-    y: of each, 0 to 1, upwards.
-    is_mistake: of each, whether its nearest neighbour is of another class; None if it
-      was no query.
-    sprite: their pictures, in their order; None if inputs are no pictures.
+    method: projection method, "t-SNE" or "PCA".
+    items: positions of the items.
+    class_names: of each item.
+    x: of each item, 0 to 1, left to right.
+    y: of each item, 0 to 1, upwards.
+    is_mistake: whether the nearest neighbour is of another class; None if the item was
+      not a query.
+    sprite: their pictures, in their order; None if inputs are not pictures.
   """
 
   method: str
@@ -151,16 +152,16 @@ class EmbeddingMap:
 
 @dataclasses.dataclass(frozen=True)
 class ReportData:
-  """All of it.
+  """The data of a report.
 
   Attributes:
-    num_items: how many items were evaluated.
-    num_queries: how many of the queries given have another item of their class.
-    num_mistakes: how many of these have a nearest neighbour of another class.
+    num_items: number of evaluated items.
+    num_queries: number of given queries with another item of their class.
+    num_mistakes: number of these whose nearest neighbour is of another class.
     num_classes: classes of the items.
     histogram: distances of sampled pairs.
     recall_at: recall@k for k = 1, 2, ...
-    queries: shown ones, mistakes first.
+    queries: shown queries, errors first.
     confusions: the most frequent first.
     embedding_map: a sample in the plane.
     pictures: data URIs by item, as text.
@@ -178,7 +179,7 @@ class ReportData:
   pictures: Mapping[str, str]
 
   def write(self, model_dir: str) -> None:
-    """Writes `eval/evidence.json`, whole.
+    """Writes `eval/evidence.json` atomically.
 
     Args:
       model_dir: folder of the run.
@@ -189,13 +190,13 @@ class ReportData:
 
   @classmethod
   def read(cls, model_dir: str) -> Optional[ReportData]:
-    """The evidence of a run; None where none was collected.
+    """Reads the report data of a run; returns None if there is none.
 
     Args:
       model_dir: folder of the run.
 
     Raises:
-      UserError: the file is damaged, or of another version of this package.
+      UserError: the file is damaged, or was written by another version of this package.
     """
     path = os.path.join(model_dir, REPORT_DATA_FILE)
     if not os.path.exists(path):
@@ -227,7 +228,7 @@ def _of_json(content: dict[str, Any]) -> ReportData:
 
 @dataclasses.dataclass(frozen=True)
 class Answers:
-  """What was asked and what came of it; each query has a relevant item.
+  """Queries with a relevant item, and their neighbours.
 
   Attributes:
     embeddings: [G, D] float32.
@@ -246,19 +247,19 @@ class Answers:
   class_names: Union[Sequence[str], Mapping[int, str]]
 
   def name(self, item: int) -> str:
-    """The name of an item's class."""
+    """Returns the name of an item's class."""
     return self.class_names[int(self.labels[item])]
 
 
 def confused_classes(answers: Answers) -> list[Confusion]:
-  """The most frequent pairs of a query's class and that of its nearest neighbour.
+  """Returns the most frequent pairs of a query's class and its nearest item's class.
 
   Args:
-    answers: to all queries.
+    answers: results of all queries.
 
   Returns:
-    At most 12, the most frequent first; among equals the lower labels. The query that
-    stands for a pair is the one that is nearest to its wrong neighbour.
+    At most 12, the most frequent first; among equals the lower labels. The example
+    query of a pair is the one nearest to its wrong neighbour.
   """
   of_another = (
     answers.labels[answers.neighbours[:, 0]] != answers.labels[answers.queries]
@@ -271,7 +272,7 @@ def confused_classes(answers: Answers) -> list[Confusion]:
     return_inverse=True,
     return_counts=True,
   )
-  pair_of = np.ravel(pair_of)  # NumPy 2.0 alone gives it another shape.
+  pair_of = np.ravel(pair_of)  # Only NumPy 2.0 returns another shape.
   distances = np.linalg.norm(
     answers.embeddings[asked] - answers.embeddings[found], axis=1
   )
@@ -297,20 +298,20 @@ def confused_classes(answers: Answers) -> list[Confusion]:
 def shown_queries(
   answers: Answers, wanted: Sequence[int], random: np.random.Generator
 ) -> list[ShownQuery]:
-  """Queries to show: those wanted, then mistakes and right ones drawn at random.
+  """Selects queries to show: those wanted, then random wrong and correct ones.
 
   Args:
-    answers: to all queries.
-    wanted: items of mistakes that must be among them.
+    answers: results of all queries.
+    wanted: items of wrong queries that must be included.
     random: draws the others.
 
   Returns:
-    At most 24; mistakes first, those with the most wrong neighbours at the top.
+    At most 24; wrong ones first, those with the most wrong neighbours at the top.
   """
   is_right = answers.is_right
   rows = random.permutation(len(answers.queries))
   is_first = ~np.isin(answers.queries[rows], wanted)
-  rows = rows[np.argsort(is_first, kind="stable")]  # The wanted come first.
+  rows = rows[np.argsort(is_first, kind="stable")]  # Wanted queries come first.
   mistakes, right = rows[~is_right[rows, 0]], rows[is_right[rows, 0]]
   num_mistakes = min(len(mistakes), max(_MOST_MISTAKES, NUM_QUERIES - len(right)))
   chosen = [*mistakes[:num_mistakes], *right[: NUM_QUERIES - num_mistakes]]

@@ -95,7 +95,7 @@ class Results:
     self._write()
 
   def rows(self) -> list[list[str]]:
-    """Returns the main metrics, one column per moment; the first row has the headings."""
+    """Returns the main metrics, one column per moment; the first row is the header."""
     moments = [self.by_moment[m] for m in _HEADS if m in self.by_moment]
     heads = [head for m, head in _HEADS.items() if m in self.by_moment]
     rows = [["", *heads]]
