@@ -23,7 +23,7 @@ from trainer.errors import UserError
 _RESOLUTION = 16
 _MAX_DRAWS_PER_EPOCH = 2**31 - 1
 
-_TICKETS, _SUBSTITUTES = 1, 3
+_DRAWS, _SUBSTITUTES = 1, 3
 # Number of random draws before the next free class is taken.
 _MAX_DRAWS = 64
 
@@ -118,7 +118,7 @@ class EqualClasses:
   def __init__(self, num_classes: int, num_drawn: int, seed: int):
     self._num_classes = num_classes
     self._num_drawn = num_drawn
-    self._key = permutation.mix(seed, _TICKETS)
+    self._key = permutation.mix(seed, _DRAWS)
 
   def draw(self, steps: np.ndarray) -> Draws:
     """Returns the classes of steps [S] int64."""
@@ -142,7 +142,7 @@ class WeightedClasses:
     self._ends = np.cumsum(draws_per_epoch, dtype=np.int64)
     self._num_drawn = num_drawn
     self._seed = seed
-    self._key = permutation.mix(seed, _TICKETS)
+    self._key = permutation.mix(seed, _DRAWS)
 
   def draw(self, steps: np.ndarray) -> Draws:
     """Returns the classes of steps [S] int64."""

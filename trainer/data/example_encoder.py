@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import TYPE_CHECKING, NamedTuple, Optional
+from typing import NamedTuple, Optional
 
 import gin
 import numpy as np
@@ -13,9 +13,6 @@ import tensorflow as tf
 from trainer.data import image_formats, orientation
 from trainer.data.sources.source import RECORD_FEATURES, Item, Value
 from trainer.errors import UserError
-
-if TYPE_CHECKING:
-  import tensorflow as tf
 
 LABEL_FEATURE = "label"
 _LARGEST_INTEGER = np.iinfo(np.int64).max
@@ -49,8 +46,6 @@ class Resize:
 
   def __call__(self, image: tf.Tensor) -> Optional[bytes]:
     """Returns [H, W, C] uint8 as a smaller file; None if it is small enough."""
-    import tensorflow as tf  # Late: inspecting a finished ingest doesn't need it.
-
     height, width, channels = image.shape
     scale = self._longest_side / max(height, width)
     if scale >= 1:

@@ -465,8 +465,6 @@ def _scan_all(
   folder: str, names: Sequence[str], label_feature: str
 ) -> list[ShardIndex]:
   """Reads new shards in parallel, and returns their parts of the index."""
-  pass  # Late: TensorFlow isn't needed before.
-
   parts = []
   with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     scanned = threads.map(lambda name: scan_shard(folder, name, label_feature), names)

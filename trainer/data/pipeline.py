@@ -166,7 +166,7 @@ class Batches:
   ) -> tf.data.Dataset:
     """Returns a dataset of step, record numbers [L] int64 and is_real [L] bool."""
     num_rows = int(np.prod(self._sampler.shape))
-    num_abreast = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
+    steps_per_draw = min(_MAX_STEPS_DRAWN, max(1, _MAX_RECORDS_DRAWN // num_rows))
     local = _local_rows(shard, num_rows)
 
     def draw_local(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +179,7 @@ class Batches:
       return steps, numbers, is_real
 
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
-    steps = tf.data.Dataset.range(first_step, end).batch(num_abreast)
+    steps = tf.data.Dataset.range(first_step, end).batch(steps_per_draw)
     return steps.map(_as_it_is(draw_steps), 1).prefetch(1).unbatch()
 
   def _read(
@@ -251,9 +251,9 @@ def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.nda
 
 def _local_rows(shard: Shard, num_rows: int) -> slice:
   """Returns this worker's rows of a global batch."""
-  local_negatives = num_rows // shard.num_replicas
-  first = shard.first_replica * local_negatives
-  return slice(first, first + shard.num_local_replicas * local_negatives)
+  rows_per_replica = num_rows // shard.num_replicas
+  first = shard.first_replica * rows_per_replica
+  return slice(first, first + shard.num_local_replicas * rows_per_replica)
 
 
 def _per_replica(

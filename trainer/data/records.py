@@ -29,7 +29,7 @@ from trainer.runtime import filesystem, watchdog
 _Place = tuple[int, int, int, int]
 
 # Records checked at once; small ones fit into the processor's cache.
-_MAX_ABREAST, _MAX_ABREAST_BYTES = 512, 4 << 20
+_MAX_RECORDS_AT_A_TIME, _MAX_BYTES_AT_A_TIME = 512, 4 << 20
 
 # Well below the usual limit of 1,024 open files, for data sets of thousands of shards.
 _MAX_OPEN_SHARDS = 256
@@ -256,12 +256,12 @@ def _parts(shards: np.ndarray, lengths: np.ndarray) -> Iterator[slice]:
   is_other = np.concatenate([np.ones(1, bool), np.diff(shards) != 0])
   # Preceding bytes in units of the limit: a slice starts where the count increases.
   num_before = np.cumsum(lengths, dtype=np.int64) - lengths
-  is_other[1:] |= np.diff(num_before // _MAX_ABREAST_BYTES) > 0
+  is_other[1:] |= np.diff(num_before // _MAX_BYTES_AT_A_TIME) > 0
   ends = [*np.flatnonzero(is_other)[1:].tolist(), len(shards)]
   first = 0
   for end in ends if len(shards) else ():
-    for start in range(first, end, _MAX_ABREAST):
-      yield slice(start, min(end, start + _MAX_ABREAST))
+    for start in range(first, end, _MAX_RECORDS_AT_A_TIME):
+      yield slice(start, min(end, start + _MAX_RECORDS_AT_A_TIME))
     first = end
 
 

@@ -30,7 +30,7 @@ HEADER_BYTES = 12
 FOOTER_BYTES = 4
 OVERHEAD_BYTES = HEADER_BYTES + FOOTER_BYTES
 
-_LENGTH_STRUCT = struct.Struct("<Q")
+_LENGTH = struct.Struct("<Q")
 _FOOTER = struct.Struct("<I")
 _MASK_DELTA = 0xA282EAD8
 _HEAD = operator.itemgetter(slice(None, HEADER_BYTES))
@@ -42,7 +42,6 @@ CORRUPT_DATA = "has corrupt data (checksum differs)"
 
 # Fits into the processor's cache, because each chunk is read several times.
 _CHUNK_BYTES = 1 << 20
-_LENGTH = struct.Struct("<Q")
 
 _DTYPES = {"bytes_list": object, "int64_list": np.int64, "float_list": np.float32}
 
@@ -89,13 +88,13 @@ def _header(num_bytes: int) -> bytes:
   return length + _FOOTER.pack(masked_crc(length))
 
 
-def parse_headers(lengths: Sequence[int]) -> np.ndarray:
+def frame_headers(lengths: Sequence[int]) -> np.ndarray:
   """Returns [n, 12] uint8, the headers for data of n lengths."""
   content = b"".join(map(_header, lengths))
   return np.frombuffer(content, np.uint8).reshape(-1, HEADER_BYTES)
 
 
-def parse_footers(records: Sequence[bytes]) -> np.ndarray:
+def frame_footers(records: Sequence[bytes]) -> np.ndarray:
   """Returns [n, 4] uint8, the footers for the data of n records."""
   crcs = np.array(list(map(google_crc32c.value, records)), np.uint32)
   masked = (crcs >> np.uint32(15) | crcs << np.uint32(17)) + np.uint32(_MASK_DELTA)
@@ -131,7 +130,7 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
   header, data = framed[:HEADER_BYTES], framed[HEADER_BYTES:-FOOTER_BYTES]
   if header != _header(num_bytes):
     check_header(header)
-    (length,) = _LENGTH_STRUCT.unpack_from(header)
+    (length,) = _LENGTH.unpack_from(header)
     raise FramingError(f"has {length} bytes where the index has {num_bytes}")
   if framed[-FOOTER_BYTES:] != _FOOTER.pack(masked_crc(data)):
     raise FramingError(CORRUPT_DATA)
@@ -148,8 +147,8 @@ def unframe_all(frames: Sequence[bytes], lengths: Sequence[int]) -> list[bytes]:
   heads, tails = b"".join(map(_HEAD, frames)), b"".join(map(_TAIL, frames))
   if (
     list(map(len, frames)) != [length + OVERHEAD_BYTES for length in lengths]
-    or heads != parse_headers(lengths).tobytes()
-    or tails != parse_footers(records).tobytes()
+    or heads != frame_headers(lengths).tobytes()
+    or tails != frame_footers(records).tobytes()
   ):
     raise FramingError("is damaged")
   return records
@@ -276,8 +275,8 @@ def _check(
   bytes_of = np.frombuffer(buffer, np.uint8)
   headers = bytes_of[starts[:, None] + np.arange(HEADER_BYTES)]
   footers = bytes_of[frame_ends[:, None] + np.arange(-FOOTER_BYTES, 0)]
-  is_bad_header = headers != parse_headers(list(map(len, block)))
-  is_bad_footer = footers != parse_footers(block)
+  is_bad_header = headers != frame_headers(list(map(len, block)))
+  is_bad_footer = footers != frame_footers(block)
   is_bad = is_bad_header.any(axis=1) | is_bad_footer.any(axis=1)
   first = int(is_bad.argmax())
   if not is_bad[first]:

@@ -29,7 +29,7 @@ _NUM_ITERATIONS = 500
 NUM_PAIRS = 50_000
 _NUM_BINS = 60
 # Pairs with embeddings in memory at once.
-_NUM_ABREAST = 4_096
+_PAIRS_AT_A_TIME = 4_096
 
 CONFIG_FILE = "projector_config.pbtxt"
 _FOLDER = "projector"
@@ -161,11 +161,11 @@ def _distances(
   """Computes Euclidean distances, [P] float64."""
   parts = [
     np.linalg.norm(
-      embeddings[first[i : i + _NUM_ABREAST]].astype(np.float64)
-      - embeddings[second[i : i + _NUM_ABREAST]],
+      embeddings[first[i : i + _PAIRS_AT_A_TIME]].astype(np.float64)
+      - embeddings[second[i : i + _PAIRS_AT_A_TIME]],
       axis=1,
     )
-    for i in range(0, len(first), _NUM_ABREAST)
+    for i in range(0, len(first), _PAIRS_AT_A_TIME)
   ]
   return np.concatenate([np.empty(0), *parts])
 

@@ -21,7 +21,7 @@ from trainer.retrieval.report_data import Sprite
 _MAX_PNG_BYTES, _MAX_PNG_BYTES_PER_PIXEL = 2_000, 0.5
 _JPEG_QUALITY = 80
 
-_NUM_ABREAST = 64
+_RECORDS_AT_A_TIME = 64
 
 _GAP, _AFTER_QUERY, _MIN_HEIGHT = 2, 10, 48
 _WHITE = 255
@@ -115,8 +115,8 @@ def pictures_of(
 
   def pictures(positions: np.ndarray) -> list[bytes]:
     files: list[bytes] = []
-    for start in range(0, len(positions), _NUM_ABREAST):
-      numbers = record_numbers[positions[start : start + _NUM_ABREAST]]
+    for start in range(0, len(positions), _RECORDS_AT_A_TIME):
+      numbers = record_numbers[positions[start : start + _RECORDS_AT_A_TIME]]
       records = tf.constant(index.read(numbers), tf.string)
       inputs = tf.round(tf.clip_by_value(decoder(records), 0.0, 1.0) * 255.0)
       files += [tf.io.encode_png(each).numpy() for each in tf.cast(inputs, tf.uint8)]

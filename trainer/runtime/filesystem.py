@@ -331,8 +331,6 @@ def gfile(path: str) -> Any:
   import tensorflow as tf  # Late: local paths don't need TensorFlow.
 
   if path.split("://", maxsplit=1)[0] in _NEEDS_TENSORFLOW_IO:
-    pass
-
     load_tensorflow_io(f"paths such as {path}")
   return tf.io.gfile
 
