@@ -220,7 +220,7 @@ def _error(got, wanted, scales=()) -> float:
 def _one_after_the_other(
   entries: Sequence[Optional[Entries]],
 ) -> Optional[Entries]:
-  """Joins the memory bank entries of the parts of a batch; None without a bank."""
+  """Joins the bank entries of the parts of a batch; None without a bank."""
   of_parts = [each for each in entries if each is not None]
   if not of_parts:
     return None

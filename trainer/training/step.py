@@ -35,7 +35,7 @@ class Update(NamedTuple):
 
   Attributes:
     gradients: of the global loss, to each trainable variable.
-    entries: of the global batch, for the memory bank; None without one.
+    entries: of the global batch, for the cross-batch memory; None without one.
     active: nonzero terms and all terms of the loss, for a curriculum.
   """
 
@@ -218,7 +218,7 @@ class TrainStep:
     return is_applicable
 
   def _apply_update(self, update: Update) -> None:
-    """Updates the weights, their averages, the memory bank and a curriculum."""
+    """Updates the weights, their averages, the cross-batch memory and a curriculum."""
     if self.cross_batch_memory is not None and update.entries is not None:
       self.cross_batch_memory.add(update.entries)
     self.optimizer.apply_gradients(
