@@ -1,1 +1,1 @@
-"""The modes of the command line, one module for each."""
+"""Modes of the command line, one module per mode."""

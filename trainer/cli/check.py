@@ -1,4 +1,4 @@
-"""Mode `check`: whether this run's training is the same on any number of replicas."""
+"""Mode `check`: compares training on different numbers of replicas."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _STRATEGIES = ("auto", "cpu", "mirrored")
 
 
 def main(run: Run) -> None:
-  """Trains a few steps on 1, 2 and 4 virtual replicas, and prints how far they differ.
+  """Trains a few steps on 1, 2 and 4 virtual replicas, and prints the differences.
 
   Raises:
-    UserError: the run's parts don't fit each other, or the flags a check.
-    CheckFailedError: a row of the table is not within the tolerance.
+    UserError: the run's parts do not fit each other, or the flags do not fit a check.
+    CheckFailedError: a row of the table exceeds the tolerance.
   """
-  # The rest of the run is gin's, and nothing is written.
+  # Everything else comes from gin, and nothing is written.
   _use_cpu_alone(run.hardware)
   parts = make_parts()
   sampler = parts.make_sampler()
@@ -53,10 +53,10 @@ def main(run: Run) -> None:
 
 
 def _use_cpu_alone(hardware: Hardware) -> None:
-  """Divides the CPU, and hides what rounds otherwise.
+  """Divides the CPU, and hides devices with other rounding.
 
   Raises:
-    UserError: the flags ask for other devices.
+    UserError: the flags select other devices.
   """
   if hardware.strategy not in _STRATEGIES or hardware.tpu is not None:
     asked = (
@@ -80,7 +80,7 @@ def _differences(batches: list[Batch], num_replicas: int) -> dict[str, float]:
 
 
 def _strategy(num_replicas: int) -> tf.distribute.Strategy:
-  """What a run on so many virtual replicas trains under."""
+  """Returns the strategy of a run on some number of virtual replicas."""
   if num_replicas == 1:
     return tf.distribute.OneDeviceStrategy("CPU:0")
   return mirrored_on_cpu(num_replicas)
@@ -93,7 +93,7 @@ def _make_step() -> TrainStep:
 
 
 def _batches(parts: TrainConfig, sampler: PKSampler) -> list[Batch]:
-  """The global batches of the first steps."""
+  """Returns the global batches of the first steps."""
   batches = parts.dataset.training_batches(sampler)
   with batches.naming_bad_records(0, _NUM_STEPS - 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=_NUM_STEPS))

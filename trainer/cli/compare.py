@@ -1,4 +1,4 @@
-"""The command line that compares runs: folders to a table, and to a page if asked."""
+"""Command line that compares runs in a table and, if requested, a page."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def _compare(model_dirs: Sequence[str], output: str | None) -> None:
   """Prints the comparison and writes the page.
 
   Raises:
-    UserError: a folder has no results, or the page can't be written.
+    UserError: a folder has no results, or the page cannot be written.
   """
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  # Late, so that --help answers at once.
+  # Imported late, so that --help is fast.
   from trainer.report import comparison, measured_runs
   from trainer.report import comparison as comparison_lib
 

@@ -1,4 +1,4 @@
-"""Mode `embed`: embeddings of records, or of raw data, as arrays on disk."""
+"""Mode `embed`: writes embeddings of records or raw data as arrays."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _DTYPES = ("float32", "float16")
 
 
 def main(run: Run) -> None:
-  """Embeds with the newest checkpoint; a run that was killed goes on."""
+  """Embeds with the selected checkpoint; resumes a run that was killed."""
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     workers = current_workers()
@@ -56,19 +56,19 @@ def main(run: Run) -> None:
 @gin.configurable("embed")
 @dataclasses.dataclass(frozen=True)
 class Embedding:
-  """What is embedded, by the encoder and the decoder of `evaluate`, and where to.
+  """Options of embedding with the encoder and the decoder of `evaluate`.
 
   Attributes:
     records: folder or pattern of indexed records; None for those of
       `evaluate.dataset`, training classes included.
     source: raw data, such as an image folder or a list, that is first ingested into
-      `records`; None for records that are there.
+      `records`; None for existing records.
     folder: of the embeddings; None for `embeddings` in the run's folder.
     global_batch_size: records embedded at once, over all replicas.
     dtype: "float32", or "float16", which takes half the space.
 
   Raises:
-    UserError: another dtype, or a source without a folder of records.
+    UserError: the dtype is unknown, or there is a source without a folder of records.
   """
 
   records: Optional[str] = None
@@ -84,28 +84,28 @@ class Embedding:
       raise UserError("embed.source needs embed.records, the folder to ingest it into.")
 
   def ingest(self) -> None:
-    """Makes records of raw data, if there is a source."""
+    """Converts raw data to records, if there is a source."""
     if self.source is not None:
       ingest(source=self.source, folder=str(self.records))
 
   def open(self, trained: Evaluation) -> RecordIndex:
-    """The records to embed."""
+    """Opens the records to embed."""
     return RecordIndex.open(self.records) if self.records else trained.dataset.index
 
   def write(
     self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
   ) -> None:
-    """Embeds all records of an index and writes what comes out, if it isn't there yet.
+    """Embeds all records of an index and writes the embeddings, unless they exist.
 
     Args:
-      trained: its encoder and decoder.
-      index: the records.
+      trained: its encoder and decoder are used.
+      index: of the records.
       folder: of the embeddings.
-      source: what is embedded by what.
+      source: provenance of the embeddings.
 
     Raises:
-      UserError: a record can't be read, an embedding is not finite, or the folder
-        can't be written to, or another process embeds into it.
+      UserError: a record cannot be read, an embedding is not finite, the folder cannot
+        be written to, or another process embeds into it.
     """
     with contextlib.ExitStack() as claimed:
       current_workers().run_on_chief(lambda: claimed.enter_context(alone(folder)))
@@ -114,7 +114,7 @@ class Embedding:
   def _write(
     self, trained: Evaluation, index: RecordIndex, folder: str, source: dict
   ) -> None:
-    """Writes what is missing, in a folder that no other process writes into."""
+    """Writes missing embeddings to a locked folder."""
     workers = current_workers()
     embedder = Embedder(
       trained.encoder,
@@ -142,7 +142,7 @@ class Embedding:
       return
     numbers = np.arange(index.num_records)
     progress = Progress("Embedding", "records", index.num_records, done=num_done)
-    # What is written is whole steps, or all.
+    # Rows are written in whole steps, except for the last.
     for rows in embedder.embed(numbers, first_step=-(-num_done // batch_size)):
       rows = _in_dtype(rows, self.dtype)
       workers.run_on_all(functools.partial(writer.append, rows) if writer else _nothing)
@@ -158,14 +158,14 @@ class Embedding:
 
 
 def _nothing() -> None:
-  """What a worker does while the chief writes."""
+  """Does nothing on workers while the chief writes."""
 
 
 def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
-  """Rows [B, D] as they are written, on every worker alike.
+  """Converts rows [B, D] to the dtype, on every worker.
 
   Raises:
-    UserError: they are not finite, or not in this dtype.
+    UserError: they are not finite, or exceed the range of the dtype.
   """
   check_finite(rows)
   with np.errstate(over="ignore"):

@@ -30,7 +30,7 @@ from trainer.retrieval.verification import Clustering, Verification
 from trainer.run import Run, watching
 from trainer.training.checkpoint import Checkpoints
 
-# Of a run's folder; it holds a checkpoint as the run's folder itself does.
+# Subfolder of a run's folder, with checkpoints in the same layout.
 BEST_FOLDER = "best"
 _NUM_WORST, _NUM_UNANSWERABLE = 20, 20
 _LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
@@ -49,14 +49,14 @@ def main(run: Run) -> None:
 
 
 def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
-  """Writes what was found after so many steps, and prints its table.
+  """Writes the results of an evaluation, and prints its table.
 
-  To be called by all workers, whose replicas share the search; the chief writes.
+  Must be called on all workers, whose replicas share the search; the chief writes.
 
   Args:
     model_dir: folder of the run.
     step: number of steps the encoder was trained.
-    evaluated: what was found.
+    evaluated: results of the evaluation.
   """
   answers = evaluated.sampled_answers()
 
@@ -67,7 +67,7 @@ def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
       evaluated.write_classes(model_dir)
       evaluated.write_evidence(model_dir, answers)
       page.write_page(model_dir)
-    finally:  # What took long to measure is shown even where the disk is full.
+    finally:  # Print the results even if the disk is full.
       print(results.table())
 
   current_workers().run_on_chief(write)
@@ -76,23 +76,23 @@ def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
 @gin.configurable("evaluate")
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """Retrieval over the dataset's evaluation classes.
+  """Evaluates retrieval over the dataset's evaluation classes.
 
   Attributes:
-    encoder: the encoder to measure.
+    encoder: the encoder to evaluate.
     dataset: records, classes and decoder.
     global_batch_size: records embedded at once, over all replicas; rounded up to a
       multiple of their number.
-    protocol: who asks, what is found, what is relevant.
+    protocol: divides items into queries and gallery, and defines relevance.
     ks: the k of recall@k, precision@k, mAP@k, nDCG@k.
-    category_feature: name of a feature of the records by whose values the metrics of
-      the queries are also told apart; None for no categories.
-    verification: measures pairs; None for not.
-    clustering: measures clusters; None for not.
+    category_feature: name of a feature of the records; metrics are also reported for
+      each of its values among the queries. None for no categories.
+    verification: pair metrics; None to skip them.
+    clustering: clustering metrics; None to skip them.
     checkpoint: "newest", or "best", which `EarlyStopping` keeps.
 
   Raises:
-    UserError: another checkpoint.
+    UserError: `checkpoint` is neither.
   """
 
   encoder: tf.keras.Model
@@ -112,7 +112,7 @@ class Evaluation:
       )
 
   def restore(self, model_dir: str) -> int:
-    """Restores the encoder from the newest checkpoint of a run, or the best.
+    """Restores the encoder from the newest or the best checkpoint of a run.
 
     Args:
       model_dir: folder of the run.
@@ -128,13 +128,13 @@ class Evaluation:
     return restore_encoder(self.encoder, self.dataset.decoder.shape, model_dir)
 
   def evaluate(self) -> EvaluationResult:
-    """Embeds the evaluation classes with the encoder as it is now, and measures.
+    """Embeds the evaluation classes with the current encoder, and computes metrics.
 
     Returns:
       Embeddings, rankings and metrics.
 
     Raises:
-      UserError: there is nothing to measure, or a record lacks a feature.
+      UserError: there are no records, or a record lacks a feature.
     """
     index = self.dataset.index
     members = [index.members(label) for label in self.dataset.evaluation_classes]
@@ -150,7 +150,7 @@ class Evaluation:
     return EvaluationResult(self.dataset, items, embeddings, judged, rankings, found)
 
   def metric_names(self) -> list[str]:
-    """The names of what is measured."""
+    """Returns the names of the metrics."""
     names = metric_names(self.ks)
     for measure in (self.verification, self.clustering):
       names += measure.metric_names() if measure is not None else []
@@ -173,7 +173,7 @@ class Evaluation:
     rankings: Rankings,
   ) -> Measurement:
     metrics = rankings.means()
-    # Distractors are of no class.
+    # Distractors have no class.
     kept = judged.labels.is_labelled()
     embeddings, labels = embeddings[kept], items.labels[kept]
     if self.verification is not None:
@@ -200,10 +200,11 @@ class Evaluation:
 
 
 def make_evaluation() -> Evaluation:
-  """The evaluation that gin describes; where a worker can't make it, none goes on.
+  """Builds the evaluation described by gin; an error on one worker ends all.
 
   Returns:
-    An evaluation whose encoder has no variables yet; on every worker it can have them.
+    An evaluation whose encoder has no variables yet, but can create them on every
+    worker.
 
   Raises:
     UserError: a part is missing or does not fit, on some worker.

@@ -1,4 +1,4 @@
-"""Mode `export`: the trained encoder as a SavedModel with a card, tried before it goes.
+"""Mode `export`: writes the trained encoder as a verified SavedModel with a card.
 
 Shapes: B examples, D dimensions.
 """
@@ -22,7 +22,7 @@ from trainer.run import Run
 from trainer.serving import model_card, saved_model
 
 _FORMATS = ("saved_model", "tflite")
-# As shares of an embedding's length; TensorFlow Lite adds up in another order.
+# Shares of an embedding's length; TensorFlow Lite sums in another order.
 _NUM_TRIED, _LARGEST_ERROR, _LARGEST_LITE_ERROR = 32, 1e-6, 1e-4
 _TITLES = {
   saved_model.FOLDER: "SavedModel",
@@ -33,7 +33,7 @@ _TITLES = {
 
 
 def main(run: Run) -> None:
-  """Exports a checkpoint of a run; what fails the trial replaces nothing."""
+  """Exports a checkpoint of a run; keeps the old export if verification fails."""
   trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
   export = Export()
   step = trained.restore(run.model_dir)
@@ -52,15 +52,15 @@ def main(run: Run) -> None:
 @gin.configurable("export")
 @dataclasses.dataclass(frozen=True)
 class Export:
-  """What is exported, of the encoder and the decoder of `evaluate`.
+  """Options of the export of the encoder and the decoder of `evaluate`.
 
   Attributes:
-    folder: where it goes; None for `export` in the run's folder.
-    fixed_batch_size: B of further signatures with static shapes; None for no such.
+    folder: output folder; None for `export` in the run's folder.
+    fixed_batch_size: B of additional signatures with static shapes; None for none.
     formats: "saved_model" always, and "tflite".
 
   Raises:
-    UserError: an unknown format, or a batch size below 1.
+    UserError: a format is unknown, or a batch size is below 1.
   """
 
   folder: Optional[str] = None
@@ -78,10 +78,10 @@ class Export:
 
 
 def _make(trained: Evaluation, export: Export, folder: str) -> None:
-  """Makes the models, and tries them on some of the run's records.
+  """Writes the models, and verifies them on some of the run's records.
 
   Raises:
-    UserError: one gives other embeddings than the encoder.
+    UserError: a model gives other embeddings than the encoder.
   """
   encoder, decoder = trained.encoder, trained.dataset.decoder
   index = trained.dataset.index
@@ -101,15 +101,15 @@ def _make(trained: Evaluation, export: Export, folder: str) -> None:
 
 
 def check_error(name: str, error: float, largest: float) -> None:
-  """Checks how far what is exported is from the encoder, and says it.
+  """Checks and logs the difference between an exported model and the encoder.
 
   Args:
-    name: of what is exported.
+    name: of the exported model.
     error: share of an embedding's length.
-    largest: the same.
+    largest: the limit, likewise.
 
   Raises:
-    UserError: it is too far.
+    UserError: the difference exceeds the limit.
   """
   if not error <= largest:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Mode `follow`: measures each new checkpoint of a run, in a process beside it."""
+"""Mode `follow`: evaluates each new checkpoint of a run, in a separate process."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _CHECKPOINT = "evaluate.checkpoint"
 @gin.configurable("follow")
 @dataclasses.dataclass(frozen=True)
 class FollowOptions:
-  """How a run is followed.
+  """Options for following a run.
 
   Attributes:
-    metric: by which the best encoder is kept, the larger the better.
-    poll_s: seconds between two looks.
-    timeout_s: seconds without a new checkpoint after which it gives up, as where the
-      training ended before its last step; None to wait for ever.
+    metric: metric for keeping the best encoder, larger is better.
+    poll_s: seconds between checks for a checkpoint.
+    timeout_s: seconds without a new checkpoint before giving up, for example because
+      training ended before its last step; None to wait without limit.
 
   Raises:
     UserError: a time is not above 0.
@@ -50,7 +50,7 @@ class FollowOptions:
 
 
 def check_times(mode: str, **times: Optional[float]) -> None:
-  """Checks the times by which a mode follows a run.
+  """Checks the times of a mode that follows a run.
 
   Args:
     mode: for the message.
@@ -65,7 +65,7 @@ def check_times(mode: str, **times: Optional[float]) -> None:
 
 
 def main(run: Run) -> None:
-  """Measures checkpoints until that of the last step."""
+  """Evaluates checkpoints up to the last step."""
   _check_alone(run)
   num_steps = num_steps_of(run)
   strategy = make_strategy(run.hardware, run.fingerprint())
@@ -106,15 +106,15 @@ def _steps(model_dir: str) -> list[int]:
 
 
 def newest_step(model_dir: str) -> int:
-  """The step of the newest checkpoint of a run; 0 where there is none."""
+  """Returns the step of the newest checkpoint of a run; 0 if there is none."""
   return max(_steps(model_dir), default=0)
 
 
 def _check_alone(run: Run) -> None:
-  """Checks that nothing else keeps the best encoder, and that it isn't followed itself.
+  """Checks that the training does not keep the best encoder itself.
 
   Raises:
-    UserError: the training does, or it is.
+    UserError: it does, or `evaluate.checkpoint` is not "newest".
   """
   for values in (run.config.values, run_config.read_saved_values(run.model_dir) or {}):
     if values.get(_SELECTION, "None") != "None":
@@ -130,7 +130,7 @@ def _check_alone(run: Run) -> None:
 
 
 def num_steps_of(run: Run) -> int:
-  """The last step of the training that a mode follows.
+  """Returns the last step of the training that a mode follows.
 
   Raises:
     UserError: no training is configured.
@@ -145,11 +145,11 @@ def num_steps_of(run: Run) -> int:
 
 
 class Patience(Protocol):
-  """How long a checkpoint is waited for.
+  """Protocol of the waiting time for a checkpoint.
 
   Attributes:
-    poll_s: seconds between two looks.
-    timeout_s: seconds after which it is given up; None for never.
+    poll_s: seconds between checks.
+    timeout_s: seconds before giving up; None for no limit.
   """
 
   @property
@@ -162,20 +162,20 @@ class Patience(Protocol):
 def restore_newer(
   evaluation: Evaluation, model_dir: str, step: int, patience: Patience
 ) -> int:
-  """Waits for a checkpoint that is newer than a step and can be read, and restores it.
+  """Waits for a readable checkpoint newer than a step, and restores it.
 
   Args:
-    evaluation: whose encoder it is for.
+    evaluation: its encoder is restored.
     model_dir: folder of the run.
-    step: of the last one.
+    step: step of the last checkpoint.
     patience: how long to wait.
 
   Returns:
     Its step.
 
   Raises:
-    UserError: none comes in time, it is of another encoder, or the training began
-      anew.
+    UserError: no checkpoint arrives in time, it is of another encoder, or training was
+      started again from the beginning.
   """
   start_s = time.monotonic()
   while True:
@@ -200,7 +200,7 @@ def restore_newer(
 
 
 def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:
-  """The step that was restored; 0 where what was the newest is no longer there."""
+  """Returns the restored step; 0 if the newest checkpoint was removed meanwhile."""
   try:
     return evaluation.restore(model_dir)
   except UserError:

@@ -1,4 +1,4 @@
-"""Mode `index`: an index of embeddings that answers fast; how well, is measured."""
+"""Mode `index`: builds an index for fast search, and measures its recall."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from trainer.runtime.lease import locked_folder
 
 
 def main(run: Run) -> None:
-  """Indexes the embeddings of a run."""
+  """Builds an index of a run's embeddings."""
   options = IndexOptions()
   embeddings_folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
   folder = options.folder or os.path.join(run.model_dir, "index")
-  EmbeddingFolder(embeddings_folder)  # Before a folder is made.
+  EmbeddingFolder(embeddings_folder)  # Fail before a folder is created.
   os.makedirs(folder, exist_ok=True)
   with locked_folder(folder, "indexing into"):
     _write(options, embeddings_folder, folder)
 
 
 def _write(options: IndexOptions, embeddings_folder: str, folder: str) -> None:
-  """Builds the index of a folder of embeddings, measures and writes it."""
+  """Builds, measures and writes the index of a folder of embeddings."""
   kept = EmbeddingFolder(embeddings_folder)
   embeddings = np.asarray(kept.embeddings, np.float32)
   check_finite(embeddings)
@@ -49,13 +49,13 @@ def _write(options: IndexOptions, embeddings_folder: str, folder: str) -> None:
 @gin.configurable("index")
 @dataclasses.dataclass(frozen=True)
 class IndexOptions:
-  """What is indexed, and how.
+  """Options of the index.
 
   Attributes:
-    embeddings: folder that `--mode=embed` wrote; None for that of the run.
+    embeddings: folder written by `--mode=embed`; None for that of the run.
     folder: of the index; None for `index` in the run's folder.
     kind: "flat", "ivf_flat", "ivf_pq", "hnsw", or "auto": flat up to 20,000 items,
-      ivf_pq from a million on, between them ivf_flat.
+      ivf_pq from a million on, and ivf_flat between them.
 
   Raises:
     UserError: the kind is unknown.

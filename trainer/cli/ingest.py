@@ -1,4 +1,4 @@
-"""Mode `ingest`: turns raw data into TFRecord shards with a class index beside them."""
+"""Mode `ingest`: converts raw data to TFRecord shards with a class index."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from trainer.run import Run
 
 
 def main(run: Run) -> None:
-  """Ingests what the run's configuration names."""
-  del run  # The data's folder is the configuration's, for many runs to share.
+  """Ingests the configured source."""
+  del run  # The data folder comes from gin, so that runs can share it.
   ingest()
 
 
@@ -34,19 +34,19 @@ def ingest(
   max_pixels: int = 100_000_000,
   num_threads: Optional[int] = None,
 ) -> None:
-  """Writes the records and the index of a source, unless that is done already.
+  """Writes the records and the index of a source, unless they exist already.
 
   Args:
     source: raw data; `ExistingTFRecords` for shards that only need an index.
-    folder: of the shards; the index is in its folder `index`.
-    records_per_shard: items that go into a file.
-    resize: makes images smaller once; None to keep their files byte for byte.
-    unreadable: "refuse" an item that can't be read, or "leave_out" and name it.
-    max_pixels: an image that declares more is refused before it is decoded.
-    num_threads: items at once; None for as many as there are cores.
+    folder: of the shards; the index is in its subfolder `index`.
+    records_per_shard: items per file.
+    resize: shrinks images once; None to keep their files byte for byte.
+    unreadable: "refuse" an unreadable item, or "leave_out" and name it.
+    max_pixels: an image that declares more pixels is refused before it is decoded.
+    num_threads: items processed at once; None for the number of cores.
 
   Raises:
-    UserError: the source can't be read, or the folder holds another source's data.
+    UserError: the source cannot be read, or the folder holds another source's data.
   """
   if records_per_shard < 1:
     raise UserError(f"ingest.records_per_shard={records_per_shard} must be at least 1.")
@@ -70,7 +70,7 @@ def ingest(
     return
   if unreadable == "refuse":
     source.check()
-  from trainer.data import (  # Late: TensorFlow isn't needed before.
+  from trainer.data import (  # Imported late: TensorFlow is not needed before.
     example_encoder,
     ingestion,
   )
@@ -92,7 +92,7 @@ def ingest(
 
 
 def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
-  """Whether the folder holds this source's records, whole."""
+  """Returns whether the folder holds all records of this source."""
   _, index_folder = locate_folder(folder)
   done = manifest.read(index_folder)
   if done is not None and done.source != fingerprint:
@@ -107,7 +107,7 @@ def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
 
 
 def _is_whole(folder: str) -> bool:
-  """Whether shards and index are as they were written; says what is not."""
+  """Returns whether shards and index are unchanged; logs differences."""
   try:
     RecordIndex.open(folder)
   except UserError as error:

@@ -1,7 +1,7 @@
-"""Mode `mine`: a mining round of each new checkpoint, in a process beside the training.
+"""Mode `mine`: mines a round for each new checkpoint, in a separate process.
 
-The training takes the newest round at each multiple of `OfflineMining.every_steps`,
-and removes those that it needs no more.
+The training uses the newest round at each multiple of `OfflineMining.every_steps`, and
+removes rounds that it no longer needs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _CHECKPOINT = "evaluate.checkpoint"
 @gin.configurable("mine")
 @dataclasses.dataclass(frozen=True)
 class MineOptions:
-  """How a run is mined for.
+  """Options for mining for a run.
 
   Attributes:
-    miner: what it looks for.
-    poll_s: seconds between two looks for a checkpoint.
-    timeout_s: seconds without a new checkpoint after which it gives up, as where the
-      training ended before its last step; None to wait for ever.
+    miner: mines the rounds.
+    poll_s: seconds between checks for a checkpoint.
+    timeout_s: seconds without a new checkpoint before giving up, for example because
+      training ended before its last step; None to wait without limit.
 
   Raises:
     UserError: a time is not above 0.
@@ -53,9 +53,9 @@ class MineOptions:
 
 
 def main(run: Run) -> None:
-  """Mines with each new checkpoint until that of the last step."""
+  """Mines with each new checkpoint before the last step."""
   _check_config(run)
-  num_steps_of(run)  # Before all else, if it isn't known.
+  num_steps_of(run)  # Fail early if it is unknown.
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
@@ -67,11 +67,11 @@ def main(run: Run) -> None:
 
 
 def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
-  """Mines into the run's folder, alone.
+  """Locks the run's folder, and mines into it.
 
   Raises:
-    UserError: another process does, or it can't be written to; or as `Miner.mine` and
-      `round_folder.write`.
+    UserError: another process mines into it, or it cannot be written to; or as in
+      `Miner.mine` and `round.write_round`.
   """
   check_writable(run.model_dir)
   with round.alone(run.model_dir):
@@ -83,7 +83,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   miner.check(dataset)
   embedder = miner.embedder(evaluation.encoder, dataset)
   num_steps = num_steps_of(run)
-  # A training may have gone back, and make checkpoints again that were mined already.
+  # A training that restored an earlier checkpoint repeats steps already mined.
   step = min(
     _newest_whole(run.model_dir, corpus_fingerprint(dataset)),
     newest_step(run.model_dir),
@@ -91,7 +91,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   while step < num_steps:
     step = restore_newer(evaluation, run.model_dir, step, options)
     if step >= num_steps:
-      break  # Nothing is trained with a round of the last checkpoint.
+      break  # A round of the last checkpoint would not be used.
     try:
       mined = miner.mine(embedder, dataset, step)
     except TooFewExamplesError as error:
@@ -112,7 +112,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
 
 
 def _newest_whole(model_dir: str, fingerprint: Mapping[str, str]) -> int:
-  """The step of the newest round that needn't be made again; 0 where there is none."""
+  """Returns the step of the newest complete round; 0 if there is none."""
   for step in round.round_steps(model_dir):
     try:
       return MiningRound(model_dir, step, fingerprint).step
@@ -124,10 +124,10 @@ def _newest_whole(model_dir: str, fingerprint: Mapping[str, str]) -> int:
 
 
 def _check_config(run: Run) -> None:
-  """Checks that the training takes rounds of others, and of the newest checkpoints.
+  """Checks that the training uses rounds of this process, and the newest checkpoints.
 
   Raises:
-    UserError: it doesn't.
+    UserError: it does not.
   """
   values = run.config.values
   if values.get(_MINING, "None") == "None":

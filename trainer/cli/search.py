@@ -1,4 +1,4 @@
-"""Mode `search`: answers for images, vectors, keys: a table, JSON or a picture."""
+"""Mode `search`: searches for images, vectors and keys; prints a table or JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from trainer.run import Run
 
 
 def main(run: Run) -> None:
-  """Answers the queries of the command line."""
+  """Searches for the queries of the command line."""
   options = SearchOptions()
   folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
   kept = EmbeddingFolder(folder)
@@ -52,12 +52,12 @@ def main(run: Run) -> None:
 @gin.configurable("search")
 @dataclasses.dataclass(frozen=True)
 class SearchOptions:
-  """What is searched, and how.
+  """Options of the search.
 
   Attributes:
     num_neighbours: k.
-    embeddings: folder that `--mode=embed` wrote; None for that of the run.
-    index: folder that `--mode=index` wrote; None to search exactly.
+    embeddings: folder written by `--mode=embed`; None for that of the run.
+    index: folder written by `--mode=index`; None for exact search.
 
   Raises:
     UserError: k is below 1.
@@ -74,7 +74,7 @@ class SearchOptions:
       )
 
   def nearest_fn(self, kept: EmbeddingFolder) -> NearestFn:
-    """What searches the embeddings.
+    """Returns the function that searches the embeddings.
 
     Raises:
       UserError: the index is of other embeddings.
@@ -92,7 +92,7 @@ class SearchOptions:
 
 
 def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
-  """Embeds an image file; the encoder is restored, and compared, for the first."""
+  """Returns a function that embeds an image file; it restores the encoder once."""
   decode_files = getattr(trained.dataset.decoder, "decode_files", None)
 
   @functools.cache
@@ -112,7 +112,7 @@ def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
 
 
 def _decoded(content: bytes, decode_files) -> tf.Tensor:
-  """[1, H, W, C] float32, an image file of any format that ingest takes."""
+  """Decodes an image file of any ingestible format to [1, H, W, C] float32."""
   try:
     return decode_files(tf.constant([example_encoder.for_training(content)]))
   except tf.errors.InvalidArgumentError as error:
@@ -142,7 +142,7 @@ def _json(answers: Sequence[Answer]) -> str:
 def _draw(
   answers: Sequence[Answer], kept: EmbeddingFolder, trained: Evaluation, path: str
 ) -> None:
-  """Writes a PNG: a row a query, the query first, then what it found."""
+  """Writes a PNG with one row per query: the query first, then its neighbours."""
   index = RecordIndex.open(str(kept.source.get("records")))
   embedding_store.check_same_records(kept.source, index)
   decoder = trained.dataset.decoder
@@ -160,7 +160,7 @@ def _draw(
 
 
 def _picture_of(asked: Answer, kept: EmbeddingFolder, pictures_fn, decoder):
-  """[H, W, C] uint8, the picture that was asked for; None for a vector."""
+  """Returns the picture of a query, [H, W, C] uint8; None for a vector."""
   row = kept.position(asked.query)
   if row is not None:
     return tf.io.decode_png(pictures_fn(np.array([row]))[0])

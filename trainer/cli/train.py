@@ -1,4 +1,4 @@
-"""Mode `train`: builds the parts of a training, and runs it."""
+"""Mode `train`: builds a training run from gin, and runs it."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ _NUM_SEEDS = 2**32
 @gin.configurable("train")
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-  """What a training is made of.
+  """Configuration of a training run.
 
   Attributes:
     dataset: records, classes and decoder.
-    sampler_fn: makes the sampler of the dataset's training classes.
-    step: one update; its encoder, loss and optimizer.
-    loop: how long, how often to log and to save.
-    seed: of the initial weights and of dropout; in 0…2³²−1.
-    mining: rounds of mining over the whole corpus, from which batches are drawn after
-      the first; None for the sampler alone.
+    sampler_fn: builds the sampler of the dataset's training classes.
+    step: training step, with encoder, loss and optimizer.
+    loop: number of steps, and intervals of logging and saving.
+    seed: random seed of the initial weights and of dropout; in 0…2³²−1.
+    mining: rounds of mining over the whole corpus; batches are drawn from them after
+      the first round. None to use only `sampler_fn`.
   """
 
   dataset: Dataset
@@ -63,12 +63,12 @@ class TrainConfig:
   mining: Optional[OfflineMining] = None
 
   def make_sampler(self) -> PKSampler:
-    """The sampler of the training classes."""
+    """Returns the sampler of the training classes."""
     dataset = self.dataset
     return self.sampler_fn(dataset.index, classes=dataset.train_classes)
 
   def fingerprint(self) -> dict[str, object]:
-    """By name, what must be alike on all workers and no configuration has."""
+    """Returns facts outside the configuration that must be equal on all workers."""
     mining = {} if self.mining is None else self.mining.fingerprint()
     return {**self.dataset.index.fingerprint(), **mining}
 
@@ -80,38 +80,38 @@ class TrainConfig:
 
 
 def make_parts(*given: object) -> TrainConfig:
-  """Makes the parts that gin describes.
+  """Builds the configuration described by gin.
 
-  The seed is set before: a Keras model of which gin has the function gets its weights
-  when gin calls it, and not in `create_variables`.
+  The seed is set first: a Keras model built by a gin function gets its weights when gin
+  calls the function, and not in `create_variables`.
 
   Args:
-    given: the first of the parts, where they are not gin's.
+    given: the first fields, if they do not come from gin.
 
   Returns:
-    The parts, without the variables that `create_variables` creates.
+    The configuration, without the variables that `create_variables` creates.
 
   Raises:
-    UserError: the seed is no integer in 0…2³²−1, or a part can't be made.
+    UserError: the seed is not an integer in 0…2³²−1, or a part cannot be built.
   """
   bound = gin.get_bindings("train", resolve_references=False).get("seed")
-  seed = copy.deepcopy(bound)  # What gin does to a macro.
+  seed = copy.deepcopy(bound)  # Resolves a macro, as gin does.
   if seed is not None:
     if not isinstance(seed, int) or not 0 <= seed < _NUM_SEEDS:
       raise UserError(f"train.seed={seed!r} must be an integer in [0, {_NUM_SEEDS}).")
-    # Another one than of `create_variables`, or layers would begin alike.
+    # Differs from the seed of `create_variables`, so that layers do not start equal.
     tf.keras.utils.set_random_seed((seed + _NUM_SEEDS // 2) % _NUM_SEEDS)
   return TrainConfig(*given)  # type: ignore[arg-type, call-arg]  # The rest is gin's.
 
 
 class Training(NamedTuple):
-  """A training that is ready to run.
+  """A training run that is ready to start.
 
   Attributes:
-    loop: runs the steps that are left.
-    step: what it runs.
-    options: how long it goes.
-    first_step: number of steps done before.
+    loop: runs the remaining steps.
+    step: the training step.
+    options: of the loop.
+    first_step: number of steps completed before.
   """
 
   loop: Loop
@@ -121,7 +121,7 @@ class Training(NamedTuple):
 
   @property
   def num_steps_done(self) -> int:
-    """Number of steps done by now."""
+    """Number of completed steps."""
     return int(self.step.optimizer.iterations.numpy())
 
 
@@ -136,17 +136,17 @@ def main(run: Run) -> None:
 
 @contextlib.contextmanager
 def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
-  """A training, under the strategy in whose scope it is made, alone in its folder.
+  """Builds a training run under the current strategy, and locks its folder.
 
   Args:
-    run: where it lives.
+    run: where the run lives.
     watchdog: watches its steps.
 
   Yields:
-    A training, restored from the newest checkpoint of the run.
+    A training run, restored from the newest checkpoint.
 
   Raises:
-    UserError: parts that don't fit each other, the folder, or the replicas; or another
+    UserError: parts do not fit each other, the folder or the replicas, or another
       process trains in the folder.
   """
   workers = current_workers()
@@ -168,14 +168,14 @@ def _build(
   if workers.num_workers > 1:
     workers.check_equal({"SHA-256 of the initial weights": hash_weights(step.encoder)})
   checkpoints = workers.run_on_all(lambda: _make_checkpoints(run, parts))
-  # One more than are kept: the oldest goes after the newest is there.
+  # One more than are kept: the oldest is removed after the newest is written.
   num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
   workers.run_on_chief(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
   first_step = workers.run_on_all(checkpoints.restore) or 0
   workers.check_equal(
     {f"the step of the newest checkpoint in {run.model_dir}": first_step}
   )
-  # Not before a checkpoint fits it, or a refused change would stay in the folder.
+  # Save after restoring, so that a refused change does not stay in the folder.
   workers.run_on_chief(lambda: run_config.save_config(run.config, run.model_dir))
   rounds = _make_rounds(run, parts, sampler, checkpoints)
   drawn: BatchSampler = sampler
@@ -227,7 +227,7 @@ def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:
 
 
 def hash_weights(encoder: tf.keras.Model) -> str:
-  """A hash of this worker's weights, such as each loads from a file of its own."""
+  """Returns a hash of this worker's weights, which each worker may load from a file."""
   digest = hashlib.sha256()
   for variable in encoder.variables:
     local = tf.distribute.get_strategy().experimental_local_results(variable)
@@ -252,7 +252,7 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
 def _make_rounds(
   run: Run, parts: TrainConfig, plain: PKSampler, checkpoints: Checkpoints
 ) -> Optional[Rounds]:
-  """The mining rounds of the run, if it has any."""
+  """Returns the mining rounds of the run; None if there is no mining."""
   if parts.mining is None:
     return None
   mine_fn = None
@@ -276,7 +276,7 @@ def _make_policy(
 
   def restore() -> None:
     checkpoints.wait()
-    workers.wait()  # Until the chief has written what all are to restore.
+    workers.wait()  # Until the chief has written the checkpoint that all restore.
     workers.check_equal(
       {"the step gone back to": workers.run_on_all(checkpoints.restore)}
     )

@@ -31,14 +31,14 @@ from trainer.training.step import TrainStep
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class EarlyStopping:
-  """Which encoder is the best, and when to give up finding a better one.
+  """Options for keeping the best encoder and stopping early.
 
   Attributes:
-    every_steps: between two evaluations; a multiple of
-      `LoopOptions.checkpoint_every_steps`, so that a run which is killed loses none.
-    metric: the larger the better, such as "eval/map_at_r".
-    patience: evaluations in a row without a better one after which the training ends;
-      None to go on to the last step.
+    every_steps: steps between evaluations; a multiple of
+      `LoopOptions.checkpoint_every_steps`, so that a killed run loses no evaluation.
+    metric: larger is better, such as "eval/map_at_r".
+    patience: number of consecutive evaluations without improvement after which training
+      ends; None to train to the last step.
 
   Raises:
     UserError: a number is below 1.
@@ -55,14 +55,14 @@ class EarlyStopping:
         raise UserError(f"EarlyStopping.{name}={value} must be at least 1.")
 
   def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
-    """Checks that evaluations come where a checkpoint is, and measure the metric.
+    """Checks that evaluations coincide with checkpoints and include the metric.
 
     Args:
       options: of the loop.
-      measured: names of what an evaluation measures.
+      measured: names of the metrics of an evaluation.
 
     Raises:
-      UserError: they don't.
+      UserError: they do not.
     """
     check_measured("EarlyStopping.metric", self.metric, measured)
     if self.every_steps % options.checkpoint_every_steps:
@@ -73,12 +73,12 @@ class EarlyStopping:
 
 
 def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None:
-  """Checks that a metric is one that an evaluation measures.
+  """Checks that a metric is one of an evaluation.
 
   Args:
-    parameter: that names it.
+    parameter: gin parameter that names the metric.
     metric: its name.
-    measured: the names there are.
+    measured: names of the metrics of an evaluation.
 
   Raises:
     UserError: it is not.
@@ -93,12 +93,12 @@ def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None
 
 @dataclasses.dataclass(frozen=True)
 class BestTracker:
-  """How the evaluations of a run went so far.
+  """Best evaluation of a run so far.
 
   Attributes:
     best: the largest value of the metric; None before the first evaluation.
     best_step: the step of that evaluation.
-    num_since_best: evaluations after it.
+    num_since_best: number of evaluations after it.
   """
 
   best: Optional[float] = None
@@ -106,7 +106,7 @@ class BestTracker:
   num_since_best: int = 0
 
   def after(self, step: int, value: float) -> BestTracker:
-    """The standing after one more evaluation; of equal ones the first is the best."""
+    """Returns the state after another evaluation; of equal values the first is best."""
     if self.best is None or value > self.best:
       return BestTracker(value, step, 0)
     return dataclasses.replace(self, num_since_best=self.num_since_best + 1)
@@ -116,15 +116,15 @@ class Evaluations:
   """The evaluations of a run: `eval/history.jsonl`, and the best encoder in `best`.
 
   Attributes:
-    standing: how they went so far, the same on all workers.
+    standing: best evaluation so far, the same on all workers.
 
   Args:
-    metric: by which one is better than another, the larger the better.
-    patience: evaluations without a better one after which there is no hope; None to
-      hope for ever.
+    metric: metric to compare, larger is better.
+    patience: number of evaluations without improvement before stopping; None for no
+      limit.
     model_dir: folder of the run.
-    encoder: what is evaluated.
-    last_step: evaluations after it don't count, and are made again.
+    encoder: the evaluated encoder.
+    last_step: evaluations after this step are discarded, and made again.
   """
 
   def __init__(
@@ -143,7 +143,7 @@ class Evaluations:
     self._best = Checkpoints(
       model_dir=os.path.join(model_dir, BEST_FOLDER),
       encoder=encoder,
-      # The best of all, and that before it, should a killed run have to do without.
+      # Keep the one before the best, too, in case a killed run leaves it incomplete.
       num_kept=2,
       is_chief=self._workers.is_chief,
     )
@@ -154,24 +154,24 @@ class Evaluations:
 
   @property
   def last_step(self) -> int:
-    """The step of the last evaluation; 0 before any. The same on all workers."""
+    """The step of the last evaluation, equal on all workers; 0 before any."""
     step = max((int(row["step"]) for row in self._file.rows()), default=0)
     return int(self._workers.exchange(str(step))[0])
 
   @property
   def is_over(self) -> bool:
-    """Whether there is no hope of a better one."""
+    """Whether the patience is exhausted."""
     num_since = self.standing.num_since_best
     return self._patience is not None and num_since >= self._patience
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Takes in an evaluation of the encoder as it is now; keeps it if it is the best.
+    """Adds an evaluation of the current encoder, and saves the encoder if it is best.
 
     Args:
       step: number of steps it was trained.
       metrics: by name, the same on all workers.
     """
-    # The chief's, since a rounding error may tell workers of two kinds apart.
+    # Use the chief's value: different hardware may differ by rounding errors.
     value = json.loads(self._workers.exchange(json.dumps(metrics[self._metric]))[0])
     self.standing = self.standing.after(step, value)
     if self._workers.is_chief:
@@ -183,10 +183,10 @@ class Evaluations:
       self._best.wait()
 
   def finish(self) -> None:
-    """Writes what found no room so far.
+    """Writes results that could not be written so far.
 
     Raises:
-      UnwritableError: there still is none, or the best encoder could not be written.
+      UnwritableError: the disk is still full, or the best encoder could not be written.
     """
     self._file.write_waiting()
     if self._best.failure:
@@ -209,13 +209,13 @@ class Evaluations:
 
 
 class EvaluateNow:
-  """Evaluates every so many steps; an action that ends a run where patience does.
+  """Callback that evaluates at intervals, and ends the run if patience is exhausted.
 
   Args:
-    evaluation: of the encoder that is trained.
-    evaluations: what they come to.
-    step: whose averaged weights are evaluated, where there are any.
-    every_steps: between two evaluations.
+    evaluation: of the trained encoder.
+    evaluations: results so far.
+    step: training step; its averaged weights are evaluated, if there are any.
+    every_steps: steps between evaluations.
   """
 
   def __init__(
@@ -232,34 +232,34 @@ class EvaluateNow:
     self._every_steps = every_steps
 
   def __call__(self, report: StepReport) -> bool:
-    """Evaluates if it is time; whether the run should end."""
+    """Evaluates if due; returns whether the run should end."""
     if report.step % self._every_steps == 0:
       self.evaluate(report.step)
     return self._evaluations.is_over
 
   def catch_up(self, step: int) -> None:
-    """Evaluates what a killed run had saved, and not evaluated yet.
+    """Evaluates a checkpoint that a killed run saved but did not evaluate.
 
     Args:
-      step: number of steps done.
+      step: number of completed steps.
     """
     is_due = step > 0 and step % self._every_steps == 0
     if is_due and self._evaluations.last_step < step:
       self.evaluate(step)
 
   def finish(self) -> None:
-    """Checks that the best encoder and all evaluations are on the disk.
+    """Checks that the best encoder and all evaluations are on disk.
 
     Raises:
-      UnwritableError: they aren't.
+      UnwritableError: they are not.
     """
     self._evaluations.finish()
 
   def evaluate(self, step: int) -> None:
-    """Evaluates the encoder as it is now.
+    """Evaluates the current encoder.
 
     Args:
-      step: number of steps done.
+      step: number of completed steps.
     """
     with self._step.weights_for_evaluation():
       found = self._evaluation.evaluate().measurement.metrics
@@ -269,18 +269,18 @@ class EvaluateNow:
 @gin.configurable("train_and_evaluate")
 @dataclasses.dataclass(frozen=True)
 class TrainAndEvaluateOptions:
-  """What else the whole job does.
+  """Options of the mode in addition to those of training and evaluation.
 
   Attributes:
-    selection: measures while it trains; None to measure before and after only.
+    selection: evaluates during training; None to evaluate only before and after.
   """
 
   selection: Optional[EarlyStopping] = None
 
 
 def main(run: Run) -> None:
-  """Ingests if the run names a source; then measures, trains and measures again."""
-  # The strategy first: ingest uses a device, and replicas must be made before that.
+  """Ingests if a source is configured, then evaluates, trains and evaluates again."""
+  # Make the strategy first: replicas must exist before ingestion uses a device.
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index) as watchdog:
     workers = current_workers()
@@ -308,12 +308,12 @@ def _train_and_evaluate(run: Run, training: Training) -> None:
 
 
 def _evaluation(training: Training) -> Evaluation:
-  # The dataset is gin's.
+  # The dataset comes from gin.
   return Evaluation(encoder=training.step.encoder)  # type: ignore[call-arg]
 
 
 def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
-  """Trains to the end, or until it gets no better."""
+  """Trains to the last step, or until early stopping."""
   selection = TrainAndEvaluateOptions().selection
   if selection is not None:
     selection.check(training.options, evaluation.metric_names())

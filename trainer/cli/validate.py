@@ -1,4 +1,4 @@
-"""Mode `validate`: looks at data before a training does, and at what it would draw."""
+"""Mode `validate`: checks data and the batches that training would draw."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NUM_NAMES = 5
 
 
 def main(run: Run) -> None:
-  """Validates what the run's configuration names."""
+  """Validates the configured data."""
   validate(run)
 
 
@@ -41,25 +41,26 @@ def validate(
   min_members: Optional[int] = None,
   is_strict: bool = True,
 ) -> dict[str, Any]:
-  """Checks the index, reads and decodes records, and counts what will be drawn.
+  """Checks the index, reads and decodes records, and counts the records drawn.
 
   Args:
     run: its folder gets `validation.json`.
     dataset: records, classes and decoder.
-    sampler_fn: makes the sampler whose draws are counted; None to leave that out.
-    num_steps: how many steps are drawn for that.
-    num_records: how many records are read and decoded, spread over all; None for all.
-    min_members: records that a class to train with should have; None for as many as
-      a batch of the sampler takes of each, or for any where there is none.
-    is_strict: whether a record that can't be used, or a class with too few, is an
-      error, and not only reported.
+    sampler_fn: builds the sampler whose draws are counted; None to skip this.
+    num_steps: number of steps drawn for that.
+    num_records: number of records that are read and decoded, spread over all; None for
+      all.
+    min_members: records that each training class should have. None for the number that
+      a batch of the sampler takes per class, or for no limit without a sampler.
+    is_strict: whether an unusable record or a class with too few records is an error,
+      instead of only being reported.
 
   Returns:
-    What `validation.json` has.
+    The content of `validation.json`.
 
   Raises:
-    UserError: the index is wrong, or, if strict, a record can't be used or a class
-      has too few.
+    UserError: the index is wrong or, if strict, a record is unusable or a class has too
+      few records.
   """
   index = dataset.index
   _check_index(index)
@@ -104,7 +105,7 @@ def validate(
 
 
 def _check_index(index: RecordIndex) -> None:
-  """Labels and members must be of the same data.
+  """Checks that labels and members are of the same data.
 
   Raises:
     UserError: they are not.
@@ -127,7 +128,7 @@ def _check_index(index: RecordIndex) -> None:
 
 
 def _spread(num_all: int, num_wanted: Optional[int]) -> np.ndarray:
-  """Record numbers from the first to the last, evenly."""
+  """Returns evenly spaced record numbers from the first to the last."""
   if num_wanted is None or num_wanted >= num_all:
     return np.arange(num_all)
   return np.unique(np.linspace(0, num_all - 1, num_wanted).astype(np.int64))

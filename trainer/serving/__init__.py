@@ -1,1 +1,1 @@
-"""What leaves the package: an encoder that answers without it."""
+"""Export of encoders that run without this package."""

@@ -1,7 +1,7 @@
-"""Embeds image files with the SavedModel beside this script.
+"""Embeds image files with the SavedModel in the same folder.
 
-python embed_images.py IMAGE [IMAGE ...] prints a line of JSON for each image: its path,
-and its embedding or what is wrong with it. Needs TensorFlow and nothing else.
+`python embed_images.py IMAGE [IMAGE ...]` prints one JSON object per image: its path,
+and its embedding or error. Needs TensorFlow and nothing else.
 """
 
 import json
@@ -14,7 +14,7 @@ import tensorflow as tf
 
 
 def main(paths):
-  """Prints the embeddings; the exit status is 1 if an image has none, 2 without any."""
+  """Prints the embeddings; returns 1 if an image fails, 2 if there are no images."""
   if not paths:
     print("usage: python embed_images.py IMAGE [IMAGE ...]", file=sys.stderr)
     return 2

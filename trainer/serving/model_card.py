@@ -1,4 +1,4 @@
-"""`MODEL_CARD.md`: what an exported encoder is, and what it was measured to do."""
+"""`MODEL_CARD.md`: description and measured results of an exported encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_CARD_FILE = "MODEL_CARD.md"
 
 
 class ModelCardFacts(NamedTuple):
-  """What the card says beside what is measured.
+  """Content of the card in addition to the evaluation results.
 
   Attributes:
     name: of the run.
@@ -28,7 +28,7 @@ class ModelCardFacts(NamedTuple):
     input_shape: of one input.
     is_image: whether inputs are images, with values in [0, 1].
     embedding_size: D.
-    data: about the records and classes, by title.
+    data: facts about records and classes, by title.
   """
 
   name: str
@@ -42,10 +42,10 @@ class ModelCardFacts(NamedTuple):
 
 
 def write_model_card(folder: str, facts: ModelCardFacts, *, model_dir: str) -> str:
-  """Writes the card beside what it describes.
+  """Writes the card to the export folder.
 
   Args:
-    folder: of what was exported.
+    folder: of the export.
     facts: about the encoder.
     model_dir: folder of the run, for its results.
 
@@ -91,7 +91,7 @@ def _cell(value: Any) -> str:
 
 
 def _measured(model_dir: str, step: int) -> dict[str, str]:
-  """The main metrics, if they are of the very weights that are exported."""
+  """Returns the main metrics, if they belong to the exported weights."""
   latest = Results(model_dir).by_moment.get("latest", {})
   if latest.get("step") != step:
     return {"not measured": f"run --mode=evaluate after step {step}"}
@@ -106,7 +106,7 @@ def _measured(model_dir: str, step: int) -> dict[str, str]:
 
 
 def _hashes(folder: str) -> dict[str, str]:
-  """The hash of every file that was exported, by its path in the folder."""
+  """Returns the hash of every exported file, by its path in the folder."""
   found = {}
   for parent, _, names in sorted(os.walk(folder)):
     for name in sorted(names):

@@ -1,12 +1,10 @@
-"""Exports of an encoder: SavedModel and TensorFlow Lite, each compared with it.
+"""Exports of an encoder, as SavedModel and TensorFlow Lite, each verified.
 
-Signatures, for any number of examples, or, with `_fixed` after their name, for one
-number and static shapes:
+Signatures accept any number of examples. With the suffix `_fixed` they accept one fixed
+number and have static shapes.
 
 - `serving_default`: "inputs" [B, *shape] float32 → "embeddings" [B, D] float32;
 - `images`: "files" [B] string, bytes of image files → the same, if inputs are images.
-
-Shapes: B examples, D dimensions.
 
 Shapes: B examples, D dimensions.
 """
@@ -32,13 +30,13 @@ _SCRIPT = os.path.join(os.path.dirname(__file__), SCRIPT_NAME)
 LITE_FILE = "encoder.tflite"
 
 _ASIDE = "aside"
-# All that an export may hold; the card says what the rest is, and comes last.
+# All files of an export; the card describes the others, and comes last.
 _NAMES = (
   *(FOLDER, SCRIPT_NAME, LITE_FILE, run_config.CONFIG_FILE),
   model_card.MODEL_CARD_FILE,
 )
 
-# TensorFlow Lite takes one at a time.
+# Number of records compared; TensorFlow Lite takes one at a time.
 _NUM_LITE = 4
 
 
@@ -49,13 +47,13 @@ def save_saved_model(
   *,
   fixed_batch_size: Optional[int] = None,
 ) -> str:
-  """Writes the SavedModel, and a script beside it that embeds image files with it.
+  """Writes the SavedModel, and a script that embeds image files with it.
 
   Args:
     encoder: its variables exist.
-    decoder: makes inputs of image files, if inputs are images.
-    folder: of all that is exported; has no SavedModel yet.
-    fixed_batch_size: B of the signatures with static shapes; None for no such.
+    decoder: decodes image files to inputs, if inputs are images.
+    folder: of the export; has no SavedModel yet.
+    fixed_batch_size: B of the signatures with static shapes; None for none.
 
   Returns:
     Path of the SavedModel.
@@ -112,7 +110,7 @@ def save_lite(saved_model: str, folder: str) -> str:
 
   Args:
     saved_model: path of the SavedModel.
-    folder: where the file goes.
+    folder: of the output file.
 
   Returns:
     Path of the file.
@@ -128,13 +126,13 @@ def save_lite(saved_model: str, folder: str) -> str:
 
 @contextlib.contextmanager
 def replacing_folder(folder: str) -> Iterator[str]:
-  """Replaces an export, if no error is raised inside; nothing of the old one stays.
+  """Replaces all files of an export, if no error is raised inside.
 
   Args:
-    folder: of the export; is made if it is missing.
+    folder: of the export; is created if it is missing.
 
   Yields:
-    The folder in which the new one is to be made.
+    A temporary folder for the new export.
 
   Raises:
     UserError: another process exports into the folder.
@@ -169,17 +167,17 @@ def _remove(path: str) -> None:
 def saved_model_difference(
   encoder: tf.keras.Model, decoder: Decoder, records: tf.Tensor, path: str
 ) -> dict[str, float]:
-  """Compares each signature of a SavedModel with the encoder behind the decoder.
+  """Compares each signature of a SavedModel with the encoder and decoder.
 
   Args:
-    encoder: what was exported.
-    decoder: makes inputs of records, and of image files if inputs are images.
+    encoder: the exported encoder.
+    decoder: decodes records to inputs, and image files if inputs are images.
     records: [B] string, serialized examples.
     path: of the SavedModel.
 
   Returns:
-    By name of the signature the largest difference of a coordinate, as a share of the
-    longest embedding; NaN if one is not finite.
+    The largest difference of a coordinate by signature, as a share of the longest
+    embedding; NaN if one is not finite.
   """
   inputs = decoder(records)
   found = {}
@@ -197,7 +195,7 @@ def saved_model_difference(
 def lite_difference(
   encoder: tf.keras.Model, decoder: Decoder, records: tf.Tensor, path: str
 ) -> float:
-  """The same of a model for TensorFlow Lite, on some of the records."""
+  """Compares a TensorFlow Lite model with the encoder, on some of the records."""
   inputs = decoder(records[:_NUM_LITE])
   embed = tf.lite.Interpreter(model_path=path).get_signature_runner()
   got = [embed(inputs=each[None].numpy())["embeddings"] for each in inputs]
@@ -205,7 +203,7 @@ def lite_difference(
 
 
 def _files(inputs: tf.Tensor) -> tf.Tensor:
-  """[B] string, image files of inputs; every other one has to be resized."""
+  """Returns image files of inputs, [B] string; every other one has to be resized."""
   images = tf.cast(tf.round(inputs * 255.0), tf.uint8)
   size = tf.shape(images)[1:3]
   large = tf.image.resize(images, 2 * size, method="nearest")
