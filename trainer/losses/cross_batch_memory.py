@@ -213,7 +213,7 @@ class CrossBatchMemoryLoss:
 
 
 class _Copies:
-  """Matches entries to examples of a batch with the same record.
+  """The match between bank entries and examples of a batch with the same record.
 
   Attributes:
     is_copy: [M] bool, whether an entry's record is in the batch.

@@ -27,7 +27,7 @@ from trainer.losses.triplet_sums import all_triplets, read_margin
 
 
 class Pace(Protocol):
-  """Computes the progress of a curriculum, from 0 at its start to 1 at its end."""
+  """A function for the progress of a curriculum, from 0 at start to 1 at end."""
 
   def __call__(
     self, progress: tf.Tensor, step: tf.Tensor, active: WeightedMean
@@ -81,8 +81,8 @@ class AdaptivePace(KerasSerializable):
   where all distances are equal. Easier pairs, which are more numerous, lead out of it.
 
   Args:
-    lowest: fraction of active terms below which the progress is raised.
-    highest: fraction above which the progress is lowered.
+    lowest: fraction of active terms below which the progress increases.
+    highest: fraction above which the progress decreases.
     change: change of the progress per step; its inverse is the number of steps from 0
       to 1.
 

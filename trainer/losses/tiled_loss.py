@@ -255,7 +255,7 @@ def _num_rows(
 
 
 class _Tiles(NamedTuple):
-  """Computes sums and gradients of any part of the anchors.
+  """The anchors and candidates of a batch, to be summed in tiles.
 
   Candidates after the first `num_fresh` are fixed; it is None if there are none.
   """
@@ -313,8 +313,8 @@ class _Tiles(NamedTuple):
   ) -> tuple[Sums, tf.Tensor, list[tf.Tensor]]:
     """Computes sums, gradient to the anchors' vectors [T, D], and shared gradients.
 
-    The shared gradients are their products with the anchors [C − F, D], their sums [C −
-    F], and the gradients to the parameters.
+    With S the gradient to the products, the shared gradients are Sᵀ times the anchors
+    [C − F, D], the column sums of S [C − F], and the gradients to the parameters.
     """
     vectors, others = anchors.embeddings, candidates.embeddings
     norms = squared_norms(vectors)
@@ -395,7 +395,7 @@ REDUCTIONS = {"mean_active": _active, "mean_terms": _terms, "mean_anchors": _anc
 
 
 class TiledPairLoss(InBatchLoss):
-  """Base of the losses: compares anchors with candidates by tiles and sums the terms.
+  """Base of the losses that compare anchors with candidates by tiles and sum the terms.
 
   Each term of an anchor is multiplied by the anchor's weight, in the sum and in the
   count. A mean without terms is 0 with gradient 0.

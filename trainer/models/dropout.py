@@ -61,7 +61,7 @@ def set_seed(encoder: tf.keras.Model, seed: int) -> None:
 
 
 class Dropout(tf.keras.layers.Layer):
-  """Sets a fraction of the features to 0 in training, and scales up the others.
+  """Dropout layer: zeroes a fraction of features in training, and scales up the rest.
 
   Outside `examples_at` the mask is arbitrary.
 

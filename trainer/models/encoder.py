@@ -192,7 +192,7 @@ def check_features(features: Any, *, num_examples: Optional[int], pooling: str) 
 
 @gin.register
 class Encoder(tf.keras.Model):
-  """Maps inputs to embeddings, to be compared by their distance.
+  """A model from inputs to embeddings, which are compared by their distance.
 
   Args:
     backbone: layer or model from inputs to features, [B, H, W, F] or, for the pooling

@@ -59,7 +59,7 @@ LOG_FILE = "log.txt"
 
 
 class MetricsFile:
-  """Appends rows to a file; after a resume, drops rows that will be written again.
+  """A file of rows; after a resume, rows that will be written again are dropped.
 
   A row that does not fit on the disk is kept and written before the next one.
 
@@ -236,7 +236,7 @@ Action = Callable[[StepReport], Optional[bool]]
 
 
 class ShowProgress:
-  """A progress line: in place on a terminal, one line per report in logs."""
+  """Callback for a progress line, in place on a terminal, one per report in logs."""
 
   def __init__(self):
     self._is_terminal = sys.stderr.isatty()
@@ -277,7 +277,7 @@ class ShowProgress:
 
 
 class WarnOfCollapse:
-  """Logs one warning when embeddings have collapsed, with suggestions."""
+  """Callback that logs one warning when embeddings have collapsed, with suggestions."""
 
   def __init__(self):
     self._is_said = False
@@ -291,7 +291,7 @@ class WarnOfCollapse:
 
 
 class WriteMetrics:
-  """Writes a row of `metrics.jsonl` for each report."""
+  """Callback that writes a row of `metrics.jsonl` for each report."""
 
   def __init__(self, file: MetricsFile):
     self._file = file
@@ -310,7 +310,7 @@ class WriteMetrics:
 
 
 class WriteEvents:
-  """TensorBoard events in the run's folder.
+  """Callback that writes TensorBoard events to the run's folder.
 
   Readers of a file stop at the first truncated event. Reports that do not fit on the
   disk are therefore kept, and written to a new file before the next one.
@@ -351,7 +351,7 @@ class WriteEvents:
 
 
 class WriteOnce:
-  """Writes a file on the first report, or on a later one if the disk was full.
+  """Callback that writes a file on the first report, or later if the disk was full.
 
   Args:
     path: of the file, for messages.
@@ -389,7 +389,7 @@ class WriteOnce:
 
 
 class SaveOperativeConfig(WriteOnce):
-  """Writes `operative_config.gin` once the first steps have called all parts.
+  """Callback that writes `operative_config.gin` once all parts have been called.
 
   Args:
     model_dir: folder of the run.
@@ -401,7 +401,7 @@ class SaveOperativeConfig(WriteOnce):
 
 
 class SaveCheckpoint:
-  """Saves a checkpoint every `every_steps` steps, and after the last."""
+  """Callback that saves a checkpoint every `every_steps` steps, and after the last."""
 
   def __init__(self, checkpoints: Checkpoints, *, every_steps: int):
     self._checkpoints = checkpoints

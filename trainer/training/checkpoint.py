@@ -29,7 +29,7 @@ _BANK = "cross_batch_memory/contents/embeddings/.ATTRIBUTES/VARIABLE_VALUE"
 
 
 class Background:
-  """Runs a function in a thread; a second one waits for the first to end."""
+  """A background thread for one function at a time; the next one waits."""
 
   def __init__(self):
     self._thread: Optional[threading.Thread] = None

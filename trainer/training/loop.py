@@ -74,7 +74,7 @@ class InnerLoopResult(NamedTuple):
 
 
 class InnerLoop:
-  """Runs steps on the devices, and copies their statistics to the host once.
+  """Several steps on the devices, whose statistics are copied to the host once.
 
   Args:
     step: one update on one replica.
@@ -190,7 +190,7 @@ class Safety(NamedTuple):
 
 
 class Loop:
-  """Runs the training to its end.
+  """The outer loop, which runs the training to its end.
 
   Args:
     inner: several steps on all replicas.

@@ -40,7 +40,7 @@ _COUNT = "not_finite_steps"
 
 
 class Diagnosis:
-  """Recomputes a step on all replicas to find what is not finite.
+  """A second computation of a step on all replicas, to find what is not finite.
 
   Must be called by all workers.
 
@@ -123,7 +123,7 @@ class _Check(NamedTuple):
 
 
 class _Again:
-  """Computes a step again without its update; traced once.
+  """A second computation of a step without its update; traced once.
 
   Args:
     step: with the weights before the update.
@@ -222,7 +222,7 @@ class _Again:
 
 
 class _SeenOutputs:
-  """Records the outputs of a model's layers, those of inner layers first.
+  """A record of the outputs of a model's layers, those of inner layers first.
 
   Args:
     model: its layers exist.
@@ -235,7 +235,7 @@ class _SeenOutputs:
 
   @contextlib.contextmanager
   def noting(self) -> Iterator[list[tuple[str, tf.Tensor]]]:
-    """Records the layers that a replica calls in this context, in a graph.
+    """Records the outputs of layers that a replica calls in this context, in a graph.
 
     Yields:
       A list, filled by the end of the context, with the layer's name and the number of
@@ -254,7 +254,7 @@ class _SeenOutputs:
 
   @contextlib.contextmanager
   def patched(self) -> Iterator[None]:
-    """Records traced layers in this context, on all replicas.
+    """Records outputs of layers traced in this context, on all replicas.
 
     Yields:
       Nothing.
@@ -311,7 +311,7 @@ def _are_rows_finite(inputs: tf.Tensor) -> tf.Tensor:
 
 
 class NonfinitePolicy:
-  """Stops, skips the batch, or restores the newest checkpoint.
+  """The policy for a non-finite update: stop, skip the batch, or restore.
 
   Args:
     options: the policy and its limit.

@@ -97,7 +97,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
 
 @gin.register
 class MultiOptimizer(tf.Module):
-  """Trains the backbone with one optimizer, and the head and the loss with another.
+  """One optimizer for the backbone, and another for the head and the loss.
 
   Each clips its own gradients. The logged learning rate is the head's.
 
@@ -351,7 +351,7 @@ def lamb(
 
 
 class LegacyOptimizerAdapter(tf.Module):
-  """Adapts a legacy Keras optimizer to the interface of the current ones.
+  """Adapter from a legacy Keras optimizer to the interface of the current ones.
 
   Args:
     optimizer: if it clips, it clips the gradients given to it, those of all replicas.

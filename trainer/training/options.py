@@ -21,7 +21,7 @@ _CHOICES = {
 @gin.register
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-  """Options of the computation of a step.
+  """Options for the computation of a step.
 
   Attributes:
     num_micro_batches: number of parts in which a replica's batch is embedded; more
