@@ -29,6 +29,10 @@ from trainer.training import gradients as gradients_lib
 from trainer.training.optimizers import AveragedWeights, MultiOptimizer
 from trainer.training.options import StepOptions
 
+_MINING_STATISTICS = MiningStatistics()
+_OPTIONS = StepOptions()
+_ACTIVE = "mining/active_fraction"
+
 
 class Update(NamedTuple):
   """Values that a step applies; equal on all replicas.
@@ -57,11 +61,6 @@ class StepResult(NamedTuple):
   update: Update
   statistics: Mapping[str, Any]
   is_finite: tf.Tensor
-
-
-_MINING_STATISTICS = MiningStatistics()
-_OPTIONS = StepOptions()
-_ACTIVE = "mining/active_fraction"
 
 
 @gin.register
