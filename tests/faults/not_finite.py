@@ -49,7 +49,7 @@ def _poisoned(runs: Runs, name, policy, *params):
 def not_finite_where_it_stops(runs: Runs) -> Outcome:
   """A record of NaN; on_nonfinite = 'stop'."""
   running, model_dir, status, seconds = _poisoned(runs, "nan-stop", "stop")
-  [path] = model_dir.glob("not_finite-*.json")
+  [path] = model_dir.glob("nonfinite-*.json")
   told = json.loads(path.read_text())
   line = running.last_line()
   is_named = f"error: step {_BAD_STEP}: the inputs of rows" in line
@@ -66,7 +66,7 @@ def _passed_over(model_dir, status) -> tuple[str, str, int]:
   """What must come of a run and what did, in words, and how many steps it left out."""
   rows = runs_lib.rows(model_dir)
   steps = [row["step"] for row in rows] == list(range(2, NUM_STEPS + 1, 2))
-  count = rows[-1]["train/not_finite_steps"]
+  count = rows[-1]["train/nonfinite_steps"]
   is_finite = runs_lib.all_finite(model_dir)
   seen = f"{status}, counted: {count > 0}, all steps: {steps}, finite: {is_finite}"
   return "0, counted: True, all steps: True, finite: True", seen, int(count)
@@ -76,7 +76,7 @@ def _passed_over(model_dir, status) -> tuple[str, str, int]:
 def not_finite_that_is_skipped(runs: Runs) -> Outcome:
   """A record of NaN; on_nonfinite = 'skip'."""
   _, model_dir, status, seconds = _poisoned(
-    runs, "nan-skip", "skip", "LoopOptions.max_not_finite = 100"
+    runs, "nan-skip", "skip", "LoopOptions.max_nonfinite_steps = 100"
   )
   expected, seen, count = _passed_over(model_dir, status)
   return Outcome(expected, seen, seconds, count)
@@ -90,7 +90,7 @@ def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
     "nan-go-back",
     *harmful(not_finite_key=_key_drawn(runs)),
     "LoopOptions.on_nonfinite = 'restore'",
-    "LoopOptions.max_not_finite = 100",
+    "LoopOptions.max_nonfinite_steps = 100",
     "TrainStep.optimizer = @noting_weights()",
     "noting_weights.optimizer = @adam()",
     f"noting_weights.file = '{file}'",
@@ -160,7 +160,7 @@ def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop
   newest = 10 if policy == "stop" else 20
   parts = [f"{status}", f"step {runs_lib.newest_step(model_dir)}"]
   parts += _damaged_states(model_dir, _REMEMBERED[policy], newest)
-  told = json.loads((model_dir / f"not_finite-{_BAD_STEP}.json").read_text())
+  told = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
   if not told["what"].startswith("the output of layer "):
     parts.append(f"said to be {told['what']}")
   expected = f"{5 if policy == 'stop' else 0}, step {newest}"
@@ -227,7 +227,7 @@ def overflow_of_a_variance_alone(runs: Runs) -> Outcome:
   model_dir = runs.folder / "overflow-variance"
   values = runs_lib.values(model_dir)
   counters = [int(v) for name, v in sorted(values.items()) if "iteration" in name]
-  told = json.loads((model_dir / f"not_finite-{_BAD_STEP}.json").read_text())
+  told = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
   is_named = "moving_variance" in told["what"]
   is_finite = runs_lib.all_finite(model_dir)
   seen = f"{status}, finite: {is_finite}, named: {is_named}, counters {counters}"

@@ -102,7 +102,7 @@ def diagnose(tmp_path):
 
 def test_records_are_named_and_all_of_them_written(diagnose, tmp_path):
   said = diagnose(decoder=_NaNDecoder)
-  told = json.loads((tmp_path / "not_finite-2.json").read_text())
+  told = json.loads((tmp_path / "nonfinite-2.json").read_text())
   assert told["step"] == 2
   assert len(told["keys"]) == 12
   assert all(key.startswith("photo ") for key in told["keys"])
@@ -268,14 +268,14 @@ def test_a_batch_that_is_skipped_counts_as_a_step():
   parts.policy.handle_nonfinite(7)
   assert int(parts.optimizer.iterations) == 8
   assert parts.restored == []
-  assert parts.policy.metrics() == {"train/not_finite_steps": 1.0}
+  assert parts.policy.metrics() == {"train/nonfinite_steps": 1.0}
 
 
 def test_going_back_restores_and_goes_on_past_the_batch():
   parts = _Parts(on_nonfinite="restore")
   for step in (7, 8):
     parts.policy.handle_nonfinite(step)
-    parts.checkpoints.notes["not_finite_steps"] = step - 6
+    parts.checkpoints.notes["nonfinite_steps"] = step - 6
   assert parts.restored == [4, 4]
   assert int(parts.optimizer.iterations) == 9
 
@@ -299,7 +299,7 @@ def test_every_part_of_an_optimizer_continues_at_the_same_step_and_rate(policy):
 
 @pytest.mark.parametrize("policy", ["skip", "restore"])
 def test_it_stops_where_it_was_too_often(policy):
-  parts = _Parts(on_nonfinite=policy, max_not_finite=1)
+  parts = _Parts(on_nonfinite=policy, max_nonfinite_steps=1)
   parts.policy.handle_nonfinite(7)
   with pytest.raises(NotFiniteError, match="1 batches were skipped before"):
     parts.policy.handle_nonfinite(8)

@@ -48,6 +48,7 @@ _RENAMED = {
   "schedule_fn": "sampler_fn",
   "memory_bank": "cross_batch_memory",
   "when_not_finite": "on_nonfinite",
+  "max_not_finite": "max_nonfinite_steps",
   "when_disk_full": "on_disk_full",
 }
 

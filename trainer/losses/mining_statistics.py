@@ -123,13 +123,13 @@ class MiningStatistics:
       look = tf.function(lambda: self(loss, anchors, candidates), autograph=False)
       like = look.get_concrete_function().structured_outputs
 
-      def handle_nonfinite() -> Mapping[str, Any]:
+      def zero_statistics() -> Mapping[str, Any]:
         return tf.nest.map_structure(
           lambda each: tf.zeros(each.shape, each.dtype), like
         )
 
       is_due = tf.equal(step_fn() % self._every_steps, 0)
-      more = tf.cond(is_due, look, handle_nonfinite)
+      more = tf.cond(is_due, look, zero_statistics)
       return terms._replace(statistics={**terms.statistics, **more})
 
     return observed

@@ -32,11 +32,11 @@ class HostFlags(NamedTuple):
   """Flags set by at least one host; equal on all hosts.
 
   Attributes:
-    is_told_to_stop: a stop was requested.
+    stop_requested: a stop was requested.
     is_saving_impossible: the last checkpoint could not be written.
   """
 
-  is_told_to_stop: bool
+  stop_requested: bool
   is_saving_impossible: bool
 
 
@@ -305,7 +305,7 @@ class Loop:
         f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
         "free some disk, or set LoopOptions.on_disk_full = 'continue'."
       )
-    if said.is_told_to_stop:
+    if said.stop_requested:
       checkpoints.save(step)
       checkpoints.wait()
       failure = f"{checkpoints.failure}; " if checkpoints.failure else ""

@@ -34,9 +34,9 @@ from trainer.training.optimizers import set_step
 from trainer.training.options import LoopOptions
 from trainer.training.step import TrainStep
 
-DIAGNOSIS_FILE = "not_finite-{}.json"
+DIAGNOSIS_FILE = "nonfinite-{}.json"
 _NUM_SHOWN = 5
-_COUNT = "not_finite_steps"
+_COUNT = "nonfinite_steps"
 
 
 class Diagnosis:
@@ -344,7 +344,7 @@ class NonfinitePolicy:
     """Returns the number of skipped batches, if skipping is enabled."""
     if self._options.on_nonfinite == "stop":
       return {}
-    return {"train/not_finite_steps": float(self._count)}
+    return {"train/nonfinite_steps": float(self._count)}
 
   def handle_nonfinite(self, step: int) -> None:
     """Continues with the batch after that of a step, or raises.
@@ -353,12 +353,12 @@ class NonfinitePolicy:
       step: the step whose update is not finite.
 
     Raises:
-      NotFiniteError: the policy is 'stop', or `max_not_finite` was exceeded.
+      NotFiniteError: the policy is 'stop', or `max_nonfinite_steps` was exceeded.
     """
     diagnosis = self._diagnose_fn(step)
     if self._options.on_nonfinite == "stop":
       self._stop(step, f"{diagnosis}; no update was made with it")
-    if self._count >= self._options.max_not_finite:
+    if self._count >= self._options.max_nonfinite_steps:
       self._stop(step, f"{diagnosis}; {self._count} batches were skipped before")
     count = self._count + 1
     if self._options.on_nonfinite == "restore":

@@ -83,7 +83,7 @@ class LoopOptions:
       is a checkpoint. In both cases a run that ends without a file has exit status 2.
     on_nonfinite: "stop" before an update that is not finite; "skip" its batch; or
       "restore" the newest checkpoint and continue with the batch after the bad one.
-    max_not_finite: maximum number of batches skipped in all.
+    max_nonfinite_steps: maximum number of batches skipped in all.
 
   Raises:
     UserError: a number is below 1, or a choice is unknown.
@@ -95,7 +95,7 @@ class LoopOptions:
   num_checkpoints_kept: int = 3
   on_disk_full: str = "continue"
   on_nonfinite: str = "stop"
-  max_not_finite: int = 3
+  max_nonfinite_steps: int = 3
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
