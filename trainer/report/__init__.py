@@ -1,5 +1,5 @@
-"""Pages that show what came of a run, and of several side by side.
+"""Report pages of a run, and of several runs side by side.
 
-A page is one file, asks nothing of any network, is light or dark as its reader's screen
-is, and needs no script but to be pointed at.
+A page is one file. It requests nothing from a network, follows the reader's light or
+dark theme, and needs a script only for interaction.
 """

@@ -1,4 +1,4 @@
-"""Several runs side by side, as text and as a page."""
+"""Comparison of several runs, as text and as a page."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from trainer.report.page import Section
 _CURVES = ("train/loss", "mining/active_fraction")
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_WIDTH = 48
-# Longer values don't stand in columns.
+# Longer values are not shown in columns.
 _MAX_CELL = 32
 UNSET = "unset"
 
 
 def comparison_text(runs: Sequence[MeasuredRun]) -> str:
-  """All three, to be printed.
+  """Returns results, curves and config differences as printable text.
 
   Args:
     runs: two or more.
@@ -34,11 +34,11 @@ def comparison_text(runs: Sequence[MeasuredRun]) -> str:
 
 
 def best_value(runs: Sequence[MeasuredRun], name: str) -> set[str]:
-  """Names of the runs with the highest value; none where all have one value.
+  """Returns the names of the runs with the highest value; empty if all are equal.
 
   Args:
     runs: two or more.
-    name: of a metric of which more is better.
+    name: of a metric for which larger is better.
   """
   values = {
     r.name: r.latest.values[name].value for r in runs if name in r.latest.values
@@ -49,7 +49,7 @@ def best_value(runs: Sequence[MeasuredRun], name: str) -> set[str]:
 
 
 def _results(runs: Sequence[MeasuredRun]) -> list[list[str]]:
-  """A row a metric; the best value has a star."""
+  """Returns one row per metric; the best value has a star."""
   first, others = measured_runs.ordered_metrics(
     [n for run in runs for n in run.latest.values]
   )
@@ -77,7 +77,7 @@ def _cell(run: MeasuredRun, name: str, is_best: bool) -> str:
 
 
 def _curves(runs: Sequence[MeasuredRun]) -> list[str]:
-  """Of each metric a line a run, all on one scale."""
+  """Returns, per metric, one line per run, all on one scale."""
   parts = []
   for name in _CURVES:
     by_run = {run.name: figures.curve_points(run.rows, name) for run in runs}
@@ -105,13 +105,13 @@ def _curves(runs: Sequence[MeasuredRun]) -> list[str]:
 def _sparkline(
   points: Sequence[tuple[float, float]], width: int, low: float, high: float
 ) -> str:
-  """The mean of each stretch as a block; a gap where nothing was logged.
+  """Returns one block per interval with its mean; a gap where nothing was logged.
 
   Args:
-    points: place, 0 to 1, and value.
-    width: how many blocks.
+    points: position, 0 to 1, and value.
+    width: number of blocks.
     low: value of the lowest block.
-    high: value of the highest.
+    high: value of the highest block.
   """
   stretches: list[list[float]] = [[] for _ in range(width)]
   for place, value in points:
@@ -125,7 +125,7 @@ def _sparkline(
 
 
 def _differences(runs: Sequence[MeasuredRun]) -> list[str]:
-  """A table of the values that are short, and of each other path a line a run."""
+  """Returns a table of short values, and for other paths one line per run."""
   rows, blocks = [["config", *(run.name for run in runs)]], []
   for path in differing_paths(runs):
     values = [run.config.get(path, UNSET) for run in runs]
@@ -146,7 +146,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def write_comparison_page(runs: Sequence[MeasuredRun], path: str) -> None:
-  """Writes the page.
+  """Writes the comparison page.
 
   Args:
     runs: two or more.
@@ -189,7 +189,7 @@ def _html_results(runs: Sequence[MeasuredRun], folder: str) -> str:
 def _table(
   runs: Sequence[MeasuredRun], names: Sequence[str], folder: str, has_best: bool = True
 ) -> str:
-  """A row a run; the best value of a column is bold."""
+  """Returns one row per run; the best value of a column is bold."""
   heads = "".join(
     f"<th scope=col>{html.escape(measured_runs.metric_title(name))}</th>"
     for name in names
@@ -219,7 +219,7 @@ def _html_cell(run: MeasuredRun, name: str, is_best: bool) -> str:
 
 
 def _link(run: MeasuredRun, folder: str) -> str:
-  """The run's name, as a link to its report if it has one."""
+  """Returns the run's name, as a link to its report if there is one."""
   page = os.path.join(run.model_dir, report_page.REPORT_FILE)
   name = html.escape(run.name)
   if not os.path.exists(page):

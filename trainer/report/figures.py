@@ -13,21 +13,21 @@ from trainer.retrieval.report_data import DistanceHistogram, EmbeddingMap
 
 _STEPS = (1.0, 2.0, 5.0, 10.0)
 
-# Of longer curves the lowest and the highest point of each stretch are drawn.
+# For longer curves, the lowest and the highest point of each interval are drawn.
 _MAX_POINTS = 400
 _COLORS = 10
 
 _POSITIVE, _NEGATIVE = 0, 1
 
-# More classes than colours that can be told apart: only those pointed at are coloured.
+# With more classes than distinguishable colours, only the hovered class is coloured.
 _MAX_COLORS = 10
 _RADIUS = 7
 _WIDTH, _MARGIN = 1000, 30
 _SPAN = _WIDTH - 2 * _MARGIN
-# Of the width, lest items in a line have no room.
+# Share of the width, so that items on one line have space.
 _LEAST_HEIGHT = 0.4
 
-# Metrics drawn, each with its title; those that no run logs are left out.
+# Metrics and their titles; metrics that no run logs are left out.
 CURVE_TITLES = {
   "train/loss": "Loss",
   "mining/active_fraction": "Active fraction",
@@ -43,13 +43,13 @@ CURVE_TITLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-  """A stretch of numbers.
+  """An interval of numbers.
 
   Attributes:
-    low: value at its beginning.
+    low: value at its start.
     high: value at its end.
-    ticks: values that are written out.
-    is_logarithmic: whether equal lengths are equal ratios.
+    ticks: labelled values.
+    is_logarithmic: whether the axis is logarithmic.
   """
 
   low: float
@@ -58,7 +58,7 @@ class Axis:
   is_logarithmic: bool = False
 
   def place(self, value: float) -> float:
-    """Where a value stands, in per cent of the axis's length."""
+    """Returns the position of a value, in per cent of the axis's length."""
     low, high = self.low, self.high
     if self.is_logarithmic:
       low, high, value = math.log(low), math.log(high), math.log(value)
@@ -68,12 +68,12 @@ class Axis:
 def linear_axis(
   values: Iterable[float], num_steps: int = 4, *, is_rounded: bool = False
 ) -> Axis:
-  """An axis of all values, with round numbers written out.
+  """Returns an axis that covers all values, with round numbers as ticks.
 
   Args:
     values: finite, at least one.
-    num_steps: about how many round numbers.
-    is_rounded: whether it begins and ends at one.
+    num_steps: approximate number of ticks.
+    is_rounded: whether it starts and ends at a tick.
   """
   values = list(values)
   low, high = min(values), max(values)
@@ -89,7 +89,7 @@ def linear_axis(
 
 
 def logarithmic_axis(low: float, high: float) -> Axis:
-  """An axis of ratios, with 1, 2, 5, 10, 20, ... written out.
+  """Returns a logarithmic axis with ticks at 1, 2, 5, 10, 20, ...
 
   Args:
     low: above 0.
@@ -101,14 +101,14 @@ def logarithmic_axis(low: float, high: float) -> Axis:
 
 
 def short_number(value: float) -> str:
-  """A number as few figures tell it."""
+  """Formats a number with few digits."""
   if value == 0 or abs(value) >= 1000:
     return f"{value:,.0f}"
   return f"{value:.4g}"
 
 
 def _round_step(least: float) -> float:
-  """1, 2 or 5 times a power of ten, just above or at `least`."""
+  """Returns 1, 2 or 5 times a power of ten, the smallest not below `least`."""
   power = 10.0 ** math.floor(math.log10(least))
   return next(step * power for step in _STEPS if step * power >= least * (1 - 1e-9))
 
@@ -118,10 +118,10 @@ class Series:
   """One curve.
 
   Attributes:
-    name: told beside its values; empty where a plot has one curve.
+    name: shown with its values; empty if a plot has only one curve.
     points: x and y, by ascending x.
     kind: "curve", or "bars" for a filled outline.
-    color: number of its colour; None for its place among the curves.
+    color: number of its colour; None for its position among the curves.
   """
 
   name: str
@@ -140,16 +140,16 @@ def curve_figure(
   note: str = "",
   extra: str = "",
 ) -> str:
-  """The plot as an HTML figure.
+  """Returns the plot as an HTML figure.
 
   Args:
-    title: plain text; stands above it.
+    title: plain text, above the plot.
     series: curves; at most ten colours.
-    x_axis: of the common x.
-    y_axis: of the common y.
-    x_name: what x is, such as "step".
-    note: HTML that stands below it.
-    extra: SVG on a field of 100 by 100, drawn under the curves.
+    x_axis: common x axis.
+    y_axis: common y axis.
+    x_name: name of x, such as "step".
+    note: HTML below the plot.
+    extra: SVG in a box of 100 by 100, drawn under the curves.
   """
   shown = [dataclasses.replace(s, points=thinned_points(s.points)) for s in series]
   drawn = "".join(
@@ -178,7 +178,7 @@ def curve_figure(
 
 
 def thinned_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-  """The points, or of very many the lowest and highest of each stretch, and the ends.
+  """Returns the points; of very many, the extremes of each interval and the ends.
 
   Args:
     points: x and y, by ascending x.
@@ -197,13 +197,13 @@ def thinned_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, f
 
 
 def finite_points(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-  """The points whose value is a finite number."""
+  """Returns the points with a finite value."""
   return [(x, y) for x, y in points if math.isfinite(y)]
 
 
 def _path(series: Series, number: int, x_axis: Axis, y_axis: Axis) -> str:
   places = [f"{x_axis.place(x)} {100 - y_axis.place(y):.2f}" for x, y in series.points]
-  if len(places) == 1:  # A stroke as long as its width is a dot.
+  if len(places) == 1:  # A stroke of zero length is drawn as a dot.
     places *= 2
   return (
     f'<path class="{series.kind}" style="{_color(series, number)}" '
@@ -232,7 +232,7 @@ def _ticks(x_axis: Axis, y_axis: Axis, x_name: str) -> str:
 def _pointing(
   series: Sequence[Series], x_axis: Axis, y_axis: Axis, x_name: str
 ) -> dict[str, object]:
-  """What the script needs: at each x, where each curve is and what its value is."""
+  """Returns the data of the script: at each x, position and value of each curve."""
   values = sorted({x for each in series for x, _ in each.points})
   told = []
   for each in series:
@@ -253,7 +253,7 @@ def _pointing(
 
 
 def _at_rest(series: Sequence[Series]) -> str:
-  """The last value, where there is one curve."""
+  """Returns the last value, if there is one curve."""
   return short_number(series[0].points[-1][1]) if len(series) == 1 else ""
 
 
@@ -280,7 +280,7 @@ def _legend(series: Sequence[Series]) -> str:
 
 
 def histogram_figure(found: DistanceHistogram) -> str:
-  """Shares of the sampled pairs by distance.
+  """Returns a figure of the distances of sampled pairs.
 
   Args:
     found: the counts.
@@ -314,10 +314,10 @@ def histogram_figure(found: DistanceHistogram) -> str:
 
 
 def recall_figure(recall_at: Mapping[str, Sequence[float]]) -> str:
-  """Recall@k for every k, of one run or several in one frame; empty for none.
+  """Returns a figure of recall@k for every k, of one or several runs; empty for none.
 
   Args:
-    recall_at: for k = 1, 2, ..., by the name of the run; one run needs none.
+    recall_at: for k = 1, 2, ..., by the name of the run; one run needs no name.
   """
   if not recall_at:
     return ""
@@ -343,7 +343,7 @@ def recall_figure(recall_at: Mapping[str, Sequence[float]]) -> str:
 def _outline(
   found: DistanceHistogram, counts: Sequence[int]
 ) -> list[tuple[float, float]]:
-  """The middle of each bin and the share of pairs in it."""
+  """Returns the middle of each bin and its share of pairs."""
   total = sum(counts)
   width = (found.high - found.low) / len(counts)
   return [
@@ -354,11 +354,11 @@ def _outline(
 
 
 def embedding_map(found: EmbeddingMap, num_items: int) -> str:
-  """The map with a legend and a card that tells of the item pointed at.
+  """Returns the map with a legend and a card for the selected item.
 
   Args:
-    found: places, classes and pictures.
-    num_items: how many items there are in all.
+    found: positions, classes and pictures.
+    num_items: number of all items.
   """
   names = sorted(set(found.class_names))
   has_colors = len(names) <= _MAX_COLORS
@@ -390,7 +390,7 @@ def embedding_map(found: EmbeddingMap, num_items: int) -> str:
 
 
 def _frame(found: EmbeddingMap) -> tuple[float, float]:
-  """The y of its uppermost item, and the height of the picture that holds all."""
+  """Returns the y of the uppermost item, and the height that fits all items."""
   top, span = max(found.y), max(found.y) - min(found.y)
   missing = max(0.0, _LEAST_HEIGHT - span)
   return top + missing / 2, (span + missing) * _SPAN + 2 * _MARGIN
@@ -423,7 +423,7 @@ def _map_legend(names: list[str], num_classes: int) -> str:
 def curve_points(
   rows: Sequence[Mapping[str, float]], name: str
 ) -> list[tuple[float, float]]:
-  """Step and value of a metric, where it was logged and is finite.
+  """Returns step and value of a metric, where it was logged and is finite.
 
   Args:
     rows: of `metrics.jsonl`.
@@ -433,10 +433,10 @@ def curve_points(
 
 
 def training_figures(rows_by_run: Mapping[str, Sequence[Mapping[str, float]]]) -> str:
-  """A figure a metric; empty if nothing was logged.
+  """Returns one figure per metric; empty if nothing was logged.
 
   Args:
-    rows_by_run: rows of `metrics.jsonl` by the name of the run; one run needs none.
+    rows_by_run: rows of `metrics.jsonl` by the name of the run; one run needs no name.
   """
   drawn = []
   for name, title in CURVE_TITLES.items():

@@ -1,4 +1,4 @@
-"""Runs as a page reads them, and the names of metrics."""
+"""Runs and their results as read for a page, and the titles of metrics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BEFORE, LATEST = "before_training", "latest"
 
 
 def metric_title(name: str) -> str:
-  """A metric as the field writes it, such as recall@1.
+  """Returns the usual title of a metric, such as recall@1.
 
   Args:
     name: such as "eval/recall_at_1", with or without "eval/".
@@ -35,10 +35,10 @@ def metric_title(name: str) -> str:
 
 
 def ordered_metrics(names: Iterable[str]) -> tuple[list[str], list[str]]:
-  """The metrics that are shown at once, and the others, in the order given.
+  """Returns the main metrics and the others, in the order given.
 
   Args:
-    names: such as "eval/recall_at_1"; what has no such prefix is left out.
+    names: such as "eval/recall_at_1"; names without this prefix are left out.
   """
   known = [name for name in dict.fromkeys(names) if name.startswith(_PREFIX)]
   first = list(results.result_titles(known))
@@ -50,7 +50,7 @@ class Value(NamedTuple):
 
   Attributes:
     value: of the metric.
-    interval: lower and upper end, at 95 %; None where none was computed.
+    interval: lower and upper end, at 95 %; None if none was computed.
   """
 
   value: float
@@ -58,27 +58,27 @@ class Value(NamedTuple):
 
   @property
   def is_share(self) -> bool:
-    """Whether it lies between 0 and 1 and is no count."""
+    """Whether it is between 0 and 1 and not a count."""
     return isinstance(self.value, float) and 0.0 <= self.value <= 1.0
 
   def text(self) -> str:
-    """The value as it is written in a table."""
+    """Formats the value for a table."""
     return f"{self.value:.4f}" if isinstance(self.value, float) else f"{self.value:,}"
 
   def interval_text(self, separator: str) -> str:
-    """The interval as it is written in a table; empty if there is none.
+    """Formats the interval for a table; empty if there is none.
 
     Args:
-      separator: stands between its ends.
+      separator: text between its ends.
     """
     return separator.join(f"{end:.4f}" for end in self.interval or ())
 
 
 class Moment:
-  """What was measured once.
+  """Results of one evaluation.
 
   Attributes:
-    step: steps of training before it.
+    step: number of training steps before it.
     values: of each metric that is a finite number.
     worst_classes: rows of the table by class, worst first.
 
@@ -98,7 +98,7 @@ class Moment:
 
 
 def read_moments(model_dir: str) -> dict[str, Moment]:
-  """The moments of a run, by name; none where nothing was measured.
+  """Reads the evaluations of a run, by name; empty if there are none.
 
   Args:
     model_dir: folder of the run.
@@ -132,12 +132,12 @@ class MeasuredRun:
   """A run with results.
 
   Attributes:
-    name: its folder's, or its path where folders of one name are compared.
+    name: name of its folder, or its path if compared folders have equal names.
     model_dir: its folder.
-    latest: what was measured last.
+    latest: the last evaluation.
     rows: of `metrics.jsonl`.
     config: values by path.
-    evidence: None where none was collected.
+    evidence: data of the report; None if there are none.
   """
 
   name: str
@@ -149,13 +149,13 @@ class MeasuredRun:
 
 
 def read_config(model_dir: str) -> str:
-  """The text of the run's config.
+  """Returns the text of the run's config.
 
   Args:
     model_dir: folder of the run.
 
   Raises:
-    UserError: the folder is missing or holds no run.
+    UserError: the folder is missing or has no run.
   """
   try:
     with open(
@@ -171,14 +171,14 @@ def read_config(model_dir: str) -> str:
 
 
 def read_measured(model_dirs: Sequence[str]) -> list[MeasuredRun]:
-  """The runs of folders, in order.
+  """Reads the runs of folders, in order.
 
   Args:
     model_dirs: their folders.
 
   Raises:
-    UserError: fewer than two folders, or one twice; one that holds no run, or a run
-      without results.
+    UserError: there are fewer than two folders, a folder is given twice or has no run,
+      or a run has no results.
   """
   paths = [os.path.abspath(folder) for folder in model_dirs]
   if len(paths) < 2:
@@ -194,7 +194,7 @@ def read_measured(model_dirs: Sequence[str]) -> list[MeasuredRun]:
 
 
 def differing_paths(runs: Sequence[MeasuredRun]) -> list[str]:
-  """Paths of the config whose values are not the same in all runs, sorted.
+  """Returns config paths with different values among the runs, sorted.
 
   Args:
     runs: two or more.

@@ -1,4 +1,4 @@
-"""`report.html`: the page of a run."""
+"""`report.html`: the report page of a run."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _NUM_QUERIES = "eval/num_queries"
 
 
 class Section(NamedTuple):
-  """One part of a page.
+  """One section of a page.
 
   Attributes:
-    name: its title, from which its place in the page's address is made.
-    content: HTML; a section without any is left out.
+    name: its title, from which its anchor is made.
+    content: HTML; an empty section is left out.
   """
 
   name: str
@@ -39,19 +39,19 @@ class Section(NamedTuple):
 
   @property
   def place(self) -> str:
-    """Its identifier in the page."""
+    """Its anchor in the page."""
     return self.name.lower().replace(" ", "-")
 
 
 def write_document(
   path: str, title: str, summary: str, sections: Sequence[Section]
 ) -> None:
-  """Writes a page, whole.
+  """Writes a page atomically.
 
   Args:
     path: of the file.
     title: plain text.
-    summary: HTML that stands under the title.
+    summary: HTML below the title.
     sections: in order.
   """
   there = [section for section in sections if section.content]
@@ -79,7 +79,7 @@ def _asset(name: str) -> str:
 
 
 def results_table(moments: Mapping[str, Moment]) -> str:
-  """The metrics of all moments with intervals and the change; empty without any.
+  """Returns a table of all metrics with intervals and change; empty without metrics.
 
   Args:
     moments: by name.
@@ -102,11 +102,11 @@ def results_table(moments: Mapping[str, Moment]) -> str:
 
 
 def worst_classes_table(moment: Moment, shown: Sequence[ShownQuery]) -> str:
-  """The classes that do worst; empty if they are not known.
+  """Returns a table of the worst classes; empty if they are unknown.
 
   Args:
-    moment: what was measured.
-    shown: queries on the page, to be linked to.
+    moment: the evaluation.
+    shown: queries on the page, as link targets.
   """
   rows = moment.worst_classes[:_NUM_WORST]
   if not rows:
@@ -136,7 +136,7 @@ def _number(value: float | None) -> str:
 
 
 def _title(name: str) -> str:
-  # A narrow screen may break it after the sign.
+  # Narrow screens may break the line after the sign.
   return html.escape(measured_runs.metric_title(name)).replace("=", "=<wbr>")
 
 
@@ -185,7 +185,7 @@ def _change(change: float | None) -> str:
 
 
 def _shares(moments: Mapping[str, Moment], name: str) -> dict[str, Value]:
-  """The values that lie between 0 and 1; none if one doesn't."""
+  """Returns the values if all are between 0 and 1, otherwise none."""
   values = {
     m: moment.values[name] for m, moment in moments.items() if name in moment.values
   }
@@ -193,7 +193,7 @@ def _shares(moments: Mapping[str, Moment], name: str) -> dict[str, Value]:
 
 
 def _range(values: Mapping[str, Value]) -> str:
-  """From 0 to 1: a ring before training, a dot and its interval after."""
+  """Draws a scale from 0 to 1: a ring before training, a dot and interval after."""
   parts = []
   for moment, value in values.items():
     if moment == LATEST and value.interval:
@@ -207,7 +207,7 @@ def _range(values: Mapping[str, Value]) -> str:
 
 
 def query_grid(evidence: ReportData) -> str:
-  """A row a query: itself, then its neighbours, right and wrong ones framed.
+  """Returns one row per query: itself, then its neighbours, framed by correctness.
 
   Args:
     evidence: with the shown queries and their pictures.
@@ -224,7 +224,7 @@ def query_grid(evidence: ReportData) -> str:
 
 
 def confusion_grid(found: Sequence[Confusion], pictures: Mapping[str, str]) -> str:
-  """The most confused pairs, each with an example; empty if there are none.
+  """Returns the most confused pairs, each with an example; empty if there are none.
 
   Args:
     found: the most frequent first.
@@ -294,7 +294,7 @@ def _picture(item: int, words: str, pictures: Mapping[str, str]) -> str:
 
 
 def write_page(model_dir: str) -> str:
-  """Writes the report from what the run's folder holds.
+  """Writes the report from the files in a run's folder.
 
   Args:
     model_dir: folder of the run.
@@ -303,7 +303,7 @@ def write_page(model_dir: str) -> str:
     Path of the page.
 
   Raises:
-    UserError: the folder holds no run, or a damaged one.
+    UserError: the folder has no run, or a damaged one.
   """
   config = measured_runs.read_config(model_dir)
   measured = measured_runs.read_moments(model_dir)
@@ -377,7 +377,7 @@ def _evidence_sections(
 
 
 def _asked(measured: dict[str, measured_runs.Moment], evidence: ReportData) -> str:
-  """Which queries the evidence is of."""
+  """Returns a text on the queries that the evidence covers."""
   num = f"{evidence.num_queries:,}"
   known = (
     measured[measured_runs.LATEST].values if measured_runs.LATEST in measured else {}

@@ -1,1 +1,1 @@
-"""Many runs from one sweep file: what to vary, in what order, and what came of it."""
+"""Hyperparameter sweeps: many runs from one sweep file, and their results."""

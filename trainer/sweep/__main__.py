@@ -1,4 +1,4 @@
-"""The command line of a sweep: everything is checked, then the runs are made."""
+"""Command line of a sweep, which checks everything before the first run."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def main(arguments: Sequence[str]) -> int:
     arguments: with the program's name first, as `sys.argv`.
 
   Returns:
-    The exit status: 0 when every run is done, 1 when some failed, 2 for a mistake of
-    the user's, 3 when told to stop, 130 when interrupted.
+    The exit status: 0 when every run is done, 1 when some failed, 2 for a user error, 3
+    when a stop was requested, 130 when interrupted.
   """
   try:
     if {"-h", "--help"} & set(arguments[1:]):
@@ -55,13 +55,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _report(error: errors.UserError) -> int:
-  """Prints a user error in one line; the exit status."""
+  """Prints a user error in one line; returns the exit status."""
   print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
   return error.exit_status
 
 
 def define_flags() -> flags.FlagValues:
-  """The sweep's own flags."""
+  """Defines the flags of the sweep."""
   values = flags.FlagValues()
   flags.DEFINE_string(
     "sweep_dir", None, "Folder of the results. [runs/sweeps/NAME]", flag_values=values
@@ -87,7 +87,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def help_text() -> str:
-  """The whole of `--help`."""
+  """Returns the text of `--help`."""
   values = define_flags()
   lines = []
   for name in values:
@@ -101,10 +101,10 @@ def help_text() -> str:
 def _parse(
   arguments: Sequence[str],
 ) -> tuple[str, flags.FlagValues, Sequence[str]]:
-  """The sweep file, the flags, and those of the task.
+  """Parses the sweep file, its flags, and those of the task.
 
   Raises:
-    UserError: a flag is unknown, or there is not one sweep file.
+    UserError: a flag is unknown, or there is not exactly one sweep file.
   """
   own, task_flags = list(arguments), []
   if "--" in own:
@@ -171,7 +171,7 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
 def _known_points(
   read: spec.Spec, builder: points_lib.PointBuilder
 ) -> list[points_lib.Point]:
-  """All points, or for tpe those at the ends of each range; each is linted."""
+  """Returns all points, or for tpe those at the ends of each range; checks each."""
   if read.options.method == "tpe":
     return points_lib.extremes(read, builder)
   return points_lib.listed(read, builder)
@@ -185,14 +185,14 @@ def _trials(
   values: flags.FlagValues,
 ) -> Trials:
   if read.options.method == "tpe" and not values.dry_run:
-    from trainer.sweep.trials import StudyTrials  # Late: only tpe needs Optuna.
+    from trainer.sweep.trials import StudyTrials  # Imported late: only tpe uses Optuna.
 
     return StudyTrials(read, builder, folder, values.storage)
   return ListedTrials(known)
 
 
 def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
-  """Makes the runs, and shows and writes what comes of them."""
+  """Runs all trials, and shows and writes their results."""
   live = sweep_results.LiveTable(read.options.metric)
   with _stopped_by_signals(worker.stop) as received:
     with concurrent.futures.ThreadPoolExecutor(worker.num_devices) as pool:
@@ -220,7 +220,7 @@ def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
 
 @contextlib.contextmanager
 def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
-  """Sets `stop` on Ctrl-C and on SIGTERM; yields the signals that came."""
+  """Sets `stop` on Ctrl-C and on SIGTERM; yields the signals received."""
   received: list[int] = []
 
   def note(number, frame):
@@ -243,9 +243,9 @@ def _found(
 
 
 def _check_metric(name: str, point: points_lib.Point) -> None:
-  """Refuses a metric that is neither logged nor measured."""
+  """Raises if a metric is neither logged nor evaluated."""
   from trainer.retrieval import ranking, verification
-  from trainer.training import callbacks  # Late: not for --help.
+  from trainer.training import callbacks  # Imported late: --help does not need it.
 
   ks = ast.literal_eval(point.config.values.get("evaluate.ks", "(1, 5, 10)"))
   known = [

@@ -1,4 +1,4 @@
-"""Points of a sweep: a value for each swept name, and the config that they give."""
+"""Points of a sweep: a value for each swept name, and the resulting config."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.sweep.spec import Spec
 _ROOTS = {"train": ("train",), "train_and_evaluate": ("train", "evaluate")}
 _MAX_POINTS = 10_000
 _TRIES_PER_POINT = 1000
-_ID_LENGTH = 16  # Hexadecimal digits: 64 bits, no two points of a study meet.
+_ID_LENGTH = 16  # Hexadecimal digits: 64 bits avoid collisions in a study.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Point:
   """One run of a sweep.
 
   Attributes:
-    settings: the swept values that reach it, as gin writes them, by gin name.
-    seed: None where the sweep repeats nothing.
-    config: what is computed.
+    settings: the swept values that it uses, as written in gin, by gin name.
+    seed: None if the sweep has no seeds.
+    config: config of the run.
   """
 
   settings: Mapping[str, str]
@@ -36,12 +36,12 @@ class Point:
 
   @property
   def run_id(self) -> str:
-    """Name of its folder: equal for points that compute the same."""
+    """Name of its folder, equal for points with equal computation."""
     return self.config.hash[:_ID_LENGTH]
 
   @property
   def num_steps(self) -> int:
-    """How many steps it trains."""
+    """Number of training steps."""
     return int(self.config.values["train.loop.num_steps"])
 
   def __str__(self):
@@ -50,10 +50,10 @@ class Point:
 
 
 class PointBuilder:
-  """Turns values of the swept names into points; each is linted as a run's config is.
+  """Builds points from values of the swept names; each is checked as a run's config.
 
-  A binding of the sweep file that a point does not use is left out of it: the margin of
-  one loss where another was chosen. One that no point uses is refused.
+  A binding of the sweep file that a point does not use is left out of it, such as the
+  margin of a loss that was not chosen. A binding that no point uses is refused.
 
   Args:
     spec: the sweep file.
@@ -65,14 +65,14 @@ class PointBuilder:
     self._used: set[tuple[str, str, str]] = set()
 
   def build(self, values: Mapping[str, Any], seed: Optional[int]) -> Point:
-    """The point of these values.
+    """Returns the point of these values.
 
     Args:
       values: by swept name.
       seed: for `sweep.seed_name`.
 
     Raises:
-      UserError: the config is none that a run would accept.
+      UserError: a run would not accept the config.
     """
     options = self._spec.options
     varied = [
@@ -101,7 +101,7 @@ class PointBuilder:
     return Point(settings, seed, assembled.config)
 
   def refuse_unused(self) -> None:
-    """Refuses what no point so far has used.
+    """Raises if no point so far has used a binding.
 
     Raises:
       UserError: there is such a binding.
@@ -120,10 +120,10 @@ class PointBuilder:
 
 
 def listed(spec: Spec, builder: PointBuilder) -> list[Point]:
-  """All points of a grid or of a random search, seed by seed, each config once.
+  """Returns all points of a grid or a random search, seed by seed, each config once.
 
   Raises:
-    UserError: there is none or no end of them, or one is no config.
+    UserError: there are no points or too many, or one has an invalid config.
   """
   is_grid = spec.options.method == "grid"
   assignments = list(_grid(spec) if is_grid else _random(spec))
@@ -136,10 +136,10 @@ def listed(spec: Spec, builder: PointBuilder) -> list[Point]:
 
 
 def extremes(spec: Spec, builder: PointBuilder) -> list[Point]:
-  """Every choice and both ends of each range, the other names at their first.
+  """Returns points for every choice and range end; other names have their first value.
 
   Raises:
-    UserError: one of them is no config.
+    UserError: one of them has an invalid config.
   """
   first = {name: domain.extremes()[0] for name, domain in spec.domains.items()}
   seed = spec.options.seeds[0] if spec.options.seeds else None
@@ -153,7 +153,7 @@ def extremes(spec: Spec, builder: PointBuilder) -> list[Point]:
 
 
 def meets_constraints(spec: Spec, values: Mapping[str, Any]) -> bool:
-  """Whether the values meet every constraint of the sweep."""
+  """Returns whether the values meet every constraint of the sweep."""
   return all(constraint.holds(values) for constraint in spec.constraints)
 
 

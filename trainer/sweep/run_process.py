@@ -1,4 +1,4 @@
-"""The folder and the process of one run of a sweep."""
+"""Folder and process of one run of a sweep."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FAILURE_FILE = "failure.json"
 _LOCK_FILE = "lock"
 
 _POLL_S = 0.2
-_GRACE_S = 60.0  # To save a checkpoint in.
+_GRACE_S = 60.0  # Time to save a checkpoint.
 _AGAIN = (PreemptedError.exit_status, StalledError.exit_status)
 _MAX_RESTARTS = 5
 
 
 class Failure(NamedTuple):
-  """Why a run ended without result.
+  """Why a run ended without a result.
 
   Attributes:
     exit_status: of the task; negative for a signal.
@@ -42,12 +42,12 @@ class Failure(NamedTuple):
 
 
 class RunFolder:
-  """One point's folder; all sweeps that share the parent share it.
+  """Folder of one point, shared by all sweeps with the same parent folder.
 
   Args:
     parent: folder of all runs.
-    point: what is run there.
-    mode: what is done there.
+    point: point of the run.
+    mode: mode of the task.
   """
 
   def __init__(self, parent: str, point: Point, mode: str):
@@ -57,7 +57,7 @@ class RunFolder:
     self._mode = mode
 
   def prepare(self) -> str:
-    """Makes the folder, and writes the run file.
+    """Creates the folder, and writes the run file.
 
     Returns:
       Path of the run file.
@@ -69,7 +69,7 @@ class RunFolder:
 
   @property
   def is_finished(self) -> bool:
-    """Whether the last step was made, and measured where the mode measures."""
+    """Returns whether the last step is done, and evaluated if the mode evaluates."""
     if self._mode == "train":
       return self.step == self._point.num_steps
     measured = Results(self.path).by_moment.get("latest", {}).get("step")
@@ -79,28 +79,28 @@ class RunFolder:
 
   @property
   def step(self) -> int:
-    """The last step logged; 0 before any."""
+    """Returns the last step logged; 0 before any."""
     last = self.last_row()
     return int(last["step"]) if last else 0
 
   def rows(self) -> list[dict[str, float]]:
-    """The rows of `metrics.jsonl`."""
+    """Returns the rows of `metrics.jsonl`."""
     return list(MetricsFile(self.path).rows())
 
   def last_row(self) -> Optional[dict[str, float]]:
-    """The last row of `metrics.jsonl`; None before any."""
+    """Returns the last row of `metrics.jsonl`; None before any."""
     rows = self.rows()
     return rows[-1] if rows else None
 
   def metric(self, name: str) -> Optional[float]:
-    """The last value of a metric, measured or logged; None where there is none."""
+    """Returns the last value of a metric, evaluated or logged; None without any."""
     measured: dict[str, Any] = Results(self.path).by_moment.get("latest", {})
     value = measured.get(name, (self.last_row() or {}).get(name))
     return None if value is None else float(value)
 
   @property
   def failure(self) -> Optional[Failure]:
-    """Why it failed; None if it did not."""
+    """Returns why the run failed; None if it did not."""
     path = os.path.join(self.path, _FAILURE_FILE)
     try:
       with open(path, encoding="utf-8") as file:
@@ -112,22 +112,23 @@ class RunFolder:
       return Failure(FAILURE, f"{path} is damaged")
 
   def mark_failed(self, failure: Failure) -> None:
-    """Remembers why it failed."""
+    """Records why the run failed."""
     path = os.path.join(self.path, _FAILURE_FILE)
     filesystem.replace_file(path, json.dumps(failure._asdict()))
 
   def forget_failure(self) -> None:
-    """Forgets a failure, since it is tried again."""
+    """Removes the record of a failure, before a retry."""
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(self.path, _FAILURE_FILE))
 
   @contextlib.contextmanager
   def lock(self) -> Iterator[Optional[int]]:
-    """Keeps other sweeps, on this machine or another that shares the disk, off the run.
+    """Keeps other sweeps away from the run, on all machines that share the disk.
 
     Yields:
-      The lock's file, for the run's process to inherit: should the sweep be killed, the
-      run that goes on still holds it. None if another holds it; `is_locked` never does.
+      The lock's file, inherited by the run's process: if the sweep is killed, the
+      running process still holds the lock. None if another process holds it, which
+      `is_locked` never does.
     """
     os.makedirs(self.path, exist_ok=True)
     file = lease.try_lock(os.path.join(self.path, _LOCK_FILE))
@@ -139,7 +140,7 @@ class RunFolder:
 
   @property
   def is_locked(self) -> bool:
-    """Whether some sweep works on it now."""
+    """Returns whether a sweep currently works on the run."""
     return lease.is_locked(os.path.join(self.path, _LOCK_FILE))
 
 
@@ -150,7 +151,7 @@ class Ending(enum.Enum):
   FAILED = "failed"
   STOPPED = "stopped"
   PRUNED = "pruned"
-  BUSY = "busy"  # Another sweep runs it.
+  BUSY = "busy"  # Another sweep is running it.
 
 
 def run_process(
@@ -162,7 +163,7 @@ def run_process(
   stop: threading.Event,
   is_hopeless: Callable[[], bool],
 ) -> tuple[Ending, int]:
-  """Runs a command to its end, again where its exit status asks for that.
+  """Runs a command to its end, and restarts it on certain exit statuses.
 
   Args:
     command: program and arguments.
@@ -170,7 +171,7 @@ def run_process(
     log_path: its output is appended there.
     inherited: files that it keeps open.
     stop: set to end it early.
-    is_hopeless: asked all the time; true ends it early.
+    is_hopeless: polled; ends the process early when it returns true.
 
   Returns:
     How it ended, and its exit status; negative for a signal.
@@ -184,7 +185,7 @@ def run_process(
         stdout=log,
         stderr=subprocess.STDOUT,
         pass_fds=inherited,
-        start_new_session=True,  # Ctrl-C reaches the sweep alone, which passes it on.
+        start_new_session=True,  # Ctrl-C reaches only the sweep, which passes it on.
       )
     ending = _watch(process, stop, is_hopeless)
     if ending is not None:
@@ -196,7 +197,7 @@ def run_process(
 
 
 def failure_of(exit_status: int, log_path: str) -> Failure:
-  """The failure that a run's exit status and the last line of its log tell."""
+  """Returns the failure given by a run's exit status and the last line of its log."""
   if exit_status < 0:
     return Failure(exit_status, f"killed by {signal.Signals(-exit_status).name}")
   with open(log_path, encoding="utf-8", errors="replace") as file:
@@ -207,7 +208,7 @@ def failure_of(exit_status: int, log_path: str) -> Failure:
 def _watch(
   process: subprocess.Popen, stop: threading.Event, is_hopeless: Callable[[], bool]
 ) -> Optional[Ending]:
-  """Waits; how the process was ended early, or None if it ended by itself."""
+  """Waits; returns how the process was ended early, or None if it ended by itself."""
   while True:
     with contextlib.suppress(subprocess.TimeoutExpired):
       process.wait(_POLL_S)
@@ -218,7 +219,7 @@ def _watch(
 
 
 def _end(process: subprocess.Popen) -> None:
-  """Asks the process and its children to end, and insists after a while."""
+  """Asks the process and its children to end, and kills them after a while."""
   for number, patience_s in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, None)):
     with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, number)

@@ -1,17 +1,17 @@
 """The sweep file: swept names, their domains, and constraints.
 
-Only arithmetic, comparison, `and`, `or`, `not` and `in` are understood: a sweep file is
-read, never run.
+    include '../runs/digits.gin'
+    NUM_STEPS = 100
 
-include '../runs/digits.gin'
-NUM_STEPS = 100
+    choice/MARGIN = (0.1, 0.3)
+    range/PKSampler.classes_per_batch = (2, 6, 3)
+    log_range/LEARNING_RATE = (1e-4, 1e-2, 3)
 
-choice/MARGIN = (0.1, 0.3)
-range/PKSampler.classes_per_batch = (2, 6, 3)
-log_range/LEARNING_RATE = (1e-4, 1e-2, 3)
+    sweep.method = 'grid'
+    sweep.seeds = (1, 2, 3)
 
-sweep.method = 'grid'
-sweep.seeds = (1, 2, 3)
+Constraints support only arithmetic, comparison, `and`, `or`, `not` and `in`. A sweep
+file is parsed and never executed.
 """
 
 from __future__ import annotations
@@ -55,32 +55,32 @@ MODES = ("train", "train_and_evaluate")
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One of these values, which may be anything that gin can write."""
+  """Domain of listed values, which may be anything that gin can write."""
 
   values: Sequence[Any]
 
   def grid(self) -> Sequence[Any]:
-    """Every value."""
+    """Returns every value."""
     return self.values
 
   def extremes(self) -> Sequence[Any]:
-    """What must be tried to know that all values are accepted: every one."""
+    """Returns the values to check, which is every value."""
     return self.values
 
   def sample(self, generator: random.Random) -> Any:
-    """A value, each as likely."""
+    """Samples a value uniformly."""
     return generator.choice(self.values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-  """A number between two, both included; whole if both are.
+  """Domain of numbers between two ends, inclusive; integers if both ends are.
 
   Attributes:
     low: the lowest.
     high: the highest.
-    num: how many a grid takes, evenly spaced; None where there is no grid.
-    is_log: whether the logarithm is what is even.
+    num: number of values in a grid, evenly spaced; None if there is no grid.
+    is_log: whether values are evenly spaced on a logarithmic scale.
   """
 
   low: float
@@ -89,18 +89,18 @@ class Range:
   is_log: bool = False
 
   def grid(self) -> Sequence[Any]:
-    """`num` numbers from low to high, duplicates of rounding left out."""
+    """Returns `num` numbers from low to high, without duplicates from rounding."""
     if self.num is None:
       raise UserError("without a third number it is infinite in a grid")
     shares = [i / max(self.num - 1, 1) for i in range(self.num)]
     return list(dict.fromkeys(self._at(share) for share in shares))
 
   def extremes(self) -> Sequence[Any]:
-    """Both ends."""
+    """Returns both ends."""
     return [self.low, self.high]
 
   def sample(self, generator: random.Random) -> Any:
-    """A number, evenly distributed or its logarithm is."""
+    """Samples a number uniformly, or uniformly in its logarithm."""
     return self._at(generator.random())
 
   @property
@@ -109,7 +109,7 @@ class Range:
     return isinstance(self.low, int) and isinstance(self.high, int)
 
   def _at(self, share: float) -> Any:
-    """The number at this share of the way from low to high."""
+    """Returns the number at a fraction of the range."""
     if share in (0.0, 1.0):
       return self.high if share else self.low
     if self.is_log:
@@ -117,7 +117,7 @@ class Range:
       value = math.exp(low + share * (high - low))
     else:
       value = self.low + share * (self.high - self.low)
-    # Four digits are enough to tell two trials apart, and can be read.
+    # Four digits distinguish two trials and are readable.
     return round(value) if self.is_whole else float(f"{value:.4g}")
 
 
@@ -125,13 +125,13 @@ Domain = Union[Choice, Range]
 
 
 def read_domain(binding: Binding) -> Domain:
-  """The domain of `KIND/Name.parameter = values`.
+  """Returns the domain of `KIND/Name.parameter = values`.
 
   Args:
     binding: its scope is the kind.
 
   Raises:
-    UserError: the kind is unknown, or the values don't fit it.
+    UserError: the kind is unknown, or the values do not fit it.
   """
   if binding.scope not in KINDS:
     nearest = gin_statements.nearest_name(binding.scope, KINDS)
@@ -166,12 +166,12 @@ class Constraint:
   """A condition that every point must meet.
 
   Args:
-    text: a Python expression over swept names; a part that is referred to, such as
-      `@TripletLoss()`, is compared by its name as text.
-    names: what may stand in it.
+    text: a Python expression over swept names; a reference such as `@TripletLoss()` is
+      compared as text by its name.
+    names: the names it may use.
 
   Raises:
-    UserError: it does not parse, uses a name that is not swept, or is no condition.
+    UserError: it does not parse, uses a name that is not swept, or is not a condition.
   """
 
   def __init__(self, text: str, names: Mapping[str, Any]):
@@ -185,13 +185,13 @@ class Constraint:
     self.holds(names)
 
   def holds(self, values: Mapping[str, Any]) -> bool:
-    """Whether it is true of these values.
+    """Returns whether it is true for these values.
 
     Args:
-      values: by the names that are swept.
+      values: by swept name.
 
     Raises:
-      UserError: it can't be said.
+      UserError: it cannot be evaluated.
     """
     try:
       return bool(self._value(self._expression, values))
@@ -236,21 +236,21 @@ class Constraint:
 
 @dataclasses.dataclass(frozen=True)
 class SweepOptions:
-  """`sweep.NAME = ...`.
+  """Options of a sweep, `sweep.NAME = ...`.
 
   Attributes:
-    method: "grid", "random", or "tpe", which learns from what has finished (Optuna).
-    metric: what decides, of `eval/metrics.json` or `metrics.jsonl`.
+    method: "grid", "random", or "tpe" (Optuna), which uses results of finished trials.
+    metric: the objective, from `eval/metrics.json` or `metrics.jsonl`.
     goal: "maximize" or "minimize".
-    num_trials: how many points random and tpe try.
-    seeds: each point is run once for each.
+    num_trials: number of points for random and tpe.
+    seeds: each point is run once per seed.
     seed_name: the gin name that takes the seed.
-    search_seed: of random and tpe.
+    search_seed: random seed of random and tpe.
     constraints: conditions that a point must meet.
-    prune_metric: of `metrics.jsonl`; tpe stops a run that is worse in it than the
+    prune_metric: from `metrics.jsonl`; tpe stops a run whose value is worse than the
       median of the others at that step.
-    prune_goal: "maximize" or "minimize", of `prune_metric`.
-    mode: what each run does.
+    prune_goal: "maximize" or "minimize", for `prune_metric`.
+    mode: mode of each run.
   """
 
   method: str = "grid"
@@ -282,15 +282,15 @@ class SweepOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """What a sweep file says.
+  """Content of a sweep file.
 
   Attributes:
     name: of the file.
-    options: how to search.
-    base: what all points have, each name once.
-    swept: what varies, by gin name, as bindings whose values are the domains'.
+    options: of the sweep.
+    base: bindings of all points, each name once.
+    swept: swept bindings by gin name, with the values of their domains.
     domains: by gin name.
-    constraints: that a point must meet.
+    constraints: conditions that a point must meet.
   """
 
   name: str
@@ -305,7 +305,7 @@ def read_spec(path: str) -> Spec:
   """Reads a sweep file.
 
   Raises:
-    UserError: it is missing, does not parse, or says what can't be.
+    UserError: it is missing, does not parse, or is inconsistent.
   """
   given = gin_statements.read_statements([path], [])
   gin_resolution.import_modules(given)
@@ -345,7 +345,7 @@ def _is_option(statement: Statement) -> bool:
 
 
 def _is_swept(statement: Statement) -> bool:
-  """Whether the scope is a domain's kind, or one that a part of it was meant to be."""
+  """Returns whether the scope is a kind of domain, or a misspelt one."""
   if not isinstance(statement, Binding) or not statement.scope:
     return False
   return statement.scope in KINDS or bool(
@@ -370,7 +370,7 @@ def _options(bindings: Sequence[Binding]) -> SweepOptions:
 
 
 def _in_effect(given: Sequence[Statement]) -> list[Statement]:
-  """Each name once, with its last value; imports stay."""
+  """Returns each name once, with its last value; imports are kept."""
   gin_resolution.log_overrides([s for s in given if isinstance(s, Binding)])
   by_key: dict[Any, Statement] = {}
   for statement in given:

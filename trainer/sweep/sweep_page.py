@@ -84,15 +84,15 @@ _SPEC_FILE = "sweep.json"
 CSV_FILE = "sweep.csv"
 PAGE_FILE = "sweep.html"
 _NUM_SHOWN = 3
-# More trials of the same search are no other sweep.
+# A sweep with more trials of the same search is the same sweep.
 _MAY_CHANGE = ("sweep.num_trials",)
 
 
 def parallel_coordinates(rows: Sequence[SweepRow], metric: str) -> str:
-  """A line a setting across an axis a swept name, and one for the metric.
+  """Draws one line per setting across one axis per swept name and the metric's axis.
 
   Args:
-    rows: best first; those without value are left out.
+    rows: best first; rows without value are left out.
     metric: title of the last axis.
   """
   finished = [row for row in rows if row.mean is not None]
@@ -123,7 +123,7 @@ def parallel_coordinates(rows: Sequence[SweepRow], metric: str) -> str:
 
 
 def bars(shares: Mapping[str, float]) -> str:
-  """A bar for each share of 0 to 1, with its name and its per cent."""
+  """Draws a bar for each share of 0 to 1, with its name and its per cent."""
   return "".join(
     f"<tr><th>{html.escape(short_name(name, list(shares)))}</th>"
     f'<td class="wide"><span class="bar" style="width:{share:.1%}"></span></td>'
@@ -133,7 +133,7 @@ def bars(shares: Mapping[str, float]) -> str:
 
 
 def seeds(values: Sequence[float], mean: float, low: float, high: float) -> str:
-  """A dot a seed and a stroke at their mean, between the lowest and highest of all."""
+  """Draws a dot per seed and a stroke at their mean, on the scale of all rows."""
 
   def x(value: float) -> float:
     return 5 + 110 * (value - low) / ((high - low) or 1)
@@ -147,7 +147,7 @@ def seeds(values: Sequence[float], mean: float, low: float, high: float) -> str:
 
 
 class _Axis:
-  """A vertical axis: numbers by size, anything else by its order."""
+  """A vertical axis: numbers by size, other values by their order."""
 
   def __init__(self, name: str, texts: Sequence[str]):
     self._name = name
@@ -161,11 +161,11 @@ class _Axis:
     self._texts = texts
 
   def y(self, row_number: int) -> float:
-    """Height of a row's value."""
+    """Returns the height of a row's value."""
     return self._places[self._texts[row_number]]
 
   def svg(self, x: float) -> str:
-    """The axis with its name and as many values as there is place for."""
+    """Draws the axis with its name and as many values as fit."""
     shown = self._order
     if len(shown) > 6:
       shown = [shown[0], shown[-1]]
@@ -195,7 +195,7 @@ def _axis_x(number: int) -> float:
 
 
 def _share(row_number: int, rows: Sequence[SweepRow]) -> float:
-  """How strongly a row's line is drawn: the better the more."""
+  """Returns the opacity of a row's line, higher for better rows."""
   last = max(len(rows) - 1, 1)
   return _BEST - (_BEST - _OTHERS) * row_number / last
 
@@ -206,7 +206,7 @@ def _words(row: SweepRow) -> str:
 
 
 def write_sweep_page(found: Sequence[SweepRow], spec: Spec, path: str) -> None:
-  """Writes the page.
+  """Writes the sweep page.
 
   Args:
     found: best first.
@@ -268,7 +268,7 @@ def _leaderboard(found: Sequence[SweepRow], options: SweepOptions, folder: str) 
 
 
 def _links(row: SweepRow, folder: str) -> str:
-  """The report of each run that has one; the name of its folder otherwise."""
+  """Returns a link to the report of each run, or else the name of its folder."""
   links = []
   for run in row.runs:
     name = html.escape(
@@ -296,14 +296,14 @@ def _failures(found: Sequence[SweepRow]) -> str:
 
 
 def open_sweep_folder(spec: Spec, folder: str) -> None:
-  """Makes the folder, or checks that it holds the same sweep.
+  """Creates the folder, or checks that it has the same sweep.
 
   Args:
     spec: the sweep file.
-    folder: is made if it is missing.
+    folder: is created if it is missing.
 
   Raises:
-    UserError: it holds another sweep, or can't be written to.
+    UserError: it has another sweep, or cannot be written to.
   """
   said = _said(spec)
   path = os.path.join(folder, _SPEC_FILE)
@@ -349,7 +349,7 @@ def write_results(found: Sequence[SweepRow], spec: Spec, folder: str) -> None:
 
 
 def _said(spec: Spec) -> dict[str, str]:
-  """All that the sweep file says, by name."""
+  """Returns all values of the sweep file, by name."""
   options = {f"sweep.{k}": repr(v) for k, v in vars(spec.options).items()}
   swept = {name: repr(domain) for name, domain in spec.domains.items()}
   base = {s.key: repr(s.value) for s in spec.base if isinstance(s, Binding)}

@@ -1,8 +1,9 @@
 """Results of a sweep: rows, importance of parameters, and the table.
 
-The settings are grouped by their values of one name; the share is the sum of squares
-between the groups' means over the whole sum of squares (eta squared, the main effect in
-an analysis of variance). What only two names together do is nobody's.
+For the importance of a name, settings are grouped by its values. The importance is the
+sum of squares between the groups' means relative to the total sum of squares (eta
+squared, the main effect in an analysis of variance). Interactions of names are not
+attributed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from trainer.sweep.spec import SweepOptions
 FINISHED, RUNNING, FAILED = "finished", "running", "failed"
 HALF_DONE, WAITING = "half done", "waiting"
 
-_NUM_GROUPS = 4  # Of a name that nearly every point gives another value.
+_NUM_GROUPS = 4  # For a name with a different value at nearly every point.
 
 _NUM_SHOWN = 10
 
@@ -36,11 +37,11 @@ class RunRow:
   """One run of a sweep.
 
   Attributes:
-    point: what it computes.
+    point: of the run.
     path: its folder.
     state: "finished", "running", "failed", "half done" or "waiting".
-    step: the last one logged.
-    value: of the sweep's metric; None as long as it is not finished.
+    step: the last step logged.
+    value: of the sweep's metric; None until it is finished.
     note: why it failed.
   """
 
@@ -54,11 +55,11 @@ class RunRow:
 
 @dataclasses.dataclass(frozen=True)
 class SweepRow:
-  """The runs of the same settings.
+  """Runs with the same settings.
 
   Attributes:
     settings: by gin name.
-    runs: one a seed.
+    runs: one per seed.
   """
 
   settings: Mapping[str, str]
@@ -66,12 +67,12 @@ class SweepRow:
 
   @property
   def values(self) -> list[float]:
-    """Of the runs that have finished."""
+    """Values of the finished runs."""
     return [run.value for run in self.runs if run.value is not None]
 
   @property
   def mean(self) -> Optional[float]:
-    """Mean over the finished seeds; None if there is none."""
+    """Mean over the finished seeds; None if there are none."""
     return statistics.fmean(self.values) if self.values else None
 
   @property
@@ -86,13 +87,13 @@ def collect_rows(
   options: SweepOptions,
   running: Collection[str],
 ) -> list[SweepRow]:
-  """The rows, best first, those without value last.
+  """Returns the rows, best first, those without value last.
 
   Args:
     points: all points of the sweep.
-    folder_fn: the folder of a point.
+    folder_fn: returns the folder of a point.
     options: of the sweep; metric and goal.
-    running: ids of the runs that are being made here.
+    running: ids of the runs in progress in this process.
   """
   groups: dict[tuple, list[RunRow]] = {}
   for point in points:
@@ -104,18 +105,18 @@ def collect_rows(
 
 
 def swept_names(rows: Sequence[SweepRow]) -> list[str]:
-  """The swept names, in the order of the sweep file as far as points have them."""
+  """Returns the swept names of the points, in the order of the sweep file."""
   return list(dict.fromkeys(name for row in rows for name in row.settings))
 
 
 def short_name(name: str, among: Sequence[str]) -> str:
-  """The parameter alone where it is clear which is meant."""
+  """Returns the parameter alone if it is unambiguous."""
   last = name.rpartition(".")[2]
   return last if sum(n.rpartition(".")[2] == last for n in among) == 1 else name
 
 
 def short_value(text: str) -> str:
-  """A value as a person would write it, without gin's marks."""
+  """Formats a value without gin's syntax."""
   value = number(text)
   if value is not None:
     return f"{value:.4g}"
@@ -123,13 +124,13 @@ def short_value(text: str) -> str:
 
 
 def number(text: str) -> Optional[float]:
-  """The number that a text is; None if it is none."""
+  """Parses a number; returns None if the text is not one."""
   is_number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text)
   return float(text) if is_number else None
 
 
 def write_csv(rows: Sequence[SweepRow], options: SweepOptions, path: str) -> None:
-  """One line a run: rank, settings, seed, state, step, the metric, folder, note."""
+  """Writes a line per run: rank, settings, seed, state, step, metric, folder, note."""
   swept = swept_names(rows)
   text = io.StringIO(newline="")
   writer = csv.writer(text)
@@ -168,13 +169,13 @@ def _run_row(point: Point, folder: RunFolder, metric: str, is_running: bool) -> 
 
 
 def importances(rows: Sequence[SweepRow]) -> dict[str, float]:
-  """The share of each swept name, the greatest first.
+  """Returns the importance of each swept name, the largest first.
 
   Args:
-    rows: of any order; those without value are left out.
+    rows: in any order; rows without value are left out.
 
   Returns:
-    By name, 0 to 1; empty where fewer than two settings have a value, or all the same.
+    By name, 0 to 1; empty if fewer than two settings have a value, or all are equal.
   """
   finished = [row for row in rows if row.mean is not None]
   means = [row.mean or 0.0 for row in finished]
@@ -195,7 +196,7 @@ def importances(rows: Sequence[SweepRow]) -> dict[str, float]:
 
 
 def _groups(values: Sequence[str]) -> Sequence[object]:
-  """The group of each value: the value itself, or its quarter of the order."""
+  """Returns the group of each value: the value itself, or its quartile."""
   distinct = set(values)
   if len(distinct) <= max(_NUM_GROUPS, len(values) // 2):
     return values
@@ -210,12 +211,12 @@ def _groups(values: Sequence[str]) -> Sequence[object]:
 def table_text(
   rows: Sequence[SweepRow], metric: str, num_shown: int = _NUM_SHOWN
 ) -> str:
-  """The best rows, those that run or have failed, and how many there are of each state.
+  """Returns a table of the best rows, running and failed ones, and the counts by state.
 
   Args:
     rows: best first.
     metric: title of the value.
-    num_shown: the most rows.
+    num_shown: the largest number of rows.
   """
   busy = [row for row in rows if row.mean is None and _state(row) != WAITING]
   shown = [row for row in rows if row.mean is not None][:num_shown] + busy[:num_shown]
@@ -249,14 +250,14 @@ def table_text(
 
 
 def count_states(rows: Sequence[SweepRow]) -> str:
-  """How many runs there are, of each state."""
+  """Returns the number of runs in each state."""
   states = collections.Counter(run.state for row in rows for run in row.runs)
   words = ", ".join(f"{number} {state}" for state, number in states.most_common())
   return f"{sum(states.values())} runs: {words}"
 
 
 class LiveTable:
-  """Draws the table over itself on a terminal; elsewhere a line when counts change."""
+  """Table redrawn in place on a terminal; elsewhere, a line when counts change."""
 
   def __init__(self, metric: str):
     self._metric = metric
@@ -264,7 +265,7 @@ class LiveTable:
     self._last = ""
 
   def show(self, rows: Sequence[SweepRow]) -> None:
-    """Shows how far the sweep is."""
+    """Shows the progress of the sweep."""
     if not sys.stderr.isatty():
       line = count_states(rows)
       if line != self._last:
@@ -280,7 +281,7 @@ class LiveTable:
 
 
 def _state(row: SweepRow) -> str:
-  """What its runs do, as far as they have not finished."""
+  """Returns the state of the unfinished runs of a row."""
   words = []
   for run in row.runs:
     if run.state == RUNNING:

@@ -1,6 +1,6 @@
-"""The trials of a sweep: those of a list, and those that Optuna chooses.
+"""Trials of a sweep: those of a list, and those chosen by Optuna.
 
-This module alone imports Optuna.
+Only this module imports Optuna.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _JOURNAL_FILE = "study.journal"
 _LOCK_FOLDER = "trials"
 _TRIES_PER_TRIAL = 200
 _HOST = "host"
-_CRASHED = "crashed"  # Of the failed trials, those that count.
+_CRASHED = "crashed"  # Marks the failed trials that count.
 
 
 class Trial:
-  """Points that are tried together; the value of the trial is their mean.
+  """Points that are run together; the value of the trial is their mean.
 
   Args:
-    points: the same settings with different seeds; one in a list.
+    points: the same settings with different seeds; a single one in a list.
 
   Attributes:
-    is_waiting: whether to wait at once for a run on which another sweep works, or only
-      when no other trial is left.
+    is_waiting: whether to wait immediately for a run of another sweep, or only when no
+      other trial is left.
   """
 
   is_waiting = False
@@ -42,26 +42,26 @@ class Trial:
     self.points = points
 
   def is_hopeless(self, point: Point, step: int, value: float) -> bool:
-    """Whether to stop a run that has this value of `prune_metric` at a step."""
+    """Returns whether to stop a run with this value of `prune_metric` at a step."""
     del point, step, value
     return False
 
 
 class Trials(Protocol):
-  """Where trials come from; called from several threads."""
+  """Protocol of a source of trials, called from several threads."""
 
   def take(self) -> Optional[Trial]:
-    """The next trial; None when there is none left."""
+    """Returns the next trial; None when there is none left."""
 
   def finish(self, trial: Trial, ending: Ending, value: Optional[float]) -> None:
-    """Notes how a trial ended; `value` is the mean of its metric."""
+    """Records how a trial ended; `value` is the mean of its metric."""
 
   def points(self) -> list[Point]:
-    """All points of the sweep so far."""
+    """Returns all points of the sweep so far."""
 
 
 class ListedTrials:
-  """The points of a grid or of a random search, one a trial.
+  """Points of a grid or a random search, one per trial.
 
   Args:
     points: all of them, in order.
@@ -73,16 +73,16 @@ class ListedTrials:
     self._lock = threading.Lock()
 
   def take(self) -> Optional[Trial]:
-    """The next point."""
+    """Returns the next point."""
     with self._lock:
       point = next(self._next, None)
     return None if point is None else Trial([point])
 
   def finish(self, trial: Trial, ending: Ending, value: Optional[float]) -> None:
-    """Nothing: what came of a point stands in its folder."""
+    """Does nothing: the result of a point is in its folder."""
 
   def points(self) -> list[Point]:
-    """All of them."""
+    """Returns all points."""
     return self._points
 
 
@@ -102,10 +102,10 @@ class StudyTrial(Trial):
   """A trial of a study.
 
   Args:
-    points: one for each seed.
-    trial: Optuna's.
-    lock: open and locked as long as somebody works on it.
-    sign: -1 where the goal of `prune_metric` is not the study's.
+    points: one per seed.
+    trial: trial of Optuna.
+    lock: open and locked while the trial is in progress.
+    sign: -1 if the goal of `prune_metric` differs from the study's.
   """
 
   is_waiting = True
@@ -119,7 +119,7 @@ class StudyTrial(Trial):
     self._sign = sign
 
   def is_hopeless(self, point: Point, step: int, value: float) -> bool:
-    """Whether the first seed's run is worse than the median of the others there."""
+    """Returns whether the first seed's run is worse than the median of others there."""
     if point is not self.points[0]:
       return False
     self.trial.report(self._sign * value, step)
@@ -127,11 +127,11 @@ class StudyTrial(Trial):
 
 
 class StudyTrials:
-  """The trials of a study, continued where it stands.
+  """The trials of an Optuna study, resumed if it exists.
 
   Args:
     spec: the sweep file.
-    builder: makes the points.
+    builder: builds the points.
     sweep_dir: folder of the sweep, with the study's journal and its locks.
     storage: URL of a database instead of the journal.
   """
@@ -151,7 +151,7 @@ class StudyTrials:
     self._sign = 1 if same_goal else -1
 
   def take(self) -> Optional[Trial]:
-    """The next trial, those that a killed sweep left first."""
+    """Returns the next trial, starting with those that a killed sweep left."""
     with self._lock, lease.locked(self._ask_lock_path):
       self._reclaim()
       if len(self._counted()) >= (self._spec.options.num_trials or 0):
@@ -159,7 +159,7 @@ class StudyTrials:
       return self._ask()
 
   def finish(self, trial: Trial, ending: Ending, value: Optional[float]) -> None:
-    """Tells the study; a trial that was stopped is taken up again later."""
+    """Reports the result to the study; a stopped trial is resumed later."""
     assert isinstance(trial, StudyTrial)
     if ending is Ending.DONE and value is not None:
       self._study.tell(trial.trial, value)
@@ -171,7 +171,7 @@ class StudyTrials:
     trial.lock.close()
 
   def points(self) -> list[Point]:
-    """The points of all trials that count, each once."""
+    """Returns the points of all trials that count, each once."""
     points = {}
     for trial in self._counted():
       for point in self._points(trial.params):
@@ -192,12 +192,12 @@ class StudyTrials:
         direction=optuna.study.StudyDirection[options.goal.upper()],
         load_if_exists=True,
       )
-    except Exception as error:  # Optuna passes on whatever a database's driver raises.
+    except Exception as error:  # Optuna propagates any error of a database driver.
       reason = str(error).strip().splitlines()[0]
       raise UserError(f"--storage={storage} can't be opened: {reason}") from error
 
   def _counted(self) -> list[optuna.trial.FrozenTrial]:
-    """The trials that are part of the search: not those that broke a constraint."""
+    """Returns the trials of the search, without those that broke a constraint."""
     over = (_State.COMPLETE, _State.PRUNED, _State.RUNNING)
     return [
       trial
@@ -224,7 +224,7 @@ class StudyTrials:
   def _suggest(self, trial: optuna.Trial, name: str) -> Any:
     domain = self._spec.domains[name]
     if isinstance(domain, spec_lib.Choice):
-      # Optuna takes plain values only, and gin's references are none.
+      # Optuna takes only plain values, not gin references.
       texts = {repr(value): value for value in domain.values}
       return texts[trial.suggest_categorical(name, list(texts))]
     if domain.is_whole:
@@ -242,16 +242,16 @@ class StudyTrials:
     return [self._builder.build(values, seed) for seed in seeds]
 
   def _reclaim(self) -> None:
-    """Queues the trials again on which nobody works any more."""
+    """Requeues trials that no process works on."""
     for trial in self._running():
       is_seen = self._is_journal or trial.user_attrs.get(_HOST) == socket.gethostname()
       lock = self._hold(trial.number) if is_seen else None
       if lock is None:
         continue
       with lock:
-        # Since it was listed, it may have been told how it ended, and let go.
+        # It may have been finished and released since it was listed.
         if trial.number in {each.number for each in self._running()}:
-          # The run's folder has the checkpoint; only Optuna needs a new number.
+          # The run's folder has the checkpoint; only Optuna needs a new trial number.
           self._study.enqueue_trial(dict(trial.params))
           self._study.tell(trial.number, state=_State.FAIL)
 
@@ -259,6 +259,6 @@ class StudyTrials:
     return self._study.get_trials(deepcopy=False, states=(_State.RUNNING,))
 
   def _hold(self, number: int) -> Optional[TextIO]:
-    """The trial's lock file, locked and open; None if another holds it."""
+    """Returns the trial's open, locked file; None if another process holds it."""
     path = os.path.join(self._sweep_dir, _LOCK_FOLDER, f"{number}.lock")
     return lease.try_lock(path)

@@ -1,4 +1,4 @@
-"""Runs trials side by side, one on each device, until none is left."""
+"""Runs trials in parallel, one per device, until none is left."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _BUSY_POLL_S = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-  """On what runs are made, and where they are put.
+  """Devices and folders for the runs.
 
   Attributes:
     runs_dir: folder of all runs.
-    devices: values of `CUDA_VISIBLE_DEVICES`, a run at a time each; None leaves it.
+    devices: values of `CUDA_VISIBLE_DEVICES`, one run at a time each; None leaves it
+      unchanged.
     task_flags: further flags of the task.
-    is_retrying: whether to try again what failed before.
+    is_retrying: whether to retry runs that failed before.
   """
 
   runs_dir: str
@@ -44,9 +45,9 @@ class Worker:
   """Takes trials and runs their points.
 
   Args:
-    trials: where they come from.
+    trials: source of the trials.
     options: of the sweep.
-    machine: on what and where.
+    machine: devices and folders for the runs.
   """
 
   def __init__(self, trials: Trials, options: SweepOptions, machine: Machine):
@@ -60,15 +61,15 @@ class Worker:
 
   @property
   def num_devices(self) -> int:
-    """How many runs are made at a time."""
+    """Number of parallel runs."""
     return len(self._machine.devices)
 
   def folder(self, point: Point) -> RunFolder:
-    """The folder of a point."""
+    """Returns the folder of a point."""
     return RunFolder(self._machine.runs_dir, point, self._options.mode)
 
   def start(self, pool: concurrent.futures.Executor) -> list[concurrent.futures.Future]:
-    """Starts one thread a device; each ends when no trial is left or `stop` is set."""
+    """Starts a thread per device; each ends when no trial is left or `stop` is set."""
     return [pool.submit(self._work, device) for device in self._machine.devices]
 
   def _work(self, device: Optional[str]) -> None:
@@ -92,7 +93,7 @@ class Worker:
   def _try(
     self, trial: Trial, device: Optional[str], *, is_waiting: bool
   ) -> tuple[Ending, Optional[float]]:
-    """Runs the points of a trial; how it ended and the mean of its metric."""
+    """Runs the points of a trial; returns how it ended and the mean of its metric."""
     values = []
     for point in trial.points:
       ending = self._run(point, trial, device, is_waiting)
@@ -150,7 +151,7 @@ class Worker:
   def _ingest(
     self, point: Point, gin_file: str, device: Optional[str]
   ) -> tuple[Ending, int]:
-    """Ingests before the first run of these data: two at once would both do it."""
+    """Ingests before the first run of the same data, so that it is done once."""
     config = point.config
     ours = {k: v for k, v in config.values.items() if k.startswith("ingest.")}
     path = os.path.join(self._machine.runs_dir, "ingest.lock")
@@ -166,7 +167,7 @@ class Worker:
       return ending
 
   def _call(self, mode, gin_file, folder, device, inherited, is_hopeless):
-    """One call of the task."""
+    """Runs one mode of the task."""
     command = [sys.executable, "-m", "trainer.task", f"--mode={mode}"]
     command += [f"--gin_file={gin_file}", f"--model_dir={folder.path}"]
     return run_process.run_process(
@@ -180,14 +181,14 @@ class Worker:
 
   def _environment(self, device: Optional[str]) -> Mapping[str, str]:
     num_runs = len(self._machine.devices)
-    # Runs side by side that each take all cores are slower than one after the other.
+    # Parallel runs that each use all cores are slower than sequential ones.
     num_threads = max(1, (os.cpu_count() or 1) // num_runs)
     threads = {"TF_NUM_INTRAOP_THREADS": str(num_threads)} if num_runs > 1 else {}
     return threads if device is None else {**threads, "CUDA_VISIBLE_DEVICES": device}
 
 
 class _Watch:
-  """Looks at what a run logs: whether the metric is there, whether to prune."""
+  """Monitors the metrics that a run logs, for missing metrics and pruning."""
 
   def __init__(self, worker: Worker, point: Point, trial: Trial):
     self._options = worker._options
@@ -197,10 +198,10 @@ class _Watch:
     self._seen_step = 0
 
   def __call__(self) -> bool:
-    """Whether the run is hopeless.
+    """Returns whether the run is hopeless.
 
     Raises:
-      UserError: a metric that was asked for is not among those logged.
+      UserError: a requested metric is not logged.
     """
     last = self._folder.last_row()
     if last is None or last["step"] == self._seen_step:
