@@ -3,12 +3,12 @@ r"""Prints the Kubernetes manifest of a run, for `kubectl apply -f -`.
   python launch/kubernetes.py RUN.gin --image=IMAGE --num_workers=4 --gpus=8 \
     --volume=CLAIM:/data --model_dir=/data/runs/mine
 
-One indexed Job of as many pods as workers, and a headless service that names them. By
-default each failed pod comes back by itself; with --jobset all workers start again
-together, by the JobSet controller, which must be installed. --sweep makes pods that
-share the points of a sweep file. Exit statuses: 3 and 4 start again, 2 and 5 fail the
-job. The file and the folders are those of the image and the volumes. Other flags are
-the task's.
+The manifest has one indexed Job with one pod per worker, and a headless service that
+names the pods. By default each failed pod is restarted separately. With --jobset all
+workers restart together, by the JobSet controller, which must be installed. --sweep
+makes pods that share the points of a sweep file. Exit statuses 3 and 4 restart, 2 and 5
+fail the job. The file and the folders are those of the image and the volumes. Other
+flags are the task's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import sys
 _PORT = 12345
 _CONTAINER = "trainer"
 _INDEX = "batch.kubernetes.io/job-completion-index"
-# What the exit status of a container tells the controller; see trainer/errors.py.
+# Exit statuses of a container, for the controller; see trainer/errors.py.
 _FAILS, _SWEEP_FAILS = (2, 5), (1, 2)
 
 
@@ -41,7 +41,7 @@ def main(arguments) -> int:
 
 
 def _parse(arguments):
-  """The options, and the flags of the task; refuses what can't be."""
+  """Parses the options and the flags of the task; refuses invalid ones."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -57,7 +57,7 @@ def _parse(arguments):
   parser.add_argument("--max_restarts", type=int, default=20)
   parser.add_argument("--jobset", action="store_true", help="restart all together")
   parser.add_argument("--sweep", action="store_true", help="RUN.gin is a sweep file")
-  # Before the problems that argparse finds itself, so that each is one line.
+  # Check before argparse finds problems itself, so that each error is one line.
   parser.error = _fail
   options, rest = parser.parse_known_args(arguments)
   options.name = options.name or re.sub(r".*/|\.gin$", "", options.run).replace(
@@ -90,14 +90,14 @@ def _job(options, pod):
 
 
 def _job_spec(options, pod):
-  """The spec of an indexed Job: a pod a worker, with what its exit status means."""
+  """Returns the spec of an indexed Job: one pod per worker, with exit-status rules."""
   fails = _SWEEP_FAILS if options.sweep else _FAILS
-  # A sweep's workers need no other: one that fails leaves the rest alone.
+  # Workers of a sweep are independent: if one fails, the others continue.
   action = "FailIndex" if options.sweep else "FailJob"
   limit = "backoffLimitPerIndex" if options.sweep else "backoffLimit"
   rules = [
     {"action": action, "onExitCodes": _exit_codes(fails)},
-    # The node was drained or taken: nobody's fault, and no count.
+    # The node was drained or preempted: do not count this as a failure.
     {
       "action": "Ignore",
       "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
@@ -110,7 +110,7 @@ def _job_spec(options, pod):
     "completionMode": "Indexed",
     "completions": options.num_workers,
     "parallelism": options.num_workers,
-    # Under a JobSet one failed pod ends the Job, and the JobSet starts all again.
+    # Under a JobSet one failed pod ends the Job, and the JobSet restarts all pods.
     limit: 0 if options.jobset else options.max_restarts,
     "podReplacementPolicy": "Failed",
     "podFailurePolicy": {"rules": rules},
@@ -119,7 +119,7 @@ def _job_spec(options, pod):
 
 
 def _job_set(options, pod):
-  """All workers as one: what the Job does not call a mistake starts all again."""
+  """Returns a JobSet: failures other than user errors restart all workers."""
   replicated = {
     "name": "workers",
     "replicas": 1,
@@ -143,7 +143,7 @@ def _job_set(options, pod):
 
 
 def _service(options):
-  """The headless service that gives each pod its name, also before it is ready."""
+  """Returns the headless service that names each pod, also before it is ready."""
   return {
     "apiVersion": "v1",
     "kind": "Service",
@@ -158,7 +158,7 @@ def _service(options):
 
 
 def _pod(options, task_flags):
-  """The template of a worker's pod."""
+  """Returns the template of a worker's pod."""
   volumes = [volume.split(":", 1) for volume in options.volume]
   container = {
     "name": _CONTAINER,
@@ -174,7 +174,7 @@ def _pod(options, task_flags):
     "spec": {
       "restartPolicy": "Never",
       "subdomain": options.name,
-      # To save a checkpoint in, when the node is taken.
+      # Time to save a checkpoint when the node is preempted.
       "terminationGracePeriodSeconds": 120,
       "containers": [container],
       "volumes": [
@@ -199,7 +199,7 @@ def _command(options, task_flags):
 
 
 def _environment(options):
-  """The pod's number, and from it TF_CONFIG, which Kubernetes completes."""
+  """Returns the pod's number, and TF_CONFIG, which Kubernetes completes from it."""
   if options.sweep or options.num_workers == 1:
     return []
   job = f"{options.name}-workers-0" if options.jobset else options.name

@@ -1,7 +1,7 @@
-"""Checks a run's flags and config as the task would: python launch/lint.py FLAGS.
+"""Checks a run's flags and config as the task does: python launch/lint.py FLAGS.
 
-A misspelt name costs a second here, and a night in a queue. Prints the whole config, as
-one gin file without includes.
+A misspelt name fails within a second here, instead of after a night in a queue. Prints
+the whole config, as one gin file without includes.
 """
 
 from __future__ import annotations

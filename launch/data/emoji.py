@@ -1,9 +1,9 @@
 """Draws the emoji of several vendors: python emoji.py ICONS_FOLDER TARGET_FOLDER.
 
-A class is an emoji by its name, a sample is a vendor that draws it. ICONS_FOLDER has
-each vendor's `icons.json` in a folder of its own (Iconify's format). Images that do not
-draw, are blank, or are there already in their class are dropped. Writes images and
-labels as NumPy files.
+A class is an emoji, identified by its name; a sample is its image by one vendor.
+ICONS_FOLDER has one folder per vendor with its `icons.json` (Iconify's format). Images
+that cannot be drawn, are blank, or already exist in their class are dropped. Writes
+images and labels as NumPy files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MIN_SAMPLES = 6
 
 
 def main(icons: pathlib.Path, target: pathlib.Path) -> None:
-  """Draws all vendors' emoji and writes the set."""
+  """Draws all vendors' emoji and writes the data set."""
   drawings: dict[str, list[str]] = collections.defaultdict(list)
   for path in sorted(icons.rglob("icons.json")):
     for name, svg in _drawings(json.loads(path.read_text(encoding="utf-8"))).items():
@@ -39,13 +39,13 @@ def main(icons: pathlib.Path, target: pathlib.Path) -> None:
   labels = [name for name, each in drawn.items() for _ in each]
   target.mkdir(parents=True, exist_ok=True)
   np.save(target / "images.npy", images)
-  # Last: the script takes it for the sign that all is there.
+  # Written last: the script uses this file as the sign of completion.
   np.save(target / "labels.npy", np.array(labels))
   print(f"{target}/images.npy: {len(images)} images of {len(drawn)} emoji.")
 
 
 def _drawings(icon_set: dict) -> dict[str, str]:
-  """SVG files by name; an alias is one more name of a drawing, and left out."""
+  """Returns SVG files by name, without aliases."""
   size = icon_set.get("width", 16), icon_set.get("height", 16)
   drawings = {}
   for name, icon in icon_set["icons"].items():
@@ -62,7 +62,7 @@ def _drawings(icon_set: dict) -> dict[str, str]:
 
 
 def _draw_all(drawings: list[str]) -> list[np.ndarray]:
-  """The different images [S, S, 3] uint8, on white."""
+  """Returns the distinct images [S, S, 3] uint8, on white."""
   images = {}
   for svg in drawings:
     image = _draw(svg)
@@ -81,7 +81,7 @@ def _draw(svg: str) -> np.ndarray | None:
       skip_system_fonts=True,
     )
     image = Image.open(io.BytesIO(bytes(png))).convert("RGB")
-  except Exception as error:  # The renderer raises kinds of its own.
+  except Exception as error:  # The renderer raises its own types.
     print(f"left out: {error}", file=sys.stderr)
     return None
   canvas = Image.new("RGB", (_SIZE, _SIZE), "white")

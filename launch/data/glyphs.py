@@ -1,11 +1,12 @@
 """Draws the characters of fonts: python glyphs.py FONTS_FOLDER TARGET_FOLDER.
 
-A class is a character, a sample is a font that has it. Character maps lie, so what is
-drawn decides: blanks, the box of a missing character (any image that one font draws for
-several characters) and an image that the character has already are dropped.
+A class is a character; a sample is its image in one font. Character maps of fonts are
+unreliable, so images are compared. Dropped are blanks, the box of a missing character
+(any image that one font draws for several characters), and duplicates of an image that
+the character already has.
 
-Writes images and labels of the fonts to train with, and apart from them those of a few
-fonts that are held out, as NumPy files.
+Writes images and labels of the training fonts, and separately those of a few held-out
+fonts, as NumPy files.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _ENDINGS = (".otf", ".ttc", ".ttf")
 
 
 def main(fonts: pathlib.Path, target: pathlib.Path) -> None:
-  """Draws all fonts and writes the two sets."""
+  """Draws all fonts and writes the two data sets."""
   faces = [face for path in _font_files(fonts) for face in _faces(path)]
   with concurrent.futures.ProcessPoolExecutor() as processes:
     drawn = list(processes.map(_draw_face, faces))
@@ -62,13 +63,13 @@ def _faces(path: pathlib.Path) -> list[tuple[pathlib.Path, int]]:
 
 
 def _draw_face(face: tuple[pathlib.Path, int]) -> dict[str, np.ndarray]:
-  """The images [S, S] uint8 of a face, by character."""
+  """Returns the images [S, S] uint8 of a face, by character."""
   path, number = face
   try:
     font = ImageFont.truetype(str(path), _FONT_SIZE, index=number)
     with ttLib.TTFont(path, fontNumber=number, lazy=True) as tables:
       characters = [chr(code) for code in sorted(tables.getBestCmap() or ())]
-  except Exception as error:  # Each kind of damage has its own.
+  except Exception as error:  # Each kind of damage raises another type.
     print(f"{path.name}: left out: {error}", file=sys.stderr)
     return {}
   images = {}
@@ -85,13 +86,13 @@ def _draw_face(face: tuple[pathlib.Path, int]) -> dict[str, np.ndarray]:
 
 
 def _is_wanted(character: str) -> bool:
-  """Letters and ideographs that are no other character's compatible form."""
+  """Returns whether a character is a letter or ideograph, not a compatibility form."""
   is_letter = unicodedata.category(character)[0] == "L"
   return is_letter and unicodedata.normalize("NFKC", character) == character
 
 
 def _draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
-  """White ink on black, in the middle; None where there is none."""
+  """Draws white ink on black, centred; returns None if there is none."""
   try:
     left, top, right, bottom = font.getbbox(character)
   except OSError:
@@ -113,7 +114,7 @@ def _draw(font: ImageFont.FreeTypeFont, character: str) -> np.ndarray | None:
 
 
 def _by_character(drawn: list[dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
-  """All different images of each character."""
+  """Returns all distinct images of each character."""
   images: dict[str, dict[bytes, np.ndarray]] = collections.defaultdict(dict)
   for face in drawn:
     for character, image in face.items():
@@ -126,7 +127,7 @@ def _write(target: pathlib.Path, name: str, images: dict[str, list]) -> None:
   labels = [character for character, each in images.items() for _ in each]
   pixels = [image for each in images.values() for image in each]
   np.save(target / f"{name}images.npy", np.stack(pixels))
-  # Last: the script takes it for the sign that all is there.
+  # Written last: the script uses this file as the sign of completion.
   np.save(target / f"{name}labels.npy", np.array(labels))
   print(f"{target}/{name}images.npy: {len(pixels)} images of {len(images)} characters.")
 

@@ -1,1 +1,1 @@
-"""Whether a run's step compiles for a TPU, and how much of it it takes, without one."""
+"""Checks whether a run's step compiles for a TPU and fits its memory, without a TPU."""

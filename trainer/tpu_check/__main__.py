@@ -1,4 +1,4 @@
-"""The command line: exports the step of a run file, compiles it, and tells."""
+"""Command line that exports the step of a run file, compiles it and reports."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ def main(arguments: Sequence[str]) -> int:
     arguments: with the program's name first, as `sys.argv`.
 
   Returns:
-    The exit status: 0 where the step compiles and fits, 1 where not, 2 for a mistake of
-    the user's.
+    The exit status: 0 if the step compiles and fits, 1 if not, 2 for a user error.
   """
   try:
     if {"-h", "--help"} & set(arguments[1:]):
@@ -40,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def define_flags() -> flags.FlagValues:
-  """The flags of this command."""
+  """Defines the flags of this command."""
   values = flags.FlagValues()
   flags.DEFINE_string(
     "topology", None, "The devices, such as v5e:2x4.", flag_values=values
@@ -67,7 +66,7 @@ def define_flags() -> flags.FlagValues:
 
 
 def help_text() -> str:
-  """The whole of `--help`."""
+  """Returns the text of `--help`."""
   values = define_flags()
   lines = []
   for name in values:
@@ -79,10 +78,10 @@ def help_text() -> str:
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
-  """The run file and the flags.
+  """Parses the run file and the flags.
 
   Raises:
-    UserError: a flag is unknown or missing, or there is not one run file.
+    UserError: a flag is unknown or missing, or there is not exactly one run file.
   """
   values = define_flags()
   try:
@@ -100,10 +99,10 @@ def _parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
 def _run(run_file: str, values: flags.FlagValues) -> int:
   """Loads the config and checks its step."""
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # What is lowered is the same on the CPU.
+  os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # Lowering is the same on the CPU.
   flags.FLAGS(["trainer"])
   logging.use_absl_handler()
-  from trainer import gin_registrations  # noqa: F401  Late: --help answers at once.
+  from trainer import gin_registrations  # noqa: F401  Imported late: --help is fast.
   from trainer.config import run_config
   from trainer.tpu_check import compile_check
 
@@ -122,7 +121,7 @@ def _run(run_file: str, values: flags.FlagValues) -> int:
 
 
 def _one_line(error: Exception) -> str:
-  """The message, without the calls that gin appends to every error passing through."""
+  """Returns the message without the call sites that gin appends to errors."""
   return " ".join(str(error).split("\n  In call to configurable")[0].split())
 
 

@@ -1,4 +1,4 @@
-"""Whether a step compiles and fits, why not, and what to change.
+"""Checks whether a step compiles and fits, and suggests what to change if not.
 
 Shapes: B examples of a replica, R replicas, P classes of the global batch.
 """
@@ -26,7 +26,7 @@ from trainer.tpu_check.compiler import (
 from trainer.tpu_check.replica_program import RunStep
 from trainer.training import checks
 
-# A search that finds no end stops at so many times the P that it began with.
+# Limit of the search, as a multiple of the initial P.
 MAX_FACTOR = 64
 
 _TPU_CLAIM = (
@@ -49,7 +49,7 @@ _MAX_LENGTH = 300
 
 _PYTHON = "Python runs on the host alone: write it in TensorFlow's operations"
 _HOST = "do it in the dataset's decoder or augmentation, which run on the host"
-# By what an operation's name begins with.
+# By the prefix of an operation's name.
 _ADVICE = {
   "EagerPyFunc": _PYTHON,
   "PyFunc": _PYTHON,
@@ -69,16 +69,15 @@ _ROWS_PER_TILE = 128
 def largest_fitting_batch(
   fits: Callable[[int], bool], start: int, *, unit: int
 ) -> Optional[int]:
-  """The largest multiple of a unit that fits, if all smaller ones do.
+  """Returns the largest multiple of a unit that fits, if all smaller ones do.
 
   Args:
-    fits: whether a number does.
-    start: where to begin; it is rounded down to a multiple, or up to the first.
-    unit: of what only multiples are possible.
+    fits: returns whether a number fits.
+    start: first number to try, rounded down to a multiple, or up to the first.
+    unit: only its multiples are possible.
 
   Returns:
-    The number, at most `MAX_FACTOR` times the start; None where not even the unit
-    fits.
+    The number, at most `MAX_FACTOR` times the start; None if not even the unit fits.
   """
   first = max(1, start // unit)
   last = first * MAX_FACTOR
@@ -96,18 +95,18 @@ def largest_fitting_batch(
 
 
 def global_batch_text(num_classes: int, num_samples: int) -> str:
-  """The global batch of P classes with K samples."""
+  """Describes the global batch of P classes with K samples."""
   total = num_classes * num_samples
   return f"global batch {total} = {num_classes} classes x {num_samples} samples"
 
 
 def claim_text(topology: Topology) -> str:
-  """What the result says, and what it doesn't."""
+  """Describes what the result shows and what it does not."""
   return _GPU_CLAIM if topology.tpu is None else _TPU_CLAIM
 
 
 def devices_text(topology: Topology) -> str:
-  """One line that says what is compiled for."""
+  """Describes the devices in one line."""
   memory = memory_text(topology.memory_bytes)
   line = f"{topology.name}: {topology.num_replicas} replicas, {memory} each"
   if topology.num_hosts > 1:
@@ -116,7 +115,7 @@ def devices_text(topology: Topology) -> str:
 
 
 def costs_text(compiled: Compiled, topology: Topology) -> str:
-  """The table of what a replica takes, several lines."""
+  """Returns a table of the needs of one replica, several lines."""
   share = 100 * compiled.memory_bytes / topology.memory_bytes
   rows = [
     ("memory", f"{memory_text(compiled.memory_bytes)} ({share:.1f} % of the device's)"),
@@ -133,7 +132,7 @@ def costs_text(compiled: Compiled, topology: Topology) -> str:
 
 
 def fits_text(compiled: Compiled, topology: Topology) -> str:
-  """The verdict on what compiles and fits, one line."""
+  """Returns the verdict on a step that compiles and fits, one line."""
   needed = memory_text(compiled.memory_bytes)
   of = memory_text(topology.memory_bytes)
   if topology.tpu is None:
@@ -142,7 +141,7 @@ def fits_text(compiled: Compiled, topology: Topology) -> str:
 
 
 def too_large_text(share: float, topology: Topology, largest: Sequence[Array]) -> str:
-  """The verdict on what does not fit, with the largest arrays, a line each."""
+  """Returns the verdict on a step that does not fit, with one line per large array."""
   needed, of = share * topology.memory_bytes, topology.memory_bytes
   lines = [
     f"DOES NOT FIT {topology.name}: a replica needs {memory_text(needed)} of "
@@ -154,7 +153,7 @@ def too_large_text(share: float, topology: Topology, largest: Sequence[Array]) -
 
 
 def memory_text(num_bytes: float) -> str:
-  """Bytes in the unit that suits, of 1024."""
+  """Formats bytes in the appropriate unit of 1024."""
   for unit in ("B", "KiB", "MiB"):
     if num_bytes < 1024:
       return f"{num_bytes:.4g} {unit}"
@@ -178,9 +177,9 @@ class Refusal(NamedTuple):
 
   Attributes:
     operation: its type, such as "DecodeJpeg".
-    node: its name, which begins with those of the layers it is in.
-    line: file and line that made it, the innermost that is no library's; None where
-      that isn't told.
+    node: its name, which starts with those of its layers.
+    line: file and line that created it, the innermost outside libraries; None if
+      unknown.
   """
 
   operation: str
@@ -198,16 +197,16 @@ class Refusal(NamedTuple):
 
 
 def refusal_of_lowering(error: Exception) -> Optional[Refusal]:
-  """What TensorFlow could not lower; None where the error is about something else.
+  """Returns the operation that could not be lowered; None for other errors.
 
   Args:
-    error: as `replica_step.export` raises it.
+    error: raised by `replica_program.export_program`.
   """
   message = str(error)
   operation = _OPERATION.search(message)
   if operation is None:
     return None
-  # Of several operations each is followed by its own calls, innermost last.
+  # Each operation is followed by its own calls, innermost last.
   calls = message[operation.end() :].split("(No registered", 1)[0]
   own = [call for call in _LINE.findall(calls) if not _LIBRARIES.search(call[0])]
   line = f"{pathlib.Path(own[-1][0]).name}, line {own[-1][1]}" if own else None
@@ -215,20 +214,20 @@ def refusal_of_lowering(error: Exception) -> Optional[Refusal]:
 
 
 def needed_share(message: str) -> Optional[float]:
-  """How many times the memory that there is a program needs, as libtpu tells it.
+  """Returns the memory a program needs relative to the available memory.
 
   Args:
-    message: libtpu's.
+    message: error message of libtpu.
 
   Returns:
-    More than 1; None where the message is about something else.
+    More than 1; None if the message is about something else.
   """
   sizes = _TOO_LARGE.search(message)
   return None if sizes is None else float(sizes[1]) / float(sizes[2])
 
 
 def refusal_of_compiler(message: str) -> str:
-  """The compiler's own words, in one line that is not too long."""
+  """Returns the compiler's message, shortened to one line."""
   line = " ".join(message.split())
   return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
 
@@ -236,12 +235,12 @@ def refusal_of_compiler(message: str) -> str:
 def proposals(
   run: RunStep, num_replicas: int, share: float, largest: Sequence[Array]
 ) -> list[str]:
-  """Bindings that take less memory, each with what it does, best first.
+  """Returns bindings that need less memory, each with its effect, best first.
 
   Args:
-    run: it does not fit.
+    run: a step that does not fit.
     num_replicas: R.
-    share: how many times the memory that there is it needs.
+    share: memory needed relative to the available memory.
     largest: the largest arrays of its program.
   """
   found = []
@@ -259,7 +258,7 @@ def proposals(
 def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
   size = run.num_classes * run.num_samples // num_replicas
   now = run.step.options.num_micro_batches
-  # What does not shrink with the micro-batch is left some room.
+  # Leave a margin for memory that does not shrink with the micro-batch.
   wanted = now * max(2, math.ceil(share * 1.25))
   enough = [n for n in range(wanted, size + 1) if size % n == 0]
   if not enough or has_synchronized(run.step.encoder):
@@ -299,9 +298,9 @@ class TooLarge(NamedTuple):
   """A program that does not fit.
 
   Attributes:
-    share: how many times the memory that there is it needs.
-    largest: of its arrays.
-    compiled: what it needs; None where the compiler did not go on so far.
+    share: memory needed relative to the available memory.
+    largest: the largest of its arrays.
+    compiled: its needs; None if the compiler stopped earlier.
   """
 
   share: float
@@ -313,7 +312,7 @@ class Refused(NamedTuple):
   """A program that does not compile.
 
   Attributes:
-    reason: in words.
+    reason: as text.
   """
 
   reason: str
@@ -323,18 +322,18 @@ Result = Union[Compiled, TooLarge, Refused]
 
 
 def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool:
-  """Checks the step of the config that gin has, and prints what it finds.
+  """Checks the step of the current gin config, and prints the result.
 
   Args:
     topology: the devices.
     compiler_python: path of a Python with JAX and libtpu.
-    is_fitting: whether the largest P that fits is searched.
+    is_fitting: whether to search for the largest P that fits.
 
   Returns:
     Whether it compiles and fits; with `is_fitting`, whether any P does.
 
   Raises:
-    UserError: the run's parts don't fit each other or the replicas.
+    UserError: the run's parts do not fit each other or the replicas.
   """
   compiler = Compiler(compiler_python)
   run = replica_program.step_of_run()
@@ -352,16 +351,17 @@ def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool
 def compile_step(
   run: RunStep, num_classes: int, topology: Topology, compiler: Compiler
 ) -> Result:
-  """What becomes of the step with a batch of so many classes.
+  """Compiles the step with a batch of some number of classes.
 
   Args:
     run: the step.
     num_classes: P.
     topology: the devices.
-    compiler: of their programs.
+    compiler: compiles programs for the devices.
 
   Raises:
-    UserError: replicas, micro-batches or the loss don't go with so many classes.
+    UserError: replicas, micro-batches or the loss do not support this number of
+      classes.
   """
   batch = run.replica_batch(num_classes, topology.num_replicas)
   try:
@@ -401,7 +401,7 @@ def _tell(result: Result, run: RunStep, topology: Topology) -> None:
 
 
 def _fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
-  """Searches the largest P, and tells of each that is tried."""
+  """Searches for the largest P that fits, and reports each attempt."""
 
   def fits(num_classes: int) -> bool:
     result = compile_step(run, num_classes, topology, compiler)

@@ -28,11 +28,11 @@ class TpuVersion(NamedTuple):
   """A generation of TPUs.
 
   Attributes:
-    num_axes: along which its chips stand.
-    replicas_per_chip: devices that the compiler sees of one chip.
+    num_axes: number of axes of the chip grid.
+    replicas_per_chip: number of devices per chip that the compiler sees.
     chip_gib: HBM of a chip, GiB.
-    replica_gib: HBM that the compiler gives a program on one device, GiB.
-    chips_per_host: of a host that has whole chips to itself.
+    replica_gib: HBM available to a program on one device, GiB.
+    chips_per_host: number of chips of a host whose chips are all used.
   """
 
   num_axes: int
@@ -43,8 +43,8 @@ class TpuVersion(NamedTuple):
 
 
 # Chips, HBM and hosts: https://cloud.google.com/tpu/docs/system-architecture-tpu-vm and
-# the page of each version. What a program may have of it is what libtpu 0.0.52 says
-# when it refuses one that is too large: "exceeds available HBM (15.75G)".
+# the page of each version. The limit of a program is from the error of libtpu 0.0.52
+# for one that is too large: "exceeds available HBM (15.75G)".
 VERSIONS = {
   "v2": TpuVersion(2, 2, 16, 7.48, 4),
   "v3": TpuVersion(2, 2, 32, 15.48, 4),
@@ -60,10 +60,10 @@ class Topology(NamedTuple):
 
   Attributes:
     name: as given.
-    tpu: the name that libtpu knows; None for GPUs, of which only memory is known.
+    tpu: name known to libtpu; None for GPUs, of which only the memory is known.
     num_replicas: one on each device.
-    memory_bytes: that a replica's program may take.
-    num_hosts: machines that the devices are in.
+    memory_bytes: available to a replica's program.
+    num_hosts: number of machines with the devices.
   """
 
   name: str
@@ -74,13 +74,13 @@ class Topology(NamedTuple):
 
 
 def parse_topology(name: str) -> Topology:
-  """The devices that a name means.
+  """Parses the name of a topology.
 
   Args:
     name: such as "v5e:2x4", a TPU by its chips, or "gpu:4x16GB", four GPUs of 16 GB.
 
   Raises:
-    UserError: it is no such name.
+    UserError: the name is invalid.
   """
   gpu = _GPU.fullmatch(name)
   if gpu:
@@ -112,11 +112,11 @@ def parse_topology(name: str) -> Topology:
 
 
 class Collective(NamedTuple):
-  """One exchange among replicas.
+  """One collective operation among replicas.
 
   Attributes:
     name: XLA's, such as "all-reduce".
-    bytes: that it brings to a replica.
+    bytes: received by one replica.
   """
 
   name: str
@@ -124,11 +124,11 @@ class Collective(NamedTuple):
 
 
 class Array(NamedTuple):
-  """A result of an operation of the program, before it is compiled.
+  """Result of an operation in the program before compilation.
 
   Attributes:
-    name: of the operation; it has those of the layers in it.
-    bytes: of the whole.
+    name: of the operation, including those of its layers.
+    bytes: of the whole array.
     shape: as text, such as "64,128".
   """
 
@@ -138,19 +138,19 @@ class Array(NamedTuple):
 
 
 class Compiled(NamedTuple):
-  """What a program takes of one replica's device.
+  """Needs of a compiled program on one replica's device.
 
   Attributes:
-    compile_s: seconds that compiling took.
+    compile_s: compilation time, seconds.
     arguments_bytes: batch, weights and the optimizer's variables.
-    outputs_bytes: what is not put in the place of an argument.
-    temporaries_bytes: at the moment when they are most.
+    outputs_bytes: outputs that do not replace an argument.
+    temporaries_bytes: the maximum over time.
     code_bytes: of the program itself.
     flops: floating point operations of one step.
-    bytes_accessed: that one step reads and writes.
-    collectives: after the compiler has put together what goes together; None where
-      JAX can't read what libtpu made, as some programs for v5p and v6e.
-    largest: of the program's arrays; the compiler may never make them.
+    bytes_accessed: bytes read and written by one step.
+    collectives: after the compiler has combined them; None if JAX cannot read the
+      result of libtpu, as for some programs for v5p and v6e.
+    largest: the largest of the program's arrays; the compiler may never allocate them.
   """
 
   compile_s: float
@@ -165,16 +165,16 @@ class Compiled(NamedTuple):
 
   @property
   def memory_bytes(self) -> int:
-    """What must be free on a device."""
+    """Memory that must be free on a device."""
     parts = self.arguments_bytes, self.outputs_bytes, self.temporaries_bytes
     return sum(parts) + self.code_bytes
 
 
 class CompilationError(RuntimeError):
-  """The compiler does not take the program; the message is its own.
+  """The compiler refuses the program; the message is the compiler's.
 
   Attributes:
-    largest: of the program's arrays.
+    largest: the largest of the program's arrays.
   """
 
   def __init__(self, message: str, largest: Sequence[Array]):
@@ -183,13 +183,13 @@ class CompilationError(RuntimeError):
 
 
 class Compiler:
-  """Compiles and runs programs, each in a process of its own.
+  """Compiles and runs programs, each in a separate process.
 
   Args:
     python: path of a Python with JAX and libtpu.
 
   Raises:
-    UserError: it is not there.
+    UserError: it does not exist.
   """
 
   def __init__(self, python: str):
@@ -200,11 +200,11 @@ class Compiler:
     self._python = python
 
   def compile(self, hlo: bytes, topology: Topology) -> Compiled:
-    """Compiles for a TPU, or in place of GPUs for the CPU.
+    """Compiles for a TPU, or for the CPU in place of GPUs.
 
     Args:
       hlo: serialized.
-      topology: of as many replicas as the program is for.
+      topology: with as many replicas as the program.
 
     Raises:
       CompilationError: the compiler refuses it.
@@ -240,11 +240,11 @@ class Compiler:
       hlo: serialized.
       num_replicas: R, for which it was lowered.
       batch: of all replicas; each gets a part of the rows.
-      variables: alike on all replicas.
+      variables: equal on all replicas.
 
     Returns:
       New values of the variables that the program assigns, [R, ...] each, by their
-      place among `variables`.
+      position in `variables`.
     """
     with tempfile.TemporaryDirectory() as folder:
       inputs = os.path.join(folder, "inputs.npz")

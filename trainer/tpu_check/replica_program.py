@@ -21,18 +21,18 @@ from trainer.losses.tiled_loss import for_accelerator
 from trainer.training.checks import check_batch
 from trainer.training.step import TrainStep
 
-# More classes, and more samples of one, than a batch will have; none is looked up.
+# More classes and samples than any batch; they are never looked up.
 _NUM_CLASSES, _NUM_SAMPLES = 2**20, 2**20
 
 
 class _DeclaredDataset(NamedTuple):
-  """What a run file says of its data, where the data are not."""
+  """Dataset declared in a run file, without its data."""
 
   decoder: Decoder
 
 
 class _Shape(NamedTuple):
-  """What of a sampler has to fit the replicas.
+  """Shape of a sampler, as needed to check the replicas.
 
   Attributes:
     shape: (P, K).
@@ -42,10 +42,10 @@ class _Shape(NamedTuple):
 
 
 class RunStep(NamedTuple):
-  """A step that could train, and its batch.
+  """A training step and its batch.
 
   Attributes:
-    step: with its variables made.
+    step: with its variables created.
     input_shape: of one example.
     num_classes: P, of the global batch.
     num_samples: K.
@@ -57,23 +57,24 @@ class RunStep(NamedTuple):
   num_samples: int
 
   def class_unit(self, num_replicas: int) -> int:
-    """Of what P must be a multiple, to divide over replicas and micro-batches.
+    """Returns the unit of P, so that it divides over replicas and micro-batches.
 
     Args:
-      num_replicas: among which the classes are divided.
+      num_replicas: number of replicas that share the classes.
     """
     num_parts = self.step.options.num_micro_batches
     return num_replicas * num_parts // math.gcd(num_parts, self.num_samples)
 
   def replica_batch(self, num_classes: int, num_replicas: int) -> Batch:
-    """Specs of what one replica takes.
+    """Returns the specs of one replica's batch.
 
     Args:
       num_classes: P, of the global batch.
-      num_replicas: among which they are divided.
+      num_replicas: number of replicas that share them.
 
     Raises:
-      UserError: replicas, micro-batches or the loss don't go with so many classes.
+      UserError: replicas, micro-batches or the loss do not support this number of
+        classes.
     """
     sampler: Any = _Shape((num_classes, self.num_samples))
     check_batch(sampler, self.step, num_replicas)
@@ -88,13 +89,13 @@ class RunStep(NamedTuple):
 
 
 def step_of_run() -> RunStep:
-  """The step of the config that gin has.
+  """Returns the step of the current gin config.
 
   Raises:
-    UserError: the parts don't fit each other, or the sampler must see the data.
+    UserError: the parts do not fit each other, or the sampler needs the data.
   """
   decoder = _decoder()
-  # By place, because gin makes what is given by name all the same.
+  # Pass by position: gin also builds arguments that are passed by name.
   parts = make_parts(_DeclaredDataset(decoder))
   shape = _sampler_shape(parts)
   parts.create_variables()
@@ -120,11 +121,11 @@ def _sampler_shape(parts: TrainConfig) -> tuple[int, int]:
 
 
 class Program(NamedTuple):
-  """A replica's program.
+  """Program of one replica.
 
   Attributes:
-    hlo: serialized; it takes the parts of the batch, then the variables.
-    variables: all that the step reads or assigns, and tensors that it was given.
+    hlo: serialized; takes the parts of the batch, then the variables.
+    variables: all that the step reads or assigns, and captured tensors.
   """
 
   hlo: bytes
@@ -137,12 +138,12 @@ def export_program(step: TrainStep, batch: Batch, num_replicas: int) -> Program:
   It is traced as on a machine with accelerators, without `tf.distribute`.
 
   Args:
-    step: with its variables made.
+    step: with its variables created.
     batch: specs of a replica's part.
     num_replicas: R.
 
   Raises:
-    tf.errors.OpError: an operation is none that XLA compiles.
+    tf.errors.OpError: XLA does not compile an operation.
   """
 
   def update(*parts: tf.Tensor):
@@ -152,7 +153,7 @@ def export_program(step: TrainStep, batch: Batch, num_replicas: int) -> Program:
 
   function = tf.function(update, jit_compile=True, autograph=False)
   graph = function.get_concrete_function(*batch)
-  # The key of a resource is all that tells which variable a graph has captured.
+  # Only the key of a resource identifies the variable that a graph has captured.
   by_handle = {id(variable.handle): variable for variable in graph.variables}
   return Program(
     function.experimental_get_compiler_ir(*batch)(stage="hlo_serialized"),

@@ -1,12 +1,12 @@
-"""Compiles or runs a step that TensorFlow exported, with the XLA that comes with JAX.
+"""Compiles or runs a step exported by TensorFlow, with the XLA of JAX.
 
-This file is run by a Python of its own, which has JAX and libtpu and neither TensorFlow
-nor this package: `python xla_in_jax.py REQUEST.json ANSWER.json`. It alone knows JAX's
-private names, whose versions `launch/tpu_check.txt` pins.
+This file runs in a separate Python, which has JAX and libtpu but neither TensorFlow nor
+this package: `python xla_in_jax.py REQUEST.json ANSWER.json`. Only this file uses JAX's
+private names; `launch/tpu_check.txt` pins the versions.
 
-A request names the program (`hlo`, a file), `num_replicas`, and what to do with it
-(`action`): "compile" it for the `topology`, or "run" it on virtual CPU devices with the
-`inputs` (an .npz), whose first `num_batch_inputs` are divided among the replicas.
+A request gives the program (`hlo`, a file), `num_replicas`, and the `action`: "compile"
+for the `topology`, or "run" on virtual CPU devices with the `inputs` (an .npz), whose
+first `num_batch_inputs` are divided among the replicas.
 """
 
 import json
@@ -37,7 +37,7 @@ _MLIR_TYPES.update({"ui8": "u8", "ui32": "u32", "ui64": "u64"})
 
 
 def main(request_file, answer_file):
-  """Does what is asked, and writes the answer."""
+  """Performs the requested action, and writes the answer."""
   with open(request_file, encoding="utf-8") as file:
     request = json.load(file)
   _set_environment(request["num_replicas"])
@@ -47,11 +47,11 @@ def main(request_file, answer_file):
 
 
 def _set_environment(num_replicas):
-  """Before JAX is loaded: no TPU is looked for, and the CPU is as many devices."""
+  """Disables the search for a TPU and divides the CPU, before JAX is imported."""
   os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # Nobody holds a TPU that another would want.
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # No process holds a TPU.
     TPU_ACCELERATOR_TYPE="v5litepod-4",
     TPU_WORKER_HOSTNAMES="localhost",
     XLA_FLAGS=f"--xla_force_host_platform_device_count={num_replicas}",
@@ -66,7 +66,7 @@ def _compile(request):
   try:
     executable = _compiled(module, devices)
   except Exception as error:
-    # XLA's errors have no class of their own, and a wrong use of JAX has another.
+    # XLA's errors have no own class; wrong use of JAX raises another class.
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
       raise
     return {"error": str(error), "largest": largest}
@@ -89,7 +89,7 @@ def _compile(request):
 
 
 def _devices(topology, num_replicas):
-  """The devices of a TPU that isn't there, or virtual ones of the CPU."""
+  """Returns devices of an absent TPU, or virtual CPU devices."""
   import jax
   from jax.experimental import topologies
 
@@ -123,7 +123,7 @@ def _compiled(module, devices):
 
 
 def _module(hlo_file):
-  """The program as StableHLO, without the copies that TensorFlow adds."""
+  """Returns the program as StableHLO, without the copies that TensorFlow adds."""
   from jax._src.interpreters import mlir
   from jax._src.lib import _jax
   from jax.extend.mlir import ir
@@ -140,16 +140,16 @@ def _module(hlo_file):
       return ir.WalkResult.ADVANCE
 
     module.operation.walk(find)
-    for copy in copies:  # An identity, which libtpu refuses.
+    for copy in copies:  # A copy is an identity, which libtpu refuses.
       copy.results[0].replace_all_uses_with(copy.operands[0])
       copy.erase()
   return module
 
 
 def _largest_arrays(module):
-  """The largest results of operations, one of a name, largest first.
+  """Returns the largest results of operations, one per name, largest first.
 
-  What is only spread out is left out, because the compiler never makes it.
+  Broadcasts are left out, because the compiler never allocates them.
   """
   from jax.extend.mlir import ir
 
@@ -173,9 +173,9 @@ def _largest_arrays(module):
 
 
 def _collectives(executable):
-  """Bytes that each collective of a compiled program brings to a replica.
+  """Returns the bytes that each collective of a compiled program sends to a replica.
 
-  None where JAX can't read the program, as it can't some for v5p and v6e.
+  Returns None if JAX cannot read the program, as for some for v5p and v6e.
   """
   try:
     text = "\n".join(module.to_string() for module in executable.hlo_modules())
@@ -197,7 +197,7 @@ def _num_bytes(dtype, dimensions):
 
 
 def _run(request):
-  """Runs the program once; the new values of arguments are written, [R, ...] each."""
+  """Runs the program once, and writes the new values of arguments, [R, ...] each."""
   import jax
   import numpy as np
   from jax.sharding import Mesh, NamedSharding, PartitionSpec
