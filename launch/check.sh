@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Formatting, lint, types and all tests: ./launch/check.sh [--python=3.12] [--short]
-# --python: on that Python's stack. --short: only the tests of the main promises.
+# Runs formatting, lint, types and all tests: ./launch/check.sh [--python=3.12] [--short]
+# --python: uses that Python's stack. --short: runs only the tests of the main guarantees.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +14,7 @@ for flag in "$@"; do
   esac
 done
 
-# stage NAME COMMAND...: runs the command and tells how long it took.
+# stage NAME COMMAND...: runs the command and prints its duration.
 stage() {
   local start=$SECONDS
   "${@:2}"

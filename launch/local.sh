@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains and evaluates on this machine, from nothing: ./launch/local.sh [RUN.gin] [flags]
-# Without a run file: configs/runs/digits.gin, on all GPUs or on two virtual replicas.
-# CUDA_VISIBLE_DEVICES picks the GPUs. Flags are those of `python -m trainer.task --help`;
-# a later one wins. Relative paths in them start at the project's folder, as those in run
-# files do. --max_restarts=N starts a run again that was preempted or has stalled, as
-# supervise.sh says.
+# Installs, trains and evaluates on this machine: ./launch/local.sh [RUN.gin] [flags]
+# The default run file is configs/runs/digits.gin, on all GPUs or two virtual replicas.
+# CUDA_VISIBLE_DEVICES selects the GPUs. Flags are those of `python -m trainer.task
+# --help`; a later flag overrides an earlier one. Relative paths, in flags and run files,
+# start at the project's folder. --max_restarts=N restarts a run that was preempted or
+# stalled, see supervise.sh.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Trains on several processes that are one job, here or on hosts reached by ssh:
+# Trains one job on several processes, locally or on hosts reached by ssh:
 #   ./launch/multi_worker.sh --num_workers=2 RUN.gin [flags of trainer.task]
 #   ./launch/multi_worker.sh --hosts=a,user@b RUN.gin [flags of trainer.task]
 # Hosts need this folder at the same path, model_dir on a shared disk, ssh without password,
-# and $TRAINER_PYTHON or .venv (made there by ./launch/local.sh). One worker's failure ends
-# all; exit statuses 3 and 4 start all again, until --max_restarts=N (3) in a row have left
-# no newer checkpoint. --dry_run prints.
-# Logs: all together here, prefixed by worker, and one file a worker in runs/NAME/workers.
+# and $TRAINER_PYTHON or .venv (created there by ./launch/local.sh). A failure of one worker
+# ends all. Exit statuses 3 and 4 restart all, until --max_restarts=N (3) consecutive
+# attempts have left no newer checkpoint. --dry_run prints the commands.
+# Logs: combined output here, prefixed by worker, and one file per worker in
+# runs/NAME/workers.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -43,7 +44,7 @@ else
 fi
 folder=$(printf %q "$PWD")
 
-# at HOST COMMAND: runs a command of the shell there, in the project's folder.
+# at HOST COMMAND: runs a shell command on the host, in the project's folder.
 at() {
   if [ -n "$is_local" ]; then
     bash -c "cd $folder || exit; $2"
@@ -52,14 +53,14 @@ at() {
   fi
 }
 
-# GPUs of this machine are shared out to workers on it, one each.
+# Local workers get one GPU of this machine each.
 gpus=()
 if [ -n "$is_local" ] && has_gpu; then
   IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
   [ "${#gpus[@]}" -ge "${#hosts[@]}" ] || fail "${#hosts[@]} workers on ${#gpus[@]} GPUs; start no more workers than GPUs."
 fi
 
-# find_addresses: sets `addresses` to host:port of all workers, their ports free there.
+# find_addresses: sets `addresses` to host:port of all workers, with free ports.
 find_addresses() {
   local probe host port
   probe="$(printf %q "$python") -c 'import os, socket, sys
@@ -69,13 +70,13 @@ s = socket.socket(); s.bind((\"\", 0)); print(s.getsockname()[1])' $(printf %q "
   for host in "${hosts[@]}"; do
     port=$(at "$host" "$probe" 2>&1 </dev/null | tail -n 1 || true)
     [[ $port =~ ^[0-9]+$ ]] || fail "host $host can't be used: ${port:-no answer from $python in $PWD}"
-    # Two probes of one host may be given the same port, but hardly ever are.
+    # Two probes of one host may get the same port, but this is very unlikely.
     [[ " ${addresses[*]-} " != *" ${host#*@}:$port "* ]] || { find_addresses; return; }
     addresses+=("${host#*@}:$port")
   done
 }
 
-# command_of INDEX: what the worker's host runs.
+# command_of INDEX: prints the command for the worker's host.
 command_of() {
   local workers task
   workers=$(printf ',"%s"' "${addresses[@]}")
@@ -86,21 +87,21 @@ command_of() {
     --mode=train_and_evaluate --gin_file="$run" --model_dir="$model_dir" ${rest[@]+"${rest[@]}"}
 }
 
-# tended COMMAND: the command, told to end when standard input closes, that is when this
-# script ends, for whatever reason and on whatever host; after a minute it must.
+# tended COMMAND: runs the command, and terminates it when standard input closes, that is
+# when this script ends for any reason, on any host; kills it after a minute.
 tended() {
   echo "$1 </dev/null & pid=\$!
 { cat; kill \$pid; for _ in \$(seq 60); do sleep 1; kill -0 \$pid || exit; done
 kill -9 \$pid; } <&0 >/dev/null 2>&1 & wait \$pid; status=\$?; kill \$! 2>/dev/null; exit \$status"
 }
 
-# run_worker INDEX: the worker from start to end; its log here, prefixed, and in its file.
+# run_worker INDEX: runs the worker to its end, with its log here, prefixed, and in a file.
 run_worker() {
   at "${hosts[$1]}" "$(tended "$(command_of "$1")")" <&8 2>&1 |
     tee -a "$logs/worker-$1.txt" | sed -u "s/^/[worker $1] /"
 }
 
-# run_once: all workers; returns the exit status of the first that failed.
+# run_once: runs all workers; returns the exit status of the first that failed.
 run_once() {
   local i left status first=0 told
   exec 9<>"$tie"
@@ -140,7 +141,7 @@ tie=$scratch/tie
 mkfifo "$tie"
 trap 'times_told=$((times_told + 1)); exec 9>&-' INT TERM HUP
 trap 'rm -rf "$scratch"' EXIT
-# run_anew: all workers, with ports that are free now.
+# run_anew: runs all workers with newly chosen free ports.
 run_anew() {
   local status=0
   ((${#addresses[@]} > 0)) || find_addresses

@@ -1,10 +1,10 @@
-# Sourced by the launch scripts: starts a run again where its exit status says so.
+# Sourced by the launch scripts: restarts a run depending on its exit status.
 # shellcheck shell=bash
 
-# How often the script was told to end: its traps count it up.
+# Number of termination signals received, incremented by traps.
 times_told=0
 
-# newest_step MODEL_DIR: prints the step of the newest checkpoint, 0 where there is none.
+# newest_step MODEL_DIR: prints the step of the newest checkpoint, 0 if there is none.
 newest_step() {
   local path step newest=0
   for path in "$1"/checkpoints/ckpt-*.json; do
@@ -15,10 +15,10 @@ newest_step() {
   echo "$newest"
 }
 
-# keep_running MODEL_DIR MAX COMMAND...: runs the command again while it ends with 3
-# (preempted) or 4 (stalled, lost), or by a signal, after a while that doubles from 1 s to
-# 60 s; gives up after MAX restarts in a row that left no newer checkpoint. A
-# script that was told to end runs nothing again.
+# keep_running MODEL_DIR MAX COMMAND...: restarts the command as long as it exits with 3
+# (preempted) or 4 (stalled, lost), or ends by a signal. The wait doubles from 1 s to 60 s.
+# Gives up after MAX consecutive restarts without a newer checkpoint. A script that
+# received a termination signal restarts nothing.
 keep_running() {
   local model_dir=$1 max=$2 status reached newest tries=0 pause
   shift 2
@@ -26,7 +26,7 @@ keep_running() {
   while true; do
     status=0
     "$@" || status=$?
-    # By a signal: the process is lost, which is what 4 says.
+    # Ended by a signal: the process is lost, which is status 4.
     ((status <= 128 || status == 130)) || status=4
     if ((times_told > 0)) || [[ $status != [34] ]]; then
       return "$status"

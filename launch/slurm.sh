@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Submits a run to Slurm, a task a node:      ./launch/slurm.sh --nodes=2 RUN.gin [flags]
+# Submits a run to Slurm, one task per node:  ./launch/slurm.sh --nodes=2 RUN.gin [flags]
 # or a sweep, whose workers share its points: ./launch/slurm.sh --array=8 --sweep SWEEP.gin
 # Options: --nodes=N (1), --tasks_per_node=N (1), --gpus_per_node=N, --cpus_per_task=N,
-# --partition=P, --account=A, --time=T, --warn_s=S (120): so long before the time is over
-# the run must save, and is queued again, --max_restarts=N (20), --wait for the end, --dry_run to
-# print the script. Other flags are the task's, or the sweep's. The folder must be on a
-# disk that all nodes see.
+# --partition=P, --account=A, --time=T, --max_restarts=N (20), --warn_s=S (120): time before
+# the limit at which the run saves and is requeued, --wait for the end, --dry_run to print
+# the script. Other flags are the task's, or the sweep's. The folder must be on a disk
+# shared by all nodes.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -57,7 +57,7 @@ else
     --model_dir="$folder" ${rest[@]+"${rest[@]}"})
   check=("$python" launch/lint.py "${command[@]:3}")
 fi
-# The warning is to come to a sweep's workers as to tasks: they end their runs, and give 3.
+# Workers of a sweep get the warning like tasks: they end their runs and exit with 3.
 number=%j
 [ -z "$array" ] || number=%A_%a
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Runs a command of the task, and runs it again while it ends with status 3 (preempted) or
-# 4 (stalled, or a worker lost), from its newest checkpoint:
+# Runs a command of the task, and restarts it from its newest checkpoint as long as it
+# exits with 3 (preempted) or 4 (stalled, or a worker lost):
 #   ./launch/supervise.sh [--max_restarts=N] python -m trainer.task --model_dir=DIR ...
-# Gives up after N restarts (5) in a row without a newer checkpoint in --model_dir; waits
-# 1 s before the first of them, and twice as long before each next, 60 s at most. Signals
-# are passed on, and then it isn't run again. The exit status is the command's last. Where
-# this script itself is killed, the kernel tells the command to end, if setpriv is there.
+# Gives up after N consecutive restarts (5) without a newer checkpoint in --model_dir. Waits
+# 1 s before the first restart, and twice as long before each next, up to 60 s. Signals are
+# passed on, and end the restarts. The exit status is the command's last one. If this script
+# is killed, the kernel terminates the command, provided that setpriv is available.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -31,7 +31,7 @@ if setpriv --pdeathsig=TERM true 2>/dev/null; then
 fi
 
 child=''
-# pass SIGNAL: to the command; what the terminal sends, it has had itself.
+# pass SIGNAL: sends it to the command; the command gets signals of the terminal directly.
 pass() {
   times_told=$((times_told + 1))
   [ -z "$child" ] || kill -s "$1" "$child" 2>/dev/null || true
@@ -41,13 +41,13 @@ trap 'pass INT' INT
 
 run_once() {
   local status=0 found told=-1
-  # A command in the background ignores SIGINT, unless it is given a group of its own.
+  # A background command ignores SIGINT, unless it has its own process group.
   set -m
   ${tied[@]+"${tied[@]}"} "$@" </dev/null &
   child=$!
   set +m
-  # A signal ends a wait with a status that is not the child's: only another one tells,
-  # and that there is no such child where the first was its own after all.
+  # A signal ends `wait` with a status that is not the child's. Only another `wait` returns
+  # it, or reports that there is no such child if the first status was the child's.
   while ((told != times_told)); do
     told=$times_told found=0
     wait "$child" || found=$?

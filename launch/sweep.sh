@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes the runs of a sweep file on this machine: ./launch/sweep.sh SWEEP.gin [flags]
-# The same command again goes on where it stopped. Flags: those of `python -m
-# trainer.sweep --help`, and after `--` those of hardware of `python -m trainer.task`.
+# Runs a sweep file on this machine: ./launch/sweep.sh SWEEP.gin [flags]
+# The same command resumes the sweep. Flags: those of `python -m trainer.sweep --help`, and
+# after `--` the hardware flags of `python -m trainer.task`.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Will it run on a TPU? Compiles the training step of a run file for one, with no TPU, no
-# data and no account: ./launch/tpu_check.sh RUN.gin --topology=v5e:2x4 [flags]
-# The compiler gets an environment of its own, .venv-tpu (Linux on x86-64, Python 3.11 or
-# newer; 1.1 GB). Flags are those of --help.
+# Compiles the training step of a run file for a TPU, without a TPU, data or an account:
+#   ./launch/tpu_check.sh RUN.gin --topology=v5e:2x4 [flags]
+# The compiler has its own environment, .venv-tpu (Linux on x86-64, Python 3.11 or newer;
+# 1.1 GB). Flags are those of --help.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Cloud TPU VMs, with gcloud: ./launch/tpu_vm.sh ACTION NAME --zone=ZONE [options] [RUN.gin flags]
-#   create    make the TPU, or reuse it, and install the trainer on all its hosts
-#   queue     the same by a queued resource, which waits until there is one
-#   run       start RUN.gin on the hosts (--worker=all, or the one that you name)
+# Runs on Cloud TPU VMs, with gcloud:
+#   ./launch/tpu_vm.sh ACTION NAME --zone=ZONE [options] [RUN.gin flags]
+#   create    create the TPU, or reuse it, and install the trainer on all its hosts
+#   queue     the same with a queued resource, which waits for a free TPU
+#   run       start RUN.gin on the hosts (--worker=all, or a given one)
 #   logs      follow the log of a host (--worker=0)
-#   resume    after a preemption: delete what is left, create, install, run
+#   resume    after a preemption: delete the remains, create, install, run
 #   delete    delete the TPU and its queued resource
 # Options: --type=v5litepod-8, --version=RUNTIME, --project=P, --spot, --worker=W,
-# --dry_run to print the commands. --model_dir=gs://BUCKET/FOLDER: the hosts' disks go with
-# them, so the bucket is mounted there by gcsfuse.
+# --dry_run to print the commands. --model_dir=gs://BUCKET/FOLDER: the bucket is mounted on
+# the hosts by gcsfuse, because the hosts' disks are deleted with them.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
@@ -65,7 +66,7 @@ queue() {
   done
 }
 
-# The image brings TensorFlow for TPUs, which pip must not replace.
+# The image includes TensorFlow for TPUs, which pip must not replace.
 install() {
   tpu ssh --worker=all --command="command -v gcsfuse >/dev/null || { echo 'error: these hosts have no gcsfuse; install it: https://cloud.google.com/storage/docs/cloud-storage-fuse/install' >&2; exit 2; }" &&
   tpu ssh --worker=all --command="mkdir -p retrieval-trainer" &&
@@ -79,7 +80,7 @@ run() {
   local path=${bucket#*/}
   bucket=${bucket%%/*}
   local mounted=buckets/$bucket
-  # A mining round is a folder that is renamed when it is whole.
+  # A mining round is a folder that is renamed when it is complete.
   mount="mkdir -p $mounted && { mountpoint -q $mounted || gcsfuse --implicit-dirs --rename-dir-limit=1000 $bucket $mounted; }"
   task=$(printf ' %q' python3 -m trainer.task --mode=train_and_evaluate --strategy=tpu --gin_file="$run" --model_dir="$mounted/$path" ${rest[@]+"${rest[@]}"})
   tpu ssh --worker="${worker:-all}" --command="cd retrieval-trainer && $mount && { nohup$task >log.txt 2>&1 </dev/null & }"

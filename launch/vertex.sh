@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A run as a Vertex AI custom job, with gcloud:
+# Submits a run as a Vertex AI custom job, with gcloud:
 #   ./launch/vertex.sh RUN.gin --region=R --bucket=gs://BUCKET/FOLDER [options] [flags]
-# Puts a source distribution and the whole config into the bucket, which the job sees as
-# /gcs, and starts trainer.task from them in an image of Google's; the run's folder is
-# there too. Options: --project=P, --name=NAME, --num_workers=N (1), --machine=TYPE,
+# Uploads a source distribution and the full config to the bucket, which is mounted in the
+# job as /gcs, and starts trainer.task from them in one of Google's images. The run's folder
+# is in the bucket too. Options: --project=P, --name=NAME, --num_workers=N (1), --machine=TYPE,
 # --gpu=TYPE, --num_gpus=N (1), --image=IMAGE, --dry_run to print the commands.
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
@@ -44,7 +44,7 @@ version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' trainer/__init__.py)
 package=retrieval_trainer-$version.tar.gz
 [ -n "$is_dry" ] || command -v gcloud >/dev/null || fail "there is no gcloud here; install Google's command line."
 
-# The overrides become part of the config, and the other flags are the job's.
+# The overrides become part of the config; the other flags are passed to the job.
 params=() flags=()
 for word in ${rest[@]+"${rest[@]}"}; do
   case $word in --gin_param=*) params+=("$word") ;; *) flags+=("$word") ;; esac
@@ -58,20 +58,20 @@ if [ -z "$is_dry" ]; then
     ${params[@]+"${params[@]}"} ${flags[@]+"${flags[@]}"} >"$scratch/run.gin"
 fi
 
-# pool NUMBER: so many workers of the same kind.
+# pool NUMBER: prints the spec of a pool of NUMBER equal workers.
 pool() {
   printf 'replica-count=%s,machine-type=%s' "$1" "$machine"
   [ -z "$gpu" ] || printf ',accelerator-type=%s,accelerator-count=%s' "$gpu" "$num_gpus"
   printf ',executor-image-uri=%s,python-module=trainer.task' "$image"
 }
 pools=(--worker-pool-spec="$(pool 1)")
-# Vertex counts the first pool as the chief, and makes TF_CONFIG of all.
+# Vertex treats the first pool as the chief, and sets TF_CONFIG for all.
 ((num_workers == 1)) || pools+=(--worker-pool-spec="$(pool $((num_workers - 1)))")
 arguments=$(printf ';%s' --mode=train_and_evaluate --gin_file="$mounted/run.gin" \
   --model_dir="$mounted" ${flags[@]+"${flags[@]}"})
 
 do_it "$python" setup.py --quiet sdist --formats=gztar --dist-dir="$scratch"
-# Setuptools of different ages write the name with '-' or with '_'.
+# Versions of setuptools write the name with '-' or with '_'.
 [ -n "$is_dry" ] || package=$(basename "$scratch"/*.tar.gz)
 do_it gcloud storage cp "$scratch/$package" "$scratch/run.gin" "$folder/"
 do_it gcloud ai custom-jobs create ${project[@]+"${project[@]}"} --region="$region" --display-name="$name" \

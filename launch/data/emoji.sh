@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes data/emoji_arrays: emoji of eleven npm packages (31 MB), or of a folder that has
-# each one's icons.json in a folder of its own: ./launch/data/emoji.sh [ICONS_FOLDER]
+# Creates data/emoji_arrays from eleven npm packages (31 MB), or from a folder with one
+# subfolder and its icons.json per package: ./launch/data/emoji.sh [ICONS_FOLDER]
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Puts Fashion-MNIST's four idx files into data/fashion_mnist_idx, from Debian's package
-# (apt-get, 31 MB) or from a folder that has them: ./launch/data/fashion_mnist.sh [FOLDER]
+# Copies Fashion-MNIST's four idx files to data/fashion_mnist_idx, from Debian's package
+# (apt-get, 31 MB) or from a given folder: ./launch/data/fashion_mnist.sh [FOLDER]
 set -euo pipefail
 
 names=(train-images-idx3-ubyte train-labels-idx1-ubyte
@@ -11,7 +11,7 @@ fail() {
   exit 2
 }
 
-# The file of a name in a folder, plain or gzipped; nothing if there is none.
+# Prints the path of a file in a folder, plain or gzipped; nothing if it is missing.
 find_file() {
   local path
   for path in "$1/$2" "$1/$2.gz"; do
@@ -68,7 +68,7 @@ if [ "$source" -ef "$target" ]; then
   exit 0
 fi
 
-# Each is copied under another name first, so that a half copy is never taken for whole.
+# Each file is copied under a temporary name first, so that a partial copy is never used.
 for name in "${names[@]}"; do
   file=$(find_file "$source" "$name")
   cp -- "$file" "$target/.partial" 2>"$aside/log" ||

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes data/glyphs_arrays: characters drawn by the fonts of 21 Debian packages (apt-get,
-# 160 MB), or of a folder that has fonts: ./launch/data/glyphs.sh [FONTS_FOLDER]
+# Creates data/glyphs_arrays from the fonts of 21 Debian packages (apt-get, 160 MB), or
+# from a folder with fonts: ./launch/data/glyphs.sh [FONTS_FOLDER]
 set -euo pipefail
 here=$(dirname "${BASH_SOURCE[0]}")
 # shellcheck source=launch/python.sh
