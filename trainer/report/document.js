@@ -1,7 +1,7 @@
 "use strict";
-// Only pointing: without a script the page shows all the rest.
+// Adds interaction only: all content is visible without scripts.
 
-/** Runs `move` with the place of the pointer in an element, from 0 to 1, and `leave`. */
+/** Calls `move` with the pointer's position in an element, from 0 to 1, and `leave`. */
 function follow(element, move, leave) {
   const place = (event) => {
     const box = element.getBoundingClientRect();
@@ -14,7 +14,7 @@ function follow(element, move, leave) {
   });
 }
 
-/** Index of the smallest value; -1 of none. */
+/** Returns the index of the smallest value; -1 for an empty array. */
 function smallest(values) {
   let best = -1;
   values.forEach((value, i) => {
@@ -146,7 +146,7 @@ function pointAtMap(map) {
       `${share(column, sprite.columns)}% ${share(row, sprite.rows)}%`;
     return element;
   }
-  /** The nearest point in a direction; those aside count as further away. */
+  /** Returns the nearest point in a direction, with a penalty for sideways distance. */
   function towards(dx, dy) {
     const from = chosen < 0 ? { x: 0.5, y: 0.5 } : points[chosen];
     return smallest(points.map((to, i) => {
@@ -157,7 +157,7 @@ function pointAtMap(map) {
   }
   follow(canvas, (x, y) => {
     choose(smallest(points.map((at) => (at.x - x) ** 2 + (at.y - y) ** 2)));
-  }, () => canvas.classList.remove("pointed")); // The card stays, to be clicked in.
+  }, () => canvas.classList.remove("pointed")); // The card stays clickable.
   canvas.addEventListener("keydown", (event) => {
     const steps = {
       ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1],
@@ -175,7 +175,7 @@ function pointAtMap(map) {
   goTo();
 }
 
-/** The arrow keys go from one neighbour to the next; the tab key to the next query. */
+/** Arrow keys move between neighbours; the tab key moves to the next query. */
 function walk(list) {
   list.addEventListener("keydown", (event) => {
     const items = [...list.children];

@@ -21,7 +21,7 @@ from trainer.runtime import filesystem
 # With fewer items, t-SNE has too few neighbours.
 _LEAST_ITEMS = 12
 _PERPLEXITY = 30.0
-# Principal components as input of t-SNE, as its authors recommend.
+# Principal components used as input of t-SNE, as by its authors.
 _NUM_COMPONENTS = 50
 # Half of the usual number: 500 more lower the divergence of 1,000 items by 4 %.
 _NUM_ITERATIONS = 500
