@@ -400,7 +400,7 @@ def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], np.ndarray
   found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
   for name, function in _OF_NEAREST.items():
     for k in sorted(ks):
-      # For k = 1 all metrics are equal.
+      # At k = 1 the other metrics equal recall, or recall divided by R.
       if k > 1 or name == "recall_at":
         found[f"{name}_{k}"] = functools.partial(function, k=k)
   return {**found, **_OF_RANKING}
