@@ -15,7 +15,7 @@ from trainer.report import measured_runs
     ("eval/map_at_r", "MAP@R"),
     ("eval/map_at_10", "mAP@10"),
     ("eval/ndcg_at_5", "nDCG@5"),
-    ("eval/found_fraction_at_5", "found fraction@5"),
+    ("eval/set_recall_at_5", "set recall@5"),
     ("eval/best_threshold", "best threshold"),
   ],
 )

@@ -61,7 +61,7 @@ def expected(hits, ks):
     found[f"eval/recall_at_{k}"] = recall_at_k(hits, k)
     if k > 1:
       found[f"eval/precision_at_{k}"] = precision_at_k(hits, k)
-      found[f"eval/found_fraction_at_{k}"] = set_recall_at_k(hits, k)
+      found[f"eval/set_recall_at_{k}"] = set_recall_at_k(hits, k)
       found[f"eval/map_at_{k}"] = average_precision_at_k(hits, k)
       found[f"eval/ndcg_at_{k}"] = ndcg_at_k(hits, k)
   return found

@@ -51,13 +51,12 @@ def _compare(model_dirs: Sequence[str], output: str | None) -> None:
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   # Imported late, so that --help is fast.
   from trainer.report import comparison, measured_runs
-  from trainer.report import comparison as comparison_lib
 
   measured = measured_runs.read_measured(model_dirs)
   print(comparison.comparison_text(measured))
   if output:
     try:
-      comparison_lib.write_comparison_page(measured, output)
+      comparison.write_comparison_page(measured, output)
     except OSError as error:
       raise errors.UserError(
         f"--output={output} can't be written: {error.strerror}."

@@ -45,7 +45,7 @@ _OF_RANKING = {
 _OF_NEAREST = {
   "recall_at": metrics.recall_at_k,
   "precision_at": metrics.precision_at_k,
-  "found_fraction_at": metrics.set_recall_at_k,
+  "set_recall_at": metrics.set_recall_at_k,
   "map_at": metrics.average_precision_at_k,
   "ndcg_at": metrics.ndcg_at_k,
 }
