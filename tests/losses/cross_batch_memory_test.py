@@ -29,7 +29,7 @@ from trainer.tpu_check import replica_program
 from trainer.training import parity
 from trainer.training.checkpoint import Checkpoints
 
-_RUN_FILE = "configs/runs/glyphs_memory_bank.gin"
+_RUN_FILE = "configs/runs/glyphs_cross_batch_memory.gin"
 _SIZE, _WARM_UP, _BATCH = 11, 1, 6
 _NUM_STEPS, _NUM_RECORDS, _NUM_DIMENSIONS = 4, 14, 5
 

@@ -153,7 +153,7 @@ def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
     return [tf.io.encode_png(image).numpy() for image in images]
 
   (tmp_path / "config.gin").write_text("", encoding="utf-8")
-  report_collector(
+  report_collector.collect_report_data(
     random.normal(size=(1200, 2)).astype(np.float32),
     random.integers(50, size=1200),
     random.integers(1200, size=(1200, 8)),

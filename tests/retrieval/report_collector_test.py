@@ -38,7 +38,7 @@ def _pictures(items):
 
 def _collect(num_items=80, pictures_fn=_pictures, **options):
   embeddings, labels = _items(num_items)
-  return report_collector(
+  return report_collector.collect_report_data(
     embeddings,
     labels,
     _nearest(embeddings),
@@ -179,7 +179,7 @@ def test_its_size_does_not_grow_with_the_gallery():
   num_items = 3000
   random = np.random.default_rng(1)
   labels = random.integers(1000, size=num_items)
-  evidence = report_collector(
+  evidence = report_collector.collect_report_data(
     random.normal(size=(num_items, 2)).astype(np.float32),
     labels,
     random.integers(num_items, size=(num_items, 200)),
@@ -215,7 +215,7 @@ def test_inputs_that_are_no_pictures_have_none():
 
 def test_too_few_items_for_t_sne_are_laid_out_by_their_principal_components():
   embeddings = np.array([[0, 0, 0], [4, 0, 0], [0, 1, 0], [4, 1, 0]], np.float32)
-  evidence = report_collector(
+  evidence = report_collector.collect_report_data(
     embeddings,
     np.array([0, 1, 0, 1]),
     _nearest(embeddings),
@@ -229,7 +229,7 @@ def test_too_few_items_for_t_sne_are_laid_out_by_their_principal_components():
 
 
 def test_collapsed_embeddings_are_shown_as_they_are():
-  evidence = report_collector(
+  evidence = report_collector.collect_report_data(
     np.ones((20, 4), np.float32),
     np.arange(20) % 2,
     np.stack([np.delete(np.arange(20), i) for i in range(20)]),
@@ -242,7 +242,7 @@ def test_collapsed_embeddings_are_shown_as_they_are():
 
 def test_a_query_alone_in_its_class_is_left_out():
   embeddings = np.array([[0.0], [1.0], [5.0]], np.float32)
-  evidence = report_collector(
+  evidence = report_collector.collect_report_data(
     embeddings,
     np.array([0, 0, 1]),
     _nearest(embeddings),
@@ -261,13 +261,15 @@ def test_embeddings_that_are_not_finite_are_counted_and_refused():
   embeddings[3, 0] = np.nan
   embeddings[5] = np.inf
   with pytest.raises(UserError, match="2 of 80 embeddings are not finite"):
-    report_collector(embeddings, labels, nearest, np.arange(80), class_names=_NAMES)
+    report_collector.collect_report_data(
+      embeddings, labels, nearest, np.arange(80), class_names=_NAMES
+    )
 
 
 def test_queries_without_any_relevant_item_are_refused():
   embeddings, _ = _items(4)
   with pytest.raises(UserError, match="at least one query must have a neighbour"):
-    report_collector(
+    report_collector.collect_report_data(
       embeddings,
       np.arange(4),
       _nearest(embeddings),
@@ -280,4 +282,6 @@ def test_queries_without_neighbours_are_refused():
   embeddings, labels = _items()
   none = np.empty((80, 0), np.int64)
   with pytest.raises(UserError, match="80 queries with 0 neighbours"):
-    report_collector(embeddings, labels, none, np.arange(80), class_names=_NAMES)
+    report_collector.collect_report_data(
+      embeddings, labels, none, np.arange(80), class_names=_NAMES
+    )

@@ -79,7 +79,7 @@ def test_random_search_draws_different_points_and_the_same_again(sweep_file):
   [
     ("choice/MARGI = (0.1, 0.2)", ["nothing uses MARGI"]),
     ("choice/PKSampler.class_per_batch = (2, 4)", ["'classes_per_batch'?"]),
-    ("choice/PKSchedul.classes_per_batch = (2, 4)", ["did you mean 'PKSampler'?"]),
+    ("choice/PKSampl.classes_per_batch = (2, 4)", ["did you mean 'PKSampler'?"]),
     ("choise/MARGIN = (0.1, 0.2)", ["did you mean 'choice'?"]),
     ("choice/TrainStep.loss = (@BatchAllTripletLoss(), @BatchHard())", ["'BatchHard'"]),
     ("choice/TrainStep.loss = (@BatchHardTripletLoss(),)", ["margin must be set"]),

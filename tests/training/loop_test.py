@@ -157,8 +157,8 @@ def test_reports_have_loss_rate_and_speed():
     ({"num_steps": 0}, "num_steps=0 must be at least 1"),
     ({"steps_per_loop": 0}, "steps_per_loop=0 must be at least 1"),
     ({"checkpoint_every_steps": 6}, "multiple of steps_per_loop=4"),
-    ({"on_disk_full": "pray"}, "on_disk_full='pray' is none of go_on, stop"),
-    ({"on_nonfinite": "no"}, "on_nonfinite='no' is none of stop, skip, go_back"),
+    ({"on_disk_full": "pray"}, "on_disk_full='pray' is none of continue, stop"),
+    ({"on_nonfinite": "no"}, "on_nonfinite='no' is none of stop, skip, restore"),
   ],
 )
 def test_options_that_do_not_fit_are_refused(changed, message):

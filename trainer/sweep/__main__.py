@@ -185,7 +185,7 @@ def _trials(
   values: flags.FlagValues,
 ) -> Trials:
   if read.options.method == "tpe" and not values.dry_run:
-    from trainer.sweep.trials import StudyTrials  # Imported late: only tpe uses Optuna.
+    from trainer.sweep.optuna_study import StudyTrials  # Late: only tpe uses Optuna.
 
     return StudyTrials(read, builder, folder, values.storage)
   return ListedTrials(known)

@@ -10,9 +10,9 @@ from optuna.storages.journal import JournalFileBackend
 
 from tests.sweep import command_test
 from trainer.sweep import spec
+from trainer.sweep.optuna_study import StudyTrials
 from trainer.sweep.points import PointBuilder
 from trainer.sweep.run_process import Ending
-from trainer.sweep.trials import StudyTrials
 
 _TPE = "log_range/MARGIN = (0.01, 1.0)\nsweep.method = 'tpe'\nsweep.num_trials = {}\n"
 _State = optuna.trial.TrialState
