@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -143,15 +144,18 @@ def differences(model_dir, whole) -> list[str]:
 def largest_error(model_dir, whole) -> float:
   """Largest relative difference of a weight, an average or a moment of the optimizer.
 
-  Of weights and averages relative to the largest of all, for the reason that
-  `trainer.training.parity` gives; of moments to the largest of their tensor.
+  It is relative to the largest of all weights, averages, first or second moments.
+  The gradient of a bias or a temperature is a sum in which most terms cancel, and
+  rounding is in proportion to the terms.
   """
   got, expected = values(model_dir), values(whole)
   assert got.keys() == expected.keys()
   floats = {n: value for n, value in expected.items() if value.dtype.kind == "f"}
   sizes = {name: np.abs(value).max() for name, value in floats.items()}
-  for kind in ("encoder", "averages"):
-    same = [name for name in floats if name.startswith(kind)]
+  # Adam's variables are the first and the second moment of each weight in turn.
+  first, second = (rf"optimizer/_variables/\d*[{d}]/" for d in ("13579", "02468"))
+  for kind in ("encoder", "averages", first, second):
+    same = [name for name in floats if re.match(kind, name)]
     sizes.update(dict.fromkeys(same, max(sizes[name] for name in same)))
   errors = [
     np.abs(got[name] - value).max() / max(sizes[name], 1e-30)
