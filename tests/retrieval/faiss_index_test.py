@@ -140,7 +140,7 @@ def test_a_flipped_byte_is_found(folder):
   content = bytearray((folder / "index.faiss").read_bytes())
   content[100] ^= 1
   (folder / "index.faiss").write_bytes(content)
-  with pytest.raises(UserError, match=r"is not the index of which manifest\.json"):
+  with pytest.raises(UserError, match=r"is not the index that manifest\.json"):
     KeptIndex(str(folder))
 
 
@@ -152,7 +152,7 @@ def test_a_manifest_that_says_nothing_is_no_index(folder, content):
 
 
 def test_more_neighbours_than_items_are_refused(folder):
-  with pytest.raises(UserError, match="51 neighbours"):
+  with pytest.raises(UserError, match="num_neighbours=51 exceeds the gallery size 50"):
     KeptIndex(str(folder)).nearest(_embeddings(2), _embeddings(50), num_neighbours=51)
 
 

@@ -190,7 +190,7 @@ def test_no_query_has_no_neighbours():
 
 
 def test_more_neighbours_than_the_gallery_has_are_refused():
-  with pytest.raises(UserError, match=r"4 neighbours .* gallery of 3 items"):
+  with pytest.raises(UserError, match=r"num_neighbours=4 exceeds the gallery size 3"):
     nearest(_random((2, 4), 1), _random((3, 4), 2), num_neighbours=4)
 
 

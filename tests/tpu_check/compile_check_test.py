@@ -189,7 +189,7 @@ def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
   assert "/mine/" in refusal.node
   first = inspect.getsourcelines(function)[1]
   file, line = refusal.line.split(", line ")
-  assert file == "refusals_test.py"
+  assert file == "compile_check_test.py"
   assert first < int(line) < first + 10
   assert advice in str(refusal)
   assert f"in {refusal.node.rpartition('/')[0]}, {refusal.line}" in str(refusal)
