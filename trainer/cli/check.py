@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 from absl import logging
 
@@ -32,12 +34,14 @@ def main(run: Run) -> None:
   _use_cpu_alone(run.hardware)
   parts = make_parts()
   sampler = parts.make_sampler()
+  check_batch(sampler, parts.step, num_replicas=1)
   batches = _batches(parts, sampler)
+  scales = parity.gradient_scales(_make_step, batches[0])
   rows = []
   for num_replicas in _NUM_REPLICAS:
     try:
       check_batch(sampler, parts.step, num_replicas)
-      found = _differences(batches, num_replicas)
+      found = _differences(batches, num_replicas, scales)
     except UserError as error:
       if num_replicas == 1:
         raise
@@ -71,9 +75,10 @@ def _use_cpu_alone(hardware: Hardware) -> None:
   divide_cpu(max(_NUM_REPLICAS))
 
 
-def _differences(batches: list[Batch], num_replicas: int) -> dict[str, float]:
+def _differences(
+  batches: list[Batch], num_replicas: int, scales: Sequence[float]
+) -> dict[str, float]:
   wanted = parity.expected(_make_step, batches, num_replicas)
-  scales = parity.gradient_scales(_make_step, batches[0])
   wanted = wanted._replace(gradient_scales=scales)
   got = parity.trained(_strategy(num_replicas), _make_step, batches)
   return parity.errors(got, wanted)

@@ -8,8 +8,8 @@ from typing import Optional
 import gin
 from absl import logging
 
-from trainer.data import manifest, shards
-from trainer.data.example_encoder import Resize
+from trainer.data import ingestion, manifest, shards
+from trainer.data.example_encoder import ExampleEncoder, Resize
 from trainer.data.indexing import ExistingTFRecords, index_records
 from trainer.data.records import RecordIndex, locate_folder
 from trainer.data.sources.source import Source
@@ -70,22 +70,26 @@ def ingest(
     return
   if unreadable == "refuse":
     source.check()
-  from trainer.data import (  # Imported late: TensorFlow is not needed before.
-    example_encoder,
-    ingestion,
-  )
-
-  record_writer = ingestion.RecordWriter(
-    example_encoder.ExampleEncoder(max_pixels=max_pixels, resize=resize),
+  writer = ingestion.RecordWriter(
+    ExampleEncoder(max_pixels=max_pixels, resize=resize),
     records_per_shard=records_per_shard,
     leave_out_unreadable=unreadable == "leave_out",
     num_threads=num_threads,
   )
-  written = shards.summary_of_parts(
-    record_writer.write(
-      source.loaders(), folder, fingerprint, num_items=source.num_items()
-    )
+  _write(writer, source, folder, fingerprint)
+
+
+def _write(
+  writer: ingestion.RecordWriter,
+  source: Source,
+  folder: str,
+  fingerprint: Mapping[str, object],
+) -> None:
+  """Writes all items of the source, and logs a summary and warnings."""
+  parts = writer.write(
+    source.loaders(), folder, fingerprint, num_items=source.num_items()
   )
+  written = shards.summary_of_parts(parts)
   logging.info("%s: %s", folder, written.line())
   for line in written.warnings():
     logging.warning("%s: %s", folder, line)

@@ -203,15 +203,21 @@ def _build(
     metrics_fns=[rounds.metrics] if rounds is not None else [],
   )
   if rounds is not None:
-
-    def go_on(first_step: int) -> None:
-      dataset = batches.dataset(workers.shard(), first_step=first_step)
-      inner.go_on_with(ReplicaBatches(tf.distribute.get_strategy(), dataset))
-
-    change = ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
-    outer.add_action(change)
+    outer.add_action(_change_of_round(rounds, batches, inner, checkpoints))
   callbacks.log_start(run, sampler.shape, step, first_step)
   return Training(outer, step, loop, first_step)
+
+
+def _change_of_round(
+  rounds: Rounds, batches: Batches, inner: InnerLoop, checkpoints: Checkpoints
+) -> ChangeRound:
+  """Returns the action that makes the inner loop draw from a new round."""
+
+  def go_on(first_step: int) -> None:
+    dataset = batches.dataset(current_workers().shard(), first_step=first_step)
+    inner.go_on_with(ReplicaBatches(tf.distribute.get_strategy(), dataset))
+
+  return ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
 
 
 def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:

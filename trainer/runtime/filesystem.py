@@ -201,7 +201,7 @@ def replacing(path: str) -> Iterator[str]:
   try:
     yield staged
     if not is_remote(path):
-      _sync(staged)
+      sync(staged)
     move(staged, path)
   except BaseException as error:
     with contextlib.suppress(OSError):
@@ -211,10 +211,11 @@ def replacing(path: str) -> Iterator[str]:
     raise
   if not is_remote(path):
     with contextlib.suppress(OSError):  # Some file systems can't sync folders.
-      _sync(os.path.dirname(path) or ".")
+      sync(os.path.dirname(path) or ".")
 
 
-def _sync(path: str) -> None:
+def sync(path: str) -> None:
+  """Waits until a local file or folder is on the disk."""
   descriptor = os.open(path, os.O_RDONLY)
   try:
     os.fsync(descriptor)

@@ -65,7 +65,7 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
   source = os.path.join(folder, _ASIDE)
   files = {}
   for name in _names(step):
-    _sync(os.path.join(source, name))
+    filesystem.sync(os.path.join(source, name))
     files[name] = _facts(os.path.join(source, name))
   manifest = f"ckpt-{step}.json"
   _write(
@@ -76,7 +76,7 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
   _remove(os.path.join(folder, manifest))
   for name in (*_names(step), manifest):
     os.replace(os.path.join(source, name), os.path.join(folder, name))
-  _sync(folder)
+  filesystem.sync(folder)
   shutil.rmtree(source)
 
 
@@ -184,14 +184,6 @@ def _write(path: str, text: str) -> None:
     file.write(text)
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync(path: str) -> None:
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)
 
 
 def _remove(path: str) -> None:

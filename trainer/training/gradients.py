@@ -72,7 +72,7 @@ def check_splittable_encoder(encoder: tf.keras.Model) -> None:
   if has_synchronized(encoder):
     raise UserError(
       "StepOptions.num_micro_batches and synchronised batch normalisation exclude each "
-      "other: replicas can't speak inside of a loop over micro-batches."
+      "other: collectives do not work inside the loop over micro-batches."
     )
   norms = batch_norms(encoder)
   if norms:
