@@ -24,7 +24,7 @@ _PARAMS = (
   "NUM_STEPS = 60",
   "LoopOptions.steps_per_loop = 5",
   "LoopOptions.checkpoint_every_steps = 10",
-  "train_and_evaluate.selection = @EarlyStopping()",
+  "train_and_evaluate.early_stopping = @EarlyStopping()",
   "EarlyStopping.every_steps = 10",
   "EarlyStopping.metric = 'eval/recall_at_1'",
 )
@@ -47,7 +47,7 @@ def _without_time(rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  return tmp_path_factory.mktemp("selection")
+  return tmp_path_factory.mktemp("early_stopping")
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +169,9 @@ _BETWEEN = 12
 
 
 def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
-  selection = EarlyStopping(every_steps=8, metric="eval/map_at_q")
+  early_stopping = EarlyStopping(every_steps=8, metric="eval/map_at_q")
   with pytest.raises(UserError, match="did you mean 'eval/map_at_r'"):
-    selection.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
+    early_stopping.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
 
 
 def test_evaluations_between_two_checkpoints_are_refused():

@@ -99,7 +99,7 @@ def test_what_follows_no_training_is_told_in_one_line(tmp_path, capsys, mode, wo
 
 
 _SELECTION = (
-  "train_and_evaluate.selection = @EarlyStopping()",
+  "train_and_evaluate.early_stopping = @EarlyStopping()",
   "EarlyStopping.every_steps = 5",
 )
 

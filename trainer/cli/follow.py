@@ -22,7 +22,10 @@ from trainer.runtime import watchdog
 from trainer.runtime.lease import locked_folder
 from trainer.training import checkpoint_files
 
-_NUM_STEPS, _SELECTION = "train.loop.num_steps", "train_and_evaluate.selection"
+_NUM_STEPS, _EARLY_STOPPING = (
+  "train.loop.num_steps",
+  "train_and_evaluate.early_stopping",
+)
 _CHECKPOINT = "evaluate.checkpoint"
 
 
@@ -117,9 +120,9 @@ def _check_alone(run: Run) -> None:
     UserError: it does, or `evaluate.checkpoint` is not "newest".
   """
   for values in (run.config.values, run_config.read_saved_values(run.model_dir) or {}):
-    if values.get(_SELECTION, "None") != "None":
+    if values.get(_EARLY_STOPPING, "None") != "None":
       raise UserError(
-        f"{_SELECTION} keeps the best encoder already, and writes the files that "
+        f"{_EARLY_STOPPING} keeps the best encoder already, and writes the files that "
         "--mode=follow writes; unset it, or don't follow."
       )
   if run.config.values.get(_CHECKPOINT, "'newest'") != "'newest'":

@@ -272,10 +272,10 @@ class TrainAndEvaluateOptions:
   """Options of the mode in addition to those of training and evaluation.
 
   Attributes:
-    selection: evaluates during training; None to evaluate only before and after.
+    early_stopping: evaluates during training; None to evaluate only before and after.
   """
 
-  selection: Optional[EarlyStopping] = None
+  early_stopping: Optional[EarlyStopping] = None
 
 
 def main(run: Run) -> None:
@@ -314,18 +314,18 @@ def _evaluation(training: Training) -> Evaluation:
 
 def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
   """Trains to the last step, or until early stopping."""
-  selection = TrainAndEvaluateOptions().selection
-  if selection is not None:
-    selection.check(training.options, evaluation.metric_names())
+  early_stopping = TrainAndEvaluateOptions().early_stopping
+  if early_stopping is not None:
+    early_stopping.check(training.options, evaluation.metric_names())
     evaluations = Evaluations(
-      metric=selection.metric,
-      patience=selection.patience,
+      metric=early_stopping.metric,
+      patience=early_stopping.patience,
       model_dir=run.model_dir,
       encoder=training.step.encoder,
       last_step=training.first_step,
     )
     evaluate = EvaluateNow(
-      evaluation, evaluations, training.step, every_steps=selection.every_steps
+      evaluation, evaluations, training.step, every_steps=early_stopping.every_steps
     )
     evaluate.catch_up(training.first_step)
     if evaluations.is_over:

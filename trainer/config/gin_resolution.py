@@ -45,6 +45,7 @@ _RENAMED = {
   "per_replica": "local_negatives",
   "seed_batch_all": "omoindrot_batch_all",
   "seed_batch_hard": "omoindrot_batch_hard",
+  "selection": "early_stopping",
   "schedule_fn": "sampler_fn",
   "memory_bank": "cross_batch_memory",
   "when_not_finite": "on_nonfinite",

@@ -73,7 +73,9 @@ class RunFolder:
     if self._mode == "train":
       return self.step == self._point.num_steps
     measured = Results(self.path).by_moment.get("latest", {}).get("step")
-    ends_early = "train_and_evaluate.selection.patience" in self._point.config.values
+    ends_early = (
+      "train_and_evaluate.early_stopping.patience" in self._point.config.values
+    )
     last = self.step if ends_early else self._point.num_steps
     return measured is not None and measured == last
 
