@@ -101,4 +101,6 @@ def out_of_space(error: BaseException) -> Optional[UnwritableError]:
     text = f"{path} can't be written: {reason}"
   else:
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-  return UnwritableError(f"{text}; free some disk, and run the same command again.")
+  return UnwritableError(
+    f"{text}; free some disk space and run the same command again."
+  )

@@ -132,9 +132,9 @@ def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
   for step, value in ((5, 0.1), (10, 0.5), (15, 0.5)):
     _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
-  assert evaluations.standing == BestTracker(0.5, 10, 1)
+  assert evaluations.tracker == BestTracker(0.5, 10, 1)
   resumed = _evaluations(tmp_path, encoder, 15)
-  assert resumed.standing == BestTracker(0.5, 10, 1)
+  assert resumed.tracker == BestTracker(0.5, 10, 1)
   resumed.add(20, {"eval/map": 0.3})
   assert resumed.is_over
   assert Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder).restore() == 10
@@ -147,7 +147,7 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
     _fill(encoder, step)
     evaluations.add(step, {"eval/map": value})
   resumed = _evaluations(tmp_path, encoder, 5)
-  assert resumed.standing == BestTracker(0.1, 5, 0)
+  assert resumed.tracker == BestTracker(0.1, 5, 0)
   best = Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder)
   assert best.restore() == 5
   assert all(np.all(variable == 5.0) for variable in encoder.variables)
@@ -160,7 +160,7 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
 def test_a_best_encoder_that_is_gone_is_not_counted_on(tmp_path, encoder):
   _evaluations(tmp_path, encoder, 0).add(5, {"eval/map": 0.9})
   shutil.rmtree(tmp_path / "best")
-  assert _evaluations(tmp_path, encoder, 5).standing == BestTracker()
+  assert _evaluations(tmp_path, encoder, 5).tracker == BestTracker()
 
 
 _OPTIONS = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)

@@ -97,9 +97,9 @@ def test_a_worker_that_is_told_to_stop_takes_the_others_along():
 def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
   told = shutdown.Preemption(30.0)
   monkeypatch.setattr(shutdown, "_current", told)
-  told.join_others(1)
+  told.coordinate_with(1)
   told._handle(signal.SIGTERM, None)
-  with pytest.raises(PreemptedError, match="SIGTERM: stopped where there was nothing"):
+  with pytest.raises(PreemptedError, match="SIGTERM: stopped with nothing new"):
     _two_workers(0, "null").run_on_all(lambda: 5)
   with told.saving(lambda: "the newest"):  # The loop itself tells the others.
     assert _two_workers(0, "null").run_on_all(lambda: 5) == 5

@@ -34,8 +34,8 @@ def folder(request, tmp_path):
 @pytest.fixture(autouse=True)
 def short_times(monkeypatch):
   monkeypatch.setattr(lease, "_TOUCH_S", 0.05)
-  monkeypatch.setattr(lease, "_LOOK_S", 0.01)
-  monkeypatch.setattr(lease, "_SILENCE_S", 1.0)
+  monkeypatch.setattr(lease, "_POLL_S", 0.01)
+  monkeypatch.setattr(lease, "_EXPIRY_S", 1.0)
 
 
 def _claims(folder):
@@ -78,9 +78,9 @@ def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
 def test_who_touches_its_claim_from_another_machine_is_named(folder):
   path = _put(folder)
   is_over = threading.Event()
-  own = lease._OwnClaim(folder, "training in")
+  own = lease._OwnLease(folder, "training in")
   own.path = path
-  own._claim = Lease("other", "another machine", 7, "yesterday", "training in")
+  own._lease = Lease("other", "another machine", 7, "yesterday", "training in")
   thread = threading.Thread(target=lease._touch, args=(own, is_over))
   thread.start()
   try:
@@ -95,14 +95,14 @@ def test_who_touches_its_claim_from_another_machine_is_named(folder):
 def test_who_is_gone_from_this_machine_is_passed_over_at_once(
   folder, process, caplog, monkeypatch
 ):
-  monkeypatch.setattr(lease, "_SILENCE_S", 3600.0)
+  monkeypatch.setattr(lease, "_EXPIRY_S", 3600.0)
   process.kill()
   process.wait()
   for pid in (process.pid, os.getpid(), 2**80):  # A container counts anew.
     _put(folder, str(pid), machine=lease._machine(), pid=pid)
   with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1
-  assert caplog.text.count("of a process that is gone") == 3
+  assert caplog.text.count("of an ended process") == 3
 
 
 def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
@@ -110,7 +110,7 @@ def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
 ):
   path = _put(tmp_path, machine=lease._machine(), pid=process.pid)
   os.utime(path, (time.time() - 3600,) * 2)
-  monkeypatch.setattr(lease, "_SILENCE_S", 1800.0)
+  monkeypatch.setattr(lease, "_EXPIRY_S", 1800.0)
   with holding_lease(str(tmp_path), "training in"):
     assert not os.path.exists(path)
 
@@ -119,7 +119,7 @@ def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
   folder, monkeypatch
 ):
   path = _put(folder)
-  monkeypatch.setattr(lease, "_SILENCE_S", 0.2)
+  monkeypatch.setattr(lease, "_EXPIRY_S", 0.2)
   start_s = time.monotonic()
   with holding_lease(folder, "training in"):
     assert not filesystem.exists(path)
@@ -130,7 +130,7 @@ def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
   "content", [b"", b"[1]", b'{"pid": "x"}', b"\xff", b" " * 10**5]
 )
 def test_a_claim_that_says_nothing_ends_by_its_silence(folder, content, monkeypatch):
-  monkeypatch.setattr(lease, "_SILENCE_S", 0.1)
+  monkeypatch.setattr(lease, "_EXPIRY_S", 0.1)
   filesystem.write_bytes(f"{folder}/.in-use-x.json", content)
   with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1

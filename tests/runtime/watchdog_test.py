@@ -22,20 +22,20 @@ def test_until_the_first_steps_are_done_there_is_time_to_compile():
 def test_the_deadline_follows_from_the_median_step_and_not_from_the_first_call():
   watchdog = _watchdog()
   for seconds in (500.0, 4.0, 5.0, 90.0):
-    watchdog.learn(seconds)
+    watchdog.record_step_time(seconds)
   assert watchdog.deadline_s == 100.0
 
 
 def test_fast_steps_have_a_minute():
   watchdog = _watchdog()
   for _ in range(3):
-    watchdog.learn(0.001)
+    watchdog.record_step_time(0.001)
   assert watchdog.deadline_s == 60.0
 
 
 def test_a_deadline_that_is_given_is_that_of_steps():
   watchdog = _watchdog(step_deadline_s=7.0)
-  watchdog.learn(100.0)
+  watchdog.record_step_time(100.0)
   assert watchdog.deadline_s == 7.0
 
 
@@ -43,7 +43,7 @@ def test_behind_the_steps_there_is_as_much_time_as_before():
   watchdog = _watchdog(start_deadline_s=900.0)
   with watchdog.stepping(lambda: 0):
     for _ in range(3):
-      watchdog.learn(1.0)
+      watchdog.record_step_time(1.0)
   assert watchdog.deadline_s == 900.0
 
 
@@ -57,7 +57,7 @@ def test_a_run_whose_steps_move_is_not_ended():
 
 def test_what_is_done_between_steps_has_as_much_time_as_a_start():
   watchdog = _watchdog(start_deadline_s=900.0, step_deadline_s=7.0)
-  watchdog.learn(1.0)
+  watchdog.record_step_time(1.0)
   with watchdog.acting():
     assert watchdog.deadline_s == 900.0
   assert watchdog.deadline_s == 7.0

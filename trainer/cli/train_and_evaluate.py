@@ -116,7 +116,7 @@ class Evaluations:
   """The evaluations of a run: `eval/history.jsonl`, and the best encoder in `best`.
 
   Attributes:
-    standing: best evaluation so far, the same on all workers.
+    tracker: best evaluation so far, the same on all workers.
 
   Args:
     metric: metric to compare, larger is better.
@@ -150,7 +150,7 @@ class Evaluations:
     if self._workers.is_chief:
       self._file.drop_after(last_step)
       self._best.drop_after(last_step)
-    self.standing = self._told_by_chief()
+    self.tracker = self._broadcast_from_chief()
 
   @property
   def last_step(self) -> int:
@@ -161,7 +161,7 @@ class Evaluations:
   @property
   def is_over(self) -> bool:
     """Whether the patience is exhausted."""
-    num_since = self.standing.num_since_best
+    num_since = self.tracker.num_since_best
     return self._patience is not None and num_since >= self._patience
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -173,12 +173,12 @@ class Evaluations:
     """
     # Use the chief's value: different hardware may differ by rounding errors.
     value = json.loads(self._workers.exchange(json.dumps(metrics[self._metric]))[0])
-    self.standing = self.standing.after(step, value)
+    self.tracker = self.tracker.after(step, value)
     if self._workers.is_chief:
       self._file.append(step, metrics)
     line = "Step %d: %s %.4f, best %.4f."
-    logging.info(line, step, self._metric, value, self.standing.best)
-    if self.standing.num_since_best == 0:
+    logging.info(line, step, self._metric, value, self.tracker.best)
+    if self.tracker.num_since_best == 0:
       self._best.save(step)
       self._best.wait()
 
@@ -191,21 +191,23 @@ class Evaluations:
     self._file.write_waiting()
     if self._best.failure:
       raise UnwritableError(
-        f"the best encoder is lost: {self._best.failure}; free some disk, and train "
-        "again from an earlier checkpoint for it."
+        f"the best encoder is lost: {self._best.failure}; free some disk space, and "
+        "train again from an earlier checkpoint."
       )
 
-  def _told_by_chief(self) -> BestTracker:
-    standing = BestTracker()
+  def _broadcast_from_chief(self) -> BestTracker:
+    tracker = BestTracker()
     if self._workers.is_chief:
       for row in self._file.rows():
         if self._metric in row:
-          standing = standing.after(int(row["step"]), row[self._metric])
-      if standing.best is not None and standing.best_step not in self._best.steps():
-        logging.warning("The best encoder is no longer there; the next is the best.")
-        standing = BestTracker()
-    told = self._workers.exchange(json.dumps(dataclasses.astuple(standing)))
-    return BestTracker(*json.loads(told[0]))
+          tracker = tracker.after(int(row["step"]), row[self._metric])
+      if tracker.best is not None and tracker.best_step not in self._best.steps():
+        logging.warning(
+          "The checkpoint of the best encoder is missing; searching for a new best."
+        )
+        tracker = BestTracker()
+    received = self._workers.exchange(json.dumps(dataclasses.astuple(tracker)))
+    return BestTracker(*json.loads(received[0]))
 
 
 class EvaluateNow:

@@ -143,7 +143,7 @@ def _multi_worker(
       rpc_layer="grpc",
     )
   )
-  shutdown.current_preemption().join_others(cluster.num_workers - 1)
+  shutdown.current_preemption().coordinate_with(cluster.num_workers - 1)
   # All workers have equally many batches, of static shapes: no need to check each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(

@@ -176,8 +176,8 @@ class Workers:
       return make()
     try:
       made = make()
-      if shutdown.current_preemption().is_to_end:
-        raise shutdown.current_preemption().nothing_to_save()
+      if shutdown.current_preemption().exit_requested:
+        raise shutdown.current_preemption().preempted_error()
     except Exception as error:
       self._raise_first(out_of_space(error) or error)
       raise

@@ -325,8 +325,8 @@ def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
       fault = f"it is no array: {reason_of(error)}"
     else:
       shape = tuple(expected["shape"])
-      is_as_told = array.dtype == np.int32 and array.shape == shape
-      if is_as_told and array.ndim == _NUM_AXES[name]:
+      has_declared_shape = array.dtype == np.int32 and array.shape == shape
+      if has_declared_shape and array.ndim == _NUM_AXES[name]:
         return array
       fault = f"it has {array.dtype}{list(array.shape)}, the manifest {list(shape)}"
   raise UserError(f"{path} is damaged ({fault}); remove the round, and mine again.")

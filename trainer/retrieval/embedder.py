@@ -53,7 +53,9 @@ class Embedder:
     self._replacements = replacements
     # Traced once, for all evaluations of a training run.
     self._embed_fn = tf.function(
-      lambda batch, is_to_end: self._strategy.run(self._embed, (batch, is_to_end)),
+      lambda batch, exit_requested: self._strategy.run(
+        self._embed, (batch, exit_requested)
+      ),
       autograph=False,
     )
 
@@ -84,16 +86,20 @@ class Embedder:
     with batches.naming_bad_records(first_step, sampler.num_batches - 1):
       for batch in replica_batches.iterator:
         watchdog.beat()
-        is_to_end = tf.constant(float(shutdown.current_preemption().is_to_end))
-        done = self._embed_fn(batch, is_to_end)
+        exit_requested = tf.constant(
+          float(shutdown.current_preemption().exit_requested)
+        )
+        done = self._embed_fn(batch, exit_requested)
         rows, num_to_end = self._strategy.experimental_local_results(done)[0]
         if num_to_end.numpy() > 0:
-          raise shutdown.current_preemption().nothing_to_save()
+          raise shutdown.current_preemption().preempted_error()
         yield rows.numpy()
 
-  def _embed(self, batch: Batch, is_to_end: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+  def _embed(
+    self, batch: Batch, exit_requested: tf.Tensor
+  ) -> tuple[tf.Tensor, tf.Tensor]:
     # Gather, so that every worker has all rows.
     embeddings = self._encoder(batch.inputs, training=False)
     collectives = current_collectives()
     # `identity` copies the flag to the replica's device, where sums are computed.
-    return collectives.gather(embeddings), collectives.sum(tf.identity(is_to_end))
+    return collectives.gather(embeddings), collectives.sum(tf.identity(exit_requested))

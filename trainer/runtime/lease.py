@@ -42,8 +42,8 @@ from trainer.runtime import filesystem
 _PREFIX, _ENDING = ".in-use-", ".json"
 _TOUCH_S = 5.0
 # A lease that was not touched for this long has expired.
-_SILENCE_S = 30.0
-_LOOK_S = 0.2
+_EXPIRY_S = 30.0
+_POLL_S = 0.2
 _MAX_BYTES = 10_000
 
 _READ_ONLY = (errno.EROFS, errno.EACCES)
@@ -96,7 +96,7 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
     UserError: another process writes into it.
     OSError: the lease can't be written.
   """
-  own = _OwnClaim(folder, doing)
+  own = _OwnLease(folder, doing)
   is_over = threading.Event()
   touching = threading.Thread(target=_touch, args=(own, is_over), daemon=True)
   _held[own.path] = os.getpid()
@@ -105,7 +105,7 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
     began_ns = filesystem.status(own.path).modified_ns
     touching.start()
     for other in _others(own.path):
-      _outlast(other, own.path, began_ns)
+      _wait_for_expiry(other, own.path, began_ns)
     own.write(is_settled=True)
     yield
   finally:
@@ -117,7 +117,7 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
     _held.pop(own.path, None)
 
 
-class _OwnClaim:
+class _OwnLease:
   """The lease of this process on a folder.
 
   Args:
@@ -127,7 +127,7 @@ class _OwnClaim:
 
   def __init__(self, folder: str, doing: str):
     self.path = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_ENDING}")
-    self._claim = Lease(
+    self._lease = Lease(
       socket.gethostname(), _machine(), os.getpid(), _now(), doing, is_settled=False
     )
     self._lock = threading.Lock()
@@ -135,11 +135,11 @@ class _OwnClaim:
   def write(self, **changes: Any) -> None:
     """Writes the lease with some of its attributes changed."""
     with self._lock:
-      self._claim = dataclasses.replace(self._claim, **changes)
-      _write(self.path, self._claim)
+      self._lease = dataclasses.replace(self._lease, **changes)
+      _write(self.path, self._lease)
 
 
-def _outlast(path: str, own_path: str, began_ns: int) -> None:
+def _wait_for_expiry(path: str, own_path: str, began_ns: int) -> None:
   """Waits until another process's lease has clearly ended, and removes it.
 
   Args:
@@ -154,25 +154,27 @@ def _outlast(path: str, own_path: str, began_ns: int) -> None:
   first: Optional[tuple[Lease, int]] = None
   while True:
     try:
-      claim, touched_ns = _read(path), filesystem.status(path).modified_ns
+      lease, touched_ns = _read(path), filesystem.status(path).modified_ns
     except FileNotFoundError:
       return
-    first = first or (claim, touched_ns)
+    first = first or (lease, touched_ns)
     silence_s = (began_ns - touched_ns) / 1e9 + time.monotonic() - start_s
-    is_here = claim.machine == _machine()
-    is_ended = is_here and not _is_running(path, claim.pid)
-    if is_ended or silence_s > _SILENCE_S:
-      logging.warning("%s is of a process that is gone: %s.", path, _named(claim))
+    is_here = lease.machine == _machine()
+    is_ended = is_here and not _is_running(path, lease.pid)
+    if is_ended or silence_s > _EXPIRY_S:
+      logging.warning(
+        "Removing the lease %s of an ended process: %s.", path, _describe(lease)
+      )
       with contextlib.suppress(FileNotFoundError):
         filesystem.remove(path)
       return
-    gives_way = not claim.is_settled and path > own_path
-    if not gives_way and (is_here or (claim, touched_ns) != first):
-      raise UserError(_in_use(path, claim))
-    time.sleep(_LOOK_S)
+    must_yield = not lease.is_settled and path > own_path
+    if not must_yield and (is_here or (lease, touched_ns) != first):
+      raise UserError(_in_use(path, lease))
+    time.sleep(_POLL_S)
 
 
-def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
+def _touch(own: _OwnLease, is_over: threading.Event) -> None:
   """Touches a lease regularly, in a thread."""
   for number in itertools.count(1):
     if is_over.wait(_TOUCH_S):
@@ -180,7 +182,7 @@ def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
     try:
       is_there = filesystem.exists(own.path)
       if not is_there:
-        _leave_to_others(own.path)
+        _exit_if_replaced(own.path)
       if is_there and not filesystem.is_remote(own.path):
         os.utime(own.path)  # Works even if the disk is full.
       else:
@@ -189,7 +191,7 @@ def _touch(own: _OwnClaim, is_over: threading.Event) -> None:
       logging.warning("%s can't be touched: %s.", own.path, error.strerror)
 
 
-def _leave_to_others(path: str) -> None:
+def _exit_if_replaced(path: str) -> None:
   """Ends this process if another process has removed our lease and holds one."""
   for other in _others(path):
     with contextlib.suppress(FileNotFoundError):
@@ -232,14 +234,14 @@ def _write(path: str, own: Lease) -> None:
   write_fn(path, content)
 
 
-def _named(claim: Lease) -> str:
-  return f"process {claim.pid} of {claim.host}"
+def _describe(lease: Lease) -> str:
+  return f"process {lease.pid} of {lease.host}"
 
 
-def _in_use(path: str, claim: Lease) -> str:
+def _in_use(path: str, lease: Lease) -> str:
   return (
-    f"{_named(claim)} is {claim.doing} {os.path.dirname(path)} since {claim.since}; "
-    "wait for its end, or choose another folder."
+    f"{_describe(lease)} is {lease.doing} {os.path.dirname(path)} since {lease.since}; "
+    "wait until it ends, or choose another folder."
   )
 
 
@@ -288,9 +290,9 @@ def locked_folder(folder: str, doing: str) -> Iterator[None]:
     UserError: another process writes into it.
     OSError: the lease can't be written.
   """
-  with contextlib.ExitStack() as claimed:
+  with contextlib.ExitStack() as stack:
     try:
-      claimed.enter_context(holding_lease(folder, doing))
+      stack.enter_context(holding_lease(folder, doing))
     except OSError as error:
       if error.errno not in _READ_ONLY:
         raise
@@ -387,6 +389,6 @@ def _flock(file: TextIO, operation: int) -> None:
     raise
   except OSError as error:
     raise UserError(
-      f"{file.name} can't be locked ({error.strerror}): its file system has no locks "
-      "(flock); choose a folder on one that has."
+      f"{file.name} can't be locked ({error.strerror}): its file system does not "
+      "support flock; choose a folder on a file system that does."
     ) from error

@@ -24,7 +24,7 @@ from typing import Any, Callable, NoReturn, Optional
 
 from trainer.errors import INTERRUPTED, PreemptedError
 
-_NAME = "let_go"
+_RELEASE_THREAD = "release_in_background"
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Time for an exception to unwind the running code; then the process is ended.
@@ -41,7 +41,7 @@ def release_in_background(held: list[Any]) -> None:
   """
   # Not a daemon thread: one that outlives the interpreter aborts the process.
   with contextlib.suppress(RuntimeError):  # The interpreter is already shutting down.
-    threading.Thread(target=held.clear, name=_NAME).start()
+    threading.Thread(target=held.clear, name=_RELEASE_THREAD).start()
 
 
 def exit_process(status: int) -> NoReturn:
@@ -54,8 +54,8 @@ def exit_process(status: int) -> NoReturn:
   Args:
     status: exit status of the process.
   """
-  is_letting_go = any(thread.name == _NAME for thread in threading.enumerate())
-  if is_letting_go or "tensorflow_io" in sys.modules:
+  is_releasing = any(thread.name == _RELEASE_THREAD for thread in threading.enumerate())
+  if is_releasing or "tensorflow_io" in sys.modules:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -74,26 +74,26 @@ class Preemption:
     self._grace_s = grace_s
     self._is_saving = False
     self._is_of_several = False
-    self._told: Optional[signal.Signals] = None
+    self._signal: Optional[signal.Signals] = None
     self._newest_fn: Callable[[], str] = lambda: "no checkpoint was saved"
     self._is_timed = False
-    self._is_hearing = False
+    self._is_listening = False
     self._ended = threading.Event()
 
   @property
   def stop_requested(self) -> bool:
     """Whether a signal was received."""
-    return self._told is not None
+    return self._signal is not None
 
   @property
-  def is_to_end(self) -> bool:
+  def exit_requested(self) -> bool:
     """Whether a signal was received and nothing is to be saved; sent to all workers."""
     return self.stop_requested and not self._is_saving
 
   @property
   def signal_name(self) -> str:
     """Name of the signal; "another worker" if this process received none."""
-    return self._told.name if self._told else "another worker"
+    return self._signal.name if self._signal else "another worker"
 
   @contextlib.contextmanager
   def saving(self, newest_fn: Callable[[], str]) -> Iterator[None]:
@@ -109,17 +109,17 @@ class Preemption:
       PreemptedError: a signal was received before the block or after its last poll, and
         there is no other worker.
     """
-    self.hear_again()
+    self.reinstall_handlers()
     self._is_saving, self._newest_fn = True, newest_fn
     try:
-      self._end_if_alone()
+      self._raise_if_alone()
       yield
-      self._end_if_alone()
+      self._raise_if_alone()
     finally:
       self._is_saving = False
 
   @contextlib.contextmanager
-  def heard(self) -> Iterator[None]:
+  def listening(self) -> Iterator[None]:
     """Handles signals inside the block; has no effect outside the main thread.
 
     Yields:
@@ -135,12 +135,12 @@ class Preemption:
     thread.start()
     try:
       with handlers_restored():
-        self._is_hearing = True
-        self.hear_again()
+        self._is_listening = True
+        self.reinstall_handlers()
         try:
           yield
         finally:
-          self._is_hearing = False
+          self._is_listening = False
     finally:
       signal.set_wakeup_fd(old_wakeup)
       self._ended.set()
@@ -148,74 +148,77 @@ class Preemption:
       thread.join()
       reader.close()
 
-  def join_others(self, num_others: int) -> None:
+  def coordinate_with(self, num_others: int) -> None:
     """Makes a signal apply to all workers; call it once they are connected.
 
     From then on a signal interrupts nothing, because the other workers would wait for
-    this one and report it as lost. `is_to_end` is exchanged at each synchronization.
+    this one and report it as lost. `exit_requested` is exchanged at each
+    synchronization.
 
     Args:
       num_others: number of other workers; 0 changes nothing.
     """
     self._is_of_several = num_others > 0
-    self.hear_again()
+    self.reinstall_handlers()
 
-  def hear_again(self) -> None:
+  def reinstall_handlers(self) -> None:
     """Reinstalls the signal handlers that TensorFlow replaced.
 
     TensorFlow installs a handler of SIGTERM when it connects. It records the signal and
     hides it from Python.
     """
-    if self._is_hearing:
+    if self._is_listening:
       for number in SIGNALS:
         signal.signal(number, self._handle)
 
   def _handle(self, number, frame) -> None:
     del frame
-    self._told = self._told or signal.Signals(number)
+    self._signal = self._signal or signal.Signals(number)
     if not self._is_saving:
-      self._end_if_alone()
+      self._raise_if_alone()
 
-  def _end_if_alone(self) -> None:
+  def _raise_if_alone(self) -> None:
     if self.stop_requested and not self._is_of_several:
-      raise self.nothing_to_save()
+      raise self.preempted_error()
 
   def _listen(self, reader: socket.socket) -> None:
     """Receives every signal, in a thread, even while the main thread is blocked."""
     num_interruptions = 0
     for number in iter(lambda: reader.recv(1), b""):
-      heard = int.from_bytes(number, "little")
-      if heard not in SIGNALS:
+      received = int.from_bytes(number, "little")
+      if received not in SIGNALS:
         continue
-      num_interruptions += heard == signal.SIGINT
+      num_interruptions += received == signal.SIGINT
       if num_interruptions > 1:
         _exit_after_grace(INTERRUPTED, f"interrupted twice; {self._newest_fn()}.")
-      self._told = self._told or signal.Signals(heard)
+      self._signal = self._signal or signal.Signals(received)
       if not self._is_timed:
         self._is_timed = True
-        threading.Thread(target=self._end_late, daemon=True).start()
+        threading.Thread(target=self._enforce_grace, daemon=True).start()
 
-  def _end_late(self) -> None:
+  def _enforce_grace(self) -> None:
     """Ends the process after the grace period."""
     if not self._is_saving:
       patience_s = self._grace_s if self._is_of_several else _UNWINDING_S
       if not self._ended.wait(min(patience_s, self._grace_s)):
-        _exit_after_grace(PreemptedError.exit_status, str(self.nothing_to_save()))
+        _exit_after_grace(PreemptedError.exit_status, str(self.preempted_error()))
       return
-    _say(f"{self.signal_name}: saving, within {self._grace_s:g} s.")
+    _write_stderr(
+      f"{self.signal_name}: saving a checkpoint within {self._grace_s:g} s."
+    )
     if not self._ended.wait(self._grace_s):
       _exit_after_grace(
         PreemptedError.exit_status,
-        f"{self.signal_name}: the grace of {self._grace_s:g} s is over before a "
-        f"checkpoint could be written; {self._newest_fn()}; the same command "
+        f"{self.signal_name}: the grace period of {self._grace_s:g} s ended before a "
+        f"checkpoint was written; {self._newest_fn()}; the same command "
         "resumes it.",
       )
 
-  def nothing_to_save(self) -> PreemptedError:
+  def preempted_error(self) -> PreemptedError:
     """Returns the error that ends a run."""
     return PreemptedError(
-      f"{self.signal_name}: stopped where there was nothing new to save; the same "
-      "command resumes it."
+      f"{self.signal_name}: stopped with nothing new to save; the same command "
+      "resumes it."
     )
 
 
@@ -240,7 +243,7 @@ def listening_for_signals(grace_s: float) -> Iterator[None]:
   global _current
   before, _current = _current, Preemption(grace_s)
   try:
-    with _current.heard():
+    with _current.listening():
       yield
   finally:
     _current = before
@@ -278,7 +281,7 @@ def _libc() -> ctypes.CDLL:
   return ctypes.CDLL(None)
 
 
-def _say(line: str) -> None:
+def _write_stderr(line: str) -> None:
   # Not the logging module: the main thread may hold its locks.
   os.write(2, f"{line}\n".encode())
 
@@ -286,5 +289,5 @@ def _say(line: str) -> None:
 def _exit_after_grace(status: int, line: str) -> NoReturn:
   with contextlib.suppress(Exception):
     sys.stdout.flush()
-  _say(f"error: {line}")
+  _write_stderr(f"error: {line}")
   os._exit(status)

@@ -20,8 +20,8 @@ from typing import Callable, NoReturn, Optional
 from trainer.errors import StalledError
 
 STALL_FILE = "stalled-worker-{}.txt"
-_LEAST_S = 60.0
-_TIMES_MEDIAN = 20.0
+_MIN_DEADLINE_S = 60.0
+_MEDIAN_FACTOR = 20.0
 _NUM_MEASURED = 101
 _SHARE_OF_DEADLINE = 20
 _JOIN_S = 5.0  # A hanging device may block the thread that reads from it.
@@ -58,8 +58,8 @@ class Watchdog:
     self._start_s = start_deadline_s
     self._step_s = step_deadline_s
     self._path = path
-    self._pulse_fn: Callable[[], int] = lambda: 0
-    self._pulse = 0
+    self._device_step_fn: Callable[[], int] = lambda: 0
+    self._device_step = 0
     self._num_calls = 0
     self._is_acting = False
     self._seconds_per_step: collections.deque[float] = collections.deque(
@@ -77,23 +77,23 @@ class Watchdog:
     if not self._seconds_per_step:
       return self._start_s
     measured_s = statistics.median(self._seconds_per_step)
-    return max(_LEAST_S, _TIMES_MEDIAN * measured_s)
+    return max(_MIN_DEADLINE_S, _MEDIAN_FACTOR * measured_s)
 
   @contextlib.contextmanager
-  def stepping(self, pulse_fn: Callable[[], int]) -> Iterator[None]:
+  def stepping(self, device_step_fn: Callable[[], int]) -> Iterator[None]:
     """Marks a block of steps, whose deadline follows from the measured step times.
 
     Args:
-      pulse_fn: reads a number from the device that changes with each step.
+      device_step_fn: reads a number from the device that changes with each step.
 
     Yields:
       Nothing.
     """
-    self._pulse_fn = pulse_fn
+    self._device_step_fn = device_step_fn
     try:
       yield
     finally:
-      self._pulse_fn = lambda: 0
+      self._device_step_fn = lambda: 0
       self._num_calls = 0
       self._seconds_per_step.clear()
 
@@ -111,7 +111,7 @@ class Watchdog:
       beat()
       self._is_acting = False
 
-  def learn(self, seconds_per_step: float) -> None:
+  def record_step_time(self, seconds_per_step: float) -> None:
     """Records the measured step time.
 
     Args:
@@ -132,7 +132,7 @@ class Watchdog:
     """
     threads = [
       threading.Thread(target=target, daemon=True)
-      for target in (self._watch, self._feel_pulse)
+      for target in (self._watch, self._poll_device)
     ]
     for thread in threads:
       thread.start()
@@ -143,17 +143,17 @@ class Watchdog:
       for thread in threads:
         thread.join(_JOIN_S)
 
-  def _feel_pulse(self) -> None:
+  def _poll_device(self) -> None:
     """Reads from the device in a separate thread, which a hanging device may block."""
     while not self._ended.wait(self._interval_s):
-      self._pulse = self._pulse_fn()
+      self._device_step = self._device_step_fn()
 
   def _watch(self) -> None:
     seen, since_s = None, time.monotonic()
     while not self._ended.wait(self._interval_s):
-      moving = (num_beats(), self._pulse)
-      if moving != seen:
-        seen, since_s = moving, time.monotonic()
+      progress = (num_beats(), self._device_step)
+      if progress != seen:
+        seen, since_s = progress, time.monotonic()
       elif time.monotonic() - since_s > self.deadline_s:
         self._end(time.monotonic() - since_s)
 
@@ -161,11 +161,11 @@ class Watchdog:
   def _interval_s(self) -> float:
     return min(1.0, self.deadline_s / _SHARE_OF_DEADLINE)
 
-  def _end(self, stood_s: float) -> NoReturn:
+  def _end(self, idle_s: float) -> NoReturn:
     line = (
-      f"error: no progress for {stood_s:.0f} s (deadline {self.deadline_s:.0f} s): "
-      "another worker, the input or a device hangs; where every thread stood is in "
-      f"{self._path}; the same command continues from the newest checkpoint."
+      f"error: no progress for {idle_s:.0f} s (deadline {self.deadline_s:.0f} s): "
+      "another worker, the input or a device hangs; the stacks of all threads are in "
+      f"{self._path}; run the same command to resume from the newest checkpoint."
     )
     # A hanging thread may hold any lock, including that of logging.
     os.write(2, f"{line}\n".encode())

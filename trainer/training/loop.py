@@ -262,7 +262,7 @@ class Loop:
     start_s = time.monotonic()
     statistics, said = self._run_steps(step, end)
     seconds_per_step = (time.monotonic() - start_s) / (end - step)
-    self._safety.watchdog.learn(seconds_per_step)
+    self._safety.watchdog.record_step_time(seconds_per_step)
     metrics = {
       **summarize(statistics),
       "train/learning_rate": float(self._optimizer.learning_rate.numpy()),
