@@ -209,16 +209,28 @@ def help_text() -> str:
   }
   for group, title in titles.items():
     lines.append(f"{title}:")
-    for name in groups[group]:
-      flag = groups[group][name]
-      default = "" if flag.default in (None, [], False) else f" [{flag.default}]"
-      lines.append(f"  --{name:<22}{_summary(flag)}{default}")
+    lines += flag_lines(groups[group], width=22)
   return "\n".join(lines)
 
 
+def flag_lines(values: flags.FlagValues, width: int) -> list[str]:
+  """Returns the line of each flag for `--help`: name, summary and default.
+
+  Args:
+    values: the flags.
+    width: number of characters for the longest name.
+  """
+  lines = []
+  for name in values:
+    flag = values[name]
+    default = "" if flag.default in (None, [], False) else f" [{flag.default}]"
+    lines.append(f"  --{name:<{width}}{_summary(flag)}{default}")
+  return lines
+
+
 def _summary(flag: flags.Flag) -> str:
-  """Returns the help of a flag without absl's addition for repeatable flags."""
-  return str(flag.help).split(";\n", maxsplit=1)[0]
+  """Returns the help of a flag without absl's addition for lists."""
+  return str(flag.help).split("\n", maxsplit=1)[0].rstrip(";")
 
 
 def _parse(arguments: Sequence[str]) -> flags.FlagValues:

@@ -88,14 +88,7 @@ def define_flags() -> flags.FlagValues:
 
 def help_text() -> str:
   """Returns the text of `--help`."""
-  values = define_flags()
-  lines = []
-  for name in values:
-    default = values[name].default
-    shown = "" if default in (None, [], False) else f" [{default}]"
-    first = str(values[name].help).split("\n", maxsplit=1)[0]
-    lines.append(f"  --{name:<14}{first}{shown}")
-  return "\n".join([_USAGE, "", *lines])
+  return "\n".join([_USAGE, "", *task.flag_lines(define_flags(), width=14)])
 
 
 def _parse(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from absl import flags, logging
 
-from trainer import errors
+from trainer import errors, task
 from trainer.tpu_check import compiler
 
 _USAGE = """./launch/tpu_check.sh RUN.gin --topology=v5e:2x4 [flags]
@@ -67,14 +67,7 @@ def define_flags() -> flags.FlagValues:
 
 def help_text() -> str:
   """Returns the text of `--help`."""
-  values = define_flags()
-  lines = []
-  for name in values:
-    default = values[name].default
-    shown = "" if default in (None, [], False) else f" [{default}]"
-    first = str(values[name].help).split(";\n", maxsplit=1)[0]
-    lines.append(f"  --{name:<17}{first}{shown}")
-  return "\n".join([_USAGE, "", *lines])
+  return "\n".join([_USAGE, "", *task.flag_lines(define_flags(), width=17)])
 
 
 def _parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
