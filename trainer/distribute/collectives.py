@@ -18,6 +18,8 @@ from typing import Any, Optional, Union
 
 import tensorflow as tf
 
+from trainer.runtime import tensorflow_private
+
 _GROUP_KEY = 1
 
 
@@ -186,9 +188,7 @@ class XlaCollectives(Collectives):
     """This replica's number, [] int32, known at run time."""
     if self._num_replicas == 1:
       return 0  # On a CPU the operation would need a device number that is not set.
-    from tensorflow.compiler.tf2xla.python import xla  # Few runs need it.
-
-    return tf.cast(xla.replica_id(), tf.int32)
+    return tf.cast(tensorflow_private.xla_replica_id(), tf.int32)
 
   def sum(self, values):
     """Sums over replicas, with one collective per tensor."""

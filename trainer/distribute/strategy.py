@@ -19,7 +19,7 @@ from absl import logging
 from trainer.distribute.cluster import find_cluster, wait_for_workers
 from trainer.errors import UserError
 from trainer.run import Hardware
-from trainer.runtime import shutdown
+from trainer.runtime import shutdown, tensorflow_private
 
 _KEYS_PER_STRATEGY = 1_000_000
 
@@ -210,10 +210,7 @@ def mirrored_on_cpu(num_replicas: int) -> tf.distribute.Strategy:
   Args:
     num_replicas: number of replicas.
   """
-  # Strategies of one process number their collectives equally, and would collide.
-  tf.distribute.MirroredStrategy._collective_key_base = (
-    _KEYS_PER_STRATEGY * num_replicas
-  )
+  tensorflow_private.number_collectives_from(_KEYS_PER_STRATEGY * num_replicas)
   return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(num_replicas)])
 
 

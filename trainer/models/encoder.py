@@ -15,6 +15,7 @@ from absl import logging
 
 from trainer.errors import UserError
 from trainer.models.dropout import Dropout
+from trainer.runtime import tensorflow_private
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 # A smaller scale is for pixels in [0, 255]: 1 / 255, 1 / 127.5 or 1 / 128.
@@ -37,7 +38,7 @@ def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
     if isinstance(each, tf.keras.layers.Layer)
   ]
   for each in layers:
-    has_variables = bool(each._trainable_weights or each._non_trainable_weights)
+    has_variables = tensorflow_private.has_own_variables(each)
     if has_variables and each.dtype_policy.name != precision != "float32":
       raise UserError(
         f"Encoder.precision={precision!r}: the backbone's layer {each.name!r} has its "
@@ -45,7 +46,7 @@ def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
         f"dtype={precision!r}, or set 'float32'."
       )
   for each in layers:
-    each._set_dtype_policy(precision)
+    tensorflow_private.set_dtype_policy(each, precision)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from typing import IO, Any, NamedTuple, TypeVar, Union
 from absl import logging
 
 from trainer.errors import UserError
+from trainer.runtime import tensorflow_private
 
 # About half a minute in total, longer than failures that stores call transient.
 _WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
@@ -363,12 +364,9 @@ def read_range(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def _read_once(path: str, offset: int, num_bytes: int) -> bytes:
-  # TensorFlow's own file object would read 512 kB for each record.
-  from tensorflow.python.lib.io import _pywrap_file_io
-
   with as_os_errors(path):
     gfile(path)
-    stream = _pywrap_file_io.BufferedInputStream(path, num_bytes)
+    stream = tensorflow_private.open_unbuffered(path, num_bytes)
     stream.seek(offset)
     return stream.read(num_bytes)
 

@@ -18,6 +18,7 @@ from absl import logging
 from trainer.errors import NotFiniteError, UserError, reason_of
 from trainer.losses.cross_batch_memory import CrossBatchMemory
 from trainer.models.batch_norm import make_replicas_equal
+from trainer.runtime import tensorflow_private
 from trainer.training import checkpoint_files
 from trainer.training.checkpoint_files import FOLDER
 from trainer.training.optimizers import AveragedWeights, hyperparameters, set_step
@@ -79,13 +80,8 @@ def take_snapshot(checkpoint: tf.train.Checkpoint) -> Snapshot:
   Returns:
     Values by their names in TensorFlow's files.
   """
-  # The public API for these names and values writes them to a file at once.
-  gathered, *_ = checkpoint._saver._gather_serialized_tensors(None)
-  values = {}
-  for tensors in gathered.values():
-    for name, tensor in tensors.items():
-      values[name] = _on_host(tensor)
-  return values
+  tensors = tensorflow_private.serialized_tensors(checkpoint)
+  return {name: _on_host(tensor) for name, tensor in tensors.items()}
 
 
 def variable_paths(checkpoint: tf.train.Checkpoint) -> set[str]:

@@ -14,6 +14,7 @@ from absl import logging
 from trainer.errors import UserError
 from trainer.losses.objectives import ReplicaLoss
 from trainer.models.batch_norm import batch_norms, has_synchronized
+from trainer.runtime import tensorflow_private
 
 _ZERO = tf.UnconnectedGradients.ZERO
 
@@ -53,9 +54,6 @@ def unscale_gradients(
   return optimizer.get_unscaled_gradients(gradients)
 
 
-_Random = tf.keras.__internal__.layers.BaseRandomLayer
-
-
 def check_splittable_encoder(encoder: tf.keras.Model) -> None:
   """Raises if a layer is not deterministic across passes; logs batch normalisation.
 
@@ -64,7 +62,7 @@ def check_splittable_encoder(encoder: tf.keras.Model) -> None:
       with other replicas.
   """
   for layer in encoder.submodules:
-    if isinstance(layer, _Random):
+    if tensorflow_private.is_random_layer(layer):
       raise UserError(
         f"StepOptions.num_micro_batches embeds twice, and {type(layer).__name__} would "
         "draw other numbers the second time; use trainer.models.dropout.Dropout."

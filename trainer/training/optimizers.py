@@ -17,6 +17,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.runtime import tensorflow_private
 from trainer.training.learning_rates import LearningRate, as_schedule
 
 
@@ -49,7 +50,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
     **options,
   ):
     super().__init__(name="lamb", **options)
-    self._learning_rate = self._build_learning_rate(learning_rate)
+    tensorflow_private.set_learning_rate(self, learning_rate)
     self._beta_1 = beta_1
     self._beta_2 = beta_2
     self._epsilon = epsilon
@@ -67,7 +68,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
 
   def update_step(self, gradient, variable):
     """Updates one variable."""
-    index = self._index_dict[self._var_key(variable)]
+    index = tensorflow_private.variable_position(self, variable)
     mean, square = self._means[index], self._squares[index]
     step = tf.cast(self.iterations + 1, variable.dtype)
     mean.assign(self._beta_1 * mean + (1 - self._beta_1) * gradient)
@@ -87,7 +88,7 @@ class Lamb(tf.keras.optimizers.Optimizer):
     """Returns the arguments that Keras needs to copy the optimizer."""
     return {
       **super().get_config(),
-      "learning_rate": self._serialize_hyperparameter(self._learning_rate),
+      "learning_rate": tensorflow_private.learning_rate_config(self),
       "beta_1": self._beta_1,
       "beta_2": self._beta_2,
       "epsilon": self._epsilon,
@@ -193,11 +194,11 @@ def hyperparameters(optimizer: Any) -> dict[str, tf.Variable]:
     return {}
   if hasattr(optimizer, "hyperparameters"):
     return optimizer.hyperparameters()
-  rate = getattr(optimizer, "_learning_rate", None)
   inner = getattr(optimizer, "inner_optimizer", None)  # For a LossScaleOptimizer.
   if inner is not None:
     return hyperparameters(inner)
-  return {"learning_rate": rate} if isinstance(rate, tf.Variable) else {}
+  rate = tensorflow_private.learning_rate_variable(optimizer)
+  return {} if rate is None else {"learning_rate": rate}
 
 
 @gin.register
@@ -268,7 +269,8 @@ class _AdamW(tf.keras.optimizers.AdamW):
 
   def build(self, var_list):
     """Creates the moments of each variable."""
-    if not getattr(self, "_built", False):
+    if not getattr(self, "_is_made", False):
+      self._is_made = True
       self.exclude_from_weight_decay([v for v in var_list if v.shape.rank <= 1])
     super().build(var_list)
 
@@ -359,7 +361,7 @@ class LegacyOptimizerAdapter(tf.Module):
   """
 
   def __init__(self, optimizer: Any, *, with_rate: Any = None):
-    super().__init__(name=optimizer._name)
+    super().__init__(name=optimizer.get_config()["name"])
     self._optimizer = optimizer
     # Stored in a function, because checkpoints would contain it twice otherwise.
     self._with_rate_fn = lambda: with_rate or optimizer
@@ -367,7 +369,7 @@ class LegacyOptimizerAdapter(tf.Module):
   def build(self, variables: Sequence[tf.Variable]) -> None:
     """Creates the optimizer's variables."""
     self.iterations  # noqa: B018  Legacy optimizers create it on first access.
-    self._optimizer._create_all_weights(variables)
+    tensorflow_private.build_legacy_optimizer(self._optimizer, variables)
 
   def apply_gradients(
     self, gradients_and_variables, skip_gradients_aggregation: bool = False
@@ -391,7 +393,7 @@ class LegacyOptimizerAdapter(tf.Module):
   @property
   def learning_rate(self) -> tf.Tensor:
     """Learning rate of the next step, [] float32."""
-    return self._with_rate_fn()._decayed_lr(tf.float32)
+    return tensorflow_private.legacy_learning_rate(self._with_rate_fn())
 
   def hyperparameters(self) -> dict[str, tf.Variable]:
     """Returns variables by name; see the function `hyperparameters`."""
@@ -399,8 +401,7 @@ class LegacyOptimizerAdapter(tf.Module):
     return {
       name: value
       for optimizer in optimizers.values()
-      for name, value in optimizer._hyper.items()
-      if isinstance(value, tf.Variable)
+      for name, value in tensorflow_private.legacy_hyperparameters(optimizer).items()
     }
 
   @property
