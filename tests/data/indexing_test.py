@@ -253,7 +253,8 @@ def test_the_old_index_is_there_until_the_new_one_is(folder, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     index_records(str(folder), label_feature="y")
   monkeypatch.undo()
-  assert (folder / "index.old" / "labels.npy").exists()
+  assert (folder / "index" / "labels.npy").exists()
+  assert not (folder / "index.old").exists()
   assert index_records(str(folder), label_feature="y").num_records == old + 5
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import multiprocessing
+import os
 import signal
 import time
 
@@ -80,13 +81,45 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_rounds(tmp_path):
     writer.join()
     assert writer.exitcode == -signal.SIGKILL
     for step in round.round_steps(str(tmp_path)):
-      if (tmp_path / "mining" / f"round-{step:08d}" / "manifest.json").exists():
-        assert len(_open(tmp_path, step).arrays) == 3
-        num_seen += 1
-      else:  # It was being removed, to be replaced.
-        with pytest.raises(UserError, match="no mining round, or was cut off"):
-          _open(tmp_path, step)
+      assert len(_open(tmp_path, step).arrays) == 3
+      num_seen += 1
   assert num_seen >= 8
+
+
+def _replace_and_die(folder, call_name, num_calls):
+  """Replaces the round, and is killed at one of the calls of a function of `os`."""
+  calls, call = itertools.count(), getattr(os, call_name)
+
+  def call_or_die(*arguments, **options):
+    if next(calls) == num_calls:
+      os.kill(os.getpid(), signal.SIGKILL)
+    return call(*arguments, **options)
+
+  setattr(os, call_name, call_or_die)
+  write_round(folder, 40, **example_arrays(seed=1))
+
+
+@pytest.mark.parametrize(
+  ("call_name", "num_calls", "seed"),
+  [("replace", 0, 0), ("replace", 1, 0), ("unlink", 1, 1), ("rmdir", 0, 1)],
+)
+def test_a_round_survives_its_replacement_being_killed(
+  tmp_path, call_name, num_calls, seed
+):
+  write_round(tmp_path, 40, **example_arrays())
+  context = multiprocessing.get_context("fork")
+  arguments = (tmp_path, call_name, num_calls)
+  writer = context.Process(target=_replace_and_die, args=arguments)
+  writer.start()
+  writer.join()
+  assert writer.exitcode == -signal.SIGKILL
+  assert round.round_steps(str(tmp_path)) == [40]
+  assert round.round_time(str(tmp_path), 40)
+  found = _open(tmp_path).arrays["positives"]
+  wanted = example_arrays(seed=seed)["positives"]
+  np.testing.assert_array_equal(found, wanted)
+  write_round(tmp_path, 40, **example_arrays(seed=2))
+  assert sorted(os.listdir(tmp_path / "mining")) == ["round-00000040"]
 
 
 def _cut(folder):

@@ -187,8 +187,8 @@ def local_copy_of(path: str) -> str:
     if not os.path.exists(copy):
       for old in glob.glob(glob.escape(start) + "-*"):
         os.remove(old)
-      filesystem.retry_with_backoff(path, lambda: _copy(path, copy + ".partial"))
-      os.replace(copy + ".partial", copy)
+      with filesystem.replacing(copy) as staged:
+        filesystem.retry_with_backoff(path, lambda: _copy(path, staged))
   return copy
 
 

@@ -30,7 +30,6 @@ from trainer.runtime.progress import Progress
 # Batch limits: large enough to amortize the call, with little memory for large records.
 _MAX_RECORDS, _BATCH_BYTES = 2048, 32 << 20
 
-_OLD = ".old"
 
 _ENDINGS = (".tfrecord", ".tfrecords")
 
@@ -294,12 +293,7 @@ def publish_index(aside: str, folder: str) -> None:
     folder: final folder of the index.
   """
   if not filesystem.is_remote(folder):
-    old = folder + _OLD
-    filesystem.remove_folder(old)
-    if filesystem.exists(folder):
-      os.replace(folder, old)
-    os.replace(aside, folder)
-    filesystem.remove_folder(old)
+    filesystem.replace_folder(aside, folder)
     return
   filesystem.remove_folder(folder)
   filesystem.make_folder(folder)
@@ -310,11 +304,8 @@ def publish_index(aside: str, folder: str) -> None:
 
 def recover_index(folder: str) -> None:
   """Restores the index that a killed `publish_index` had moved aside."""
-  if filesystem.is_remote(folder):
-    return
-  if not filesystem.exists(folder) and filesystem.exists(folder + _OLD):
-    os.replace(folder + _OLD, folder)
-  filesystem.remove_folder(folder + _OLD)
+  if not filesystem.is_remote(folder):
+    filesystem.recover_folder(folder)
 
 
 def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.ndarray:

@@ -41,7 +41,7 @@ from trainer.runtime.lease import locked_folder
 ROUNDS_FOLDER = "mining"
 _BEFORE = "mining_before"
 _ASIDE, _MANIFEST = "aside", "manifest.json"
-_NAME = re.compile(r"round-(\d{8,18})")
+_NAME = re.compile(r"round-(\d{8,18})(?:\.old)?")
 _ROUND = "round-{:08d}"
 _NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
 _OF_EXAMPLES = ("anchors", "positives", "negatives")
@@ -130,7 +130,7 @@ class MiningRound:
 
   def __init__(self, model_dir: str, step: int, fingerprint: Mapping[str, Any]):
     self.step = step
-    folder = round_path(model_dir, step)
+    folder = filesystem.current_folder(round_path(model_dir, step))
     manifest = read_json(os.path.join(folder, _MANIFEST))
     if manifest is None:
       raise UserError(f"{folder} is no mining round, or was cut off; mine again.")
@@ -181,13 +181,14 @@ def round_steps(model_dir: str) -> list[int]:
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
   names = os.listdir(folder) if os.path.isdir(folder) else []
   matches = (_NAME.fullmatch(name) for name in names)
-  return sorted((int(match[1]) for match in matches if match), reverse=True)
+  return sorted({int(match[1]) for match in matches if match}, reverse=True)
 
 
 def round_time(model_dir: str, step: int) -> int:
   """Returns when a round was made, in file-system nanoseconds; 0 if it is missing."""
+  folder = filesystem.current_folder(round_path(model_dir, step))
   try:
-    return os.stat(os.path.join(round_path(model_dir, step), _MANIFEST)).st_mtime_ns
+    return os.stat(os.path.join(folder, _MANIFEST)).st_mtime_ns
   except OSError:
     return 0
 
@@ -202,6 +203,8 @@ def write_round(
   num_classes: int,
 ) -> None:
   """Writes a round atomically; a round of the same step is replaced.
+
+  A process killed at any time leaves the complete old round or the complete new one.
 
   Args:
     model_dir: folder of the run; no other process writes rounds to it.
@@ -227,12 +230,9 @@ def write_round(
       "facts": mined.facts,
       "files": files,
     }
-    with open(os.path.join(aside, _MANIFEST), "w", encoding="utf-8") as file:
-      json.dump(manifest, file, indent=1)
-      file.flush()
-      os.fsync(file.fileno())
-    remove_round(model_dir, step)
-    os.replace(aside, round_path(model_dir, step))
+    content = json.dumps(manifest, indent=1).encode()
+    filesystem.write_bytes(os.path.join(aside, _MANIFEST), content)
+    filesystem.replace_folder(aside, round_path(model_dir, step))
   except OSError as error:
     shutil.rmtree(aside, ignore_errors=True)
     raise UnwritableError(
@@ -270,6 +270,7 @@ def alone(model_dir: str) -> Iterator[None]:
 def remove_round(model_dir: str, step: int) -> None:
   """Removes a round; processes that have it mapped keep its content."""
   folder = round_path(model_dir, step)
+  filesystem.recover_folder(folder)
   if os.path.isdir(folder):
     # Remove the manifest first, so that an interrupted removal leaves no valid round.
     manifest = os.path.join(folder, _MANIFEST)

@@ -51,6 +51,8 @@ _NUM_THREADS = 32
 
 _BLOCK_BYTES = 1 << 20
 
+_OLD = ".old"
+
 
 def retry_with_backoff(path: str, call_fn: Callable[[], _Result]) -> _Result:
   """Calls a function, and again with exponential back-off after transient failures.
@@ -317,6 +319,42 @@ def remove(path: str) -> None:
     return
   with as_os_errors(path):
     gfile(path).remove(path)
+
+
+def replace_folder(staged: str, folder: str) -> None:
+  """Moves a complete local folder into place and replaces an existing one.
+
+  The old folder is kept as `folder`.old until the new one is in place, so that
+  `current_folder` returns a complete one after a crash at any time. Processes that have
+  files of the old one open can keep using them.
+
+  Args:
+    staged: the new folder, on the same file system.
+    folder: the folder to replace.
+
+  Raises:
+    OSError: it can't be moved; the old folder is in place.
+  """
+  recover_folder(folder)
+  if os.path.isdir(folder):
+    os.replace(folder, folder + _OLD)
+  try:
+    os.replace(staged, folder)
+  finally:
+    recover_folder(folder)
+
+
+def recover_folder(folder: str) -> None:
+  """Completes or reverts a `replace_folder` that was interrupted."""
+  if not os.path.isdir(folder) and os.path.isdir(folder + _OLD):
+    os.replace(folder + _OLD, folder)
+  remove_folder(folder + _OLD)
+
+
+def current_folder(folder: str) -> str:
+  """Returns the path of a folder that `replace_folder` may be replacing."""
+  is_between = not os.path.isdir(folder) and os.path.isdir(folder + _OLD)
+  return folder + _OLD if is_between else folder
 
 
 def remove_folder(path: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -112,7 +111,5 @@ def _hashes(folder: str) -> dict[str, str]:
     for name in sorted(names):
       path = os.path.join(parent, name)
       if name != MODEL_CARD_FILE:
-        with open(path, "rb") as file:
-          content = hashlib.sha256(file.read()).hexdigest()
-        found[os.path.relpath(path, folder)] = content
+        found[os.path.relpath(path, folder)] = filesystem.sha256_of(path)
   return found

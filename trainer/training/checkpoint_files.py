@@ -7,7 +7,6 @@ without it belongs to a process that was killed. Plain Python; nothing is unpick
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,6 @@ _LIST = "checkpoint"
 _ASIDE = "aside"
 _MANIFEST = re.compile(r"ckpt-(\d{1,18})\.json")
 _MAX_MANIFEST_BYTES = 100_000
-_BLOCK_BYTES = 1 << 20
 
 
 def prefix(folder: str, step: int) -> str:
@@ -68,10 +66,8 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
     filesystem.sync(os.path.join(source, name))
     files[name] = _facts(os.path.join(source, name))
   manifest = f"ckpt-{step}.json"
-  _write(
-    os.path.join(source, manifest),
-    json.dumps({"step": step, "files": files, "notes": notes}, indent=1),
-  )
+  content = json.dumps({"step": step, "files": files, "notes": notes}, indent=1)
+  filesystem.write_bytes(os.path.join(source, manifest), content.encode())
   # Remove the manifest first: a damaged checkpoint of this step must not look valid.
   _remove(os.path.join(folder, manifest))
   for name in (*_names(step), manifest):
@@ -171,19 +167,7 @@ def _read_manifest(folder: str, step: int) -> dict[str, Any]:
 
 
 def _facts(path: str) -> dict[str, Any]:
-  digest, num_bytes = hashlib.sha256(), 0
-  with open(path, "rb") as file:
-    for block in iter(lambda: file.read(_BLOCK_BYTES), b""):
-      digest.update(block)
-      num_bytes += len(block)
-  return {"bytes": num_bytes, "sha256": digest.hexdigest()}
-
-
-def _write(path: str, text: str) -> None:
-  with open(path, "w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
+  return {"bytes": os.path.getsize(path), "sha256": filesystem.sha256_of(path)}
 
 
 def _remove(path: str) -> None:
