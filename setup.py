@@ -25,7 +25,7 @@ setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   packages=find_packages(include=["trainer", "trainer.*"]),
-  package_data={"trainer.report": ["document.*"]},
+  package_data={"trainer": ["*/*.html", "*/*.css", "*/*.js"]},
   python_requires=">=3.9,<3.14",
   install_requires=[
     f"tensorflow==2.15.*; {FULL}",
@@ -41,6 +41,7 @@ setup(
     "gin-config>=0.5",
     "google-crc32c",
     "h5py>=3",
+    "jinja2>=3.1",
     "lmdb>=1",
     "pillow>=9.1",
     "scikit-learn>=1.5",

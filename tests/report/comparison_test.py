@@ -83,11 +83,27 @@ def test_the_page_has_results_curves_differences_and_links_to_the_reports(
   assert compare.main(["compare", *folders, f"--output={path}"]) == 0
   text = path.read_text(encoding="utf-8")
   assert '<a href="../a/report.html">a</a>' in text
-  assert "<td><b>0.7500</b><small>0.7000&ndash;0.8000</small></td>" in text
+  assert "<td><b>0.7500</b><small>0.7000\N{EN DASH}0.8000</small></td>" in text
   loss = re.search(r'aria-label="(Loss by step[^"]*)"', text).group(1)
   assert loss.endswith("a 0.02 at 10 to 0.006667 at 30; b 0.04 at 10 to 0.01333 at 30")
   assert "<code>train.loss.margin</code>" in text
   assert "train.seed" not in text
+
+
+def test_names_of_runs_and_settings_are_escaped_on_the_page(tmp_path):
+  name = "<script>alert('x')</script>\"&ü"
+  names = (name.replace("/", "\N{FRACTION SLASH}"), "b")
+  folders = [example_run.make(tmp_path / each, margin=len(each)) for each in names]
+  config = tmp_path / "b" / "config.gin"
+  config.write_text(config.read_text().replace("margin = 1", "margin = '<b>'"))
+  (tmp_path / names[0] / "report.html").write_text("", encoding="utf-8")
+  path = tmp_path / "all.html"
+  assert compare.main(["compare", *folders, f"--output={path}"]) == 0
+  text = path.read_text(encoding="utf-8")
+  assert "<script>alert" not in text and "'<b>'" not in text
+  assert "&lt;script&gt;alert" in text and "&#39;&lt;b&gt;&#39;" in text
+  [plot, *_] = re.findall("data-plot='([^']*)'", text)
+  assert json.loads(plot)["series"][0]["name"] == names[0]
 
 
 def test_folders_of_one_name_are_told_by_their_paths(tmp_path):

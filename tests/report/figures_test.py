@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import html
-import json
-import re
-
 import pytest
 
 from trainer.report import figures
+from trainer.retrieval.report_data import DistanceHistogram
 
 
 def test_linear_axis_writes_out_round_numbers():
@@ -59,15 +56,38 @@ def test_short_curve_is_kept_whole():
 
 
 def test_curves_that_lack_a_value_where_another_has_one_say_so():
-  text = figures.curve_figure(
+  plot = figures.Plot(
     "Loss",
     [figures.Series("a", [(1, 0.5), (2, 0.25)]), figures.Series("b<", [(2, 1.0)])],
     x_axis=figures.linear_axis([1, 2]),
     y_axis=figures.linear_axis([0, 1]),
     x_name="step",
   )
-  data = json.loads(html.unescape(re.search('data-plot="([^"]*)"', text).group(1)))
-  assert data["x"] == [0, 100]
-  assert data["heads"] == ["step 1", "step 2"]
-  assert [each["y"] for each in data["series"]] == [[50.0, 75.0], [None, 0.0]]
-  assert "<li>" in text and "b&lt;</li>" in text
+  assert plot.hover_data == {
+    "x": [0, 100],
+    "heads": ["step 1", "step 2"],
+    "series": [
+      {"name": "a", "y": [50.0, 75.0], "texts": ["0.5", "0.25"]},
+      {"name": "b<", "y": [None, 0.0], "texts": ["", "1"]},
+    ],
+  }
+
+
+def test_curve_of_one_point_is_drawn_as_a_dot():
+  [plot] = figures.training_plots({"": [{"step": 3, "train/loss": 0.5}]})
+  assert plot.path(plot.series[0]) == "M50.0 50.00L50.0 50.00"
+  assert plot.label == "Loss by step: 0.5 at 3 to 0.5 at 3"
+
+
+def test_histogram_of_one_kind_of_pairs_has_one_curve_and_one_median():
+  found = DistanceHistogram(0.0, 2.0, [0, 0], [1, 3], None, 1.5)
+  plot = figures.histogram_plot(found)
+  assert [(each.name, each.points) for each in plot.series] == [
+    ("different classes", [(0.5, 0.25), (1.5, 0.75)])
+  ]
+  assert plot.medians == {plot.series[0].color: 1.5}
+
+
+def test_histogram_without_pairs_is_left_out():
+  none = DistanceHistogram(0.0, 1.0, [0, 0], [0, 0], None, None)
+  assert figures.histogram_plot(none) is None

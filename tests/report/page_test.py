@@ -43,10 +43,10 @@ def _row(text, title):
 def test_results_have_intervals_and_the_change_against_before_training(text):
   assert _row(text, "recall@1")[:3] == [
     ["0.2500"],
-    ["0.7500", "0.7000&ndash;0.8000"],
+    ["0.7500", "0.7000\N{EN DASH}0.8000"],
     ["+0.5000"],
   ]
-  assert _row(text, "MAP@R")[2] == ["&minus;0.0625"]
+  assert _row(text, "MAP@R")[2] == ["\N{MINUS SIGN}0.0625"]
 
 
 def test_every_part_is_there_and_linked_to(text):
@@ -55,6 +55,15 @@ def test_every_part_is_there_and_linked_to(text):
   assert links == [*expected, "configuration"]
   for place in links:
     assert f'<section id="{place}"' in text
+
+
+def test_ids_are_unique(text):
+  ids = re.findall(r'\bid="([^"]*)"', text.partition("<script>")[0])
+  assert len(ids) == len(set(ids)) > 60
+
+
+def test_page_is_the_same_for_the_same_files(model_dir, text):
+  assert _page(model_dir) == text
 
 
 def test_every_link_inside_the_page_leads_somewhere(text):
@@ -135,7 +144,7 @@ def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path):
 def test_more_classes_than_colours_are_coloured_when_pointed_at(tmp_path):
   text = _page(example_run.make(tmp_path / "run", num_classes=20))
   assert 'class="map plain"' in text
-  assert "20 classes; the one pointed at is coloured" in text
+  assert "20 classes; the class of the selected item is coloured" in text
 
 
 def test_inputs_that_are_no_pictures_are_told_by_their_class(tmp_path):

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import math
 import os
 from collections.abc import Sequence
 
-from trainer.report import figures, measured_runs
-from trainer.report import page as page_lib
-from trainer.report import page as report_page
+from trainer.report import figures, measured_runs, page
 from trainer.report.figures import short_number
 from trainer.report.measured_runs import MeasuredRun, differing_paths
-from trainer.report.page import Section
 
 _CURVES = ("train/loss", "mining/active_fraction")
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -152,97 +148,23 @@ def write_comparison_page(runs: Sequence[MeasuredRun], path: str) -> None:
     runs: two or more.
     path: of the page; links in it are relative to its folder.
   """
-  recall = figures.recall_figure(
-    {run.name: run.evidence.recall_at for run in runs if run.evidence}
-  )
-  rows_by_run = {run.name: run.rows for run in runs}
   folder = os.path.dirname(os.path.abspath(path))
-  page_lib.write_document(
+  values = [value for run in runs for value in run.latest.values.items()]
+  main, others = measured_runs.ordered_metrics(name for name, _ in values)
+  page.write_document(
     path,
+    "report/comparison.html",
     title=f"{len(runs)} runs compared",
-    summary=f"<p>{html.escape(', '.join(run.name for run in runs))}</p>",
-    sections=[
-      Section(
-        "Results",
-        _html_results(runs, folder)
-        + (recall and f'<div class="pair tall">{recall}</div>'),
-      ),
-      Section("Training", figures.training_figures(rows_by_run)),
-      Section("Configuration", _html_differences(runs)),
-    ],
-  )
-
-
-def _html_results(runs: Sequence[MeasuredRun], folder: str) -> str:
-  first, others = measured_runs.ordered_metrics(
-    [n for run in runs for n in run.latest.values]
-  )
-  table = _table(runs, first, folder)
-  if any(value.interval for run in runs for value in run.latest.values.values()):
-    table += "<p>In small print: 95% intervals, by bootstrap over queries.</p>"
-  if others:
-    table += f"<details><summary>{len(others)} more figures</summary>"
-    table += f"{_table(runs, others, folder, has_best=False)}</details>"
-  return table
-
-
-def _table(
-  runs: Sequence[MeasuredRun], names: Sequence[str], folder: str, has_best: bool = True
-) -> str:
-  """Returns one row per run; the best value of a column is bold."""
-  heads = "".join(
-    f"<th scope=col>{html.escape(measured_runs.metric_title(name))}</th>"
-    for name in names
-  )
-  winners = {name: best_value(runs, name) if has_best else set() for name in names}
-  lines = []
-  for number, run in enumerate(runs):
-    cells = "".join(_html_cell(run, name, run.name in winners[name]) for name in names)
-    lines.append(
-      f'<tr><th scope=row><span class="key" style="--color:var(--c{number % 10})">'
-      f"</span>{_link(run, folder)}</th><td>{run.latest.step:,}</td>{cells}</tr>"
-    )
-  return (
-    '<div class="scroll" tabindex="0" role="group" aria-label="Results"><table '
-    f'class="runs"><thead><tr><th scope=col>run</th><th scope=col>step</th>{heads}'
-    f"</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-  )
-
-
-def _html_cell(run: MeasuredRun, name: str, is_best: bool) -> str:
-  value = run.latest.values.get(name)
-  if value is None:
-    return "<td>&ndash;</td>"
-  text = f"<b>{value.text()}</b>" if is_best else value.text()
-  interval = value.interval_text("&ndash;")
-  return f"<td>{text}{interval and f'<small>{interval}</small>'}</td>"
-
-
-def _link(run: MeasuredRun, folder: str) -> str:
-  """Returns the run's name, as a link to its report if there is one."""
-  page = os.path.join(run.model_dir, report_page.REPORT_FILE)
-  name = html.escape(run.name)
-  if not os.path.exists(page):
-    return name
-  target = html.escape(os.path.relpath(page, folder).replace(os.sep, "/"), quote=True)
-  return f'<a href="{target}">{name}</a>'
-
-
-def _html_differences(runs: Sequence[MeasuredRun]) -> str:
-  differing = differing_paths(runs)
-  if not differing:
-    return "<p>The configs are the same.</p>"
-  heads = "".join(f"<th scope=col>{html.escape(run.name)}</th>" for run in runs)
-  lines = []
-  for path in differing:
-    values = [run.config.get(path, UNSET) for run in runs]
-    cells = "".join(
-      f'<td class="text"><code>{html.escape(value)}</code></td>' for value in values
-    )
-    lines.append(f"<tr><th scope=row><code>{html.escape(path)}</code></th>{cells}</tr>")
-  return (
-    "<p>Only what differs.</p>"
-    '<div class="scroll" tabindex="0" role="group" aria-label="Configuration"><table '
-    f'class="config"><thead><tr><th scope=col></th>{heads}</tr></thead>'
-    f"<tbody>{''.join(lines)}</tbody></table></div>"
+    summary=", ".join(run.name for run in runs),
+    runs=runs,
+    links={run.name: page.report_link(run.model_dir, folder) for run in runs},
+    main_metrics=main,
+    other_metrics=others,
+    best={name: best_value(runs, name) for name in main},
+    has_intervals=any(value.interval for _, value in values),
+    recall=figures.recall_plot(
+      {run.name: run.evidence.recall_at for run in runs if run.evidence}
+    ),
+    training=figures.training_plots({run.name: run.rows for run in runs}),
+    differing=differing_paths(runs),
   )
