@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.report import browser, example_run
+from tests.sweep import example_sweep
 from trainer.report import comparison, measured_runs, page
 from trainer.retrieval.report_data import ReportData
 
@@ -23,6 +24,16 @@ def folder(tmp_path_factory):
     [str(folder / "pictures"), str(folder / "vectors")]
   )
   comparison.write_comparison_page(measured, str(folder / "comparison.html"))
+  rows = [
+    example_sweep.row(
+      {"train.margin": f"0.{i}", "LOSS": f"@{'Long' * i}Loss()"}, 1 / i, 0.9 / i
+    )
+    for i in range(1, 6)
+  ]
+  failed = example_sweep.row(
+    {"train.margin": "0.9"}, None, note=f"status 1: {'no' * 99}"
+  )
+  example_sweep.write_page([*rows, failed], folder / "sweep.html")
   return folder
 
 
@@ -60,7 +71,8 @@ def _text(window, selector):
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", _WIDTHS)
 @pytest.mark.parametrize(
-  "name", ["pictures/report.html", "vectors/report.html", "comparison.html"]
+  "name",
+  ["pictures/report.html", "vectors/report.html", "comparison.html", "sweep.html"],
 )
 def test_page_fits_the_width_and_shows_its_pictures(
   folder, window, name, width, is_dark
@@ -82,10 +94,11 @@ def test_results_need_no_scrolling(folder, window, width):
   assert window.evaluate(f"{tables}.map({hidden})") == [0, 0]
 
 
-def test_text_has_enough_contrast_in_light_and_dark(folder, window):
+@pytest.mark.parametrize("name", ["pictures/report.html", "sweep.html"])
+def test_text_has_enough_contrast_in_light_and_dark(folder, window, name):
   """WCAG's 4.5:1, of all text against what is behind it."""
   for is_dark in (False, True):
-    window.open(folder / "pictures" / "report.html", is_dark=is_dark)
+    window.open(folder / name, is_dark=is_dark)
     assert window.evaluate(_LOW_CONTRAST) == []
 
 
