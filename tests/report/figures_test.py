@@ -91,3 +91,21 @@ def test_histogram_of_one_kind_of_pairs_has_one_curve_and_one_median():
 def test_histogram_without_pairs_is_left_out():
   none = DistanceHistogram(0.0, 1.0, [0, 0], [0, 0], None, None)
   assert figures.histogram_plot(none) is None
+
+
+def test_filled_outline_of_a_histogram_starts_and_ends_at_the_axis():
+  found = DistanceHistogram(0.0, 2.0, [1, 3], [0, 0], 1.5, None)
+  plot = figures.histogram_plot(found)
+  assert plot.path(plot.series[0]) == "M25.0 100L25.0 66.67L75.0 0.00L75.0 100"
+
+
+@pytest.mark.parametrize(
+  ("recall_at", "ticks"), [([1.0, 1.0], [0.9, 0.95, 1.0]), ([0.2, 1.0], [0, 0.5, 1])]
+)
+def test_axis_of_recall_ends_at_one(recall_at, ticks):
+  plot = figures.recall_plot({"": recall_at})
+  assert list(plot.y_axis.ticks) == pytest.approx(ticks)
+
+
+def test_no_recall_has_no_plot():
+  assert figures.recall_plot({}) is None

@@ -130,7 +130,7 @@ def test_a_run_that_was_not_measured_has_a_page(tmp_path):
   MetricsFile(str(tmp_path)).append(10, {"train/loss": 1.0})
   text = _page(str(tmp_path))
   assert "Not measured yet" in text
-  assert 'class="curve"' in text
+  assert 'class="curve dot"' in text
 
 
 def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Optional
@@ -198,6 +197,9 @@ class Plot:
     ]
     if len(places) == 1:  # A stroke of zero length is drawn as a dot.
       places *= 2
+    if series.kind == "bars":  # The filled outline starts and ends at the x axis.
+      ends = (f"{self.x_axis.place(series.points[i][0])} 100" for i in (0, -1))
+      places = [next(ends), *places, next(ends)]
     return f"M{'L'.join(places)}"
 
 
@@ -266,6 +268,7 @@ def recall_plot(recall_at: Mapping[str, Sequence[float]]) -> Optional[Plot]:
   if not recall_at:
     return None
   last = max(map(len, recall_at.values()))
+  lowest = min(map(min, recall_at.values()))
   return Plot(
     f"Recall@k to k = {last}",
     [
@@ -275,9 +278,7 @@ def recall_plot(recall_at: Mapping[str, Sequence[float]]) -> Optional[Plot]:
       for i, (name, values) in enumerate(recall_at.items())
     ],
     x_axis=logarithmic_axis(1, max(2.0, last)),
-    y_axis=linear_axis(
-      [1.0, *itertools.chain(*recall_at.values())], 3, is_rounded=True
-    ),
+    y_axis=linear_axis([1.0, min(0.9, lowest)], 3, is_rounded=True),
     x_name="k",
     note="Share of queries with an item of their class among the k nearest.",
   )
