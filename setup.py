@@ -48,13 +48,13 @@ setup(
     "threadpoolctl>=3",
   ],
   extras_require={
+    "benchmarks": ["matplotlib>=3.7"],
     "cuda": [
       f"tensorflow[and-cuda]==2.15.*; {FULL} and {HAS_CUDA}",
       f"tensorflow[and-cuda]>=2.19,<2.22; {CURRENT} and {HAS_CUDA}",
     ],
     "datasets": ["fonttools>=4", "resvg-py>=0.1"],
     "heic": ["pillow-heif>=0.13"],
-    "report": ["matplotlib>=3.7"],
     "search": ["faiss-cpu>=1.7"],
     "sweep": ["optuna>=4"],
     "check": [

@@ -140,16 +140,21 @@ def test_package_without_wheels_for_a_platform_is_not_required_there(
 
 
 @pytest.mark.parametrize("python", ["3.9", "3.11", "3.12", "3.13"])
+def test_every_python_has_the_templates_of_pages(metadata, python):
+  assert "jinja2" in _requirements(metadata, python)
+
+
+@pytest.mark.parametrize("python", ["3.9", "3.11", "3.12", "3.13"])
 def test_every_python_reads_parquet_lmdb_and_hdf5(metadata, python):
   assert {"pyarrow", "lmdb", "h5py"} <= set(_requirements(metadata, python))
 
 
 def test_what_a_training_job_does_not_need_is_an_extra(metadata):
   assert set(metadata.get_all("Provides-Extra")) == {
+    "benchmarks",
     "cuda",
     "datasets",
     "heic",
-    "report",
     "search",
     "sweep",
     "check",
