@@ -19,7 +19,7 @@ from trainer.report import measured_runs
 def folders(tmp_path):
   """Two runs, of which the second is worse and of another margin."""
   example_run.make(tmp_path / "a", margin=0.2)
-  example_run.make(tmp_path / "b", margin=0.4, has_evidence=False)
+  example_run.make(tmp_path / "b", margin=0.4, has_report_data=False)
   path = tmp_path / "b" / "eval" / "metrics.json"
   results = json.loads(path.read_text())
   results["latest"]["eval/recall_at_1"] = 0.5
@@ -60,7 +60,7 @@ def test_only_what_differs_of_the_configs_is_shown(folders, capsys):
 
 def test_long_values_stand_in_lines_of_their_own(tmp_path, capsys):
   long = repr(tuple(range(20)))
-  folders = [example_run.make(tmp_path / n, has_evidence=False) for n in ("b", "c")]
+  folders = [example_run.make(tmp_path / n, has_report_data=False) for n in ("b", "c")]
   config = tmp_path / "c" / "config.gin"
   config.write_text(config.read_text().replace("margin = 0.2", f"margin = {long}"))
   lines = _lines(folders, capsys)
@@ -69,7 +69,7 @@ def test_long_values_stand_in_lines_of_their_own(tmp_path, capsys):
 
 def test_equal_configs_are_told_to_be(tmp_path, capsys):
   folders = [
-    example_run.make(tmp_path / name, has_evidence=False) for name in ("a", "b")
+    example_run.make(tmp_path / name, has_report_data=False) for name in ("a", "b")
   ]
   assert _lines(folders, capsys)[-1] == "The configs are the same."
 
@@ -108,7 +108,7 @@ def test_names_of_runs_and_settings_are_escaped_on_the_page(tmp_path):
 
 def test_folders_of_one_name_are_told_by_their_paths(tmp_path):
   folders = [
-    example_run.make(tmp_path / parent / "run", has_evidence=False)
+    example_run.make(tmp_path / parent / "run", has_report_data=False)
     for parent in ("x", "y")
   ]
   assert [run.name for run in measured_runs.read_measured(folders)] == folders

@@ -24,7 +24,7 @@ MORE_INTERVALS = {"eval/r_precision": (0.25, 0.75)}
 WORST = ({"class": "a<b", "num_queries": 20, "recall_at_1": 0.5, "map_at_r": 0.25},)
 
 
-def make(folder, *, margin=0.2, has_evidence=True, num_classes=3, has_pictures=True):
+def make(folder, *, margin=0.2, has_report_data=True, num_classes=3, has_pictures=True):
   """Fills the folder, which is made, and returns its path."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.gin").write_text(CONFIG.format(margin=margin), encoding="utf-8")
@@ -35,12 +35,12 @@ def make(folder, *, margin=0.2, has_evidence=True, num_classes=3, has_pictures=T
   file = MetricsFile(str(folder))
   for step in (10, 20, 30):
     file.append(step, {"train/loss": margin / step})
-  if has_evidence:
-    evidence(num_classes, has_pictures).write(str(folder))
+  if has_report_data:
+    report_data(num_classes, has_pictures).write(str(folder))
   return str(folder)
 
 
-def evidence(num_classes=3, has_pictures=True):
+def report_data(num_classes=3, has_pictures=True):
   """Evidence of sixty items, some of which are mistakes."""
   random = np.random.default_rng(3)
   labels = np.arange(60) % num_classes

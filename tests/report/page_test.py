@@ -116,8 +116,8 @@ def test_a_sample_of_the_queries_is_told_to_be_one(tmp_path):
   assert "60 of 12,345 queries, drawn at random" in _page(model_dir)
 
 
-def test_an_older_run_without_evidence_and_intervals_has_a_page(tmp_path):
-  model_dir = example_run.make(tmp_path / "run", has_evidence=False)
+def test_a_run_without_report_data_and_intervals_has_a_page(tmp_path):
+  model_dir = example_run.make(tmp_path / "run", has_report_data=False)
   path = tmp_path / "run" / "eval" / "metrics.json"
   path.write_text(json.dumps({"latest": {"step": 5, "eval/recall_at_1": 0.5}}))
   text = _page(model_dir)
@@ -209,8 +209,8 @@ def test_damaged_results_are_named(tmp_path):
     page.write_page(model_dir)
 
 
-def test_damaged_evidence_is_named(tmp_path):
+def test_damaged_report_data_is_named(tmp_path):
   model_dir = example_run.make(tmp_path / "run")
-  (tmp_path / "run" / "eval" / "evidence.json").write_text('{"num_items": 3}')
-  with pytest.raises(UserError, match=r"eval/evidence.json can't be read"):
+  (tmp_path / "run" / "eval" / "report_data.json").write_text('{"num_items": 3}')
+  with pytest.raises(UserError, match=r"eval/report_data.json can't be read"):
     page.write_page(model_dir)

@@ -1,4 +1,4 @@
-"""The evidence of an evaluation: right against loops, bounded, and kept whole."""
+"""The report data of an evaluation: equal to loops, bounded, and read as written."""
 
 from __future__ import annotations
 
@@ -50,22 +50,22 @@ def _collect(num_items=80, pictures_fn=_pictures, **options):
 
 
 @pytest.fixture(scope="module")
-def evidence():
+def report_data():
   return _collect()
 
 
-def test_recall_at_every_k_is_that_of_a_loop(evidence):
+def test_recall_at_every_k_is_that_of_a_loop(report_data):
   embeddings, labels = _items()
   nearest = _nearest(embeddings)
   for k in (1, 2, 7, 79):
     hits = [
       any(labels[j] == labels[i] for j in nearest[i][:k]) for i in range(len(labels))
     ]
-    assert evidence.recall_at[k - 1] == pytest.approx(sum(hits) / len(hits))
-  assert len(evidence.recall_at) == 79
+    assert report_data.recall_at[k - 1] == pytest.approx(sum(hits) / len(hits))
+  assert len(report_data.recall_at) == 79
 
 
-def test_confusions_are_those_that_a_loop_counts(evidence):
+def test_confusions_are_those_that_a_loop_counts(report_data):
   embeddings, labels = _items()
   first = _nearest(embeddings)[:, 0]
   counts = {}
@@ -73,29 +73,29 @@ def test_confusions_are_those_that_a_loop_counts(evidence):
     if labels[i] != labels[j]:
       pair = (_NAMES[labels[i]], _NAMES[labels[j]])
       counts[pair] = counts.get(pair, 0) + 1
-  found = {(c.class_name, c.taken_for): c.num_mistakes for c in evidence.confusions}
+  found = {(c.class_name, c.taken_for): c.num_mistakes for c in report_data.confusions}
   assert found == counts
-  numbers = [c.num_mistakes for c in evidence.confusions]
+  numbers = [c.num_mistakes for c in report_data.confusions]
   assert numbers == sorted(numbers, reverse=True)
-  assert evidence.num_mistakes == sum(counts.values())
-  for confusion in evidence.confusions:
+  assert report_data.num_mistakes == sum(counts.values())
+  for confusion in report_data.confusions:
     assert first[confusion.query] == confusion.neighbour
     assert confusion.num_queries == (labels == _NAMES.index(confusion.class_name)).sum()
 
 
-def test_the_query_of_each_confusion_is_shown_and_mistakes_come_first(evidence):
-  shown = [query.item for query in evidence.queries]
-  assert {confusion.query for confusion in evidence.confusions} <= set(shown)
-  flags = [query.is_mistake for query in evidence.queries]
+def test_the_query_of_each_confusion_is_shown_and_mistakes_come_first(report_data):
+  shown = [query.item for query in report_data.queries]
+  assert {confusion.query for confusion in report_data.confusions} <= set(shown)
+  flags = [query.is_mistake for query in report_data.queries]
   assert flags == sorted(flags, reverse=True)
   assert any(flags) and not all(flags)
   assert len(set(shown)) == len(shown) == 24
 
 
-def test_neighbours_have_their_class_distance_and_judgement(evidence):
+def test_neighbours_have_their_class_distance_and_judgement(report_data):
   embeddings, labels = _items()
   nearest = _nearest(embeddings)
-  for query in evidence.queries:
+  for query in report_data.queries:
     assert [n.item for n in query.neighbours] == nearest[query.item][:8].tolist()
     for neighbour in query.neighbours:
       distance = np.linalg.norm(embeddings[query.item] - embeddings[neighbour.item])
@@ -104,7 +104,7 @@ def test_neighbours_have_their_class_distance_and_judgement(evidence):
       assert neighbour.class_name == _NAMES[labels[neighbour.item]]
 
 
-def test_histogram_is_that_of_all_pairs_but_for_the_sampling(evidence):
+def test_histogram_is_that_of_all_pairs_but_for_the_sampling(report_data):
   embeddings, labels = _items()
   by_kind = {True: [], False: []}
   for i in range(len(labels)):
@@ -112,7 +112,7 @@ def test_histogram_is_that_of_all_pairs_but_for_the_sampling(evidence):
       by_kind[bool(labels[i] == labels[j])].append(
         np.linalg.norm(embeddings[i] - embeddings[j])
       )
-  histogram = evidence.histogram
+  histogram = report_data.histogram
   for kind, counts in ((True, histogram.positive), (False, histogram.negative)):
     assert sum(counts) == 50_000
     edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
@@ -124,10 +124,10 @@ def test_histogram_is_that_of_all_pairs_but_for_the_sampling(evidence):
   assert histogram.negative_median == pytest.approx(np.median(by_kind[False]), rel=0.02)
 
 
-def test_map_has_each_item_once_with_its_class_and_whether_it_is_a_mistake(evidence):
+def test_map_has_each_item_once_with_its_class_and_whether_it_is_a_mistake(report_data):
   embeddings, labels = _items()
   first = _nearest(embeddings)[:, 0]
-  placed = evidence.embedding_map
+  placed = report_data.embedding_map
   assert placed.method == "t-SNE"
   assert list(placed.items) == list(range(80))
   assert list(placed.class_names) == [_NAMES[label] for label in labels]
@@ -136,8 +136,8 @@ def test_map_has_each_item_once_with_its_class_and_whether_it_is_a_mistake(evide
     assert min(places) >= 0 and max(places) <= 1
 
 
-def test_sprite_has_the_pictures_in_the_order_of_the_items(evidence):
-  placed = evidence.embedding_map
+def test_sprite_has_the_pictures_in_the_order_of_the_items(report_data):
+  placed = report_data.embedding_map
   content = tf.io.decode_base64(
     placed.sprite.picture.partition("base64,")[2]
     .replace("+", "-")
@@ -151,45 +151,47 @@ def test_sprite_has_the_pictures_in_the_order_of_the_items(evidence):
     assert image[row * 8, column * 6, 0] == item
 
 
-def test_every_picture_that_is_shown_is_there(evidence):
-  wanted = {str(q.item) for q in evidence.queries}
-  wanted |= {str(n.item) for q in evidence.queries for n in q.neighbours}
-  assert set(evidence.pictures) == wanted
-  assert all(p.startswith("data:image/png;base64,") for p in evidence.pictures.values())
+def test_every_picture_that_is_shown_is_there(report_data):
+  wanted = {str(q.item) for q in report_data.queries}
+  wanted |= {str(n.item) for q in report_data.queries for n in q.neighbours}
+  assert set(report_data.pictures) == wanted
+  assert all(
+    p.startswith("data:image/png;base64,") for p in report_data.pictures.values()
+  )
 
 
-def test_it_is_read_as_it_was_written(tmp_path, evidence):
-  evidence.write(str(tmp_path))
-  assert ReportData.read(str(tmp_path)) == evidence
-  content = json.loads((tmp_path / "eval" / "evidence.json").read_text())
-  assert content == json.loads(json.dumps(dataclasses.asdict(evidence)))
-  assert [path.name for path in (tmp_path / "eval").iterdir()] == ["evidence.json"]
+def test_it_is_read_as_it_was_written(tmp_path, report_data):
+  report_data.write(str(tmp_path))
+  assert ReportData.read(str(tmp_path)) == report_data
+  content = json.loads((tmp_path / "eval" / "report_data.json").read_text())
+  assert content == json.loads(json.dumps(dataclasses.asdict(report_data)))
+  assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report_data.json"]
 
 
-def test_a_run_without_evidence_has_none(tmp_path):
+def test_a_run_without_report_data_reads_none(tmp_path):
   assert ReportData.read(str(tmp_path)) is None
 
 
-def test_the_same_seed_gives_the_same_sample_and_another_another(evidence):
-  assert _collect(seed=0) == evidence
-  assert _collect(seed=1).queries != evidence.queries
+def test_the_same_seed_gives_the_same_sample_and_another_another(report_data):
+  assert _collect(seed=0) == report_data
+  assert _collect(seed=1).queries != report_data.queries
 
 
 def test_its_size_does_not_grow_with_the_gallery():
   num_items = 3000
   random = np.random.default_rng(1)
   labels = random.integers(1000, size=num_items)
-  evidence = report_collector.collect_report_data(
+  report_data = report_collector.collect_report_data(
     random.normal(size=(num_items, 2)).astype(np.float32),
     labels,
     random.integers(num_items, size=(num_items, 200)),
     np.arange(num_items),
     class_names={label: f"class {label}" for label in range(1000)},
   )
-  assert len(evidence.embedding_map.items) == 1000
-  assert len(evidence.queries) == 24
-  assert len(evidence.confusions) == 12
-  assert len(evidence.recall_at) == 100
+  assert len(report_data.embedding_map.items) == 1000
+  assert len(report_data.queries) == 24
+  assert len(report_data.confusions) == 12
+  assert len(report_data.recall_at) == 100
 
 
 def test_a_large_picture_is_made_small():
@@ -199,60 +201,60 @@ def test_a_large_picture_is_made_small():
     images = [random.integers(256, size=shape).astype(np.uint8) for _ in items]
     return [tf.io.encode_png(image).numpy() for image in images]
 
-  evidence = _collect(pictures_fn=photos)
-  sprite = evidence.embedding_map.sprite
+  report_data = _collect(pictures_fn=photos)
+  sprite = report_data.embedding_map.sprite
   assert (sprite.width, sprite.height) == (40, 20)
-  picture = next(iter(evidence.pictures.values()))
+  picture = next(iter(report_data.pictures.values()))
   assert picture.startswith("data:image/jpeg;base64,")
   assert len(picture) < 4000
 
 
 def test_inputs_that_are_no_pictures_have_none():
-  evidence = _collect(pictures_fn=None)
-  assert evidence.embedding_map.sprite is None
-  assert evidence.pictures == {}
+  report_data = _collect(pictures_fn=None)
+  assert report_data.embedding_map.sprite is None
+  assert report_data.pictures == {}
 
 
 def test_too_few_items_for_t_sne_are_laid_out_by_their_principal_components():
   embeddings = np.array([[0, 0, 0], [4, 0, 0], [0, 1, 0], [4, 1, 0]], np.float32)
-  evidence = report_collector.collect_report_data(
+  report_data = report_collector.collect_report_data(
     embeddings,
     np.array([0, 1, 0, 1]),
     _nearest(embeddings),
     np.arange(4),
     class_names=_NAMES,
   )
-  assert evidence.embedding_map.method == "PCA"
+  assert report_data.embedding_map.method == "PCA"
   # The axes have one scale: four units are four times as long as one.
-  assert np.ptp(evidence.embedding_map.x) == pytest.approx(1.0)
-  assert np.ptp(evidence.embedding_map.y) == pytest.approx(0.25)
+  assert np.ptp(report_data.embedding_map.x) == pytest.approx(1.0)
+  assert np.ptp(report_data.embedding_map.y) == pytest.approx(0.25)
 
 
 def test_collapsed_embeddings_are_shown_as_they_are():
-  evidence = report_collector.collect_report_data(
+  report_data = report_collector.collect_report_data(
     np.ones((20, 4), np.float32),
     np.arange(20) % 2,
     np.stack([np.delete(np.arange(20), i) for i in range(20)]),
     np.arange(20),
     class_names=_NAMES,
   )
-  assert set(evidence.embedding_map.x) == {0.5}
-  assert evidence.histogram.positive_median == 0.0
+  assert set(report_data.embedding_map.x) == {0.5}
+  assert report_data.histogram.positive_median == 0.0
 
 
 def test_a_query_alone_in_its_class_is_left_out():
   embeddings = np.array([[0.0], [1.0], [5.0]], np.float32)
-  evidence = report_collector.collect_report_data(
+  report_data = report_collector.collect_report_data(
     embeddings,
     np.array([0, 0, 1]),
     _nearest(embeddings),
     np.arange(3),
     class_names=_NAMES,
   )
-  assert evidence.num_queries == 2
-  assert evidence.recall_at[0] == 1.0
-  assert evidence.confusions == []
-  assert list(evidence.embedding_map.is_mistake) == [False, False, None]
+  assert report_data.num_queries == 2
+  assert report_data.recall_at[0] == 1.0
+  assert report_data.confusions == []
+  assert list(report_data.embedding_map.is_mistake) == [False, False, None]
 
 
 def test_embeddings_that_are_not_finite_are_counted_and_refused():

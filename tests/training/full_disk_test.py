@@ -262,8 +262,8 @@ def _classes(folder, version):
     results_lib.EvaluationResult(*nothing).write_classes(folder)
 
 
-def _evidence(folder, version):
-  example_run.evidence(3 + version).write(folder)
+def _report_data(folder, version):
+  example_run.report_data(3 + version).write(folder)
 
 
 def _report(folder, version):
@@ -273,7 +273,7 @@ def _report(folder, version):
 
 
 def _projector(folder, version):
-  sample = example_run.evidence().embedding_map
+  sample = example_run.report_data().embedding_map
   embedding_map.write_projector(folder, sample, np.full([60, 99], version, np.float32))
 
 
@@ -329,7 +329,7 @@ REFUSES = {
   "config.gin": _config,
   "eval/metrics.json": _results,
   "eval/classes.csv": _classes,
-  "eval/evidence.json": _evidence,
+  "eval/report_data.json": _report_data,
   "report.html": _report,
   "projector": _projector,
   "embeddings": _embeddings,

@@ -65,7 +65,7 @@ def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
     try:
       results.write_latest(step, evaluated.measurement)
       evaluated.write_classes(model_dir)
-      evaluated.write_evidence(model_dir, answers)
+      evaluated.write_report_data(model_dir, answers)
       page.write_page(model_dir)
     finally:  # Print the results even if the disk is full.
       print(results.table())

@@ -163,7 +163,7 @@ def write_comparison_page(runs: Sequence[MeasuredRun], path: str) -> None:
     best={name: best_value(runs, name) for name in main},
     has_intervals=any(value.interval for _, value in values),
     recall=figures.recall_plot(
-      {run.name: run.evidence.recall_at for run in runs if run.evidence}
+      {run.name: run.report_data.recall_at for run in runs if run.report_data}
     ),
     training=figures.training_plots({run.name: run.rows for run in runs}),
     differing=differing_paths(runs),

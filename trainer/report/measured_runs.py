@@ -137,7 +137,7 @@ class MeasuredRun:
     latest: the last evaluation.
     rows: of `metrics.jsonl`.
     config: values by path.
-    evidence: data of the report; None if there are none.
+    report_data: data of the report; None if there are none.
   """
 
   name: str
@@ -145,7 +145,7 @@ class MeasuredRun:
   latest: Moment
   rows: Sequence[Mapping[str, float]]
   config: Mapping[str, str]
-  evidence: Optional[ReportData]
+  report_data: Optional[ReportData]
 
 
 def read_config(model_dir: str) -> str:
@@ -216,5 +216,5 @@ def _read(model_dir: str, name: str) -> MeasuredRun:
     latest=measured[LATEST],
     rows=list(MetricsFile(model_dir).rows()),
     config=run_config.read_saved_values(model_dir) or {},
-    evidence=ReportData.read(model_dir),
+    report_data=ReportData.read(model_dir),
   )

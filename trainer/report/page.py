@@ -124,30 +124,30 @@ def write_page(model_dir: str) -> str:
   """
   config = measured_runs.read_config(model_dir)
   moments = measured_runs.read_moments(model_dir)
-  evidence = ReportData.read(model_dir)
+  report_data = ReportData.read(model_dir)
   path = os.path.join(model_dir, REPORT_FILE)
   write_document(
     path,
     "report/run.html",
     title=os.path.basename(os.path.abspath(model_dir)),
-    summary=_summary(moments.get(LATEST), evidence),
+    summary=_summary(moments.get(LATEST), report_data),
     config=config,
     training=figures.training_plots({"": list(MetricsFile(model_dir).rows())}),
     **_metrics(moments),
-    **_worst_classes(moments.get(LATEST), evidence),
-    evidence=evidence,
-    **(_evidence(moments.get(LATEST), evidence) if evidence else {}),
+    **_worst_classes(moments.get(LATEST), report_data),
+    report_data=report_data,
+    **(_report_values(moments.get(LATEST), report_data) if report_data else {}),
   )
   return path
 
 
-def _summary(latest: Optional[Moment], evidence: Optional[ReportData]) -> str:
+def _summary(latest: Optional[Moment], report_data: Optional[ReportData]) -> str:
   if latest is None:
     return "Not measured yet."
   words = f"Trained for {latest.step:,} steps."
   num_queries, recall = map(latest.values.get, (_NUM_QUERIES, "eval/recall_at_1"))
   if num_queries and recall:
-    classes = f" of {evidence.num_classes:,} classes" if evidence else ""
+    classes = f" of {report_data.num_classes:,} classes" if report_data else ""
     words += (
       f" Of {num_queries.value:,} queries{classes} never seen in training, "
       f"{recall.value:.1%} find their own class first."
@@ -175,11 +175,11 @@ def _metrics(moments: Mapping[str, Moment]) -> dict[str, Any]:
 
 
 def _worst_classes(
-  latest: Optional[Moment], evidence: Optional[ReportData]
+  latest: Optional[Moment], report_data: Optional[ReportData]
 ) -> dict[str, Any]:
   """Returns values of the template: worst classes, with links to shown queries."""
   rows = latest.worst_classes[:_NUM_WORST] if latest else []
-  shown = evidence.queries if evidence else ()
+  shown = report_data.queries if report_data else ()
   return {
     "worst_classes": rows,
     "class_metrics": [key for key in _BY_CLASS if rows and key in rows[0]],
@@ -187,19 +187,19 @@ def _worst_classes(
   }
 
 
-def _evidence(latest: Optional[Moment], evidence: ReportData) -> dict[str, Any]:
+def _report_values(latest: Optional[Moment], report_data: ReportData) -> dict[str, Any]:
   """Returns values of the template: figures, and the number of queries covered."""
-  coverage = f"{evidence.num_queries:,}"
+  coverage = f"{report_data.num_queries:,}"
   num_queries = latest.values.get(_NUM_QUERIES) if latest else None
-  if num_queries and num_queries.value > evidence.num_queries:
+  if num_queries and num_queries.value > report_data.num_queries:
     coverage += f" of {num_queries.value:,} queries, drawn at random"
   else:
     coverage += " queries"
   return {
     "coverage": coverage,
-    "layout": figures.MapLayout(evidence.embedding_map),
+    "layout": figures.MapLayout(report_data.embedding_map),
     "plots": [
-      figures.recall_plot({"": evidence.recall_at}),
-      figures.histogram_plot(evidence.histogram),
+      figures.recall_plot({"": report_data.recall_at}),
+      figures.histogram_plot(report_data.histogram),
     ],
   }

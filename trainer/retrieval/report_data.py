@@ -1,4 +1,4 @@
-"""The data of a report, `eval/evidence.json`.
+"""The data of a report, `eval/report_data.json`.
 
 Items are identified by their position among the evaluated items. Pictures are data
 URIs.
@@ -19,7 +19,7 @@ import numpy as np
 from trainer.errors import UserError
 from trainer.runtime import filesystem
 
-REPORT_DATA_FILE = os.path.join("eval", "evidence.json")
+REPORT_DATA_FILE = os.path.join("eval", "report_data.json")
 
 NUM_QUERIES = 24
 NUM_NEIGHBOURS = 8
@@ -179,7 +179,7 @@ class ReportData:
   pictures: Mapping[str, str]
 
   def write(self, model_dir: str) -> None:
-    """Writes `eval/evidence.json` atomically.
+    """Writes `eval/report_data.json` atomically.
 
     Args:
       model_dir: folder of the run.

@@ -195,7 +195,7 @@ class EvaluationResult(NamedTuple):
     """Returns sampled queries with relevant items, searched on all replicas."""
     return sampled_answers(self.embeddings, self.judged, self.rankings.queries)
 
-  def write_evidence(self, model_dir: str, answers: SampledAnswers) -> None:
+  def write_report_data(self, model_dir: str, answers: SampledAnswers) -> None:
     """Writes the data of the report and the files of the projector.
 
     Args:
