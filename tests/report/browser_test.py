@@ -68,6 +68,20 @@ def _text(window, selector):
   return window.evaluate(f"document.querySelector({selector!r}).textContent")
 
 
+@pytest.mark.parametrize(("width", "num_lines"), [(390, 2), (1280, 1)])
+def test_long_name_of_a_metric_takes_two_lines_only_on_a_narrow_screen(
+  folder, window, width, num_lines
+):
+  window.open(folder / "pictures" / "report.html", width=width)
+  lines = window.evaluate("""(() => {
+    const names = [...document.querySelectorAll('.results th[scope=row]')];
+    const range = document.createRange();
+    range.selectNodeContents(names.find((th) => th.textContent.startsWith('TPR')));
+    return new Set([...range.getClientRects()].map((box) => box.top)).size;
+  })()""")
+  assert lines == num_lines
+
+
 @pytest.mark.parametrize("is_dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", _WIDTHS)
 @pytest.mark.parametrize(

@@ -100,7 +100,8 @@ def test_filled_outline_of_a_histogram_starts_and_ends_at_the_axis():
 
 
 @pytest.mark.parametrize(
-  ("recall_at", "ticks"), [([1.0, 1.0], [0.9, 0.95, 1.0]), ([0.2, 1.0], [0, 0.5, 1])]
+  ("recall_at", "ticks"),
+  [([1.0, 1.0], [0.9, 0.95, 1.0]), ([0.98, 1.0], [0.98, 0.99, 1.0])],
 )
 def test_axis_of_recall_ends_at_one(recall_at, ticks):
   plot = figures.recall_plot({"": recall_at})

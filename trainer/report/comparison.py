@@ -15,7 +15,7 @@ _BLOCKS = "▁▂▃▄▅▆▇█"
 _MAX_WIDTH = 48
 # Longer values are not shown in columns.
 _MAX_CELL = 32
-UNSET = "unset"
+_UNSET = "unset"
 
 
 def comparison_text(runs: Sequence[MeasuredRun]) -> str:
@@ -124,7 +124,7 @@ def _differences(runs: Sequence[MeasuredRun]) -> list[str]:
   """Returns a table of short values, and for other paths one line per run."""
   rows, blocks = [["config", *(run.name for run in runs)]], []
   for path in differing_paths(runs):
-    values = [run.config.get(path, UNSET) for run in runs]
+    values = [run.config.get(path, _UNSET) for run in runs]
     if max(map(len, values)) <= _MAX_CELL:
       rows.append([path, *values])
     else:
@@ -167,4 +167,5 @@ def write_comparison_page(runs: Sequence[MeasuredRun], path: str) -> None:
     ),
     training=figures.training_plots({run.name: run.rows for run in runs}),
     differing=differing_paths(runs),
+    unset=_UNSET,
   )

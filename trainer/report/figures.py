@@ -278,7 +278,7 @@ def recall_plot(recall_at: Mapping[str, Sequence[float]]) -> Optional[Plot]:
       for i, (name, values) in enumerate(recall_at.items())
     ],
     x_axis=logarithmic_axis(1, max(2.0, last)),
-    y_axis=linear_axis([1.0, min(0.9, lowest)], 3, is_rounded=True),
+    y_axis=linear_axis([1.0, lowest if lowest < 1.0 else 0.9], 3, is_rounded=True),
     x_name="k",
     note="Share of queries with an item of their class among the k nearest.",
   )
