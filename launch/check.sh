@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Runs formatting, lint, types and all tests: ./launch/check.sh [--python=3.12] [--short]
+# Runs formatting, lint, types and tests: ./launch/check.sh [--python=3.12] [--short | --thorough]
 # --python: uses that Python's stack. --short: runs only the tests of the main guarantees.
+# --thorough: runs only the further cases that the check leaves out.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 versions=(3.11 3.10 3.9)
-is_short=
+selection=
 for flag in "$@"; do
   case $flag in
     --python=3.9 | --python=3.1[0-3]) versions=("${flag#*=}") ;;
-    --short) is_short=yes ;;
-    *) echo "error: $flag is none of --python=3.9 to 3.13, --short." >&2; exit 2 ;;
+    --short) selection="(main_job or golden or parity or resume) and not thorough" ;;
+    --thorough) selection=thorough ;;
+    *)
+      echo "error: $flag is none of --python=3.9 to 3.13, --short, --thorough." >&2
+      exit 2
+      ;;
   esac
 done
 
@@ -29,13 +34,14 @@ folder=.venv-check-$version
 stage install make_environment "$folder" ".[check]" "$version"
 export PATH="$PWD/$folder/bin:$PATH"
 
-if [ -n "$is_short" ]; then
-  stage "short tests" python -m pytest -q -n 2 --dist loadfile \
-    -m "(main_job or golden or parity or resume) and not thorough"
+# A worker that has no tests left takes some of the other's.
+tests=(python -m pytest -q -n 2 --dist worksteal)
+if [ -n "$selection" ]; then
+  stage "selected tests" "${tests[@]}" -m "$selection"
   exit
 fi
 stage format ruff format --check .
 stage lint ruff check .
 stage types mypy
 stage shell shellcheck launch/*.sh launch/*/*.sh .ci/run
-stage tests python -m pytest -q -n 2 --dist loadfile
+stage tests "${tests[@]}"

@@ -18,6 +18,8 @@ _EXCUSES = ("GPU", "TPU")
 
 def pytest_configure(config):
   """Divides the CPU before anything initialises TensorFlow."""
+  if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+    return  # Other processes run the tests.
   import tensorflow as tf
 
   cpu = tf.config.list_physical_devices("CPU")[0]
