@@ -21,7 +21,7 @@ _TASK_FLAGS = [name for group in task.define_flags().values() for name in group]
 _FLAGS = {
   "trainer.task": _TASK_FLAGS,
   "launch/local.sh": _TASK_FLAGS,
-  "launch/check.sh": ["python", "short", "thorough"],
+  "launch/check.sh": ["python", "short", "thorough", "install"],
 }
 
 

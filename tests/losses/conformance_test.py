@@ -7,11 +7,9 @@ import pytest
 import tensorflow as tf
 
 from tests.losses import batches, definition, oracles
-from tests.losses.table import ROWS
+from tests.losses.table import ROWS, each_loss, each_loss_class
 from trainer import losses
 from trainer.losses.tiled_loss import TiledPairLoss
-
-each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
 
 def _are_same(one, other, tolerance=1e-5):
@@ -56,7 +54,7 @@ def test_gradient_is_the_finite_difference_of_the_definition(row):
   assert _are_same([gradient], [definition.gradient(row, embeddings, related)], 1e-4)
 
 
-@each_loss
+@each_loss_class
 def test_large_batch_is_compiled_to_the_sum_of_its_small_parts(row):
   random = np.random.default_rng(4)
   embeddings = random.normal(size=(260, 5)).astype(np.float32)

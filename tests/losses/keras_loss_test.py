@@ -10,11 +10,11 @@ import pytest
 import tensorflow as tf
 
 from tests.losses import batches, definition, oracles
-from tests.losses.table import ROWS
+from tests.losses.table import ROWS, each_loss
+from tests.thorough import thorough_except
 from trainer import losses
 from trainer.errors import UserError
 
-each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 _HARD = next(row for row in ROWS if row.name == "BatchHardTripletLoss-0.7")
 _EMBEDDINGS, _LABELS = batches.random_batch("unbalanced")
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -83,7 +83,7 @@ def test_every_loss_is_the_same_after_its_configuration_was_saved(row):
 @pytest.mark.parametrize(
   "loss", [_HARD.make(), _batch_hard], ids=["object", "function"]
 )
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_replicas", thorough_except([2], [1, 2]))
 def test_replicas_train_with_the_mean_of_their_losses(loss, num_replicas, mirrored):
   parts = np.split(np.arange(12), num_replicas)
   with mirrored(num_replicas).scope():
@@ -109,7 +109,9 @@ def test_last_batch_may_leave_a_replica_without_examples(mirrored):
   ids=["graph", "eager", "xla"],
 )
 @pytest.mark.parametrize(
-  "loss", [_HARD.make(), _batch_hard], ids=["object", "function"]
+  "loss",
+  [_HARD.make(), pytest.param(_batch_hard, marks=pytest.mark.thorough)],
+  ids=["object", "function"],
 )
 def test_last_batch_of_another_size_counts_by_its_size(loss, options):
   expected = (8 * _mean(_HARD, slice(8)) + 4 * _mean(_HARD, slice(8, 12))) / 12
@@ -173,10 +175,14 @@ _WITH_PARTS = {
 @pytest.mark.parametrize(
   ("name", "loss"),
   [
-    *((name, _HARD.make()) for name in ("m.keras", "m.h5", "saved_model")),
-    *(("m.h5", loss) for loss in _WITH_PARTS.values()),
+    *((name, _HARD.make()) for name in ("m.keras", "saved_model")),
+    ("m.h5", _WITH_PARTS["wrapped"]),
+    *(
+      pytest.param("m.h5", loss, marks=pytest.mark.thorough)
+      for loss in (_HARD.make(), *_WITH_PARTS.values())
+    ),
   ],
-  ids=["keras", "h5", "saved_model", *_WITH_PARTS],
+  ids=["keras", "saved_model", "h5_wrapped", "h5", *_WITH_PARTS],
 )
 def test_saved_model_goes_on_with_its_loss(name, loss, tmp_path):
   model = _model(loss, rate=0.1)

@@ -14,13 +14,12 @@ import os
 
 import hypothesis
 import numpy as np
-import pytest
 import tensorflow as tf
 from hypothesis import strategies
 
 from tests.losses import batches, definition
 from tests.losses.property_batches import HALVES, batches_for
-from tests.losses.table import ROWS
+from tests.losses.table import each_loss, each_loss_class
 
 _MOVE = 1e-6
 # Of a difference: below a move, lest both its ends be beside the same tie.
@@ -35,10 +34,9 @@ _settings = hypothesis.settings(
   database=None,
   phases=[hypothesis.Phase.generate],
 )
-_each_loss = pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 
 
-@_each_loss
+@each_loss
 @_settings
 @hypothesis.given(data=strategies.data())
 def test_random_batch_has_the_value_and_slope_of_the_definition(row, data):
@@ -64,7 +62,7 @@ def test_random_batch_has_the_value_and_slope_of_the_definition(row, data):
   assert (errors <= tolerances).all(), (errors, tolerances)
 
 
-@_each_loss
+@each_loss_class
 @_settings
 @hypothesis.given(data=strategies.data())
 def test_random_batch_of_half_precision_is_mined_in_float32(row, data):

@@ -6,7 +6,10 @@ import dataclasses
 import functools
 from typing import Callable
 
+import pytest
+
 from tests.losses import oracles, pair_oracles
+from tests.thorough import thorough_except
 from trainer import losses
 
 
@@ -265,3 +268,11 @@ ROWS = [
     temperature=3.0,
   ),
 ]
+
+FIRST_OF_EACH_CLASS = list({type(r.make()): r for r in reversed(ROWS)}.values())
+_NAMES = [row.name for row in ROWS]
+each_loss = pytest.mark.parametrize("row", ROWS, ids=_NAMES)
+# Other arguments of the same class are thorough.
+each_loss_class = pytest.mark.parametrize(
+  "row", thorough_except(FIRST_OF_EACH_CLASS, ROWS), ids=_NAMES
+)

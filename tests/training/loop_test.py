@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.thorough import thorough_except
 from trainer.data.pipeline import Batch
 from trainer.distribute.strategy import ReplicaBatches
 from trainer.errors import PreemptedError, UserError
@@ -276,14 +277,17 @@ def _values(step):
 # reciprocal root is 0, so that embeddings, loss and gradients are finite.
 @pytest.mark.parametrize(
   ("bad_replica", "bad_value", "normalization"),
-  [
-    (0, np.nan, "batch"),
-    (1, np.inf, "batch"),
-    (1, 3e38, "batch"),
-    (0, 3e38, "synchronized_batch"),
-    (1, 1e25, "batch"),
-    (0, 1e25, "synchronized_batch"),
-  ],
+  thorough_except(
+    [(1, np.inf, "batch"), (0, 1e25, "synchronized_batch")],
+    [
+      (0, np.nan, "batch"),
+      (1, np.inf, "batch"),
+      (1, 3e38, "batch"),
+      (0, 3e38, "synchronized_batch"),
+      (1, 1e25, "batch"),
+      (0, 1e25, "synchronized_batch"),
+    ],
+  ),
 )
 def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
   mirrored, bad_replica, bad_value, normalization
@@ -306,7 +310,7 @@ def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
   assert any(np.any(now != then) for now, then in zip(_values(step), after))
 
 
-@pytest.mark.parametrize("num_replicas", [1, 2])
+@pytest.mark.parametrize("num_replicas", thorough_except([2], [1, 2]))
 def test_statistics_of_a_layer_of_ones_own_are_restored(mirrored, num_replicas):
   strategy = mirrored(num_replicas)
   images = _images(0, 1e38)[:, :num_replicas]

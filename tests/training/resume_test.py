@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.thorough import thorough_except
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import current_collectives
 from trainer.losses import SupervisedContrastiveLoss
@@ -44,6 +45,22 @@ _CASES = {
   },
   "per part": {"optimizer": _per_part},
 }
+# Each state of the others, in two runs.
+_TOGETHER = {
+  "all of single precision": {
+    **_CASES["averages"],
+    **_CASES["batch norm"],
+    **_CASES["learned temperature"],
+    **_CASES["memory bank"],
+    **_CASES["per part"],
+  },
+  "all of half precision": {
+    **_CASES["dropout"],
+    **_CASES["lamb"],
+    **_CASES["loss scale"],
+  },
+}
+_CASES.update(_TOGETHER)
 
 
 def _make_step(
@@ -126,7 +143,7 @@ def _tensors(folder):
 
 
 @pytest.mark.resume
-@pytest.mark.parametrize("case", _CASES)
+@pytest.mark.parametrize("case", thorough_except(_TOGETHER, _CASES))
 def test_a_resumed_training_has_every_bit_of_one_that_went_on(mirrored, tmp_path, case):
   strategy = mirrored(2)
   with strategy.scope():
