@@ -25,11 +25,11 @@ from trainer import losses
 from trainer.distribute.collectives import OneReplica
 from trainer.losses.cross_batch_memory import (
   CrossBatchMemory,
-  CrossBatchMemoryLoss,
   Entries,
 )
 from trainer.losses.distances import cosine_similarity
 from trainer.losses.loss_terms import Anchors, Candidates
+from trainer.losses.objectives import MiningBatch
 from trainer.losses.tiled_loss import AnchorTerms, TiledPairLoss
 
 _BATCH, _BANK, _NUM_DIMENSIONS = 256, 65_536, 128
@@ -89,24 +89,25 @@ def _step(loss, bank):
 
   @tf.function
   def run():
-    # Of records that are in the bank too, so that copies are found.
-    reminded = bank and CrossBatchMemoryLoss(
-      loss,
-      bank,
-      record_numbers=tf.range(_BATCH),
-      step=tf.constant(1000),
-      collectives=OneReplica(),
-    )
+    statistics = {}
     with tf.GradientTape() as tape:
       tape.watch(embeddings)
-      terms = (reminded or loss)(
+      pairs = MiningBatch(
         anchors._replace(embeddings=embeddings),
         candidates._replace(embeddings=embeddings),
+        is_global=True,
       )
+      compared = pairs.candidates
+      if bank:
+        # Of records that are in the bank too, so that copies are found.
+        compared, new_entries, statistics = bank.extend(
+          pairs, tf.range(_BATCH), tf.constant(1000), OneReplica()
+        )
+      terms = loss(pairs.anchors, compared)
     gradient = tape.gradient(terms.total, embeddings)
     if bank:
-      bank.add(reminded.added)
-    return terms.total, gradient, tf.nest.flatten(dict(terms.statistics))
+      bank.add(new_entries)
+    return terms.total, gradient, tf.nest.flatten({**terms.statistics, **statistics})
 
   return run
 

@@ -21,7 +21,7 @@ from trainer.losses import BatchHardTripletLoss
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.training.loop import InnerLoop
+from trainer.training.loop import HostFlags, InnerLoop
 from trainer.training.step import TrainStep
 
 _NUM_STEPS, _NUM_ROUNDS, _REPLICA_BATCH = 100, 7, 16
@@ -63,7 +63,7 @@ def _loop(strategy):
     strategy=strategy,
     batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
-    words_fn=lambda: np.zeros([2], np.int32),
+    host_flags_fn=lambda: HostFlags(False, False),
   )
   loop.run(2)  # Traces it.
   return loop

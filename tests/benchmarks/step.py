@@ -29,7 +29,7 @@ from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.run import Hardware
-from trainer.training.loop import InnerLoop
+from trainer.training.loop import HostFlags, InnerLoop
 from trainer.training.step import TrainStep
 
 _IMAGE_SIZE = flags.DEFINE_integer("image_size", 28, "Height and width, pixels.")
@@ -87,7 +87,7 @@ def _loops(strategy, index):
     strategy=strategy,
     batches=batches,
     zero_statistics=step.zero_statistics(dataset.element_spec),
-    words_fn=lambda: np.zeros([2], np.int32),
+    host_flags_fn=lambda: HostFlags(False, False),
   )
   return inner.run, lambda num_steps: bare(tf.constant(num_steps))
 

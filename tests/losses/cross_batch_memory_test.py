@@ -18,14 +18,13 @@ from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
 from trainer.losses.cross_batch_memory import (
   CrossBatchMemory,
-  CrossBatchMemoryLoss,
   Entries,
 )
 from trainer.losses.distances import euclidean
 from trainer.losses.jitter import JitteredLoss
 from trainer.losses.loss_terms import Anchors, Candidates
 from trainer.losses.metric_accumulators import summarize
-from trainer.losses.objectives import WithinGroups
+from trainer.losses.objectives import MiningBatch, WithinGroups
 from trainer.tpu_check import replica_program
 from trainer.training import parity
 from trainer.training.checkpoint import Checkpoints
@@ -61,14 +60,20 @@ def _steps():
 
 def _reminded(loss, bank, step, embeddings, labels, numbers, is_real):
   """What a loss returns with the bank, its gradient, and what the bank then gets."""
-  reminded = CrossBatchMemoryLoss(
-    loss,
-    bank,
-    record_numbers=tf.constant(numbers),
-    step=tf.constant(step),
-    collectives=OneReplica(),
-  )
-  return *_evaluate(reminded, embeddings, labels, is_real), reminded.added
+  added = []
+
+  def reminded(anchors, candidates):
+    extended = bank.extend(
+      MiningBatch(anchors, candidates, is_global=True),
+      tf.constant(numbers),
+      tf.constant(step),
+      OneReplica(),
+    )
+    added.append(extended.new_entries)
+    output = loss(anchors, extended.candidates)
+    return output._replace(statistics={**output.statistics, **extended.statistics})
+
+  return *_evaluate(reminded, embeddings, labels, is_real), added[0]
 
 
 def _evaluate(loss, embeddings, labels, is_real, num_anchors=None):
@@ -337,16 +342,10 @@ def test_numbers_that_make_no_bank_are_refused(numbers):
 
 def test_an_objective_that_says_what_is_positive_is_refused():
   embeddings, labels, numbers, is_real = next(_steps())
-  reminded = CrossBatchMemoryLoss(
-    ROWS[0].make(),
-    _bank(),
-    record_numbers=tf.constant(numbers),
-    step=tf.constant(0),
-    collectives=OneReplica(),
-  )
   anchors = Anchors(embeddings, labels, is_real.astype(np.float32))
-  with pytest.raises(UserError, match="goes by labels, and WithinGroups by the list"):
-    WithinGroups()(reminded, anchors, OneReplica())
+  pairs = WithinGroups()(anchors, OneReplica())
+  with pytest.raises(UserError, match="by labels, and WithinGroups by groups"):
+    _bank().extend(pairs, tf.constant(numbers), tf.constant(0), OneReplica())
 
 
 def test_several_labels_of_an_example_are_refused():

@@ -37,7 +37,9 @@ def _loss_of(loss, objective, embeddings, weights=None):
   anchors = Anchors(
     tf.constant(embeddings), tf.zeros(num_rows, tf.int32), tf.constant(weights)
   )
-  return objective(loss, anchors, OneReplica()).loss.numpy()
+  pairs = objective(anchors, OneReplica())
+  output = loss(pairs.anchors, pairs.candidates)
+  return pairs.replica_loss(output, OneReplica()).numpy()
 
 
 def _hinges(embeddings, num_positives, num_negatives):

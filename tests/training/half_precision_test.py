@@ -68,8 +68,8 @@ def _error(got, expected):
 
 def _gradients(precision, **options):
   batch = Batch(*map(tf.constant, _batch()))
-  _, gradients = _step(precision, **options).gradients(batch, OneReplica())
-  return gradients
+  step = _step(precision, **options)
+  return step.compute_update(batch, OneReplica()).update.gradients
 
 
 def _bound(precision):
@@ -111,10 +111,13 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
   exact /= np.linalg.norm(exact, axis=1, keepdims=True)
   embeddings = encoder(batch.inputs)
   np.testing.assert_allclose(embeddings, exact, atol=1e-6)
-  share, _ = step.gradients(Batch(*map(tf.constant, batch)), OneReplica())
+  result = step.compute_update(Batch(*map(tf.constant, batch)), OneReplica())
   anchors = Anchors(embeddings, *map(tf.constant, (batch.labels, batch.weights)))
-  expected = global_negatives(step.loss, anchors, OneReplica()).loss
-  np.testing.assert_allclose(share.loss, expected, rtol=1e-6)
+  pairs = global_negatives(anchors, OneReplica())
+  output = step.loss(pairs.anchors, pairs.candidates)
+  expected = pairs.replica_loss(output, OneReplica())
+  got = result.statistics["train/loss"].total
+  np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 # Which sums are taken in half precision, and so how many roundings there are, is the

@@ -21,19 +21,21 @@ from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.runtime.shutdown import Preemption
 from trainer.runtime.watchdog import Watchdog
-from trainer.training.loop import InnerLoop, InnerLoopResult, Loop, Safety
+from trainer.training.loop import HostFlags, InnerLoop, InnerLoopResult, Loop, Safety
 from trainer.training.options import LoopOptions
 from trainer.training.step import TrainStep
+
+_NO_FLAGS = HostFlags(False, False)
 
 
 class _CountingInner:
   """Stands for the devices: counts steps into the optimizer, up to one that is bad."""
 
-  def __init__(self, optimizer, bad_step, words):
+  def __init__(self, optimizer, bad_step, flags):
     self.calls = []
     self._optimizer = optimizer
     self._bad_step = bad_step
-    self._words = np.array(words, np.int32)
+    self._flags = flags
 
   def run(self, num_steps):
     first = int(self._optimizer.iterations.numpy())
@@ -43,7 +45,7 @@ class _CountingInner:
     self._optimizer.iterations.assign_add(num_steps)
     size = np.float32(num_steps)
     return InnerLoopResult(
-      num_steps, {"train/loss": WeightedMean(size, size)}, self._words
+      num_steps, {"train/loss": WeightedMean(size, size)}, self._flags
     )
 
 
@@ -82,12 +84,12 @@ class _Parts:
   """A loop and what it is made of."""
 
   def __init__(
-    self, *, first_step=0, bad_step=-1, words=(0, 0), failure=None, **options
+    self, *, first_step=0, bad_step=-1, flags=_NO_FLAGS, failure=None, **options
   ):
     optimizer = tf.keras.optimizers.SGD(0.5)
     optimizer.iterations.assign(first_step)
     self.reports = []
-    self.inner = _CountingInner(optimizer, bad_step, words)
+    self.inner = _CountingInner(optimizer, bad_step, flags)
     self.checkpoints = _NotedCheckpoints(failure)
     self.policy = _Policy(optimizer)
     self.loop = Loop(
@@ -95,7 +97,7 @@ class _Parts:
       optimizer=optimizer,
       options=LoopOptions(**{**_OPTIONS, **options}),
       images_per_step=8,
-      actions=[self.reports.append],
+      callbacks=[self.reports.append],
       safety=Safety(
         self.checkpoints,
         Preemption(1.0),
@@ -135,7 +137,7 @@ def test_what_is_being_saved_is_waited_for_before_an_error_ends_the_run(error):
     parts.checkpoints.save(report.step)
     raise error
 
-  parts.loop.add_action(save_and_fail)
+  parts.loop.add_callback(save_and_fail)
   with pytest.raises(type(error), match=str(error)):
     parts.loop.run()
   assert parts.checkpoints.waited_for == [4]
@@ -168,7 +170,7 @@ def test_options_that_do_not_fit_are_refused(changed, message):
 
 
 def test_a_loop_that_is_told_to_stop_saves_after_the_call_and_says_so():
-  parts = _Parts(words=(1, 0))
+  parts = _Parts(flags=HostFlags(True, False))
   with pytest.raises(PreemptedError, match="stopped after step 4; the newest is noted"):
     parts.loop.run()
   assert parts.inner.calls == [4]
@@ -177,7 +179,7 @@ def test_a_loop_that_is_told_to_stop_saves_after_the_call_and_says_so():
 
 
 def test_a_full_disk_stops_the_loop_only_where_it_should():
-  full = {"words": (0, 2), "failure": "no space"}
+  full = {"flags": HostFlags(False, True), "failure": "no space"}
   parts = _Parts(**full, on_disk_full="stop")
   with pytest.raises(UserError, match="no space; the newest is noted"):
     parts.loop.run()
@@ -257,14 +259,14 @@ def _dataset(images):
   return tf.data.Dataset.from_tensor_slices(batches)
 
 
-def _loop(strategy, step, images, words=(0, 0)):
+def _loop(strategy, step, images, flags=_NO_FLAGS):
   dataset = _dataset(images)
   return InnerLoop(
     step=step,
     strategy=strategy,
     batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
-    words_fn=lambda: np.array(words, np.int32),
+    host_flags_fn=lambda: flags,
   )
 
 
@@ -329,14 +331,14 @@ def test_statistics_of_a_layer_of_ones_own_are_restored(mirrored, num_replicas):
   assert all(0 < value < 1e3 for values in before for value in values)
 
 
-def test_what_the_host_says_comes_back_over_all_replicas(mirrored):
+def test_flags_of_a_host_come_back_over_all_replicas(mirrored):
   strategy = mirrored(2)
   with strategy.scope():
-    loop = _loop(strategy, _step(), _images(0, 0.0), words=(1, 0))
+    loop = _loop(strategy, _step(), _images(0, 0.0), flags=HostFlags(True, False))
     done = loop.run(1)
-    assert done.words.tolist() == [2, 0]
+    assert done.host_flags == HostFlags(True, False)
     # Other batches are taken, from their first on, and nothing is traced again.
     dataset = _dataset(_images(0, 0.0))
-    loop.go_on_with(ReplicaBatches(strategy, dataset))
+    loop.set_batches(ReplicaBatches(strategy, dataset))
     assert loop.run(_NUM_STEPS).num_steps == _NUM_STEPS
     assert loop._run.experimental_get_tracing_count() == 1

@@ -23,7 +23,7 @@ from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.training.learning_rates import Cosine
-from trainer.training.nonfinite import Diagnosis, NonfinitePolicy, _what
+from trainer.training.nonfinite import Diagnosis, NonfinitePolicy, StepRerun
 from trainer.training.optimizers import MultiOptimizer, set_step
 from trainer.training.options import LoopOptions, StepOptions
 from trainer.training.step import TrainStep
@@ -205,7 +205,7 @@ def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
   with strategy.scope():
     step = _step(ConvNet(filters=(2,), normalization=normalization))
     before = _state(strategy, step)
-    assert expected in _what(step, _batch(scale))
+    assert expected in StepRerun(step).describe(_batch(scale))
     after = _state(strategy, step)
   assert len(before) == 2 * num_replicas
   np.testing.assert_array_equal(after, before)
@@ -222,14 +222,16 @@ def test_layers_are_named_where_they_are_looped_over_or_compiled(options):
   step = _step(ConvNet(filters=(2,), normalization="batch"), **options)
   step.compute_update(_batch(1.0), OneReplica())
   step.forward_state[0].assign([0.25, 0.5])
-  assert _what(step, _batch(3e38)).startswith("the output of layer batch_norm")
+  assert (
+    StepRerun(step).describe(_batch(3e38)).startswith("the output of layer batch_norm")
+  )
   np.testing.assert_array_equal(step.forward_state[0], [0.25, 0.5])
 
 
 def test_a_damaged_moving_average_is_named():
   step = _step(ConvNet(filters=(2,), normalization="batch"))
   step.forward_state[1].assign([1.0, np.inf])
-  said = _what(step, _batch(1.0))
+  said = StepRerun(step).describe(_batch(1.0))
   assert "moving_variance:0 was not finite before the step" in said
 
 
@@ -238,7 +240,7 @@ def test_layers_that_are_operations_compute_the_same_after_a_diagnosis():
   outputs = tf.keras.layers.Flatten()(tf.nn.relu6(inputs * 2.0 + 3.0) / 6.0)
   step = _step(tf.keras.Model(inputs, outputs))
   before = step.encoder(_batch(1.0).inputs)
-  _what(step, _batch(1.0))
+  StepRerun(step).describe(_batch(1.0))
   np.testing.assert_array_equal(step.encoder(_batch(1.0).inputs), before)
 
 

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import collections
+import os
+import traceback
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+import trainer
 from tests.distribute.parity_test import LOSSES, _batches, _maker
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import OneReplica, current_collectives
 from trainer.errors import UserError
-from trainer.losses import BatchHardTripletLoss, SupervisedContrastiveLoss
+from trainer.losses import (
+  BatchAllTripletLoss,
+  BatchHardTripletLoss,
+  SupervisedContrastiveLoss,
+)
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
@@ -214,7 +221,7 @@ def test_a_layer_that_draws_other_numbers_the_second_time_is_refused():
 
 def test_micro_batches_that_do_not_divide_the_batch_are_refused():
   with pytest.raises(UserError, match="replica batch of 12 examples; try 4"):
-    _step(num_micro_batches=5).gradients(_batch(), OneReplica())
+    _step(num_micro_batches=5)(_batch(), OneReplica())
 
 
 @pytest.mark.parametrize(
@@ -341,3 +348,20 @@ def test_what_a_tpu_computes_is_not_refused(precision):
 
 def test_nothing_is_refused_where_there_is_no_tpu():
   assert checks.check_tpu_limits_if_on_tpu(_step_of_tpu_limits("mixed_float16")) is None
+
+
+def test_few_frames_lie_between_the_step_and_the_terms_of_an_anchor(monkeypatch):
+  frames, folder = [], os.path.dirname(trainer.__file__)
+  anchor_terms = BatchAllTripletLoss.anchor_terms
+
+  def record(self, *arguments):
+    stack = traceback.extract_stack()
+    frames.append([each.filename for each in stack if each.filename.startswith(folder)])
+    return anchor_terms(self, *arguments)
+
+  monkeypatch.setattr(BatchAllTripletLoss, "anchor_terms", record)
+  step = _step()
+  step.loss = BatchAllTripletLoss(margin=0.2, rows_per_tile=4)
+  step(_batch(), OneReplica())
+  assert max(map(len, frames)) <= 12
+  assert max(len({*each}) for each in frames) <= 8

@@ -27,11 +27,10 @@ from trainer.run import Run, watching
 from trainer.runtime import shutdown
 from trainer.runtime.watchdog import Watchdog
 from trainer.training import callbacks, checks
-from trainer.training import loop as loop_lib
 from trainer.training.callbacks import MetricsFile
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checks import check_batch, check_groups
-from trainer.training.loop import InnerLoop, Loop, Safety
+from trainer.training.loop import HostFlags, InnerLoop, Loop, Safety
 from trainer.training.nonfinite import Diagnosis, NonfinitePolicy
 from trainer.training.options import LoopOptions
 from trainer.training.run_folder import check_disk, open_run_folder
@@ -189,8 +188,8 @@ def _build(
     optimizer=step.optimizer,
     options=loop,
     images_per_step=math.prod(sampler.shape),
-    actions=[
-      *(_chief_actions(run, first_step) if workers.is_chief else ()),
+    callbacks=[
+      *(_chief_callbacks(run, first_step) if workers.is_chief else ()),
       callbacks.SaveCheckpoint(checkpoints, every_steps=loop.checkpoint_every_steps),
     ],
     safety=Safety(
@@ -203,7 +202,7 @@ def _build(
     metrics_fns=[rounds.metrics] if rounds is not None else [],
   )
   if rounds is not None:
-    outer.add_action(_change_of_round(rounds, batches, inner, checkpoints))
+    outer.add_callback(_change_of_round(rounds, batches, inner, checkpoints))
   callbacks.log_start(run, sampler.shape, step, first_step)
   return Training(outer, step, loop, first_step)
 
@@ -211,13 +210,13 @@ def _build(
 def _change_of_round(
   rounds: Rounds, batches: Batches, inner: InnerLoop, checkpoints: Checkpoints
 ) -> ChangeRound:
-  """Returns the action that makes the inner loop draw from a new round."""
+  """Returns the callback that makes the inner loop draw from a new round."""
 
-  def go_on(first_step: int) -> None:
+  def use_round(first_step: int) -> None:
     dataset = batches.dataset(current_workers().shard(), first_step=first_step)
-    inner.go_on_with(ReplicaBatches(tf.distribute.get_strategy(), dataset))
+    inner.set_batches(ReplicaBatches(tf.distribute.get_strategy(), dataset))
 
-  return ChangeRound(rounds, save_fn=checkpoints.save, go_on_fn=go_on)
+  return ChangeRound(rounds, save_fn=checkpoints.save, restart_fn=use_round)
 
 
 def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:
@@ -302,7 +301,7 @@ def _make_policy(
   )
 
 
-def _chief_actions(run: Run, first_step: int) -> list[callbacks.Action]:
+def _chief_callbacks(run: Run, first_step: int) -> list[callbacks.Callback]:
   callbacks.keep_log(run.model_dir)
   metrics_file = MetricsFile(run.model_dir)
   metrics_file.drop_after(first_step)
@@ -325,7 +324,7 @@ def _make_inner_loop(
     strategy=strategy,
     batches=ReplicaBatches(strategy, dataset),
     zero_statistics=step.zero_statistics(dataset.element_spec),
-    words_fn=lambda: loop_lib.pack_host_flags(
-      shutdown.current_preemption(), checkpoints
+    host_flags_fn=lambda: HostFlags(
+      shutdown.current_preemption().stop_requested, checkpoints.failure is not None
     ),
   )

@@ -301,7 +301,7 @@ def _train_and_evaluate(run: Run, training: Training) -> None:
       results = Results(run.model_dir)
       write = WriteOnce(results.path, lambda: results.write_before_training(before))
       write(StepReport(0, training.options.num_steps, {}))
-      training.loop.add_action(write)
+      training.loop.add_callback(write)
   _train(run, training, evaluation)
   with training.step.weights_for_evaluation():
     after = evaluation.evaluate()
@@ -332,7 +332,7 @@ def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
     evaluate.catch_up(training.first_step)
     if evaluations.is_over:
       return
-    training.loop.add_action(evaluate)
+    training.loop.add_callback(evaluate)
   training.loop.run()
 
 

@@ -12,16 +12,17 @@ the bank, N examples, D dimensions.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
-from trainer.losses import metric_accumulators
-from trainer.losses.loss_terms import Anchors, Candidates, LossOutput
-from trainer.losses.mining_statistics import MinedLoss
+from trainer.losses.loss_terms import Candidates, WeightedMean
+from trainer.losses.metric_accumulators import weighted_mean
+from trainer.losses.objectives import MiningBatch
 
 _NEVER = -1
 
@@ -41,6 +42,20 @@ class Entries(NamedTuple):
   labels: tf.Tensor
   record_numbers: tf.Tensor
   steps: tf.Tensor
+
+
+class ExtendedCandidates(NamedTuple):
+  """The candidates of a batch and of the memory, for one step.
+
+  Attributes:
+    candidates: those of the batch first, then the entries, which have no gradient.
+    new_entries: of the global batch, to be added after the step.
+    statistics: of the memory, by metric name.
+  """
+
+  candidates: Candidates
+  new_entries: Entries
+  statistics: Mapping[str, WeightedMean]
 
 
 @gin.register
@@ -111,104 +126,55 @@ class CrossBatchMemory(tf.Module):
     for variable, new in zip(self.contents.values(), entries):
       variable.assign(tf.concat([new, variable], 0)[: self._size])
 
-  def usable(self, entries: Entries, step: tf.Tensor) -> tf.Tensor:
-    """Returns which entries may be candidates for any batch, [M] bool.
-
-    Args:
-      entries: M of them.
-      step: [] int32, number of steps done.
-    """
-    return tf.logical_and(entries.steps > _NEVER, step >= self._warm_up_steps)
-
-
-class CrossBatchMemoryLoss:
-  """A loss with the entries of a bank as additional candidates, for one step.
-
-  Entries whose record is in the current batch are masked out. Each is an older copy of
-  an anchor or of an existing candidate.
-
-  Attributes:
-    comparison: that of the loss.
-    margin: that of the loss.
-    added: the entries that this step adds to the bank, set when the loss is called.
-
-  Args:
-    loss: a loss of this package.
-    bank: its variables exist.
-    record_numbers: [A] int32, of this replica's batch.
-    step: [] int32, number of steps done.
-    collectives: connect the replicas.
-  """
-
-  def __init__(
+  def extend(
     self,
-    loss: MinedLoss,
-    bank: CrossBatchMemory,
-    *,
+    pairs: MiningBatch,
     record_numbers: tf.Tensor,
     step: tf.Tensor,
     collectives: Collectives,
-  ):
-    self.comparison = loss.comparison
-    self.margin = loss.margin
-    self._loss = loss
-    self._bank = bank
-    self._record_numbers = record_numbers
-    self._step = step
-    self._collectives = collectives
-    self.added: Optional[Entries] = None
+  ) -> ExtendedCandidates:
+    """Adds the entries to the candidates of a batch.
 
-  def __call__(self, anchors: Anchors, candidates: Candidates) -> LossOutput:
-    """Computes the loss against the batch and the bank, and adds bank statistics.
+    Entries whose record is in the current batch are masked out. Each is an older copy
+    of an anchor or of an existing candidate.
 
     Args:
-      anchors: A of them.
-      candidates: G of them: the global batch, or this replica's.
+      pairs: A anchors and G candidates: the global batch, or this replica's.
+      record_numbers: [A] int32, of this replica's batch.
+      step: [] int32, number of steps done.
+      collectives: connect the replicas.
 
     Raises:
       UserError: examples have several labels, or positives are not defined by labels.
     """
+    anchors, candidates, is_global = pairs
     if candidates.labels.dtype == tf.bool:
       raise UserError("CrossBatchMemory keeps one label of an example, not several.")
     if candidates.is_relevant is not None or candidates.is_compared is not None:
       raise UserError(
-        "CrossBatchMemory goes by labels, and WithinGroups by the list; set "
+        "CrossBatchMemory defines positives by labels, and WithinGroups by groups; set "
         "TrainStep.cross_batch_memory = None, or "
         "TrainStep.objective_fn = @global_negatives."
       )
-    batch = self._entries_of(candidates)
-    is_gathered = batch.labels.shape[0] != self._record_numbers.shape[0]
-    gather = self._collectives.gather
-    self.added = batch if is_gathered else Entries(*map(gather, batch))
-    old = self._bank.entries
+    gather = collectives.gather
+    batch = Entries(
+      tf.stop_gradient(tf.cast(candidates.embeddings, tf.float32)),
+      candidates.labels,
+      gather(record_numbers) if is_global else record_numbers,
+      tf.where(candidates.is_valid, step, _NEVER),
+    )
+    old = self.entries
     copies = _Copies(batch.record_numbers, old)
-    is_usable = self._bank.usable(old, self._step)
-    terms = self._loss(
-      anchors,
+    is_usable = tf.logical_and(old.steps > _NEVER, step >= self._warm_up_steps)
+    drift = copies.drift(anchors.embeddings, record_numbers, anchors.weights > 0.0)
+    return ExtendedCandidates(
       candidates._replace(
         labels=tf.concat([candidates.labels, old.labels], 0),
         is_valid=tf.concat([candidates.is_valid, is_usable & ~copies.is_copy], 0),
         fixed_embeddings=old.embeddings,
       ),
-    )
-    found = {
-      **_fill_and_age(old, self._step),
-      "bank/drift": copies.drift(
-        anchors.embeddings, self._record_numbers, anchors.weights > 0.0
-      ),
-    }
-    return terms._replace(statistics={**terms.statistics, **found})
-
-  def _entries_of(self, candidates: Candidates) -> Entries:
-    """Converts the batch to bank entries, [G]."""
-    numbers = self._record_numbers
-    if candidates.labels.shape[0] != numbers.shape[0]:
-      numbers = self._collectives.gather(numbers)
-    return Entries(
-      tf.stop_gradient(tf.cast(candidates.embeddings, tf.float32)),
-      candidates.labels,
-      numbers,
-      tf.where(candidates.is_valid, self._step, _NEVER),
+      batch if is_global else Entries(*map(gather, batch)),
+      {**_fill_and_age(old, step), "bank/drift": drift},
     )
 
 
@@ -236,7 +202,7 @@ class _Copies:
 
   def drift(
     self, embeddings: tf.Tensor, record_numbers: tf.Tensor, is_real: tf.Tensor
-  ) -> metric_accumulators.WeightedMean:
+  ) -> WeightedMean:
     """Computes the mean Euclidean distance of embeddings to their newest copies.
 
     Args:
@@ -249,21 +215,17 @@ class _Copies:
     has_copy = tf.logical_and(newest < num_entries, is_real)
     copies = tf.gather(self._entries.embeddings, tf.minimum(newest, num_entries - 1))
     moves = tf.stop_gradient(tf.cast(embeddings, tf.float32)) - copies
-    return metric_accumulators.weighted_mean(tf.norm(moves, axis=1), has_copy)
+    return weighted_mean(tf.norm(moves, axis=1), has_copy)
 
   def _places(self, record_numbers: tf.Tensor) -> tf.Tensor:
     return tf.searchsorted(self._sorted, record_numbers)
 
 
-def _fill_and_age(
-  entries: Entries, step: tf.Tensor
-) -> dict[str, metric_accumulators.WeightedMean]:
+def _fill_and_age(entries: Entries, step: tf.Tensor) -> dict[str, WeightedMean]:
   """Computes the fill fraction of the bank and the mean age of its entries in steps."""
   is_there = entries.steps > _NEVER
   ages = tf.cast(step - entries.steps, tf.float32)
   return {
-    "bank/fill": metric_accumulators.weighted_mean(
-      tf.cast(is_there, tf.float32), tf.ones_like(is_there)
-    ),
-    "bank/age_steps": metric_accumulators.weighted_mean(ages, is_there),
+    "bank/fill": weighted_mean(tf.cast(is_there, tf.float32), tf.ones_like(is_there)),
+    "bank/age_steps": weighted_mean(ages, is_there),
   }

@@ -5,7 +5,7 @@ Shapes: A anchors, C candidates, N sampled anchors, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Optional, Protocol
 
 import gin
@@ -17,7 +17,6 @@ from trainer.losses.distances import PairwiseMetric, exact_euclidean
 from trainer.losses.loss_terms import (
   Anchors,
   Candidates,
-  LossFn,
   LossOutput,
   PairMasks,
   WeightedMean,
@@ -110,29 +109,24 @@ class MiningStatistics:
     self._every_steps = every_steps
     self._compiled_fn = tf.function(_sums, jit_compile=True, autograph=False)
 
-  def observing(self, loss: MinedLoss, step_fn: Callable[[], tf.Tensor]) -> LossFn:
-    """Returns the loss with these statistics added; none in the other steps.
+  def at_step(
+    self, step: tf.Tensor, loss: MinedLoss, anchors: Anchors, candidates: Candidates
+  ) -> Mapping[str, Any]:
+    """Computes the statistics if the step is the first of its interval, else zeros.
 
     Args:
-      loss: a loss of this package.
-      step_fn: returns the number of steps done, [] integer.
+      step: [] integer, number of steps done.
+      loss: its comparison and margin are used.
+      anchors: as in `__call__`.
+      candidates: as in `__call__`.
     """
+    compute = tf.function(lambda: self(loss, anchors, candidates), autograph=False)
+    specs = compute.get_concrete_function().structured_outputs
 
-    def observed(anchors: Anchors, candidates: Candidates) -> LossOutput:
-      terms = loss(anchors, candidates)
-      look = tf.function(lambda: self(loss, anchors, candidates), autograph=False)
-      like = look.get_concrete_function().structured_outputs
+    def zeros() -> Mapping[str, Any]:
+      return tf.nest.map_structure(lambda each: tf.zeros(each.shape, each.dtype), specs)
 
-      def zero_statistics() -> Mapping[str, Any]:
-        return tf.nest.map_structure(
-          lambda each: tf.zeros(each.shape, each.dtype), like
-        )
-
-      is_due = tf.equal(step_fn() % self._every_steps, 0)
-      more = tf.cond(is_due, look, zero_statistics)
-      return terms._replace(statistics={**terms.statistics, **more})
-
-    return observed
+    return tf.cond(tf.equal(step % self._every_steps, 0), compute, zeros)
 
   def __call__(
     self, loss: MinedLoss, anchors: Anchors, candidates: Candidates

@@ -1,8 +1,8 @@
 """Objectives: mining across all replicas, or on each replica alone.
 
-An objective function computes a replica's share of the loss from its embeddings. The
-loss is the sum of the shares over the replicas. Gradients are summed over replicas too,
-so they are the gradients of that loss.
+An objective function returns the candidates that a replica's anchors are compared with.
+The loss is the sum of the replicas' shares. Gradients are summed over replicas too, so
+they are the gradients of that loss.
 
 Shapes: B examples on each replica, D dimensions, R replicas.
 """
@@ -10,28 +10,45 @@ Shapes: B examples on each replica, D dimensions, R replicas.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, Callable, NamedTuple, Optional, Protocol
+from typing import Callable, NamedTuple, Optional, Protocol
 
 import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
-from trainer.losses.loss_terms import Anchors, Candidates, LossFn
+from trainer.losses.loss_terms import Anchors, Candidates, LossOutput
 from trainer.losses.mining_statistics import MinedLoss
 
 
-class ReplicaLoss(NamedTuple):
-  """A replica's share of the loss.
+class MiningBatch(NamedTuple):
+  """The anchors of a replica, and the candidates that they are compared with.
 
   Attributes:
-    loss: [] float32, differentiable; the loss is its sum over replicas.
-    statistics: of this replica's anchors; they are summed over replicas.
+    anchors: B of them.
+    candidates: of the global batch, or of this replica.
+    is_global: whether the loss is divided by the count of all replicas: L = Σ_r total_r
+      / Σ_r count_r. Otherwise it is the mean of the replicas' losses: L = 1/R Σ_r
+      total_r / count_r.
   """
 
-  loss: tf.Tensor
-  statistics: Mapping[str, Any]
+  anchors: Anchors
+  candidates: Candidates
+  is_global: bool
+
+  def replica_loss(self, output: LossOutput, collectives: Collectives) -> tf.Tensor:
+    """Returns this replica's share of the loss, [] float32; 0 if the count is 0.
+
+    Args:
+      output: the sums over these anchors.
+      collectives: sum over the replicas.
+    """
+    count = tf.stop_gradient(output.count)
+    if self.is_global:
+      count = collectives.sum(count)
+    else:
+      count = count * collectives.num_replicas
+    return tf.math.divide_no_nan(output.total, count)
 
 
 class Loss(MinedLoss, Protocol):
@@ -44,55 +61,42 @@ class Loss(MinedLoss, Protocol):
   needs_positives: bool
 
 
-ObjectiveFn = Callable[[LossFn, Anchors, Collectives], ReplicaLoss]
+ObjectiveFn = Callable[[Anchors, Collectives], MiningBatch]
 
 
 @gin.register
-def global_negatives(
-  loss: LossFn, anchors: Anchors, collectives: Collectives
-) -> ReplicaLoss:
-  """Computes the loss of local anchors against the candidates of all replicas.
+def global_negatives(anchors: Anchors, collectives: Collectives) -> MiningBatch:
+  """Compares local anchors with the candidates of all replicas.
 
-  L = Σ_r total_r / Σ_r count_r. The value and every gradient equal those of one replica
-  with the whole batch. Each replica computes B × R·B distances.
+  The loss and every gradient equal those of one replica with the whole batch. Each
+  replica computes B × R·B distances.
 
   Args:
-    loss: computes total and count for the anchors.
     anchors: this replica's embeddings [B, D], labels [B] and weights [B].
-    collectives: gather and sum over the replicas.
-
-  Returns:
-    ReplicaLoss: total_r / Σ_r count_r; 0 if the global count is 0.
+    collectives: gather over the replicas.
   """
-  return _share(loss, anchors, _gathered(anchors, collectives), collectives)
+  return MiningBatch(anchors, _gathered(anchors, collectives), is_global=True)
 
 
 @gin.register
-def local_negatives(
-  loss: LossFn, anchors: Anchors, collectives: Collectives
-) -> ReplicaLoss:
-  """Computes the loss of each replica's anchors against its own batch; no gather.
+def local_negatives(anchors: Anchors, collectives: Collectives) -> MiningBatch:
+  """Compares each replica's anchors with its own batch; no gather.
 
-  L = 1/R Σ_r total_r / count_r, the mean of the replicas' losses. It depends on R: the
-  same global batch on more replicas has fewer negatives for each anchor.
+  The loss depends on R: the same global batch on more replicas has fewer negatives for
+  each anchor.
 
   Args:
-    loss: computes total and count for the anchors.
     anchors: this replica's embeddings [B, D], labels [B] and weights [B].
-    collectives: give the number of replicas.
-
-  Returns:
-    ReplicaLoss: total_r / count_r / R; 0 if the count is 0.
+    collectives: not used.
   """
+  del collectives
   candidates = Candidates(
     embeddings=anchors.embeddings,
     labels=anchors.labels,
     is_valid=anchors.weights > 0,
     positions=tf.range(anchors.labels.shape[0]),
   )
-  terms = loss(anchors, candidates)
-  count = tf.stop_gradient(terms.count) * collectives.num_replicas
-  return ReplicaLoss(tf.math.divide_no_nan(terms.total, count), terms.statistics)
+  return MiningBatch(anchors, candidates, is_global=False)
 
 
 @gin.register
@@ -100,8 +104,8 @@ class WithinGroups:
   """Objective that compares the first row of each group with the rest of its group.
 
   It is for batches of triplets: a group is an anchor, its positives and its negatives,
-  whatever their labels are. Rows of other groups are ignored. L = Σ_r total_r / Σ_r
-  count_r: any number of replicas gives the same.
+  whatever their labels are. Rows of other groups are ignored. Any number of replicas
+  gives the same loss.
 
   Args:
     num_positives: p >= 1, number of positives after the anchor.
@@ -143,32 +147,25 @@ class WithinGroups:
         "have {} and {}; make them equal.".format(*self._group, sampler_name, *group)
       )
 
-  def __call__(
-    self, loss: LossFn, anchors: Anchors, collectives: Collectives
-  ) -> ReplicaLoss:
-    """Computes this replica's share of the loss.
+  def __call__(self, anchors: Anchors, collectives: Collectives) -> MiningBatch:
+    """Compares the first row of each group with the rest of its group.
 
     Args:
-      loss: computes total and count for the anchors.
       anchors: this replica's embeddings [B, D], labels [B] and weights [B], in whole
         groups.
-      collectives: gather and sum over the replicas.
-
-    Returns:
-      ReplicaLoss: total_r / Σ_r count_r; 0 if the global count is 0.
+      collectives: gather over the replicas.
     """
     candidates = _gathered(anchors, collectives)
     groups, places = self._groups_and_places(tf.range(candidates.labels.shape[0]))
     own_groups, own_places = self._groups_and_places(candidates.positions)
     is_positive = tf.logical_and(places > 0, places <= self._group[0])
     is_own = tf.equal(own_groups[:, None], groups[None, :])
-    return _share(
-      loss,
+    return MiningBatch(
       anchors._replace(weights=tf.where(own_places > 0, 0.0, anchors.weights)),
       candidates._replace(
         is_relevant=tf.logical_and(is_own, is_positive[None, :]), is_compared=is_own
       ),
-      collectives,
+      is_global=True,
     )
 
   def _groups_and_places(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -186,15 +183,6 @@ def _gathered(anchors: Anchors, collectives: Collectives) -> Candidates:
     is_valid=gather(anchors.weights) > 0,
     positions=collectives.replica_id * num_local + tf.range(num_local),
   )
-
-
-def _share(
-  loss: LossFn, anchors: Anchors, candidates: Candidates, collectives: Collectives
-) -> ReplicaLoss:
-  """Computes the share of a loss that is divided by the count of all replicas."""
-  terms = loss(anchors, candidates)
-  count = collectives.sum(tf.stop_gradient(terms.count))
-  return ReplicaLoss(tf.math.divide_no_nan(terms.total, count), terms.statistics)
 
 
 def mines_across_replicas(objective_fn: ObjectiveFn) -> bool:

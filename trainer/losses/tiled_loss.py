@@ -16,7 +16,6 @@ dimensions.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Optional
 
@@ -178,6 +177,7 @@ def sum_over_tiles(
   lists: Optional[PositiveLists],
   *,
   comparison: PairwiseMetric,
+  needs_lists: bool = False,
   parameters: Sequence[tf.Tensor] = (),
   rows_per_tile: Optional[int] = None,
 ) -> Sums:
@@ -190,8 +190,9 @@ def sum_over_tiles(
       all.
     candidates: C of them, with vectors as embeddings except for fixed ones; those have
       no gradient, which saves its time.
-    lists: positives of the anchors, if the loss needs them.
+    lists: positives of the anchors, if the loss uses them and labels give them.
     comparison: converts embeddings to vectors; its `uses_norms` is read.
+    needs_lists: whether each tile makes lists by a sort of its rows if none are given.
     parameters: further tensors that the total has a gradient to.
     rows_per_tile: T; None to choose by the number of candidates and the device.
   """
@@ -216,6 +217,7 @@ def sum_over_tiles(
       norms,
       None if fixed is None else fresh.shape[0],
       lists,
+      needs_lists,
       comparison.uses_norms,
       [tf.stop_gradient(parameter) for parameter in parameters],
     )
@@ -266,6 +268,7 @@ class _Tiles(NamedTuple):
   candidate_norms: tf.Tensor
   num_fresh: Optional[int]
   lists: Optional[PositiveLists]
+  needs_lists: bool
   uses_norms: bool
   parameters: Sequence[tf.Tensor]
 
@@ -317,6 +320,8 @@ class _Tiles(NamedTuple):
     [C − F, D], the column sums of S [C − F], and the gradients to the parameters.
     """
     vectors, others = anchors.embeddings, candidates.embeddings
+    if self.needs_lists and lists is None:
+      lists = lists_of_pairs(pair_masks(anchors, candidates).is_positive)
     norms = squared_norms(vectors)
     products = tf.matmul(vectors, others, transpose_b=True)
     sums, slopes = self.pairs_fn(
@@ -429,7 +434,7 @@ class TiledPairLoss(InBatchLoss):
     self._rows_per_tile = rows_per_tile
     # Created once: a function created at each call would be compiled at each call.
     self._compiled_fn = tf.function(
-      self._sums_and_slopes, jit_compile=True, autograph=False
+      self._sums_and_gradients, jit_compile=True, autograph=False
     )
 
   @property
@@ -468,11 +473,12 @@ class TiledPairLoss(InBatchLoss):
     fresh = candidates.embeddings
     others = _zero_unless(candidates.is_valid[: fresh.shape[0]], fresh)
     sums = sum_over_tiles(
-      functools.partial(self._tile, self._pairs_fn(anchors, candidates)),
+      self._pairs_fn(anchors, candidates),
       anchors._replace(embeddings=vectors_fn(own)),
       candidates._replace(embeddings=vectors_fn(others)),
       lists,
       comparison=self.comparison,
+      needs_lists=self.needs_lists,
       parameters=self.parameters(),
       rows_per_tile=self._rows_per_tile,
     )
@@ -481,23 +487,11 @@ class TiledPairLoss(InBatchLoss):
     return LossOutput(sums.total, count, {"mining/active_fraction": active})
 
   def _pairs_fn(self, anchors: Anchors, candidates: Candidates) -> PairsFn:
+    """Returns the function of a tile, which XLA compiles for a large batch."""
     is_large = (num_pairs(anchors, candidates) or 0) >= MIN_PAIRS_TO_COMPILE
-    return self._compiled_fn if is_large else self._sums_and_slopes
+    return self._compiled_fn if is_large else self._sums_and_gradients
 
-  def _tile(
-    self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
-  ) -> tuple[Sums, PairGradients]:
-    """Computes sums and gradients of a tile by the function that XLA may compile."""
-    return pairs_fn(self._with_lists(pairs), parameters)
-
-  def _with_lists(self, pairs: Pairs) -> Pairs:
-    """Adds lists if they are needed and labels gave none."""
-    if not self.needs_lists or pairs.lists is not None:
-      return pairs
-    is_positive = pair_masks(pairs.anchors, pairs.candidates).is_positive
-    return pairs._replace(lists=lists_of_pairs(is_positive))
-
-  def _sums_and_slopes(
+  def _sums_and_gradients(
     self, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, PairGradients]:
     """Computes the sums of a tile, and the gradients of its total."""

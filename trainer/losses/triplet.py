@@ -5,6 +5,7 @@ Shapes: T anchors of a tile, C candidates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, Callable, Optional, TypeVar, Union
 
@@ -13,7 +14,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.distances import distance_named
-from trainer.losses.loss_terms import PairMasks
+from trainer.losses.loss_terms import Anchors, Candidates, PairMasks
 from trainer.losses.selection import (
   NEGATIVES,
   POSITIVES,
@@ -141,17 +142,19 @@ class BatchAllTripletLoss(MarginTripletLoss):
       total, num_active, num_members(pairs.is_positive) * num_members(pairs.is_negative)
     )
 
-  def _tile(
-    self, pairs_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
+  def _pairs_fn(self, anchors: Anchors, candidates: Candidates) -> PairsFn:
+    return functools.partial(self._loop_or_sort, super()._pairs_fn(anchors, candidates))
+
+  def _loop_or_sort(
+    self, loop_fn: PairsFn, pairs: Pairs, parameters: Sequence[tf.Tensor]
   ) -> tuple[Sums, PairGradients]:
     """Loops over positives, or sorts if an anchor has very many."""
-    pairs = self._with_lists(pairs)
     assert pairs.lists is not None
     without_lists = pairs._replace(lists=None)
     return tf.cond(
       tf.reduce_max(pairs.lists.sizes) > MAX_POSITIVES_OF_LOOP,
-      lambda: self._sums_and_slopes(without_lists, parameters),
-      lambda: pairs_fn(pairs, parameters),
+      functools.partial(self._sums_and_gradients, without_lists, parameters),
+      functools.partial(loop_fn, pairs, parameters),
     )
 
 

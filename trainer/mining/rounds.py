@@ -391,7 +391,7 @@ class ChangeRound:
     rounds: of the training.
     save_fn: saves a checkpoint of a step, if there is none yet. Mining can take longer
       than the grace period of a preempted machine.
-    go_on_fn: restarts the input from a step on; batches read ahead are discarded.
+    restart_fn: restarts the input from a step on; batches read ahead are discarded.
   """
 
   def __init__(
@@ -399,11 +399,11 @@ class ChangeRound:
     rounds: Rounds,
     *,
     save_fn: Callable[[int], None],
-    go_on_fn: Callable[[int], None],
+    restart_fn: Callable[[int], None],
   ):
     self._rounds = rounds
     self._save_fn = save_fn
-    self._go_on_fn = go_on_fn
+    self._restart_fn = restart_fn
 
   def __call__(self, report: StepReport) -> None:
     """Switches rounds if a decision is due and steps are left."""
@@ -411,4 +411,4 @@ class ChangeRound:
       return
     self._save_fn(report.step)
     if self._rounds.decide(report.step):
-      self._go_on_fn(report.step)
+      self._restart_fn(report.step)

@@ -232,7 +232,7 @@ class StepReport(NamedTuple):
 
 
 # Returning True ends the run, as if it had done its last step.
-Action = Callable[[StepReport], Optional[bool]]
+Callback = Callable[[StepReport], Optional[bool]]
 
 
 class ShowProgress:
@@ -280,14 +280,14 @@ class WarnOfCollapse:
   """Callback that logs one warning when embeddings have collapsed, with suggestions."""
 
   def __init__(self):
-    self._is_said = False
+    self._has_warned = False
 
   def __call__(self, report: StepReport) -> None:
     """Warns if the mining statistics show a collapse."""
     collapse = describe_collapse(report.metrics)
-    if collapse and not self._is_said:
+    if collapse and not self._has_warned:
       logging.warning("Step %d: collapse: %s; %s.", report.step, collapse, ADVICE)
-      self._is_said = True
+      self._has_warned = True
 
 
 class WriteMetrics:

@@ -1,4 +1,4 @@
-"""Gradients of a replica's loss: loss scale, micro-batches, gradient cache.
+"""Forward pass of a replica's batch, whole or in micro-batches, and the loss scale.
 
 Shapes: B examples on a replica, M micro-batches, D dimensions.
 """
@@ -12,11 +12,8 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
-from trainer.losses.objectives import ReplicaLoss
 from trainer.models.batch_norm import batch_norms, has_synchronized
 from trainer.runtime import tensorflow_private
-
-_ZERO = tf.UnconnectedGradients.ZERO
 
 
 def with_loss_scale(optimizer: Any, encoder: tf.keras.Model) -> Any:
@@ -101,82 +98,95 @@ def check_micro_batch_size(num_micro_batches: int, replica_batch_size: int) -> N
 
 # Maps inputs [n, ...] and the index of the first of them to embeddings [n, D].
 EncodeFn = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
-# Maps embeddings [B, D] to the share, and to the scaled loss that is differentiated.
-ReplicaLossFn = Callable[[tf.Tensor], tuple[ReplicaLoss, tf.Tensor]]
-Gradients = list[tf.Tensor]
 
 
-def whole_batch_gradients(
-  encode_fn: EncodeFn,
-  share_fn: ReplicaLossFn,
-  inputs: tf.Tensor,
-  variables: Sequence[tf.Variable],
-) -> tuple[ReplicaLoss, Gradients]:
-  """Computes gradients by one forward and one backward pass over the whole batch.
+class ForwardPass:
+  """One forward pass over the whole batch, whose activations stay in memory.
 
-  Memory holds all activations.
+  Attributes:
+    embeddings: [B, D].
 
   Args:
     encode_fn: computes embeddings.
-    share_fn: computes the share of the loss.
     inputs: [B, ...].
     variables: those to compute gradients for.
   """
-  with tf.GradientTape() as tape:
-    share, loss = share_fn(encode_fn(inputs, tf.constant(0)))
-  return share, tape.gradient(loss, variables, unconnected_gradients=_ZERO)
+
+  def __init__(
+    self, encode_fn: EncodeFn, inputs: tf.Tensor, variables: Sequence[tf.Variable]
+  ):
+    self._variables = variables
+    with tf.GradientTape() as self._tape:
+      self.embeddings = encode_fn(inputs, tf.constant(0))
+
+  def gradients(self, to_embeddings: tf.Tensor) -> list[tf.Tensor]:
+    """Returns the gradient of a loss to each variable.
+
+    Args:
+      to_embeddings: [B, D], gradient of the loss to the embeddings.
+    """
+    return self._tape.gradient(
+      self.embeddings,
+      self._variables,
+      output_gradients=to_embeddings,
+      unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
 
 
-def micro_batch_gradients(
-  encode_fn: EncodeFn,
-  share_fn: ReplicaLossFn,
-  inputs: tf.Tensor,
-  variables: Sequence[tf.Variable],
-  num_micro_batches: int,
-) -> tuple[ReplicaLoss, Gradients]:
-  """Computes the same gradients with the activations of B/M examples in memory.
+class MicroBatchedPass:
+  """A forward pass in micro-batches, with the activations of B/M examples in memory.
 
-  It embeds all micro-batches without keeping activations, then computes the loss and
-  its gradient to all embeddings. It embeds each micro-batch again and backpropagates
-  its part of that gradient to the weights. This takes one more forward pass.
+  It embeds all micro-batches without keeping activations. `gradients` embeds each
+  again and backpropagates its part of the gradient, for the same result. This takes
+  one more forward pass.
 
   Source: Gao et al. 2021, https://arxiv.org/abs/2101.06983.
 
+  Attributes:
+    embeddings: [B, D].
+
   Args:
     encode_fn: computes embeddings; deterministic.
-    share_fn: computes the share of the loss.
     inputs: [B, ...].
     variables: those to compute gradients for.
     num_micro_batches: M, a divisor of B.
   """
-  size = inputs.shape[0] // num_micro_batches
-  parts = tf.reshape(inputs, [num_micro_batches, size, *inputs.shape[1:]])
-  firsts = tf.range(num_micro_batches) * size
-  in_parts = tf.map_fn(
-    lambda part: encode_fn(*part),
-    (parts, firsts),
-    fn_output_signature=tf.float32,
-    parallel_iterations=1,
-  )
-  with tf.GradientTape() as tape:
-    embeddings = tf.reshape(in_parts, [inputs.shape[0], in_parts.shape[-1]])
-    tape.watch(embeddings)
-    share, loss = share_fn(embeddings)
-  to_embeddings, *direct = tape.gradient(
-    loss, [embeddings, *variables], unconnected_gradients=_ZERO
-  )
-  cached = tf.reshape(to_embeddings, in_parts.shape)
 
-  def add_gradients(sums, part):
-    inputs, first, upstream = part
-    with tf.GradientTape() as tape:
-      embeddings = encode_fn(inputs, first)
-    gradients = tape.gradient(
-      embeddings, variables, output_gradients=upstream, unconnected_gradients=_ZERO
+  def __init__(
+    self,
+    encode_fn: EncodeFn,
+    inputs: tf.Tensor,
+    variables: Sequence[tf.Variable],
+    num_micro_batches: int,
+  ):
+    self._encode_fn = encode_fn
+    self._variables = variables
+    size = inputs.shape[0] // num_micro_batches
+    self._parts = tf.reshape(inputs, [num_micro_batches, size, *inputs.shape[1:]])
+    self._firsts = tf.range(num_micro_batches) * size
+    in_parts = tf.map_fn(
+      lambda part: encode_fn(*part),
+      (self._parts, self._firsts),
+      fn_output_signature=tf.float32,
+      parallel_iterations=1,
     )
-    return [old + new for old, new in zip(sums, gradients)]
+    self.embeddings = tf.reshape(in_parts, [inputs.shape[0], in_parts.shape[-1]])
 
-  gradients = tf.foldl(
-    add_gradients, (parts, firsts, cached), initializer=direct, parallel_iterations=1
-  )
-  return share, gradients
+  def gradients(self, to_embeddings: tf.Tensor) -> list[tf.Tensor]:
+    """Returns the gradient of a loss to each variable; see `ForwardPass`."""
+    num_parts, size = self._parts.shape[:2]
+    upstream = tf.reshape(to_embeddings, [num_parts, size, to_embeddings.shape[-1]])
+    return tf.foldl(
+      self._add_gradients,
+      (self._parts, self._firsts, upstream),
+      initializer=[tf.zeros_like(variable) for variable in self._variables],
+      parallel_iterations=1,
+    )
+
+  def _add_gradients(self, sums: list[tf.Tensor], part: tuple) -> list[tf.Tensor]:
+    inputs, first, to_embeddings = part
+    forward = ForwardPass(
+      lambda inputs, _: self._encode_fn(inputs, first), inputs, self._variables
+    )
+    gradients = forward.gradients(to_embeddings)
+    return [old + new for old, new in zip(sums, gradients)]

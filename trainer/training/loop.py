@@ -21,7 +21,7 @@ from trainer.losses.metric_accumulators import summarize
 from trainer.runtime import watchdog as watchdog_lib
 from trainer.runtime.shutdown import Preemption
 from trainer.runtime.watchdog import Watchdog
-from trainer.training.callbacks import Action, StepReport
+from trainer.training.callbacks import Callback, StepReport
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.nonfinite import NonfinitePolicy
 from trainer.training.options import LoopOptions
@@ -29,32 +29,29 @@ from trainer.training.step import TrainStep
 
 
 class HostFlags(NamedTuple):
-  """Flags set by at least one host; equal on all hosts.
+  """Flags exchanged between hosts.
 
   Attributes:
-    stop_requested: a stop was requested.
-    is_saving_impossible: the last checkpoint could not be written.
+    stop_requested: whether a stop was requested.
+    is_saving_impossible: whether the last checkpoint could not be written.
   """
 
   stop_requested: bool
   is_saving_impossible: bool
 
+  def pack(self) -> np.ndarray:
+    """Returns the flags of this host, [2] int32, to be summed over hosts."""
+    return np.array(self, np.int32)
 
-def pack_host_flags(preemption: Preemption, checkpoints: Checkpoints) -> np.ndarray:
-  """Returns the flags of this host, [2] int32."""
-  return np.array(
-    [preemption.stop_requested, checkpoints.failure is not None], np.int32
-  )
-
-
-def unpack_host_flags(words: np.ndarray) -> HostFlags:
-  """Converts the sum over hosts to flags."""
-  return HostFlags(*(bool(word) for word in words > 0))
+  @classmethod
+  def unpack(cls, sums: np.ndarray) -> HostFlags:
+    """Returns which flags are set on at least one host, from their sums [2]."""
+    return cls(*(bool(num_hosts) for num_hosts in sums))
 
 
 # AutoGraph is only for the loop below. Converting the functions inside of it, which
 # have no conditions, would take a third of a run's startup.
-_as_it_is = tf.autograph.experimental.do_not_convert
+_no_autograph = tf.autograph.experimental.do_not_convert
 
 
 class InnerLoopResult(NamedTuple):
@@ -64,13 +61,12 @@ class InnerLoopResult(NamedTuple):
     num_steps: number of updates applied; fewer than requested if the next update
       was not finite and therefore not applied.
     statistics: summed over these steps and over replicas, as NumPy values.
-    words: [n] int32, flags of the hosts at the end of the call, summed over replicas,
-      so that all hosts have the same.
+    host_flags: flags set on at least one host at the end of the call; the same on all.
   """
 
   num_steps: int
   statistics: Mapping[str, Any]
-  words: np.ndarray
+  host_flags: HostFlags
 
 
 class InnerLoop:
@@ -81,8 +77,8 @@ class InnerLoop:
     strategy: the replicas.
     batches: of the replicas.
     zero_statistics: zeros in the structure that a step returns.
-    words_fn: returns the flags of this host, [n] int32; called once per inner call,
-      after the steps.
+    host_flags_fn: returns the flags of this host; called once per inner call, after the
+      steps.
   """
 
   def __init__(
@@ -92,13 +88,13 @@ class InnerLoop:
     strategy: tf.distribute.Strategy,
     batches: ReplicaBatches,
     zero_statistics: Mapping[str, Any],
-    words_fn: Callable[[], np.ndarray],
+    host_flags_fn: Callable[[], HostFlags],
   ):
     self._step = step
     self._strategy = strategy
     self._batches = batches
     self._zero_statistics = zero_statistics
-    self._words_fn = words_fn
+    self._host_flags_fn = host_flags_fn
 
   def run(self, num_steps: int) -> InnerLoopResult:
     """Runs the given number of steps, or stops before an update that is not finite.
@@ -107,11 +103,11 @@ class InnerLoop:
       num_steps: number of steps; changing it does not trace again.
     """
     done = self._run(self._batches.iterator, tf.constant(num_steps))
-    num_done, totals, words = tf.nest.map_structure(lambda each: each.numpy(), done)
-    return InnerLoopResult(int(num_done), totals, words)
+    num_done, totals, flags = tf.nest.map_structure(lambda each: each.numpy(), done)
+    return InnerLoopResult(int(num_done), totals, HostFlags.unpack(flags))
 
-  def go_on_with(self, batches: ReplicaBatches) -> None:
-    """Uses other batches from now on, without tracing again.
+  def set_batches(self, batches: ReplicaBatches) -> None:
+    """Uses other batches in the next calls, without tracing again.
 
     Args:
       batches: of the replicas, of the same shapes.
@@ -126,47 +122,43 @@ class InnerLoop:
     num_done, is_finite = 0, True
     while num_done < num_steps and is_finite:
       before = self._strategy.run(self._forward_state)
-      proposal = self._strategy.run(self._compute_update, args=(next(batches),))
-      is_finite = self._strategy.experimental_local_results(proposal.is_finite)[0]
+      result = self._strategy.run(self._compute_update, args=(next(batches),))
+      is_finite = self._strategy.experimental_local_results(result.is_finite)[0]
       if is_finite:
-        totals = self._strategy.run(self._apply_and_add, args=(proposal, totals))
+        totals = self._strategy.run(self._apply_and_add, args=(result, totals))
         num_done += 1
       else:
         self._strategy.run(self._restore, args=(before,))
-    words = self._strategy.run(self._as_given, args=(self._words(),))
-    return num_done, *tf.nest.map_structure(self._sum, (totals, words))
+    flags = self._strategy.run(tf.identity, args=(self._host_flags(),))
+    return num_done, *tf.nest.map_structure(self._sum, (totals, flags))
 
-  @_as_it_is
-  def _words(self):
-    words = tf.numpy_function(self._words_fn, [], tf.int32)
-    return tf.ensure_shape(words, np.shape(self._words_fn()))
+  @_no_autograph
+  def _host_flags(self):
+    flags = tf.numpy_function(lambda: self._host_flags_fn().pack(), [], tf.int32)
+    return tf.ensure_shape(flags, [len(HostFlags._fields)])
 
-  @_as_it_is
+  @_no_autograph
   def _sum(self, value):
     return self._strategy.reduce("SUM", value, axis=None)
 
-  @_as_it_is
-  def _as_given(self, value):
-    return tf.identity(value)
-
-  @_as_it_is
+  @_no_autograph
   def _zeros(self):
     return tf.nest.map_structure(tf.zeros_like, self._zero_statistics)
 
-  @_as_it_is
+  @_no_autograph
   def _compute_update(self, batch):
     return self._step.compute_update(batch, current_collectives())
 
-  @_as_it_is
-  def _apply_and_add(self, proposal, totals):
-    self._step.apply_update(proposal.update)
-    return tf.nest.map_structure(tf.add, totals, proposal.statistics)
+  @_no_autograph
+  def _apply_and_add(self, result, totals):
+    self._step.apply_update(result.update)
+    return tf.nest.map_structure(tf.add, totals, result.statistics)
 
-  @_as_it_is
+  @_no_autograph
   def _forward_state(self):
     return self._step.read_forward_state()
 
-  @_as_it_is
+  @_no_autograph
   def _restore(self, values):
     self._step.write_forward_state(values)
 
@@ -197,7 +189,7 @@ class Loop:
     optimizer: its `iterations` are the step; its learning rate is logged.
     options: length, and intervals of logging and checkpoints.
     images_per_step: the global batch size.
-    actions: called in order after each inner loop.
+    callbacks: called in order after each inner loop.
     safety: protects the results.
     metrics_fns: each returns additional metrics of an inner loop, given the step at its
       end.
@@ -210,7 +202,7 @@ class Loop:
     optimizer: tf.keras.optimizers.Optimizer,
     options: LoopOptions,
     images_per_step: int,
-    actions: Sequence[Action],
+    callbacks: Sequence[Callback],
     safety: Safety,
     metrics_fns: Sequence[Callable[[int], Mapping[str, float]]] = (),
   ):
@@ -218,18 +210,18 @@ class Loop:
     self._optimizer = optimizer
     self._options = options
     self._images_per_step = images_per_step
-    self._actions = list(actions)
+    self._callbacks = list(callbacks)
     self._safety = safety
     self._metrics_fns = list(metrics_fns)
     self._is_over = False
 
-  def add_action(self, action: Action) -> None:
+  def add_callback(self, callback: Callback) -> None:
     """Adds a callback after all others.
 
     Args:
-      action: must be the same on every worker if it communicates with the others.
+      callback: must be the same on every worker if it communicates with the others.
     """
-    self._actions.append(action)
+    self._callbacks.append(callback)
 
   def run(self) -> None:
     """Runs the remaining steps, and waits until the last checkpoint is written.
@@ -260,7 +252,7 @@ class Loop:
     per_loop = self._options.steps_per_loop
     end = min((step // per_loop + 1) * per_loop, self._options.num_steps)
     start_s = time.monotonic()
-    statistics, said = self._run_steps(step, end)
+    statistics, flags = self._run_steps(step, end)
     seconds_per_step = (time.monotonic() - start_s) / (end - step)
     self._safety.watchdog.record_step_time(seconds_per_step)
     metrics = {
@@ -273,12 +265,12 @@ class Loop:
     for metrics_fn in self._metrics_fns:
       metrics.update(metrics_fn(end))
     with self._safety.watchdog.acting():
-      for action in self._actions:
-        if action(StepReport(end, self._options.num_steps, metrics)):
+      for callback in self._callbacks:
+        if callback(StepReport(end, self._options.num_steps, metrics)):
           self._is_over = True
           self._safety.checkpoints.save(end)
         watchdog_lib.beat()
-      self._heed(said, end)
+      self._act_on(flags, end)
     return end
 
   def _run_steps(self, step: int, end: int) -> tuple[Mapping[str, Any], HostFlags]:
@@ -294,18 +286,18 @@ class Loop:
           self._safety.not_finite.handle_nonfinite(step)
         step += 1
     total = tf.nest.map_structure(lambda *each: functools.reduce(np.add, each), *parts)
-    return total, unpack_host_flags(done.words)
+    return total, done.host_flags
 
-  def _heed(self, said: HostFlags, step: int) -> None:
+  def _act_on(self, flags: HostFlags, step: int) -> None:
     """Stops if a worker requests it, or could not save a required checkpoint."""
     checkpoints = self._safety.checkpoints
-    if said.is_saving_impossible and self._options.on_disk_full == "stop":
+    if flags.is_saving_impossible and self._options.on_disk_full == "stop":
       checkpoints.wait()
       raise UserError(
         f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
         "free some disk, or set LoopOptions.on_disk_full = 'continue'."
       )
-    if said.stop_requested:
+    if flags.stop_requested:
       checkpoints.save(step)
       checkpoints.wait()
       failure = f"{checkpoints.failure}; " if checkpoints.failure else ""
@@ -322,7 +314,7 @@ class Loop:
         f"{checkpoints.failure}; {checkpoints.newest}; free some disk, and the same "
         "command does the rest."
       )
-    for action in self._actions:
-      finish = getattr(action, "finish", None)
+    for callback in self._callbacks:
+      finish = getattr(callback, "finish", None)
       if finish is not None:
         finish()

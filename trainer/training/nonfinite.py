@@ -61,7 +61,7 @@ class Diagnosis:
     batches: Batches,
     model_dir: Optional[str],
   ):
-    self._again = _Again(step)
+    self._rerun = StepRerun(step)
     self._index = index
     self._sampler = sampler
     self._batches = batches
@@ -70,7 +70,7 @@ class Diagnosis:
   def __call__(self, step: int) -> str:
     """Describes what is not finite in a step, and the records of its batch."""
     try:
-      found = self._again.describe(self._batch(step))
+      found = self._rerun.describe(self._batch(step))
     except Exception as error:  # Must not hide the step's own error.
       logging.warning("Step %d can't be computed again: %s", step, error)
       why = (str(error).strip().splitlines() or [""])[0]
@@ -114,15 +114,15 @@ class _Check(NamedTuple):
   """A number that must be 0, with its description.
 
   Attributes:
-    words: in the order of the computation; the first one not 0 is reported.
+    message: in the order of the computation; the first one not 0 is reported.
     num_bad: [] float32; of this replica, later of all.
   """
 
-  words: str
+  message: str
   num_bad: tf.Tensor
 
 
-class _Again:
+class StepRerun:
   """A second computation of a step without its update; traced once.
 
   Args:
@@ -131,7 +131,7 @@ class _Again:
 
   def __init__(self, step: TrainStep):
     self._step = step
-    self._words: list[str] = []
+    self._messages: list[str] = []
     self._seen = _SeenOutputs(step.encoder)
 
   def describe(self, batch: Any) -> str:
@@ -149,10 +149,10 @@ class _Again:
     rows = np.flatnonzero(is_bad_row.numpy()).tolist()
     if rows:
       return f"the inputs of rows {rows[:_NUM_SHOWN]} of the batch are not finite"
-    words = [text for text, bad in zip(self._words, num_bad.numpy()) if bad]
-    if not words:
+    failed = [text for text, bad in zip(self._messages, num_bad.numpy()) if bad]
+    if not failed:
       return "computed again, all is finite"
-    return words[0].format(loss=loss.numpy())
+    return failed[0].format(loss=loss.numpy())
 
   @tf.function(autograph=False)
   def _read(self):
@@ -173,7 +173,7 @@ class _Again:
     collectives = current_collectives()
     rows = collectives.gather(~_are_rows_finite(batch.inputs))
     checks = list(self._checks_before())
-    with self._seen.noting() as outputs:
+    with self._seen.recording() as outputs:
       self._step.embed_layerwise(batch, collectives)
     checks += [
       _Check(f"the output of layer {name} is not finite", num_bad)
@@ -187,7 +187,7 @@ class _Again:
     ]
     last, loss = self._checks_after(batch, collectives)
     checks += last
-    self._words = [check.words for check in checks]
+    self._messages = [check.message for check in checks]
     counts = tf.stack([check.num_bad for check in checks])
     return rows, *collectives.sum([counts, loss])
 
@@ -206,19 +206,20 @@ class _Again:
     self, batch: Batch, collectives: Collectives
   ) -> tuple[list[_Check], tf.Tensor]:
     """Returns checks of loss and gradients, and this replica's share of the loss."""
-    share, gradients = self._step.gradients(batch, collectives)
-    words = f"the loss, {type(self._step.loss).__name__}, is {{loss}}"
-    checks = [_Check(words, _num_bad(share.loss))]
+    result = self._step.compute_update(batch, collectives)
+    loss, gradients = result.statistics["train/loss"].total, result.update.gradients
+    message = f"the loss, {type(self._step.loss).__name__}, is {{loss}}"
+    checks = [_Check(message, _num_bad(loss))]
     for weight, gradient in zip(self._step.trainable_variables, gradients):
-      words = f"the gradient to {weight.name} is not finite"
-      checks.append(_Check(words, _num_bad(gradient)))
+      message = f"the gradient to {weight.name} is not finite"
+      checks.append(_Check(message, _num_bad(gradient)))
     checks.append(
       _Check(
         "the gradient is so large that its squared norm is not finite",
         _num_bad(tf.linalg.global_norm(gradients)),
       )
     )
-    return checks, share.loss
+    return checks, loss
 
 
 class _SeenOutputs:
@@ -234,7 +235,7 @@ class _SeenOutputs:
     self._local = threading.local()
 
   @contextlib.contextmanager
-  def noting(self) -> Iterator[list[tuple[str, tf.Tensor]]]:
+  def recording(self) -> Iterator[list[tuple[str, tf.Tensor]]]:
     """Records the outputs of layers that a replica calls in this context, in a graph.
 
     Yields:
@@ -264,7 +265,7 @@ class _SeenOutputs:
     # Some Keras layers keep the function that they call in the same attribute.
     own = [(layer, vars(layer).get("call")) for layer in layers]
     for layer in layers:
-      layer.call = self._noting(layer.name, layer.call)
+      layer.call = self._recording(layer.name, layer.call)
     try:
       yield
     finally:
@@ -273,21 +274,16 @@ class _SeenOutputs:
         if call is not None:
           layer.call = call
 
-  def _noting(self, name: str, call):
+  def _recording(self, name: str, call):
     @tf.autograph.experimental.do_not_convert
-    def call_and_note(*args, **kwargs):
+    def call_and_record(*args, **kwargs):
       output = call(*args, **kwargs)
       outputs = getattr(self._local, "outputs", None)
       if outputs is not None:
         outputs.append((name, output))
       return output
 
-    return call_and_note
-
-
-def _what(step: TrainStep, batch: Any) -> str:
-  """Returns the first non-finite quantity of a step, and restores all state."""
-  return _Again(step).describe(batch)
+    return call_and_record
 
 
 def _is_of(value: Any, graph: tf.Graph) -> bool:

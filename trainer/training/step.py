@@ -16,14 +16,10 @@ from trainer.distribute.collectives import (
   current_collectives,
 )
 from trainer.errors import UserError
-from trainer.losses.cross_batch_memory import (
-  CrossBatchMemory,
-  CrossBatchMemoryLoss,
-  Entries,
-)
-from trainer.losses.loss_terms import Anchors, LossFn, WeightedMean
-from trainer.losses.mining_statistics import MinedLoss, MiningStatistics
-from trainer.losses.objectives import Loss, ObjectiveFn, ReplicaLoss
+from trainer.losses.cross_batch_memory import CrossBatchMemory, Entries
+from trainer.losses.loss_terms import Anchors, WeightedMean
+from trainer.losses.mining_statistics import MiningStatistics
+from trainer.losses.objectives import Loss, ObjectiveFn
 from trainer.models.dropout import examples_at
 from trainer.training import gradients as gradients_lib
 from trainer.training.optimizers import AveragedWeights, MultiOptimizer
@@ -46,6 +42,20 @@ class Update(NamedTuple):
   gradients: list[tf.Tensor]
   entries: Optional[Entries] = None
   active: WeightedMean = WeightedMean(0.0, 0.0)
+
+
+class ReplicaLoss(NamedTuple):
+  """A replica's share of the loss.
+
+  Attributes:
+    value: [] float32, differentiable; the loss is its sum over replicas.
+    statistics: of this replica, to be summed over replicas and steps.
+    new_entries: of the global batch, for the cross-batch memory; None without one.
+  """
+
+  value: tf.Tensor
+  statistics: Mapping[str, Any]
+  new_entries: Optional[Entries]
 
 
 class StepResult(NamedTuple):
@@ -113,7 +123,9 @@ class TrainStep:
     self._encode_fn = self._encode
     if options.compiled == "encoder":
       self._encode_fn = tf.function(self._encode, jit_compile=True, autograph=False)
+    # Weights of the encoder, then variables of the loss.
     self._variables: list[tf.Variable] = []
+    self._num_weights = 0
 
   def create_variables(self, input_shape: Sequence[int]) -> None:
     """Creates the variables of encoder, optimizer and averages.
@@ -132,6 +144,7 @@ class TrainStep:
     if self.options.num_micro_batches != 1:
       gradients_lib.check_splittable_encoder(self.encoder)
     weights = self.encoder.trainable_variables
+    self._num_weights = len(weights)
     self._variables = [*weights, *getattr(self.loss, "trainable_variables", ())]
     if isinstance(self.optimizer, MultiOptimizer):
       self.optimizer.divide(self.encoder.backbone_variables)
@@ -187,9 +200,9 @@ class TrainStep:
       Statistics of this replica, to be summed over replicas and steps, including
       "train/loss".
     """
-    proposal = self.compute_update(batch, collectives)
-    self.apply_update(proposal.update)
-    return proposal.statistics
+    result = self.compute_update(batch, collectives)
+    self.apply_update(result.update)
+    return result.statistics
 
   def _compute_update(self, batch: Batch, collectives: Collectives) -> StepResult:
     """Computes an update without applying it.
@@ -198,11 +211,30 @@ class TrainStep:
       batch: this replica's part of the global batch.
       collectives: connect the replicas.
     """
-    share, num_bad, update = self._checked_update(batch, collectives)
-    is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(update.gradients)
-    return StepResult(
-      update, self._with_loss(share, collectives.num_replicas), is_finite
+    encoded = self._encoded(batch.inputs, collectives.replica_id)
+    loss_variables = self._variables[self._num_weights :]
+    with tf.GradientTape() as tape:
+      tape.watch(encoded.embeddings)
+      loss = self._loss_of(encoded.embeddings, batch, collectives)
+      scaled = gradients_lib.scale_loss(self.optimizer, loss.value)
+    to_embeddings, *to_loss_variables = tape.gradient(
+      scaled,
+      [encoded.embeddings, *loss_variables],
+      unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
+    local = [*encoded.gradients(to_embeddings), *to_loss_variables]
+    # The flags are summed with the gradients, without additional communication. An
+    # overflow inside the network may show only in the moving averages.
+    written = [each for each in self.forward_state if each.dtype.is_floating]
+    is_bad = ~_are_finite([loss.value, encoded.embeddings, *written])
+    active = loss.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
+    flags = tf.stack([tf.cast(is_bad, tf.float32), active.total, active.count])
+    flags, *gradients = collectives.sum([flags, *local])
+    gradients = gradients_lib.unscale_gradients(self.optimizer, gradients)
+    num_bad, *active_of_all = tf.unstack(flags)
+    is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(gradients)
+    update = Update(gradients, loss.new_entries, WeightedMean(*active_of_all))
+    return StepResult(update, loss.statistics, is_finite)
 
   def _is_applicable(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
     """Returns whether gradients leave weights and moments finite, [] bool.
@@ -228,86 +260,47 @@ class TrainStep:
     for part in self._advancing:
       part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
 
-  def gradients(
-    self, batch: Batch, collectives: Collectives
-  ) -> tuple[ReplicaLoss, list[tf.Tensor]]:
-    """Computes the loss of the global batch and its gradients, equal on all replicas.
+  def _encoded(self, inputs: tf.Tensor, replica_id: Any) -> Any:
+    """Embeds this replica's inputs, whole or in micro-batches."""
+    num_examples = inputs.shape[0]
+    step = tf.cast(self.optimizer.iterations, tf.int32)
 
-    Args:
-      batch: this replica's part of the global batch.
-      collectives: the other replicas.
+    def encode(inputs: tf.Tensor, first: tf.Tensor) -> tf.Tensor:
+      return self._encode_fn(inputs, step, replica_id * num_examples + first)
 
-    Returns:
-      This replica's share of the loss, and the gradient to each trainable variable.
-    """
-    share, _, update = self._checked_update(batch, collectives)
-    return share, update.gradients
-
-  def _checked_update(
-    self, batch: Batch, collectives: Collectives
-  ) -> tuple[ReplicaLoss, tf.Tensor, Update]:
-    """Returns the replica's share, the number of non-finite replicas and the update."""
-    num_examples = batch.labels.shape[0]
-    first_of_replica = collectives.replica_id * num_examples
-
-    def encode(inputs, first):
-      step = tf.cast(self.optimizer.iterations, tf.int32)
-      return self._encode_fn(inputs, step, first_of_replica + first)
-
-    seen: list[tf.Tensor] = []
-    loss = self._reminded_loss(batch, collectives)
-
-    def share(embeddings):
-      seen.append(embeddings)
-      value = self._share(loss, embeddings, batch, collectives)
-      return value, gradients_lib.scale_loss(self.optimizer, value.loss)
-
-    arguments = (encode, share, batch.inputs, self._variables)
+    weights = self._variables[: self._num_weights]
     num_parts = self.options.num_micro_batches
     if num_parts == 1:
-      value, local = gradients_lib.whole_batch_gradients(*arguments)
-    else:
-      gradients_lib.check_micro_batch_size(num_parts, num_examples)
-      value, local = gradients_lib.micro_batch_gradients(*arguments, num_parts)
-    # The flags are summed with the gradients, without additional communication. An
-    # overflow inside the network may show only in the moving averages.
-    written = [each for each in self.forward_state if each.dtype.is_floating]
-    is_bad = tf.cast(~_are_finite([value.loss, *seen, *written]), tf.float32)
-    active = value.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
-    more = tf.stack([is_bad, active.total, active.count])
-    counts, *gradients = collectives.sum([more, *local])
-    gradients = gradients_lib.unscale_gradients(self.optimizer, gradients)
-    num_bad, *active_of_all = tf.unstack(counts)
-    entries = getattr(loss, "added", None)
-    return value, num_bad, Update(gradients, entries, WeightedMean(*active_of_all))
+      return gradients_lib.ForwardPass(encode, inputs, weights)
+    gradients_lib.check_micro_batch_size(num_parts, num_examples)
+    return gradients_lib.MicroBatchedPass(encode, inputs, weights, num_parts)
 
-  def _reminded_loss(self, batch: Batch, collectives: Collectives) -> MinedLoss:
-    """Returns the loss, with the bank's candidates if there is a bank."""
-    if self.cross_batch_memory is None:
-      return self.loss
-    return CrossBatchMemoryLoss(
-      self.loss,
-      self.cross_batch_memory,
-      record_numbers=batch.record_numbers,
-      step=tf.cast(self.optimizer.iterations, tf.int32),
-      collectives=collectives,
-    )
-
-  def _share(
-    self,
-    loss: MinedLoss,
-    embeddings: tf.Tensor,
-    batch: Batch,
-    collectives: Collectives,
+  def _loss_of(
+    self, embeddings: tf.Tensor, batch: Batch, collectives: Collectives
   ) -> ReplicaLoss:
-    """Computes this replica's share of the loss, with its mining statistics."""
+    """Computes this replica's share of the loss, and all statistics of the step."""
+    step = tf.cast(self.optimizer.iterations, tf.int32)
     anchors = Anchors(embeddings, batch.labels, batch.weights)
-    observed: LossFn = loss
+    pairs = self.objective_fn(anchors, collectives)
+    statistics: dict[str, Any] = {}
     if self._mining_statistics is not None:
-      observed = self._mining_statistics.observing(
-        loss, lambda: self.optimizer.iterations
+      statistics.update(
+        self._mining_statistics.at_step(
+          step, self.loss, pairs.anchors, pairs.candidates
+        )
       )
-    return self.objective_fn(observed, anchors, collectives)
+    candidates, new_entries = pairs.candidates, None
+    if self.cross_batch_memory is not None:
+      candidates, new_entries, of_memory = self.cross_batch_memory.extend(
+        pairs, batch.record_numbers, step, collectives
+      )
+      statistics.update(of_memory)
+    output = self.loss(pairs.anchors, candidates)
+    value = pairs.replica_loss(output, collectives)
+    # Losses are summed over replicas, so each replica counts as its part of one step.
+    num_steps = tf.constant(1.0 / collectives.num_replicas)
+    statistics["train/loss"] = WeightedMean(tf.stop_gradient(value), num_steps)
+    return ReplicaLoss(value, {**output.statistics, **statistics}, new_entries)
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which the encoder has its averaged weights, if any."""
@@ -329,12 +322,10 @@ class TrainStep:
     specs = tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, v.dtype), batch)
 
     @tf.function(autograph=False)
-    def loss_alone(embeddings, batch):
-      alone = OneReplica()
-      loss = self._reminded_loss(batch, alone)
-      return self._with_loss(self._share(loss, embeddings, batch, alone), 1)
+    def statistics_of(embeddings, batch):
+      return self._loss_of(embeddings, batch, OneReplica()).statistics
 
-    outputs = loss_alone.get_concrete_function(embeddings, specs).structured_outputs
+    outputs = statistics_of.get_concrete_function(embeddings, specs).structured_outputs
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)
 
   def embed_layerwise(self, batch: Batch, collectives: Collectives) -> None:
@@ -354,11 +345,6 @@ class TrainStep:
   def _encode(self, inputs, step, first_example):
     with examples_at(step, first_example):
       return self.encoder(inputs, training=True)
-
-  def _with_loss(self, share: ReplicaLoss, num_replicas: int) -> Mapping[str, Any]:
-    # Losses are summed over replicas, so each replica counts as its part of one step.
-    loss = WeightedMean(tf.stop_gradient(share.loss), tf.constant(1.0 / num_replicas))
-    return {"train/loss": loss, **share.statistics}
 
 
 def _are_finite(tensors: Sequence[tf.Tensor]) -> tf.Tensor:
