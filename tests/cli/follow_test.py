@@ -41,7 +41,7 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(tmp_path):
     (tmp_path / "checkpoints" / "ckpt-10.json").unlink()
     _place(tmp_path, 20)
 
-  gone = (prune, UserError("no checkpoint can be trusted: ckpt-10.index is missing"))
+  gone = (prune, UserError("no checkpoint is intact: ckpt-10.index is missing"))
   assert _restore_newer(_Restores(gone, (lambda: None, 20)), tmp_path) == 20
 
 

@@ -223,7 +223,7 @@ def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
     assert "Traceback" not in errors
     assert "eagerly" not in errors and "retracing" not in errors
     last = errors.splitlines()[-1]
-    assert last.startswith("error: worker 1: ") and "can be trusted" in last
+    assert last.startswith("error: worker 1: ") and "is intact" in last
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ def _damaged(runs: Runs, name, damage):
   running = runs.start(name)
   status, seconds = running.wait()
   is_named = running.said(f"ckpt-{NUM_STEPS}.") and running.said(
-    f"going on from the checkpoint of step {NUM_STEPS - 4}"
+    f"resuming from the checkpoint of step {NUM_STEPS - 4}"
   )
   seen = ended_as(status, model_dir, runs.finished(1))
   return Outcome(f"{EQUAL}, named", f"{seen}{', named' * is_named}", seconds, 4)

@@ -291,9 +291,9 @@ def test_a_bank_of_two_replicas_goes_on_on_one(mirrored, tmp_path):
 @pytest.mark.parametrize(
   ("saved", "restored", "message"),
   [
-    (None, 7, "its memory bank has no entries, and .* says 7 entries of 6"),
-    (9, None, "its memory bank has 9 entries of 6, and .* says no entries"),
-    (9, 7, "its memory bank has 9 entries of 6, and .* says 7 entries of 6"),
+    (None, 7, "its memory has no entries, and .* has 7 entries of 6"),
+    (9, None, "its memory has 9 entries of 6, and .* has no entries"),
+    (9, 7, "its memory has 9 entries of 6, and .* has 7 entries of 6"),
   ],
 )
 def test_a_checkpoint_with_another_bank_says_what_differs(

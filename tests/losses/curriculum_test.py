@@ -169,7 +169,7 @@ def test_where_it_is_comes_with_the_checkpoint(tmp_path):
     ({"margin": (0.1, 0.2, 0.3), "hardness": 0.0}, "the first and the last"),
     (
       {"margin": 0.2, "hardness": 0.5, "pace": LinearPace(first_step=0, last_step=1)},
-      "nothing that a pace could change",
+      "a pace, but both are constant",
     ),
   ],
 )

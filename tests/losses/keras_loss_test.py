@@ -302,7 +302,7 @@ def test_margin_of_a_graph_is_that_of_each_call():
     (np.nan, "not above 0"),
     (np.inf, "not finite"),
     (tf.Variable(-1.0), "not above 0"),
-    ("0.2x", "is no number"),
+    ("0.2x", "is not a number"),
     (np.array([0.2, 0.3]), r"has shape \(2,\)"),
   ],
 )

@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     assert _checkpoints(tmp_path, encoder).restore() == 3
   np.testing.assert_array_equal(encoder.variables[0].numpy(), before)
   [warning] = caplog.messages
-  assert str(file) in warning and "going on from the checkpoint of step 3" in warning
+  assert str(file) in warning and "resuming from the checkpoint of step 3" in warning
 
 
 @pytest.mark.parametrize(
@@ -223,9 +223,7 @@ def test_a_run_is_not_begun_again_over_checkpoints_that_are_all_damaged(tmp_path
   _two_saved(tmp_path)
   for path in (tmp_path / "checkpoints").glob("*.index"):
     path.write_bytes(b"")
-  with pytest.raises(
-    UserError, match=r"no checkpoint in .* can be trusted: .*ckpt-6.ind"
-  ):
+  with pytest.raises(UserError, match=r"no checkpoint in .* is intact: .*ckpt-6.ind"):
     _checkpoints(tmp_path, _encoder()).restore()
 
 

@@ -136,7 +136,7 @@ def test_weights_whose_gradient_it_is_are_named(diagnose):
 
 
 def test_what_is_finite_when_computed_again_is_said_to_be(diagnose):
-  assert diagnose().startswith("computed again, all is finite")
+  assert diagnose().startswith("all values are finite when")
 
 
 def test_a_gradient_whose_square_overflows_is_named(diagnose):
@@ -190,11 +190,11 @@ _VARIANCE_OVERFLOWS = ("batch", 1e25, "moving_variance:0 is not finite", 2)
       _LAYER_OVERFLOWS,
       ("synchronized_batch", 3e38, "the output of layer synchronized_batch_norm", 1),
       _VARIANCE_OVERFLOWS,
-      ("batch", 1.0, "computed again, all is finite", 1),
+      ("batch", 1.0, "all values are finite when", 1),
       ("batch", 3e38, "the output of layer batch_norm", 1),
       ("synchronized_batch", 3e38, "the output of layer synchronized_batch_norm", 2),
       ("batch", 1e25, "moving_variance:0 is not finite", 1),
-      ("batch", 1.0, "computed again, all is finite", 2),
+      ("batch", 1.0, "all values are finite when", 2),
     ],
   ),
 )
@@ -272,9 +272,7 @@ class _Parts:
 
 def test_it_stops_and_says_what_where_and_what_is_saved():
   parts = _Parts()
-  expected = (
-    "step 7: layer x of 7; no update was made with it; the newest checkpoint is"
-  )
+  expected = "step 7: layer x of 7; the update is not applied; the newest checkpoint is"
   with pytest.raises(NotFiniteError, match=expected):
     parts.policy.handle_nonfinite(7)
   assert parts.policy.metrics() == {}

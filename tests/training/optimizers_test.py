@@ -159,7 +159,7 @@ def test_the_rate_grows_with_the_batch():
     (lambda: learning_rates.Constant(peak=0.0), "peak must be above 0"),
     (lambda: learning_rates.Constant(peak=1.0, warmup_steps=-1), "0 or more"),
     (lambda: learning_rates.Cosine(peak=1.0, num_steps=5, warmup_steps=5), "more than"),
-    (lambda: learning_rates.Steps(peak=1.0, at_steps=(5, 3)), "must ascend"),
+    (lambda: learning_rates.Steps(peak=1.0, at_steps=(5, 3)), "must be increasing"),
     (lambda: optimizers.lamb(learning_rate=0.0), "lamb.learning_rate=0.0 must be"),
     (lambda: optimizers.adamw(learning_rate=-1, weight_decay=0.0), "greater than 0"),
     (lambda: AveragedWeights([], decay=1.0), "must be between 0 and 1"),

@@ -115,7 +115,7 @@ class AdaptivePace(KerasSerializable):
 
 
 # A constant, or the first and the last value.
-Way = Union[float, Sequence[float]]
+ConstantOrRange = Union[float, Sequence[float]]
 
 
 @gin.register
@@ -135,8 +135,8 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
   def __init__(
     self,
     *,
-    margin: Way,
-    hardness: Way = (0.0, 1.0),
+    margin: ConstantOrRange,
+    hardness: ConstantOrRange = (0.0, 1.0),
     pace: Optional[Pace] = None,
     distance: str = "euclidean",
     reduction: Optional[str] = None,
@@ -156,8 +156,8 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
       UserError: an argument is out of its range, a range has no pace, or a pace has no
         range.
     """
-    margins = tuple(_fixed(each) for each in _ends("margin", margin))
-    self._hardness = _ends("hardness", hardness)
+    margins = tuple(_fixed(each) for each in _range_of("margin", margin))
+    self._hardness = _range_of("hardness", hardness)
     if not all(0 <= each <= 1 for each in self._hardness):
       raise UserError(
         f"CurriculumTripletLoss.hardness={hardness} must be in 0 to 1: 0 for all "
@@ -166,8 +166,12 @@ class CurriculumTripletLoss(BatchAllTripletLoss):
     is_fixed = len({*margins}) == len({*self._hardness}) == 1
     if is_fixed != (pace is None):
       raise UserError(
-        f"CurriculumTripletLoss has margin={margin} and hardness={hardness}, and "
-        + ("nothing that a pace could change." if is_fixed else "no pace; set one.")
+        f"CurriculumTripletLoss has margin={margin} and hardness={hardness}, with "
+        + (
+          "a pace, but both are constant; remove it."
+          if is_fixed
+          else "no pace; set one."
+        )
       )
     super().__init__(
       margin=margins[0],
@@ -262,17 +266,17 @@ def _fixed(margin: float) -> float:
   margin = read_margin(margin)
   if not isinstance(margin, float):
     raise UserError(
-      f"CurriculumTripletLoss.margin={margin} is no number; give one, or two with a "
+      f"CurriculumTripletLoss.margin={margin} is not a number; give one, or two with a "
       "pace."
     )
   return margin
 
 
-def _ends(name: str, way: Way) -> tuple[float, float]:
+def _range_of(name: str, value: ConstantOrRange) -> tuple[float, float]:
   """Returns the first and the last value."""
-  ends = tuple(way) if isinstance(way, Sequence) else (way, way)
+  ends = tuple(value) if isinstance(value, Sequence) else (value, value)
   if len(ends) != 2:
     raise UserError(
-      f"CurriculumTripletLoss.{name}={way} must be a number, or the first and the last."
+      f"CurriculumTripletLoss.{name}={value} must be a number, or first and last value."
     )
   return ends

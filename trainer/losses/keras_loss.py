@@ -21,9 +21,9 @@ from trainer.errors import UserError
 from trainer.losses.labels import (
   INTEGER,
   check_label_encoding,
+  checked_in_graph,
   of_batch,
   read_labels,
-  refused_unless,
 )
 from trainer.losses.loss_terms import Anchors, Candidates, LossOutput, check_embeddings
 
@@ -215,7 +215,7 @@ def _weights(weights: Any, num_embeddings: tf.Tensor) -> tf.Tensor:
   weights = of_batch("sample_weight", tf.reshape(weights, [-1]), num_embeddings)
   # False for NaN.
   is_usable = tf.reduce_all(weights >= 0.0)
-  return refused_unless(is_usable, weights, "sample_weight must be at least 0.")
+  return checked_in_graph(is_usable, weights, "sample_weight must be at least 0.")
 
 
 def _plain(value: Any) -> Any:

@@ -177,10 +177,12 @@ def of_batch(name: str, values: tf.Tensor, num_embeddings: tf.Tensor) -> tf.Tens
     return values
   is_equal = tf.equal(tf.shape(values)[0], num_embeddings)
   message = f"{name} and embeddings differ in number; give one for each embedding."
-  return refused_unless(is_equal, values, message)
+  return checked_in_graph(is_equal, values, message)
 
 
-def refused_unless(condition: tf.Tensor, values: tf.Tensor, message: str) -> tf.Tensor:
+def checked_in_graph(
+  condition: tf.Tensor, values: tf.Tensor, message: str
+) -> tf.Tensor:
   """Returns the values if the condition holds.
 
   Args:
@@ -201,4 +203,4 @@ def refused_unless(condition: tf.Tensor, values: tf.Tensor, message: str) -> tf.
 
 
 def _sound(values: tf.Tensor, is_sound: tf.Tensor, message: str) -> Labels:
-  return Labels(refused_unless(is_sound, values, message), is_sound)
+  return Labels(checked_in_graph(is_sound, values, message), is_sound)

@@ -106,8 +106,8 @@ class DistanceWeightedNegatives(KerasSerializable):
       raise UserError(f"num_dimensions={num_dimensions} is below 3; give 3 or more.")
     if not 0 < nearest < farthest < 2:
       raise UserError(
-        f"nearest={nearest} and farthest={farthest} are not two distances of points "
-        "of the unit sphere; give 0 < nearest < farthest < 2."
+        f"nearest={nearest} and farthest={farthest} must be distances between unit "
+        "vectors; give 0 < nearest < farthest < 2."
       )
     self._num_dimensions = num_dimensions
     self._nearest = nearest

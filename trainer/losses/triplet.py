@@ -222,8 +222,8 @@ class TripletLoss(TiledPairLoss):
       isinstance(negatives, DistanceWeightedNegatives) and "normalized" not in distance
     ):
       raise UserError(
-        f"distance={distance!r} does not fit DistanceWeightedNegatives, which weigh "
-        'points of the unit sphere; use "normalized_euclidean".'
+        f"distance={distance!r} does not fit DistanceWeightedNegatives, which need "
+        'unit vectors; use "normalized_euclidean".'
       )
     self._positives_fn = _named("positives", positives, POSITIVES)
     self.needs_lists = positives == "all"

@@ -61,7 +61,9 @@ def read_margin(margin: Margin) -> Any:
   try:
     number = float(value)
   except (TypeError, ValueError):
-    raise UserError(f"margin={margin!r} is no number; give one such as 0.2.") from None
+    raise UserError(
+      f"margin={margin!r} is not a number; give one such as 0.2."
+    ) from None
   if not number > 0:
     raise UserError(f"margin={value} is not above 0; give a margin such as 0.2.")
   if number == math.inf:

@@ -162,7 +162,8 @@ def _row(path: str, number: int, line: str) -> dict[str, float]:
   except (ValueError, KeyError, RecursionError):
     pass
   raise UserError(
-    f"line {number} of {path} is damaged: it is no JSON object with a step; remove it."
+    f"line {number} of {path} is damaged: it is not a JSON object with a step; "
+    "remove it."
   )
 
 

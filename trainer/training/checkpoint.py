@@ -333,7 +333,7 @@ class Checkpoints:
       ) from error
     except _UNREADABLE as error:
       raise UserError(
-        f"{path} is no checkpoint of TensorFlow's ({_first_line(error)}); remove it."
+        f"{path} is not a TensorFlow checkpoint ({_first_line(error)}); remove it."
       ) from error
     _refresh_constants(self._encoder)
     if self._optimizer is not None:
@@ -364,12 +364,12 @@ class Checkpoints:
       fault = checkpoint_files.fault(self._folder, step)
       if fault is None:
         for each in faults:
-          logging.warning("%s; going on from the checkpoint of step %d.", each, step)
+          logging.warning("%s; resuming from the checkpoint of step %d.", each, step)
         return step
       faults.append(fault)
     if faults:
       raise UserError(
-        f"no checkpoint in {self._folder} can be trusted: {faults[0]}; copy one there "
+        f"no checkpoint in {self._folder} is intact: {faults[0]}; copy one there "
         "again, or remove the folder to begin at the first step."
       )
     return None
@@ -377,7 +377,9 @@ class Checkpoints:
   def _check_size(self, path: str) -> None:
     claimed, there = claimed_bytes(path), data_bytes(path)
     if claimed > there:
-      raise RuntimeError(f"it claims {claimed} bytes of tensors and has {there}")
+      raise RuntimeError(
+        f"its index lists {claimed} bytes of tensors, and its data has {there}"
+      )
 
   def _check_bank(self, path: str) -> None:
     """Raises a clear error where TensorFlow would report a missing variable."""
@@ -388,8 +390,8 @@ class Checkpoints:
     wanted = _words_of(self._memory_bank and self._memory_bank.shape)
     if there != wanted:
       raise UserError(
-        f"{path} does not fit this configuration: its memory bank has {there}, and "
-        f"TrainStep.cross_batch_memory says {wanted}."
+        f"{path} does not fit this configuration: its memory has {there}, and "
+        f"TrainStep.cross_batch_memory has {wanted}."
       )
 
   def _misfit(self, path: str, error: Exception) -> str:

@@ -73,8 +73,8 @@ def check_tpu_limits(step: TrainStep) -> None:
   """
   if isinstance(step.optimizer, tf.keras.mixed_precision.LossScaleOptimizer):
     raise UserError(
-      "Encoder.precision='mixed_float16' scales the loss, which TPUs have no use for "
-      "and TensorFlow refuses on them; use 'mixed_bfloat16'."
+      "Encoder.precision='mixed_float16' needs a loss scale, which TensorFlow "
+      "does not support on TPUs; use 'mixed_bfloat16'."
     )
 
 

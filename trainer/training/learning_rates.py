@@ -111,7 +111,7 @@ class Steps(_Warmed):
   ):
     super().__init__(peak=peak, warmup_steps=warmup_steps)
     if list(at_steps) != sorted(set(at_steps)):
-      raise UserError(f"Steps.at_steps={at_steps} must ascend.")
+      raise UserError(f"Steps.at_steps={at_steps} must be increasing.")
     self._at_steps = tuple(at_steps)
     self._factor = factor
 

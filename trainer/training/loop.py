@@ -295,7 +295,7 @@ class Loop:
       checkpoints.wait()
       raise UserError(
         f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
-        "free some disk, or set LoopOptions.on_disk_full = 'continue'."
+        "free disk space, or set LoopOptions.on_disk_full = 'continue'."
       )
     if flags.stop_requested:
       checkpoints.save(step)
@@ -311,8 +311,8 @@ class Loop:
     checkpoints.wait()
     if checkpoints.failure:
       raise UserError(
-        f"{checkpoints.failure}; {checkpoints.newest}; free some disk, and the same "
-        "command does the rest."
+        f"{checkpoints.failure}; {checkpoints.newest}; free disk space, and run "
+        "the same command again."
       )
     for callback in self._callbacks:
       finish = getattr(callback, "finish", None)

@@ -151,7 +151,7 @@ class StepRerun:
       return f"the inputs of rows {rows[:_NUM_SHOWN]} of the batch are not finite"
     failed = [text for text, bad in zip(self._messages, num_bad.numpy()) if bad]
     if not failed:
-      return "computed again, all is finite"
+      return "all values are finite when the step is computed again"
     return failed[0].format(loss=loss.numpy())
 
   @tf.function(autograph=False)
@@ -353,7 +353,7 @@ class NonfinitePolicy:
     """
     diagnosis = self._diagnose_fn(step)
     if self._options.on_nonfinite == "stop":
-      self._stop(step, f"{diagnosis}; no update was made with it")
+      self._stop(step, f"{diagnosis}; the update is not applied")
     if self._count >= self._options.max_nonfinite_steps:
       self._stop(step, f"{diagnosis}; {self._count} batches were skipped before")
     count = self._count + 1

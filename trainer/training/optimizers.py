@@ -489,7 +489,7 @@ def _addons(name: str) -> Any:
     import tensorflow_addons
   except ImportError as error:
     raise UserError(
-      f"{name} needs TensorFlow Addons, which is there for Python 3.9 to 3.11 only; "
+      f"{name} needs TensorFlow Addons, which supports Python 3.9 to 3.11 only; "
       "use lamb or adamw."
     ) from error
   return tensorflow_addons.optimizers

@@ -57,14 +57,14 @@ class StepOptions:
       return
     if self.compiled == "step":
       raise UserError(
-        f"StepOptions.compiled='step' can't compile what {num_replicas} replicas say "
-        "to each other; use 'encoder', or one replica."
+        "StepOptions.compiled='step' can't compile communication between "
+        f"{num_replicas} replicas; use 'encoder', or one replica."
       )
     if self.compiled == "encoder" and has_synchronized(encoder):
       raise UserError(
-        f"StepOptions.compiled='encoder' can't compile what {num_replicas} replicas "
-        "say to each other in synchronised batch normalisation; use 'nothing', or one "
-        "replica."
+        "StepOptions.compiled='encoder' can't compile the communication of "
+        f"{num_replicas} replicas in synchronised batch normalisation; use "
+        "'nothing', or one replica."
       )
 
 

@@ -370,6 +370,6 @@ def _check_scope(encoder: tf.keras.Model) -> None:
     if not extended.variable_created_in_scope(variable):
       raise UserError(
         f"the variable {variable.name} was created before the run's seed and strategy "
-        "were set, as at the import of a module; create the model in the function that "
-        "gin calls."
+        "were set, for example when a module was imported; create the model in the "
+        "function that gin calls."
       )
