@@ -166,14 +166,14 @@ def test_where_it_is_comes_with_the_checkpoint(tmp_path):
     ({"margin": 0.2, "hardness": (0.0, 1.5)}, "hardness=.* must be in 0 to 1"),
     ({"margin": (0.2, -0.1)}, "margin=-0.1 is not above 0"),
     ({"margin": 0.2}, "no pace; set one"),
-    ({"margin": (0.1, 0.2, 0.3), "hardness": 0.0}, "the first and the last"),
+    ({"margin": (0.1, 0.2, 0.3), "hardness": 0.0}, "or first and last value"),
     (
       {"margin": 0.2, "hardness": 0.5, "pace": LinearPace(first_step=0, last_step=1)},
       "a pace, but both are constant",
     ),
   ],
 )
-def test_a_way_that_is_none_is_refused(arguments, message):
+def test_values_out_of_range_are_refused(arguments, message):
   with pytest.raises(UserError, match=message):
     CurriculumTripletLoss(**arguments)
 

@@ -295,7 +295,7 @@ class Loop:
       checkpoints.wait()
       raise UserError(
         f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
-        "free disk space, or set LoopOptions.on_disk_full = 'continue'."
+        "free some disk space, or set LoopOptions.on_disk_full = 'continue'."
       )
     if flags.stop_requested:
       checkpoints.save(step)
@@ -311,7 +311,7 @@ class Loop:
     checkpoints.wait()
     if checkpoints.failure:
       raise UserError(
-        f"{checkpoints.failure}; {checkpoints.newest}; free disk space, and run "
+        f"{checkpoints.failure}; {checkpoints.newest}; free some disk space, and run "
         "the same command again."
       )
     for callback in self._callbacks:

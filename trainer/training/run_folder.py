@@ -73,7 +73,7 @@ def check_disk(model_dir: str, *, num_bytes: int) -> None:
   if free < needed:
     raise UserError(
       f"{model_dir} has {free / 1e6:,.1f} MB free and the checkpoints need "
-      f"{needed / 1e6:,.1f} MB more; free disk space, or keep fewer "
+      f"{needed / 1e6:,.1f} MB more; free some disk space, or keep fewer "
       "(LoopOptions.num_checkpoints_kept)."
     )
 
