@@ -258,7 +258,9 @@ def test_a_checkpoint_that_claims_more_than_it_has_takes_no_memory(tmp_path):
   with open(aside / "ckpt-6.data-00000-of-00001", "r+b") as file:
     file.truncate(100)
   checkpoint_files.publish(str(folder), 6, {})
-  with pytest.raises(UserError, match="lists 4000 bytes of tensors, and its data has 100"):
+  with pytest.raises(
+    UserError, match="lists 4000 bytes of tensors, and its data has 100"
+  ):
     _checkpoints(tmp_path, _encoder()).restore()
 
 
