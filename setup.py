@@ -67,6 +67,7 @@ setup(
       "mypy>=1.15",
       "optuna>=4",
       "packaging>=23",
+      "pg8000>=1.30",
       "pytest>=8",
       "pytest-xdist>=3.5",
       "resvg-py>=0.1",

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,15 @@ def test_second_call_and_second_sweep_run_nothing_twice(sweep, folder):
   assert len(calls) == 3
   assert set(calls.values()) == {1}
   assert {row["state"] for row in _table(folder, "other")} == {"finished"}
+
+
+def test_run_whose_folder_was_removed_is_made_again(sweep, folder):
+  assert sweep(_TWO) == 0
+  gone, kept = sorted((folder / "runs" / "points").glob("*/"))
+  shutil.rmtree(gone)
+  assert sweep(_TWO) == 0
+  assert _calls(folder) == {gone.name: 1, kept.name: 1}
+  assert {row["state"] for row in _table(folder)} == {"finished"}
 
 
 def test_data_are_ingested_once_before_the_runs(sweep, folder):
@@ -138,8 +148,8 @@ def _start(folder, path, *flags, **environment):
   )
 
 
-def _wait_for(condition_fn):
-  deadline = time.monotonic() + 60
+def _wait_for(condition_fn, timeout_s=60):
+  deadline = time.monotonic() + timeout_s
   while not condition_fn():
     assert time.monotonic() < deadline
     time.sleep(0.05)
@@ -162,7 +172,7 @@ def test_stopped_sweep_ends_its_run_and_goes_on_where_it_was(
   process.send_signal(number)
   output, errors = process.communicate(timeout=30)
   assert process.returncode == status, errors
-  assert errors.splitlines()[-1] == "stopped; the same command resumes it."
+  assert errors.splitlines()[-1] == "stopped; run the same command again to resume."
   assert "half done" in output
   before = _num_steps(folder)
   time.sleep(0.7)
@@ -259,8 +269,7 @@ def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):
     (f"{_TWO}\nsweep.metric = 'loss'", (), ["'loss' is neither logged nor measured"]),
     (_TWO, ("--num_paralel=2",), ["num_parallel"]),
     (_TWO, ("--num_parallel=2", "--devices=0,1"), ["exclude each other"]),
-    (_TWO, ("--storage=sqlite:///x",), ["--storage is for sweep.method='tpe'"]),
-    (_TWO, ("--", "--model_dir=x"), ["'--model_dir=x' is no flag of hardware"]),
+    (_TWO, ("--", "--model_dir=x"), ["'--model_dir=x' is not a flag for hardware"]),
     (_TWO, ("second.gin",), ["one sweep file is needed, 2 given"]),
   ],
 )
@@ -280,7 +289,7 @@ def test_folder_of_another_sweep_is_refused_and_what_differs_named(
   assert sweep(_TWO) == 0
   assert sweep("choice/MARGIN = (0.1, 0.9)") == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
-  assert "holds another sweep: MARGIN: Choice(values=[0.1, 0.2]) before" in line
+  assert "has another sweep: MARGIN: Choice(values=[0.1, 0.2]) before" in line
   assert len(_calls(folder)) == 2
 
 
@@ -291,7 +300,7 @@ def test_logged_metric_that_never_appears_stops_the_sweep_at_its_first_row(
   name = "mining/hard_fraction"
   assert sweep(f"{_TWO}\nsweep.metric = {name!r}\nsweep.mode = 'train'") == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
-  assert f"nothing logs {name!r}" in line
+  assert f"does not log {name!r}" in line
   assert len(_calls(folder, "train")) == 1
 
 

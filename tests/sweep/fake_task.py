@@ -2,7 +2,7 @@
 
 It makes a step every STEP_S seconds, logs loss 1 / (step x margin) and measures the
 margin as MAP@R. EXIT_STATUS ends it at step 2, once; CRASH_ABOVE is a margin that
-breaks it.
+breaks it; HOLD is a file: while it exists, no run gets beyond step 2.
 """
 
 import json
@@ -35,6 +35,8 @@ def main(arguments):
     with open(path, "a") as file:
       row = {"step": step, "time": 0, "train/loss": 1 / (step * margin)}
       file.write(json.dumps(row) + "\n")
+    while step == 2 and os.path.exists(os.environ.get("HOLD", "")):
+      time.sleep(0.05)
     if step == 2 and "EXIT_STATUS" in os.environ:
       sys.exit(int(os.environ["EXIT_STATUS"]))
   if flags["mode"] == "train":

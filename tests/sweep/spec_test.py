@@ -1,13 +1,13 @@
 from __future__ import annotations
 
+import itertools
 import math
-import random
 
 import pytest
 
 from trainer.config.gin_statements import Binding, Reference
 from trainer.errors import UserError
-from trainer.sweep import spec
+from trainer.sweep import domains
 from trainer.sweep.spec import Constraint
 
 VALUES = {"P": 4, "PKSampler.samples_per_class": 16, "TrainStep.loss": "x"}
@@ -40,7 +40,7 @@ def test_part_is_compared_by_its_name():
 @pytest.mark.parametrize(
   ("text", "words"),
   [
-    ("P ==", ["is no expression"]),
+    ("P ==", ["is not an expression"]),
     ("P * sample_per_class == 1", ["sample_per_class is not swept"]),
     ("PKSampler.sample_per_class", ["did you mean 'PKSampler.samples_per_class'?"]),
     ("open('x')", ["more than arithmetic"]),
@@ -57,7 +57,7 @@ def test_what_is_no_condition_is_refused(text, words):
 
 
 def _read(kind, value):
-  return spec.read_domain(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
+  return domains.read_domain(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
 
 
 def test_grid_of_a_choice_is_every_value():
@@ -79,31 +79,45 @@ def test_whole_ends_give_whole_numbers_each_once():
   assert _read("log_range", (1, 64, 4)).grid() == [1, 4, 16, 64]
 
 
+def _draw(domain, count):
+  drawn = domains.random_values({"MARGIN": domain}, seed=1)
+  return [values["MARGIN"] for values in itertools.islice(drawn, count)]
+
+
 def test_samples_of_a_log_range_are_even_in_the_logarithm():
-  domain, generator = _read("log_range", (1e-4, 1.0)), random.Random(1)
-  logs = [math.log10(domain.sample(generator)) for _ in range(2000)]
+  values = _draw(_read("log_range", (1e-4, 1.0)), 2000)
+  logs = [math.log10(value) for value in values]
   below = sum(value < -2 for value in logs)
   assert min(logs) >= -4
   assert max(logs) <= 0
   assert 900 < below < 1100
+  assert all(value == float(f"{value:.4g}") for value in values)
 
 
 def test_samples_of_a_range_stay_within_it():
-  domain, generator = _read("range", (2, 6)), random.Random(1)
-  assert {domain.sample(generator) for _ in range(300)} == {2, 3, 4, 5, 6}
+  assert set(_draw(_read("range", (2, 6)), 300)) == {2, 3, 4, 5, 6}
+  narrow = _draw(_read("range", (0.123456, 0.123457)), 10)
+  assert all(0.123456 <= value <= 0.123457 for value in narrow)
+
+
+def test_samples_of_a_choice_are_its_values():
+  reference = Reference((), "TripletLoss", True)
+  values = _draw(_read("choice", (reference, 1, None)), 100)
+  assert {repr(value) for value in values} == {repr(reference), "1", "None"}
+  assert reference in values
 
 
 @pytest.mark.parametrize(
   ("kind", "value", "words"),
   [
-    ("choices", (1, 2), ["'choices' is none of", "did you mean 'choice'?"]),
+    ("choices", (1, 2), ["'choices' is not one of", "did you mean 'choice'?"]),
     ("choice", (), ["needs a list"]),
     ("choice", 0.5, ["needs a list"]),
     ("range", (1,), ["(low, high)", "(1,)"]),
     ("range", (2, 1), ["low below high"]),
     ("range", ("a", "b"), ["numbers"]),
     ("range", (0, float("inf")), ["numbers"]),
-    ("range", (0.0, 1.0, 0), ["at least one"]),
+    ("range", (0.0, 1.0, 0), ["at least 1"]),
     ("log_range", (0.0, 1.0), ["low above 0"]),
   ],
 )

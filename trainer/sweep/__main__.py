@@ -1,4 +1,4 @@
-"""Command line of a sweep, which checks everything before the first run."""
+"""Command line of a sweep; checks everything before the first run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
@@ -19,15 +20,17 @@ from trainer.config import gin_statements
 from trainer.runtime import shutdown
 from trainer.sweep import points as points_lib
 from trainer.sweep import spec, sweep_page, sweep_results
-from trainer.sweep.trials import ListedTrials, Trials
-from trainer.sweep.worker import Machine, Worker
+from trainer.sweep.run_process import RunFolder
+
+if TYPE_CHECKING:
+  from trainer.sweep.study import SweepStudy
+  from trainer.sweep.worker import Worker
 
 _USAGE = """python -m trainer.sweep SWEEP.gin [flags] [-- flags of trainer.task]
 
-The same command again goes on where it stopped; on several machines with the same
-folders, each takes its share."""
+The same command resumes the sweep. Run it on several machines with the same folders to
+share the runs."""
 _REFRESH_S = 1.0
-_INTERRUPTED = 130  # 128 + SIGINT, as shells report it.
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -73,16 +76,19 @@ def define_flags() -> flags.FlagValues:
     flag_values=values,
   )
   flags.DEFINE_integer(
-    "num_parallel", 1, "Runs at a time.", lower_bound=1, flag_values=values
+    "num_parallel", 1, "Number of parallel runs.", lower_bound=1, flag_values=values
   )
   flags.DEFINE_list(
-    "devices", [], "GPUs, such as 0,1,2: a run at a time each.", flag_values=values
+    "devices", [], "GPUs, such as 0,1,2; one run at a time on each.", flag_values=values
   )
   flags.DEFINE_string(
-    "storage", None, "URL of a database for tpe's study.", flag_values=values
+    "storage",
+    None,
+    "URL of a database for the study. [a file in sweep_dir]",
+    flag_values=values,
   )
-  flags.DEFINE_bool("retry", False, "Try failed runs again.", flag_values=values)
-  flags.DEFINE_bool("dry_run", False, "List the points, run none.", flag_values=values)
+  flags.DEFINE_bool("retry", False, "Run failed runs again.", flag_values=values)
+  flags.DEFINE_bool("dry_run", False, "List the points and exit.", flag_values=values)
   return values
 
 
@@ -112,14 +118,14 @@ def _parse(
     raise errors.UserError(f"one sweep file is needed, {len(rest)} given. See --help.")
   if values.devices and values["num_parallel"].present:
     raise errors.UserError(
-      "--num_parallel and --devices exclude each other: one run a device at a time."
+      "--num_parallel and --devices exclude each other: each device has one run."
     )
   for flag in task_flags:
     name = flag.lstrip("-").partition("=")[0]
     if name not in task.define_flags()["hardware"]:
       known = list(task.define_flags()["hardware"])
       raise errors.UserError(
-        f"{flag!r} is no flag of hardware, and the rest is the sweep's"
+        f"{flag!r} is not a flag for hardware; the sweep sets the other flags"
         f"{gin_statements.nearest_name(name, known)}"
       )
   return rest[0], values, task_flags
@@ -130,62 +136,49 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
   flags.FLAGS(["trainer"])
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
+  from trainer.sweep import study, worker  # Late: both need Optuna, which is an extra.
+
   importlib.import_module("trainer.gin_registrations")
   read = spec.read_spec(path)
-  if values.storage and read.options.method != "tpe":
-    raise errors.UserError(
-      f"--storage is for sweep.method='tpe'; this is {read.options.method!r}."
-    )
-  folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
   builder = points_lib.PointBuilder(read)
-  known = _known_points(read, builder)
+  is_listed = read.options.method != "tpe"
+  list_fn = points_lib.listed if is_listed else points_lib.extremes
+  known = list_fn(read, builder)  # Checks each of them like a run.
   for name in (read.options.metric, read.options.prune_metric):
     if name:
       _check_metric(name, known[0])
-  if not values.dry_run:
-    sweep_page.open_sweep_folder(read, folder)
-    _make(values.runs_dir, "runs_dir")
-  trials = _trials(read, builder, known, folder, values)
-  machine = Machine(
+  if values.dry_run:
+    _print_points(known, read, values.runs_dir)
+    return errors.DONE
+  folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
+  sweep_page.open_sweep_folder(read, folder)
+  _make(values.runs_dir, "runs_dir")
+  machine = worker.Machine(
     runs_dir=values.runs_dir,
     devices=values.devices or (None,) * values.num_parallel,
     task_flags=task_flags,
-    is_retrying=values.retry,
   )
-  worker = Worker(trials, read.options, machine)
-  if values.dry_run:
-    found = sweep_results.collect_rows(trials.points(), worker.folder, read.options, ())
-    print(sweep_results.table_text(found, read.options.metric, num_shown=len(found)))
-    _print_points(trials.points())
-    return errors.DONE
-  return _work(worker, trials, read, folder)
+  listed = known if is_listed else None
+  shared = study.SweepStudy(
+    read, builder, folder, listed=listed, storage=values.storage
+  )
+  with contextlib.closing(shared):
+    own = worker.Worker(shared, read.options, machine)
+    if values.retry:
+      for point in shared.points():
+        own.folder(point).forget_failure()
+    shared.requeue_unconfirmed(own.folder)
+    return _work(own, shared, read, folder)
 
 
-def _known_points(
-  read: spec.Spec, builder: points_lib.PointBuilder
-) -> list[points_lib.Point]:
-  """Returns all points, or for tpe those at the ends of each range; checks each."""
-  if read.options.method == "tpe":
-    return points_lib.extremes(read, builder)
-  return points_lib.listed(read, builder)
-
-
-def _trials(
-  read: spec.Spec,
-  builder: points_lib.PointBuilder,
-  known: Sequence[points_lib.Point],
-  folder: str,
-  values: flags.FlagValues,
-) -> Trials:
-  if read.options.method == "tpe" and not values.dry_run:
-    from trainer.sweep.optuna_study import StudyTrials  # Late: only tpe uses Optuna.
-
-    return StudyTrials(read, builder, folder, values.storage)
-  return ListedTrials(known)
-
-
-def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
+def _work(worker: Worker, study: SweepStudy, read: spec.Spec, folder: str) -> int:
   """Runs all trials, and shows and writes their results."""
+
+  def collect_rows() -> list[sweep_results.SweepRow]:
+    return sweep_results.collect_rows(
+      study.points(), worker.folder, read.options, set(worker.running)
+    )
+
   live = sweep_results.LiveTable(read.options.metric)
   with _stopped_by_signals(worker.stop) as received:
     with concurrent.futures.ThreadPoolExecutor(worker.num_devices) as pool:
@@ -193,20 +186,20 @@ def _work(worker: Worker, trials: Trials, read: spec.Spec, folder: str) -> int:
       left = set(futures)
       while left:
         _, left = concurrent.futures.wait(left, _REFRESH_S)
-        live.show(_found(worker, trials, read))
-    found = _found(worker, trials, read)
-    sweep_page.write_results(found, read, folder)
+        live.show(collect_rows())
+    rows = collect_rows()
+    sweep_page.write_results(rows, read, folder)
   for future in futures:
     future.result()
-  print(sweep_results.table_text(found, read.options.metric))
+  print(sweep_results.table_text(rows, read.options.metric))
   for name in (sweep_page.CSV_FILE, sweep_page.PAGE_FILE):
     print(os.path.join(folder, name))
   if received:
-    print("stopped; the same command resumes it.", file=sys.stderr)
+    print("stopped; run the same command again to resume.", file=sys.stderr)
     is_interrupt = received[0] == signal.SIGINT
-    return _INTERRUPTED if is_interrupt else errors.PreemptedError.exit_status
+    return errors.INTERRUPTED if is_interrupt else errors.PreemptedError.exit_status
   has_failed = any(
-    run.state == sweep_results.FAILED for row in found for run in row.runs
+    run.state == sweep_results.FAILED for row in rows for run in row.runs
   )
   return errors.FAILURE if has_failed else errors.DONE
 
@@ -227,14 +220,6 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
     yield received
 
 
-def _found(
-  worker: Worker, trials: Trials, read: spec.Spec
-) -> list[sweep_results.SweepRow]:
-  return sweep_results.collect_rows(
-    trials.points(), worker.folder, read.options, set(worker.running)
-  )
-
-
 def _check_metric(name: str, point: points_lib.Point) -> None:
   """Raises if a metric is neither logged nor evaluated."""
   from trainer.retrieval import ranking, verification
@@ -250,12 +235,21 @@ def _check_metric(name: str, point: points_lib.Point) -> None:
   if name not in known:
     raise errors.UserError(
       f"sweep.metric: {name!r} is neither logged nor measured"
-      f"{gin_statements.nearest_name(name, known) or '; there is ' + ', '.join(known)}"
+      f"{gin_statements.nearest_name(name, known) or '; use ' + ', '.join(known)}"
     )
 
 
-def _print_points(found: Sequence[points_lib.Point]) -> None:
-  for point in found:
+def _print_points(
+  known: Sequence[points_lib.Point], read: spec.Spec, runs_dir: str
+) -> None:
+  """Prints the state of the points, and then each with the name of its run's folder."""
+
+  def folder_fn(point: points_lib.Point) -> RunFolder:
+    return RunFolder(runs_dir, point, read.options.mode)
+
+  rows = sweep_results.collect_rows(known, folder_fn, read.options, ())
+  print(sweep_results.table_text(rows, read.options.metric, num_shown=len(rows)))
+  for point in known:
     print(f"{point.run_id}  {point}")
 
 
@@ -264,7 +258,7 @@ def _make(folder: str, flag: str) -> None:
     os.makedirs(folder, exist_ok=True)
   except OSError as error:
     raise errors.UserError(
-      f"--{flag}={folder} can't be made: {error.strerror}."
+      f"--{flag}={folder} can't be created: {error.strerror}."
     ) from error
 
 

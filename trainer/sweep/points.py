@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Optional
 
 from trainer.config import gin_resolution, run_config
 from trainer.config.gin_statements import Binding
 from trainer.errors import UserError
+from trainer.sweep import domains
 from trainer.sweep.spec import Spec
 
 _ROOTS = {"train": ("train",), "train_and_evaluate": ("train", "evaluate")}
@@ -28,11 +28,13 @@ class Point:
     settings: the swept values that it uses, as written in gin, by gin name.
     seed: None if the sweep has no seeds.
     config: config of the run.
+    values: all swept values, by gin name.
   """
 
   settings: Mapping[str, str]
   seed: Optional[int]
   config: run_config.Config
+  values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   @property
   def run_id(self) -> str:
@@ -98,7 +100,7 @@ class PointBuilder:
       if gin_resolution.identity(binding) not in unused
       and binding.origin != "sweep.seeds"
     }
-    return Point(settings, seed, assembled.config)
+    return Point(settings, seed, assembled.config, values)
 
   def refuse_unused(self) -> None:
     """Raises if no point so far has used a binding.
@@ -128,7 +130,7 @@ def listed(spec: Spec, builder: PointBuilder) -> list[Point]:
   is_grid = spec.options.method == "grid"
   assignments = list(_grid(spec) if is_grid else _random(spec))
   if not assignments:
-    raise UserError("the grid is empty: no point meets every one of sweep.constraints.")
+    raise UserError("the grid is empty: no point meets all sweep.constraints.")
   seeds: Sequence[Optional[int]] = spec.options.seeds or (None,)
   points = [builder.build(a, seed) for seed in seeds for a in assignments]
   builder.refuse_unused()
@@ -152,11 +154,6 @@ def extremes(spec: Spec, builder: PointBuilder) -> list[Point]:
   return points
 
 
-def meets_constraints(spec: Spec, values: Mapping[str, Any]) -> bool:
-  """Returns whether the values meet every constraint of the sweep."""
-  return all(constraint.holds(values) for constraint in spec.constraints)
-
-
 def _grid(spec: Spec) -> Iterator[Mapping[str, Any]]:
   columns = []
   for name, domain in spec.domains.items():
@@ -167,22 +164,21 @@ def _grid(spec: Spec) -> Iterator[Mapping[str, Any]]:
   num_points = math.prod(len(column) for column in columns)
   if num_points > _MAX_POINTS:
     raise UserError(
-      f"the grid has {num_points:,} points and {_MAX_POINTS:,} are the most; use "
+      f"the grid has {num_points:,} points, more than {_MAX_POINTS:,}; use "
       "sweep.method='random' with sweep.num_trials."
     )
   for values in itertools.product(*columns):
     assignment = dict(zip(spec.domains, values))
-    if meets_constraints(spec, assignment):
+    if spec.is_allowed(assignment):
       yield assignment
 
 
 def _random(spec: Spec) -> Iterator[Mapping[str, Any]]:
-  generator = random.Random(spec.options.search_seed)
   wanted = spec.options.num_trials or 0
+  draws = domains.random_values(spec.domains, spec.options.search_seed)
   seen: set[str] = set()
-  for _ in range(wanted * _TRIES_PER_POINT):
-    assignment = {n: domain.sample(generator) for n, domain in spec.domains.items()}
-    if repr(assignment) not in seen and meets_constraints(spec, assignment):
+  for assignment in itertools.islice(draws, wanted * _TRIES_PER_POINT):
+    if repr(assignment) not in seen and spec.is_allowed(assignment):
       seen.add(repr(assignment))
       yield assignment
     if len(seen) == wanted:

@@ -204,7 +204,7 @@ def failure_of(exit_status: int, log_path: str) -> Failure:
     return Failure(exit_status, f"killed by {signal.Signals(-exit_status).name}")
   with open(log_path, encoding="utf-8", errors="replace") as file:
     lines = [line.strip() for line in file if line.strip()]
-  return Failure(exit_status, lines[-1] if lines else "no word of why")
+  return Failure(exit_status, lines[-1] if lines else "no output")
 
 
 def _watch(

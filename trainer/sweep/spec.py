@@ -18,148 +18,25 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import math
-import operator
+import hashlib
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional, Union
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
 
 from trainer.config import gin_resolution, gin_statements
 from trainer.config.gin_statements import Binding, Reference, Statement
 from trainer.errors import UserError
+from trainer.sweep.domains import KINDS, Domain, read_domain
 
-KINDS = ("choice", "range", "log_range")
-
-_BINARY: dict[type, Callable[[Any, Any], Any]] = {
-  ast.Add: operator.add,
-  ast.Sub: operator.sub,
-  ast.Mult: operator.mul,
-  ast.Div: operator.truediv,
-  ast.FloorDiv: operator.floordiv,
-  ast.Mod: operator.mod,
-  ast.Eq: operator.eq,
-  ast.NotEq: operator.ne,
-  ast.Lt: operator.lt,
-  ast.LtE: operator.le,
-  ast.Gt: operator.gt,
-  ast.GtE: operator.ge,
-  ast.In: lambda left, right: left in right,
-  ast.NotIn: lambda left, right: left not in right,
-}
-
+# Nodes of a constraint's syntax tree; anything else is refused.
+_ALLOWED_NODES = (
+  *(ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple, ast.Compare, ast.cmpop),
+  *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub),
+  *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+)
 METHODS = ("grid", "random", "tpe")
 GOALS = ("maximize", "minimize")
 MODES = ("train", "train_and_evaluate")
-
-
-@dataclasses.dataclass(frozen=True)
-class Choice:
-  """Domain of listed values, which may be anything that gin can write."""
-
-  values: Sequence[Any]
-
-  def grid(self) -> Sequence[Any]:
-    """Returns every value."""
-    return self.values
-
-  def extremes(self) -> Sequence[Any]:
-    """Returns the values to check, which is every value."""
-    return self.values
-
-  def sample(self, generator: random.Random) -> Any:
-    """Samples a value uniformly."""
-    return generator.choice(self.values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Range:
-  """Domain of numbers between two ends, inclusive; integers if both ends are.
-
-  Attributes:
-    low: the lowest.
-    high: the highest.
-    num: number of values in a grid, evenly spaced; None if there is no grid.
-    is_log: whether values are evenly spaced on a logarithmic scale.
-  """
-
-  low: float
-  high: float
-  num: Optional[int] = None
-  is_log: bool = False
-
-  def grid(self) -> Sequence[Any]:
-    """Returns `num` numbers from low to high, without duplicates from rounding."""
-    if self.num is None:
-      raise UserError("without a third number it is infinite in a grid")
-    shares = [i / max(self.num - 1, 1) for i in range(self.num)]
-    return list(dict.fromkeys(self._at(share) for share in shares))
-
-  def extremes(self) -> Sequence[Any]:
-    """Returns both ends."""
-    return [self.low, self.high]
-
-  def sample(self, generator: random.Random) -> Any:
-    """Samples a number uniformly, or uniformly in its logarithm."""
-    return self._at(generator.random())
-
-  @property
-  def is_whole(self) -> bool:
-    """Whether the numbers are integers."""
-    return isinstance(self.low, int) and isinstance(self.high, int)
-
-  def _at(self, share: float) -> Any:
-    """Returns the number at a fraction of the range."""
-    if share in (0.0, 1.0):
-      return self.high if share else self.low
-    if self.is_log:
-      low, high = math.log(self.low), math.log(self.high)
-      value = math.exp(low + share * (high - low))
-    else:
-      value = self.low + share * (self.high - self.low)
-    # Four digits distinguish two trials and are readable.
-    return round(value) if self.is_whole else float(f"{value:.4g}")
-
-
-Domain = Union[Choice, Range]
-
-
-def read_domain(binding: Binding) -> Domain:
-  """Returns the domain of `KIND/Name.parameter = values`.
-
-  Args:
-    binding: its scope is the kind.
-
-  Raises:
-    UserError: the kind is unknown, or the values do not fit it.
-  """
-  if binding.scope not in KINDS:
-    nearest = gin_statements.nearest_name(binding.scope, KINDS)
-    raise UserError(
-      f"{binding.origin}: {binding.scope!r} is none of {', '.join(KINDS)}{nearest}."
-    )
-  values = binding.value
-  if binding.scope == "choice":
-    if not isinstance(values, (list, tuple)) or not values:
-      raise UserError(f"{binding.origin}: {binding.key} needs a list of values.")
-    return Choice(list(values))
-  return _range(binding)
-
-
-def _range(binding: Binding) -> Range:
-  values, is_log = binding.value, binding.scope == "log_range"
-  form = f"{binding.origin}: {binding.key} needs (low, high) or (low, high, how many)"
-  if not isinstance(values, (list, tuple)) or len(values) not in (2, 3):
-    raise UserError(f"{form}; it has {values!r}.")
-  if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-    raise UserError(f"{form}, all of them numbers; it has {values!r}.")
-  low, high, *num = values
-  if low >= high or (is_log and low <= 0):
-    above = ", low above 0" if is_log else ""
-    raise UserError(f"{form} with low below high{above}; it has {values!r}.")
-  if num and (not isinstance(num[0], int) or num[0] < 1):
-    raise UserError(f"{form}, at least one; it has {values!r}.")
-  return Range(low, high, num[0] if num else None, is_log)
 
 
 class Constraint:
@@ -168,7 +45,7 @@ class Constraint:
   Args:
     text: a Python expression over swept names; a reference such as `@TripletLoss()` is
       compared as text by its name.
-    names: the names it may use.
+    names: the names it may use, with an example of their values.
 
   Raises:
     UserError: it does not parse, uses a name that is not swept, or is not a condition.
@@ -177,11 +54,23 @@ class Constraint:
   def __init__(self, text: str, names: Mapping[str, Any]):
     self.text = text
     try:
-      self._expression = ast.parse(str(text), mode="eval").body
+      tree = _DottedNames().visit(ast.parse(str(text), mode="eval"))
     except SyntaxError as error:
       raise UserError(
-        f"sweep.constraints: {text!r} is no expression: {error.msg}."
+        f"sweep.constraints: {text!r} is not an expression: {error.msg}."
       ) from error
+    for node in ast.walk(tree.body):
+      if not isinstance(node, _ALLOWED_NODES):
+        raise UserError(
+          f"sweep.constraints: {text!r} has more than arithmetic and comparison."
+        )
+      if isinstance(node, ast.Name) and node.id not in names:
+        nearest = gin_statements.nearest_name(node.id, names)
+        raise UserError(
+          f"sweep.constraints: {text!r}: {node.id} is not swept"
+          f"{nearest or '; swept are ' + ', '.join(names)}"
+        )
+    self._code = compile(tree, "sweep.constraints", "eval")
     self.holds(names)
 
   def holds(self, values: Mapping[str, Any]) -> bool:
@@ -193,45 +82,19 @@ class Constraint:
     Raises:
       UserError: it cannot be evaluated.
     """
+    plain = {n: v.name if isinstance(v, Reference) else v for n, v in values.items()}
     try:
-      return bool(self._value(self._expression, values))
+      return bool(eval(self._code, {"__builtins__": {}}, plain))
     except (TypeError, ZeroDivisionError) as error:
       raise UserError(f"sweep.constraints: {self.text!r}: {error}.") from error
 
-  def _value(self, node: ast.expr, values: Mapping[str, Any]) -> Any:
-    if isinstance(node, ast.Constant):
-      return node.value
-    if isinstance(node, (ast.List, ast.Tuple)):
-      return [self._value(item, values) for item in node.elts]
-    if isinstance(node, (ast.Name, ast.Attribute)):
-      return self._named(ast.unparse(node), values)
-    if isinstance(node, ast.BoolOp):
-      is_and = isinstance(node.op, ast.And)
-      parts = (self._value(part, values) for part in node.values)
-      return all(parts) if is_and else any(parts)
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.Not, ast.USub)):
-      value = self._value(node.operand, values)
-      return not value if isinstance(node.op, ast.Not) else -value
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-      left, right = self._value(node.left, values), self._value(node.right, values)
-      return _BINARY[type(node.op)](left, right)
-    if isinstance(node, ast.Compare) and all(type(op) in _BINARY for op in node.ops):
-      sides = [self._value(side, values) for side in (node.left, *node.comparators)]
-      pairs = zip(node.ops, sides, sides[1:])
-      return all(_BINARY[type(op)](left, right) for op, left, right in pairs)
-    raise UserError(
-      f"sweep.constraints: {ast.unparse(node)!r} in {self.text!r} is more than "
-      "arithmetic and comparison."
-    )
 
-  def _named(self, name: str, values: Mapping[str, Any]) -> Any:
-    if name not in values:
-      nearest = (
-        gin_statements.nearest_name(name, values) or f"; swept are {', '.join(values)}"
-      )
-      raise UserError(f"sweep.constraints: {self.text!r}: {name} is not swept{nearest}")
-    value = values[name]
-    return value.name if isinstance(value, Reference) else value
+class _DottedNames(ast.NodeTransformer):
+  """Makes one name of the attributes `Name.parameter`."""
+
+  def visit_Attribute(self, node: ast.Attribute) -> ast.Name:
+    """Returns the name."""
+    return ast.copy_location(ast.Name(ast.unparse(node), ast.Load()), node)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,13 +134,13 @@ class SweepOptions:
     _check_one_of("prune_goal", self.prune_goal, GOALS)
     _check_one_of("mode", self.mode, MODES)
     if self.method == "grid" and self.num_trials is not None:
-      raise UserError("sweep.num_trials: a grid has as many as it has; remove it.")
+      raise UserError("sweep.num_trials: a grid runs all its points; remove it.")
     if self.method != "grid" and not self.num_trials:
       raise UserError(f"sweep.method='{self.method}' needs sweep.num_trials.")
     if self.prune_metric and self.method != "tpe":
       raise UserError("sweep.prune_metric needs sweep.method='tpe'.")
     if len(set(self.seeds)) < len(self.seeds):
-      raise UserError(f"sweep.seeds={self.seeds!r} has one twice.")
+      raise UserError(f"sweep.seeds={self.seeds!r} has duplicates; remove them.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,6 +162,18 @@ class Spec:
   swept: Mapping[str, Binding]
   domains: Mapping[str, Domain]
   constraints: Sequence[Constraint]
+
+  @property
+  def fingerprint(self) -> str:
+    """Identifies the sweep; with more trials, it is the same."""
+    base = {s.key: s.value for s in self.base if isinstance(s, Binding)}
+    options = {k: v for k, v in vars(self.options).items() if k != "num_trials"}
+    content = repr((base, self.domains, options))
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+  def is_allowed(self, values: Mapping[str, Any]) -> bool:
+    """Returns whether the values of the swept names meet every constraint."""
+    return all(constraint.holds(values) for constraint in self.constraints)
 
 
 def read_spec(path: str) -> Spec:
@@ -322,7 +197,7 @@ def read_spec(path: str) -> Spec:
     )
   if options.seeds and options.seed_name in swept:
     raise UserError(
-      f"{path}: {options.seed_name} is swept and takes sweep.seeds; remove one of them."
+      f"{path}: {options.seed_name} is swept and set by sweep.seeds; remove one."
     )
   by_name = {name: read_domain(binding) for name, binding in swept.items()}
   first = {name: domain.extremes()[0] for name, domain in by_name.items()}
@@ -360,7 +235,7 @@ def _options(bindings: Sequence[Binding]) -> SweepOptions:
       nearest = gin_statements.nearest_name(binding.parameter, known)
       every = f"; it has {', '.join(known)}"
       raise UserError(
-        f"{binding.origin}: sweep has no {binding.parameter!r}{nearest or every}"
+        f"{binding.origin}: sweep has no option {binding.parameter!r}{nearest or every}"
       )
   values = {binding.parameter: binding.value for binding in bindings}
   for name in ("seeds", "constraints"):
@@ -382,6 +257,6 @@ def _in_effect(given: Sequence[Statement]) -> list[Statement]:
 def _check_one_of(name: str, value: str, allowed: Sequence[str]) -> None:
   if value not in allowed:
     raise UserError(
-      f"sweep.{name}={value!r} is none of {', '.join(allowed)}"
+      f"sweep.{name}={value!r} is not one of {', '.join(allowed)}"
       f"{gin_statements.nearest_name(str(value), allowed)}"
     )

@@ -131,8 +131,8 @@ def open_sweep_folder(spec: Spec, folder: str) -> None:
     if lines:
       more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
       raise UserError(
-        f"{folder} holds another sweep: {'; '.join(lines[:_NUM_SHOWN] + more)}. Take "
-        "another --sweep_dir; runs that are in both are not made twice."
+        f"{folder} has another sweep: {'; '.join(lines[:_NUM_SHOWN] + more)}. Choose "
+        "another --sweep_dir; runs that are in both are not repeated."
       )
   try:
     os.makedirs(folder, exist_ok=True)
@@ -150,7 +150,7 @@ def _read(path: str) -> dict[str, str]:
   except (ValueError, RecursionError) as error:
     raise UserError(f"{path} is damaged ({error}); remove it.") from error
   if not isinstance(content, dict):
-    raise UserError(f"{path} is damaged (it has no object); remove it.")
+    raise UserError(f"{path} is damaged (it is not a JSON object); remove it.")
   return content
 
 

@@ -1,4 +1,4 @@
-"""Runs trials in parallel, one per device, until none is left."""
+"""Runs the trials of a study in parallel, one per device, until none is left."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from trainer.sweep import run_process
 from trainer.sweep.points import Point
 from trainer.sweep.run_process import Ending, RunFolder
 from trainer.sweep.spec import SweepOptions
-from trainer.sweep.trials import Trial, Trials
+from trainer.sweep.study import SweepStudy, Trial
 
-_BUSY_POLL_S = 1.0
+_POLL_S = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,28 +32,26 @@ class Machine:
     devices: values of `CUDA_VISIBLE_DEVICES`, one run at a time each; None leaves it
       unchanged.
     task_flags: further flags of the task.
-    is_retrying: whether to retry runs that failed before.
   """
 
   runs_dir: str
   devices: Sequence[Optional[str]] = (None,)
   task_flags: Sequence[str] = ()
-  is_retrying: bool = False
 
 
 class Worker:
   """Takes trials and runs their points.
 
   Args:
-    trials: source of the trials.
+    study: source of the trials.
     options: of the sweep.
     machine: devices and folders for the runs.
   """
 
-  def __init__(self, trials: Trials, options: SweepOptions, machine: Machine):
+  def __init__(self, study: SweepStudy, options: SweepOptions, machine: Machine):
     self.stop = threading.Event()
     self.running: set[str] = set()
-    self._trials = trials
+    self._study = study
     self._options = options
     self._machine = machine
     self._ingested: set[str] = set()
@@ -73,19 +71,23 @@ class Worker:
     return [pool.submit(self._work, device) for device in self._machine.devices]
 
   def _work(self, device: Optional[str]) -> None:
-    busy = []
+    postponed: list[Trial] = []
     try:
       while not self.stop.is_set():
-        trial = self._trials.take()
-        if trial is None:
-          break
-        ending, value = self._try(trial, device, is_waiting=trial.is_waiting)
+        trial = self._study.take()
+        is_last = trial is None
+        if trial is None and postponed:
+          trial = postponed.pop(0)
+        if trial is None and self._study.is_over():
+          return
+        if trial is None:  # Other workers may leave trials unfinished.
+          self.stop.wait(_POLL_S)
+          continue
+        ending, value = self._try(trial, device, is_waiting=is_last)
         if ending is Ending.BUSY:
-          busy.append(trial)
+          postponed.append(trial)
         else:
-          self._trials.finish(trial, ending, value)
-      for trial in busy:
-        self._trials.finish(trial, *self._try(trial, device, is_waiting=True))
+          self._study.finish(trial, ending, value)
     except BaseException:
       self.stop.set()
       raise
@@ -115,7 +117,7 @@ class Worker:
           return self._run_locked(point, trial, device, lock)
       if not is_waiting:
         return Ending.BUSY
-      self.stop.wait(_BUSY_POLL_S)
+      self.stop.wait(_POLL_S)
     return Ending.STOPPED
 
   def _run_locked(
@@ -124,9 +126,8 @@ class Worker:
     folder = self.folder(point)
     if folder.is_finished:
       return Ending.DONE
-    if folder.failure and not self._machine.is_retrying:
+    if folder.failure:
       return Ending.FAILED
-    folder.forget_failure()
     gin_file = folder.prepare()
     self.running.add(point.run_id)
     try:
@@ -192,6 +193,7 @@ class _Watch:
 
   def __init__(self, worker: Worker, point: Point, trial: Trial):
     self._options = worker._options
+    self._study = worker._study
     self._folder = worker.folder(point)
     self._point = point
     self._trial = trial
@@ -211,10 +213,10 @@ class _Watch:
       if name and not name.startswith("eval/") and name not in last:
         nearest = (
           gin_statements.nearest_name(name, last)
-          or f"; there are {', '.join(sorted(last))}"
+          or f"; it logs {', '.join(sorted(last))}"
         )
-        raise UserError(f"{self._point}: nothing logs {name!r}{nearest}")
+        raise UserError(f"{self._point}: the run does not log {name!r}{nearest}")
     name = self._options.prune_metric
-    return bool(name) and self._trial.is_hopeless(
-      self._point, self._seen_step, last[name or ""]
+    return bool(name) and self._study.is_hopeless(
+      self._trial, self._point, self._seen_step, last[name or ""]
     )
