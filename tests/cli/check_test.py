@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import pathlib
-import subprocess
 import sys
 
 import pytest
 
+from tests.faults.processes import run_task
+from tests.thorough import thorough_except
 from trainer.cli import check as check_lib
 from trainer.errors import UserError
 from trainer.run import Hardware, Run
@@ -17,6 +18,7 @@ _REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Each replica normalises by its own batch: then N replicas don't train as one.
 _BATCH_NORM = "ConvNet.normalization = 'batch'"
+_NO_STATISTICS = "TrainStep.mining_statistics = None"  # They take long to compile.
 _BANK = (
   "TrainStep.cross_batch_memory = @CrossBatchMemory()",
   "CrossBatchMemory.size = 100",
@@ -35,8 +37,8 @@ def check(tmp_path_factory):
     command += [f"--gin_file={_DIGITS}", f"--model_dir={folder / 'run'}"]
     command += [*flags, *(f"--gin_param={param}" for param in params)]
     paths = os.pathsep.join([str(_REPOSITORY), str(path)])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = {"PYTHONPATH": paths}
+    done = run_task(command, environment)
     assert not (folder / "run").exists()
     return done
 
@@ -76,6 +78,7 @@ functional.features = @ConvNet()
 
 
 @pytest.mark.parity
+@pytest.mark.thorough
 def test_a_model_that_has_its_weights_from_gin_is_alike_on_all_replicas(
   check, tmp_path
 ):
@@ -87,16 +90,25 @@ def test_a_model_that_has_its_weights_from_gin_is_alike_on_all_replicas(
 
 
 def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
-  done = check(_BATCH_NORM)
+  done = check(_BATCH_NORM, _NO_STATISTICS)
   assert done.returncode == 1
   assert _verdicts(done) == {1: "ok", 2: "FAILS", 4: "FAILS"}
   assert "Traceback" not in done.stderr
   assert done.stderr.splitlines()[-1].startswith("error: replicas differ")
 
 
+_NOT_COMPILED = (
+  ("StepOptions.compiled = 'step'", _NO_STATISTICS),
+  "compiled='step' can't compile",
+)
+
+
 def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   done = check(
-    "PKSampler.classes_per_batch = 6", "StepOptions.num_micro_batches = 4", *_BANK
+    "PKSampler.classes_per_batch = 6",
+    "StepOptions.num_micro_batches = 4",
+    *_BANK,
+    _NO_STATISTICS,
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
@@ -105,13 +117,13 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
 
 @pytest.mark.parametrize(
   ("params", "reason"),
-  [
-    (("StepOptions.num_micro_batches = 60",), "num_micro_batches=60 does not divide"),
-    (
-      ("StepOptions.compiled = 'step'", "TrainStep.mining_statistics = None"),
-      "compiled='step' can't compile",
-    ),
-  ],
+  thorough_except(
+    [_NOT_COMPILED],
+    [
+      (("StepOptions.num_micro_batches = 60",), "num_micro_batches=60 does not divide"),
+      _NOT_COMPILED,
+    ],
+  ),
 )
 def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reason):
   size = ("PKSampler.classes_per_batch = 4", "PKSampler.samples_per_class = 15")

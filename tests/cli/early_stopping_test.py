@@ -27,6 +27,7 @@ _PARAMS = (
   "train_and_evaluate.early_stopping = @EarlyStopping()",
   "EarlyStopping.every_steps = 10",
   "EarlyStopping.metric = 'eval/recall_at_1'",
+  "TrainStep.mining_statistics = None",  # They take long to compile.
 )
 
 
@@ -84,6 +85,7 @@ def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
   assert _history(stopped) == before
 
 
+@pytest.mark.thorough
 def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, stopped):
   killed = folder / "killed_later"
   shutil.copytree(stopped, killed)
@@ -186,7 +188,8 @@ def _flags(model_dir, data, *params):
 
 
 def test_a_process_beside_the_training_measures_its_checkpoints(folder, tmp_path):
-  flags = _flags(tmp_path, folder / "data", "NUM_STEPS = 20", *_PARAMS[1:3])
+  params = ("NUM_STEPS = 20", *_PARAMS[1:3], _PARAMS[-1])
+  flags = _flags(tmp_path, folder / "data", *params)
   assert task.main(["trainer", "--mode=ingest", *flags]) == 0
   # It waits for a run that has not begun.
   command = [sys.executable, "-m", "trainer.task", "--mode=follow", *flags]

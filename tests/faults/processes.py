@@ -13,6 +13,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 from tests.distribute.cluster_test import free_addresses
@@ -28,16 +29,20 @@ def _context():
   return context
 
 
-def _task(arguments, environment, output):
+def _redirect(number, path):
+  descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+  os.dup2(descriptor, number)
+  return os.fdopen(number, "w", buffering=1)
+
+
+def _task(arguments, environment, output, errors, folder):
   for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, signal.default_int_handler if number == 2 else signal.SIG_DFL)
   signal.set_wakeup_fd(-1)
-  descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-  os.dup2(descriptor, 1)
-  os.dup2(descriptor, 2)
-  sys.stdout = os.fdopen(1, "w", buffering=1)
-  sys.stderr = os.fdopen(2, "w", buffering=1)
+  sys.stdout, sys.stderr = _redirect(1, output), _redirect(2, errors)
   os.environ.update(environment)
+  sys.path[:0] = environment.get("PYTHONPATH", str(ROOT)).split(os.pathsep)
+  os.chdir(folder)
   from trainer import task
 
   status = task.main(["trainer.task", *arguments])
@@ -54,9 +59,20 @@ class Running:
     output: file that gets what it prints.
     environment: variables that are set for it.
     is_fork: false for a process of its own, from its import to its end.
+    errors: file that gets what it prints to standard error; None for `output`.
+    folder: where it runs.
   """
 
-  def __init__(self, arguments, output, environment=None, *, is_fork=True):
+  def __init__(
+    self,
+    arguments,
+    output,
+    environment=None,
+    *,
+    is_fork=True,
+    errors=None,
+    folder=ROOT,
+  ):
     environment = {"TF_CPP_MIN_LOG_LEVEL": "3", **(environment or {})}
     self.output = pathlib.Path(output)
     self.output.write_text("")
@@ -64,7 +80,9 @@ class Running:
     self._told_s = self.start_s
     if is_fork:
       process = _context().Process(
-        target=_task, args=(arguments, environment, str(output)), daemon=True
+        target=_task,
+        args=(arguments, environment, str(output), str(errors or output), str(folder)),
+        daemon=True,
       )
       process.start()
       self._process = process
@@ -73,7 +91,7 @@ class Running:
         self._process = subprocess.Popen(
           [sys.executable, "-m", "trainer.task", *arguments],
           env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-          cwd=ROOT,
+          cwd=folder,
           stdin=subprocess.DEVNULL,
           stdout=file,
           stderr=file,
@@ -131,6 +149,52 @@ class Running:
       os.kill(self.pid, signal.SIGKILL)
       while self.status is None:
         time.sleep(0.01)
+
+
+class ForkedTask:
+  """A run of the task in a fork, with the interface of `subprocess.Popen`.
+
+  Args:
+    command: as for a process of its own: Python, -m, trainer.task and its flags.
+    environment: variables that are set for it.
+    folder: where it runs.
+  """
+
+  def __init__(self, command, environment=None, folder=ROOT):
+    assert list(command[:3]) == [sys.executable, "-m", "trainer.task"], command
+    self._place = tempfile.TemporaryDirectory()
+    self._output, self._errors = (
+      pathlib.Path(self._place.name, name) for name in ("output", "errors")
+    )
+    self._errors.write_text("")
+    self._running = Running(
+      list(map(str, command[3:])),
+      self._output,
+      environment,
+      errors=self._errors,
+      folder=folder,
+    )
+    self.returncode = None
+
+  def communicate(self, timeout=_TIMEOUT_S):
+    """Waits for the end; returns what was printed, also to standard error."""
+    self.returncode, _ = self._running.wait(timeout)
+    return self._output.read_text(), self._errors.read_text()
+
+  def kill(self):
+    """Ends it, if it runs."""
+    self._running.end()
+    self._place.cleanup()
+
+
+def run_task(command, environment=None):
+  """Runs the task in a fork to its end, as `subprocess.run` would."""
+  process = ForkedTask(command, environment)
+  try:
+    output, errors = process.communicate()
+  finally:
+    process.kill()
+  return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def workers(num_workers, start_fn):

@@ -159,6 +159,7 @@ def test_job_that_the_user_cancels_is_not_queued_again(fake, tmp_path):
   assert _calls(tmp_path, "cancel") == ["none 0 0"]
 
 
+@pytest.mark.thorough
 def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path):
   """Their job is warned as before its time limit: saves, is queued again, goes on."""
   short = ("NUM_STEPS = 600", "LoopOptions.steps_per_loop = 10")

@@ -326,7 +326,8 @@ def test_help_names_every_flag():
 
 
 def test_real_runs_are_made_and_measured(tmp_path, sweep_file):
-  path = sweep_file(f"{_TWO}\nDATA_DIR = '{tmp_path}/digits'\nSEED = 3")
+  quick = "TrainStep.mining_statistics = None"  # They take long to compile.
+  path = sweep_file(f"{_TWO}\nDATA_DIR = '{tmp_path}/digits'\nSEED = 3\n{quick}")
   folders = (f"--sweep_dir={tmp_path}/sweep", f"--runs_dir={tmp_path}/points")
   done = subprocess.run(
     [sys.executable, "-m", "trainer.sweep", path, *folders, "--num_parallel=2"],
