@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.thorough import thorough_except
 from trainer.errors import UserError
 from trainer.models.backbones import KerasApplication
 
@@ -57,7 +58,11 @@ def _saved(network, path):
 
 
 @pytest.mark.parametrize(
-  "name", ["EfficientNetB0", "MobileNetV3Small", "RegNetX002", "VGG16"]
+  "name",
+  thorough_except(
+    ["EfficientNetB0", "VGG16"],
+    ["EfficientNetB0", "MobileNetV3Small", "RegNetX002", "VGG16"],
+  ),
 )
 def test_features_are_those_of_keras_with_the_published_file(name, tmp_path):
   network = _with_distinct_weights(_network(name, weights="imagenet"))
@@ -121,7 +126,7 @@ def files(tmp_path_factory):
   ("file", "is_synchronized"),
   [
     ("w.h5", False),
-    ("w.weights.h5", False),
+    pytest.param("w.weights.h5", False, marks=pytest.mark.thorough),
     ("w.weights.h5", True),
     ("checkpoint", True),
     ("model.keras", False),
@@ -142,15 +147,28 @@ def test_a_file_of_any_format_of_keras_gives_the_same_features(
   np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+_LEFT_OVER = (
+  *("w.h5", {"include_top": True, "classes": 7}),
+  r"has .*\[7\].* beyond .*without",
+)
+_UNSET = (
+  *("checkpoint", {"alpha": 0.25}),
+  r"lacks conv1/kernel:0 \[3, 3, 3, 32\].*more",
+)
+
+
 @pytest.mark.parametrize(
   ("file", "options", "message"),
-  [
-    ("w.h5", {"include_top": True, "classes": 7}, r"has .*\[7\].* beyond .*without"),
-    ("checkpoint", {"include_top": True, "classes": 7}, r"has .*\[7\].* beyond that"),
-    ("w.weights.h5", {"alpha": 0.25}, r"lacks conv1/kernel:0 .* and \d+ more"),
-    ("checkpoint", {"alpha": 0.25}, r"lacks conv1/kernel:0 \[3, 3, 3, 32\].*more"),
-    ("w.h5", {"num_channels": 1}, r"lacks conv1/kernel:0 \[3, 3, 3, 32\] and it has"),
-  ],
+  thorough_except(
+    [_LEFT_OVER, _UNSET],
+    [
+      _LEFT_OVER,
+      ("checkpoint", {"include_top": True, "classes": 7}, r"has .*\[7\].* beyond that"),
+      ("w.weights.h5", {"alpha": 0.25}, r"lacks conv1/kernel:0 .* and \d+ more"),
+      _UNSET,
+      ("w.h5", {"num_channels": 1}, r"lacks conv1/kernel:0 \[3, 3, 3, 32\] and it has"),
+    ],
+  ),
 )
 def test_weights_unset_and_left_over_are_named(file, options, message, tmp_path):
   path = _saved(_network("MobileNet", **options), tmp_path / file)
@@ -166,7 +184,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     KerasApplication(name="MobileNet", weights=path)(_images())
 
 
-@pytest.mark.parametrize("content", [b"", b"no weights", b"PK\x05\x06" + bytes(18)])
+@pytest.mark.parametrize(
+  "content",
+  thorough_except([b"no weights"], [b"", b"no weights", b"PK\x05\x06" + bytes(18)]),
+)
 def test_a_file_that_is_no_weights_is_refused_in_one_line(content, tmp_path):
   for name in ("w.h5", "w.keras", "w"):
     path = tmp_path / name
