@@ -11,7 +11,7 @@ import importlib
 import logging as python_logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags, logging
 
@@ -87,13 +87,34 @@ def main(arguments: Sequence[str]) -> int:
   Returns:
     The exit status.
   """
+
+  def run() -> int:
+    values = _parse(arguments)
+    with shutdown.listening_for_signals(values.grace_s):
+      _run(values)
+    return errors.DONE
+
+  return run_command(arguments, help_text, run)
+
+
+def run_command(
+  arguments: Sequence[str], help_fn: Callable[[], str], run_fn: Callable[[], int]
+) -> int:
+  """Runs a command line, or prints its help; prints an error of a run in one line.
+
+  Args:
+    arguments: with the program's name first.
+    help_fn: returns the text of `--help`.
+    run_fn: runs the command and returns its exit status.
+
+  Returns:
+    The exit status, also that of an error.
+  """
   try:
     if {"-h", "--help", "-help"} & set(arguments[1:]):
-      print(help_text())
-    else:
-      values = _parse(arguments)
-      with shutdown.listening_for_signals(values.grace_s):
-        _run(values)
+      print(help_fn())
+      return errors.DONE
+    return run_fn()
   except _RUN_ERRORS as error:
     print(f"error: {_one_line(error)}", file=sys.stderr)
     return error.exit_status
@@ -106,7 +127,6 @@ def main(arguments: Sequence[str]) -> int:
       raise
     print(f"error: {_one_line(full)}", file=sys.stderr)
     return full.exit_status
-  return errors.DONE
 
 
 def define_flags() -> dict[str, flags.FlagValues]:

@@ -43,24 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     The exit status: 0 when every run is done, 1 when some failed, 2 for a user error, 3
     when a stop was requested, 130 when interrupted.
   """
-  try:
-    if {"-h", "--help"} & set(arguments[1:]):
-      print(help_text())
-      return errors.DONE
-    return _run(*_parse(arguments))
-  except errors.UserError as error:
-    return _report(error)
-  except OSError as error:
-    full = errors.out_of_space(error)
-    if full is None:
-      raise
-    return _report(full)
-
-
-def _report(error: errors.UserError) -> int:
-  """Prints a user error in one line; returns the exit status."""
-  print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-  return error.exit_status
+  return task.run_command(arguments, help_text, lambda: _run(*_parse(arguments)))
 
 
 def define_flags() -> flags.FlagValues:

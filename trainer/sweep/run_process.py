@@ -82,22 +82,16 @@ class RunFolder:
   @property
   def step(self) -> int:
     """Returns the last step logged; 0 before any."""
-    last = self.last_row()
-    return int(last["step"]) if last else 0
+    return int(self.last_row().get("step", 0))
 
-  def rows(self) -> list[dict[str, float]]:
-    """Returns the rows of `metrics.jsonl`."""
-    return list(MetricsFile(self.path).rows())
-
-  def last_row(self) -> Optional[dict[str, float]]:
-    """Returns the last row of `metrics.jsonl`; None before any."""
-    rows = self.rows()
-    return rows[-1] if rows else None
+  def last_row(self) -> dict[str, float]:
+    """Returns the last row of `metrics.jsonl`; empty before any."""
+    return [{}, *MetricsFile(self.path).rows()][-1]
 
   def metric(self, name: str) -> Optional[float]:
     """Returns the last value of a metric, evaluated or logged; None without any."""
     measured: dict[str, Any] = Results(self.path).by_moment.get("latest", {})
-    value = measured.get(name, (self.last_row() or {}).get(name))
+    value = measured.get(name, self.last_row().get(name))
     return None if value is None else float(value)
 
   @property

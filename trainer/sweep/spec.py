@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Optional
@@ -164,12 +163,13 @@ class Spec:
   constraints: Sequence[Constraint]
 
   @property
-  def fingerprint(self) -> str:
-    """Identifies the sweep; with more trials, it is the same."""
-    base = {s.key: s.value for s in self.base if isinstance(s, Binding)}
-    options = {k: v for k, v in vars(self.options).items() if k != "num_trials"}
-    content = repr((base, self.domains, options))
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+  def identity(self) -> dict[str, str]:
+    """All values by name, without the number of trials, which may be raised later."""
+    base = {s.key: repr(s.value) for s in self.base if isinstance(s, Binding)}
+    swept = {name: repr(domain) for name, domain in self.domains.items()}
+    options = {f"sweep.{k}": repr(v) for k, v in vars(self.options).items()}
+    del options["sweep.num_trials"]
+    return {**base, **swept, **options}
 
   def is_allowed(self, values: Mapping[str, Any]) -> bool:
     """Returns whether the values of the swept names meet every constraint."""

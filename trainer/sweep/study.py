@@ -6,14 +6,15 @@ A trial whose worker has died, as its released file lock shows, is queued again.
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
+import json
 import math
 import os
 import re
 import secrets
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 from trainer.errors import UserError
 from trainer.runtime import lease
@@ -43,8 +44,7 @@ _CRASHED = "crashed"  # Other trials in state FAIL do not count.
 _State = optuna.trial.TrialState
 
 
-@dataclasses.dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
   """Points that are run together; the value of the trial is their mean.
 
   Attributes:
@@ -186,8 +186,9 @@ class SweepStudy:
   def _open(self, storage: Optional[str]) -> optuna.Study:
     options = self._spec.options
     journal = os.path.join(self._sweep_dir, _JOURNAL_FILE)
+    identity = json.dumps(self._spec.identity, sort_keys=True).encode()
     # In a database, different sweep files of one name are kept apart.
-    name = f"{self._spec.name}-{self._spec.fingerprint}"
+    name = f"{self._spec.name}-{hashlib.sha256(identity).hexdigest()[:16]}"
     try:
       return optuna.create_study(
         study_name=name,

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trainer.config import run_config
-from trainer.config.gin_statements import Binding
 from trainer.errors import UserError
 from trainer.report import page
 from trainer.runtime import filesystem
@@ -26,8 +25,6 @@ _SPEC_FILE = "sweep.json"
 CSV_FILE = "sweep.csv"
 PAGE_FILE = "sweep.html"
 _NUM_SHOWN = 3
-# A sweep with more trials of the same search is the same sweep.
-_MAY_CHANGE = ("sweep.num_trials",)
 
 
 class _Axis:
@@ -123,11 +120,9 @@ def open_sweep_folder(spec: Spec, folder: str) -> None:
   Raises:
     UserError: it has another sweep, or cannot be written to.
   """
-  said = _said(spec)
   path = os.path.join(folder, _SPEC_FILE)
   if os.path.exists(path):
-    before = _read(path)
-    lines = run_config.diff(_fixed(before), _fixed(said))
+    lines = run_config.diff(_read(path), spec.identity)
     if lines:
       more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
       raise UserError(
@@ -136,7 +131,7 @@ def open_sweep_folder(spec: Spec, folder: str) -> None:
       )
   try:
     os.makedirs(folder, exist_ok=True)
-    filesystem.replace_file(path, json.dumps(said, indent=2))
+    filesystem.replace_file(path, json.dumps(spec.identity, indent=2))
   except OSError as error:
     raise UserError(
       f"--sweep_dir={folder} can't be written to: {error.strerror}."
@@ -164,15 +159,3 @@ def write_results(found: Sequence[SweepRow], spec: Spec, folder: str) -> None:
   """
   sweep_results.write_csv(found, spec.options, os.path.join(folder, CSV_FILE))
   write_sweep_page(found, spec, os.path.join(folder, PAGE_FILE))
-
-
-def _said(spec: Spec) -> dict[str, str]:
-  """Returns all values of the sweep file, by name."""
-  options = {f"sweep.{k}": repr(v) for k, v in vars(spec.options).items()}
-  swept = {name: repr(domain) for name, domain in spec.domains.items()}
-  base = {s.key: repr(s.value) for s in spec.base if isinstance(s, Binding)}
-  return {**base, **swept, **options}
-
-
-def _fixed(said: Mapping[str, str]) -> dict[str, str]:
-  return {name: value for name, value in said.items() if name not in _MAY_CHANGE}

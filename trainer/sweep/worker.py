@@ -206,7 +206,7 @@ class _Watch:
       UserError: a requested metric is not logged.
     """
     last = self._folder.last_row()
-    if last is None or last["step"] == self._seen_step:
+    if last.get("step", 0) == self._seen_step:
       return False
     self._seen_step = int(last["step"])
     for name in (self._options.metric, self._options.prune_metric):

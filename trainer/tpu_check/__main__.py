@@ -28,14 +28,7 @@ def main(arguments: Sequence[str]) -> int:
   Returns:
     The exit status: 0 if the step compiles and fits, 1 if not, 2 for a user error.
   """
-  try:
-    if {"-h", "--help"} & set(arguments[1:]):
-      print(help_text())
-      return errors.DONE
-    return _run(*_parse(arguments))
-  except (errors.UserError, errors.CheckFailedError) as error:
-    print(f"error: {_one_line(error)}", file=sys.stderr)
-    return error.exit_status
+  return task.run_command(arguments, help_text, lambda: _run(*_parse(arguments)))
 
 
 def define_flags() -> flags.FlagValues:
@@ -111,11 +104,6 @@ def _run(run_file: str, values: flags.FlagValues) -> int:
     is_fitting=values.fit,
   )
   return errors.DONE if done else errors.FAILURE
-
-
-def _one_line(error: Exception) -> str:
-  """Returns the message without the call sites that gin appends to errors."""
-  return " ".join(str(error).split("\n  In call to configurable")[0].split())
 
 
 if __name__ == "__main__":
