@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
 import socket
@@ -130,6 +131,8 @@ def test_files_come_back_as_they_were_written(elsewhere):
   assert filesystem.status(path).num_bytes == 256 * 40
   assert filesystem.read_range(path, 255, 4) == b"\xff\x00\x01\x02"
   assert filesystem.read_range(path, 256 * 40 - 2, 9) == b"\xfe\xff"
+  digest = hashlib.sha256(bytes(range(256)) * 40).hexdigest()
+  assert filesystem.sha256_of(path) == digest
   filesystem.move(path, path + "2")
   assert filesystem.list_folder(f"{elsewhere}/deep") == ["file2"]
   assert filesystem.matching(f"{elsewhere}/deep/f*") == [path + "2"]

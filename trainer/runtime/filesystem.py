@@ -421,8 +421,14 @@ def _threads() -> futures.ThreadPoolExecutor:
 
 def sha256_of(path: str) -> str:
   """Returns the SHA-256 of a file's content, in hexadecimal."""
+  if is_remote(path):
+    return retry_with_backoff(path, lambda: _sha256_of(path))
+  return _sha256_of(path)
+
+
+def _sha256_of(path: str) -> str:
   contents = hashlib.sha256()
-  with open(path, "rb") as file:
+  with as_os_errors(path), open_file(path, "rb") as file:
     while block := file.read(_BLOCK_BYTES):
       contents.update(block)
   return contents.hexdigest()

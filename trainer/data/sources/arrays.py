@@ -526,6 +526,6 @@ def _load_idx(key: str, label: str, image: np.ndarray) -> Item:
 
 def _idx_digest(path: str) -> str:
   try:
-    return hashlib.sha256(filesystem.read_bytes(path)).hexdigest()
+    return filesystem.sha256_of(path)
   except OSError as error:
     raise UserError(f"{path} can't be read: {error.strerror}.") from error
