@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from trainer.data import index_arrays, tfrecord
 from trainer.data.images import ImageDecoder, VectorDecoder
 from trainer.data.indexing import index_records
-from trainer.data.records import RecordIndex, reason_of
+from trainer.data.records import RecordIndex, record_error
 from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 
@@ -115,7 +115,7 @@ def _record(content):
     index = index_records(folder, label_feature="label")
     assert index.read([2]) == [content]
     for decoder in _DECODERS:
-      reason = reason_of(index, decoder, 2)
+      reason = record_error(index, decoder, 2)
       assert reason is None or "record 2 cannot be decoded" in reason
 
 

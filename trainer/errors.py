@@ -60,7 +60,7 @@ class NotFiniteError(RuntimeError):
   exit_status = 5
 
 
-def reason_of(error: Exception) -> str:
+def short_reason(error: Exception) -> str:
   """Returns a short reason why a file can't be written.
 
   Args:

@@ -24,7 +24,7 @@ from trainer.data.samplers import PKSampler
 from trainer.mining import corpus, corpus_search
 from trainer.mining.corpus_search import NearestItems, room_for
 from trainer.mining.mined_examples import ExampleMining
-from trainer.mining.mined_samplers import with_neighbouring_classes
+from trainer.mining.mined_samplers import neighbouring_class_sampler
 from trainer.mining.negative_windows import RankWindow
 from trainer.retrieval import faiss_index
 
@@ -180,11 +180,11 @@ def _batches(num_classes: int, neighbours: np.ndarray) -> None:
     )
 
   table = MemberTable(records, starts)
-  hard = with_neighbouring_classes(
+  hard = neighbouring_class_sampler(
     table,
     mining_round,
     sampler_fn=sampler_fn,
-    hard_share=0.5,
+    hard_fraction=0.5,
     neighbours_per_seed=3,
   )
   plain, steps = sampler_fn(table), np.arange(64)

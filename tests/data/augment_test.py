@@ -28,7 +28,7 @@ from trainer.errors import UserError
 _CHANGES = [
   Flip(),
   Colour(brightness=0.3, contrast=0.4, saturation=0.5),
-  Cutout(share=0.4),
+  Cutout(side_fraction=0.4),
   Blur(max_sigma=1.5),
   Shift(pixels=3),
   Rotation(degrees=30),
@@ -160,7 +160,7 @@ def test_crop_and_resize_shows_a_part_of_a_ramp():
 
 
 def test_cutout_makes_a_square_grey():
-  cut = Cutout(share=0.5)(tf.ones([50, 20, 20, 1]), _random(50)).numpy()
+  cut = Cutout(side_fraction=0.5)(tf.ones([50, 20, 20, 1]), _random(50)).numpy()
   num_grey = (cut == 0.5).sum(axis=(1, 2, 3))
   assert set(np.unique(cut)) == {0.5, 1.0}
   assert num_grey.max() == 100
@@ -182,7 +182,7 @@ def test_values_stay_between_zero_and_one():
   ("make", "message"),
   [
     (lambda: Colour(contrast=2.0), r"Colour\.contrast=2\.0 must be between"),
-    (lambda: Cutout(share=1.0), r"Cutout\.share=1\.0 must be between"),
+    (lambda: Cutout(side_fraction=1.0), r"Cutout\.side_fraction=1\.0 must be between"),
     (lambda: Blur(max_sigma=0.0), r"Blur\.max_sigma=0\.0 must be greater"),
     (lambda: Shift(pixels=0), r"Shift\.pixels=0 must be at least"),
     (lambda: Rotation(degrees=0), r"Rotation\.degrees=0 must be above"),

@@ -10,7 +10,7 @@ from trainer.data import ingestion
 from trainer.data.dataset import Dataset, ListSplit
 from trainer.data.images import ImageDecoder
 from trainer.data.pipeline import Batches, Shard
-from trainer.data.records import RecordIndex, Replacements, reason_of
+from trainer.data.records import RecordIndex, Replacements, record_error
 from trainer.data.samplers import PKSampler
 from trainer.data.sources.source import Item, encode_png
 from trainer.errors import UserError
@@ -114,9 +114,9 @@ def test_good_records_are_left_and_tried_once(folder, monkeypatch):
 
 def test_the_reason_names_file_and_record(folder):
   index = RecordIndex.open(str(folder))
-  assert reason_of(index, _DECODER, 0) is None
-  assert "record 4 cannot be decoded" in reason_of(index, _DECODER, _UNDECODABLE)
-  assert "record 9 has corrupt data" in reason_of(index, _DECODER, _CORRUPT)
+  assert record_error(index, _DECODER, 0) is None
+  assert "record 4 cannot be decoded" in record_error(index, _DECODER, _UNDECODABLE)
+  assert "record 9 has corrupt data" in record_error(index, _DECODER, _CORRUPT)
 
 
 def test_a_choice_that_is_not_known_is_refused(folder):

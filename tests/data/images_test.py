@@ -14,7 +14,7 @@ from trainer.data.dataset import Dataset, ListSplit
 from trainer.data.images import ImageDecoder
 from trainer.data.indexing import index_records
 from trainer.data.pipeline import Shard
-from trainer.data.records import reason_of
+from trainer.data.records import record_error
 from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 
@@ -148,8 +148,8 @@ def test_a_bomb_in_a_record_is_replaced_and_counted(folder, caplog):
 def test_how_many_pixels_are_too_many_can_be_said(folder):
   index = index_records(str(folder), label_feature="label")
   small = ImageDecoder(height=4, width=4, channels=1, max_pixels=15)
-  assert "more pixels than the 15 allowed" in reason_of(index, small, 0)
-  assert reason_of(index, ImageDecoder(height=4, width=4, channels=1), 0) is None
+  assert "more pixels than the 15 allowed" in record_error(index, small, 0)
+  assert record_error(index, ImageDecoder(height=4, width=4, channels=1), 0) is None
 
 
 def test_a_limit_below_one_pixel_is_refused():

@@ -157,7 +157,7 @@ def test_what_is_probably_mislabelled_is_named_and_left_out():
   mined = _mine(
     corpus,
     RankWindow(first=1, last=30),
-    mislabelled=MislabelledFilter(num_neighbours=5, min_share=0.8),
+    mislabelled=MislabelledFilter(num_neighbours=5, min_fraction=0.8),
   )
   assert mined.suspected_mislabelled.tolist() == expected
   assert mined.counts["suspected_mislabelled"] == len(expected)
@@ -205,7 +205,7 @@ def test_a_full_temporary_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
   monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
   monkeypatch.setattr(os, "posix_fallocate", full)
-  message = rf"{tmp_path} has no room for 4,000 bytes .*\(No space left on device\)"
+  message = rf"{tmp_path} has no space for 4,000 bytes .*\(No space left on device\)"
   with pytest.raises(UserError, match=message), neighbours_on_disk(100, 5):
     pass
 
@@ -267,7 +267,7 @@ def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
     (lambda: MarginWindow(margin=0.1, num_negatives=9, depth=8), "1 to depth=8"),
     (lambda: Positives(num_positives=0), "num_positives=0"),
     (lambda: Positives(choice="best"), "'best' is none of random"),
-    (lambda: MislabelledFilter(min_share=0.5), "doubts too easily"),
+    (lambda: MislabelledFilter(min_fraction=0.5), "doubts too easily"),
     (lambda: NearestItems(np.zeros((2, 2)), "fast"), "'fast' is none of auto, exact"),
   ],
 )

@@ -19,7 +19,7 @@ from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 from trainer.losses.objectives import WithinGroups
 from trainer.mining import round
-from trainer.mining.mined_samplers import MinedTripletSampler, with_neighbouring_classes
+from trainer.mining.mined_samplers import MinedTripletSampler, neighbouring_class_sampler
 
 _STEPS = np.arange(200)
 
@@ -95,11 +95,11 @@ def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
   mining_round = write_round(
     tmp_path, step, class_neighbours=neighbours, num_classes=len(sizes)
   )
-  options = {"hard_share": 0.6, "neighbours_per_seed": 2, **options}
+  options = {"hard_fraction": 0.6, "neighbours_per_seed": 2, **options}
   pk = {"classes_per_batch": 10, "samples_per_class": 3, "seed": 1}
   pk.update({name: options.pop(name) for name in [*pk, "weights"] if name in options})
   index = _Index(sizes)
-  sampler = with_neighbouring_classes(
+  sampler = neighbouring_class_sampler(
     index,
     mining_round,
     sampler_fn=functools.partial(PKSampler, **pk),
@@ -135,7 +135,7 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
   classes = np.sort(rng.permutation(30)[:22]).astype(np.int32) if is_part else None
   options = {"classes": classes, "weights": weights}
   index, sampler = _hard(tmp_path, neighbours, sizes, **options)
-  _, plain = _hard(tmp_path, neighbours, sizes, **options, hard_share=0.0)
+  _, plain = _hard(tmp_path, neighbours, sizes, **options, hard_fraction=0.0)
   allowed = set(range(30) if classes is None else classes)
   drawn, base = sampler.batches(_STEPS), plain.batches(_STEPS)
   assert drawn.shape == (200, 10, 3)
@@ -153,7 +153,7 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
 
 def test_no_share_of_hard_classes_is_the_plain_sampler(tmp_path):
   sizes = [5] * 20
-  index, sampler = _hard(tmp_path, _neighbours(20, 4), sizes, hard_share=0.0)
+  index, sampler = _hard(tmp_path, _neighbours(20, 4), sizes, hard_fraction=0.0)
   plain = PKSampler(index, classes_per_batch=10, samples_per_class=3, seed=1)
   np.testing.assert_array_equal(sampler.batches(_STEPS), plain.batches(_STEPS))
 
@@ -161,7 +161,7 @@ def test_no_share_of_hard_classes_is_the_plain_sampler(tmp_path):
 def test_where_all_are_hard_and_overlap_the_batch_still_has_all_its_classes(tmp_path):
   # All have the same neighbours: most of a batch is drawn by the stream.
   neighbours = np.tile(np.array([0, 1, 2], np.int32), (20, 1))
-  index, sampler = _hard(tmp_path, neighbours, [4] * 20, hard_share=1.0)
+  index, sampler = _hard(tmp_path, neighbours, [4] * 20, hard_fraction=1.0)
   classes = index.labels[sampler.batches(_STEPS)][:, :, 0]
   assert all(len(set(batch)) == 10 for batch in classes)
   assert all({0, 1, 2} <= set(batch) for batch in classes)
@@ -240,11 +240,11 @@ def test_groups_that_can_not_be_are_refused(examples, options, message):
 
 def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
   with pytest.raises(UserError, match="no neighbours of classes; set"):
-    with_neighbouring_classes(
+    neighbouring_class_sampler(
       _Index([3] * 9),
       examples,
       sampler_fn=PKSampler,
-      hard_share=0.5,
+      hard_fraction=0.5,
       neighbours_per_seed=1,
     )
   classes_alone = write_round(tmp_path, 80, class_neighbours=_neighbours(9, 2))
@@ -255,7 +255,7 @@ def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"hard_share": 1.5}, "a share of 1.5"),
+    ({"hard_fraction": 1.5}, "a share of 1.5"),
     ({"neighbours_per_seed": 0}, "0 neighbours a seed"),
     ({"classes_per_batch": 31}, "classes_per_batch=31 but only 30 classes"),
   ],

@@ -175,7 +175,7 @@ def test_a_sample_is_another_each_round(dataset):
 def test_what_is_suspected_is_named_by_its_key(dataset):
   examples = ExampleMining(
     window=RankWindow(first=1, last=5),
-    mislabelled=MislabelledFilter(num_neighbours=1, min_share=1.0),
+    mislabelled=MislabelledFilter(num_neighbours=1, min_fraction=1.0),
   )
   facts = _mine(dataset, examples=examples).facts
   assert (

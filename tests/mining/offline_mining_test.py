@@ -22,7 +22,7 @@ from tests.mining.deciding import (
 )
 from trainer.config import run_config
 from trainer.errors import UserError
-from trainer.mining.mined_samplers import with_neighbouring_classes
+from trainer.mining.mined_samplers import neighbouring_class_sampler
 from trainer.mining.miner import Miner
 from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
 
@@ -134,9 +134,9 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
     (
       {
         "sampler_fn": functools.partial(
-          with_neighbouring_classes,
+          neighbouring_class_sampler,
           sampler_fn=None,
-          hard_share=0.5,
+          hard_fraction=0.5,
           neighbours_per_seed=4,
         ),
         "miner": Miner(num_class_neighbours=3),

@@ -41,10 +41,10 @@ _BESIDE = (
 _HARD = (
   *_MINING,
   *_BESIDE,
-  "OfflineMining.sampler_fn = @with_neighbouring_classes",
-  "with_neighbouring_classes.sampler_fn = @PKSampler",
-  "with_neighbouring_classes.hard_share = 0.5",
-  "with_neighbouring_classes.neighbours_per_seed = 1",
+  "OfflineMining.sampler_fn = @neighbouring_class_sampler",
+  "neighbouring_class_sampler.sampler_fn = @PKSampler",
+  "neighbouring_class_sampler.hard_fraction = 0.5",
+  "neighbouring_class_sampler.neighbours_per_seed = 1",
   "Miner.num_class_neighbours = 3",
 )
 

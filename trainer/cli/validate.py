@@ -139,7 +139,7 @@ def _check_records(index: RecordIndex, decoder: Any, numbers: np.ndarray) -> lis
   progress = Progress("validating", "records", len(numbers))
   for first in range(0, len(numbers), _RECORDS_AT_A_TIME):
     some = numbers[first : first + _RECORDS_AT_A_TIME]
-    reasons.extend(records.reasons_of(index, decoder, some).values())
+    reasons.extend(records.record_errors(index, decoder, some).values())
     progress.advance(len(some))
   progress.finish()
   for reason in reasons:

@@ -163,21 +163,21 @@ class Cutout:
   https://arxiv.org/abs/1708.04552).
 
   Args:
-    share: side of the square as a fraction of the image's shorter side.
+    side_fraction: side of the square as a fraction of the image's shorter side.
 
   Raises:
     UserError: the share is not between 0 and 1.
   """  # noqa: D205
 
-  def __init__(self, *, share: float):
-    if not 0 < share < 1:
-      raise UserError(f"Cutout.share={share} must be between 0 and 1.")
-    self._share = share
+  def __init__(self, *, side_fraction: float):
+    if not 0 < side_fraction < 1:
+      raise UserError(f"Cutout.share={side_fraction} must be between 0 and 1.")
+    self._side_fraction = side_fraction
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
     """Maps [L, H, W, C] float32 to the same shape."""
     height, width = images.shape[1:3]
-    half = self._share * min(height, width) / 2
+    half = self._side_fraction * min(height, width) / 2
     y, x = map(random.local, random.uniform(2))
     rows = tf.abs(tf.range(height, dtype=tf.float32) + 0.5 - (y * height)[:, None])
     columns = tf.abs(tf.range(width, dtype=tf.float32) + 0.5 - (x * width)[:, None])

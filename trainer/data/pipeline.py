@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from trainer.data.augment import Augmentation, RowRandom
 from trainer.data.images import Decoder
-from trainer.data.records import RecordIndex, Replacements, reason_of
+from trainer.data.records import RecordIndex, Replacements, record_error
 from trainer.data.samplers import BatchSampler, draw
 from trainer.errors import UserError
 
@@ -157,7 +157,7 @@ class Batches:
     for step in steps:
       for number in np.ravel(self._sampler.batch(step)):
         if number >= 0:
-          reason = reason_of(self._index, self._decoder, int(number))
+          reason = record_error(self._index, self._decoder, int(number))
           if reason is not None:
             raise UserError(reason) from None
 

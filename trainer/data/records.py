@@ -299,7 +299,7 @@ def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
     yield str(tfrecord.feature_text(values[0])) if values else place
 
 
-def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:
+def record_error(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:
   """Returns why a record can't be used, with its name; None if it can.
 
   Raises:
@@ -319,7 +319,7 @@ def reason_of(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str
   return None
 
 
-def reasons_of(
+def record_errors(
   index: RecordIndex, decoder: Decoder, numbers: Sequence[int] | np.ndarray
 ) -> dict[int, str]:
   """Returns why records can't be used, by number; tests all at once first."""
@@ -328,7 +328,7 @@ def reasons_of(
   except UnreadableError:
     raise
   except (UserError, tf.errors.OpError, UnicodeDecodeError):
-    found = {int(n): reason_of(index, decoder, int(n)) for n in numbers}
+    found = {int(n): record_error(index, decoder, int(n)) for n in numbers}
     return {number: reason for number, reason in found.items() if reason is not None}
   return {}
 
@@ -386,7 +386,7 @@ class Replacements:
     unknown = np.unique(numbers[self._states[numbers] == _UNKNOWN])
     if not len(unknown):
       return
-    reasons = reasons_of(self._index, self._decoder, unknown)
+    reasons = record_errors(self._index, self._decoder, unknown)
     self._states[unknown] = _GOOD
     for number, reason in reasons.items():
       self._states[number] = _BAD

@@ -19,7 +19,7 @@ from absl import logging
 from trainer.data import permutation
 from trainer.data.csv_file import CsvFile
 from trainer.data.records import RecordIndex, record_names
-from trainer.errors import UserError, reason_of
+from trainer.errors import UserError, short_reason
 from trainer.runtime import filesystem
 
 COLUMNS = ("anchor", "positive", "negative")
@@ -66,7 +66,7 @@ def _numbers_of_array(file: str) -> np.ndarray:
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
   except Exception as error:  # The header is parsed by Python: many error types.
-    raise UserError(f"{file} is no array: {reason_of(error)}.") from error
+    raise UserError(f"{file} is no array: {short_reason(error)}.") from error
   if not isinstance(numbers, np.ndarray):
     raise UserError(f"{file} is no array, but several.")
   if numbers.ndim != 2 or numbers.shape[1] != 3 or numbers.dtype.kind not in "iu":

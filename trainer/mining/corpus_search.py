@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from trainer.errors import UserError, reason_of
+from trainer.errors import UserError, short_reason
 from trainer.mining.corpus import CorpusItems
 from trainer.retrieval import faiss_index, knn
 from trainer.retrieval.exact_distances import common_offset
@@ -62,9 +62,9 @@ def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbou
     except OSError as error:
       folder = tempfile.tempdir or os.environ.get("TMPDIR", "the temporary folder")
       raise UserError(
-        f"{folder} has no room for {2 * num_bytes:,} bytes of neighbours "
-        f"({reason_of(error)}); set TMPDIR to a folder that has, or mine among fewer "
-        "(Miner.records_per_class)."
+        f"{folder} has no space for {2 * num_bytes:,} bytes of neighbours "
+        f"({short_reason(error)}); set TMPDIR to a larger disk, or lower "
+        "Miner.records_per_class."
       ) from error
     yield found
 

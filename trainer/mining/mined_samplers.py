@@ -125,12 +125,12 @@ class MinedTripletSampler:
 
 
 @gin.register
-def with_neighbouring_classes(
+def neighbouring_class_sampler(
   index: index_arrays.Classes,
   mining_round: Round,
   *,
   sampler_fn: Callable[..., PKSampler],
-  hard_share: float,
+  hard_fraction: float,
   neighbours_per_seed: int,
   classes: Optional[np.ndarray] = None,
 ) -> PKSampler:
@@ -140,7 +140,7 @@ def with_neighbouring_classes(
     index: classes and their members.
     mining_round: a round with neighbours of classes.
     sampler_fn: builds the sampler, with P, K, seed and class weights.
-    hard_share: share of the P classes, 0 … 1.
+    hard_fraction: share of the P classes, 0 … 1.
     neighbours_per_seed: approximate number of classes in a neighbourhood, in addition
       to its seed. If neighbourhoods overlap, the next nearest classes replace shared
       ones.
@@ -150,9 +150,9 @@ def with_neighbouring_classes(
     UserError: the share is outside 0 to 1, `neighbours_per_seed` is below 1, the round
       has no or too few neighbours of classes, or fewer than P classes can be drawn.
   """
-  if not 0 <= hard_share <= 1 or neighbours_per_seed < 1:
+  if not 0 <= hard_fraction <= 1 or neighbours_per_seed < 1:
     raise UserError(
-      f"with_neighbouring_classes of a share of {hard_share} with "
+      f"neighbouring_class_sampler of a share of {hard_fraction} with "
       f"{neighbours_per_seed} neighbours a seed is not possible; take a share from 0 "
       "to 1, and at least 1 neighbour."
     )
@@ -163,21 +163,21 @@ def with_neighbouring_classes(
     )
   if neighbours.shape[1] < neighbours_per_seed:
     raise UserError(
-      f"with_neighbouring_classes.neighbours_per_seed={neighbours_per_seed}, and a "
+      f"neighbouring_class_sampler.neighbours_per_seed={neighbours_per_seed}, and a "
       f"round has {neighbours.shape[1]} of each class; raise "
       "Miner.num_class_neighbours, to several times as many: neighbourhoods overlap."
     )
   stream_fn = functools.partial(
-    NeighbouringClasses,
+    NeighbouringClassStream,
     neighbours=neighbours,
-    hard_share=hard_share,
+    hard_fraction=hard_fraction,
     neighbours_per_seed=neighbours_per_seed,
     round_step=mining_round.step,
   )
   return sampler_fn(index, classes=classes, stream_fn=stream_fn)
 
 
-class NeighbouringClasses:
+class NeighbouringClassStream:
   """Class stream of neighbourhoods, filled up with classes of another stream.
 
   The first s classes of the other stream are seeds. The nearest class of each seed
@@ -190,7 +190,7 @@ class NeighbouringClasses:
     num_drawn: P.
     class_ids: [C] int32, ids of the classes to draw from; None for all L.
     neighbours: [L, m] int32 ids, nearest first; −1 for none. May be memory-mapped.
-    hard_share: H / P.
+    hard_fraction: H / P.
     neighbours_per_seed: about H / s − 1.
     round_step: step of the round, so that each round draws other members.
   """
@@ -202,13 +202,13 @@ class NeighbouringClasses:
     class_ids: Optional[np.ndarray],
     *,
     neighbours: np.ndarray,
-    hard_share: float,
+    hard_fraction: float,
     neighbours_per_seed: int,
     round_step: int,
   ):
     self._stream = stream
     self._num_drawn = num_drawn
-    self._num_hard = round(hard_share * num_drawn)
+    self._num_hard = round(hard_fraction * num_drawn)
     self._num_seeds = -(-self._num_hard // (1 + neighbours_per_seed))
     self._neighbours = neighbours
     self._class_ids = class_ids

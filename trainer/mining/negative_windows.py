@@ -149,26 +149,26 @@ def first_columns(is_chosen: np.ndarray, num_columns: int) -> np.ndarray:
 class MislabelledFilter:
   """Filter for items whose nearest neighbours nearly all share one other label.
 
-  An item is suspected of a wrong label if at least ⌈q·min_share⌉ of its q nearest other
+  An item is suspected of a wrong label if at least ⌈q·min_fraction⌉ of its q nearest other
   items have the same label, which is not its own. Copies of the item do not count. A
   suspected item is used neither as an anchor nor as a positive or negative.
 
   Attributes:
     num_neighbours: q.
-    min_share: above 0.5, at most 1.
+    min_fraction: above 0.5, at most 1.
 
   Raises:
-    UserError: `num_neighbours` is below 1, or `min_share` is not above 0.5.
+    UserError: `num_neighbours` is below 1, or `min_fraction` is not above 0.5.
   """
 
   num_neighbours: int = 10
-  min_share: float = 0.9
+  min_fraction: float = 0.9
 
   def __post_init__(self):
-    if self.num_neighbours < 1 or not 0.5 < self.min_share <= 1:
+    if self.num_neighbours < 1 or not 0.5 < self.min_fraction <= 1:
       raise UserError(
         f"MislabelledFilter of {self.num_neighbours} neighbours and a share of "
-        f"{self.min_share} doubts too easily; ask at least 1, and more than half."
+        f"{self.min_fraction} doubts too easily; ask at least 1, and more than half."
       )
 
   def suspected_mislabelled(
@@ -185,7 +185,7 @@ class MislabelledFilter:
       [N] bool.
     """
     is_suspected = np.zeros(len(labels), bool)
-    needed = math.ceil(self.num_neighbours * self.min_share)
+    needed = math.ceil(self.num_neighbours * self.min_fraction)
     for start in range(0, len(labels), _ROWS_AT_ONCE):
       rows = slice(start, start + _ROWS_AT_ONCE)
       asked = neighbours[rows, : self.num_neighbours]

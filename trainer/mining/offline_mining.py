@@ -73,7 +73,7 @@ class OfflineMining:
 
   Attributes:
     sampler_fn: builds the sampler of a round: `MinedTripletSampler` or
-      `with_neighbouring_classes`. Its batches have as many records as those of
+      `neighbouring_class_sampler`. Its batches have as many records as those of
       `train.sampler_fn`, which is used before the first round.
     every_steps: a multiple of `LoopOptions.steps_per_loop`.
     miner: mines in the training process with the current weights (averaged, if averaged

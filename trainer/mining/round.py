@@ -31,7 +31,7 @@ import numpy as np
 from absl import logging
 
 from trainer.data.dataset import Dataset
-from trainer.errors import UnwritableError, UserError, reason_of
+from trainer.errors import UnwritableError, UserError, short_reason
 from trainer.mining.miner import Mined, Miner
 from trainer.retrieval.embedding_store import read_json
 from trainer.runtime import filesystem
@@ -237,7 +237,7 @@ def write_round(
     shutil.rmtree(aside, ignore_errors=True)
     raise UnwritableError(
       f"the mining round of step {step} can't be written to "
-      f"{os.path.join(model_dir, ROUNDS_FOLDER)}: {reason_of(error)}."
+      f"{os.path.join(model_dir, ROUNDS_FOLDER)}: {short_reason(error)}."
     ) from error
 
 
@@ -262,7 +262,7 @@ def alone(model_dir: str) -> Iterator[None]:
       claimed.enter_context(locked_folder(folder, "mining into"))
     except OSError as error:
       raise UnwritableError(
-        f"{folder} can't be written to: {reason_of(error)}."
+        f"{folder} can't be written to: {short_reason(error)}."
       ) from error
     yield
 
@@ -297,7 +297,7 @@ def set_round_aside(model_dir: str) -> None:
   except OSError as error:
     raise UserError(
       f"{folder} is of another training, and can't be renamed to {before}: "
-      f"{reason_of(error)}."
+      f"{short_reason(error)}."
     ) from error
   logging.warning("%s is of another training: it is %s now.", folder, before)
 
@@ -323,7 +323,7 @@ def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
     try:
       array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # Python's parser of the header raises many types.
-      fault = f"it is no array: {reason_of(error)}"
+      fault = f"it is no array: {short_reason(error)}"
     else:
       shape = tuple(expected["shape"])
       has_declared_shape = array.dtype == np.int32 and array.shape == shape
@@ -340,7 +340,7 @@ def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
       return f"it has {size} bytes and not {expected['bytes']}"
     is_same = sha256_of(path) == expected["sha256"]
   except OSError as error:
-    return reason_of(error)
+    return short_reason(error)
   return None if is_same else "its SHA-256 is another"
 
 
@@ -390,7 +390,7 @@ class RoundLog:
       filesystem.replace_file(self.path, "".join(rows))
     except OSError as error:
       raise UnwritableError(
-        f"{self.path} can't be written: {reason_of(error)}."
+        f"{self.path} can't be written: {short_reason(error)}."
       ) from error
 
 

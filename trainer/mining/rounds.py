@@ -22,7 +22,7 @@ from trainer.errors import (
   TooFewExamplesError,
   UnwritableError,
   UserError,
-  reason_of,
+  short_reason,
 )
 from trainer.mining import round
 from trainer.mining.miner import Mined, corpus_fingerprint
@@ -314,7 +314,7 @@ class Rounds:
           round.remove_round(self._model_dir, round_step)
         except OSError as error:
           logging.warning(
-            "The mining round of step %d stays: %s.", round_step, reason_of(error)
+            "The mining round of step %d stays: %s.", round_step, short_reason(error)
           )
 
 

@@ -21,7 +21,7 @@ from absl import logging
 
 from trainer import __version__
 from trainer.config import run_config
-from trainer.errors import UnwritableError, UserError, reason_of
+from trainer.errors import UnwritableError, UserError, short_reason
 from trainer.losses.mining_statistics import ADVICE, describe_collapse
 from trainer.run import Run
 from trainer.runtime import filesystem
@@ -99,7 +99,7 @@ class MetricsFile:
       _append(self._path, "".join(self._waiting).encode())
     except OSError as error:
       raise UnwritableError(
-        f"{self._path} can't be written: {reason_of(error)}"
+        f"{self._path} can't be written: {short_reason(error)}"
       ) from error
     self._waiting.clear()
 
@@ -134,7 +134,7 @@ class MetricsFile:
       )
     except OSError as error:
       raise UnwritableError(
-        f"{self._path} can't be written: {reason_of(error)}"
+        f"{self._path} can't be written: {short_reason(error)}"
       ) from error
 
 
@@ -347,7 +347,7 @@ class WriteEvents:
       self._waiting.clear()
     except tf.errors.OpError as error:
       self._writer = None
-      reason, step = reason_of(error), self._waiting[-1].step
+      reason, step = short_reason(error), self._waiting[-1].step
       logging.warning("Events of step %d can't be written: %s.", step, reason)
 
 
@@ -384,7 +384,7 @@ class WriteOnce:
       self._write_fn()
     except OSError as error:
       raise UnwritableError(
-        f"{self._path} can't be written: {reason_of(error)}"
+        f"{self._path} can't be written: {short_reason(error)}"
       ) from error
     self._is_written = True
 

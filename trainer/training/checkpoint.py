@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from trainer.errors import NotFiniteError, UserError, reason_of
+from trainer.errors import NotFiniteError, UserError, short_reason
 from trainer.losses.cross_batch_memory import CrossBatchMemory
 from trainer.models.batch_norm import make_replicas_equal
 from trainer.runtime import tensorflow_private
@@ -422,7 +422,7 @@ class Checkpoints:
       checkpoint_files.prune(self._folder, self._num_kept)
     except (OSError, tf.errors.OpError) as error:
       self.failure = (
-        f"the checkpoint of step {step} can't be written: {reason_of(error)}"
+        f"the checkpoint of step {step} can't be written: {short_reason(error)}"
       )
       self._asked_step = None
       checkpoint_files.drop_aside(self._folder)

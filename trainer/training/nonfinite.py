@@ -27,7 +27,7 @@ from trainer.data.samplers import BatchSampler
 from trainer.distribute.collectives import Collectives, current_collectives
 from trainer.distribute.strategy import ReplicaBatches
 from trainer.distribute.workers import current_workers
-from trainer.errors import NotFiniteError, UserError, reason_of
+from trainer.errors import NotFiniteError, UserError, short_reason
 from trainer.runtime import filesystem
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.optimizers import set_step
@@ -106,7 +106,7 @@ class Diagnosis:
     try:
       filesystem.replace_file(path, json.dumps(content, indent=1))
     except OSError as error:
-      return f"; {path} can't be written: {reason_of(error)}"
+      return f"; {path} can't be written: {short_reason(error)}"
     return f"; all in {path}"
 
 

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 from trainer.config import run_config
-from trainer.errors import UnwritableError, UserError, reason_of
+from trainer.errors import UnwritableError, UserError, short_reason
 from trainer.run import Run
 from trainer.runtime.lease import locked_folder
 from trainer.training import checkpoint_files
@@ -44,7 +44,7 @@ def open_run_folder(run: Run) -> Iterator[None]:
       claimed.enter_context(locked_folder(run.model_dir, "training in"))
     except OSError as error:
       raise UnwritableError(
-        f"--model_dir={run.model_dir} can't be written to: {reason_of(error)}."
+        f"--model_dir={run.model_dir} can't be written to: {short_reason(error)}."
       ) from error
     run_config.check_same_config(
       run.config,

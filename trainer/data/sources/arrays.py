@@ -24,7 +24,7 @@ import numpy as np
 
 from trainer.data.sources import reader_process
 from trainer.data.sources.source import Item, Loader, Source, encode_png, text_of
-from trainer.errors import UserError, reason_of
+from trainer.errors import UserError, short_reason
 from trainer.runtime import filesystem
 
 _CHUNK_BYTES = 16 << 20
@@ -342,7 +342,7 @@ def _load_array(name: str) -> np.ndarray:
   except UserError:
     raise
   except Exception as error:  # The header is parsed by Python: many error types.
-    reason = reason_of(error)
+    reason = short_reason(error)
     if "bject arrays" in reason or "Python objects" in reason:
       raise UserError(
         f"{name} holds Python objects (ragged or mixed rows, or None); save it as "
