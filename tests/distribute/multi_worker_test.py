@@ -172,7 +172,7 @@ def test_a_worker_that_has_no_room_to_mine_ends_all_in_one_line(folder):
   for _, errors, status in _run_workers([command, of_16_kb]):
     assert status == 2, errors
     assert "Traceback" not in errors
-    assert "has no room for" in errors.splitlines()[-1]
+    assert "has no space for" in errors.splitlines()[-1]
     assert errors.splitlines()[-1].startswith("error: worker 1: ")
 
 

@@ -267,7 +267,7 @@ def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
     (lambda: MarginWindow(margin=0.1, num_negatives=9, depth=8), "1 to depth=8"),
     (lambda: Positives(num_positives=0), "num_positives=0"),
     (lambda: Positives(choice="best"), "'best' is none of random"),
-    (lambda: MislabelledFilter(min_fraction=0.5), "doubts too easily"),
+    (lambda: MislabelledFilter(min_fraction=0.5), "at least 1 neighbour"),
     (lambda: NearestItems(np.zeros((2, 2)), "fast"), "'fast' is none of auto, exact"),
   ],
 )

@@ -19,7 +19,10 @@ from trainer.data.samplers import PKSampler
 from trainer.errors import UserError
 from trainer.losses.objectives import WithinGroups
 from trainer.mining import round
-from trainer.mining.mined_samplers import MinedTripletSampler, neighbouring_class_sampler
+from trainer.mining.mined_samplers import (
+  MinedTripletSampler,
+  neighbouring_class_sampler,
+)
 
 _STEPS = np.arange(200)
 
@@ -255,8 +258,8 @@ def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"hard_fraction": 1.5}, "a share of 1.5"),
-    ({"neighbours_per_seed": 0}, "0 neighbours a seed"),
+    ({"hard_fraction": 1.5}, "hard_fraction=1.5"),
+    ({"neighbours_per_seed": 0}, "neighbours_per_seed=0"),
     ({"classes_per_batch": 31}, "classes_per_batch=31 but only 30 classes"),
   ],
 )

@@ -51,6 +51,10 @@ _RENAMED = {
   "when_not_finite": "on_nonfinite",
   "max_not_finite": "max_nonfinite_steps",
   "when_disk_full": "on_disk_full",
+  "with_neighbouring_classes": "neighbouring_class_sampler",
+  "hard_share": "hard_fraction",
+  "min_share": "min_fraction",
+  "share": "side_fraction",
 }
 
 _MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")

@@ -166,12 +166,12 @@ class Cutout:
     side_fraction: side of the square as a fraction of the image's shorter side.
 
   Raises:
-    UserError: the share is not between 0 and 1.
+    UserError: the fraction is not between 0 and 1.
   """  # noqa: D205
 
   def __init__(self, *, side_fraction: float):
     if not 0 < side_fraction < 1:
-      raise UserError(f"Cutout.share={side_fraction} must be between 0 and 1.")
+      raise UserError(f"Cutout.side_fraction={side_fraction} must be between 0 and 1.")
     self._side_fraction = side_fraction
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:

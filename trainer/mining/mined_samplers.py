@@ -134,38 +134,38 @@ def neighbouring_class_sampler(
   neighbours_per_seed: int,
   classes: Optional[np.ndarray] = None,
 ) -> PKSampler:
-  """Returns a P×K sampler with a share of classes in neighbourhoods of a round.
+  """Returns a P×K sampler with a fraction of the classes in neighbourhoods of a round.
 
   Args:
     index: classes and their members.
     mining_round: a round with neighbours of classes.
     sampler_fn: builds the sampler, with P, K, seed and class weights.
-    hard_fraction: share of the P classes, 0 … 1.
+    hard_fraction: fraction of the P classes, 0 … 1.
     neighbours_per_seed: approximate number of classes in a neighbourhood, in addition
       to its seed. If neighbourhoods overlap, the next nearest classes replace shared
       ones.
     classes: int32 ids of the classes to draw from; None for all.
 
   Raises:
-    UserError: the share is outside 0 to 1, `neighbours_per_seed` is below 1, the round
-      has no or too few neighbours of classes, or fewer than P classes can be drawn.
+    UserError: the fraction is outside 0 to 1, `neighbours_per_seed` is below 1, the
+      round has no or too few neighbours of classes, or fewer than P classes can be
+      drawn.
   """
   if not 0 <= hard_fraction <= 1 or neighbours_per_seed < 1:
     raise UserError(
-      f"neighbouring_class_sampler of a share of {hard_fraction} with "
-      f"{neighbours_per_seed} neighbours a seed is not possible; take a share from 0 "
-      "to 1, and at least 1 neighbour."
+      f"neighbouring_class_sampler: hard_fraction={hard_fraction} must be from 0 to 1, "
+      f"and neighbours_per_seed={neighbours_per_seed} at least 1."
     )
   neighbours = mining_round.arrays.get("class_neighbours")
   if neighbours is None:
     raise UserError(
-      "A round has no neighbours of classes; set Miner.num_class_neighbours."
+      "The round has no neighbours of classes; set Miner.num_class_neighbours."
     )
   if neighbours.shape[1] < neighbours_per_seed:
     raise UserError(
-      f"neighbouring_class_sampler.neighbours_per_seed={neighbours_per_seed}, and a "
-      f"round has {neighbours.shape[1]} of each class; raise "
-      "Miner.num_class_neighbours, to several times as many: neighbourhoods overlap."
+      f"neighbouring_class_sampler.neighbours_per_seed={neighbours_per_seed} exceeds "
+      f"the {neighbours.shape[1]} neighbours of each class in a round; raise "
+      "Miner.num_class_neighbours to several times as many: neighbourhoods overlap."
     )
   stream_fn = functools.partial(
     NeighbouringClassStream,

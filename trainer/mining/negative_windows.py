@@ -149,9 +149,9 @@ def first_columns(is_chosen: np.ndarray, num_columns: int) -> np.ndarray:
 class MislabelledFilter:
   """Filter for items whose nearest neighbours nearly all share one other label.
 
-  An item is suspected of a wrong label if at least ⌈q·min_fraction⌉ of its q nearest other
-  items have the same label, which is not its own. Copies of the item do not count. A
-  suspected item is used neither as an anchor nor as a positive or negative.
+  An item is suspected of a wrong label if at least ⌈q·min_fraction⌉ of its q nearest
+  other items have the same label, which is not its own. Copies of the item do not
+  count. A suspected item is used neither as an anchor nor as a positive or negative.
 
   Attributes:
     num_neighbours: q.
@@ -167,8 +167,9 @@ class MislabelledFilter:
   def __post_init__(self):
     if self.num_neighbours < 1 or not 0.5 < self.min_fraction <= 1:
       raise UserError(
-        f"MislabelledFilter of {self.num_neighbours} neighbours and a share of "
-        f"{self.min_fraction} doubts too easily; ask at least 1, and more than half."
+        f"MislabelledFilter.num_neighbours={self.num_neighbours}, "
+        f"min_fraction={self.min_fraction}: it needs at least 1 neighbour and a "
+        "fraction above 0.5, at most 1."
       )
 
   def suspected_mislabelled(
@@ -188,9 +189,10 @@ class MislabelledFilter:
     needed = math.ceil(self.num_neighbours * self.min_fraction)
     for start in range(0, len(labels), _ROWS_AT_ONCE):
       rows = slice(start, start + _ROWS_AT_ONCE)
-      asked = neighbours[rows, : self.num_neighbours]
-      says = (asked >= 0) & (contents[asked] != contents[rows, None])
-      said = np.where(says & (labels[asked] != labels[rows, None]), labels[asked], -1)
-      num_alike = (said[:, :, None] == said[:, None, :]).sum(axis=2)
-      is_suspected[rows] = (np.where(said >= 0, num_alike, 0) >= needed).any(axis=1)
+      near = neighbours[rows, : self.num_neighbours]
+      is_valid = (near >= 0) & (contents[near] != contents[rows, None])
+      is_valid &= labels[near] != labels[rows, None]
+      others = np.where(is_valid, labels[near], -1)
+      counts = (others[:, :, None] == others[:, None, :]).sum(axis=2)
+      is_suspected[rows] = (np.where(others >= 0, counts, 0) >= needed).any(axis=1)
     return is_suspected
