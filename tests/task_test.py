@@ -69,13 +69,13 @@ def test_module_run_as_a_program_exits_with_the_status():
     (["--mode=trian"], ["trian", "<ingest|validate|train|evaluate|"]),
     (["--num_virtual_replicas=0"], ["num_virtual_replicas", "not a positive"]),
     (["--num_virtual_replicas=two"], ["num_virtual_replicas", "two"]),
-    (["train"], ["'train' is no flag"]),
+    (["train"], ["unknown flag 'train'"]),
     ([], ["--mode is missing"]),
     (["--mode=train"], ["--gin_file is missing"]),
     (["--mode=train", "--gin_file=x.gin"], ["--model_dir is missing"]),
     (
       ["--mode=train", "--gin_file=x.gin", "--model_dir=gs://b/run"],
-      ["--model_dir=gs://b/run is no folder of this machine"],
+      ["--model_dir=gs://b/run is not a local or mounted folder"],
     ),
   ],
 )
@@ -98,7 +98,7 @@ def test_gin_file_that_is_not_there_is_refused_with_the_nearest(refusal, tmp_pat
     ("LoopOptions.num_steps = %NUM_STEP", ["%NUM_STEP", "'NUM_STEPS'?"]),
     ("num_steps = 1", ["'num_steps'"]),
     ("UNUSED = 1", ["nothing uses UNUSED"]),
-    ("LoopOptions.num_steps = (", ["not gin's syntax"]),
+    ("LoopOptions.num_steps = (", ["invalid gin syntax"]),
   ],
 )
 def test_gin_param_that_does_not_fit_is_refused(refusal, tmp_path, param, words):

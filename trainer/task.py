@@ -45,32 +45,34 @@ class Mode:
 
 
 MODES = {
-  "ingest": Mode("Turn raw data into records.", "trainer.cli.ingest", ("ingest",)),
+  "ingest": Mode("Convert raw data to records.", "trainer.cli.ingest", ("ingest",)),
   "validate": Mode(
-    "Look at data before training.", "trainer.cli.validate", ("validate",)
+    "Check data and batches before training.", "trainer.cli.validate", ("validate",)
   ),
-  "train": Mode("Train, or resume where it stopped.", "trainer.cli.train", ("train",)),
-  "evaluate": Mode("Measure retrieval.", "trainer.cli.evaluate", ("evaluate",)),
+  "train": Mode("Train, or resume a run.", "trainer.cli.train", ("train",)),
+  "evaluate": Mode("Evaluate retrieval.", "trainer.cli.evaluate", ("evaluate",)),
   "train_and_evaluate": Mode(
-    "Ingest if needed, train, measure before and after.",
+    "Ingest if needed, train, evaluate before and after.",
     "trainer.cli.train_and_evaluate",
     ("train", "evaluate"),
   ),
   "follow": Mode(
-    "Measure each checkpoint of a run, beside it.", "trainer.cli.follow", ("evaluate",)
+    "Evaluate each checkpoint of a running training.",
+    "trainer.cli.follow",
+    ("evaluate",),
   ),
   "mine": Mode(
-    "Mine rounds of each checkpoint of a run, beside it.",
+    "Mine a round for each checkpoint of a running training.",
     "trainer.cli.mine",
     ("mine", "evaluate"),
   ),
   "embed": Mode("Write embeddings of records.", "trainer.cli.embed", ("evaluate",)),
   "index": Mode("Index embeddings for fast search.", "trainer.cli.index", ()),
   "search": Mode(
-    "Find what is nearest to --query.", "trainer.cli.search", ("evaluate",)
+    "Search for the nearest items to --query.", "trainer.cli.search", ("evaluate",)
   ),
   "export": Mode(
-    "Write a SavedModel that answers by itself.", "trainer.cli.export", ("evaluate",)
+    "Write a self-contained SavedModel.", "trainer.cli.export", ("evaluate",)
   ),
   "check": Mode(
     "Compare 1, 2 and 4 virtual replicas on this run.", "trainer.cli.check", ("train",)
@@ -132,12 +134,12 @@ def run_command(
 def define_flags() -> dict[str, flags.FlagValues]:
   """Returns the flags by group, separate from those that absl's modules define."""
   what, where, search = (flags.FlagValues() for _ in range(3))
-  flags.DEFINE_enum("mode", None, list(MODES), "What to do.", flag_values=what)
+  flags.DEFINE_enum("mode", None, list(MODES), "Mode.", flag_values=what)
   flags.DEFINE_multi_string(
-    "gin_file", [], "What to compute (repeatable).", flag_values=what
+    "gin_file", [], "Config file (repeatable).", flag_values=what
   )
   flags.DEFINE_multi_string(
-    "gin_param", [], "Override, such as 'X.y = 1' (repeatable).", flag_values=what
+    "gin_param", [], "Binding, such as 'X.y = 1' (repeatable).", flag_values=what
   )
   flags.DEFINE_multi_string(
     "allow_gin_import",
@@ -146,12 +148,12 @@ def define_flags() -> dict[str, flags.FlagValues]:
     flag_values=what,
   )
   flags.DEFINE_string(
-    "model_dir", None, "Folder of all that the run leaves.", flag_values=where
+    "model_dir", None, "Folder of the run's outputs.", flag_values=where
   )
   flags.DEFINE_bool(
     "allow_config_change",
     False,
-    "Go on in a model_dir that holds another config.",
+    "Continue in a model_dir with another config.",
     flag_values=where,
   )
   hardware = _hardware_flags()
@@ -161,8 +163,10 @@ def define_flags() -> dict[str, flags.FlagValues]:
     "Image, .npy file of vectors, or key (repeatable).",
     flag_values=search,
   )
-  flags.DEFINE_bool("json", False, "Answer as JSON.", flag_values=search)
-  flags.DEFINE_string("picture", None, "Draw the answers here.", flag_values=search)
+  flags.DEFINE_bool("json", False, "Print results as JSON.", flag_values=search)
+  flags.DEFINE_string(
+    "picture", None, "File for a picture of the results.", flag_values=search
+  )
   return {"what": what, "where": where, "hardware": hardware, "search": search}
 
 
@@ -170,17 +174,17 @@ def _hardware_flags() -> flags.FlagValues:
   """Returns the flags for hardware and time limits."""
   hardware = flags.FlagValues()
   flags.DEFINE_enum(
-    "strategy", "auto", STRATEGIES, "How replicas are made.", flag_values=hardware
+    "strategy", "auto", STRATEGIES, "Distribution strategy.", flag_values=hardware
   )
   flags.DEFINE_integer(
     "num_virtual_replicas",
     1,
-    "Replicas on one CPU.",
+    "Virtual replicas on one CPU.",
     lower_bound=1,
     flag_values=hardware,
   )
   flags.DEFINE_string(
-    "tpu", None, "'local': the TPU that is attached.", flag_values=hardware
+    "tpu", None, "'local' for the attached TPU.", flag_values=hardware
   )
   flags.DEFINE_float(
     "worker_timeout_s",
@@ -192,21 +196,21 @@ def _hardware_flags() -> flags.FlagValues:
   flags.DEFINE_float(
     "grace_s",
     30.0,
-    "Seconds from a signal to the end.",
+    "Seconds from a stop signal to the forced exit.",
     lower_bound=0.0,
     flag_values=hardware,
   )
   flags.DEFINE_float(
     "step_deadline_s",
     None,
-    "Longest step; by default 20 medians, at least 60 s.",
+    "Longest step, seconds; default 20 medians, at least 60.",
     lower_bound=0.0,
     flag_values=hardware,
   )
   flags.DEFINE_float(
     "start_deadline_s",
     1800.0,
-    "The same before the first steps, and outside of them.",
+    "Longest time without progress outside of steps, seconds.",
     lower_bound=0.0,
     flag_values=hardware,
   )
@@ -222,8 +226,8 @@ def help_text() -> str:
     *(f"  {name:<24}{mode.summary}" for name, mode in MODES.items()),
   ]
   titles = {
-    "what": "What",
-    "where": "Where",
+    "what": "Configuration",
+    "where": "Output",
     "hardware": "Hardware",
     "search": "Mode search",
   }
@@ -267,7 +271,7 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
   except flags.Error as error:
     raise errors.UserError(f"{str(error).rstrip(' .?')}. See --help.") from error
   if rest:
-    raise errors.UserError(f"{rest[0]!r} is no flag. See --help.")
+    raise errors.UserError(f"unknown flag {rest[0]!r}. See --help.")
   for name in ("mode", "gin_file", "model_dir"):
     if not values[name].value:
       raise errors.UserError(
@@ -276,8 +280,8 @@ def _parse(arguments: Sequence[str]) -> flags.FlagValues:
   if "://" in values.model_dir:
     # The run renames, locks and appends to files there, which no store supports.
     raise errors.UserError(
-      f"--model_dir={values.model_dir} is no folder of this machine, and none that is "
-      "mounted, as by gcsfuse; data may be on a store, a run's own files may not."
+      f"--model_dir={values.model_dir} is not a local or mounted folder (for example "
+      "by gcsfuse); only data may be on a remote store, not a run's own files."
     )
   return values
 

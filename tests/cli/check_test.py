@@ -57,7 +57,7 @@ def test_a_run_that_any_number_of_replicas_trains_alike_passes(check):
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok", 4: "ok"}
   head, columns, *_ = done.stdout.splitlines()
-  assert "one replica with the whole batch" in head
+  assert "one replica with the same global batch" in head
   assert columns.split() == ["loss", "gradients", "weights", "statistics"]
 
 
@@ -144,5 +144,7 @@ def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reaso
   ],
 )
 def test_other_devices_than_the_cpu_are_refused(hardware, flag):
-  with pytest.raises(UserError, match=f"of this machine's CPU, not {flag}; leave"):
+  with pytest.raises(
+    UserError, match=f"virtual replicas on the CPU; got {flag}: remove"
+  ):
     check_lib.main(Run("nowhere", config=None, hardware=hardware))

@@ -63,7 +63,7 @@ def test_where_only_an_older_one_is_whole_a_newer_one_is_waited_for(tmp_path):
 def test_a_training_that_began_anew_is_told_in_one_line(tmp_path):
   _place(tmp_path, 10)
   with pytest.raises(
-    UserError, match=r"is of step 10, after one of step 20: its train"
+    UserError, match=r"is of step 10, but one of step 20 was read before"
   ):
     _restore_newer(_Restores(), tmp_path, step=20)
 
@@ -86,8 +86,8 @@ Miner.num_class_neighbours = 2
 @pytest.mark.parametrize(
   ("mode", "words"),
   [
-    ("follow", "train.loop.num_steps is not set to a number"),
-    ("mine", "train.mining is not set, so that the training takes no rounds"),
+    ("follow", "train.loop.num_steps is not a number"),
+    ("mine", "train.mining is not set, so the training uses no rounds"),
   ],
 )
 def test_what_follows_no_training_is_told_in_one_line(tmp_path, capsys, mode, words):
@@ -107,8 +107,8 @@ _SELECTION = (
 @pytest.mark.parametrize(
   ("params", "words"),
   [
-    (_SELECTION, "keeps the best encoder already"),
-    (("evaluate.checkpoint = 'best'",), "measures the newest checkpoints"),
+    (_SELECTION, "already keeps the best encoder"),
+    (("evaluate.checkpoint = 'best'",), "evaluates the newest checkpoints"),
   ],
 )
 def test_what_can_not_be_followed_is_told_in_one_line(tmp_path, capsys, params, words):

@@ -245,7 +245,7 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
   )
   params = [f"search.index = '{tmp_path / 'index'}'"]
   assert _task(folder, "search", "--query=x", params=params) == 2
-  assert "index of other embeddings" in capsys.readouterr().err
+  assert "indexes other embeddings" in capsys.readouterr().err
 
 
 def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):

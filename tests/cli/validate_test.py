@@ -114,7 +114,7 @@ def test_a_sample_reaches_from_the_first_record_to_the_last(tmp_path):
 
 @pytest.mark.parametrize(
   ("name", "message"),
-  [("labels", "labels from 0 to 99"), ("member_records", "members are not those")],
+  [("labels", "labels from 0 to 99"), ("member_records", "do not match its labels")],
 )
 def test_an_index_that_contradicts_itself_is_refused(tmp_path, name, message):
   _dataset(tmp_path / "data")
@@ -160,4 +160,4 @@ def test_classes_that_never_come_are_counted():
   sampler = PKSampler(table, classes_per_batch=2, samples_per_class=2, seed=0)
   drawn = statistics.draw_statistics(sampler, table, np.arange(9), 2)
   assert drawn.num_classes_never_drawn == 5
-  assert "5 never come" in drawn.lines()[1]
+  assert "5 are never drawn" in drawn.lines()[1]

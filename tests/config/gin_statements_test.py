@@ -55,7 +55,7 @@ def test_values_are_written_as_gin_reads_them(folder):
 def test_missing_file_is_refused_with_the_nearest(folder):
   (folder / "runs" / "digits.gin").write_text("")
   message = _refusal(["../runs/digit.gin"], [])
-  assert "there is no file" in message
+  assert "file not found" in message
   assert "'digits.gin'?" in message
 
 
@@ -90,4 +90,4 @@ def test_text_that_is_not_gin_is_refused_with_its_line(folder, text, line):
   (folder / "r.gin").write_text(text)
   message = _refusal(["../r.gin"], [])
   assert f"r.gin:{line or ''}" in message
-  assert "not gin's syntax" in message
+  assert "invalid gin syntax" in message

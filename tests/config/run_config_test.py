@@ -180,7 +180,7 @@ def test_a_first_value_that_a_checkpoint_has_replaced_cannot_change(tmp_path):
   folder = str(tmp_path)
   run_config.save_config(_config(train__step__loss__temperature__initial="0.1"), folder)
   changed = _config(train__step__loss__temperature__initial="0.2")
-  with pytest.raises(errors.UserError, match="only used at the first step"):
+  with pytest.raises(errors.UserError, match="only used before the first step"):
     run_config.check_same_config(changed, folder, allow_change=True, is_resumed=True)
   run_config.check_same_config(changed, folder, allow_change=True, is_resumed=False)
 

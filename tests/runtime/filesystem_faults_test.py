@@ -58,7 +58,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(elsewhere, monkeypatch, c
   tried = _failing(monkeypatch, 2, tf.errors.UnavailableError)
   assert index.read([3]) == expected
   assert len(tried) == 3
-  assert "the store is busy; trying again in" in caplog.text
+  assert "the store is busy; retrying in" in caplog.text
 
 
 def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(

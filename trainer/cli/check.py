@@ -45,14 +45,14 @@ def main(run: Run) -> None:
     except UserError as error:
       if num_replicas == 1:
         raise
-      logging.warning("%d replicas are left out: %s", num_replicas, error)
+      logging.warning("%d replicas are skipped: %s", num_replicas, error)
     else:
       rows.append((f"{num_replicas} replicas", found))
   print(_heading(parts.step))
   print(parity.table(rows))
   if not all(parity.is_equal(found) for _, found in rows):
     raise CheckFailedError(
-      f"replicas differ by more than {parity.TOLERANCE:g} from what they should be."
+      f"replicas differ by more than {parity.TOLERANCE:g} from the expected values."
     )
 
 
@@ -67,8 +67,8 @@ def _use_cpu_alone(hardware: Hardware) -> None:
       f"--tpu={hardware.tpu}" if hardware.tpu else f"--strategy={hardware.strategy}"
     )
     raise UserError(
-      f"--mode=check compares virtual replicas of this machine's CPU, not {asked}; "
-      "leave it out."
+      f"--mode=check compares virtual replicas on the CPU; got {asked}: remove that "
+      "flag."
     )
   tf.config.set_visible_devices([], "GPU")
   tf.config.experimental.enable_tensor_float_32_execution(False)
@@ -106,9 +106,9 @@ def _batches(parts: TrainConfig, sampler: PKSampler) -> list[Batch]:
 
 def _heading(step: TrainStep) -> str:
   wanted = (
-    "one replica with the whole batch"
+    "one replica with the same global batch"
     if mines_across_replicas(step.objective_fn)
-    else "the mean over the replicas' parts"
+    else "the mean over the replicas' parts of the batch"
   )
   return (
     f"{type(step.loss).__name__}, {step.optimizer.name}, {_NUM_STEPS} steps: largest "

@@ -12,7 +12,7 @@ from trainer import errors
 
 _USAGE = """python -m trainer.cli.compare MODEL_DIR MODEL_DIR ... [flags]
 
-Shows the results, curves and config differences of several runs.
+Compares the results, curves and configs of several runs.
 """
 
 
@@ -26,7 +26,9 @@ def main(arguments: Sequence[str]) -> int:
     The exit status.
   """
   values = flags.FlagValues()
-  flags.DEFINE_string("output", None, "Page to write.", flag_values=values)
+  flags.DEFINE_string(
+    "output", None, "File for an HTML page of the comparison.", flag_values=values
+  )
   if {"-h", "--help"} & set(arguments[1:]):
     print(f"{_USAGE}\n  --output        {values['output'].help}")
     return errors.DONE

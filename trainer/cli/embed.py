@@ -79,9 +79,11 @@ class Embedding:
 
   def __post_init__(self):
     if self.dtype not in _DTYPES:
-      raise UserError(f"embed.dtype={self.dtype!r} is none of {_DTYPES}.")
+      raise UserError(f"embed.dtype={self.dtype!r} must be one of {_DTYPES}.")
     if self.source is not None and self.records is None:
-      raise UserError("embed.source needs embed.records, the folder to ingest it into.")
+      raise UserError(
+        "embed.source needs embed.records, the folder for the ingested records."
+      )
 
   def ingest(self) -> None:
     """Converts raw data to records, if there is a source."""
@@ -138,7 +140,7 @@ class Embedding:
     own = [writer.num_done, writer.is_finished] if writer else None
     num_done, is_finished = json.loads(workers.exchange(json.dumps(own))[0])
     if is_finished:
-      logging.info("%s holds these embeddings already.", folder)
+      logging.info("%s already holds these embeddings.", folder)
       return
     numbers = np.arange(index.num_records)
     progress = Progress("Embedding", "records", index.num_records, done=num_done)
@@ -173,7 +175,7 @@ def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:
   num_bad = int((~np.isfinite(cast).all(axis=1)).sum())
   if num_bad:
     raise UserError(
-      f"{num_bad} of {len(rows)} embeddings have numbers that {dtype} can't hold; take "
-      "embed.dtype='float32'."
+      f"{num_bad} of {len(rows)} embeddings have values that {dtype} can't represent; "
+      "set embed.dtype='float32'."
     )
   return cast

@@ -108,7 +108,7 @@ class Evaluation:
   def __post_init__(self):
     if self.checkpoint not in ("newest", "best"):
       raise UserError(
-        f"evaluate.checkpoint={self.checkpoint!r} is neither 'newest' nor 'best'."
+        f"evaluate.checkpoint={self.checkpoint!r} must be 'newest' or 'best'."
       )
 
   def restore(self, model_dir: str) -> int:
@@ -140,7 +140,7 @@ class Evaluation:
     members = [index.members(label) for label in self.dataset.evaluation_classes]
     numbers = np.sort(np.concatenate([np.empty(0, np.int64), *members]))
     if not len(numbers):
-      raise UserError("No record is of an evaluation class; change Dataset.split.")
+      raise UserError("No record belongs to an evaluation class; change Dataset.split.")
     items = RecordItems(index, numbers)
     batches = self._embedder.embed(items.record_numbers)
     embeddings = np.concatenate(list(batches))[: len(items.labels)]

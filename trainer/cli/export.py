@@ -70,7 +70,7 @@ class Export:
   def __post_init__(self):
     for name in self.formats:
       if name not in _FORMATS:
-        raise UserError(f"export.formats: {name!r} is none of {_FORMATS}.")
+        raise UserError(f"export.formats: {name!r} must be one of {_FORMATS}.")
     if self.fixed_batch_size is not None and self.fixed_batch_size < 1:
       raise UserError(
         f"export.fixed_batch_size={self.fixed_batch_size} must be at least 1."
@@ -114,7 +114,7 @@ def check_error(name: str, error: float, largest: float) -> None:
   if not error <= largest:
     raise UserError(
       f"{name} gives embeddings that differ by {error:.1e} of their length from the "
-      f"encoder's, of which {largest:.0e} are allowed; nothing was exported."
+      f"encoder's; at most {largest:.0e} is allowed; nothing was exported."
     )
   logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
 
@@ -131,7 +131,7 @@ def _facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFact
     embedding_size=trained.encoder.embedding_size,
     data={
       **dataset.index.fingerprint(),
-      "classes trained on": len(dataset.train_classes),
-      "classes evaluated on": len(dataset.evaluation_classes),
+      "training classes": len(dataset.train_classes),
+      "evaluation classes": len(dataset.evaluation_classes),
     },
   )

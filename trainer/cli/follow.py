@@ -64,7 +64,7 @@ def check_times(mode: str, **times: Optional[float]) -> None:
   """
   for name, value in times.items():
     if value is not None and value <= 0:
-      raise UserError(f"{mode}.{name}={value} must be above 0.")
+      raise UserError(f"{mode}.{name}={value} must be greater than 0.")
 
 
 def main(run: Run) -> None:
@@ -74,7 +74,10 @@ def main(run: Run) -> None:
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
-      raise UserError("--mode=follow is one process; it may have several replicas.")
+      raise UserError(
+        "--mode=follow runs in one process; start one only (it may have several "
+        "replicas)."
+      )
     options = FollowOptions()
     evaluation = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
     check_measured("follow.metric", options.metric, evaluation.metric_names())
@@ -122,13 +125,13 @@ def _check_alone(run: Run) -> None:
   for values in (run.config.values, run_config.read_saved_values(run.model_dir) or {}):
     if values.get(_EARLY_STOPPING, "None") != "None":
       raise UserError(
-        f"{_EARLY_STOPPING} keeps the best encoder already, and writes the files that "
-        "--mode=follow writes; unset it, or don't follow."
+        f"{_EARLY_STOPPING} already keeps the best encoder and writes the files of "
+        "--mode=follow; unset it, or do not follow this run."
       )
   if run.config.values.get(_CHECKPOINT, "'newest'") != "'newest'":
     raise UserError(
-      f"--mode=follow measures the newest checkpoints; {_CHECKPOINT} is "
-      f"{run.config.values[_CHECKPOINT]}."
+      "--mode=follow evaluates the newest checkpoints, but "
+      f"{_CHECKPOINT}={run.config.values[_CHECKPOINT]}; remove that binding."
     )
 
 
@@ -142,8 +145,8 @@ def num_steps_of(run: Run) -> int:
     return int(ast.literal_eval(run.config.values[_NUM_STEPS]))
   except (KeyError, ValueError, TypeError, SyntaxError) as error:
     raise UserError(
-      f"{_NUM_STEPS} is not set to a number, so that nothing says when the training "
-      "ends; give the gin files of the training."
+      f"{_NUM_STEPS} is not a number, so the end of the training is unknown; pass the "
+      "gin files of the training."
     ) from error
 
 
@@ -185,8 +188,9 @@ def restore_newer(
     newest = newest_step(model_dir)
     if 0 < newest < step:
       raise UserError(
-        f"The newest checkpoint of {model_dir} is of step {newest}, after one of step "
-        f"{step}: its training began anew; start this again."
+        f"The newest checkpoint of {model_dir} is of step {newest}, but one of step "
+        f"{step} was read before: the training was restarted; restart this process, "
+        "too."
       )
     if newest > step:
       restored = _restore(evaluation, model_dir, newest)
@@ -196,8 +200,8 @@ def restore_newer(
     waited_s = time.monotonic() - start_s
     if patience.timeout_s is not None and waited_s > patience.timeout_s:
       raise UserError(
-        f"{model_dir} has had no new checkpoint for {waited_s:.0f} s, after that of "
-        f"step {step}; is the training running?"
+        f"{model_dir} has had no new checkpoint for {waited_s:.0f} s since that of "
+        f"step {step}; check that the training is running."
       )
     time.sleep(patience.poll_s)
 
@@ -209,5 +213,7 @@ def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:
   except UserError:
     if newest in _steps(model_dir):
       raise
-    logging.info("The checkpoint of step %d was removed while it was read.", newest)
+    logging.info(
+      "The checkpoint of step %d was removed while it was being read.", newest
+    )
     return 0

@@ -68,5 +68,5 @@ class IndexOptions:
   def __post_init__(self):
     if self.kind not in ("auto", *faiss_index.KINDS):
       raise UserError(
-        f"index.kind={self.kind!r} is none of auto, {', '.join(faiss_index.KINDS)}."
+        f"index.kind={self.kind!r} must be one of auto, {', '.join(faiss_index.KINDS)}."
       )

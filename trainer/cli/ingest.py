@@ -52,7 +52,7 @@ def ingest(
     raise UserError(f"ingest.records_per_shard={records_per_shard} must be at least 1.")
   if unreadable not in ("refuse", "leave_out"):
     raise UserError(
-      f"ingest.unreadable={unreadable!r} is not known; choose 'refuse' or 'leave_out'."
+      f"ingest.unreadable={unreadable!r} must be 'refuse' or 'leave_out'."
     )
   if isinstance(source, ExistingTFRecords):
     index = index_records(folder, label_feature=source.label_feature)
@@ -102,11 +102,11 @@ def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
   if done is not None and done.source != fingerprint:
     raise UserError(
       f"{folder} holds records of another source; choose another ingest.folder, or "
-      "delete that one."
+      "delete this one."
     )
   if done is None or not _is_whole(folder):
     return False
-  logging.info("%s: %d records are there already.", folder, done.num_records)
+  logging.info("%s: already has the %d records.", folder, done.num_records)
   return True
 
 

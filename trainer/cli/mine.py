@@ -59,7 +59,10 @@ def main(run: Run) -> None:
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
     if current_workers().num_workers > 1:
-      raise UserError("--mode=mine is one process; it may have several replicas.")
+      raise UserError(
+        "--mode=mine runs in one process; start one only (it may have several "
+        "replicas)."
+      )
     options = MineOptions()  # type: ignore[call-arg]  # They are gin's.
     evaluation = Evaluation()  # type: ignore[call-arg]
     evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
@@ -97,7 +100,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     except TooFewExamplesError as error:
       if not round.round_steps(run.model_dir):
         raise
-      logging.warning("Step %d: %s The round before stays the newest.", step, error)
+      logging.warning("Step %d: %s The previous round remains the newest.", step, error)
       continue
     round.write_round(
       run.model_dir,
@@ -132,16 +135,15 @@ def _check_config(run: Run) -> None:
   values = run.config.values
   if values.get(_MINING, "None") == "None":
     raise UserError(
-      f"{_MINING} is not set, so that the training takes no rounds; set it to "
-      "@OfflineMining(), for the training as well."
+      f"{_MINING} is not set, so the training uses no rounds; set it to "
+      "@OfflineMining() for the training and for --mode=mine."
     )
   if values.get(_MINER, "None") != "None":
     raise UserError(
-      f"{_MINER} mines in the training itself; leave it out (None), and give the miner "
-      "to mine.miner alone."
+      f"{_MINER} mines inside the training; set it to None, and set mine.miner only."
     )
   if values.get(_CHECKPOINT, "'newest'") != "'newest'":
     raise UserError(
-      f"--mode=mine follows the newest checkpoints; {_CHECKPOINT} is "
-      f"{values[_CHECKPOINT]}."
+      "--mode=mine follows the newest checkpoints, but "
+      f"{_CHECKPOINT}={values[_CHECKPOINT]}; remove that binding."
     )

@@ -45,7 +45,7 @@ def main(run: Run) -> None:
   failed = [each for each in answers if each.error is not None]
   if failed:
     raise UserError(
-      f"{len(failed)} of {len(answers)} queries have no answer. {failed[0].error}"
+      f"{len(failed)} of {len(answers)} queries failed. {failed[0].error}"
     )
 
 
@@ -85,7 +85,7 @@ class SearchOptions:
     index = KeptIndex(self.index)
     if index.manifest.get("embeddings_sha256") != kept.sha256:
       raise UserError(
-        f"{self.index} is an index of other embeddings than are kept now; run "
+        f"{self.index} indexes other embeddings than those in the folder; run "
         "--mode=index again."
       )
     return lambda queries, k: index.nearest(queries, kept.embeddings, num_neighbours=k)
@@ -103,7 +103,7 @@ def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
 
   def embed(content: bytes) -> np.ndarray:
     if decode_files is None:
-      raise UserError("The encoder's inputs are no images; ask by vectors or keys.")
+      raise UserError("The encoder's inputs are not images; query by vectors or keys.")
     restore()
     inputs = _decoded(content, decode_files)
     return trained.encoder(inputs, training=False).numpy()[0]
@@ -148,7 +148,10 @@ def _draw(
   decoder = trained.dataset.decoder
   pictures_fn = pictures_of(index, decoder, np.arange(index.num_records))
   if pictures_fn is None:
-    raise UserError("The encoder's inputs are no pictures, so none can be drawn.")
+    raise UserError(
+      "The encoder's inputs are not images, so no picture can be drawn; remove "
+      "--picture."
+    )
   rows = []
   for each in answers:
     if each.hits:

@@ -86,7 +86,7 @@ def check_measured(parameter: str, metric: str, measured: Sequence[str]) -> None
   if metric not in measured:
     nearest = (
       gin_statements.nearest_name(metric, measured)
-      or f"; there is {', '.join(measured)}"
+      or f"; the metrics are {', '.join(measured)}"
     )
     raise UserError(f"{parameter}={metric!r} is not measured{nearest}")
 

@@ -93,12 +93,12 @@ def validate(
   if reasons and is_strict:
     shown = " ".join(reasons[:_NUM_NAMES])
     raise UserError(
-      f"{len(reasons)} of {len(numbers)} records can't be used: {shown} Mend them, or "
-      "train with Dataset.bad_records = 'replace'."
+      f"{len(reasons)} of {len(numbers)} records can't be used: {shown} Repair them, "
+      "or train with Dataset.bad_records = 'replace'."
     )
   if small.num_classes and is_strict:
     raise UserError(
-      f"{small.line()}. Add records, leave these classes out, or lower "
+      f"{small.line()}. Add records, exclude these classes, or lower "
       "validate.min_members."
     )
   return report
@@ -113,8 +113,8 @@ def _check_index(index: RecordIndex) -> None:
   labels, table = index.labels, index.member_table
   if len(labels) and not 0 <= labels.min() <= labels.max() < index.num_classes:
     raise UserError(
-      f"The index has labels from {labels.min()} to {labels.max()} and "
-      f"{index.num_classes} classes; delete it and make it again with --mode=ingest."
+      f"The index has labels from {labels.min()} to {labels.max()} but "
+      f"{index.num_classes} classes; delete it and rebuild it with --mode=ingest."
     )
   sizes = np.bincount(labels, minlength=index.num_classes)
   owners = np.repeat(np.arange(index.num_classes), np.diff(table.starts))
@@ -122,7 +122,7 @@ def _check_index(index: RecordIndex) -> None:
     labels[table.records], owners
   ):
     raise UserError(
-      "The index's members are not those of its labels; delete it and make it again "
+      "The members of the index do not match its labels; delete it and rebuild it "
       "with --mode=ingest."
     )
 
@@ -154,4 +154,4 @@ def _write(model_dir: str, report: dict[str, Any]) -> None:
     filesystem.make_folder(model_dir)
     filesystem.write_bytes(path, content.encode(errors="backslashreplace"))
   except OSError as error:
-    raise UserError(f"{path} can't be written to: {error.strerror}.") from error
+    raise UserError(f"{path} can't be written: {error.strerror}.") from error

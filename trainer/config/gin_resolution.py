@@ -159,9 +159,8 @@ def import_modules(
     module = statement.module
     if not any(module == name or module.startswith(f"{name}.") for name in importable):
       raise errors.UserError(
-        f"{statement.origin}: import of {module!r}; a gin file may import from "
-        f"{', '.join(importable)} only; if you trust it, add "
-        f"--allow_gin_import={module}."
+        f"{statement.origin}: import of {module!r}; a gin file may only import from "
+        f"{', '.join(importable)}; if you trust it, add --allow_gin_import={module}."
       )
     try:
       importlib.import_module(statement.module)
@@ -247,14 +246,14 @@ def known_part(name: str, origin: str) -> Registered:
   part = find_registered(name, origin)
   if part is None:
     nearest = _renamed(name) or gin_statements.nearest_name(name, registered_names())
-    raise errors.UserError(f"{origin}: there is no {name!r} to configure{nearest}")
+    raise errors.UserError(f"{origin}: no part is called {name!r}{nearest}")
   return part
 
 
 def _renamed(name: str) -> str:
   """Returns the hint for a name that was changed; empty for other names."""
   new_name = _RENAMED.get(name.rsplit(".", 1)[-1])
-  return f"; it is called {new_name!r} now." if new_name else ""
+  return f"; it was renamed to {new_name!r}." if new_name else ""
 
 
 def _check_parameter(binding: Binding) -> None:
@@ -289,8 +288,8 @@ def _not_a_macro(binding: Binding) -> str:
   ]
   example = owners[0] if owners else f"Part.{binding.name}"
   return (
-    f"{binding.origin}: {binding.key!r} has no part before it, and a macro is "
-    f"UPPERCASE; write {example} = ... or {binding.name.upper()} = ..."
+    f"{binding.origin}: {binding.key!r} names no part, and macros are UPPERCASE; write "
+    f"{example} = ... or {binding.name.upper()} = ..."
   )
 
 
@@ -427,7 +426,7 @@ class _Walk:
     """Returns the visited names with one more; raises on infinite recursion."""
     if what in place.within:
       raise errors.UserError(
-        f"{place.origin}: {name} contains itself, by way of {place.path}."
+        f"{place.origin}: {name} contains itself, through {place.path}."
       )
     return (*place.within, what)
 

@@ -160,13 +160,14 @@ def _parse(text, origin_fn, folder, including) -> Iterator[Statement]:
     reason = str(error.msg).split("\n")[0]
     content = (error.text or "").strip()
     raise errors.UserError(
-      f"{origin_fn(error.lineno)}: not gin's syntax: {reason} In: {content!r} "
-      "(a text needs quotes, a part '@', a macro '%')."
+      f"{origin_fn(error.lineno)}: invalid gin syntax: {reason} In: {content!r} (a "
+      "string needs quotes, a part '@', a macro '%')."
     ) from error
   except tokenize.TokenError as error:
     reason, (line, _) = error.args
     raise errors.UserError(
-      f"{origin_fn(line)}: not gin's syntax: {reason}; is a bracket or quote open?"
+      f"{origin_fn(line)}: invalid gin syntax: {reason}; check for an open bracket or "
+      "quote."
     ) from error
   for statement in parsed:
     origin = origin_fn(statement.location.line_num)
@@ -197,7 +198,7 @@ def _missing_file(what: str, name: str, places: Sequence[str]) -> str:
   names = [file for file in beside if file.endswith(".gin")]
   looked = " and ".join(dict.fromkeys(_shown(place) for place in places))
   nearest = nearest_name(os.path.basename(name), names)
-  return f"{what} {name!r}: there is no file {looked}{nearest}."
+  return f"{what} {name!r}: file not found {looked}{nearest}."
 
 
 def _shown(path: str) -> str:

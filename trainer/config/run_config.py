@@ -188,8 +188,8 @@ def unused_message(
     for binding in unused
   ]
   return (
-    f"{_first_of(messages)}; {', '.join(roots)} reach no reference to it: "
-    "refer to it or remove the line."
+    f"{_first_of(messages)}; {', '.join(roots)} reach no reference to it: refer to it "
+    "or remove the line."
   )
 
 
@@ -262,8 +262,8 @@ def check_same_config(
       path = line.partition(":")[0]
       if is_resumed and path.endswith(_INITIAL_VALUES):
         raise errors.UserError(
-          f"{line}; the value is only used at the first step, and the checkpoints of "
-          f"{model_dir} are past it: set it back, or take another --model_dir."
+          f"{line}; the value is only used before the first step, and {model_dir} has "
+          "later checkpoints: restore the value, or choose another --model_dir."
         )
       if is_resumed and path.endswith(_INITIAL_WEIGHTS):
         line += "; the weights are those of the checkpoint"
@@ -271,7 +271,7 @@ def check_same_config(
     return
   more = [f"and {len(lines) - _NUM_SHOWN} more"] if len(lines) > _NUM_SHOWN else []
   raise errors.UserError(
-    f"{model_dir} holds another config: {'; '.join(lines[:_NUM_SHOWN] + more)}. Take "
+    f"{model_dir} holds another config: {'; '.join(lines[:_NUM_SHOWN] + more)}. Choose "
     "another --model_dir, or continue in this one with --allow_config_change."
   )
 

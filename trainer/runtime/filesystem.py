@@ -73,7 +73,7 @@ def retry_with_backoff(path: str, call_fn: Callable[[], _Result]) -> _Result:
     except OSError as error:
       if error.errno != errno.EIO:
         raise
-      logging.warning("%s: %s; trying again in %g s.", path, error.strerror, wait_s)
+      logging.warning("%s: %s; retrying in %g s.", path, error.strerror, wait_s)
       # Jitter, so that workers don't retry at the same moment.
       time.sleep(wait_s * random.uniform(0.5, 1.0))
   return call_fn()
@@ -91,8 +91,8 @@ def load_tensorflow_io(purpose: str) -> Any:
   module, reason = _import()
   if module is None:
     raise UserError(
-      f"{purpose} need tensorflow-io, which is not there ({reason}); install this "
-      "package on Python 3.9, 3.10 or 3.11, which has it."
+      f"{purpose} need tensorflow-io, which is not available ({reason}); install this "
+      "package on Python 3.9, 3.10 or 3.11, which support it."
     )
   return module
 
