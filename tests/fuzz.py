@@ -116,7 +116,7 @@ def _record(content):
     assert index.read([2]) == [content]
     for decoder in _DECODERS:
       reason = record_error(index, decoder, 2)
-      assert reason is None or "record 2 cannot be decoded" in reason
+      assert reason is None or "record 2 can't be decoded" in reason
 
 
 def _values(content):

@@ -112,7 +112,7 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   )
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok"}
-  assert "4 replicas are left out: PKSampler.classes_per_batch=6" in done.stderr
+  assert "4 replicas are skipped: PKSampler.classes_per_batch=6" in done.stderr
 
 
 @pytest.mark.parametrize(

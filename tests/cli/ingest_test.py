@@ -116,7 +116,9 @@ def test_an_interrupted_ingest_is_not_taken_for_whole(idx_folder):
   target = str(idx_folder / "records")
   items = list(_idx_source(idx_folder).items())
   broken = [*items[:7], items[7]._replace(image=b"")]
-  with pytest.raises(UserError, match=r"images/7 is no image .* \(0 bytes\)"):
+  with pytest.raises(
+    UserError, match=r"images/7 can't be decoded as an image \(0 bytes\)"
+  ):
     ingestion.write_records(broken, target, records_per_shard=4, fingerprint={})
   with pytest.raises(UserError, match="has no index; run --mode=ingest"):
     RecordIndex.open(target)
@@ -129,7 +131,7 @@ def test_a_summary_is_logged(image_folder, caplog):
   caplog.set_level("INFO")
   target = str(image_folder.parent / "records")
   ingest(source=ImageFolderSource(folder=str(image_folder)), folder=target)
-  assert "5 records of 2 classes, from 2 (b) to 3 (Käse Brot) a class" in caplog.text
+  assert "5 records of 2 classes, 2 (b) to 3 (Käse Brot) per class" in caplog.text
 
 
 def test_the_source_is_another_when_only_its_bytes_differ(idx_folder):
@@ -228,7 +230,7 @@ def test_an_image_cut_short_is_named(image_folder, ending, share):
   path.write_bytes(content[: int(share * len(content))])
   target = image_folder.parent / "records"
   with pytest.raises(
-    UserError, match=rf"^b/9\.{ending} is no image .*bytes\): [^{{]+$"
+    UserError, match=rf"^b/9\.{ending} can't be decoded as an image .*bytes\): [^{{]+$"
   ):
     ingest(source=ImageFolderSource(folder=str(image_folder)), folder=str(target))
   assert list(target.iterdir()) == []
@@ -263,7 +265,7 @@ ingestion.write_records(items(), sys.argv[1], records_per_shard=8, fingerprint={
 
 
 # The shards of the digits have 360 kB: the first size is full at once, in the second
-# only the index has no room.
+# only the index has no space.
 @pytest.fixture(params=[100, 368])
 def small_disk(request, tmp_path):
   """A folder with too little room, and the limit that makes it so without a mount."""
@@ -297,6 +299,6 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk):
   folder, limit = small_disk
   command = [sys.executable, "-c", _INGEST_DIGITS, str(folder / "records"), limit]
   done = subprocess.run(command, capture_output=True, text=True, check=True)
-  message = "the disk is full; free some space and run the ingest again.\n"
+  message = "the disk is full; free some disk space and run the ingest again.\n"
   assert done.stdout == f"{folder / 'records'}: {message}"
   assert list((folder / "records").iterdir()) == []

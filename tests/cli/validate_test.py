@@ -70,7 +70,7 @@ def test_bad_records_are_reported_if_tolerant(tmp_path, caplog):
   dataset = _dataset(tmp_path / "data", bad=(3,))
   report = validate(_run(tmp_path), dataset=dataset, is_strict=False)
   assert len(report["bad_records"]) == 1
-  assert "records-00000.tfrecord: record 3 cannot be decoded" in caplog.text
+  assert "records-00000.tfrecord: record 3 can't be decoded" in caplog.text
 
 
 def _with_a_small_class(folder):

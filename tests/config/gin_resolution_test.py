@@ -30,7 +30,7 @@ def lint(tmp_path):
 REFUSALS = {
   "unknown part": (
     "ToyLos.margin = 1",
-    "run.gin:3: there is no 'ToyLos'",
+    "run.gin:3: no part is called 'ToyLos'",
     "'ToyLoss'?",
   ),
   "unknown parameter": ("ToyLoss.margn = 1", "run.gin:3: ToyLoss has no", "'margin'?"),

@@ -113,7 +113,7 @@ def test_a_data_set_that_is_not_in_the_file_is_named(tmp_path):
 def test_labels_of_arrays_get_their_names(tmp_path):
   _write_arrays(tmp_path, "npy", np.zeros((3, 2)), np.array([0, 1, 2]))
   names = {name: str(tmp_path / f"{name}.npy") for name in ("inputs", "labels")}
-  with pytest.raises(UserError, match="has label 2, but class_names names only 2"):
+  with pytest.raises(UserError, match="has label 2, but class_names has only 2"):
     [load().label for load in NumpySource(**names, class_names=("a", "b")).loaders()]
 
 
@@ -137,7 +137,7 @@ def test_a_damaged_compressed_npz_is_named(tmp_path):
 
 def test_images_without_pixels_are_refused(tmp_path):
   source = _write_arrays(tmp_path, "npy", np.zeros((2, 0, 3), np.uint8), np.arange(2))
-  with pytest.raises(UserError, match=r"shape \(0, 3\) can't be kept"):
+  with pytest.raises(UserError, match=r"shape \(0, 3\) can't be stored"):
     list(source.items())
 
 
@@ -145,7 +145,7 @@ def test_images_without_pixels_are_refused(tmp_path):
 def test_labels_that_are_no_utf8_are_refused(tmp_path, kind):
   labels = np.array([b"a", b"\xff\xfe"])
   source = _write_arrays(tmp_path, kind, np.ones((2, 2), np.float32), labels)
-  with pytest.raises(UserError, match=r"has a label .*that is no UTF-8"):
+  with pytest.raises(UserError, match=r"has a label .*that is not UTF-8"):
     list(source.items())
 
 
@@ -220,7 +220,9 @@ def test_arrays_of_python_objects_are_refused(tmp_path):
   np.save(tmp_path / "z.npy", np.ones((2, 2)))
   for inputs, labels in (("x", "z"), ("z", "y")):
     names = [str(tmp_path / f"{name}.npy") for name in (inputs, labels)]
-    with pytest.raises(UserError, match=r"holds Python objects .* save it as numbers"):
+    with pytest.raises(
+      UserError, match=r"holds Python objects .* save it as an array of numbers"
+    ):
       list(NumpySource(inputs=names[0], labels=names[1]).loaders())
 
 
@@ -288,7 +290,7 @@ def test_data_sets_whose_values_are_in_other_files_are_refused(tmp_path):
     file.create_virtual_dataset("x", layout)
     file["y"] = np.arange(3)
   source = Hdf5Source(path=str(tmp_path / "a.h5"), inputs="x", labels="y")
-  with pytest.raises(UserError, match="'x' is kept in other files; copy it into one"):
+  with pytest.raises(UserError, match="'x' is stored in other files; copy it into one"):
     list(source.loaders())
 
 

@@ -185,7 +185,7 @@ def test_values_stay_between_zero_and_one():
     (lambda: Cutout(side_fraction=1.0), r"Cutout\.side_fraction=1\.0 must be between"),
     (lambda: Blur(max_sigma=0.0), r"Blur\.max_sigma=0\.0 must be greater"),
     (lambda: Shift(pixels=0), r"Shift\.pixels=0 must be at least"),
-    (lambda: Rotation(degrees=0), r"Rotation\.degrees=0 must be above"),
+    (lambda: Rotation(degrees=0), r"Rotation\.degrees=0 must be greater"),
     (lambda: CropAndResize(min_area=0), r"CropAndResize\.min_area=0 must be"),
     (
       lambda: CropAndResize(min_area=0.5, max_stretch=0.5),

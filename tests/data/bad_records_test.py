@@ -81,7 +81,7 @@ def test_bad_records_are_replaced_by_the_next_of_their_class(folder, caplog):
   expected = np.where(expected == _CORRUPT, _CORRUPT + 3, expected)
   np.testing.assert_array_equal(numbers, expected)
   np.testing.assert_array_equal(labels, index.labels[drawn])
-  assert "records-00000.tfrecord: record 4 cannot be decoded" in caplog.text
+  assert "records-00000.tfrecord: record 4 can't be decoded" in caplog.text
   assert "records-00000.tfrecord: record 9 has corrupt data" in caplog.text
   assert "(bad records so far: 2)" in caplog.text
 
@@ -115,12 +115,12 @@ def test_good_records_are_left_and_tried_once(folder, monkeypatch):
 def test_the_reason_names_file_and_record(folder):
   index = RecordIndex.open(str(folder))
   assert record_error(index, _DECODER, 0) is None
-  assert "record 4 cannot be decoded" in record_error(index, _DECODER, _UNDECODABLE)
+  assert "record 4 can't be decoded" in record_error(index, _DECODER, _UNDECODABLE)
   assert "record 9 has corrupt data" in record_error(index, _DECODER, _CORRUPT)
 
 
 def test_a_choice_that_is_not_known_is_refused(folder):
-  with pytest.raises(UserError, match=r"bad_records='skip' is not known; choose"):
+  with pytest.raises(UserError, match=r"bad_records='skip' must be 'refuse' or"):
     Dataset(
       folder=str(folder),
       split=ListSplit(evaluation_classes=["c2"]),

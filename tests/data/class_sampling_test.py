@@ -85,7 +85,7 @@ def test_tickets_follow_the_size_of_a_class(options, expected):
     (lambda: SizeWeights(max_size=0), "max_size=0 must be at least 1"),
     (
       lambda: SizeWeights().draws_per_epoch(np.array([2**32, 1]), 1),
-      "at most 2,147,483",
+      "the 2,147,483,647 allowed",
     ),
   ],
 )

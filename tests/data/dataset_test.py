@@ -50,9 +50,12 @@ def test_a_list_split_holds_out_what_it_names():
   ("make", "message"),
   [
     (lambda: HashSplit(evaluation_fraction=1.0), "between 0 and 1"),
-    (lambda: HashSplit(evaluation_fraction=0.5).split(["a"]), "both need some"),
+    (
+      lambda: HashSplit(evaluation_fraction=0.5).split(["a"]),
+      "each needs at least one",
+    ),
     (lambda: ListSplit(evaluation_classes=["cta"]).split(["cat", "dog"]), "'cat'"),
-    (lambda: ListSplit(evaluation_classes=["a"]).split(["a"]), "leaves 0 to train"),
+    (lambda: ListSplit(evaluation_classes=["a"]).split(["a"]), "has 0 training"),
   ],
 )
 def test_mistakes_are_named(make, message):

@@ -47,7 +47,7 @@ def test_a_manifest_whose_shard_is_outside_its_folder_is_refused(folder, name):
 @pytest.mark.parametrize("count", [-1, 2**63, 1.5, "5", None, True])
 def test_a_manifest_with_a_count_that_is_none_is_refused(folder, count):
   _change_manifest(folder, lambda content: content.update(num_classes=count))
-  with pytest.raises(UserError, match=r"manifest\.json is damaged .* is no count"):
+  with pytest.raises(UserError, match=r"manifest\.json is damaged .* is not a count"):
     RecordIndex.open(str(folder))
 
 
@@ -95,7 +95,7 @@ def test_parts_of_an_array_that_go_back_are_refused(folder, name):
   array[1] = array[-1] + 1
   np.save(path, array)
   with pytest.raises(
-    UserError, match=rf"{name}\.npy of the index is damaged \(no parts"
+    UserError, match=rf"{name}\.npy of the index is damaged \(no ascending parts"
   ):
     RecordIndex.open(str(folder))
 
@@ -105,7 +105,7 @@ def test_a_class_name_that_is_no_utf8_is_refused(folder):
   array = np.load(path)
   array[:] = 0xFF
   np.save(path, array)
-  with pytest.raises(UserError, match=r"a class name .* that is no UTF-8"):
+  with pytest.raises(UserError, match=r"a class name .* is not UTF-8"):
     list(RecordIndex.open(str(folder)).class_names)
 
 

@@ -133,7 +133,7 @@ def test_a_missing_shard_is_named_and_all_is_read_anew(folder, caplog):
   index_records(str(folder), label_feature="y")
   (folder / "part 0.tfrecord").unlink()
   assert index_records(str(folder), label_feature="y").num_records == 43
-  assert "part 0.tfrecord is in the index but cannot be read" in caplog.text
+  assert "part 0.tfrecord is in the index but can't be read" in caplog.text
 
 
 def test_a_copy_with_another_time_is_the_same(folder):
@@ -168,7 +168,7 @@ def test_an_empty_shard_has_no_records(folder):
 def test_a_shard_cut_short_is_named(folder):
   path = folder / "part 2.tfrecord"
   path.write_bytes(path.read_bytes()[:-5])
-  with pytest.raises(UserError, match=r"part 2\.tfrecord: record 21 is cut short"):
+  with pytest.raises(UserError, match=r"part 2\.tfrecord: record 21 is truncated"):
     index_records(str(folder), label_feature="y")
   assert not (folder / "index").exists()
 
@@ -192,8 +192,8 @@ def test_a_flipped_byte_is_named(folder, position, damage):
     (_example(blob=b"x"), "has no feature 'y'; it has blob"),
     (_example(y=1.5), "has a label of type float_list in 'y'; it must be bytes or"),
     (_example(y=[1, 2]), "has 2 labels in 'y'; it must have one"),
-    (_example(y=3), "has a label of another type than those before it"),
-    (b"\xff\xff", r"is no tf\.train\.Example"),
+    (_example(y=3), "has a label of another type than earlier records"),
+    (b"\xff\xff", r"is not a tf\.train\.Example"),
   ],
 )
 def test_a_record_without_such_a_label_is_named(folder, record, message):
@@ -211,7 +211,7 @@ def test_a_first_record_without_a_label_is_named(folder):
 
 def test_a_label_that_is_no_text_is_named(folder):
   _write(folder / "part 1.tfrecord", [_example(y=b"\xff\xfe")])
-  with pytest.raises(UserError, match=r"part 1\.tfrecord has a label .* no UTF-8"):
+  with pytest.raises(UserError, match=r"part 1\.tfrecord has a label .* not UTF-8"):
     index_records(str(folder), label_feature="y")
 
 
@@ -222,7 +222,9 @@ def test_one_class_is_refused(tmp_path):
 
 
 def test_a_folder_without_shards_is_refused(tmp_path):
-  with pytest.raises(UserError, match="has no shards; a folder needs files that end"):
+  with pytest.raises(
+    UserError, match="has no shards; give a folder with files that end"
+  ):
     index_records(str(tmp_path), label_feature="y")
 
 
@@ -307,7 +309,7 @@ def _forged(num_bytes):
 def test_a_forged_length_is_named(folder, num_bytes):
   with (folder / "part 1.tfrecord").open("ab") as file:
     file.write(_forged(num_bytes))
-  with pytest.raises(UserError, match=r"part 1\.tfrecord: record 21 is cut short"):
+  with pytest.raises(UserError, match=r"part 1\.tfrecord: record 21 is truncated"):
     index_records(str(folder), label_feature="y")
 
 

@@ -140,8 +140,8 @@ def test_unreadable_items_are_left_out_and_named_if_wanted(tmp_path, caplog):
   )
   written = shards.summary_of_parts(parts)
   assert written.num_records == RecordIndex.open(str(tmp_path)).num_records == 99
-  assert "bad one is no image" in written.warnings()[0]
-  assert "bad one is no image" in caplog.text
+  assert "bad one can't be decoded as an image" in written.warnings()[0]
+  assert "bad one can't be decoded as an image" in caplog.text
 
 
 def test_duplicates_are_found_by_content_those_of_other_classes_first(tmp_path):
@@ -166,7 +166,7 @@ def test_a_summary_says_the_ends_of_the_sizes(tmp_path):
   written = shards.summary_of_parts(
     _writer().write(map(ItemLoader, items), str(tmp_path), {})
   )
-  line = "7 records of 2 classes, from 2 (a) to 5 (b) a class."
+  line = "7 records of 2 classes, 2 (a) to 5 (b) per class."
   assert written.line() == line
   assert shards.summary_of_index(RecordIndex.open(str(tmp_path))).line() == line
   assert '"num_records": 7' in (tmp_path / "index" / "summary.json").read_text()
@@ -184,7 +184,7 @@ def test_vectors_are_kept_to_the_bit(tmp_path):
 def test_a_file_of_the_users_own_is_not_written_over(tmp_path):
   (tmp_path / "records-00000.tfrecord").write_bytes(b"mine")
   loaded: list[int] = []
-  with pytest.raises(UserError, match=r"records-00000\.tfrecord is there already"):
+  with pytest.raises(UserError, match=r"records-00000\.tfrecord already exists"):
     _writer().write(_loaders(loaded), str(tmp_path), {})
   assert (tmp_path / "records-00000.tfrecord").read_bytes() == b"mine"
   assert loaded == []
@@ -194,14 +194,14 @@ def test_shards_indexed_in_place_are_not_written_over(tmp_path, whole):
   shard = tmp_path / "records-00000.tfrecord"
   shard.write_bytes(whole[shard.relative_to(tmp_path)])
   indexing.index_records(str(tmp_path), label_feature="label")
-  with pytest.raises(UserError, match=r"records-00000\.tfrecord is there already"):
+  with pytest.raises(UserError, match=r"records-00000\.tfrecord already exists"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert shard.read_bytes() == whole[shard.relative_to(tmp_path)]
 
 
 def test_a_later_shard_in_the_way_is_left(tmp_path):
   (tmp_path / "records-00003.tfrecord").write_bytes(b"mine")
-  with pytest.raises(UserError, match=r"records-00003\.tfrecord is there already"):
+  with pytest.raises(UserError, match=r"records-00003\.tfrecord already exists"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert [path.name for path in tmp_path.iterdir()] == ["records-00003.tfrecord"]
 
@@ -242,7 +242,7 @@ def test_folders_with_brackets_in_their_names_are_folders(tmp_path):
 
 
 def test_a_pattern_is_no_folder_to_write_into(tmp_path):
-  with pytest.raises(UserError, match="is a pattern, and records are written into a"):
+  with pytest.raises(UserError, match="is a pattern; records are written into a"):
     _writer().write(_loaders([]), str(tmp_path / "set-*"), {})
   assert list(tmp_path.iterdir()) == []
 
@@ -283,7 +283,7 @@ def test_whatever_an_item_can_not_be_kept_for_names_it(tmp_path, error):
       raise error
 
   odd = ingestion.RecordWriter(Failing(max_pixels=1), records_per_shard=9)
-  with pytest.raises(UserError, match="key 0 can't be kept: odd"):
+  with pytest.raises(UserError, match="key 0 can't be stored: odd"):
     odd.write(map(ItemLoader, _items()), str(tmp_path), {})
 
 

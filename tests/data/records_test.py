@@ -125,7 +125,7 @@ def test_a_shard_cut_short_while_it_is_read_is_named(folder):
   path = _shard(folder, 1)
   path.write_bytes(path.read_bytes()[:-7])
   with pytest.raises(
-    UserError, match=r"records-00001\.tfrecord: record 4 is cut short"
+    UserError, match=r"records-00001\.tfrecord: record 4 is truncated"
   ):
     index.read([9])
 
@@ -133,7 +133,7 @@ def test_a_shard_cut_short_while_it_is_read_is_named(folder):
 def test_a_shard_that_goes_while_it_is_read_is_named(folder):
   index = RecordIndex.open(str(folder))
   _shard(folder, 3).unlink()
-  with pytest.raises(UserError, match=r"records-00003\.tfrecord: record 1 cannot be"):
+  with pytest.raises(UserError, match=r"records-00003\.tfrecord: record 1 can't be"):
     index.read([16])
 
 

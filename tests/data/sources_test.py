@@ -102,7 +102,7 @@ def test_a_label_without_a_name_is_refused(idx_folder):
 
 
 def test_two_labels_of_one_name_are_refused(idx_folder):
-  with pytest.raises(UserError, match="must be different names"):
+  with pytest.raises(UserError, match="must have a different name"):
     _source(idx_folder, class_names=("a", "b", "a"))
 
 
@@ -118,7 +118,7 @@ def test_pairs_that_are_none_are_refused(pairs):
 
 
 def test_a_missing_idx_file_is_named(tmp_path):
-  with pytest.raises(UserError, match=r"images is not there"):
+  with pytest.raises(UserError, match=r"images does not exist"):
     _source(tmp_path).fingerprint()
 
 
@@ -131,14 +131,14 @@ def test_data_sets_of_equal_names_and_sizes_have_different_fingerprints(idx_fold
 def test_a_truncated_idx_file_is_named_with_its_last_whole_record(idx_folder):
   path = idx_folder / "images"
   path.write_bytes(path.read_bytes()[:-30])
-  with pytest.raises(UserError, match=r"images is damaged.*12 records.*10 whole"):
+  with pytest.raises(UserError, match=r"images is damaged.*12 records.*10 complete"):
     list(_source(idx_folder).items())
 
 
 def test_an_idx_file_with_more_than_its_head_says_is_named(idx_folder):
   with open(idx_folder / "images", "ab") as file:
     file.write(b"more")
-  with pytest.raises(UserError, match=r"images is damaged.*244 bytes where 240"):
+  with pytest.raises(UserError, match=r"images is damaged.*244 of 240 bytes"):
     list(_source(idx_folder).items())
 
 
@@ -146,7 +146,7 @@ def test_an_idx_file_with_more_than_its_head_says_is_named(idx_folder):
 def test_an_idx_file_without_its_whole_head_is_named(idx_folder, keep):
   path = idx_folder / "images"
   path.write_bytes(path.read_bytes()[:keep])
-  with pytest.raises(UserError, match="images is no idx file"):
+  with pytest.raises(UserError, match="images is not an idx file"):
     list(_source(idx_folder).items())
 
 
@@ -156,14 +156,14 @@ def test_a_flipped_magic_byte_is_named(idx_folder, position):
   content = bytearray(path.read_bytes())
   content[position] ^= 0x10
   path.write_bytes(content)
-  with pytest.raises(UserError, match="images is no idx file"):
+  with pytest.raises(UserError, match="images is not an idx file"):
     list(_source(idx_folder).items())
 
 
 @pytest.mark.parametrize("shape", [(12, 0, 4), (2**31, 2**31, 4)])
 def test_an_impossible_shape_is_named(idx_folder, shape):
   (idx_folder / "images").write_bytes(_idx_bytes(shape, b"\0" * 240))
-  with pytest.raises(UserError, match="images is damaged: its head says"):
+  with pytest.raises(UserError, match="images is damaged: its header declares"):
     list(_source(idx_folder).items())
 
 
@@ -204,8 +204,8 @@ def test_hidden_and_other_files_are_left_out(image_folder, caplog):
   (image_folder / ".cache").mkdir()
   (image_folder / "loose.png").write_bytes(b"in no class")
   assert len(_folder_items(image_folder)) == 6
-  assert "1 images beside the class folders (loose.png)" in caplog.text
-  assert "2 files without the ending of an image (1 .db, 1 .txt)" in caplog.text
+  assert "1 images next to the class folders (loose.png)" in caplog.text
+  assert "2 files without the extension of an image (1 .db, 1 .txt)" in caplog.text
 
 
 def _add_images(folder, *names):
@@ -317,7 +317,7 @@ def test_splits_that_are_named_are_read(split_folder, caplog):
     ("Val/c/3.png", "c", {"split": "Val"}),
   ]
   assert source.fingerprint()["splits"] == ["train", "Val"]
-  assert "1 folders that ImageFolderSource.splits does not name (notes)" in caplog.text
+  assert "1 folders that are not in ImageFolderSource.splits (notes)" in caplog.text
 
 
 def test_nested_classes_of_splits_are_named_without_the_split(split_folder):
@@ -345,7 +345,7 @@ def test_splits_as_a_text_are_refused():
 def test_classes_with_names_of_splits_are_read_with_a_warning(tmp_path, caplog):
   _add_images(tmp_path, "train/0.png", "test/1.png")
   assert len(_keys_and_labels(tmp_path)) == 2
-  assert "the classes have the names of splits: test, train" in caplog.text
+  assert "the classes are named like splits: test, train" in caplog.text
 
 
 def test_empty_splits_take_folders_with_such_names_for_classes(split_folder):
@@ -393,7 +393,7 @@ def test_another_size_of_a_file_is_another_fingerprint(image_folder):
 def test_class_folders_without_images_are_left_out_and_named(image_folder, caplog):
   (image_folder / "bare").mkdir()
   assert {item.label for item in _folder_items(image_folder)} == {"Käse Brot", "b"}
-  assert "1 class folders hold no image and are left out (bare)" in caplog.text
+  assert "1 class folders have no image and are skipped (bare)" in caplog.text
 
 
 def test_an_empty_folder_is_refused(tmp_path):
@@ -434,7 +434,7 @@ def test_a_folder_named_like_an_image_is_named(image_folder):
 def test_a_class_name_that_is_no_utf8_is_refused(image_folder):
   folder = os.fsencode(image_folder) + b"/caf\xe9"
   os.mkdir(folder)
-  with pytest.raises(UserError, match="needs a name in UTF-8"):
+  with pytest.raises(UserError, match="a class name must be UTF-8"):
     _folder_items(image_folder)
 
 
@@ -453,5 +453,7 @@ def test_a_folder_knows_how_many_items_it_has(image_folder):
 
 def test_a_file_without_a_head_is_named_when_it_is_counted(idx_folder):
   (idx_folder / "labels.gz").write_bytes(gzip.compress(b"\0\0"))
-  with pytest.raises(UserError, match=r"labels\.gz is no idx file .* it has no head"):
+  with pytest.raises(
+    UserError, match=r"labels\.gz is not an idx file .* its header is incomplete"
+  ):
     _source(idx_folder).num_items()

@@ -82,9 +82,9 @@ def test_a_path_outside_the_folder_is_refused(listed, path):
   ("row", "message"),
   [
     ("bild 0.png,,t,1,1", "line 5 has no label in column 'label'"),
-    ("bild 0.png,a", "line 5 has not as many fields"),
-    ("bild 0.png,a,t,1,1,1", "line 5 has not as many fields"),
-    ("bild 0.png,a,t,x,1", "line 5 has 'x' in column 'year', which is no int"),
+    ("bild 0.png,a", "line 5 has . fields, but"),
+    ("bild 0.png,a,t,1,1,1", "line 5 has . fields, but"),
+    ("bild 0.png,a,t,x,1", "line 5 has 'x' in column 'year', which is not of type int"),
     ("gone.png,a,t,1,1", "gone.png can't be read: No such file"),
     ('bild 0.png,"a"b,t,1,1', "after line 4: "),
   ],
@@ -103,7 +103,7 @@ def test_a_damaged_row_is_named(listed, row, message):
       {"label_column": "class"},
       r"has no column 'class': .* has 'path', 'label', 'title'",
     ),
-    ({"number_columns": {"year": "date"}}, "'date' is not known; choose 'int'"),
+    ({"number_columns": {"year": "date"}}, "'date' must be 'int'"),
   ],
 )
 def test_columns_that_are_not_there_are_refused(listed, options, message):
@@ -190,7 +190,7 @@ def test_entries_of_lmdb_become_items(tmp_path):
 
 def test_a_key_without_a_class_is_named(tmp_path):
   source = LmdbSource(path=_lmdb(tmp_path), label_pattern="^(x)")
-  with pytest.raises(UserError, match="the key 'class 0/0' has no class by"):
+  with pytest.raises(UserError, match="finds no class in the key 'class 0/0'"):
     list(source.items())
 
 
@@ -227,7 +227,7 @@ def test_damage_in_a_tfrecord_is_named(tmp_path):
   path = tmp_path / "records-00000.tfrecord"
   path.write_bytes(path.read_bytes()[:-3])
   with pytest.raises(
-    UserError, match=r"records-00000\.tfrecord: record 2 is cut short"
+    UserError, match=r"records-00000\.tfrecord: record 2 is truncated"
   ):
     list(TfRecordSource(pattern=pattern).loaders())
 
@@ -268,7 +268,7 @@ def test_a_label_of_a_tfrecord_that_is_no_utf8_is_named(tmp_path):
   with tf.io.TFRecordWriter(str(tmp_path / "a")) as file:
     file.write(example.SerializeToString())
   source = TfRecordSource(pattern=str(tmp_path / "a"), image_feature=None)
-  with pytest.raises(UserError, match=r"a/0 has a label b'\\xff' that is no UTF-8"):
+  with pytest.raises(UserError, match=r"a/0 has a label b'\\xff' that is not UTF-8"):
     list(source.items())
 
 
@@ -279,7 +279,8 @@ def test_a_folder_is_no_parquet_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("pattern", "message"), [("(a", "is no regular expression"), ("^a/", "has no group")]
+  ("pattern", "message"),
+  [("(a", "is not a regular expression"), ("^a/", "has no group")],
 )
 def test_a_label_pattern_that_is_none_is_refused(pattern, message):
   with pytest.raises(UserError, match=rf"LmdbSource\.label_pattern=.* {message}"):
@@ -379,7 +380,7 @@ def test_a_key_of_lmdb_that_is_no_utf8_is_refused(tmp_path):
     transaction.put(b"\xff/1", encode_png(_image(0)))
   environment.close()
   with pytest.raises(
-    UserError, match=r"the key .* has a label b'\\xff' that is no UTF"
+    UserError, match=r"the key .* has a label b'\\xff' that is not UTF"
   ):
     list(LmdbSource(path=str(tmp_path / "db")).items())
 

@@ -92,10 +92,10 @@ def test_triplets_of_classes_that_are_not_trained_on_never_come(make, index):
 
 
 _BAD = {
-  "a record that there is not": [1, 7, 99],
+  "a record that does not exist": [1, 7, 99],
   "a negative of the anchor's own class": [1, 7, 13],
-  "the anchor for its positive": [1, 1, 2],
-  "one record for positive and negative": [1, 8, 8],
+  "the same record as anchor and positive": [1, 1, 2],
+  "the same record as positive and negative": [1, 8, 8],
 }
 
 
@@ -114,8 +114,8 @@ def test_bad_triplets_are_counted_and_refused_or_left_out(make, reason, as_keys)
 @pytest.mark.parametrize(
   ("listed", "classes", "why"),
   [
-    ([[1, 1, 2]], None, "it is empty, or all of it was left out"),
-    ([[1, 7, 2]], [3, 4], "1 could be learned from, of classes that are not trained"),
+    ([[1, 1, 2]], None, "it is empty, or all triplets were skipped"),
+    ([[1, 7, 2]], [3, 4], "1 triplets are of classes outside the training split"),
   ],
 )
 def test_a_list_with_nothing_to_train_on_says_why(make, listed, classes, why):
@@ -134,10 +134,10 @@ def test_a_positive_may_be_of_another_class(make):
     ("anchor,positive,negative\n0.png,1.png\n", "a.csv", "line 2 lacks a key"),
     ('anchor,positive,negative\n"0.png,1', "a.csv", "after line"),
     ("anchor,positive,negative\n", "a.csv", "no triplet to train on: it is empty"),
-    ("not an array", "a.npy", "is no array"),
+    ("not an array", "a.npy", "is not an array"),
     (np.zeros((3, 2), int), "a.npy", r"shape \(3, 2\)"),
     (np.zeros((3, 3)), "a.npy", "type float64"),
-    (np.array([["x"] * 3], object), "a.npy", "is no array"),
+    (np.array([["x"] * 3], object), "a.npy", "is not an array"),
   ],
 )
 def test_what_is_no_list_is_refused(make, content, name, message):
@@ -148,7 +148,7 @@ def test_what_is_no_list_is_refused(make, content, name, message):
 def test_several_arrays_are_refused(index, tmp_path):
   np.savez(tmp_path / "list", one=np.zeros((3, 3), int))
   path = (tmp_path / "list.npz").rename(tmp_path / "list.npy")
-  with pytest.raises(UserError, match="no array, but several"):
+  with pytest.raises(UserError, match="holds several arrays"):
     TripletSampler(index, file=str(path), triplets_per_batch=2, seed=1)
 
 
@@ -162,7 +162,7 @@ def test_a_key_of_two_records_is_refused(tmp_path):
   ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   path = tmp_path / "list.csv"
   path.write_text("anchor,positive,negative\nsame,same,same\n")
-  with pytest.raises(UserError, match=r"'same' of .* is that of two records"):
+  with pytest.raises(UserError, match=r"'same' of .* belongs to two records"):
     TripletSampler(
       RecordIndex.open(str(tmp_path)), file=str(path), triplets_per_batch=1, seed=1
     )

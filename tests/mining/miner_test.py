@@ -138,7 +138,7 @@ def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
   lists = [
     np.r_[anchor, row] for anchor, row in zip(arrays["anchors"], arrays["negatives"])
   ]
-  assert "records-00001.tfrecord: record 39 cannot be decoded" in caplog.text
+  assert "records-00001.tfrecord: record 39 can't be decoded" in caplog.text
   both = [
     {bad, instead} & set(each[1:]) for each in lists if each[0] not in (bad, instead)
   ]
@@ -146,7 +146,7 @@ def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
   of = {anchor: row for anchor, row in zip(arrays["anchors"], arrays["positives"])}
   assert instead not in of[bad]
   assert bad not in of[instead]
-  with pytest.raises(UserError, match="cannot be decoded"):
+  with pytest.raises(UserError, match="can't be decoded"):
     refusing = Dataset(
       folder=str(tmp_path),
       split=ListSplit(evaluation_classes=("3",)),

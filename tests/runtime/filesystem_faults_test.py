@@ -68,7 +68,7 @@ def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(
   replacements = Replacements(index, VectorDecoder(size=1))
   _failing(monkeypatch, 10_000, tf.errors.UnavailableError)
   with pytest.raises(
-    UnreadableError, match=r"records-0000\d\.tfrecord: record \d cannot be read: the st"
+    UnreadableError, match=r"records-0000\d\.tfrecord: record \d can't be read: the st"
   ):
     replacements.replace(np.arange(4))
   assert replacements.num_bad == 0
@@ -77,7 +77,7 @@ def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(
 def test_what_will_not_pass_is_not_tried_again(elsewhere, monkeypatch):
   index = _write(elsewhere)
   tried = _failing(monkeypatch, 1, tf.errors.PermissionDeniedError)
-  with pytest.raises(UnreadableError, match="cannot be read: Permission denied"):
+  with pytest.raises(UnreadableError, match="can't be read: Permission denied"):
     index.read([3])
   assert len(tried) == 1
 
@@ -86,7 +86,7 @@ def test_a_missing_shard_is_an_error_and_no_bad_record(tmp_path):
   index = _write(str(tmp_path))
   (tmp_path / "records-00000.tfrecord").unlink()
   replacements = Replacements(index, VectorDecoder(size=1))
-  with pytest.raises(UnreadableError, match="record 0 cannot be read: No such file"):
+  with pytest.raises(UnreadableError, match="record 0 can't be read: No such file"):
     replacements.replace(np.arange(2))
 
 
@@ -117,7 +117,7 @@ def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp
   _write(elsewhere)
   [folder] = tmp_path.iterdir()
   folder.chmod(0o777)
-  with pytest.raises(UserError, match="not of this user alone; set TMPDIR"):
+  with pytest.raises(UserError, match="other users can write to it; set TMPDIR"):
     RecordIndex.open(elsewhere)
 
 

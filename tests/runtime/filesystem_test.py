@@ -192,7 +192,7 @@ def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
   path = f"{elsewhere}/records/records-00001.tfrecord"
   filesystem.write_bytes(path, filesystem.read_bytes(path)[:-7])
   with pytest.raises(
-    UserError, match=r"records-00001\.tfrecord: record 2 is cut short"
+    UserError, match=r"records-00001\.tfrecord: record 2 is truncated"
   ):
     index.read([5])
   with pytest.raises(UserError, match=r"records-00001\.tfrecord has \d+ bytes but had"):

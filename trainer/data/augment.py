@@ -269,7 +269,9 @@ class Rotation:
 
   def __init__(self, *, degrees: float):
     if not 0 < degrees <= 180:
-      raise UserError(f"Rotation.degrees={degrees} must be above 0 and at most 180.")
+      raise UserError(
+        f"Rotation.degrees={degrees} must be greater than 0 and at most 180."
+      )
     self._radians = math.radians(degrees)
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
@@ -301,7 +303,9 @@ class CropAndResize:
 
   def __init__(self, *, min_area: float, max_stretch: float = 4 / 3):
     if not 0 < min_area <= 1:
-      raise UserError(f"CropAndResize.min_area={min_area} must be above 0, at most 1.")
+      raise UserError(
+        f"CropAndResize.min_area={min_area} must be greater than 0 and at most 1."
+      )
     if max_stretch < 1:
       raise UserError(f"CropAndResize.max_stretch={max_stretch} must be at least 1.")
     self._min_area = min_area

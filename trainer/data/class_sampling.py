@@ -81,8 +81,8 @@ class SizeWeights:
       draws_per_epoch = np.maximum(1, np.rint(_RESOLUTION * relative)).astype(np.int64)
     if draws_per_epoch.sum() > _MAX_DRAWS_PER_EPOCH:
       raise UserError(
-        f"SizeWeights gives {draws_per_epoch.sum():,} draws an epoch, and at most "
-        f"{_MAX_DRAWS_PER_EPOCH:,} can be ordered; lower max_size or power."
+        f"SizeWeights gives {draws_per_epoch.sum():,} draws per epoch, more than the "
+        f"{_MAX_DRAWS_PER_EPOCH:,} allowed; lower max_size or power."
       )
     return draws_per_epoch
 

@@ -100,7 +100,7 @@ class CsvFile:
     """Returns a message if the separator does not match the extension, or None."""
     if self.separator == self._separators()[0]:
       return None
-    return f"{self.path} is read with {_SEPARATORS[self.separator]} between its cells."
+    return f"{self.path} is read with {_SEPARATORS[self.separator]} as separators."
 
   def _separators(self) -> list[str]:
     """Returns the separators to try, the one implied by the file extension first."""
@@ -161,12 +161,12 @@ class CsvFile:
       if name not in self.columns:
         shown = ", ".join(map(repr, names[:_NUM_COLUMNS_SHOWN])) or "nothing"
         raise UserError(
-          f"{self.path} has no column {name!r}: its first row must name the columns, "
-          f"and has {shown}."
+          f"{self.path} has no column {name!r}: its first row must name the columns; "
+          f"it has {shown}."
         )
     for name in self.columns:
       if name and self.columns.count(name) > 1:
-        raise UserError(f"{self.path} has two columns {name!r}; rename one.")
+        raise UserError(f"{self.path} has two columns called {name!r}; rename one.")
 
 
 def _name(text: str) -> str:
@@ -187,7 +187,7 @@ def _encoding(path: str, content: bytes) -> str:
       return encoding
   if b"\0" in content:
     raise UserError(
-      f"{path} has zero bytes, as UTF-16 without a byte order mark has; save it as "
-      "UTF-8."
+      f"{path} contains zero bytes, as UTF-16 without a byte order mark does; save it "
+      "as UTF-8."
     )
   return "utf-8"

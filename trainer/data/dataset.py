@@ -105,7 +105,7 @@ class ListSplit:
     if in_both:
       raise UserError(
         f"ListSplit has {in_both[0]!r} in evaluation_classes and in train_classes; "
-        "the two must be disjoint."
+        "remove it from one."
       )
 
   def split(self, class_names: Sequence[str]) -> ClassSplit:
@@ -146,8 +146,8 @@ def _chosen(ids: dict[str, int], argument: str, names: Sequence[str]) -> np.ndar
     if name not in ids:
       nearest = difflib.get_close_matches(name, ids, n=1) or list(ids)[:1]
       raise UserError(
-        f"ListSplit.{argument} names {name!r}, which is no class of the data; did you "
-        f"mean {nearest[0]!r}?"
+        f"ListSplit.{argument} names {name!r}, which is not a class of the data; did "
+        f"you mean {nearest[0]!r}?"
       )
     is_chosen[ids[name]] = True
   return is_chosen
@@ -158,8 +158,9 @@ def _divide(is_held_out: np.ndarray) -> ClassSplit:
   train = np.flatnonzero(~is_held_out).astype(np.int32)
   if not len(train) or not len(evaluation):
     raise UserError(
-      f"The split of {len(is_held_out)} classes leaves {len(train)} to train and "
-      f"{len(evaluation)} to evaluate; both need some."
+      f"The split of {len(is_held_out)} classes has {len(train)} training and "
+      f"{len(evaluation)} evaluation classes; each needs at least one: change "
+      "Dataset.split."
     )
   return ClassSplit(train, evaluation)
 
@@ -200,8 +201,7 @@ class Dataset:
   ):
     if bad_records not in ("refuse", "replace"):
       raise UserError(
-        f"Dataset.bad_records={bad_records!r} is not known; choose 'refuse' or "
-        "'replace'."
+        f"Dataset.bad_records={bad_records!r} must be 'refuse' or 'replace'."
       )
     self.folder = folder
     self.index = RecordIndex.open(folder)

@@ -97,8 +97,8 @@ class ExampleEncoder:
     for name in RECORD_FEATURES:
       if name in values:
         raise UserError(
-          f"{item.key} has a further feature {name!r}, a name that is taken; "
-          "rename it, or leave it out."
+          f"{item.key} has a feature {name!r}, which is a reserved name; rename or "
+          "remove it."
         )
     if image is not None:
       values["image"] = image
@@ -113,11 +113,11 @@ class ExampleEncoder:
   def _checked_image(self, key: str, file: bytes) -> bytes:
     head = image_formats.read_image_head(file)
     if head is not None and min(head.width, head.height) < 1:
-      raise _no_image(key, file, f"it is {head.format}, and its size is not found.")
+      raise _no_image(key, file, f"it is {head.format}, and its size can't be read.")
     if head is not None and head.width * head.height > self._max_pixels:
       raise UserError(
         f"{key} declares {head.width} x {head.height} pixels, more than the "
-        f"{self._max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
+        f"{self._max_pixels:,} allowed; resize it, or raise ingest.max_pixels."
       )
     try:
       file = for_training(file, self._max_pixels)
@@ -172,9 +172,7 @@ def _orientation_in_training(file: tf.Tensor) -> tf.Tensor:
 
 def _no_image(key: str, file: bytes, message: str) -> UserError:
   reason = re.sub(r"^{{.*?}} ?|\[Op:.*", "", message).splitlines()[0]
-  return UserError(
-    f"{key} is no image that can be decoded ({len(file)} bytes): {reason}"
-  )
+  return UserError(f"{key} can't be decoded as an image ({len(file)} bytes): {reason}")
 
 
 def _serialize(values: dict[str, Value], key: str) -> bytes:
@@ -195,8 +193,8 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
       return tf.train.Feature(bytes_list=tf.train.BytesList(value=texts))
   if array.dtype.kind == "u" and array.size and array.max() > _LARGEST_INTEGER:
     raise UserError(
-      f"{key} has {array.max()} in the feature {name!r}; records keep integers up to "
-      f"{_LARGEST_INTEGER}."
+      f"{key} has {array.max()} in the feature {name!r}; integers in records are at "
+      f"most {_LARGEST_INTEGER}."
     )
   if array.dtype.kind in "iub":
     return tf.train.Feature(
@@ -245,6 +243,6 @@ def _check_precision(array: np.ndarray, name: str, key: str) -> None:
     is_changed |= is_whole & (kept != array)
   if is_changed.any():
     raise UserError(
-      f"{key} has {array[is_changed][0]} in the feature {name!r}; records keep floats "
-      "of 32 bits, which change it. Make the feature an integer, or leave it out."
+      f"{key} has {array[is_changed][0]} in the feature {name!r}, which the 32-bit "
+      "floats of records can't represent; convert it to an integer, or remove it."
     )

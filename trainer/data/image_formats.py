@@ -265,13 +265,13 @@ def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
   """
   known = of_content(file)
   if known is None:
-    raise UserError("it begins like no image format that ingest knows.")
+    raise UserError("its first bytes match no supported image format.")
   try:
     with _opened(file, known) as image:
       if max_pixels is not None and image.width * image.height > max_pixels:
         raise UserError(
           f"it declares {image.width} x {image.height} pixels, more than the "
-          f"{max_pixels:,} allowed; make it smaller, or raise ingest.max_pixels."
+          f"{max_pixels:,} allowed; resize it, or raise ingest.max_pixels."
         )
       upright = ImageOps.exif_transpose(image)
       png = io.BytesIO()
@@ -296,9 +296,9 @@ def _opened(file: bytes, known: ImageFormat) -> Image.Image:
   except Image.UnidentifiedImageError as error:
     if known.needs:
       raise UserError(
-        f"it is {known.name}, and is damaged or needs {known.needs}."
+        f"it is {known.name} and damaged, or needs {known.needs}."
       ) from error
-    raise UserError(f"it is {known.name}, and is damaged.") from error
+    raise UserError(f"it is {known.name} and damaged.") from error
 
 
 @functools.cache
@@ -316,7 +316,7 @@ def _in_bytes(image: Image.Image, known: ImageFormat) -> Image.Image:
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
   if image.mode in ("I", "F"):
     raise UserError(
-      f"it is {known.name} with pixels of 32 bits, whose white is not known; convert "
+      f"it is {known.name} with 32-bit pixels, whose white level is unknown; convert "
       "it to 8 or 16 bits."
     )
   has_alpha = image.mode in ("LA", "PA", "RGBA", "La", "RGBa")

@@ -329,8 +329,8 @@ class ImageDecoder:
   ):
     if height < 1 or width < 1 or channels not in (1, 3):
       raise UserError(
-        f"ImageDecoder of {height} x {width} pixels and {channels} channels is not "
-        "possible; sizes must be at least 1 and channels 1 or 3."
+        f"ImageDecoder(height={height}, width={width}, channels={channels}): sizes "
+        "must be at least 1 and channels 1 or 3."
       )
     if max_pixels < 1:
       raise UserError(f"ImageDecoder.max_pixels={max_pixels} must be at least 1.")
@@ -374,14 +374,14 @@ class ImageDecoder:
       tf.debugging.assert_equal(
         is_small,
         True,
-        "an image declares more pixels than the "
-        f"{self._max_pixels:,} allowed by ImageDecoder.max_pixels",
+        f"an image declares more pixels than the {self._max_pixels:,} allowed by "
+        "ImageDecoder.max_pixels",
       ),
       tf.debugging.assert_equal(
         facts.is_refused,
         False,
-        "an image is WebP, or BMP that is compressed or not of 8, 24 or 32 bits for "
-        "each pixel; ingest converts it",
+        "an image is WebP, or a BMP that is compressed or does not have 8, 24 or 32 "
+        "bits per pixel; convert it with --mode=ingest",
       ),
     ]
     with tf.control_dependencies([check for check in checks if check is not None]):
@@ -443,7 +443,7 @@ def _colour(name: str) -> tuple[int, int, int]:
     red, green, blue = ImageColor.getrgb(name)[:3]
   except (ValueError, TypeError) as error:
     raise UserError(
-      f"ImageDecoder.background={name!r} is not a colour; give a name such as 'white', "
+      f"ImageDecoder.background={name!r} is not a colour; use a name such as 'white', "
       "or '#rrggbb'."
     ) from error
   return red, green, blue

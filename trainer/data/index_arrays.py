@@ -102,8 +102,8 @@ def _text(name: bytes) -> str:
     return name.decode()
   except UnicodeDecodeError as error:
     raise UserError(
-      f"The index is damaged (a class name {name!r:.60} that is no UTF-8); delete it "
-      "and make it again with --mode=ingest."
+      f"The index is damaged (a class name {name!r:.60} is not UTF-8); delete it and "
+      "rebuild it with --mode=ingest."
     ) from error
 
 
@@ -228,7 +228,7 @@ def _folder() -> str:
   found = os.lstat(folder)
   is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
   if not is_own or found.st_mode & 0o022:
-    raise PermissionError(13, "it is not of this user alone; set TMPDIR", folder)
+    raise PermissionError(13, "other users can write to it; set TMPDIR", folder)
   return folder
 
 
@@ -314,7 +314,7 @@ def read_arrays(folder: str, *, num_records: int, num_classes: int) -> IndexArra
       size = int(arrays.name_starts[-1]) if len(arrays.name_starts) else 0
     if array.shape != (size,) or array.dtype != _DTYPES[name]:
       raise _damaged(
-        _path(folder, name), f"{array.dtype}{list(array.shape)} where [{size}] belongs"
+        _path(folder, name), f"{array.dtype}{list(array.shape)} instead of [{size}]"
       )
   for name, end in (
     ("member_starts", num_records),
@@ -322,7 +322,7 @@ def read_arrays(folder: str, *, num_records: int, num_classes: int) -> IndexArra
   ):
     starts = arrays._asdict()[name]
     if starts[0] != 0 or starts[-1] != end or not _is_ascending(starts):
-      raise _damaged(_path(folder, name), f"no parts from 0 to {end}")
+      raise _damaged(_path(folder, name), f"no ascending parts from 0 to {end}")
   return arrays
 
 
@@ -347,8 +347,8 @@ def _map(folder: str, name: str) -> np.ndarray:
 
 def _damaged(path: str, what: str) -> UserError:
   return UserError(
-    f"{path} of the index is damaged ({what}); delete the index and make it again "
-    "with --mode=ingest."
+    f"{path} of the index is damaged ({what}); delete the index and rebuild it with "
+    "--mode=ingest."
   )
 
 

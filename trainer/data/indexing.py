@@ -136,8 +136,8 @@ class _LabelParser:
     for number, record in enumerate(records, self._num_parsed):
       if _kind(self._path, number, record, self._label_feature) != self._is_bytes:
         raise UserError(
-          f"{self._path}: record {number} has a label of another type than those "
-          "before it."
+          f"{self._path}: record {number} has a label of another type than earlier "
+          "records."
         ) from error
     reason = str(error).splitlines()[0]
     raise UserError(f"{self._path} can't be read: {reason}") from error
@@ -172,12 +172,12 @@ def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
   try:
     features = tf.train.Example.FromString(record).features.feature
   except Exception as error:  # protobuf raises its own type.
-    raise UserError(f"{where} is no tf.train.Example.") from error
+    raise UserError(f"{where} is not a tf.train.Example.") from error
   if label_feature not in features:
     has = ", ".join(sorted(features)) or "none"
     raise UserError(
-      f"{where} has no feature {label_feature!r}; it has {has}. Name the right one in "
-      "label_feature."
+      f"{where} has no feature {label_feature!r}; it has {has}. Set label_feature to "
+      "the feature of the label."
     )
   feature = features[label_feature]
   kind = feature.WhichOneof("kind")
@@ -198,7 +198,7 @@ def _text(path: str, label: Any) -> str:
   try:
     return label.decode() if isinstance(label, bytes) else str(label)
   except UnicodeDecodeError as error:
-    raise UserError(f"{path} has a label {label!r} that is no UTF-8.") from error
+    raise UserError(f"{path} has a label {label!r} that is not UTF-8.") from error
 
 
 class ShardIndex(NamedTuple):
@@ -370,7 +370,7 @@ def _index(
   }
   names_to_scan = [name for name in names if name not in known]
   if old is not None and not names_to_scan:
-    logging.info("%s: all %d shards are indexed already.", folder, len(names))
+    logging.info("%s: all %d shards are already indexed.", folder, len(names))
     return old
   scanned = {
     part.shard.name: part for part in _scan_all(folder, names_to_scan, label_feature)
@@ -406,8 +406,8 @@ def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
     raise UserError(f"{folder} can't be read: {error.strerror}.") from error
   if not names:
     raise UserError(
-      f"{folder_or_pattern} has no shards; a folder needs files that end in "
-      f"{' or '.join(_ENDINGS)}, or give a pattern such as 'data/train-*'."
+      f"{folder_or_pattern} has no shards; give a folder with files that end in "
+      f"{' or '.join(_ENDINGS)}, or a pattern such as 'data/train-*'."
     )
   return names
 
@@ -432,7 +432,7 @@ def _reusable(
     reason = manifest.change_of(folder, shard)
     logging.warning("%s %s.", os.path.join(folder, shard.name), reason)
   if changed:
-    logging.warning("All shards are read anew; classes may get other numbers.")
+    logging.warning("All shards are read again; class ids may change.")
     return None
   return RecordIndex.open(folder_or_pattern)
 

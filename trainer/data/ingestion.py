@@ -160,7 +160,7 @@ class RecordWriter:
     except UserError as error:
       if not self._leave_out_unreadable:
         raise
-      logging.warning("%s Left out.", error)
+      logging.warning("%s It is skipped.", error)
       return Unreadable(str(error))
 
   def _prepare_or_refuse(self, load: Loader) -> Prepared:
@@ -174,7 +174,7 @@ class RecordWriter:
       raise
     except (ValueError, tf.errors.OpError) as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
-      raise UserError(f"{key} can't be kept: {reason}") from error
+      raise UserError(f"{key} can't be stored: {reason}") from error
 
 
 def _shard_name(number: int) -> str:
@@ -211,7 +211,7 @@ def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[ShardPart]:
   parts = shards.take_back_shards(aside) if filesystem.exists(aside) else []
   if filesystem.exists(note) and filesystem.read_bytes(note) == content:
     if parts:
-      logging.info("Going on after %d shards that are finished.", len(parts))
+      logging.info("Resuming after %d finished shards.", len(parts))
     return parts
   filesystem.remove_folder(aside)
   filesystem.make_folder(aside)
@@ -230,5 +230,5 @@ def _check_classes(parts: list[ShardPart]) -> None:
 
 def _explain(error: OSError, folder: str) -> str:
   if error.errno in _NO_ROOM:
-    return f"{folder}: the disk is full; free some space and run the ingest again."
-  return f"{error.filename or folder} can't be written to: {error.strerror}."
+    return f"{folder}: the disk is full; free some disk space and run the ingest again."
+  return f"{error.filename or folder} can't be written: {error.strerror}."

@@ -119,8 +119,8 @@ def _read(path: str) -> Optional[Manifest]:
     version = content.pop("version")
     if version != _VERSION:
       raise UserError(
-        f"{path} has version {version}, this program reads {_VERSION}; "
-        "delete the index and make it again with --mode=ingest."
+        f"{path} has version {version}, this program reads version {_VERSION}; delete "
+        "the index and rebuild it with --mode=ingest."
       )
     shards = tuple(IndexedShard(**shard) for shard in content.pop("shards"))
     manifest = Manifest(shards=shards, **content)
@@ -131,11 +131,11 @@ def _read(path: str) -> Optional[Manifest]:
   except (FileNotFoundError, NotADirectoryError):
     return None
   except OSError as error:
-    raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    raise UserError(f"{path} can't be read: {error.strerror}.") from error
   # AttributeError: JSON, but not an object. RecursionError: deeply nested lists.
   except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
     raise UserError(
-      f"{path} is damaged ({error}); delete the index and make it again with "
+      f"{path} is damaged ({error}); delete the index and rebuild it with "
       "--mode=ingest."
     ) from error
 
@@ -152,12 +152,12 @@ def _check(manifest: Manifest) -> None:
     texts += [shard.name, shard.sample]
     counts += [shard.num_bytes, shard.num_records, shard.modified_ns]
   if not all(isinstance(text, str) for text in texts):
-    raise ValueError("a name is no text")
+    raise ValueError("a name is not a string")
   for count in counts:
     if type(count) is not int or not 0 <= count < 1 << 63:
-      raise ValueError(f"{count!r:.40} is no count")
+      raise ValueError(f"{count!r:.40} is not a count")
   if manifest.source is not None and not isinstance(manifest.source, dict):
-    raise ValueError("the source is no object")
+    raise ValueError("the source is not an object")
   for shard in manifest.shards:
     if not _is_inside(shard.name):
       raise ValueError(f"the shard {shard.name!r} is not inside the folder")
@@ -201,8 +201,10 @@ def change_of(folder: str, shard: IndexedShard) -> str:
     if sample(path, status.num_bytes) != shard.sample:
       return "has other bytes than when it was indexed"
   except OSError as error:
-    return f"is in the index but cannot be read ({error.strerror})"
-  logging.info("%s: another time of change, the same bytes where sampled.", path)
+    return f"is in the index but can't be read ({error.strerror})"
+  logging.info(
+    "%s: the modification time changed, but the sampled bytes are equal.", path
+  )
   return ""
 
 

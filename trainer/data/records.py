@@ -65,8 +65,8 @@ def locate_folder(folder: str) -> tuple[str, str]:
   path = filesystem.absolute(folder)
   if glob.has_magic(path) and not filesystem.is_folder(path):
     raise UserError(
-      f"{folder} is a pattern, and records are written into a folder; name one, or "
-      "make one of this very name first."
+      f"{folder} is a pattern; records are written into a folder: name one, or create "
+      "a folder of this name first."
     )
   return path, os.path.join(path, "index")
 
@@ -197,7 +197,7 @@ class RecordIndex:
     if not is_inside:
       raise UserError(
         f"The index of {os.path.dirname(self._paths[0])} is damaged (a record lies "
-        "outside its shard, or has no class); delete it and make it again with "
+        "outside its shard, or has no class); delete it and rebuild it with "
         "--mode=ingest."
       )
 
@@ -231,12 +231,12 @@ class RecordIndex:
       return tfrecord.unframe(self._read_range(shard, offset, length), length)
     except tfrecord.FramingError as error:
       raise UserError(
-        f"{self.describe(number)} {error}; restore the file, or delete it and "
-        "ingest again."
+        f"{self.describe(number)} {error}; restore the file, or delete it and ingest "
+        "again."
       ) from error
     except OSError as error:
       raise UnreadableError(
-        f"{self.describe(number)} cannot be read: {error.strerror}."
+        f"{self.describe(number)} can't be read: {error.strerror}."
       ) from error
 
   def _read_range(self, shard: int, offset: int, length: int) -> bytes:
@@ -315,7 +315,7 @@ def record_error(index: RecordIndex, decoder: Decoder, number: int) -> Optional[
     decoder(tf.constant([record]))
   except (tf.errors.OpError, UnicodeDecodeError) as error:
     reason = str(getattr(error, "message", error)).splitlines()[0]
-    return f"{index.describe(number)} cannot be decoded: {reason}"
+    return f"{index.describe(number)} can't be decoded: {reason}"
   return None
 
 
@@ -392,7 +392,7 @@ class Replacements:
       self._states[number] = _BAD
       self.num_bad += 1
       logging.warning(
-        "%s Another of its class takes its place (bad records so far: %d).",
+        "%s Another record of its class replaces it (bad records so far: %d).",
         reason,
         self.num_bad,
       )

@@ -107,8 +107,8 @@ class PKSampler:
     )
     if self.num_classes < classes_per_batch:
       raise UserError(
-        f"classes_per_batch={classes_per_batch} but only {self.num_classes} classes "
-        f"can be drawn from; choose at most {self.num_classes}."
+        f"classes_per_batch={classes_per_batch} exceeds the {self.num_classes} "
+        f"available classes; choose at most {self.num_classes}."
       )
     self._stream = self._make_stream(weights)
     if stream_fn is not None:
@@ -192,9 +192,7 @@ def _drawable(
 ) -> Optional[np.ndarray]:
   """Returns the ids of the classes to draw from; None for all, to save memory."""
   if small_classes not in ("repeat", "leave_out"):
-    raise UserError(
-      f"small_classes={small_classes!r} is not known; choose 'repeat' or 'leave_out'."
-    )
+    raise UserError(f"small_classes={small_classes!r} must be 'repeat' or 'leave_out'.")
   smallest = 1 if small_classes == "repeat" else num_samples
   num_classes = table.num_classes if classes is None else len(classes)
   is_drawn = np.empty(num_classes, bool)
@@ -211,9 +209,7 @@ def _drawable(
       num_small,
       num_classes,
       num_samples,
-      "their records are repeated"
-      if small_classes == "repeat"
-      else "they are left out",
+      "their records are repeated" if small_classes == "repeat" else "they are skipped",
     )
   if is_drawn.all():
     return None if classes is None else np.asarray(classes, np.int32)
@@ -224,7 +220,7 @@ def _drawable(
 
 def _check_at_least_one(name: str, value: int) -> None:
   if value < 1:
-    raise UserError(f"{name}={value} is too small; it must be at least 1.")
+    raise UserError(f"{name}={value} must be at least 1.")
 
 
 class NamedClasses(index_arrays.Classes, Protocol):
@@ -295,8 +291,8 @@ class HardClassSampler(_StackedSampler):
       unknown.difference_update(index.class_names)
     if unknown:
       raise UserError(
-        f"HardClassSampler.hard_classes names {', '.join(sorted(unknown))}, "
-        "and the data have no such class."
+        f"HardClassSampler.hard_classes names {', '.join(sorted(unknown))}: not a "
+        "class of the data."
       )
     parts = [
       sampler_fn(index, classes=ids[chosen], classes_per_batch=num)

@@ -172,7 +172,7 @@ def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> No
     path = os.path.join(folder, name)
     if name not in own and filesystem.exists(path):
       raise UserError(
-        f"{path} is there already, and not of an ingest that is known; choose another "
+        f"{path} already exists and was not written by this ingest; choose another "
         "ingest.folder, or move the file away."
       )
 
@@ -252,8 +252,8 @@ class Summary:
     """Returns the numbers of records and classes, and the extreme class sizes."""
     smallest, largest = self.smallest_class, self.largest_class
     return (
-      f"{self.num_records} records of {self.num_classes} classes, from {smallest[1]} "
-      f"({smallest[0]}) to {largest[1]} ({largest[0]}) a class."
+      f"{self.num_records} records of {self.num_classes} classes, {smallest[1]} "
+      f"({smallest[0]}) to {largest[1]} ({largest[0]}) per class."
     )
 
   def warnings(self) -> list[str]:
@@ -267,7 +267,7 @@ class Summary:
       )
     if self.unreadable:
       shown = " ".join(self.unreadable[:_NUM_NAMES])
-      lines.append(f"{len(self.unreadable)} items were left out: {shown}")
+      lines.append(f"{len(self.unreadable)} items were skipped: {shown}")
     return lines
 
   def _warnings_on_keys(self) -> list[str]:
@@ -287,12 +287,12 @@ class Summary:
     if self.similar_classes:
       shown = "; ".join(f"{a!r} and {b!r}" for a, b in self.similar_classes)
       lines.append(
-        "Classes stay apart whose names differ only in case, blanks, accents' encoding "
-        f"or the form of a number: {shown}"
+        "Some classes have names that differ only in case, blanks, accents' encoding "
+        f"or the form of a number, and remain separate: {shown}"
       )
     if self.missing_classes:
       shown = ", ".join(map(repr, self.missing_classes))
-      lines.append(f"A class has the name of a missing value: {shown}")
+      lines.append(f"A class is named like a missing value: {shown}")
     return lines
 
 

@@ -98,12 +98,12 @@ class DrawStatistics:
     return [
       f"{self.num_steps} steps draw {self.num_draws} of {self.num_records} records "
       f"of {self.num_classes} classes.",
-      f"A class comes {self.class_epochs:.2f} times on average, "
-      f"{self.most_draws_of_a_class} at most; "
-      f"{self.num_classes_never_drawn} never come.",
-      f"A record comes {self.record_epochs:.2f} times on average, "
-      f"{self.most_draws_of_a_record} at most; "
-      f"{self.num_records_never_drawn} never come.",
+      f"A class is drawn {self.class_epochs:.2f} times on average, "
+      f"{self.most_draws_of_a_class} at most; {self.num_classes_never_drawn} are never "
+      "drawn.",
+      f"A record is drawn {self.record_epochs:.2f} times on average, "
+      f"{self.most_draws_of_a_record} at most; {self.num_records_never_drawn} are "
+      "never drawn.",
       f"{self.num_repeats_in_a_batch} draws repeat a record of the same batch.",
     ]
 

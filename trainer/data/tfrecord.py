@@ -57,7 +57,7 @@ class FramingError(ValueError):
 
   def line(self, path: str) -> str:
     """Returns the fault of a file that was read in order, with advice."""
-    return f"{path}: record {self.number} {self}; restore the file, or leave it out."
+    return f"{path}: record {self.number} {self}; restore the file, or remove it."
 
 
 class CompressedError(FramingError):
@@ -66,8 +66,8 @@ class CompressedError(FramingError):
   def line(self, path: str) -> str:
     """Returns the fault of a file that was read in order, with advice."""
     return (
-      f"{path} is compressed ({self}), and records are read by their offsets; "
-      "decompress the file, or write it anew without compression."
+      f"{path} is compressed ({self}), but records are read by their offsets; "
+      "decompress the file, or write it without compression."
     )
 
 
@@ -126,12 +126,12 @@ def unframe(framed: bytes, num_bytes: int) -> bytes:
     FramingError: the frame is truncated, or a length or checksum does not match.
   """
   if len(framed) != num_bytes + OVERHEAD_BYTES:
-    raise FramingError("is cut short")
+    raise FramingError("is truncated")
   header, data = framed[:HEADER_BYTES], framed[HEADER_BYTES:-FOOTER_BYTES]
   if header != _header(num_bytes):
     check_header(header)
     (length,) = _LENGTH.unpack_from(header)
-    raise FramingError(f"has {length} bytes where the index has {num_bytes}")
+    raise FramingError(f"has {length} bytes but {num_bytes} in the index")
   if framed[-FOOTER_BYTES:] != _FOOTER.pack(masked_crc(data)):
     raise FramingError(CORRUPT_DATA)
   return data
@@ -215,10 +215,10 @@ def _read_on(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
     check_header(rest[:HEADER_BYTES])
     num_missing = _LENGTH.unpack_from(rest)[0] + OVERHEAD_BYTES - len(rest)
   if num_missing > num_left:  # Checked before memory is allocated.
-    raise FramingError("is cut short")
+    raise FramingError("is truncated")
   chunk = file.read(min(num_left, max(_CHUNK_BYTES, num_missing)))
   if len(chunk) < num_missing:
-    raise FramingError("is cut short")
+    raise FramingError("is truncated")
   return chunk
 
 
@@ -324,7 +324,7 @@ def _lists(record: bytes, name: str) -> dict[str, tuple[str, Sequence[Any]]]:
   try:
     features = tf.train.Example.FromString(record).features.feature
   except Exception as error:  # protobuf raises its own type.
-    raise UserError(f"{name} is no tf.train.Example.") from error
+    raise UserError(f"{name} is not a tf.train.Example.") from error
   kinds = {key: feature.WhichOneof("kind") for key, feature in features.items()}
   return {
     key: (kind, getattr(features[key], kind).value)

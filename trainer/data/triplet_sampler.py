@@ -24,7 +24,7 @@ from trainer.runtime import filesystem
 
 COLUMNS = ("anchor", "positive", "negative")
 _UNKNOWN = -1
-_ADVICE = "TripletSampler.bad_triplets='leave_out' goes without them"
+_ADVICE = "TripletSampler.bad_triplets='leave_out' skips them"
 
 # Salt of the hash, so that no two uses of one seed collide (1 to 7: other uses).
 _TRIPLETS = 8
@@ -66,12 +66,12 @@ def _numbers_of_array(file: str) -> np.ndarray:
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
   except Exception as error:  # The header is parsed by Python: many error types.
-    raise UserError(f"{file} is no array: {short_reason(error)}.") from error
+    raise UserError(f"{file} is not an array: {short_reason(error)}.") from error
   if not isinstance(numbers, np.ndarray):
-    raise UserError(f"{file} is no array, but several.")
+    raise UserError(f"{file} holds several arrays; it must hold one.")
   if numbers.ndim != 2 or numbers.shape[1] != 3 or numbers.dtype.kind not in "iu":
     raise UserError(
-      f"{file} has shape {numbers.shape} and type {numbers.dtype}; needed are record "
+      f"{file} has shape {numbers.shape} and type {numbers.dtype}; it must be record "
       "numbers, integers [n, 3]."
     )
   return numbers.astype(np.int64)
@@ -109,15 +109,17 @@ def _numbers_of_keys(
       first = int(np.max(found[named]))
       if first != _UNKNOWN:
         raise UserError(
-          f"The key {name!r} of {file} is that of two records: "
-          f"{index.describe(first)} and {index.describe(number)}."
+          f"The key {name!r} of {file} belongs to two records: {index.describe(first)} "
+          f"and {index.describe(number)}."
         )
       found[named] = number
   is_meant = (numbers == _UNKNOWN) & (meant != _UNKNOWN)
-  _warn_of_keys(file, keys, is_meant, "keys are read without blanks or as plain paths")
+  _warn_of_keys(
+    file, keys, is_meant, "keys are matched without blanks or as plain paths"
+  )
   numbers = np.where(is_meant, meant, numbers)
   is_unknown = numbers == _UNKNOWN
-  _warn_of_keys(file, keys, is_unknown, "keys are those of no record")
+  _warn_of_keys(file, keys, is_unknown, "keys match no record")
   return numbers
 
 
@@ -146,11 +148,11 @@ def _without_bad(
   anchors, positives, negatives = triplets.T
   is_known = (triplets != _UNKNOWN).all(axis=1)
   reasons = {
-    "a record that there is not": ~is_known,
+    "a record that does not exist": ~is_known,
     "a negative of the anchor's own class": is_known
     & (labels[anchors] == labels[negatives]),
-    "the anchor for its positive": is_known & (anchors == positives),
-    "one record for positive and negative": is_known & (positives == negatives),
+    "the same record as anchor and positive": is_known & (anchors == positives),
+    "the same record as positive and negative": is_known & (positives == negatives),
   }
   for reason, is_bad in reasons.items():
     num_bad = int(np.count_nonzero(is_bad))
@@ -162,7 +164,7 @@ def _without_bad(
     )
     if is_strict:
       raise UserError(f"{message}; {_ADVICE}.")
-    logging.warning("%s; they are left out.", message)
+    logging.warning("%s; they are skipped.", message)
   return triplets[~np.any(list(reasons.values()), axis=0)]
 
 
@@ -209,8 +211,7 @@ class TripletSampler:
       raise UserError(f"{self.rows_parameter}={triplets_per_batch} must be at least 1.")
     if bad_triplets not in ("refuse", "leave_out"):
       raise UserError(
-        f"TripletSampler.bad_triplets={bad_triplets!r} is not known; choose 'refuse' "
-        "or 'leave_out'."
+        f"TripletSampler.bad_triplets={bad_triplets!r} must be 'refuse' or 'leave_out'."
       )
     self.shape = (triplets_per_batch, len(COLUMNS))
     self._key = permutation.mix(seed, _TRIPLETS)
@@ -222,12 +223,12 @@ class TripletSampler:
       self._triplets = listed[is_drawn[index.labels[listed]].all(axis=1)]
     num_drawn = len(self._triplets)
     if not num_drawn:
-      why = "it is empty, or all of it was left out"
+      why = "it is empty, or all triplets were skipped"
       if len(listed):
-        why = f"{len(listed)} could be learned from, of classes that are not trained on"
+        why = f"{len(listed)} triplets are of classes outside the training split"
       raise UserError(f"{file} has no triplet to train on: {why}.")
     logging.info(
-      "%s: %d triplets, and %d of classes that are not trained on.",
+      "%s: %d triplets, and %d of classes outside the training split.",
       file,
       num_drawn,
       len(listed) - num_drawn,

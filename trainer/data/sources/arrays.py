@@ -190,7 +190,8 @@ def _check_dataset(file: Any, dataset: str, name: str) -> None:
     raise UserError(f"{name} has no data set {dataset!r}; it has {', '.join(file)}.")
   if found.is_virtual or found.external or found.file.filename != file.filename:
     raise UserError(
-      f"{name}: the data set {dataset!r} is kept in other files; copy it into one file."
+      f"{name}: the data set {dataset!r} is stored in other files; copy it into one "
+      "file."
     )
 
 
@@ -252,8 +253,8 @@ def _check_fit(name: str, inputs: Any, labels: Any, is_text: bool = False) -> No
     )
   if len(inputs) != len(labels):
     raise UserError(
-      f"{name} has {len(inputs)} items and {len(labels)} labels; they must be of the "
-      "same data."
+      f"{name} has {len(inputs)} items and {len(labels)} labels; the numbers must be "
+      "equal."
     )
 
 
@@ -279,7 +280,7 @@ def _load(
   class_name = _class_name(label, class_names, key)
   if missing is not None and (row == missing).any():
     raise UserError(
-      f"{key} has missing values ({missing}); give them, or leave it out."
+      f"{key} has missing values ({missing}); fill them in, or remove the item."
     )
   if is_image:
     return Item(key, class_name, encode_png(row))
@@ -299,8 +300,8 @@ def _vector(key: str, row: np.ndarray) -> np.ndarray:
     raise UserError(f"{key} has {bad} in its vector; float32 needs finite values.")
   if row.dtype.kind in "iu" and (np.abs(row.astype(np.float64)) > 2**24).any():
     raise UserError(
-      f"{key} has integers above {2**24:,} in its vector, which float32 changes; scale "
-      "them, or convert them to floats."
+      f"{key} has integers above {2**24:,} in its vector, which float32 can't "
+      "represent; scale them, or convert them to floats."
     )
   return vector
 
@@ -310,7 +311,7 @@ def _class_name(label: Any, class_names: Optional[Sequence[str]], key: str) -> s
     return text_of(label, key)
   if not 0 <= label < len(class_names):
     raise UserError(
-      f"{key} has label {label}, but class_names names only {len(class_names)} classes."
+      f"{key} has label {label}, but class_names has only {len(class_names)} names."
     )
   return class_names[label]
 
@@ -345,8 +346,8 @@ def _load_array(name: str) -> np.ndarray:
     reason = short_reason(error)
     if "bject arrays" in reason or "Python objects" in reason:
       raise UserError(
-        f"{name} holds Python objects (ragged or mixed rows, or None); save it as "
-        "numbers or text, in an array that is not of type object."
+        f"{name} holds Python objects (ragged or mixed rows, or None); save it as an "
+        "array of numbers or text."
       ) from error
     raise UserError(f"{path} can't be read as a NumPy file: {reason}.") from error
 
@@ -384,17 +385,21 @@ def read_idx(path: str, *, num_axes: int) -> np.ndarray:
   header_bytes = _MAGIC_BYTES + 4 * num_axes
   magic = bytes([0, 0, _UINT8, num_axes])
   if content[:_MAGIC_BYTES] != magic or len(content) < header_bytes:
-    raise UserError(f"{path} is no idx file of unsigned bytes with {num_axes} axes.")
+    raise UserError(
+      f"{path} is not an idx file of unsigned bytes with {num_axes} axes."
+    )
   shape = struct.unpack(f">{num_axes}I", content[_MAGIC_BYTES:header_bytes])
   record_bytes = math.prod(shape[1:])
   if record_bytes == 0:
-    raise UserError(f"{path} is damaged: its head says records of shape {shape[1:]}.")
+    raise UserError(
+      f"{path} is damaged: its header declares records of shape {shape[1:]}."
+    )
   num_bytes = len(content) - header_bytes
   if num_bytes != shape[0] * record_bytes:
     raise UserError(
-      f"{path} is damaged: its head says {shape[0]} records, and it holds "
-      f"{num_bytes // record_bytes} whole ones ({num_bytes} bytes where "
-      f"{shape[0] * record_bytes} belong)."
+      f"{path} is damaged: its header declares {shape[0]} records, but it holds "
+      f"{num_bytes // record_bytes} complete ones ({num_bytes} of "
+      f"{shape[0] * record_bytes} bytes)."
     )
   return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
 
@@ -412,7 +417,9 @@ def num_idx_records(path: str) -> int:
   except (OSError, EOFError, zlib.error) as error:
     raise UserError(f"{path} can't be read: {error}.") from error
   if len(head) < _MAGIC_BYTES + 4:
-    raise UserError(f"{path} is no idx file of unsigned bytes: it has no head.")
+    raise UserError(
+      f"{path} is not an idx file of unsigned bytes: its header is incomplete."
+    )
   return int.from_bytes(head[_MAGIC_BYTES:], "big")
 
 
@@ -452,10 +459,12 @@ class IdxSource(Source):
       )
     if isinstance(class_names, str):
       raise UserError(
-        f"IdxSource.class_names={class_names!r} must be a list of names, one a label."
+        f"IdxSource.class_names={class_names!r} must be a list of names, one per label."
       )
     if class_names is not None and len(set(class_names)) != len(class_names):
-      raise UserError("IdxSource.class_names must be different names for each label.")
+      raise UserError(
+        "IdxSource.class_names must have a different name for each label."
+      )
     self._folder = filesystem.absolute(folder)
     self._pairs = pairs
     self._class_names = class_names
@@ -495,7 +504,7 @@ class IdxSource(Source):
       if len(images) != len(labels):
         raise UserError(
           f"{images_name} has {len(images)} images and {labels_name} {len(labels)} "
-          f"labels; in {self._folder} they must be of the same data."
+          f"labels in {self._folder}; the numbers must be equal."
         )
       for number, (image, label) in enumerate(zip(images, labels)):
         name = self._class_name(int(label), labels_name, number)
@@ -507,7 +516,7 @@ class IdxSource(Source):
     if label >= len(self._class_names):
       raise UserError(
         f"{file_name}: record {number} has label {label}, but IdxSource.class_names "
-        f"names only {len(self._class_names)} classes."
+        f"has only {len(self._class_names)} names."
       )
     return self._class_names[label]
 
@@ -517,7 +526,7 @@ class IdxSource(Source):
     for candidate in (path, path + ".gz"):
       if filesystem.exists(candidate):
         return candidate
-    raise UserError(f"{path} is not there, neither plain nor as .gz.")
+    raise UserError(f"{path} does not exist, neither plain nor as .gz.")
 
 
 def _load_idx(key: str, label: str, image: np.ndarray) -> Item:

@@ -91,7 +91,7 @@ class _LeftOut:
 
   def count_others(self, names: Iterable[str]) -> None:
     """Counts files without an image extension."""
-    endings = (os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    endings = (os.path.splitext(name)[1].lower() or "no extension" for name in names)
     self.endings.update(endings)
 
   def line(self) -> str:
@@ -99,8 +99,8 @@ class _LeftOut:
     below = self.below.line("images in folders below the class folders")
     parts = [
       *(f"{line}, {_ADVICE}" for line in below),
-      *self.beside.line("images beside the class folders"),
-      *self.folders.line("folders that ImageFolderSource.splits does not name"),
+      *self.beside.line("images next to the class folders"),
+      *self.folders.line("folders that are not in ImageFolderSource.splits"),
       *self.unreadable.line("folders that can't be listed"),
     ]
     if self.endings:
@@ -108,7 +108,7 @@ class _LeftOut:
       common = self.endings.most_common(_NUM_NAMES_SHOWN)
       shown = ", ".join(f"{count} {ending}" for ending, count in common)
       dots = ", ..." if len(self.endings) > len(common) else ""
-      parts.append(f"{number} files without the ending of an image ({shown}{dots})")
+      parts.append(f"{number} files without the extension of an image ({shown}{dots})")
     return "; ".join(parts)
 
 
@@ -142,7 +142,7 @@ class ImageFolderSource(Source):
   ):
     if subfolders not in _SUBFOLDERS:
       raise UserError(
-        f"ImageFolderSource.subfolders={subfolders!r} is not known; choose "
+        f"ImageFolderSource.subfolders={subfolders!r} must be one of "
         f"{', '.join(map(repr, _SUBFOLDERS))}."
       )
     if isinstance(splits, str):
@@ -245,14 +245,14 @@ class ImageFolderSource(Source):
     if num_classes < 2:
       raise UserError(
         f"{self._folder} holds images of {num_classes} classes; it needs a folder of "
-        f"images for each of at least two.{' Left out: ' if what else ''}{what}"
+        f"images for each of at least two.{' Skipped: ' if what else ''}{what}"
       )
     empty = _Count()
     empty.add(name for name, files in by_folder.items() if not files)
-    for line in empty.line("class folders hold no image and are left out"):
+    for line in empty.line("class folders have no image and are skipped"):
       logging.warning("%s: %s", self._folder, line)
     if what:
-      logging.warning("%s: left out: %s.", self._folder, what)
+      logging.warning("%s: skipped: %s.", self._folder, what)
     return files
 
   def _by_class_folder(self, left_out: _LeftOut) -> dict[str, list[_File]]:
@@ -331,7 +331,7 @@ class ImageFolderSource(Source):
       folder.encode()
     except UnicodeEncodeError as error:
       raise UserError(
-        f"{self._path(folder)!r}: a class needs a name in UTF-8; rename the folder."
+        f"{self._path(folder)!r}: a class name must be UTF-8; rename the folder."
       ) from error
 
   def _check_splits(self, files: Sequence[_File], tops_below: set[str]) -> None:
@@ -347,7 +347,7 @@ class ImageFolderSource(Source):
         "ImageFolderSource.folder to one of them."
       )
     logging.warning(
-      "%s: the classes have the names of splits: %s", self._folder, ", ".join(names)
+      "%s: the classes are named like splits: %s", self._folder, ", ".join(names)
     )
 
   def _identity(self, folder: str) -> str:

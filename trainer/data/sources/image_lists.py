@@ -65,8 +65,8 @@ class ManifestSource(Source):
     for column, kind in self._number_columns.items():
       if kind not in _NUMBERS:
         raise UserError(
-          f"ManifestSource.number_columns[{column!r}]={kind!r} is not known; choose "
-          "'int' or 'float'."
+          f"ManifestSource.number_columns[{column!r}]={kind!r} must be 'int' or "
+          "'float'."
         )
 
   def fingerprint(self) -> dict[str, object]:
@@ -135,8 +135,8 @@ class ManifestSource(Source):
     where = f"{self._path}: line {row.line}"
     if len(row.cells) != len(table.columns):
       raise UserError(
-        f"{where} has not as many fields as the first row has names: {len(row.cells)} "
-        f"and not {len(table.columns)}."
+        f"{where} has {len(row.cells)} fields, but the first row has "
+        f"{len(table.columns)} names."
       )
     cells = dict(zip(table.columns, row.cells))
     label = notes.stripped(cells[self._label_column], row.line)
@@ -146,7 +146,7 @@ class ManifestSource(Source):
     for column, name in names.items():
       value = self._value(column, cells[column], where)
       if value is None:
-        notes.add(f"cells of column {column!r} have no number", row.line)
+        notes.add(f"cells of column {column!r} are empty", row.line)
       else:
         features[name] = value
     if self._path_column is None:
@@ -181,7 +181,7 @@ class ManifestSource(Source):
       value = _NUMBERS[kind](whole[1] if whole else text)
     except ValueError as error:
       raise UserError(
-        f"{where} has {text!r} in column {name!r}, which is no {kind}."
+        f"{where} has {text!r} in column {name!r}, which is not of type {kind}."
       ) from error
     return None if math.isnan(value) else value
 
@@ -191,8 +191,8 @@ class ManifestSource(Source):
     if relative is None or relative == ".." or relative.startswith("../"):
       raise UserError(
         f"{where} has the path {path!r}, which is not inside {self._folder}; set "
-        "ManifestSource.folder to the folder, or the bucket of a store, that holds all "
-        "the paths of the list."
+        "ManifestSource.folder to a folder or bucket that contains all paths of the "
+        "list."
       )
     return relative
 
@@ -260,12 +260,10 @@ class _Notes:
       self._lines.append(f"{self._path}: blanks after separators are removed.")
     unnamed = table.columns.count("")
     if unnamed:
-      self._lines.append(
-        f"{self._path}: {unnamed} columns without a name are left out."
-      )
+      self._lines.append(f"{self._path}: {unnamed} columns without a name are skipped.")
     self._lines += [
-      f"{self._path}: column {column!r} becomes the feature {name!r}; {column!r} is a "
-      "feature that each record has."
+      f"{self._path}: column {column!r} becomes the feature {name!r}, because "
+      f"{column!r} is a feature of every record."
       for column, name in names.items()
       if column != name
     ]

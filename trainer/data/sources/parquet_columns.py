@@ -120,8 +120,8 @@ def _read(
     yield {}, [_bytes_of(plain)]
   if num_rows != file.metadata.num_rows:
     raise UserError(
-      f"{name} can't be read: it is damaged ({num_rows} rows of "
-      f"{file.metadata.num_rows} are there)."
+      f"{name} can't be read: it is damaged (it has {num_rows} of "
+      f"{file.metadata.num_rows} rows)."
     )
 
 
@@ -150,7 +150,7 @@ def _choose(
   chosen = {n: type_ for n, type_ in found if n in needed or n in wanted}
   for each, type_ in chosen.items():
     if [n for n, _ in found].count(each) > 1:
-      raise UserError(f"{name} has two columns {each!r}; rename one of them.")
+      raise UserError(f"{name} has two columns called {each!r}; rename one of them.")
     _check_type(name, each, type_)
   if _is_list(_stored(chosen[label])):
     raise UserError(
@@ -175,8 +175,8 @@ def _check_type(name: str, column: str, type_: pa.DataType) -> None:
     _plain(pa.array([], _stored(type_)))
   except (pa.ArrowException, NotImplementedError, TypeError, ValueError) as error:
     raise UserError(
-      f"{name}: column {column!r} is of type {type_}, which records can't keep; name "
-      "the columns to keep in ParquetSource.columns."
+      f"{name}: column {column!r} is of type {type_}, which records can't store; name "
+      "the columns to store in ParquetSource.columns."
     ) from error
 
 
@@ -299,7 +299,7 @@ def _array(values: pa.Array, name: str, where: str) -> np.ndarray:
     if len(lengths) > 1:
       raise UserError(
         f"{where} has lists of lengths {sorted(lengths)[:3]} inside column {name!r}; "
-        "records keep only lists of one length."
+        "they must have equal lengths."
       )
     values = values.flatten()
   if values.null_count:
@@ -314,7 +314,7 @@ def _array(values: pa.Array, name: str, where: str) -> np.ndarray:
 def _has_null(name: str, where: str) -> UserError:
   return UserError(
     f"{where} has a null inside the list of column {name!r}; replace it by a value, or "
-    "leave the column out of ParquetSource.columns."
+    "remove the column from ParquetSource.columns."
   )
 
 

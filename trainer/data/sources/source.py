@@ -32,11 +32,11 @@ class NamePattern:
       self._pattern = re.compile(pattern)
     except re.error as error:
       raise UserError(
-        f"{parameter}={pattern!r} is no regular expression: {error}."
+        f"{parameter}={pattern!r} is not a regular expression: {error}."
       ) from error
     if not self._pattern.groups:
       raise UserError(
-        f"{parameter}={pattern!r} has no group; put what it shall take of a name into "
+        f"{parameter}={pattern!r} has no group; put the part of the name into "
         "parentheses."
       )
 
@@ -174,7 +174,7 @@ def text_of(value: object, where: str) -> str:
       is a float that is not whole.
   """
   if value is None or value in ("", b"") or value != value:
-    raise UserError(f"{where} has no label; give it one, or leave it out.")
+    raise UserError(f"{where} has no label; add one, or remove the item.")
   if isinstance(value, (float, np.floating)):
     if not float(value).is_integer():
       raise UserError(f"{where} has the label {value}; it must be text or an integer.")
@@ -184,7 +184,7 @@ def text_of(value: object, where: str) -> str:
   try:
     return value.decode()
   except UnicodeDecodeError as error:
-    raise UserError(f"{where} has a label {value!r} that is no UTF-8.") from error
+    raise UserError(f"{where} has a label {value!r} that is not UTF-8.") from error
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -205,7 +205,7 @@ def encode_png(image: np.ndarray) -> bytes:
   is_image = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.size > 0
   if not is_image or pixels.shape[2] not in (1, 3):
     raise UserError(
-      f"An image of type {image.dtype} and shape {image.shape} can't be kept; it must "
-      "be uint8 and [H, W], [H, W, 1] or [H, W, 3], and not empty."
+      f"An image of type {image.dtype} and shape {image.shape} can't be stored; it "
+      "must be uint8 and [H, W], [H, W, 1] or [H, W, 3], and not empty."
     )
   return tf.io.encode_png(pixels).numpy()

@@ -162,8 +162,8 @@ class LmdbSource(Source):
     label = self._label.part_of(name)
     if label is None:
       raise UserError(
-        f"{self._path}: the key {name!r} has no class by "
-        f"LmdbSource.label_pattern={self._label_pattern!r}."
+        f"{self._path}: LmdbSource.label_pattern={self._label_pattern!r} finds no "
+        f"class in the key {name!r}."
       )
     where = f"{self._path}: the key {name!r}"
     return Item(name, text_of(os.fsencode(label), where), value)
@@ -225,8 +225,8 @@ def _checked_entries(
     yield key, value
   if num_entries < declared:
     raise UserError(
-      f"{name} can't be read: it is damaged ({num_entries} entries of {declared} are "
-      "there)."
+      f"{name} can't be read: it is damaged (it has {num_entries} of {declared} "
+      "entries)."
     )
 
 
@@ -328,7 +328,7 @@ def _check_kinds(
     if before != kind:
       raise UserError(
         f"{path} has column {column!r} as {kind}, {first} as {before}; write both with "
-        "one type, or leave it out of ParquetSource.columns."
+        "one type, or remove it from ParquetSource.columns."
       )
 
 
