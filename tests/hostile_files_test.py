@@ -92,11 +92,11 @@ def test_a_damaged_head_of_an_array_is_one_line(tmp_path, head):
   content = path.read_bytes()
   path.write_bytes(content[:10] + head + content[10 + len(head) :])
   records = RecordIndex.open(str(_index(tmp_path)))
-  with pytest.raises(UserError, match=r"array\.npy is no array"):
+  with pytest.raises(UserError, match=r"array\.npy is not an array"):
     triplet_sampler.read_triplets(str(path), records, is_strict=True)
   with pytest.raises(UserError, match=r"array\.npy can't be read as a NumPy file"):
     list(NumpySource(inputs=str(path), labels=str(path)).loaders())
-  with pytest.raises(UserError, match=r"array\.npy holds no array of numbers"):
+  with pytest.raises(UserError, match=r"array\.npy does not hold an array of numbers"):
     query._vectors(str(path))
 
 
@@ -114,7 +114,9 @@ def test_damaged_heads_of_embeddings_are_one_line(tmp_path, head):
   for path in _embeddings(tmp_path / "embeddings"):
     good = path.read_bytes()
     path.write_bytes(good[:10] + head + good[10 + len(head) :])
-    with pytest.raises(UserError, match=r"is missing or damaged; embed again"):
+    with pytest.raises(
+      UserError, match=r"is missing or damaged; run --mode=embed again"
+    ):
       EmbeddingFolder(str(tmp_path / "embeddings")).position("a")
     path.write_bytes(good)
   assert EmbeddingFolder(str(tmp_path / "embeddings")).position("a") == 0

@@ -166,7 +166,7 @@ def test_one_class_is_refused_and_leaves_nothing(tmp_path):
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path):
   (tmp_path / "file").write_text("mine")
-  with pytest.raises(UserError, match=r"file.* can't be written to: Not a directory"):
+  with pytest.raises(UserError, match=r"file.* can't be written: Not a directory"):
     ingest(source=DigitsSource(), folder=str(tmp_path / "file"))
   assert (tmp_path / "file").read_text() == "mine"
 

@@ -170,8 +170,8 @@ def test_files_without_a_vector_to_ask_by_are_told_and_the_others_answered(
   names = ("folder.png", "nothing.npy", "none.npy", "long.npy", "longer.npy")
   asked = [*(str(folder / name) for name in (*names, "complex.npy")), kept.keys[5]]
   *bad, good = _answers(folder, capsys, *(f"--query={q}" for q in asked), status=2)
-  words = ["can't be read", "no array of numbers", "(0, 64)", "so long", "not finite"]
-  for answer, word in zip(bad, [*words, "no array of numbers"]):
+  words = ["can't be read", "not hold an array", "(0, 64)", "too long", "not finite"]
+  for answer, word in zip(bad, [*words, "not hold an array"]):
     assert word in answer["error"]
     assert not answer["hits"]
   assert len(good["hits"]) == 10
@@ -251,14 +251,16 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
 def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
   index = RecordIndex.open(str(folder / "data"))
   embedding_store.check_same_records(index.fingerprint(), index)
-  with pytest.raises(UserError, match=r"of other records: the number of records was 3"):
+  with pytest.raises(
+    UserError, match=r"from other records: the number of records was 3"
+  ):
     embedding_store.check_same_records({"the number of records": "3"}, index)
 
 
 @pytest.mark.parametrize(
   ("flags", "params", "words"),
   [
-    ((), (), "Nothing is asked"),
+    ((), (), "No query is given"),
     (("--query=x",), ("search.num_neighbours = 0",), "num_neighbours=0"),
     (("--query=x",), ("search.index = '/nowhere'",), "run --mode=index first"),
     (("--query=x",), ("search.embeddings = '/nowhere'",), "run --mode=embed first"),

@@ -133,7 +133,7 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path, name, message):
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
   (tmp_path / "run").write_text("mine")
-  with pytest.raises(UserError, match=r"validation\.json can't be written to"):
+  with pytest.raises(UserError, match=r"validation\.json can't be written"):
     validate(_run(tmp_path), dataset=_dataset(tmp_path / "data"))
 
 

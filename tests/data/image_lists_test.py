@@ -113,7 +113,7 @@ def test_a_missing_first_row_is_named(images):
 
 
 def test_two_columns_of_one_name_are_refused(images):
-  with pytest.raises(UserError, match="two columns 'x'; rename one"):
+  with pytest.raises(UserError, match="two columns called 'x'; rename one"):
     _items(images, "path,label,x, x\nim/0.png,a,1,2\n")
 
 

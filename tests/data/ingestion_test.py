@@ -269,7 +269,7 @@ def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
     os.replace(source, target)
 
   monkeypatch.setattr(filesystem, "move", fail)
-  with pytest.raises(UserError, match="can't be written to: Permission denied"):
+  with pytest.raises(UserError, match="can't be written: Permission denied"):
     _writer().write(_loaders([]), str(tmp_path), {})
   assert list(tmp_path.iterdir()) == []
 

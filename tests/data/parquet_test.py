@@ -273,7 +273,7 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
   table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], ["label", "label"])
   parquet.write_table(table, tmp_path / "a.parquet")
   source = ParquetSource(pattern=str(tmp_path / "a.parquet"), image_column=None)
-  with pytest.raises(UserError, match="has two columns 'label'; rename one"):
+  with pytest.raises(UserError, match="has two columns called 'label'; rename one"):
     list(source.loaders())
 
 

@@ -75,7 +75,7 @@ def test_a_worker_that_does_not_come_is_named_to_those_who_did():
   addresses = free_addresses(3)
   errors = _meet(addresses, [{}, {}], indexes=[0, 2], timeout_s=1.0)
   assert all(isinstance(error, StalledError) for error in errors)
-  expected = f"worker 1 ({addresses[1]}) did not come within 1 s."
+  expected = f"worker 1 ({addresses[1]}) did not connect within 1 s."
   assert [str(error) for error in errors] == [expected] * 2
 
 
@@ -103,7 +103,7 @@ def test_a_worker_that_is_there_twice_is_refused():
     with _connect(addresses[0]) as one, _connect(addresses[0]) as other:
       for connection in (one, other):
         connection.sendall(json.dumps(greeting).encode() + b"\n")
-      assert str(chief.exception()) == "two processes say that they are worker 1."
+      assert str(chief.exception()) == "two processes report that they are worker 1."
 
 
 def test_workers_of_different_clusters_are_refused():
@@ -280,14 +280,14 @@ def test_a_chief_comes_before_the_workers():
     ({"TF_CONFIG": '{"cluster": {"worker": ["a:1"]}}'}, "malformed .KeyError: 'task'"),
     (_tf_config({"worker": ["a:1", "a:1"]}), "names a:1 twice"),
     (_tf_config({"worker": ["a:1"], "chief": ["a:1"]}), "names a:1 twice"),
-    (_tf_config({"worker": ["a"]}), "'a', which is no 'host:port'"),
-    (_tf_config({"worker": ["a:99999"]}), "'a:99999', which is no 'host:port'"),
-    (_tf_config({"chief": ["a:1"], "worker": None}), "worker has None, which is no"),
-    (_tf_config({"worker": None, "chief": 3}), "has 3, which is no 'host:port'"),
+    (_tf_config({"worker": ["a"]}), "'a', which is not 'host:port'"),
+    (_tf_config({"worker": ["a:99999"]}), "'a:99999', which is not 'host:port'"),
+    (_tf_config({"chief": ["a:1"], "worker": None}), "worker has None, which is not"),
+    (_tf_config({"worker": None, "chief": 3}), "has 3, which is not 'host:port'"),
     (_tf_config({"worker": ["a:1"]}, kind=[]), "has a '..'; only chief and worker"),
     (_tf_config({"worker": ["a:1"]}, index=None), "malformed .TypeError"),
-    (_tf_config({"worker": "a:1"}), "'a:1', which is no"),
-    (_tf_config({"worker": ["a:1"]}, index=1), "worker 1, but names 1 of that type"),
+    (_tf_config({"worker": "a:1"}), "'a:1', which is not"),
+    (_tf_config({"worker": ["a:1"]}, index=1), "worker 1, but has 1 addresses"),
     (_tf_config({"worker": ["a:1"]}, index=-1), "names 1 of that type"),
     (_tf_config({"worker": ["a:1"], "ps": ["b:1"]}), "only chief and worker train"),
     (_tf_config({"worker": ["a:1"]}, kind="evaluator"), "has a 'evaluator'"),
@@ -320,7 +320,7 @@ def test_slurm_jobs_side_by_side_have_other_ports():
   ("changed", "message"),
   [
     ({"SLURM_PROCID": "1"}, "--distribution=block"),
-    ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "not as Slurm writes it"),
+    ({"SLURM_STEP_TASKS_PER_NODE": "two"}, "is malformed; it needs a form"),
     ({"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}, "--distribution=block"),
   ],
 )

@@ -110,7 +110,7 @@ def test_virtual_replicas_are_mirrored():
 @pytest.mark.parametrize(
   ("hardware", "message"),
   [
-    (Hardware("cpu", 2), "needs mirrored"),
+    (Hardware("cpu", 2), "use --strategy=mirrored"),
     (Hardware("mirrored"), "found no GPU"),
     (Hardware("auto", 64), "before TensorFlow uses a device"),
   ],

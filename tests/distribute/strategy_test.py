@@ -113,7 +113,7 @@ def test_an_attached_tpu_is_initialised_before_its_strategy(calls, hardware):
 
 def test_a_tpu_of_several_hosts_is_refused(calls, monkeypatch):
   monkeypatch.setattr(tf.distribute.TPUStrategy.extended, "num_hosts", 4)
-  with pytest.raises(UserError, match=r"has 4 hosts; .* use a TPU of one host"):
+  with pytest.raises(UserError, match=r"has 4 hosts; .* use a TPU with one host"):
     make_strategy(Hardware("tpu"))
 
 
@@ -153,7 +153,7 @@ def test_workers_that_do_not_come_are_named_in_time(monkeypatch, strategy):
   addresses = free_addresses(2)
   content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   monkeypatch.setenv("TF_CONFIG", json.dumps(content))
-  with pytest.raises(StalledError, match=r"worker 1 .* did not come within 0.2 s"):
+  with pytest.raises(StalledError, match=r"worker 1 .* did not answer within 0.2 s"):
     make_strategy(Hardware(strategy, worker_timeout_s=0.2))
 
 
@@ -165,7 +165,7 @@ def test_one_worker_in_tf_config_is_a_run_of_one_process(monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["cpu", "multi_worker", "tpu"])
 def test_virtual_replicas_of_what_divides_no_cpu_are_refused(strategy):
-  with pytest.raises(UserError, match="needs mirrored"):
+  with pytest.raises(UserError, match="use --strategy=mirrored"):
     make_strategy(Hardware(strategy, 2))
 
 

@@ -55,7 +55,7 @@ def test_each_checkpoint_before_the_last_is_mined_once(tmp_path, monkeypatch):
 
 def test_where_nothing_is_hard_the_next_is_mined(tmp_path, monkeypatch, caplog):
   assert _mine(tmp_path, monkeypatch, 20) == [30, 10]
-  assert "nothing is hard in step 20. The round before" in caplog.text
+  assert "nothing is hard in step 20. The previous round" in caplog.text
 
 
 def test_where_nothing_is_hard_at_first_it_ends(tmp_path, monkeypatch):

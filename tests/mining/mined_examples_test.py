@@ -263,12 +263,15 @@ def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
   [
     (lambda: RankWindow(first=0, last=3), "ranks 0 to 3 has none"),
     (lambda: RankWindow(first=5, last=4), "ranks 5 to 4 has none"),
-    (lambda: MarginWindow(margin=0.0, num_negatives=1), "must be above 0"),
+    (lambda: MarginWindow(margin=0.0, num_negatives=1), "must be greater than 0"),
     (lambda: MarginWindow(margin=0.1, num_negatives=9, depth=8), "1 to depth=8"),
     (lambda: Positives(num_positives=0), "num_positives=0"),
-    (lambda: Positives(choice="best"), "'best' is none of random"),
+    (lambda: Positives(choice="best"), "'best' must be one of random"),
     (lambda: MislabelledFilter(min_fraction=0.5), "at least 1 neighbour"),
-    (lambda: NearestItems(np.zeros((2, 2)), "fast"), "'fast' is none of auto, exact"),
+    (
+      lambda: NearestItems(np.zeros((2, 2)), "fast"),
+      "'fast' must be one of auto, exact",
+    ),
   ],
 )
 def test_what_can_not_be_mined_is_refused(make, message):

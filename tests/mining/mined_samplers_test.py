@@ -232,8 +232,8 @@ def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, exampl
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"groups_per_batch": 21}, "groups_per_batch=21 but a round has 20 anchors"),
-    ({"negatives_per_group": 0}, "and 0 negatives is not possible"),
+    ({"groups_per_batch": 21}, "groups_per_batch=21 exceeds the 20 anchors"),
+    ({"negatives_per_group": 0}, "negatives_per_group=0 must each"),
   ],
 )
 def test_groups_that_can_not_be_are_refused(examples, options, message):
@@ -260,7 +260,7 @@ def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
   [
     ({"hard_fraction": 1.5}, "hard_fraction=1.5"),
     ({"neighbours_per_seed": 0}, "neighbours_per_seed=0"),
-    ({"classes_per_batch": 31}, "classes_per_batch=31 but only 30 classes"),
+    ({"classes_per_batch": 31}, "classes_per_batch=31 exceeds the 30 available"),
   ],
 )
 def test_hard_classes_that_can_not_be_are_refused(tmp_path, options, message):

@@ -201,11 +201,11 @@ def test_other_training_classes_are_other_data(dataset):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    ({"examples": None}, "nothing to look for"),
+    ({"examples": None}, "nothing to mine"),
     ({"records_per_class": 0}, "records_per_class=0"),
     ({"num_class_neighbours": -1}, "num_class_neighbours=-1 must be at least 0"),
     ({"global_batch_size": 0}, "global_batch_size=0 must be at least 1"),
-    ({"index_kind": "best"}, "index_kind='best' is none of auto"),
+    ({"index_kind": "best"}, "index_kind='best' must be one of auto"),
   ],
 )
 def test_a_miner_that_can_not_be_is_refused(dataset, options, message):

@@ -80,8 +80,8 @@ def test_every_fragment_of_mining_is_tested():
   [
     ({"every_steps": 0}, "every_steps=0 must be at least 1"),
     ({"max_age_steps": 0}, "max_age_steps=0 must be at least 1"),
-    ({"max_wait_s": -1.0}, "max_wait_s=-1.0 is below 0"),
-    ({"when_too_few": "go"}, "'go' is neither keep nor stop"),
+    ({"max_wait_s": -1.0}, "max_wait_s=-1.0 must be at least 0"),
+    ({"when_too_few": "go"}, "'go' must be 'keep' or 'stop'"),
   ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
@@ -104,7 +104,7 @@ def test_batches_of_another_size_are_refused(tmp_path):
     lambda: rounds.decide(10),
     lambda: options.dry_run(DATASET, (3, 4), 1),
   ):
-    with pytest.raises(UserError, match=r"of 2 x 7 = 14 records, and .* of 3 x 4 = 12"):
+    with pytest.raises(UserError, match=r"of 2 x 7 = 14 records, .* of 3 x 4 = 12"):
       check()
 
 
@@ -122,14 +122,14 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
   ("options", "num_replicas", "message"),
   [
     ({"sampler_fn": groups_of(6)}, 4, "6 groups .* do not split over 4 replicas"),
-    ({"sampler_fn": groups_of(61)}, 1, "=61 but a round has 60 anchors"),
+    ({"sampler_fn": groups_of(61)}, 1, "=61 exceeds the 60 anchors"),
     (
       {
         "sampler_fn": groups_of(16),
         "miner": Miner(examples=object(), records_per_class=3),
       },
       1,
-      "=16 but a round has 15 anchors",
+      "=16 exceeds the 15 anchors",
     ),
     (
       {
@@ -142,7 +142,7 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
         "miner": Miner(num_class_neighbours=3),
       },
       1,
-      "neighbours_per_seed=4, and a round has 3 of each class; raise Miner",
+      "neighbours_per_seed=4 exceeds the 3 neighbours of each class in a round",
     ),
     (
       {"miner": Miner(num_class_neighbours=3)},

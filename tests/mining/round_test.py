@@ -169,24 +169,24 @@ def _claim_another_shape(folder):
 @pytest.mark.parametrize(
   ("harm", "message"),
   [
-    (_cut, r"negatives.npy is damaged \(it has \d+ bytes and not"),
-    (_flip, r"anchors.npy is damaged \(its SHA-256 is another"),
+    (_cut, r"negatives.npy is damaged \(it has \d+ bytes instead of"),
+    (_flip, r"anchors.npy is damaged \(its SHA-256 differs"),
     (_drop, r"positives.npy is damaged \(No such file"),
     (
       _claim_another_shape,
-      r"anchors.npy is damaged \(it has int32\[20\], the manifest",
+      r"anchors.npy is damaged \(it has int32\[20\], but",
     ),
-    (_forget_an_array, "arrays that don't fit each other"),
+    (_forget_an_array, "arrays of inconsistent sizes"),
     (_change_manifest(files=None), "has a damaged manifest"),
     (_change_manifest(files=7), "has a damaged manifest"),
     (_change_manifest(fingerprint=[]), "has a damaged manifest"),
     (
       _change_manifest(fingerprint={}),
-      "mined of other data: the number of records was",
+      "mined from other data: the number of records was",
     ),
-    (_change_manifest(num_records=30), "numbers outside -1 to 29"),
-    (lambda folder: (folder / "manifest.json").unlink(), "no mining round"),
-    (lambda folder: (folder / "manifest.json").write_text("{"), "no mining round"),
+    (_change_manifest(num_records=30), "values outside -1 to 29"),
+    (lambda folder: (folder / "manifest.json").unlink(), "not a complete mining round"),
+    (lambda folder: (folder / "manifest.json").write_text("{"), "not a complete mining round"),
   ],
 )
 def test_a_round_that_was_harmed_is_refused_in_one_line(tmp_path, harm, message):
@@ -209,7 +209,7 @@ def test_an_array_that_would_be_unpickled_is_not_opened(tmp_path):
     "shape": [1],
   }
   path.write_text(json.dumps(manifest))
-  with pytest.raises(UserError, match=r"anchors.npy is damaged \(it is no array"):
+  with pytest.raises(UserError, match=r"anchors.npy is damaged \(it is not an array"):
     _open(tmp_path)
 
 

@@ -108,10 +108,8 @@ def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
   assert rounds.metrics(11) == {"mining/rounds_without_examples": 1.0}
   assert not rounds.decide(20)
   assert rounds.decide(30)
-  assert (
-    "Step 10: MinedTripletSampler.groups_per_batch=3 but a round has 2" in caplog.text
-  )
-  assert "Step 20: nothing is hard. Batches stay" in caplog.text
+  assert "Step 10: MinedTripletSampler.groups_per_batch=3 exceeds the 2" in caplog.text
+  assert "Step 20: nothing is hard. Sampling is" in caplog.text
   again = make_rounds(tmp_path, **options)
   again.resume(25, 50)
   assert drawn(again, 25) == [-7]
@@ -172,7 +170,7 @@ def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
   rounds.decide(10)
   shutil.rmtree(round.round_path(str(tmp_path), 10))
   with pytest.raises(
-    UserError, match=r"no mining round.*rounds.jsonl has it from step"
+    UserError, match=r"not a complete mining round.*rounds.jsonl uses it from step"
   ):
     make_rounds(tmp_path, miner=mined_round).resume(14, 50)
 
@@ -247,7 +245,7 @@ def test_one_that_was_damaged_and_is_made_anew_is_taken(tmp_path):
 
 def test_a_round_beside_of_other_data_is_refused(tmp_path):
   write_round(tmp_path, 8, {"the number of records": "61"}, **example_arrays())
-  with pytest.raises(UserError, match="mined of other data: the number of records"):
+  with pytest.raises(UserError, match="mined from other data: the number of records"):
     make_rounds(tmp_path).decide(10)
 
 

@@ -109,4 +109,4 @@ def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
 def test_mining_here_and_beside_at_once_is_refused(runs):
   running = runs.start("both", *_GROUPS, *_HERE, *_BESIDE, mode="mine")
   assert running.wait()[0] == 2
-  assert "train.mining.miner mines in the training itself" in running.last_line()
+  assert "train.mining.miner mines inside the training" in running.last_line()

@@ -149,7 +149,7 @@ def test_a_file_of_any_format_of_keras_gives_the_same_features(
 
 _LEFT_OVER = (
   *("w.h5", {"include_top": True, "classes": 7}),
-  r"has .*\[7\].* beyond .*without",
+  r"has .*\[7\].* in addition.*without",
 )
 _UNSET = (
   *("checkpoint", {"alpha": 0.25}),
@@ -163,7 +163,7 @@ _UNSET = (
     [_LEFT_OVER, _UNSET],
     [
       _LEFT_OVER,
-      ("checkpoint", {"include_top": True, "classes": 7}, r"has .*\[7\].* beyond that"),
+      ("checkpoint", {"include_top": True, "classes": 7}, r"has .*\[7\].* in addition"),
       ("w.weights.h5", {"alpha": 0.25}, r"lacks conv1/kernel:0 .* and \d+ more"),
       _UNSET,
       ("w.h5", {"num_channels": 1}, r"lacks conv1/kernel:0 \[3, 3, 3, 32\] and it has"),
@@ -180,7 +180,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
   network = _network("MobileNet")
   network.weights[5].assign(np.full(network.weights[5].shape, np.nan))
   path = _saved(network, tmp_path / "w.h5")
-  with pytest.raises(UserError, match="is not finite; get the file again"):
+  with pytest.raises(UserError, match="is not finite; download the file again"):
     KerasApplication(name="MobileNet", weights=path)(_images())
 
 

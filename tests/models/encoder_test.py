@@ -119,12 +119,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
   ("make", "message"),
   [
     (lambda: KerasApplication(name="MobilNetV2"), "did you mean 'MobileNetV2'"),
-    (lambda: KerasApplication(name="ResNet50", weights="no.h5"), "is not there"),
-    (lambda: ConvNet(filters=()), "needs one number"),
+    (lambda: KerasApplication(name="ResNet50", weights="no.h5"), "does not exist"),
+    (lambda: ConvNet(filters=()), "at least 1 per block"),
     (lambda: Encoder(backbone=ConvNet(filters=(4,)), embedding_size=0), "at least 1"),
     (
       lambda: Encoder(backbone=ConvNet(filters=(4,)), embedding_size=1, pooling="sum"),
-      "choose from average",
+      "must be one of average",
     ),
   ],
 )
@@ -225,7 +225,11 @@ def test_a_named_output_of_the_backbone_is_taken(output):
     (_Returning(lambda x: [x, x]), {}, r"list of 0: \[B, 8, 8, 1\], 1: "),
     (_Returning(lambda x: []), {}, "list of nothing"),
     (_Returning(lambda x: {"a": x}), {"backbone_output": "c"}, "output='c': .* 'a'"),
-    (_Returning(lambda x: x), {"backbone_output": "c"}, "one output; leave it out"),
+    (
+      _Returning(lambda x: x),
+      {"backbone_output": "c"},
+      "one output; remove the binding",
+    ),
     (_Returning(lambda x: x[:, 0]), {"pooling": "max"}, "or set it to 'flatten'"),
     (_Returning(lambda x: x[:, 0, 0, 0]), {}, r"shape \[1\] for .* needs \[B, F\]"),
     (
@@ -245,8 +249,8 @@ def test_a_named_output_of_the_backbone_is_taken(output):
       {},
       "takes uint8, and inputs are float32",
     ),
-    (_model("first"), {"precision": "mixed_bfloat16"}, "has its variables already"),
-    (ConvNet, {}, "no Keras layer or model"),
+    (_model("first"), {"precision": "mixed_bfloat16"}, "already has its variables"),
+    (ConvNet, {}, "not a Keras layer or model"),
   ],
 )
 def test_a_backbone_without_one_tensor_of_features_is_refused(
@@ -262,7 +266,7 @@ def test_a_model_that_scales_pixels_of_8_bits_is_warned_of(scale, num_warnings, 
   layers = [tf.keras.Input([8, 8, 1]), tf.keras.layers.Rescaling(scale)]
   encoder = Encoder(backbone=tf.keras.Sequential(layers), embedding_size=2)
   encoder.create_variables((8, 8, 1))
-  warned = [r for r in caplog.records if "images come in [0, 1]" in r.getMessage()]
+  warned = [r for r in caplog.records if "images are in [0, 1]" in r.getMessage()]
   assert len(warned) == num_warnings
 
 

@@ -316,11 +316,11 @@ def test_a_k_below_one_is_refused(ks):
 
 def test_a_role_that_nothing_has_is_refused_with_those_there_are():
   items = _Items([0, 0], role=[["probe"], ["gallery"]])
-  with pytest.raises(UserError, match="role='query'; there is gallery, probe"):
+  with pytest.raises(UserError, match="role='query'; the values are gallery, probe"):
     QueryAndGallery().judge(items)
 
 
 def test_an_unknown_distractor_is_refused():
   relevance = Relevance(distractor_classes=("junk",))
-  with pytest.raises(UserError, match="no class 'junk'"):
+  with pytest.raises(UserError, match="'junk' is not a class"):
     LeaveOneOut(relevance).judge(_Items([0, 0]))

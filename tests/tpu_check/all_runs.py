@@ -38,7 +38,9 @@ def main(topology_name: str = "v5e:2x2") -> None:
         f"{num_classes} x {run.num_samples}",
         compile_check.memory_text(compiled.memory_bytes),
         f"{compiled.flops:.2e}",
-        "not told" if compiled.collectives is None else str(len(compiled.collectives)),
+        "not available"
+        if compiled.collectives is None
+        else str(len(compiled.collectives)),
         f"{compiled.compile_s:.0f} s",
       )
     )

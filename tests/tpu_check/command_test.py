@@ -48,8 +48,8 @@ def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file, changes):
     [number] = re.findall(rf"^    {name} +(\S+) [KMG]iB$", out, re.MULTILINE)
     assert float(number) > 0
   assert re.search(r"operations +\S+e\+0[6-9] FLOP a step", out)
-  assert re.search(r"collectives +[1-9]\d* all-reduce; \S+ KiB come", out)
-  assert "It does not say: how fast" in out
+  assert re.search(r"collectives +[1-9]\d* all-reduce; each replica receives \S+ KiB", out)
+  assert "Not checked: speed" in out
 
 
 def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
@@ -64,7 +64,7 @@ def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
   array = r"16\.00 GiB \[131072,32,32,32\] of encoder/conv_net\w*/conv2d\w*/Conv2D"
   assert re.search(array, out)
   assert "\n  StepOptions.num_micro_batches = " in out
-  assert "compiler takes the whole replica step" not in out
+  assert "compiler accepts the whole replica step" not in out
 
 
 def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
@@ -86,9 +86,9 @@ def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
 @pytest.mark.parametrize(
   ("arguments", "words"),
   [
-    ([_DIGITS], "--topology is missing, such as v5e:2x4"),
-    ([_DIGITS, "--topology=v5e-8"], "give v5e:2x4"),
-    (["--topology=v5e:2x2"], "one run file is needed, 0 given"),
+    ([_DIGITS], "--topology is missing; give one such as v5e:2x4"),
+    ([_DIGITS, "--topology=v5e-8"], "such as v5e:2x4"),
+    (["--topology=v5e:2x2"], "one run file is needed; got 0"),
     ([_DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
     (["nowhere.gin", "--topology=v5e:2x2"], "nowhere.gin"),
     (
@@ -120,7 +120,7 @@ def test_a_compiler_that_is_not_there_is_told_how_to_make(capsys):
     )
     == 2
   )
-  assert "./launch/tpu_check.sh makes it" in capsys.readouterr().err
+  assert "run ./launch/tpu_check.sh, which creates it" in capsys.readouterr().err
 
 
 def test_help_fits_a_screen(capsys):

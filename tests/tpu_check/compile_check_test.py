@@ -110,7 +110,7 @@ def test_what_a_run_has_already_is_not_proposed_again():
 
 
 def test_batch_normalisation_over_micro_batches_is_told_and_synchronised_left_alone():
-  assert "sees micro-batches" in _proposals([_ACTIVATION], normalization="batch")[0]
+  assert "uses micro-batches" in _proposals([_ACTIVATION], normalization="batch")[0]
   lines = _proposals([_ACTIVATION], normalization="synchronized_batch")
   assert not [line for line in lines if "num_micro_batches" in line]
 
@@ -174,10 +174,10 @@ def _refusal(function):
     (
       _decode_jpeg,
       ("DecodeJpeg", "EncodeJpeg"),
-      "in the dataset's decoder",
+      "to the dataset's decoder",
     ),
-    (_run_python, ("EagerPyFunc",), "Python runs on the host alone"),
-    (_print, ("StringFormat", "PrintV2"), "as of tf.print"),
+    (_run_python, ("EagerPyFunc",), "Python runs on the host only"),
+    (_print, ("StringFormat", "PrintV2"), "(as of tf.print)"),
     (_transform, ("ImageProjectiveTransformV3",), "decoder or augmentation"),
   ],
 )

@@ -36,8 +36,8 @@ def test_gpus_are_named_by_their_memory():
   ("name", "words"),
   [
     ("v9:2x2", "TPUs are v2, v3"),
-    ("v5e-8", "give v5e:2x4"),
-    ("v4:2x2", "each of the 3 axes of v4; give for example v4:2x2x1"),
+    ("v5e-8", "such as v5e:2x4"),
+    ("v4:2x2", "each of the 3 axes of v4, for example v4:2x2x1"),
     ("v5e:2x2x2", "v5e:2x2"),
     ("v5e:0x4", "each of the 2 axes"),
     ("gpu:0x16GB", "gpu:4x16GB"),

@@ -109,7 +109,7 @@ def _listen(address: str) -> socket.socket:
       if time.monotonic() > deadline:
         raise UserError(
           f"port {port} of this worker, {address}, is not available "
-          f"({error.strerror}); end what uses it, or choose another."
+          f"({error.strerror}); end the process that uses it, or choose another port."
         ) from error
       time.sleep(_RETRY_S)
 
@@ -137,7 +137,7 @@ def _receive_all(
     missing = sorted(set(range(cluster.num_workers)) - set(heard))
     if mistake is None and not missing:
       mistake = differences([heard[i] for i in range(cluster.num_workers)])
-    late = f"{_names(cluster, missing)} did not come within {timeout_s:g} s."
+    late = f"{_names(cluster, missing)} did not connect within {timeout_s:g} s."
     error = mistake or (late if missing else None)
     answer = {"error": error, "is_mistake": mistake is not None}
     for connection in waiting:
@@ -162,7 +162,7 @@ def _accept(
       return connection, _greeting(content)
     except (OSError, ValueError) as error:
       # Other clients may connect to the port, such as health checks.
-      logging.debug("Not a worker: %s", error)
+      logging.debug("Ignored a message that is not from a worker: %s", error)
 
 
 def _greeting(content: dict[str, Any]) -> Greeting:
@@ -174,11 +174,11 @@ def _greeting(content: dict[str, Any]) -> Greeting:
   index, addresses = content.get("index"), content.get("addresses")
   fingerprint = content.get("fingerprint")
   if type(index) is not int or index < 0:
-    raise ValueError(f"index {index!r:.40} is no number of a worker")
+    raise ValueError(f"index {index!r:.40} is not a worker number")
   if not isinstance(addresses, list) or not _are_texts(addresses):
-    raise ValueError("addresses are no list of texts")
+    raise ValueError("addresses is not a list of strings")
   if not isinstance(fingerprint, dict) or not _are_texts(fingerprint.values()):
-    raise ValueError("the fingerprint has other values than text")
+    raise ValueError("the fingerprint has a value that is not a string")
   return Greeting(index, tuple(addresses), fingerprint)
 
 
@@ -196,11 +196,11 @@ def _misfit(
     )
   if greeting.index >= cluster.num_workers:
     return (
-      f"a process says that it is worker {greeting.index} of {cluster.num_workers}, "
-      "which are counted from 0."
+      f"a process reports that it is worker {greeting.index} of {cluster.num_workers}; "
+      "workers are numbered from 0."
     )
   if greeting.index in heard:
-    return f"two processes say that they are worker {greeting.index}."
+    return f"two processes report that they are worker {greeting.index}."
   return None
 
 
@@ -220,7 +220,7 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
   while not line.endswith(b"\n"):
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-      raise TimeoutError("no whole line in time")
+      raise TimeoutError("no complete line in time")
     connection.settimeout(left_s)
     part = connection.recv(_PART_BYTES)
     line += part
@@ -231,7 +231,7 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
   except RecursionError as error:
     raise ValueError("its JSON is too deep") from error
   if not isinstance(content, dict):
-    raise ValueError("no JSON object")
+    raise ValueError("not a JSON object")
   return content
 
 
@@ -248,7 +248,7 @@ def _report(
   while True:
     left_s = deadline - time.monotonic()
     if left_s <= 0:
-      late = f"{_names(cluster, [0])} did not come within {timeout_s:g} s."
+      late = f"{_names(cluster, [0])} did not answer within {timeout_s:g} s."
       return {"error": late, "is_mistake": False}
     with contextlib.suppress(OSError, ValueError):
       return _ask((host.strip("[]"), int(port)), content, left_s)
@@ -269,7 +269,7 @@ def _ask(chief: tuple[str, int], content: dict, left_s: float) -> dict[str, Any]
   error, is_mistake = answer.get("error"), answer.get("is_mistake")
   is_text = "error" in answer and (error is None or isinstance(error, str))
   if not is_text or type(is_mistake) is not bool:
-    raise ValueError("not the answer of a chief")
+    raise ValueError("the answer is not from a chief")
   return {"error": error, "is_mistake": is_mistake}
 
 
@@ -345,12 +345,15 @@ def from_tf_config(text: str) -> Cluster:
     ) from error
   strange = sorted({kind, *jobs} - {"chief", "worker"})
   if strange:
-    raise UserError(f"TF_CONFIG has a {strange[0]!r}; only chief and worker train.")
+    raise UserError(
+      f"TF_CONFIG has a {strange[0]!r}; remove it: only chief and worker train."
+    )
   chiefs, workers = _addresses(jobs, "chief"), _addresses(jobs, "worker")
   own = chiefs if kind == "chief" else workers
   if not 0 <= index < len(own):
     raise UserError(
-      f"TF_CONFIG says this is {kind} {index}, but names {len(own)} of that type."
+      f"TF_CONFIG names this process {kind} {index}, but has {len(own)} addresses of "
+      "that type."
     )
   return Cluster((*chiefs, *workers), index + (len(chiefs) if kind == "worker" else 0))
 
@@ -360,7 +363,7 @@ def _addresses(jobs: Mapping[str, Any], kind: str) -> list[str]:
   is_list = isinstance(addresses, (list, tuple))
   for address in addresses if is_list else [addresses]:
     if not (is_list and _is_address(address)):
-      raise UserError(f"TF_CONFIG's {kind} has {address!r}, which is no 'host:port'.")
+      raise UserError(f"TF_CONFIG's {kind} has {address!r}, which is not 'host:port'.")
   everyone = [address for each in jobs.values() for address in each or ()]
   twice = [address for address in addresses if everyone.count(address) > 1]
   if twice:
@@ -413,7 +416,10 @@ def _tasks_per_node(text: str) -> list[int]:
   for part in text.split(","):
     match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
     if match is None:
-      raise UserError(f"SLURM_STEP_TASKS_PER_NODE={text!r} is not as Slurm writes it.")
+      raise UserError(
+        f"SLURM_STEP_TASKS_PER_NODE={text!r} is malformed; it needs a form such as "
+        "'2(x3),1'."
+      )
     counts.extend([int(match[1])] * int(match[2] or 1))
   return counts
 

@@ -69,11 +69,11 @@ def make_strategy(
   """
   name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
   if name not in _MAKERS:
-    raise UserError(f"--strategy={name} is not one of {', '.join(_MAKERS)}.")
+    raise UserError(f"--strategy={name} must be one of {', '.join(_MAKERS)}.")
   if name in ("cpu", "multi_worker", "tpu") and num_virtual > 1:
     raise UserError(
-      f"--strategy={name} divides no CPU; --num_virtual_replicas={num_virtual} needs "
-      "mirrored."
+      f"--strategy={name} ignores --num_virtual_replicas={num_virtual}; use "
+      "--strategy=mirrored."
     )
   # TensorFloat-32 computes products to 10 bits, and if it is allowed a TPU computes
   # them in bfloat16. Squared distances would be wrong by a thousandth of the norms. The
@@ -84,11 +84,11 @@ def make_strategy(
 
 def _auto(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.Strategy:
   if hardware.tpu is not None:
-    logging.info("Strategy auto: a TPU is named.")
+    logging.info("Strategy auto: --tpu is set.")
     return _tpu(hardware, fingerprint)
   cluster = find_cluster(os.environ)
   if cluster is not None and cluster.num_workers > 1:
-    logging.info("Strategy auto: %d workers are named.", cluster.num_workers)
+    logging.info("Strategy auto: %d workers are configured.", cluster.num_workers)
     return make_strategy(
       dataclasses.replace(hardware, strategy="multi_worker"), fingerprint
     )
@@ -117,7 +117,7 @@ def _mirrored(
   gpus = tf.config.list_logical_devices("GPU")
   if not gpus:
     raise UserError(
-      "--strategy=mirrored found no GPU; use --num_virtual_replicas=N for CPU replicas."
+      "--strategy=mirrored found no GPU; set --num_virtual_replicas=N for CPU replicas."
     )
   logging.info("Strategy: mirrored on %d GPUs.", len(gpus))
   return tf.distribute.MirroredStrategy([gpu.name for gpu in gpus])
@@ -129,8 +129,8 @@ def _multi_worker(
   cluster = find_cluster(os.environ)
   if cluster is None:
     raise UserError(
-      "--strategy=multi_worker needs TF_CONFIG, or to be started with Slurm's srun as "
-      "several tasks."
+      "--strategy=multi_worker needs TF_CONFIG, or several tasks started by Slurm's "
+      "srun."
     )
   wait_for_workers(cluster, fingerprint, timeout_s=hardware.worker_timeout_s)
   if cluster.index > 0:
@@ -147,7 +147,7 @@ def _multi_worker(
   # All workers have equally many batches, of static shapes: no need to check each time.
   strategy.extended.experimental_enable_get_next_as_optional = False
   logging.info(
-    "Strategy: %d workers with %d replicas; this is %d.",
+    "Strategy: %d workers with %d replicas; this is worker %d.",
     cluster.num_workers,
     strategy.num_replicas_in_sync,
     cluster.index,
@@ -161,8 +161,8 @@ def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.St
   name = hardware.tpu or "local"
   if name != "local":
     raise UserError(
-      f"--tpu={name} is another machine, and the batches are read by Python on the "
-      "TPU's own: run there, with --tpu=local."
+      f"--tpu={name} is another machine, but the TPU's own host must read the batches: "
+      "run there, with --tpu=local."
     )
   try:
     resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=name)
@@ -170,14 +170,14 @@ def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.St
   except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
-      f"--tpu={name} is not available ({reason[:200]}); run on a machine that a TPU is "
-      "attached to."
+      f"--tpu={name} is not available ({reason[:200]}); run on a machine with an "
+      "attached TPU."
     ) from error
   strategy = tf.distribute.TPUStrategy(resolver)
   if strategy.extended.num_hosts > 1:
     raise UserError(
-      f"--tpu={name} has {strategy.extended.num_hosts} hosts; the batches are read by "
-      "Python on one: use a TPU of one host."
+      f"--tpu={name} has {strategy.extended.num_hosts} hosts, but one host must read "
+      "all batches: use a TPU with one host."
     )
   logging.info("Strategy: TPU %s, %d cores.", name, strategy.num_replicas_in_sync)
   return strategy
@@ -200,7 +200,7 @@ def divide_cpu(num_devices: int) -> None:
     except RuntimeError as error:
       raise UserError(
         f"--num_virtual_replicas={num_devices} must be set before TensorFlow uses a "
-        "device; a module that gin imports must make no tensor or model by itself."
+        "device; a module that gin imports must create no tensor or model on import."
       ) from error
 
 

@@ -71,7 +71,7 @@ def naming_lost_workers() -> Iterator[None]:
     reason = " ".join(text.split())[:_NUM_CHARACTERS]
     raise StalledError(
       f"lost worker {', '.join(names) or 'unknown'}: {reason}; the same command "
-      "continues from the newest checkpoint."
+      "resumes from the newest checkpoint."
     ) from error
 
 

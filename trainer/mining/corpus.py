@@ -32,8 +32,8 @@ def dedup_features(decoder: Decoder) -> Sequence[str]:
   features = getattr(decoder, "features", None)
   if not features:
     raise UserError(
-      f"{type(decoder).__name__} needs an attribute `features`, the names of what it "
-      "reads of an example: by these, copies of a record are known."
+      f"{type(decoder).__name__} needs an attribute `features`, the names of the "
+      "features that it reads; they identify copies of a record."
     )
   return features
 
@@ -79,7 +79,7 @@ def _hash(
   try:
     example = tf.train.Example.FromString(record)
   except Exception as error:  # protobuf raises its own type.
-    raise UserError(f"{index.describe(number)} is no tf.train.Example.") from error
+    raise UserError(f"{index.describe(number)} is not a tf.train.Example.") from error
   content = tf.train.Example()
   for name in features:
     if name in example.features.feature:

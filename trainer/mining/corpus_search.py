@@ -151,11 +151,12 @@ def check_kind(kind: str) -> None:
     UserError: the kind is unknown, or needs FAISS, which is not installed.
   """
   if kind not in KINDS:
-    raise UserError(f"Miner.index_kind={kind!r} is none of {', '.join(KINDS)}.")
+    raise UserError(f"Miner.index_kind={kind!r} must be one of {', '.join(KINDS)}.")
   if kind in faiss_index.KINDS and not knn.is_faiss_installed():
     raise UserError(
       f"Miner.index_kind={kind!r} needs FAISS: pip install "
-      "'retrieval-trainer[search]', or take 'exact', which compares all on the devices."
+      "'retrieval-trainer[search]', or set 'exact', which compares all items on the "
+      "devices."
     )
 
 
@@ -168,8 +169,8 @@ def _chosen(kind: str, num_items: int) -> str:
     if knn.is_faiss_installed():
       return "ivf_pq"
     logging.warning(
-      "Without FAISS all %d items are compared with each other; for an index: pip "
-      "install 'retrieval-trainer[search]'.",
+      "FAISS is not installed, so all %d items are compared with each other; for an "
+      "index: pip install 'retrieval-trainer[search]'.",
       num_items,
     )
     return "exact"
@@ -255,7 +256,9 @@ def find_class_neighbours(
     UserError: there is only one class.
   """
   if len(means) < 2:
-    raise UserError("Neighbours of classes need at least 2 classes.")
+    raise UserError(
+      "Neighbours of classes need at least 2 classes in the training split."
+    )
   num_found = min(num_neighbours, len(means) - 1)
   # Means of collapsed embeddings differ in digits beyond the precision of float32.
   means = (means - common_offset(means)).astype(np.float32)

@@ -74,7 +74,7 @@ class Positives:
       )
     if self.choice not in _CHOICES:
       raise UserError(
-        f"Positives.choice={self.choice!r} is none of {', '.join(_CHOICES)}."
+        f"Positives.choice={self.choice!r} must be one of {', '.join(_CHOICES)}."
       )
 
   def choose(
@@ -214,7 +214,7 @@ class ExampleMining:
     num_items = len(items.labels)
     num_neighbours = min(self._num_neighbours(items), num_items - 1)
     if num_neighbours < 1:
-      raise UserError(f"{num_items} items are too few to mine among.")
+      raise UserError(f"{num_items} items are too few for mining.")
     with contextlib.ExitStack() as opened:
       # If one worker has no space, all end.
       found = current_workers().run_on_all(
@@ -347,11 +347,11 @@ class _Choice:
     if not counts["anchors_without_negative"]:
       return (
         f"none of {len(self._items.labels)} items has a positive to mine: "
-        f"{counts['suspected_mislabelled']} are probably mislabelled, the others alone "
-        "in their class, or copies; mine among more (Miner.records_per_class)."
+        f"{counts['suspected_mislabelled']} are probably mislabelled, the others are "
+        "the only item of their class, or copies; raise Miner.records_per_class."
       )
     return (
       f"none of {counts['anchors_without_negative']} anchors has a negative among its "
-      f"{wider} nearest: all have the anchor's label or are outside of the window; "
-      "widen the window, or end mining: there is nothing hard left."
+      f"{wider} nearest: all have the anchor's label or are outside the window; widen "
+      "the window, or end mining: no hard negatives are left."
     )

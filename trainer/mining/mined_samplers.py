@@ -65,21 +65,21 @@ class MinedTripletSampler:
     sizes = (groups_per_batch, positives_per_group, negatives_per_group)
     if min(sizes) < 1:
       raise UserError(
-        "MinedTripletSampler of {} groups, {} positives and {} negatives is not "
-        "possible; each must be at least 1.".format(*sizes)
+        "MinedTripletSampler: groups_per_batch={}, positives_per_group={} and "
+        "negatives_per_group={} must each be at least 1.".format(*sizes)
       )
     arrays = mining_round.arrays
     if "anchors" not in arrays:
       raise UserError(
-        "A round has no examples for MinedTripletSampler; set Miner.examples = "
+        "The round has no examples for MinedTripletSampler; set Miner.examples = "
         "@ExampleMining()."
       )
     self._anchors = arrays["anchors"]
     self._positives, self._negatives = arrays["positives"], arrays["negatives"]
     if len(self._anchors) < groups_per_batch:
       raise TooFewExamplesError(
-        f"MinedTripletSampler.groups_per_batch={groups_per_batch} but a round has "
-        f"{len(self._anchors)} anchors; choose at most so many, or mine in a wider "
+        f"MinedTripletSampler.groups_per_batch={groups_per_batch} exceeds the "
+        f"{len(self._anchors)} anchors of the round; lower it, or mine in a wider "
         "window."
       )
     self._num_groups = groups_per_batch

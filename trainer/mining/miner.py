@@ -81,7 +81,7 @@ class Miner:
     check_kind(self.index_kind)
     if self.examples is None and self.num_class_neighbours < 1:
       raise UserError(
-        "Miner has nothing to look for: set Miner.examples = @ExampleMining(), or "
+        "Miner has nothing to mine: set Miner.examples = @ExampleMining(), or "
         "Miner.num_class_neighbours."
       )
     least = {"num_class_neighbours": 0, "records_per_class": 1, "global_batch_size": 1}

@@ -70,7 +70,7 @@ class RankWindow:
   def __init__(self, *, first: int, last: int):
     if not 1 <= first <= last:
       raise UserError(
-        f"RankWindow of ranks {first} to {last} has none; 1 is the nearest negative."
+        f"RankWindow: ranks {first} to {last} are empty; it needs 1 <= first <= last."
       )
     self._first = first
     self.num_negatives = last - first + 1
@@ -106,7 +106,7 @@ class MarginWindow:
 
   def __init__(self, *, margin: float, num_negatives: int, depth: int = 100):
     if margin <= 0:
-      raise UserError(f"MarginWindow.margin={margin} must be above 0.")
+      raise UserError(f"MarginWindow.margin={margin} must be greater than 0.")
     if not 1 <= num_negatives <= depth:
       raise UserError(
         f"MarginWindow.num_negatives={num_negatives} must be from 1 to depth={depth}."

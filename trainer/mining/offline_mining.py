@@ -56,7 +56,7 @@ class PiecewiseSampler:
     """
     firsts, samplers = zip(*self._held)
     if (steps < firsts[0]).any():
-      raise ValueError(f"Samplers from step {firsts[0]} on are kept; got {min(steps)}.")
+      raise ValueError(f"Samplers are kept from step {firsts[0]} on; got {min(steps)}.")
     holding = np.searchsorted(firsts, steps, side="right") - 1
     records = np.empty((len(steps), *self.shape), np.int64)
     for number in np.unique(holding).tolist():
@@ -104,10 +104,10 @@ class OfflineMining:
       if value is not None and value < 1:
         raise UserError(f"OfflineMining.{name}={value} must be at least 1.")
     if self.max_wait_s < 0:
-      raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} is below 0.")
+      raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} must be at least 0.")
     if self.when_too_few not in ("keep", "stop"):
       raise UserError(
-        f"OfflineMining.when_too_few={self.when_too_few!r} is neither keep nor stop."
+        f"OfflineMining.when_too_few={self.when_too_few!r} must be 'keep' or 'stop'."
       )
 
   def fingerprint(self) -> dict[str, object]:
@@ -148,7 +148,7 @@ class OfflineMining:
     if self.miner is None:
       waited = f" after {self.max_wait_s:g} s" if self.max_wait_s else ""
       advice = (
-        "is --mode=mine running? Raise max_age_steps or max_wait_s, or set "
+        "check that --mode=mine is running, raise max_age_steps or max_wait_s, or set "
         "OfflineMining.miner to mine in the training"
       )
     else:
@@ -205,8 +205,8 @@ class OfflineMining:
     size, plain_size = math.prod(sampler.shape), math.prod(plain_shape)
     if size != plain_size:
       raise UserError(
-        f"OfflineMining.sampler_fn makes batches of {_product(sampler.shape)} "
-        f"records, and train.sampler_fn of {_product(plain_shape)}; make them equal."
+        f"OfflineMining.sampler_fn makes batches of {_product(sampler.shape)} records, "
+        f"train.sampler_fn of {_product(plain_shape)}; make them equal."
       )
     if sampler.shape[0] % num_replicas:
       raise UserError(

@@ -133,7 +133,7 @@ class MiningRound:
     folder = filesystem.current_folder(round_path(model_dir, step))
     manifest = read_json(os.path.join(folder, _MANIFEST))
     if manifest is None:
-      raise UserError(f"{folder} is no mining round, or was cut off; mine again.")
+      raise UserError(f"{folder} is not a complete mining round; mine again.")
     try:
       files = manifest["files"]
       self.facts: Mapping[str, Any] = manifest["facts"]
@@ -145,13 +145,13 @@ class MiningRound:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
       raise UserError(
         f"{folder} has a damaged manifest ({type(error).__name__}: {error}); remove "
-        "the round, and mine again."
+        "the round, then mine again."
       ) from error
     for name, wanted in fingerprint.items():
       if found.get(name) != str(wanted):
         raise OtherDataError(
-          f"{folder} was mined of other data: {name} was {found.get(name)} and is "
-          f"{wanted}; remove the round, and mine again."
+          f"{folder} was mined from other data: {name} was {found.get(name)} and is "
+          f"{wanted}; remove the round, then mine again."
         )
     self._check_values(folder, *bounds)
 
@@ -160,14 +160,14 @@ class MiningRound:
     lengths = {len(arrays[name]) for name in _OF_EXAMPLES if name in arrays}
     is_whole = sum(name in arrays for name in _OF_EXAMPLES) in (0, 3)
     if not is_whole or len(lengths) > 1:
-      raise UserError(f"{folder} has arrays that don't fit each other; mine again.")
+      raise UserError(f"{folder} has arrays of inconsistent sizes; mine again.")
     for name, array in arrays.items():
       most = num_classes if name == "class_neighbours" else num_records
       least = 0 if name == "anchors" else -1
       if array.size and not (array.min() >= least and array.max() < most):
         raise UserError(
-          f"{os.path.join(folder, name)}.npy has numbers outside {least} to "
-          f"{most - 1}; remove the round, and mine again."
+          f"{os.path.join(folder, name)}.npy has values outside {least} to {most - 1}; "
+          "remove the round, then mine again."
         )
 
 
@@ -262,7 +262,7 @@ def alone(model_dir: str) -> Iterator[None]:
       claimed.enter_context(locked_folder(folder, "mining into"))
     except OSError as error:
       raise UnwritableError(
-        f"{folder} can't be written to: {short_reason(error)}."
+        f"{folder} can't be written: {short_reason(error)}."
       ) from error
     yield
 
@@ -296,10 +296,10 @@ def set_round_aside(model_dir: str) -> None:
     os.replace(folder, before)
   except OSError as error:
     raise UserError(
-      f"{folder} is of another training, and can't be renamed to {before}: "
+      f"{folder} belongs to another training and can't be renamed to {before}: "
       f"{short_reason(error)}."
     ) from error
-  logging.warning("%s is of another training: it is %s now.", folder, before)
+  logging.warning("%s belongs to another training; renamed to %s.", folder, before)
 
 
 def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
@@ -323,25 +323,27 @@ def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
     try:
       array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # Python's parser of the header raises many types.
-      fault = f"it is no array: {short_reason(error)}"
+      fault = f"it is not an array: {short_reason(error)}"
     else:
       shape = tuple(expected["shape"])
       has_declared_shape = array.dtype == np.int32 and array.shape == shape
       if has_declared_shape and array.ndim == _NUM_AXES[name]:
         return array
-      fault = f"it has {array.dtype}{list(array.shape)}, the manifest {list(shape)}"
-  raise UserError(f"{path} is damaged ({fault}); remove the round, and mine again.")
+      fault = (
+        f"it has {array.dtype}{list(array.shape)}, but {list(shape)} in the manifest"
+      )
+  raise UserError(f"{path} is damaged ({fault}); remove the round, then mine again.")
 
 
 def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
   try:
     size = os.path.getsize(path)
     if size != expected["bytes"]:
-      return f"it has {size} bytes and not {expected['bytes']}"
+      return f"it has {size} bytes instead of {expected['bytes']}"
     is_same = sha256_of(path) == expected["sha256"]
   except OSError as error:
     return short_reason(error)
-  return None if is_same else "its SHA-256 is another"
+  return None if is_same else "its SHA-256 differs"
 
 
 class RoundLog:
@@ -368,7 +370,7 @@ class RoundLog:
       found = {int(row["step"]): _round_of(row["round"]) for row in rows}
     except (OSError, ValueError, TypeError, KeyError) as error:
       raise UserError(
-        f"{self.path} is damaged ({type(error).__name__}: {error}); put it back, or "
+        f"{self.path} is damaged ({type(error).__name__}: {error}); restore it, or "
         f"remove {os.path.dirname(self.path)} to continue with new rounds."
       ) from error
     return dict(sorted(found.items()))
@@ -397,4 +399,4 @@ class RoundLog:
 def _round_of(value: object) -> Optional[int]:
   if value is None or type(value) is int:
     return value
-  raise ValueError(f"{value!r:.40} is no step of a round")
+  raise ValueError(f"{value!r:.40} is not the step of a round")

@@ -207,7 +207,7 @@ class Rounds:
       raise error
     held = None if self._current is None else self._current.mining_round.step
     self._options.check_age(step, held)
-    logging.warning("Step %d: %s Batches stay as they are.", step, error)
+    logging.warning("Step %d: %s Sampling is unchanged.", step, error)
 
   def _mined(self, step: int) -> int:
     """Mines a round of this step.
@@ -278,7 +278,7 @@ class Rounds:
     except UserError as error:
       folder = os.path.dirname(self._ledger.path)
       raise UserError(
-        f"{error} {self._ledger.path} has it from step {step} on: put it back, or "
+        f"{error} {self._ledger.path} uses it from step {step} on: restore it, or "
         f"remove {folder} to continue with new rounds."
       ) from error
 
@@ -286,8 +286,8 @@ class Rounds:
     """Uses a round from a step on; returns whether that changes the batches."""
     if opened is None and self._mine_fn is None:
       logging.warning(
-        "Step %d: there is no mining round yet, and batches are plain ones; is "
-        "--mode=mine running?",
+        "Step %d: there is no mining round yet, and batches are plain; check that "
+        "--mode=mine is running.",
         step,
       )
     if opened is self._current:
@@ -314,7 +314,9 @@ class Rounds:
           round.remove_round(self._model_dir, round_step)
         except OSError as error:
           logging.warning(
-            "The mining round of step %d stays: %s.", round_step, short_reason(error)
+            "The old mining round of step %d can't be removed: %s.",
+            round_step,
+            short_reason(error),
           )
 
 
@@ -379,7 +381,7 @@ class AsyncRounds:
       except OtherDataError:
         raise
       except UserError as error:
-        logging.warning("%s The round before is taken.", error)
+        logging.warning("%s The previous round is used.", error)
         self._looked_at[made] = False
     return self._looked_at[made]
 

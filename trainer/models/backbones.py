@@ -57,11 +57,13 @@ class ConvNet(tf.keras.layers.Layer):
     super().__init__()
     if normalization not in _NORMALIZATIONS:
       raise UserError(
-        f"ConvNet.normalization={normalization!r} is unknown; choose from "
+        f"ConvNet.normalization={normalization!r} must be one of "
         f"{', '.join(_NORMALIZATIONS)}."
       )
     if not filters or min(filters) < 1:
-      raise UserError(f"ConvNet.filters={filters!r} needs one number >= 1 a block.")
+      raise UserError(
+        f"ConvNet.filters={filters!r} must have a number of at least 1 per block."
+      )
     self._convolutions = [
       tf.keras.layers.Conv2D(num, kernel_size, padding="same", activation="relu")
       for num in filters
@@ -151,11 +153,11 @@ class KerasApplication(tf.keras.layers.Layer):
     if name not in modules:
       nearest = difflib.get_close_matches(name, modules, n=1) or ["ResNet50"]
       raise UserError(
-        f"KerasApplication.name={name!r} is not in tf.keras.applications; "
-        f"did you mean {nearest[0]!r}?"
+        f"KerasApplication.name={name!r} is not in tf.keras.applications; did you mean "
+        f"{nearest[0]!r}?"
       )
     if weights is not None and not _exists(weights):
-      raise UserError(f"KerasApplication.weights={weights!r} is not there.")
+      raise UserError(f"KerasApplication.weights={weights!r} does not exist.")
     self._application_name = name
     self._module = modules[name]
     self._weights_file = weights
@@ -221,7 +223,9 @@ class KerasApplication(tf.keras.layers.Layer):
       )
     for weight in network.weights:
       if weight.dtype.is_floating and not np.isfinite(weight.numpy()).all():
-        raise UserError(f"{path}: {weight.name} is not finite; get the file again.")
+        raise UserError(
+          f"{path}: {weight.name} is not finite; download the file again."
+        )
     self._network.set_weights(network.get_weights())
     for layer in self._network.layers:
       if isinstance(layer, tf.keras.layers.Normalization) and layer.weights:
@@ -294,10 +298,10 @@ def _misfit(
   unset, surplus = _beyond(needed, stored), _beyond(stored, needed)
   reasons = [f"it lacks {_named(unset)}"] if unset else []
   if surplus:
-    reasons.append(f"it has {_named(surplus)} beyond that")
+    reasons.append(f"it has {_named(surplus)} in addition")
   if not reasons:
     return ""
-  return f"{' and '.join(reasons)}; take the file of the same network without its top."
+  return f"{' and '.join(reasons)}; use the file of the same network without its top."
 
 
 def _beyond(shapes, others) -> list[tuple[str, tuple[int, ...]]]:

@@ -41,8 +41,8 @@ def set_precision(layer: tf.keras.layers.Layer, precision: str) -> None:
     has_variables = tensorflow_private.has_own_variables(each)
     if has_variables and each.dtype_policy.name != precision != "float32":
       raise UserError(
-        f"Encoder.precision={precision!r}: the backbone's layer {each.name!r} has its "
-        f"variables already and computes in {each.dtype_policy.name}; build it with "
+        f"Encoder.precision={precision!r}: the backbone's layer {each.name!r} already "
+        f"has its variables and computes in {each.dtype_policy.name}; build it with "
         f"dtype={precision!r}, or set 'float32'."
       )
   for each in layers:
@@ -151,7 +151,7 @@ def make_pooling(name: str) -> tf.keras.layers.Layer:
   """
   if name not in POOLINGS:
     raise UserError(
-      f"Encoder.pooling={name!r} is unknown; choose from {', '.join(sorted(POOLINGS))}."
+      f"Encoder.pooling={name!r} must be one of {', '.join(sorted(POOLINGS))}."
     )
   return POOLINGS[name]()
 
@@ -175,8 +175,8 @@ def check_features(features: Any, *, num_examples: Optional[int], pooling: str) 
   if not is_dense or not features.dtype.is_floating:
     kind = features.dtype.name if is_dense else type(features).__name__
     raise UserError(
-      f"the backbone gives features of {kind}; needed is a dense float tensor of "
-      f"{needed}."
+      f"the backbone returns features of {kind}; it must return a dense float tensor "
+      f"of {needed}."
     )
   shape = features.shape
   if shape.rank is None:
@@ -185,7 +185,7 @@ def check_features(features: Any, *, num_examples: Optional[int], pooling: str) 
   counts = {num_examples, shape[0] if shape.rank else num_examples} - {None}
   if not is_rank_right or len(counts) > 1:
     raise UserError(
-      f"the backbone gives features of shape {shape.as_list()} for a batch of "
+      f"the backbone returns features of shape {shape.as_list()} for a batch of "
       f"{num_examples or 'B'}; Encoder.pooling={pooling!r} needs {needed}"
       + ("." if pooling == "flatten" else ", or set it to 'flatten'.")
     )
@@ -235,15 +235,14 @@ class Encoder(tf.keras.Model):
     super().__init__(name="encoder")
     if not isinstance(backbone, tf.keras.layers.Layer):
       raise UserError(
-        f"Encoder.backbone={backbone!r} is no Keras layer or model; in gin write "
+        f"Encoder.backbone={backbone!r} is not a Keras layer or model; in gin write "
         "@Name() with its parentheses."
       )
     if embedding_size < 1:
       raise UserError(f"Encoder.embedding_size={embedding_size} must be at least 1.")
     if precision not in PRECISIONS:
       raise UserError(
-        f"Encoder.precision={precision!r} is unknown; choose from "
-        f"{', '.join(PRECISIONS)}."
+        f"Encoder.precision={precision!r} must be one of {', '.join(PRECISIONS)}."
       )
     self.embedding_size = embedding_size
     self.precision = precision
@@ -291,8 +290,8 @@ class Encoder(tf.keras.Model):
       if wanted is None:
         return outputs
       raise UserError(
-        f"Encoder.backbone_output={wanted!r}: the backbone has one output; leave it "
-        "out."
+        f"Encoder.backbone_output={wanted!r}: the backbone has one output; remove the "
+        "binding."
       )
     named = _named_outputs(self._backbone, outputs)
     if wanted is None and len(outputs) == 1:
@@ -302,8 +301,8 @@ class Encoder(tf.keras.Model):
     listed = list(named.items())[: len(outputs)]
     given = ", ".join(f"{name!r}: {_shape(each)}" for name, each in listed)
     raise UserError(
-      f"Encoder.backbone_output={wanted!r}: the backbone gives a "
-      f"{type(outputs).__name__} of {given or 'nothing'}, and one tensor of [B, H, W, "
+      f"Encoder.backbone_output={wanted!r}: the backbone returns a "
+      f"{type(outputs).__name__} of {given or 'nothing'}, but one tensor of [B, H, W, "
       "F] or [B, F] is needed; set it to one of these names."
     )
 
@@ -344,19 +343,19 @@ def _check_inputs(
   if len(inputs) > 1 or not needed[0].is_compatible_with(list(input_shape)):
     raise UserError(
       f"the backbone {backbone.name!r} takes inputs of "
-      f"{' and '.join(str(list(shape)) for shape in needed)}, and those of the decoder "
-      f"are {list(input_shape)}; change the decoder or the backbone."
+      f"{' and '.join(str(list(shape)) for shape in needed)}, but the decoder returns "
+      f"{list(input_shape)}; change the decoder or the backbone."
     )
   if not inputs[0].dtype.is_floating:
     raise UserError(
-      f"the backbone {backbone.name!r} takes {inputs[0].dtype.name}, and inputs are "
+      f"the backbone {backbone.name!r} takes {inputs[0].dtype.name}, but inputs are "
       "float32 (images in [0, 1]); build it for float32."
     )
   first = next((each for each in backbone.layers if not _is_input(each)), None)
   if isinstance(first, tf.keras.layers.Rescaling) and _is_small(first.scale):
     logging.warning(
-      "The backbone %r scales its inputs by %s as if they were in [0, 255]; images "
-      "come in [0, 1]: put Rescaling(255.0) before it.",
+      "The backbone %r scales its inputs by %s as if they were in [0, 255], but "
+      "images are in [0, 1]: add Rescaling(255.0) before it.",
       backbone.name,
       first.scale,
     )

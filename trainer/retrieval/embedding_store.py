@@ -79,7 +79,9 @@ def check_same_encoder(source: Mapping[str, Any], encoder: Mapping[str, Any]) ->
   Raises:
     UserError: the embeddings are of another encoder; names the difference.
   """
-  _check_same(source, encoder, "The embeddings are of another encoder than the run's")
+  _check_same(
+    source, encoder, "The embeddings were computed by another encoder than the run's"
+  )
 
 
 def check_same_records(source: Mapping[str, Any], index: RecordIndex) -> None:
@@ -92,7 +94,9 @@ def check_same_records(source: Mapping[str, Any], index: RecordIndex) -> None:
   Raises:
     UserError: the embeddings are of other records; names the difference.
   """
-  _check_same(source, index.fingerprint(), "The embeddings are of other records")
+  _check_same(
+    source, index.fingerprint(), "The embeddings were computed from other records"
+  )
 
 
 def _check_same(source: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
@@ -135,9 +139,9 @@ class EmbeddingFolder:
     found = {len(self.labels), len(self.keys), len(self.embeddings)}
     if self.embeddings.shape != shape or found != {shape[0]}:
       raise UserError(
-        f"{folder} should hold {shape[0]} embeddings of {shape[1]} dimensions, and has "
+        f"{folder} should have {shape[0]} embeddings of {shape[1]} dimensions, but has "
         f"arrays of {self.embeddings.shape}, {len(self.labels)} labels and "
-        f"{len(self.keys)} keys; embed again."
+        f"{len(self.keys)} keys; run --mode=embed again."
       )
     _check_labels(folder, self.labels, len(self.class_names))
 
@@ -154,7 +158,7 @@ def _mapped(folder: str, name: str) -> np.ndarray:
   try:
     return np.load(path, mmap_mode="r", allow_pickle=False)
   except Exception as error:  # Python's parser of the header raises many types.
-    raise UserError(f"{path} is missing or damaged; embed again.") from error
+    raise UserError(f"{path} is missing or damaged; run --mode=embed again.") from error
 
 
 def _read_text(folder: str, name: str) -> ClassNames:
@@ -164,7 +168,9 @@ def _read_text(folder: str, name: str) -> ClassNames:
   is_whole = is_whole and starts[0] == 0 and starts[-1] == len(text)
   if not (is_whole and (starts[1:] >= starts[:-1]).all()):
     path = os.path.join(folder, f"{name}_starts.npy")
-    raise UserError(f"{path} has no parts from 0 to {len(text)}; embed again.")
+    raise UserError(
+      f"{path} has no ascending parts from 0 to {len(text)}; run --mode=embed again."
+    )
   return ClassNames(text, starts, hashes)
 
 
@@ -172,7 +178,7 @@ def _check_labels(folder: str, labels: np.ndarray, num_classes: int) -> None:
   if len(labels) and not (labels.min() >= 0 and labels.max() < num_classes):
     raise UserError(
       f"{os.path.join(folder, LABELS_NAME)} has labels outside 0 to {num_classes - 1}; "
-      "embed again."
+      "run --mode=embed again."
     )
 
 
@@ -343,7 +349,7 @@ def _telling_of_failures(folder: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise UserError(f"{folder} can't be written to: {error.strerror}.") from error
+    raise UserError(f"{folder} can't be written: {error.strerror}.") from error
 
 
 def _write_text(folder: str, name: str, texts: Iterable[str]) -> None:

@@ -78,7 +78,7 @@ def build_index(embeddings: np.ndarray, kind: str) -> Any:
   elif kind in KINDS_WITH_CELLS:
     index = _cells(faiss, num_items, num_dimensions, has_codes=kind == "ivf_pq")
   else:
-    raise UserError(f"{kind!r} is no kind of index; take one of {', '.join(KINDS)}.")
+    raise UserError(f"kind={kind!r} must be one of {', '.join(KINDS)}.")
   offset = common_offset(embeddings)
   if kind in KINDS_WITH_CELLS:
     index.train(_training_vectors(embeddings, offset, index.nlist))
@@ -112,7 +112,7 @@ def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) 
   num_cells = min(round(4 * math.sqrt(num_items)), num_items // LEAST_A_CELL)
   if num_cells < 1:
     raise UserError(
-      f"{num_items} items are too few for cells of an index; take the kind 'flat'."
+      f"{num_items} items are too few for an index with cells; set kind to 'flat'."
     )
   quantizer = faiss.IndexFlatL2(num_dimensions)
   if has_codes:

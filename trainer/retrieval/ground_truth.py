@@ -177,7 +177,9 @@ class Relevance:
     names = {name: number for number, name in enumerate(items.class_names)}
     for name in self.distractor_classes:
       if name not in names:
-        raise UserError(f"Relevance.distractor_classes: there is no class {name!r}.")
+        raise UserError(
+          f"Relevance.distractor_classes: {name!r} is not a class of the data."
+        )
       labels[labels == names[name]] = -1
     if self.labels_feature is None:
       return ItemLabels(labels)
@@ -253,7 +255,7 @@ class QueryAndGallery:
       if not len(sides[role]):
         found: Mapping[str, None] = dict.fromkeys(str(v) for r in roles for v in r)
         raise UserError(
-          f"No item has {self.role_feature}={role!r}; there is "
+          f"No item has {self.role_feature}={role!r}; the values are "
           f"{', '.join(sorted(found)[:5]) or 'none'}."
         )
     return LabelGroundTruth(

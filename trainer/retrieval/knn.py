@@ -189,12 +189,12 @@ def check_sizes(
   if queries.shape[1] != num_dimensions:
     raise UserError(
       f"Queries of {queries.shape[1]} dimensions can't be compared with a gallery of "
-      f"{num_dimensions}; embed both with one encoder."
+      f"{num_dimensions}; embed both with the same encoder."
     )
   if not 1 <= num_neighbours <= num_items:
     raise UserError(
-      f"num_neighbours={num_neighbours} exceeds the gallery size {num_items}; "
-      f"ask for 1 to {num_items}."
+      f"num_neighbours={num_neighbours} exceeds the gallery size {num_items}; set it "
+      f"to 1 to {num_items}."
     )
 
 

@@ -158,7 +158,9 @@ def answer(
     UserError: there are no queries.
   """
   if not asked:
-    raise UserError("Nothing is asked; name an image, a .npy file or a key by --query.")
+    raise UserError(
+      "No query is given; add --query with an image, a .npy file or a key."
+    )
   answers: list[Answer] = []
   queries: dict[int, Query] = {}
   for name in asked:
@@ -187,7 +189,7 @@ def _queries(name: str, kept: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]
     return [Query(name, embed_fn(_content(name)))]
   row = kept.position(name)
   if row is None:
-    raise UserError(f"{name} is neither a file nor a key of what is embedded.")
+    raise UserError(f"{name} is neither a file nor a key of the embeddings.")
   return [Query(name, np.asarray(kept.embeddings[row], np.float32), row)]
 
 
@@ -203,11 +205,14 @@ def _vectors(path: str) -> np.ndarray:
   try:
     vectors = np.load(path, allow_pickle=False)
   except Exception as error:  # Python's parser of the header raises many types.
-    raise UserError(f"{path} holds no array of numbers.") from error
+    raise UserError(f"{path} does not hold an array of numbers.") from error
   if not isinstance(vectors, np.ndarray) or vectors.dtype.kind not in "fiub":
-    raise UserError(f"{path} holds no array of numbers.")
+    raise UserError(f"{path} does not hold an array of numbers.")
   if vectors.ndim not in (1, 2) or not vectors.size:
-    raise UserError(f"{path} holds an array of {vectors.shape}, not one of vectors.")
+    raise UserError(
+      f"{path} holds an array of shape {vectors.shape}; it must be one vector or a "
+      "matrix of vectors."
+    )
   with np.errstate(over="ignore"):  # Infinities are reported later.
     return vectors.astype(np.float32)
 
@@ -222,9 +227,9 @@ def _fault(
   except UserError as error:
     return str(error)
   if not np.isfinite(query.vector).all():
-    return "The vector has numbers that are not finite."
+    return "The vector has values that are not finite."
   if not np.square(query.vector, dtype=np.float64).sum() < _MAX_SQUARE:
-    return "The vector is so long that float32 can't hold its distances."
+    return "The vector is too long for distances in float32."
   return None
 
 

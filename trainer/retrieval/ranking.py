@@ -325,7 +325,7 @@ def rank(
     values[those] = np.stack([function(ranks) for function in functions], axis=1)
   if not has_relevant.any():
     raise UserError(
-      f"None of {len(queries)} queries has anything to find; evaluation needs a class "
+      f"None of {len(queries)} queries has a relevant item; evaluation needs a class "
       "with at least two items."
     )
   return Rankings(
@@ -360,8 +360,8 @@ def check_finite(embeddings: np.ndarray) -> None:
   num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
   if num_bad:
     raise UserError(
-      f"{num_bad} of {len(embeddings)} embeddings are not finite; the training that "
-      "made them went wrong."
+      f"{num_bad} of {len(embeddings)} embeddings are not finite; the training "
+      "diverged: use an earlier checkpoint."
     )
 
 
@@ -396,7 +396,7 @@ def _stacked(rows: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]
 def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], np.ndarray]]:
   """Returns a function from ranks [..., R] to [...] for each metric name."""
   if not ks or min(ks) < 1:
-    raise UserError(f"evaluate.ks={tuple(ks)} needs numbers of at least 1.")
+    raise UserError(f"evaluate.ks={tuple(ks)} must have numbers of at least 1.")
   found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
   for name, function in _OF_NEAREST.items():
     for k in sorted(ks):

@@ -94,8 +94,8 @@ def _answers(
     has_relevant = np.ones(len(queries), bool)
   if not has_relevant.any() or not neighbours.shape[1]:
     raise UserError(
-      f"Evidence of {len(queries)} queries with {neighbours.shape[1]} neighbours each: "
-      "at least one query must have a neighbour and another item of its class."
+      f"Report data of {len(queries)} queries with {neighbours.shape[1]} neighbours "
+      "each: at least one query must have a neighbour and another item of its class."
     )
   asked, found = queries[has_relevant], neighbours[has_relevant]
   return Answers(embeddings, labels, asked, found, is_right[has_relevant], class_names)

@@ -206,7 +206,7 @@ class ReportData:
         return _of_json(json.load(file))
     except (ValueError, KeyError, TypeError) as error:
       raise UserError(
-        f"{path} can't be read ({error}); measure again with --mode=evaluate."
+        f"{path} can't be read ({error}); run --mode=evaluate again."
       ) from error
 
 

@@ -122,16 +122,15 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
       content = json.load(file)
   except (ValueError, RecursionError) as error:
     raise UserError(
-      f"{path} can't be read ({error}); remove it, and measure again with "
-      "--mode=evaluate."
+      f"{path} can't be read ({error}); remove it, and run --mode=evaluate again."
     ) from error
   is_whole = isinstance(content, dict) and all(
     isinstance(moment, dict) for moment in content.values()
   )
   if not is_whole:
     raise UserError(
-      f"{path} has no object for each moment; remove it, and measure again with "
-      "--mode=evaluate."
+      f"{path} is not an object of results by moment; remove it, and run "
+      "--mode=evaluate again."
     )
   return content
 

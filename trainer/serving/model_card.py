@@ -57,12 +57,13 @@ def write_model_card(folder: str, facts: ModelCardFacts, *, model_dir: str) -> s
   lines = [
     f"# {facts.name}",
     "",
-    f"Maps {inputs} to embeddings of "
-    f"{facts.embedding_size} dimensions, to be compared by Euclidean distance.",
+    f"Maps {inputs} to embeddings of {facts.embedding_size} dimensions. Compare them "
+    "by Euclidean distance.",
     *_section("Training", _training(facts)),
     *_section("Data", facts.data),
     *_section(
-      "Retrieval on classes never trained on", _measured(model_dir, facts.step)
+      "Retrieval on classes outside the training split",
+      _measured(model_dir, facts.step),
     ),
     *_section("Software", {"trainer": __version__, "TensorFlow": tf.__version__}),
     *_section("Files (SHA-256)", _hashes(folder)),
@@ -76,7 +77,7 @@ def _training(facts: ModelCardFacts) -> dict[str, Any]:
   return {
     "steps": facts.step,
     "checkpoint": facts.checkpoint,
-    "configuration": f"{facts.config_hash} ({run_config.CONFIG_FILE} beside this card)",
+    "configuration": f"{facts.config_hash} ({run_config.CONFIG_FILE} in this folder)",
   }
 
 

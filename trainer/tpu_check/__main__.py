@@ -13,10 +13,10 @@ from trainer.tpu_check import compiler
 
 _USAGE = """./launch/tpu_check.sh RUN.gin --topology=v5e:2x4 [flags]
 
-Compiles the run's training step for a TPU, on this machine, with no TPU and no data,
-and says what a replica needs of it. TPUs are named by their chips, v2 to v6e, such as
+Compiles the run's training step for a TPU on this machine, without a TPU or data, and
+reports the memory of a replica. TPUs are named by their chips, v2 to v6e, such as
 v5e:2x2, v6e:2x4, v4:2x2x1; --topology=gpu:4x16GB estimates the same for four GPUs.
-Exit status: 0 it compiles and fits, 1 it doesn't, 2 a mistake in what was given."""
+Exit status: 0 if the step compiles and fits, 1 if it does not, 2 for a user error."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -35,13 +35,16 @@ def define_flags() -> flags.FlagValues:
   """Defines the flags of this command."""
   values = flags.FlagValues()
   flags.DEFINE_string(
-    "topology", None, "The devices, such as v5e:2x4.", flag_values=values
+    "topology", None, "Device topology, such as v5e:2x4.", flag_values=values
   )
   flags.DEFINE_bool(
-    "fit", False, "Search the largest P that fits, K kept.", flag_values=values
+    "fit",
+    False,
+    "Search the largest P that fits, with K unchanged.",
+    flag_values=values,
   )
   flags.DEFINE_multi_string(
-    "gin_param", [], "Override, such as 'X.y = 1' (repeatable).", flag_values=values
+    "gin_param", [], "Binding, such as 'X.y = 1' (repeatable).", flag_values=values
   )
   flags.DEFINE_multi_string(
     "allow_gin_import",
@@ -75,9 +78,11 @@ def _parse(arguments: Sequence[str]) -> tuple[str, flags.FlagValues]:
   except flags.Error as error:
     raise errors.UserError(f"{str(error).rstrip(' .?')}. See --help.") from error
   if len(rest) != 1:
-    raise errors.UserError(f"one run file is needed, {len(rest)} given. See --help.")
+    raise errors.UserError(f"one run file is needed; got {len(rest)}. See --help.")
   if not values.topology:
-    raise errors.UserError("--topology is missing, such as v5e:2x4. See --help.")
+    raise errors.UserError(
+      "--topology is missing; give one such as v5e:2x4. See --help."
+    )
   compiler.parse_topology(values.topology)
   return rest[0], values
 

@@ -30,15 +30,14 @@ from trainer.training import checks
 MAX_FACTOR = 64
 
 _TPU_CLAIM = (
-  "This says: libtpu's compiler takes the whole replica step (forward, gather, loss, "
-  "statistics,\nbackward, optimizer) for this topology, and what it needs. It does not "
-  "say: how fast it is, what\nTPU arithmetic gives, that the host keeps up, or that "
-  "tf.distribute's TPUStrategy, which wraps\nthe step on the TPU, adds nothing."
+  "Checked: libtpu's compiler accepts the whole replica step (forward, gather, loss, "
+  "statistics,\nbackward, optimizer) for this topology, and its memory. Not checked: "
+  "speed, TPU arithmetic, the\ninput pipeline, and the operations that "
+  "tf.distribute's TPUStrategy adds around the step."
 )
 _GPU_CLAIM = (
-  "An estimate: XLA's own analysis of the same step compiled for this CPU. TensorFlow "
-  "on a GPU keeps\nother temporaries, and its libraries take some of the memory for "
-  "themselves."
+  "An estimate: XLA's analysis of the same step compiled for this CPU. TensorFlow on a "
+  "GPU keeps other\ntemporaries, and its libraries reserve some of the memory."
 )
 
 _OPERATION = re.compile(r"(\w+) \(No registered '\w+' OpKernel.*?\{\{node ([^}]+)\}\}")
@@ -47,21 +46,21 @@ _LIBRARIES = re.compile(r"[/\\](site|dist)-packages[/\\]|^<")
 _TOO_LARGE = re.compile(r"\(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)")
 _MAX_LENGTH = 300
 
-_PYTHON = "Python runs on the host alone: write it in TensorFlow's operations"
-_HOST = "do it in the dataset's decoder or augmentation, which run on the host"
+_PYTHON = "Python runs on the host only: use TensorFlow operations"
+_HOST = "move it to the dataset's decoder or augmentation, which run on the host"
 # By the prefix of an operation's name.
 _ADVICE = {
   "EagerPyFunc": _PYTHON,
   "PyFunc": _PYTHON,
-  "Print": "take tf.print out of the step",
-  "String": "strings, as of tf.print, stay on the host: take them out of the step",
+  "Print": "remove tf.print from the step",
+  "String": "strings (as of tf.print) need the host: remove them from the step",
   "Decode": _HOST,
   "Encode": _HOST,
   "ImageProjective": _HOST,
-  "Unique": "its result has no shape that is known beforehand: use a mask instead",
-  "Where": "its result has no shape that is known beforehand: use a mask instead",
+  "Unique": "the shape of its result is unknown at compile time: use a mask instead",
+  "Where": "the shape of its result is unknown at compile time: use a mask instead",
 }
-_OTHER_ADVICE = f"use others in its place, or {_HOST}"
+_OTHER_ADVICE = f"use other operations, or {_HOST}"
 
 _ROWS_PER_TILE = 128
 
@@ -110,7 +109,7 @@ def devices_text(topology: Topology) -> str:
   memory = memory_text(topology.memory_bytes)
   line = f"{topology.name}: {topology.num_replicas} replicas, {memory} each"
   if topology.num_hosts > 1:
-    line += f"; that is {topology.num_hosts} hosts, and --strategy=tpu takes one"
+    line += f"; that is {topology.num_hosts} hosts, but --strategy=tpu supports one"
   return line
 
 
@@ -163,13 +162,13 @@ def memory_text(num_bytes: float) -> str:
 
 def _collectives(compiled: Compiled) -> str:
   if compiled.collectives is None:
-    return "not told: JAX can't read this program"
+    return "not available: JAX can't read this program"
   if not compiled.collectives:
     return "none"
   numbers = Counter(each.name for each in compiled.collectives)
   counted = ", ".join(f"{number} {name}" for name, number in sorted(numbers.items()))
   total = sum(each.bytes for each in compiled.collectives)
-  return f"{counted}; {memory_text(total)} come to each replica"
+  return f"{counted}; each replica receives {memory_text(total)}"
 
 
 class Refusal(NamedTuple):
@@ -249,8 +248,8 @@ def proposals(
     found += [*_micro_batches(run, num_replicas, share), *_precision(run)]
   if not all(is_of_encoder):
     found.append(
-      f"{type(run.step.loss).__name__}.rows_per_tile = {_ROWS_PER_TILE}: streaming, so "
-      f"many anchors at a time against all candidates; the same result"
+      f"{type(run.step.loss).__name__}.rows_per_tile = {_ROWS_PER_TILE}: compares that "
+      "many anchors at a time with all candidates; the same result"
     )
   return [*found, *_smaller_batch(run, num_replicas, share)]
 
@@ -264,7 +263,7 @@ def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
   if not enough or has_synchronized(run.step.encoder):
     return []
   result = (
-    "batch normalisation then sees micro-batches"
+    "batch normalisation then uses micro-batches"
     if batch_norms(run.step.encoder)
     else "the same result"
   )
@@ -394,7 +393,7 @@ def _tell(result: Result, run: RunStep, topology: Topology) -> None:
     print(claim_text(topology))
     return
   print(too_large_text(result.share, topology, result.largest))
-  print("What takes less, each as --gin_param='...':")
+  print("Settings that need less memory, each as --gin_param='...':")
   num_replicas = topology.num_replicas
   for line in proposals(run, num_replicas, result.share, result.largest):
     print(f"  {line}")

@@ -89,7 +89,7 @@ def parse_topology(name: str) -> Topology:
   version = VERSIONS.get(tpu[1]) if tpu else None
   if tpu is None or version is None:
     raise UserError(
-      f"--topology={name!r} is not known; give {_EXAMPLES}. TPUs are "
+      f"--topology={name!r} is not known; use a form such as {_EXAMPLES}. TPUs are "
       f"{', '.join(VERSIONS)}."
     )
   sizes = [int(size) for size in tpu[2].split("x")]
@@ -99,8 +99,8 @@ def parse_topology(name: str) -> Topology:
   if len(sizes) != version.num_axes or not num_chips:
     example = "2x2" if version.num_axes == 2 else "2x2x1"
     raise UserError(
-      f"--topology={name!r} does not say how many chips stand along each of the "
-      f"{version.num_axes} axes of {tpu[1]}; give for example {tpu[1]}:{example}."
+      f"--topology={name!r} needs the number of chips along each of the "
+      f"{version.num_axes} axes of {tpu[1]}, for example {tpu[1]}:{example}."
     )
   return Topology(
     name,
@@ -195,7 +195,8 @@ class Compiler:
   def __init__(self, python: str):
     if not os.access(python, os.X_OK):
       raise UserError(
-        f"--compiler_python={python} is not there; ./launch/tpu_check.sh makes it."
+        f"--compiler_python={python} does not exist; run ./launch/tpu_check.sh, which "
+        "creates it."
       )
     self._python = python
 

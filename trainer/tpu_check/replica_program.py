@@ -115,8 +115,8 @@ def _sampler_shape(parts: TrainConfig) -> tuple[int, int]:
     return make(table).shape
   except AttributeError as error:
     raise UserError(
-      f"train.sampler_fn draws by the data's own names ({error}), which are not "
-      "looked at here; give @PKSampler of as many classes."
+      f"train.sampler_fn reads the data ({error}), which this check does not; use "
+      "@PKSampler with as many classes."
     ) from error
 
 

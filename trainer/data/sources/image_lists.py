@@ -146,7 +146,7 @@ class ManifestSource(Source):
     for column, name in names.items():
       value = self._value(column, cells[column], where)
       if value is None:
-        notes.add(f"cells of column {column!r} are empty", row.line)
+        notes.add(f"cells of column {column!r} have no number", row.line)
       else:
         features[name] = value
     if self._path_column is None:
