@@ -60,7 +60,7 @@ def _task(folder, mode, *flags, params=()):
   )
 
 
-def _answers(folder, capsys, *flags, params=(), status=0):
+def _results(folder, capsys, *flags, params=(), status=0):
   capsys.readouterr()
   assert _task(folder, "search", "--json", *flags, params=params) == status
   return json.loads(capsys.readouterr().out)
@@ -77,8 +77,8 @@ def _image(folder, item):
 
 def test_an_image_finds_its_own_record_first(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
-  [answer] = _answers(folder, capsys, f"--query={_image(folder, 7)}")
-  first, *others = answer["hits"]
+  [result] = _results(folder, capsys, f"--query={_image(folder, 7)}")
+  first, *others = result["hits"]
   assert first["key"] == kept.keys[7]
   assert first["distance"] == pytest.approx(0, abs=2e-3)
   assert len(others) == 9
@@ -88,13 +88,13 @@ def test_an_image_finds_its_own_record_first(folder, capsys):
 
 def test_a_key_finds_others_than_itself(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
-  [answer] = _answers(folder, capsys, f"--query={kept.keys[7]}")
+  [result] = _results(folder, capsys, f"--query={kept.keys[7]}")
   squares = np.sum((kept.embeddings - kept.embeddings[7]) ** 2, axis=1)
   squares[7] = np.inf
-  assert [hit["item"] for hit in answer["hits"]] == np.argsort(squares)[:10].tolist()
+  assert [hit["item"] for hit in result["hits"]] == np.argsort(squares)[:10].tolist()
   assert (
-    answer["hits"][0]["class_name"]
-    == kept.class_names[int(kept.labels[answer["hits"][0]["item"]])]
+    result["hits"][0]["class_name"]
+    == kept.class_names[int(kept.labels[result["hits"][0]["item"]])]
   )
 
 
@@ -102,7 +102,7 @@ def test_an_image_of_another_format_is_converted_as_at_ingest(folder, capsys):
   png, webp = _image(folder, 7), str(folder / "7.webp")
   with Image.open(png) as image:
     image.save(webp, lossless=True)
-  wanted, got = _answers(folder, capsys, f"--query={png}", f"--query={webp}")
+  wanted, got = _results(folder, capsys, f"--query={png}", f"--query={webp}")
   assert got["hits"] == wanted["hits"]
   pictures = [str(folder / "of_png.png"), str(folder / "of_webp.png")]
   for query, picture in zip((png, webp), pictures):
@@ -116,29 +116,29 @@ def test_vectors_are_answered_one_by_one_and_bad_ones_told(folder, capsys):
   vectors[1, 5] = np.nan
   with open(folder / "vectors.NPY", "wb") as file:
     np.save(file, vectors)
-  answers = _answers(folder, capsys, f"--query={folder / 'vectors.NPY'}", status=2)
-  assert [len(answer["hits"]) for answer in answers] == [10, 0, 10]
-  assert "not finite" in answers[1]["error"]
+  results = _results(folder, capsys, f"--query={folder / 'vectors.NPY'}", status=2)
+  assert [len(result["hits"]) for result in results] == [10, 0, 10]
+  assert "not finite" in results[1]["error"]
 
 
 def test_what_can_not_be_answered_holds_up_nothing_else(folder, capsys):
   (folder / "text.png").write_bytes(b"no image")
   np.save(folder / "short.npy", np.zeros([1, 5], np.float32))
-  asked = [_image(folder, 3), "no such key"]
-  asked += [str(folder / "text.png"), str(folder / "short.npy")]
-  answers = _answers(folder, capsys, *(f"--query={q}" for q in asked), status=2)
-  assert len(answers[0]["hits"]) == 10
+  queries = [_image(folder, 3), "no such key"]
+  queries += [str(folder / "text.png"), str(folder / "short.npy")]
+  results = _results(folder, capsys, *(f"--query={q}" for q in queries), status=2)
+  assert len(results[0]["hits"]) == 10
   words = ["neither a file nor a key", "can't be decoded", "5 dimensions"]
-  for answer, word in zip(answers[1:], words):
-    assert word in answer["error"]
+  for result, word in zip(results[1:], words):
+    assert word in result["error"]
 
 
 def test_an_index_answers_as_exact_search_does(folder, capsys):
   assert _task(folder, "index", params=["index.kind = 'flat'"]) == 0
   query = f"--query={_image(folder, 11)}"
   index = [f"search.index = '{folder / 'run' / 'index'}'"]
-  [exact] = _answers(folder, capsys, query)
-  [indexed] = _answers(folder, capsys, query, params=index)
+  [exact] = _results(folder, capsys, query)
+  [indexed] = _results(folder, capsys, query, params=index)
   assert [h["item"] for h in indexed["hits"]] == [h["item"] for h in exact["hits"]]
   manifest = json.loads((folder / "run" / "index" / "manifest.json").read_text())
   assert manifest["recall_at_10"] == pytest.approx(1.0, abs=0.01)
@@ -147,8 +147,8 @@ def test_an_index_answers_as_exact_search_does(folder, capsys):
 
 def test_the_table_and_the_picture_show_what_was_found(folder, capsys):
   picture = folder / "found.png"
-  asked = (f"--query={_image(folder, 2)}", f"--picture={picture}")
-  assert _task(folder, "search", *asked, params=["search.num_neighbours = 4"]) == 0
+  queries = (f"--query={_image(folder, 2)}", f"--picture={picture}")
+  assert _task(folder, "search", *queries, params=["search.num_neighbours = 4"]) == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0].endswith("2.png")
   assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "3", "4"]
@@ -168,19 +168,19 @@ def test_files_without_a_vector_to_ask_by_are_told_and_the_others_answered(
   np.save(folder / "longer.npy", np.full([1, 64], 1e300))
   np.save(folder / "complex.npy", np.ones([1, 64], np.complex64))
   names = ("folder.png", "nothing.npy", "none.npy", "long.npy", "longer.npy")
-  asked = [*(str(folder / name) for name in (*names, "complex.npy")), kept.keys[5]]
-  *bad, good = _answers(folder, capsys, *(f"--query={q}" for q in asked), status=2)
+  queries = [*(str(folder / name) for name in (*names, "complex.npy")), kept.keys[5]]
+  *bad, good = _results(folder, capsys, *(f"--query={q}" for q in queries), status=2)
   words = ["can't be read", "not hold an array", "(0, 64)", "too long", "not finite"]
-  for answer, word in zip(bad, [*words, "not hold an array"]):
-    assert word in answer["error"]
-    assert not answer["hits"]
+  for result, word in zip(bad, [*words, "not hold an array"]):
+    assert word in result["error"]
+    assert not result["hits"]
   assert len(good["hits"]) == 10
 
 
 def test_a_file_of_no_vectors_alone_is_no_success(folder, capsys):
   np.save(folder / "none.npy", np.zeros([0, 64], np.float32))
-  [answer] = _answers(folder, capsys, f"--query={folder / 'none.npy'}", status=2)
-  assert "(0, 64)" in answer["error"]
+  [result] = _results(folder, capsys, f"--query={folder / 'none.npy'}", status=2)
+  assert "(0, 64)" in result["error"]
 
 
 def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
@@ -193,7 +193,7 @@ def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
     calls.append((len(queries), k))
     return nearest(queries, kept.embeddings, num_neighbours=k)
 
-  found = query_lib.answer(
+  found = query_lib.search(
     [vectors, kept.keys[1], "no such key"],
     kept,
     embed_fn=lambda _: np.zeros(64),
@@ -208,8 +208,8 @@ def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
 def test_a_key_has_no_more_neighbours_than_there_are_other_items(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   params = ["search.num_neighbours = 1797"]
-  asked = f"--query={kept.keys[7]}"
-  [found] = _answers(folder, capsys, asked, params=params, status=2)
+  queries = f"--query={kept.keys[7]}"
+  [found] = _results(folder, capsys, queries, params=params, status=2)
   assert "num_neighbours=1797 exceeds the gallery size 1796" in found["error"]
 
 
@@ -217,7 +217,7 @@ def test_an_image_is_not_compared_with_embeddings_of_another_step(folder, capsys
   image, key = f"--query={_image(folder, 7)}", "--query=no such key"
   _save(folder, step=4)
   try:
-    found = _answers(folder, capsys, image, key, status=2)
+    found = _results(folder, capsys, image, key, status=2)
   finally:
     shutil.rmtree(folder / "run" / "checkpoints")
     _save(folder, step=3)
@@ -229,7 +229,7 @@ def test_an_image_is_not_compared_with_embeddings_of_other_weights(folder, capsy
   shutil.rmtree(folder / "run" / "checkpoints")
   _save(folder, step=3, seed=2)
   try:
-    [found] = _answers(folder, capsys, f"--query={_image(folder, 7)}", status=2)
+    [found] = _results(folder, capsys, f"--query={_image(folder, 7)}", status=2)
   finally:
     shutil.rmtree(folder / "run" / "checkpoints")
     shutil.move(folder / "kept", folder / "run" / "checkpoints")
@@ -274,10 +274,10 @@ def test_mistakes_are_told_in_one_line(folder, capsys, flags, params, words):
 
 def test_more_neighbours_than_there_are_items_have_no_answer(folder, capsys):
   params = ["search.num_neighbours = 2000"]
-  [answer] = _answers(
+  [result] = _results(
     folder, capsys, f"--query={_image(folder, 3)}", params=params, status=2
   )
-  assert "num_neighbours=2000 exceeds the gallery size" in answer["error"]
+  assert "num_neighbours=2000 exceeds the gallery size" in result["error"]
 
 
 _HOLD = """

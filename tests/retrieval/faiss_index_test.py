@@ -11,7 +11,7 @@ import pytest
 from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.retrieval import faiss_index
-from trainer.retrieval.faiss_index import KeptIndex
+from trainer.retrieval.faiss_index import StoredIndex
 from trainer.retrieval.knn import nearest
 
 
@@ -34,7 +34,7 @@ def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp
   assert least_recall <= measured["recall_at_10"] <= 1.0
   assert measured["queries_per_second"] > 0
   faiss_index.write_index(str(tmp_path), index, {"kind": kind})
-  kept = KeptIndex(str(tmp_path))
+  kept = StoredIndex(str(tmp_path))
   found = kept.nearest(embeddings[:50], embeddings, num_neighbours=10)
   exact = nearest(embeddings[:50], embeddings, num_neighbours=10)
   same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(*(found[:1] + exact[:1]))])
@@ -65,7 +65,7 @@ def test_what_an_index_finds_has_the_order_and_distances_of_differences(kind, tm
   queries = embeddings[:40] + np.float32(1e-5)
   index = faiss_index.build_index(embeddings, kind)
   faiss_index.write_index(str(tmp_path), index, {"kind": kind})
-  found = KeptIndex(str(tmp_path)).nearest(queries, embeddings, num_neighbours=5)
+  found = StoredIndex(str(tmp_path)).nearest(queries, embeddings, num_neighbours=5)
   distances = near_embeddings.true_distances(queries, embeddings)
   wanted = np.take_along_axis(distances, found.indices, axis=1)
   np.testing.assert_allclose(found.distances, wanted, rtol=1e-6)
@@ -86,7 +86,7 @@ def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
   index = faiss_index.build_index(embeddings, kind)
   assert faiss_index.measure_index(index, embeddings)["recall_at_10"] >= least_recall
   faiss_index.write_index(str(tmp_path), index, {"kind": "as FAISS reads it"})
-  kept = KeptIndex(str(tmp_path))
+  kept = StoredIndex(str(tmp_path))
   assert (kept._index.ntotal, kept._index.d) == (2_000, 16)
   _, read = kept._index.search(embeddings[:50], 10)
   np.testing.assert_array_equal(read, index.search(embeddings[:50], 10)[1])
@@ -101,7 +101,7 @@ def test_cells_with_fewer_items_than_asked_for_give_no_item_at_the_end(tmp_path)
   embeddings = _embeddings(80)
   index = faiss_index.build_index(embeddings, "ivf_flat")
   faiss_index.write_index(str(tmp_path), index, {"kind": "ivf_flat"})
-  kept = KeptIndex(str(tmp_path))
+  kept = StoredIndex(str(tmp_path))
   faiss.extract_index_ivf(kept._index).nprobe = 1
   found = kept.nearest(embeddings[:3], embeddings, num_neighbours=80)
   assert (found.indices[:, -1] == -1).all()
@@ -141,21 +141,23 @@ def test_a_flipped_byte_is_found(folder):
   content[100] ^= 1
   (folder / "index.faiss").write_bytes(content)
   with pytest.raises(UserError, match=r"is not the index that manifest\.json"):
-    KeptIndex(str(folder))
+    StoredIndex(str(folder))
 
 
 @pytest.mark.parametrize("content", ["", "[]", json.dumps({"num_items": 3})])
 def test_a_manifest_that_says_nothing_is_no_index(folder, content):
   (folder / "manifest.json").write_text(content)
   with pytest.raises(UserError, match="run --mode=index first"):
-    KeptIndex(str(folder))
+    StoredIndex(str(folder))
 
 
 def test_more_neighbours_than_items_are_refused(folder):
   with pytest.raises(UserError, match="num_neighbours=51 exceeds the gallery size 50"):
-    KeptIndex(str(folder)).nearest(_embeddings(2), _embeddings(50), num_neighbours=51)
+    StoredIndex(str(folder)).nearest(_embeddings(2), _embeddings(50), num_neighbours=51)
 
 
 def test_queries_of_other_dimensions_are_refused(folder):
   with pytest.raises(UserError, match=r"8 dimensions .* 16"):
-    KeptIndex(str(folder)).nearest(_embeddings(2, 8), _embeddings(50), num_neighbours=1)
+    StoredIndex(str(folder)).nearest(
+      _embeddings(2, 8), _embeddings(50), num_neighbours=1
+    )

@@ -10,7 +10,7 @@ from trainer.errors import UserError
 from trainer.retrieval import knn
 from trainer.retrieval.ground_truth import ItemLabels, LabelGroundTruth
 from trainer.retrieval.knn import nearest
-from trainer.retrieval.query import sampled_answers
+from trainer.retrieval.query import sample_results
 
 
 def _by_sorting(queries, gallery, num_neighbours):
@@ -203,9 +203,9 @@ def test_sampled_neighbours_leave_out_what_does_not_count():
   labels = np.repeat(np.arange(10), 4)
   cameras = np.tile([0, 0, 1, 2], 10)
   everything = np.arange(40)
-  judged = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
-  queries, neighbours, is_right = sampled_answers(
-    _random((40, 3), 7), judged, everything
+  ground_truth = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
+  queries, neighbours, is_right = sample_results(
+    _random((40, 3), 7), ground_truth, everything
   )
   np.testing.assert_array_equal(queries, everything)
   np.testing.assert_array_equal(

@@ -97,8 +97,8 @@ def test_figures_are_those_of_its_calculator(data):
     _RECORDED[f"{data}/{name}"] for name in ("embeddings", "labels")
   )
   items = np.arange(len(labels))
-  judged = LabelGroundTruth(items, items, ItemLabels(labels))
-  got = rank(embeddings, judged, ks=(1,)).means()
+  ground_truth = LabelGroundTruth(items, items, ItemLabels(labels))
+  got = rank(embeddings, ground_truth, ks=(1,)).means()
   for name, tolerance in _TOLERANCES.items():
     wanted = float(_RECORDED[f"{data}/{name}"])
     assert got[f"eval/{name}"] == pytest.approx(wanted, rel=tolerance), name

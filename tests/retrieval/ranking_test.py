@@ -65,11 +65,11 @@ def test_an_item_alone_in_its_class_has_no_ranks():
 def test_copies_rank_by_index_however_many_ask(num_queries):
   rng = np.random.default_rng(6)
   gallery = np.repeat(rng.normal(size=(1, 37)).astype(np.float32), 30, axis=0)
-  judged = LabelGroundTruth(
+  ground_truth = LabelGroundTruth(
     np.arange(30, 30 + num_queries), np.arange(30), ItemLabels(np.zeros(60, int))
   )
   queries = rng.normal(size=(num_queries, 37)).astype(np.float32)
-  for ranks in ranks_of_relevant(queries, gallery, judged):
+  for ranks in ranks_of_relevant(queries, gallery, ground_truth):
     np.testing.assert_array_equal(ranks, np.arange(1, 31))
 
 
@@ -109,9 +109,11 @@ def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
   gallery = near_embeddings.scattered(1e-4)
   queries = near_embeddings.scattered(3e-4, num_items=50) + np.float32(1e-3)
   labels = np.random.default_rng(9).integers(0, 20, 290)
-  judged = LabelGroundTruth(np.arange(240, 290), np.arange(240), ItemLabels(labels))
+  ground_truth = LabelGroundTruth(
+    np.arange(240, 290), np.arange(240), ItemLabels(labels)
+  )
   order = near_embeddings.true_order(queries, gallery)
-  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, judged)):
+  for query, ranks in enumerate(ranks_of_relevant(queries, gallery, ground_truth)):
     is_relevant = labels[order[query]] == labels[240 + query]
     np.testing.assert_array_equal(ranks, np.flatnonzero(is_relevant) + 1)
 
@@ -120,10 +122,12 @@ def test_excluded_items_are_not_counted_where_float32_decides_nothing():
   embeddings, labels = near_embeddings.CASES["huge"], np.arange(240) % 6
   cameras = np.arange(240) % 4
   everything = np.arange(240)
-  judged = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
+  ground_truth = LabelGroundTruth(everything, everything, ItemLabels(labels), cameras)
   order = near_embeddings.true_order(embeddings, embeddings)
-  for query, ranks in enumerate(ranks_of_relevant(embeddings, embeddings, judged)):
-    relevant, excluded = judged.judge(query)
+  for query, ranks in enumerate(
+    ranks_of_relevant(embeddings, embeddings, ground_truth)
+  ):
+    relevant, excluded = ground_truth.relevant_and_excluded(query)
     others = order[query][~np.isin(order[query], excluded)]
     np.testing.assert_array_equal(ranks, np.flatnonzero(np.isin(others, relevant)) + 1)
 
@@ -164,7 +168,7 @@ def _expected_of_rankings(embeddings, queries, gallery, is_relevant, is_excluded
 
 
 def _measured(embeddings, protocol, items):
-  found = rank(embeddings, protocol.judge(items), ks=_KS).means()
+  found = rank(embeddings, protocol.make_ground_truth(items), ks=_KS).means()
   found.pop("eval/num_queries_without_relevant")
   return found
 
@@ -245,8 +249,10 @@ def test_distractors_are_found_but_neither_ask_nor_are_relevant():
 
 def test_queries_without_a_relevant_item_are_told_and_left_out():
   embeddings = np.eye(5, dtype=np.float32)
-  found = rank(embeddings, LeaveOneOut().judge(_Items([0, 1, 0, 0, 2])), ks=_KS)
-  np.testing.assert_array_equal(found.unanswerable, [1, 4])
+  found = rank(
+    embeddings, LeaveOneOut().make_ground_truth(_Items([0, 1, 0, 0, 2])), ks=_KS
+  )
+  np.testing.assert_array_equal(found.queries_without_relevant, [1, 4])
   assert found.means()["eval/num_queries"] == 3
   assert found.means()["eval/num_queries_without_relevant"] == 2
 
@@ -254,7 +260,7 @@ def test_queries_without_a_relevant_item_are_told_and_left_out():
 def test_groups_come_with_the_worst_first():
   embeddings = np.array([[0, 0], [0, 1], [9, 9], [0, 0.5], [9, 8]], np.float32)
   labels = np.array([0, 0, 1, 2, 1])
-  found = rank(embeddings, LeaveOneOut().judge(_Items(labels)), ks=_KS)
+  found = rank(embeddings, LeaveOneOut().make_ground_truth(_Items(labels)), ks=_KS)
   rows = found.by_group(labels)
   assert list(rows) == [0, 1]
   assert rows[0]["eval/recall_at_1"] == 0.0
@@ -263,7 +269,7 @@ def test_groups_come_with_the_worst_first():
 
 def test_groups_have_the_means_of_their_own_queries():
   embeddings, labels, categories = _embeddings(60), _labels(60, 9), _labels(60, 4, 5)
-  found = rank(embeddings, LeaveOneOut().judge(_Items(labels)), ks=_KS)
+  found = rank(embeddings, LeaveOneOut().make_ground_truth(_Items(labels)), ks=_KS)
   rows = found.by_group(categories)
   for category in range(4):
     of_category = found.values[categories[found.queries] == category]
@@ -285,7 +291,9 @@ def test_intervals_hold_the_means_and_narrow_with_more_queries():
   widths = []
   for num_items in (40, 640):
     labels = _labels(num_items, 4)
-    found = rank(_embeddings(num_items), LeaveOneOut().judge(_Items(labels)), ks=_KS)
+    found = rank(
+      _embeddings(num_items), LeaveOneOut().make_ground_truth(_Items(labels)), ks=_KS
+    )
     means, intervals = found.means(), found.intervals()
     assert all(low <= means[name] <= high for name, (low, high) in intervals.items())
     low, high = intervals["eval/recall_at_1"]
@@ -295,32 +303,32 @@ def test_intervals_hold_the_means_and_narrow_with_more_queries():
 
 
 def test_nothing_to_find_is_refused():
-  judged = LeaveOneOut().judge(_Items([0, 1, 2]))
+  ground_truth = LeaveOneOut().make_ground_truth(_Items([0, 1, 2]))
   with pytest.raises(UserError, match="at least two items"):
-    rank(np.eye(3, dtype=np.float32), judged, ks=_KS)
+    rank(np.eye(3, dtype=np.float32), ground_truth, ks=_KS)
 
 
 def test_embeddings_that_are_not_finite_are_counted_and_refused():
   embeddings = np.zeros((4, 2), np.float32)
   embeddings[1, 0] = np.nan
   with pytest.raises(UserError, match="1 of 4 embeddings"):
-    rank(embeddings, LeaveOneOut().judge(_Items([0, 0, 0, 0])), ks=_KS)
+    rank(embeddings, LeaveOneOut().make_ground_truth(_Items([0, 0, 0, 0])), ks=_KS)
 
 
 @pytest.mark.parametrize("ks", [(), (0, 1)])
 def test_a_k_below_one_is_refused(ks):
-  judged = LeaveOneOut().judge(_Items([0, 0]))
+  ground_truth = LeaveOneOut().make_ground_truth(_Items([0, 0]))
   with pytest.raises(UserError, match=r"evaluate\.ks"):
-    rank(np.eye(2, dtype=np.float32), judged, ks=ks)
+    rank(np.eye(2, dtype=np.float32), ground_truth, ks=ks)
 
 
 def test_a_role_that_nothing_has_is_refused_with_those_there_are():
   items = _Items([0, 0], role=[["probe"], ["gallery"]])
   with pytest.raises(UserError, match="role='query'; the values are gallery, probe"):
-    QueryAndGallery().judge(items)
+    QueryAndGallery().make_ground_truth(items)
 
 
 def test_an_unknown_distractor_is_refused():
   relevance = Relevance(distractor_classes=("junk",))
   with pytest.raises(UserError, match="'junk' is not a class"):
-    LeaveOneOut(relevance).judge(_Items([0, 0]))
+    LeaveOneOut(relevance).make_ground_truth(_Items([0, 0]))

@@ -32,7 +32,7 @@ from trainer.training.checkpoint import Checkpoints
 
 # Subfolder of a run's folder, with checkpoints in the same layout.
 BEST_FOLDER = "best"
-_NUM_WORST, _NUM_UNANSWERABLE = 20, 20
+_NUM_WORST, _NUM_WITHOUT_RELEVANT = 20, 20
 _LEAVE_ONE_OUT, _VERIFICATION = LeaveOneOut(), Verification()
 
 
@@ -44,11 +44,11 @@ def main(run: Run) -> None:
     evaluation = make_evaluation()
     workers.check_equal(evaluation.dataset.index.fingerprint())
     step = evaluation.restore(run.model_dir)
-    evaluated = evaluation.evaluate()
-    publish(run.model_dir, step, evaluated)
+    result = evaluation.evaluate()
+    publish(run.model_dir, step, result)
 
 
-def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
+def publish(model_dir: str, step: int, result: EvaluationResult) -> None:
   """Writes the results of an evaluation, and prints its table.
 
   Must be called on all workers, whose replicas share the search; the chief writes.
@@ -56,16 +56,16 @@ def publish(model_dir: str, step: int, evaluated: EvaluationResult) -> None:
   Args:
     model_dir: folder of the run.
     step: number of steps the encoder was trained.
-    evaluated: results of the evaluation.
+    result: results of the evaluation.
   """
-  answers = evaluated.sampled_answers()
+  query_results = result.sample_results()
 
   def write():
     results = Results(model_dir)
     try:
-      results.write_latest(step, evaluated.measurement)
-      evaluated.write_classes(model_dir)
-      evaluated.write_report_data(model_dir, answers)
+      results.write_latest(step, result.measurement)
+      result.write_classes(model_dir)
+      result.write_report_data(model_dir, query_results)
       page.write_page(model_dir)
     finally:  # Print the results even if the disk is full.
       print(results.table())
@@ -144,10 +144,12 @@ class Evaluation:
     items = RecordItems(index, numbers)
     batches = self._embedder.embed(items.record_numbers)
     embeddings = np.concatenate(list(batches))[: len(items.labels)]
-    judged = self.protocol.judge(items)
-    rankings = rank(embeddings, judged, ks=self.ks)
-    found = self._measurement(items, embeddings, judged, rankings)
-    return EvaluationResult(self.dataset, items, embeddings, judged, rankings, found)
+    ground_truth = self.protocol.make_ground_truth(items)
+    rankings = rank(embeddings, ground_truth, ks=self.ks)
+    measurement = self._measurement(items, embeddings, ground_truth, rankings)
+    return EvaluationResult(
+      self.dataset, items, embeddings, ground_truth, rankings, measurement
+    )
 
   def metric_names(self) -> list[str]:
     """Returns the names of the metrics."""
@@ -169,25 +171,25 @@ class Evaluation:
     self,
     items: RecordItems,
     embeddings: np.ndarray,
-    judged: LabelGroundTruth,
+    ground_truth: LabelGroundTruth,
     rankings: Rankings,
   ) -> Measurement:
     metrics = rankings.means()
     # Distractors have no class.
-    kept = judged.labels.is_labelled()
-    embeddings, labels = embeddings[kept], items.labels[kept]
+    is_labelled = ground_truth.labels.is_labelled()
+    embeddings, labels = embeddings[is_labelled], items.labels[is_labelled]
     if self.verification is not None:
-      groups = None if judged.groups is None else judged.groups[kept]
+      groups = None if ground_truth.groups is None else ground_truth.groups[is_labelled]
       metrics.update(self.verification.measure(embeddings, labels, groups))
     if self.clustering is not None:
       metrics.update(self.clustering.measure(embeddings, labels))
-    unanswerable = rankings.unanswerable[:_NUM_UNANSWERABLE]
+    without_relevant = rankings.queries_without_relevant[:_NUM_WITHOUT_RELEVANT]
     return Measurement(
       metrics=metrics,
       intervals=rankings.intervals(),
       worst_classes=class_rows(rankings, items)[:_NUM_WORST],
       categories=self._categories(rankings, items),
-      queries_without_relevant=list(items.names(unanswerable)),
+      queries_without_relevant=list(items.names(without_relevant)),
     )
 
   def _categories(

@@ -19,10 +19,10 @@ from trainer.data.records import RecordIndex
 from trainer.errors import UserError
 from trainer.retrieval import embedding_store, pictures
 from trainer.retrieval.embedding_store import EmbeddingFolder
-from trainer.retrieval.faiss_index import KeptIndex
+from trainer.retrieval.faiss_index import StoredIndex
 from trainer.retrieval.knn import nearest
 from trainer.retrieval.pictures import pictures_of
-from trainer.retrieval.query import Answer, EmbedFn, NearestFn, answer
+from trainer.retrieval.query import EmbedFn, NearestFn, QueryResult, search
 from trainer.run import Run
 
 
@@ -30,22 +30,22 @@ def main(run: Run) -> None:
   """Searches for the queries of the command line."""
   options = SearchOptions()
   folder = options.embeddings or os.path.join(run.model_dir, "embeddings")
-  kept = EmbeddingFolder(folder)
+  stored = EmbeddingFolder(folder)
   trained = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
-  answers = answer(
+  results = search(
     run.search_request.queries,
-    kept,
-    embed_fn=_embed_fn(run, trained, kept),
-    nearest_fn=options.nearest_fn(kept),
+    stored,
+    embed_fn=_embed_fn(run, trained, stored),
+    nearest_fn=options.nearest_fn(stored),
     num_neighbours=options.num_neighbours,
   )
-  print(_json(answers) if run.search_request.is_json else _table(answers))
+  print(_json(results) if run.search_request.is_json else _table(results))
   if run.search_request.picture is not None:
-    _draw(answers, kept, trained, run.search_request.picture)
-  failed = [each for each in answers if each.error is not None]
+    _draw(results, stored, trained, run.search_request.picture)
+  failed = [result for result in results if result.error is not None]
   if failed:
     raise UserError(
-      f"{len(failed)} of {len(answers)} queries failed. {failed[0].error}"
+      f"{len(failed)} of {len(results)} queries failed. {failed[0].error}"
     )
 
 
@@ -73,25 +73,27 @@ class SearchOptions:
         f"search.num_neighbours={self.num_neighbours} must be at least 1."
       )
 
-  def nearest_fn(self, kept: EmbeddingFolder) -> NearestFn:
+  def nearest_fn(self, stored: EmbeddingFolder) -> NearestFn:
     """Returns the function that searches the embeddings.
 
     Raises:
       UserError: the index is of other embeddings.
     """
     if self.index is None:
-      gallery = kept.embeddings
+      gallery = stored.embeddings
       return lambda queries, k: nearest(queries, gallery, num_neighbours=k)
-    index = KeptIndex(self.index)
-    if index.manifest.get("embeddings_sha256") != kept.sha256:
+    index = StoredIndex(self.index)
+    if index.manifest.get("embeddings_sha256") != stored.sha256:
       raise UserError(
         f"{self.index} indexes other embeddings than those in the folder; run "
         "--mode=index again."
       )
-    return lambda queries, k: index.nearest(queries, kept.embeddings, num_neighbours=k)
+    return lambda queries, k: index.nearest(
+      queries, stored.embeddings, num_neighbours=k
+    )
 
 
-def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
+def _embed_fn(run: Run, trained: Evaluation, stored: EmbeddingFolder) -> EmbedFn:
   """Returns a function that embeds an image file; it restores the encoder once."""
   decode_files = getattr(trained.dataset.decoder, "decode_files", None)
 
@@ -99,7 +101,7 @@ def _embed_fn(run: Run, trained: Evaluation, kept: EmbeddingFolder) -> EmbedFn:
   def restore():
     step = trained.restore(run.model_dir)
     now = embedding_store.encoder_provenance(trained.encoder, run.config.values, step)
-    embedding_store.check_same_encoder(kept.source, now)
+    embedding_store.check_same_encoder(stored.source, now)
 
   def embed(content: bytes) -> np.ndarray:
     if decode_files is None:
@@ -121,30 +123,38 @@ def _decoded(content: bytes, decode_files) -> tf.Tensor:
     raise UserError(f"It can't be decoded as an image: {error}") from error
 
 
-def _table(answers: Sequence[Answer]) -> str:
+def _table(results: Sequence[QueryResult]) -> str:
   lines = []
-  for each in answers:
-    lines.append(each.query if each.error is None else f"{each.query}: {each.error}")
+  for result in results:
+    lines.append(
+      result.query if result.error is None else f"{result.query}: {result.error}"
+    )
     lines += [
       f"{rank:>4}{hit.distance:12.4g}  {hit.class_name:<24}{hit.key}"
-      for rank, hit in enumerate(each.hits, 1)
+      for rank, hit in enumerate(result.hits, 1)
     ]
   return "\n".join(lines)
 
 
-def _json(answers: Sequence[Answer]) -> str:
+def _json(results: Sequence[QueryResult]) -> str:
   return json.dumps(
-    [{**each._asdict(), "hits": [h._asdict() for h in each.hits]} for each in answers],
+    [
+      {**result._asdict(), "hits": [h._asdict() for h in result.hits]}
+      for result in results
+    ],
     indent=2,
   )
 
 
 def _draw(
-  answers: Sequence[Answer], kept: EmbeddingFolder, trained: Evaluation, path: str
+  results: Sequence[QueryResult],
+  stored: EmbeddingFolder,
+  trained: Evaluation,
+  path: str,
 ) -> None:
   """Writes a PNG with one row per query: the query first, then its neighbours."""
-  index = RecordIndex.open(str(kept.source.get("records")))
-  embedding_store.check_same_records(kept.source, index)
+  index = RecordIndex.open(str(stored.source.get("records")))
+  embedding_store.check_same_records(stored.source, index)
   decoder = trained.dataset.decoder
   pictures_fn = pictures_of(index, decoder, np.arange(index.num_records))
   if pictures_fn is None:
@@ -153,22 +163,22 @@ def _draw(
       "--picture."
     )
   rows = []
-  for each in answers:
-    if each.hits:
-      found = [tf.io.decode_png(p) for p in pictures_fn(np.array(each.items()))]
-      rows.append([_picture_of(each, kept, pictures_fn, decoder), *found])
+  for result in results:
+    if result.hits:
+      found = [tf.io.decode_png(p) for p in pictures_fn(np.array(result.items()))]
+      rows.append([_picture_of(result, stored, pictures_fn, decoder), *found])
   if rows:
     tf.io.write_file(path, pictures.grid_png(rows))
     print(path)
 
 
-def _picture_of(asked: Answer, kept: EmbeddingFolder, pictures_fn, decoder):
+def _picture_of(result: QueryResult, stored: EmbeddingFolder, pictures_fn, decoder):
   """Returns the picture of a query, [H, W, C] uint8; None for a vector."""
-  row = kept.position(asked.query)
+  row = stored.position(result.query)
   if row is not None:
     return tf.io.decode_png(pictures_fn(np.array([row]))[0])
-  if not os.path.exists(asked.query):
+  if not os.path.exists(result.query):
     return None
-  content = tf.io.read_file(asked.query).numpy()
+  content = tf.io.read_file(result.query).numpy()
   [inputs] = _decoded(content, decoder.decode_files)
   return tf.cast(tf.round(inputs * 255.0), tf.uint8)

@@ -188,7 +188,7 @@ def write_index(folder: str, index: Any, manifest: Mapping[str, Any]) -> None:
     filesystem.write_bytes(new_manifest, json.dumps(content, indent=2).encode())
 
 
-class KeptIndex:
+class StoredIndex:
   """An index on disk.
 
   Attributes:

@@ -41,7 +41,7 @@ class ItemLabels:
     self._labels, self._items = labels[labels >= 0], items[labels >= 0]
     self._starts = np.searchsorted(self._items, np.arange(self.num_items + 1))
 
-  def of(self, item: int) -> np.ndarray:
+  def labels_of(self, item: int) -> np.ndarray:
     """Returns the label ids of an item, [n] int."""
     return self._labels[self._starts[item] : self._starts[item + 1]]
 
@@ -49,7 +49,7 @@ class ItemLabels:
     """Returns whether each item has a label, [N] bool."""
     return np.diff(self._starts) > 0
 
-  def holders(self) -> MemberTable:
+  def items_by_label(self) -> MemberTable:
     """Returns the items of each label."""
     num_labels = int(self._labels.max(initial=-1)) + 1
     table = members_from_labels(self._labels, num_labels)
@@ -75,7 +75,7 @@ class LabelGroundTruth:
   labels: ItemLabels
   groups: Optional[np.ndarray] = None
 
-  def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+  def relevant_and_excluded(self, query: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the relevant and the excluded items of a query.
 
     Returns:
@@ -83,28 +83,30 @@ class LabelGroundTruth:
       excluded items: the query itself, and excluded pairs.
     """
     item = int(self.queries[query])
-    own = self._places[item]
-    sharing = self._sharing(item)
-    is_excluded = sharing == own
+    own_position = self._positions[item]
+    positions = self._positions_sharing(item)
+    is_excluded = positions == own_position
     if self.groups is not None:
-      is_excluded |= self.groups[self.gallery[sharing]] == self.groups[item]
-    excluded = sharing[is_excluded]
-    if own >= 0 and own not in excluded:
-      excluded = np.append(excluded, own)
-    return sharing[~is_excluded], excluded
+      is_excluded |= self.groups[self.gallery[positions]] == self.groups[item]
+    excluded = positions[is_excluded]
+    if own_position >= 0 and own_position not in excluded:
+      excluded = np.append(excluded, own_position)
+    return positions[~is_excluded], excluded
 
-  def _sharing(self, item: int) -> np.ndarray:
+  def _positions_sharing(self, item: int) -> np.ndarray:
     """Returns the gallery positions that share a label with an item, ascending."""
-    places = [self._places_with(int(label)) for label in self.labels.of(item)]
-    if len(places) == 1:
-      return places[0]
-    return np.unique(np.concatenate([np.empty(0, np.int64), *places]))
+    positions = [
+      self._positions_with(int(label)) for label in self.labels.labels_of(item)
+    ]
+    if len(positions) == 1:
+      return positions[0]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *positions]))
 
-  def _places_with(self, label: int) -> np.ndarray:
+  def _positions_with(self, label: int) -> np.ndarray:
     """Returns the gallery positions with a label, ascending; cached."""
     if label not in self._known:
-      places = self._places[self._holders.members(label)]
-      self._known[label] = np.sort(places[places >= 0])
+      positions = self._positions[self._items_by_label.members(label)]
+      self._known[label] = np.sort(positions[positions >= 0])
     return self._known[label]
 
   @functools.cached_property
@@ -112,15 +114,15 @@ class LabelGroundTruth:
     return {}
 
   @functools.cached_property
-  def _holders(self) -> MemberTable:
-    return self.labels.holders()
+  def _items_by_label(self) -> MemberTable:
+    return self.labels.items_by_label()
 
   @functools.cached_property
-  def _places(self) -> np.ndarray:
+  def _positions(self) -> np.ndarray:
     """The position of each item in the gallery, [N] int64; −1 if it is not in it."""
-    places = np.full(self.labels.num_items, -1, np.int64)
-    places[self.gallery] = np.arange(len(self.gallery))
-    return places
+    positions = np.full(self.labels.num_items, -1, np.int64)
+    positions[self.gallery] = np.arange(len(self.gallery))
+    return positions
 
 
 class Items(Protocol):
@@ -145,7 +147,7 @@ class Items(Protocol):
 class EvaluationProtocol(Protocol):
   """Protocol that divides items into queries and gallery."""
 
-  def judge(self, items: Items) -> LabelGroundTruth:
+  def make_ground_truth(self, items: Items) -> LabelGroundTruth:
     """Returns queries, gallery and ground truth."""
 
 
@@ -195,7 +197,7 @@ class Relevance:
     """Returns the group of each item, [N] int; None if no pairs are excluded."""
     if self.excluded_feature is None:
       return None
-    return _numbered(items.feature(self.excluded_feature))
+    return _number_values(items.feature(self.excluded_feature))
 
 
 _SAME_CLASS = Relevance()
@@ -214,12 +216,12 @@ class LeaveOneOut:
 
   relevance: Relevance = _SAME_CLASS
 
-  def judge(self, items: Items) -> LabelGroundTruth:
+  def make_ground_truth(self, items: Items) -> LabelGroundTruth:
     """Returns queries, gallery and ground truth."""
     labels = self.relevance.labels(items)
-    everything = np.arange(labels.num_items)
-    asks = everything[labels.is_labelled()]
-    return LabelGroundTruth(asks, everything, labels, self.relevance.groups(items))
+    all_items = np.arange(labels.num_items)
+    queries = all_items[labels.is_labelled()]
+    return LabelGroundTruth(queries, all_items, labels, self.relevance.groups(items))
 
 
 @gin.register
@@ -240,7 +242,7 @@ class QueryAndGallery:
   gallery_role: str = "gallery"
   relevance: Relevance = _SAME_CLASS
 
-  def judge(self, items: Items) -> LabelGroundTruth:
+  def make_ground_truth(self, items: Items) -> LabelGroundTruth:
     """Returns queries, gallery and ground truth.
 
     Raises:
@@ -266,7 +268,7 @@ class QueryAndGallery:
     )
 
 
-def _numbered(values: Sequence[Sequence[Any]]) -> np.ndarray:
+def _number_values(values: Sequence[Sequence[Any]]) -> np.ndarray:
   """Numbers the values, [N] int64; an item without a value equals no other."""
   numbers: dict[tuple, int] = {}
   return np.array(

@@ -24,7 +24,7 @@ _MAX_EXCLUDED = 200
 _MAX_SQUARE = float(np.finfo(np.float32).max) / 8.0
 
 
-class SampledAnswers(NamedTuple):
+class SampledResults(NamedTuple):
   """Sampled queries and their nearest items, without excluded items.
 
   Attributes:
@@ -38,45 +38,47 @@ class SampledAnswers(NamedTuple):
   is_right: np.ndarray
 
 
-def sampled_answers(
+def sample_results(
   embeddings: np.ndarray,
-  judged: LabelGroundTruth,
-  asking: np.ndarray,
+  ground_truth: LabelGroundTruth,
+  items: np.ndarray,
   *,
   seed: int = 0,
-) -> SampledAnswers:
+) -> SampledResults:
   """Samples queries at random and finds their neighbours, on all replicas.
 
   Args:
     embeddings: [N, D] float32, finite.
-    judged: queries, gallery and ground truth.
-    asking: [n] int64, the items to draw from; each has relevant items.
+    ground_truth: queries, gallery and ground truth.
+    items: [n] int64, the items to draw from; each has relevant items.
     seed: random seed of the drawing.
 
   Returns:
     At most 2,000 queries with at most 100 neighbours each.
   """
   rng = np.random.default_rng(seed)
-  rows = np.flatnonzero(np.isin(judged.queries, asking))
+  rows = np.flatnonzero(np.isin(ground_truth.queries, items))
   drawn = np.sort(rng.permutation(rows)[:_MAX_QUERIES])
-  judgements = [judged.judge(query) for query in drawn]
-  num_excluded = np.array([len(excluded) for _, excluded in judgements])
+  pairs = [ground_truth.relevant_and_excluded(query) for query in drawn]
+  num_excluded = np.array([len(excluded) for _, excluded in pairs])
   is_kept = num_excluded <= max(_MAX_EXCLUDED, num_excluded.min())
   drawn, most = drawn[is_kept], int(num_excluded[is_kept].max())
-  num_neighbours = min(_MAX_NEIGHBOURS, len(judged.gallery) - most)
+  num_neighbours = min(_MAX_NEIGHBOURS, len(ground_truth.gallery) - most)
   found = nearest(
-    embeddings[judged.queries[drawn]],
-    embeddings[judged.gallery],
+    embeddings[ground_truth.queries[drawn]],
+    embeddings[ground_truth.gallery],
     num_neighbours=num_neighbours + most,
   ).indices
   neighbours = np.empty([len(drawn), num_neighbours], np.int64)
   is_right = np.empty([len(drawn), num_neighbours], bool)
   for place, row in enumerate(np.flatnonzero(is_kept)):
-    relevant, excluded = judgements[row]
+    relevant, excluded = pairs[row]
     counting = found[place][~np.isin(found[place], excluded)]
     neighbours[place] = counting[:num_neighbours]
     is_right[place] = np.isin(neighbours[place], relevant)
-  return SampledAnswers(judged.queries[drawn], judged.gallery[neighbours], is_right)
+  return SampledResults(
+    ground_truth.queries[drawn], ground_truth.gallery[neighbours], is_right
+  )
 
 
 # Embeds the bytes of an image file; returns [D] float32.
@@ -101,7 +103,7 @@ class Hit(NamedTuple):
   distance: float
 
 
-class Answer(NamedTuple):
+class QueryResult(NamedTuple):
   """Result of a query, or its error.
 
   Attributes:
@@ -133,20 +135,20 @@ class Query(NamedTuple):
   row: Optional[int] = None
 
 
-def answer(
-  asked: Sequence[str],
-  kept: EmbeddingFolder,
+def search(
+  queries: Sequence[str],
+  stored: EmbeddingFolder,
   *,
   embed_fn: EmbedFn,
   nearest_fn: NearestFn,
   num_neighbours: int,
-) -> list[Answer]:
+) -> list[QueryResult]:
   """Searches for each query; an invalid query does not affect the others.
 
   Args:
-    asked: paths of image files, paths of `.npy` files with vectors [n, D] or [D], or
+    queries: paths of image files, paths of `.npy` files with vectors [n, D] or [D], or
       keys. The item of a key is excluded from its own neighbours.
-    kept: the embeddings that are searched.
+    stored: the embeddings that are searched.
     embed_fn: embeds an image.
     nearest_fn: searches.
     num_neighbours: k.
@@ -157,40 +159,40 @@ def answer(
   Raises:
     UserError: there are no queries.
   """
-  if not asked:
+  if not queries:
     raise UserError(
       "No query is given; add --query with an image, a .npy file or a key."
     )
-  answers: list[Answer] = []
-  queries: dict[int, Query] = {}
-  for name in asked:
+  results: list[QueryResult] = []
+  valid: dict[int, Query] = {}
+  for name in queries:
     try:
-      found = _queries(name, kept, embed_fn)
+      loaded = _load_queries(name, stored, embed_fn)
     except UserError as error:
-      answers.append(Answer(name, error=str(error)))
+      results.append(QueryResult(name, error=str(error)))
       continue
-    for query in found:
-      fault = _fault(query, kept.embeddings.shape, num_neighbours)
-      if fault is None:
-        queries[len(answers)] = query
-      answers.append(Answer(query.name, error=fault))
-  if queries:
-    found_for = _found(list(queries.values()), kept, nearest_fn, num_neighbours)
-    for place, each in zip(queries, found_for):
-      answers[place] = each
-  return answers
+    for query in loaded:
+      problem = _find_error(query, stored.embeddings.shape, num_neighbours)
+      if problem is None:
+        valid[len(results)] = query
+      results.append(QueryResult(query.name, error=problem))
+  if valid:
+    found = _search_all(list(valid.values()), stored, nearest_fn, num_neighbours)
+    for place, result in zip(valid, found):
+      results[place] = result
+  return results
 
 
-def _queries(name: str, kept: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
+def _load_queries(name: str, stored: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
   if os.path.exists(name):
     if name.lower().endswith(".npy"):
       vectors = np.atleast_2d(_vectors(name))
       return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
     return [Query(name, embed_fn(_content(name)))]
-  row = kept.position(name)
+  row = stored.position(name)
   if row is None:
     raise UserError(f"{name} is neither a file nor a key of the embeddings.")
-  return [Query(name, np.asarray(kept.embeddings[row], np.float32), row)]
+  return [Query(name, np.asarray(stored.embeddings[row], np.float32), row)]
 
 
 def _content(path: str) -> bytes:
@@ -217,7 +219,7 @@ def _vectors(path: str) -> np.ndarray:
     return vectors.astype(np.float32)
 
 
-def _fault(
+def _find_error(
   query: Query, gallery_shape: Sequence[int], num_neighbours: int
 ) -> Optional[str]:
   """Returns why a query has no result; None if it is valid."""
@@ -233,20 +235,22 @@ def _fault(
   return None
 
 
-def _found(
+def _search_all(
   queries: Sequence[Query],
-  kept: EmbeddingFolder,
+  stored: EmbeddingFolder,
   nearest_fn: NearestFn,
   num_neighbours: int,
-) -> Iterator[Answer]:
+) -> Iterator[QueryResult]:
   """Searches for all queries at once; omits a query's own item from its results."""
   num_wanted = num_neighbours + any(query.row is not None for query in queries)
   vectors = np.stack([query.vector for query in queries])
-  found = nearest_fn(vectors, min(num_wanted, len(kept.keys)))
+  found = nearest_fn(vectors, min(num_wanted, len(stored.keys)))
   for query, items, distances in zip(queries, *map(np.ndarray.tolist, found)):
     hits = [
-      Hit(item, kept.keys[item], kept.class_names[int(kept.labels[item])], distance)
+      Hit(
+        item, stored.keys[item], stored.class_names[int(stored.labels[item])], distance
+      )
       for item, distance in zip(items, distances)
       if item >= 0 and item != query.row
     ]
-    yield Answer(query.name, hits[:num_neighbours])
+    yield QueryResult(query.name, hits[:num_neighbours])

@@ -36,13 +36,13 @@ _NUM_PARTS = 16
 # Buffered ranks, grouped by the number of relevant items, 32 MB.
 _MAX_RANKS = 4_000_000
 
-_OF_RANKING = {
+_RANKING_METRICS = {
   "map": metrics.average_precision,
   "map_at_r": metrics.average_precision_at_r,
   "r_precision": metrics.r_precision,
   "mrr": metrics.reciprocal_rank,
 }
-_OF_NEAREST = {
+_METRICS_AT_K = {
   "recall_at": metrics.recall_at_k,
   "precision_at": metrics.precision_at_k,
   "set_recall_at": metrics.set_recall_at_k,
@@ -54,7 +54,7 @@ _OF_NEAREST = {
 class GroundTruth(Protocol):
   """Protocol of the relevant and excluded gallery items of each query."""
 
-  def judge(self, query: int) -> tuple[np.ndarray, np.ndarray]:
+  def relevant_and_excluded(self, query: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the relevant and the excluded items of a query.
 
     Returns:
@@ -66,7 +66,7 @@ class GroundTruth(Protocol):
 def ranks_of_relevant(
   queries: np.ndarray,
   gallery: np.ndarray,
-  judgements: GroundTruth,
+  ground_truth: GroundTruth,
   *,
   max_distances: int = _MAX_DISTANCES,
 ) -> Iterator[np.ndarray]:
@@ -79,19 +79,19 @@ def ranks_of_relevant(
   Args:
     queries: [Q, D] float32, finite.
     gallery: [G, D] float32, finite.
-    judgements: ground truth of each query by its number.
+    ground_truth: ground truth of each query by its number.
     max_distances: the largest number of distances held at once.
 
   Yields:
     [R] int64 ranks of each query in order, ascending, from 1.
   """
-  ranking = _Ranking(queries, gallery, judgements)
+  ranking = _Ranking(queries, gallery, ground_truth)
   num_rows = max(1, min(len(queries), max_distances // max(1, len(gallery))))
-  room = np.empty([num_rows, len(gallery)], np.float32)
+  buffer = np.empty([num_rows, len(gallery)], np.float32)
   with futures.ThreadPoolExecutor(os.cpu_count()) as threads:
     for start in range(0, len(queries), num_rows):
       watchdog.beat()
-      nearness = ranking.nearness(start, room[: len(queries) - start])
+      nearness = ranking.nearness(start, buffer[: len(queries) - start])
       parts = np.array_split(nearness, min(len(nearness), _NUM_PARTS))
       firsts = start + np.cumsum([0, *map(len, parts[:-1])])
       for found in threads.map(ranking.ranks, firsts.tolist(), parts):
@@ -101,9 +101,11 @@ def ranks_of_relevant(
 class _Ranking:
   """Queries and their gallery, after subtracting the common offset of all items."""
 
-  def __init__(self, queries: np.ndarray, gallery: np.ndarray, judgements: GroundTruth):
+  def __init__(
+    self, queries: np.ndarray, gallery: np.ndarray, ground_truth: GroundTruth
+  ):
     self._queries, self._gallery = queries, gallery
-    self._judgements = judgements
+    self._ground_truth = ground_truth
     self._offset = exact_distances.common_offset(gallery)
     self._items = gallery - self._offset
     squares = np.einsum("gd,gd->g", self._items, self._items, dtype=np.float64)
@@ -136,10 +138,10 @@ class _Ranking:
     undecided = [row for row, ranks in enumerate(found) if ranks is None]
     if undecided:
       queries = start + np.array(undecided)
-      again = exact_distances.nearness_in_float64(
+      exact = exact_distances.nearness_in_float64(
         self._queries[queries], self._gallery, self._offset
       )
-      for row, values in zip(undecided, np.concatenate(list(again), axis=1)):
+      for row, values in zip(undecided, np.concatenate(list(exact), axis=1)):
         found[row] = self._ranks(start + row, values, norms[row], ROUNDOFF_64)
     return [ranks for ranks in found if ranks is not None]
 
@@ -158,7 +160,7 @@ class _Ranking:
       norm: norm of the query, after subtracting the offset.
       roundoff: of the nearness; 0 if it is exact.
     """
-    relevant, excluded = self._judgements.judge(query)
+    relevant, excluded = self._ground_truth.relevant_and_excluded(query)
     if not len(relevant):
       return np.empty(0, np.int64)
     relevant = relevant[np.argsort(nearness[relevant])]
@@ -250,25 +252,25 @@ class Rankings(NamedTuple):
     names: [M] of the metrics, prefixed by "eval/".
     values: [Q, M] float64.
     queries: [Q] int64, the query items.
-    unanswerable: int64, query items without relevant items.
+    queries_without_relevant: int64, query items without relevant items.
   """
 
   names: list[str]
   values: np.ndarray
   queries: np.ndarray
-  unanswerable: np.ndarray
+  queries_without_relevant: np.ndarray
 
   def means(self) -> dict[str, float]:
     """Returns each metric over all queries, and the number of queries."""
     return {
-      **self._named(self.values.mean(axis=0)),
+      **self._by_name(self.values.mean(axis=0)),
       "eval/num_queries": len(self.queries),
-      "eval/num_queries_without_relevant": len(self.unanswerable),
+      "eval/num_queries_without_relevant": len(self.queries_without_relevant),
     }
 
   def intervals(self) -> dict[str, list[float]]:
     """Returns low and high of each metric; see `trainer.retrieval.metrics`."""
-    return self._named(bootstrap_intervals(self.values))
+    return self._by_name(bootstrap_intervals(self.values))
 
   def by_group(self, groups: np.ndarray) -> dict[Any, dict[str, float]]:
     """Returns metrics per group of queries, the worst recall@1 and MAP@R first.
@@ -286,18 +288,18 @@ class Rankings(NamedTuple):
     in_order = self.values[np.argsort(group_of, kind="stable")]
     means = np.add.reduceat(in_order, starts, axis=0) / counts[:, None]
     rows = {
-      group: {"num_queries": int(count), **self._named(mean)}
+      group: {"num_queries": int(count), **self._by_name(mean)}
       for group, count, mean in zip(found, counts, means)
     }
     firsts = [n for n in ("eval/recall_at_1", "eval/map_at_r") if n in self.names]
     return dict(sorted(rows.items(), key=lambda row: [row[1][n] for n in firsts]))
 
-  def _named(self, values: np.ndarray) -> dict[str, Any]:
+  def _by_name(self, values: np.ndarray) -> dict[str, Any]:
     return dict(zip(self.names, values.tolist()))
 
 
 def rank(
-  embeddings: np.ndarray, judged: LabelGroundTruth, *, ks: Sequence[int]
+  embeddings: np.ndarray, ground_truth: LabelGroundTruth, *, ks: Sequence[int]
 ) -> Rankings:
   """Ranks the gallery for every query, exactly, in bounded memory.
 
@@ -305,7 +307,7 @@ def rank(
 
   Args:
     embeddings: [N, D] float32.
-    judged: queries, gallery and ground truth.
+    ground_truth: queries, gallery and ground truth.
     ks: the k of recall@k and similar metrics.
 
   Returns:
@@ -317,12 +319,12 @@ def rank(
   """
   check_finite(embeddings)
   functions = _functions(ks).values()
-  queries, gallery = embeddings[judged.queries], embeddings[judged.gallery]
+  queries, gallery = embeddings[ground_truth.queries], embeddings[ground_truth.gallery]
   values = np.zeros([len(queries), len(functions)])
   has_relevant = np.zeros(len(queries), bool)
-  for those, ranks in _equally_many(ranks_of_relevant(queries, gallery, judged)):
-    has_relevant[those] = True
-    values[those] = np.stack([function(ranks) for function in functions], axis=1)
+  for rows, ranks in _group_by_count(ranks_of_relevant(queries, gallery, ground_truth)):
+    has_relevant[rows] = True
+    values[rows] = np.stack([function(ranks) for function in functions], axis=1)
   if not has_relevant.any():
     raise UserError(
       f"None of {len(queries)} queries has a relevant item; evaluation needs a class "
@@ -331,8 +333,8 @@ def rank(
   return Rankings(
     metric_names(ks),
     values[has_relevant],
-    judged.queries[has_relevant],
-    judged.queries[~has_relevant],
+    ground_truth.queries[has_relevant],
+    ground_truth.queries[~has_relevant],
   )
 
 
@@ -365,7 +367,7 @@ def check_finite(embeddings: np.ndarray) -> None:
     )
 
 
-def _equally_many(
+def _group_by_count(
   found: Iterable[np.ndarray],
 ) -> Iterator[tuple[list[int], np.ndarray]]:
   """Groups queries by their number of relevant items R > 0.
@@ -383,12 +385,12 @@ def _equally_many(
       waiting.setdefault(len(ranks), []).append((query, ranks))
       num_waiting += len(ranks)
     if num_waiting > _MAX_RANKS:
-      yield from map(_stacked, waiting.values())
+      yield from map(_stack, waiting.values())
       waiting, num_waiting = {}, 0
-  yield from map(_stacked, waiting.values())
+  yield from map(_stack, waiting.values())
 
 
-def _stacked(rows: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
+def _stack(rows: list[tuple[int, np.ndarray]]) -> tuple[list[int], np.ndarray]:
   queries, ranks = zip(*rows)
   return list(queries), np.stack(ranks)
 
@@ -398,9 +400,9 @@ def _functions(ks: Sequence[int]) -> dict[str, Callable[[np.ndarray], np.ndarray
   if not ks or min(ks) < 1:
     raise UserError(f"evaluate.ks={tuple(ks)} must have numbers of at least 1.")
   found: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
-  for name, function in _OF_NEAREST.items():
+  for name, function in _METRICS_AT_K.items():
     for k in sorted(ks):
       # At k = 1 the other metrics equal recall, or recall divided by R.
       if k > 1 or name == "recall_at":
         found[f"{name}_{k}"] = functools.partial(function, k=k)
-  return {**found, **_OF_RANKING}
+  return {**found, **_RANKING_METRICS}

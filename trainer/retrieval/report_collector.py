@@ -12,7 +12,12 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.retrieval import embedding_map, pictures, report_data
-from trainer.retrieval.report_data import Answers, EmbeddingMap, ReportData, ShownQuery
+from trainer.retrieval.report_data import (
+  EmbeddingMap,
+  QueryResults,
+  ReportData,
+  ShownQuery,
+)
 
 NUM_MAPPED = 1_000
 _MAX_CURVE_K = 100
@@ -53,35 +58,37 @@ def collect_report_data(
     UserError: an embedding is not finite, no query has a relevant item, or there are no
       neighbours.
   """
-  answers = _answers(embeddings, labels, neighbours, queries, is_right, class_names)
-  is_right = answers.is_right
+  results = _query_results(
+    embeddings, labels, neighbours, queries, is_right, class_names
+  )
+  is_right = results.is_right
   random = np.random.default_rng(seed)
   curve = np.logical_or.accumulate(is_right[:, :_MAX_CURVE_K], axis=1).mean(axis=0)
-  confusions = report_data.confused_classes(answers)
+  confusions = report_data.confused_classes(results)
   wanted = [confusion.query for confusion in confusions]
-  shown = report_data.shown_queries(answers, wanted, random)
+  shown = report_data.shown_queries(results, wanted, random)
   return ReportData(
     num_items=len(labels),
-    num_queries=len(answers.queries),
+    num_queries=len(results.queries),
     num_mistakes=int((~is_right[:, 0]).sum()),
     num_classes=len(np.unique(labels)),
     histogram=embedding_map.distance_histogram(embeddings, labels, random),
     recall_at=[float(value) for value in curve],
     queries=shown,
     confusions=confusions,
-    embedding_map=_map(answers, shown, pictures_fn, random),
+    embedding_map=_map(results, shown, pictures_fn, random),
     pictures=_pictures(shown, pictures_fn),
   )
 
 
-def _answers(
+def _query_results(
   embeddings: np.ndarray,
   labels: np.ndarray,
   neighbours: np.ndarray,
   queries: np.ndarray,
   is_right: Optional[np.ndarray],
   class_names: Union[Sequence[str], Mapping[int, str]],
-) -> Answers:
+) -> QueryResults:
   """Returns the results of the queries with a relevant item."""
   num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
   if num_bad:
@@ -97,23 +104,25 @@ def _answers(
       f"Report data of {len(queries)} queries with {neighbours.shape[1]} neighbours "
       "each: at least one query must have a neighbour and another item of its class."
     )
-  asked, found = queries[has_relevant], neighbours[has_relevant]
-  return Answers(embeddings, labels, asked, found, is_right[has_relevant], class_names)
+  queries, found = queries[has_relevant], neighbours[has_relevant]
+  return QueryResults(
+    embeddings, labels, queries, found, is_right[has_relevant], class_names
+  )
 
 
 def _map(
-  answers: Answers,
+  results: QueryResults,
   shown: Sequence[ShownQuery],
   pictures_fn: Optional[PicturesFn],
   random: np.random.Generator,
 ) -> EmbeddingMap:
   """Returns a map of the shown queries and of other items drawn at random."""
-  asking = [query.item for query in shown]
-  others = np.setdiff1d(np.arange(len(answers.labels)), asking)
-  num_others = min(NUM_MAPPED - len(asking), len(others))
-  items = np.sort([*asking, *random.choice(others, num_others, replace=False)])
-  method, places = embedding_map.lay_out(answers.embeddings[items])
-  is_right = dict(zip(answers.queries.tolist(), answers.is_right[:, 0].tolist()))
+  shown_items = [query.item for query in shown]
+  others = np.setdiff1d(np.arange(len(results.labels)), shown_items)
+  num_others = min(NUM_MAPPED - len(shown_items), len(others))
+  items = np.sort([*shown_items, *random.choice(others, num_others, replace=False)])
+  method, places = embedding_map.lay_out(results.embeddings[items])
+  is_right = dict(zip(results.queries.tolist(), results.is_right[:, 0].tolist()))
   sprite = None
   if pictures_fn is not None:
     images = pictures.shrink(pictures_fn(items), _SPRITE_SIDE)
@@ -121,7 +130,7 @@ def _map(
   return EmbeddingMap(
     method=method,
     items=items.tolist(),
-    class_names=[answers.name(item) for item in items],
+    class_names=[results.name(item) for item in items],
     x=[round(x, 4) for x in places[:, 0].tolist()],
     y=[round(y, 4) for y in places[:, 1].tolist()],
     is_mistake=[

@@ -227,7 +227,7 @@ def _of_json(content: dict[str, Any]) -> ReportData:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class QueryResults:
   """Queries with a relevant item, and their neighbours.
 
   Attributes:
@@ -251,32 +251,35 @@ class Answers:
     return self.class_names[int(self.labels[item])]
 
 
-def confused_classes(answers: Answers) -> list[Confusion]:
+def confused_classes(results: QueryResults) -> list[Confusion]:
   """Returns the most frequent pairs of a query's class and its nearest item's class.
 
   Args:
-    answers: results of all queries.
+    results: results of all queries.
 
   Returns:
     At most 12, the most frequent first; among equals the lower labels. The example
     query of a pair is the one nearest to its wrong neighbour.
   """
   of_another = (
-    answers.labels[answers.neighbours[:, 0]] != answers.labels[answers.queries]
+    results.labels[results.neighbours[:, 0]] != results.labels[results.queries]
   )
-  mistakes = np.flatnonzero(~answers.is_right[:, 0] & of_another)
-  asked, found = answers.queries[mistakes], answers.neighbours[mistakes, 0]
+  mistakes = np.flatnonzero(~results.is_right[:, 0] & of_another)
+  queries, found = (
+    results.queries[mistakes],
+    results.neighbours[mistakes, 0],
+  )
   pairs, pair_of, counts = np.unique(
-    np.stack([answers.labels[asked], answers.labels[found]]),
+    np.stack([results.labels[queries], results.labels[found]]),
     axis=1,
     return_inverse=True,
     return_counts=True,
   )
   pair_of = np.ravel(pair_of)  # Only NumPy 2.0 returns another shape.
   distances = np.linalg.norm(
-    answers.embeddings[asked] - answers.embeddings[found], axis=1
+    results.embeddings[queries] - results.embeddings[found], axis=1
   )
-  labels, sizes = np.unique(answers.labels[answers.queries], return_counts=True)
+  labels, sizes = np.unique(results.labels[results.queries], return_counts=True)
   num_queries = dict(zip(labels.tolist(), sizes.tolist()))
   most = []
   for pair in np.argsort(-counts, kind="stable")[:_NUM_CONFUSIONS]:
@@ -284,11 +287,11 @@ def confused_classes(answers: Answers) -> list[Confusion]:
     example = members[np.argmin(distances[members])]
     most.append(
       Confusion(
-        class_name=answers.name(asked[example]),
-        taken_for=answers.name(found[example]),
+        class_name=results.name(queries[example]),
+        taken_for=results.name(found[example]),
         num_mistakes=int(counts[pair]),
         num_queries=num_queries[int(pairs[0, pair])],
-        query=int(asked[example]),
+        query=int(queries[example]),
         neighbour=int(found[example]),
       )
     )
@@ -296,43 +299,43 @@ def confused_classes(answers: Answers) -> list[Confusion]:
 
 
 def shown_queries(
-  answers: Answers, wanted: Sequence[int], random: np.random.Generator
+  results: QueryResults, wanted: Sequence[int], random: np.random.Generator
 ) -> list[ShownQuery]:
   """Selects queries to show: those wanted, then random wrong and correct ones.
 
   Args:
-    answers: results of all queries.
+    results: results of all queries.
     wanted: items of wrong queries that must be included.
     random: draws the others.
 
   Returns:
     At most 24; wrong ones first, those with the most wrong neighbours at the top.
   """
-  is_right = answers.is_right
-  rows = random.permutation(len(answers.queries))
-  is_first = ~np.isin(answers.queries[rows], wanted)
+  is_right = results.is_right
+  rows = random.permutation(len(results.queries))
+  is_first = ~np.isin(results.queries[rows], wanted)
   rows = rows[np.argsort(is_first, kind="stable")]  # Wanted queries come first.
   mistakes, right = rows[~is_right[rows, 0]], rows[is_right[rows, 0]]
   num_mistakes = min(len(mistakes), max(_MOST_MISTAKES, NUM_QUERIES - len(right)))
   chosen = [*mistakes[:num_mistakes], *right[: NUM_QUERIES - num_mistakes]]
   num_wrong = (~is_right[:, :NUM_NEIGHBOURS]).sum(axis=1)
   chosen.sort(key=lambda row: (is_right[row, 0], -num_wrong[row], row))
-  return [_query(answers, row) for row in chosen]
+  return [_query(results, row) for row in chosen]
 
 
-def _query(answers: Answers, row: int) -> ShownQuery:
-  item = int(answers.queries[row])
+def _query(results: QueryResults, row: int) -> ShownQuery:
+  item = int(results.queries[row])
   neighbours = [
     Neighbour(
       item=int(other),
-      class_name=answers.name(other),
+      class_name=results.name(other),
       distance=float(
-        np.linalg.norm(answers.embeddings[item] - answers.embeddings[other])
+        np.linalg.norm(results.embeddings[item] - results.embeddings[other])
       ),
       is_right=bool(is_right),
     )
     for other, is_right in zip(
-      answers.neighbours[row, :NUM_NEIGHBOURS], answers.is_right[row]
+      results.neighbours[row, :NUM_NEIGHBOURS], results.is_right[row]
     )
   ]
-  return ShownQuery(item=item, class_name=answers.name(item), neighbours=neighbours)
+  return ShownQuery(item=item, class_name=results.name(item), neighbours=neighbours)

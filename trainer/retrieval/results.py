@@ -20,7 +20,7 @@ from trainer.errors import UserError
 from trainer.retrieval import embedding_map, report_collector
 from trainer.retrieval.ground_truth import LabelGroundTruth, RecordItems
 from trainer.retrieval.pictures import pictures_of
-from trainer.retrieval.query import SampledAnswers, sampled_answers
+from trainer.retrieval.query import SampledResults, sample_results
 from trainer.retrieval.ranking import Rankings
 from trainer.runtime import filesystem
 
@@ -124,10 +124,10 @@ def _read(path: str) -> dict[str, dict[str, Any]]:
     raise UserError(
       f"{path} can't be read ({error}); remove it, and run --mode=evaluate again."
     ) from error
-  is_whole = isinstance(content, dict) and all(
+  is_valid = isinstance(content, dict) and all(
     isinstance(moment, dict) for moment in content.values()
   )
-  if not is_whole:
+  if not is_valid:
     raise UserError(
       f"{path} is not an object of results by moment; remove it, and run "
       "--mode=evaluate again."
@@ -168,7 +168,7 @@ class EvaluationResult(NamedTuple):
     dataset: of the items.
     items: [N], the embedded items.
     embeddings: [N, D] float32.
-    judged: queries, gallery and ground truth.
+    ground_truth: queries, gallery and ground truth.
     rankings: the metrics of each query.
     measurement: the metrics of the evaluation.
   """
@@ -176,7 +176,7 @@ class EvaluationResult(NamedTuple):
   dataset: Dataset
   items: RecordItems
   embeddings: np.ndarray
-  judged: LabelGroundTruth
+  ground_truth: LabelGroundTruth
   rankings: Rankings
   measurement: Measurement
 
@@ -190,24 +190,24 @@ class EvaluationResult(NamedTuple):
     writer.writerows(rows)
     filesystem.replace_file(path, text.getvalue())
 
-  def sampled_answers(self) -> SampledAnswers:
+  def sample_results(self) -> SampledResults:
     """Returns sampled queries with relevant items, searched on all replicas."""
-    return sampled_answers(self.embeddings, self.judged, self.rankings.queries)
+    return sample_results(self.embeddings, self.ground_truth, self.rankings.queries)
 
-  def write_report_data(self, model_dir: str, answers: SampledAnswers) -> None:
+  def write_report_data(self, model_dir: str, query_results: SampledResults) -> None:
     """Writes the data of the report and the files of the projector.
 
     Args:
       model_dir: folder of the run.
-      answers: sampled queries and their neighbours.
+      query_results: sampled queries and their neighbours.
     """
     found = report_collector.collect_report_data(
       self.embeddings,
       self.items.labels,
-      answers.neighbours,
-      answers.queries,
+      query_results.neighbours,
+      query_results.queries,
       class_names=self.items.class_names,
-      is_right=answers.is_right,
+      is_right=query_results.is_right,
       pictures_fn=pictures_of(
         self.dataset.index, self.dataset.decoder, self.items.record_numbers
       ),
