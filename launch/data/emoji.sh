@@ -21,19 +21,19 @@ if [ -e "$target/labels.npy" ]; then
 fi
 task_python datasets
 
-aside=$(mktemp -d)
-trap 'rm -rf "$aside"' EXIT
+staging_dir=$(mktemp -d)
+trap 'rm -rf "$staging_dir"' EXIT
 if [ -z "$icons" ]; then
   advice="give a folder that has the icons: $0 ICONS_FOLDER"
   command -v npm >/dev/null || fail "this machine has no npm; $advice"
-  icons=$aside/icons
+  icons=$staging_dir/icons
   echo "Fetching ${#packages[@]} packages of emoji."
   for package in "${packages[@]}"; do
-    archive=$(cd "$aside" && npm pack --silent "@iconify-json/$package" 2>"$aside/log") ||
-      fail "@iconify-json/$package can't be fetched ($(tail -n 1 "$aside/log")); $advice"
+    archive=$(cd "$staging_dir" && npm pack --silent "@iconify-json/$package" 2>"$staging_dir/log") ||
+      fail "@iconify-json/$package can't be fetched ($(tail -n 1 "$staging_dir/log")); $advice"
     mkdir -p "$icons/$package"
-    tar -xzf "$aside/$archive" -C "$icons/$package" package/icons.json 2>"$aside/log" ||
-      fail "@iconify-json/$package can't be unpacked: $(tail -n 1 "$aside/log")"
+    tar -xzf "$staging_dir/$archive" -C "$icons/$package" package/icons.json 2>"$staging_dir/log" ||
+      fail "@iconify-json/$package can't be unpacked: $(tail -n 1 "$staging_dir/log")"
   done
 fi
 echo "Drawing: half a minute on two cores."

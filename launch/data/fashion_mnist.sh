@@ -42,22 +42,22 @@ if [ -z "$source" ] && has_all "$target"; then
 fi
 
 mkdir -p "$target" 2>/dev/null || fail "$PWD/$target can't be made."
-aside=$(mktemp -d)
-trap 'rm -rf "$aside"' EXIT
+staging_dir=$(mktemp -d)
+trap 'rm -rf "$staging_dir"' EXIT
 
 if [ -z "$source" ]; then
   advice="give a folder that has the four files: $0 FOLDER"
   for tool in apt-get dpkg; do
     command -v "$tool" >/dev/null || fail "this machine has no $tool; $advice"
   done
-  source=$aside/files
-  if ! (cd "$aside" && apt-get download -qq dataset-fashion-mnist) >"$aside/log" 2>&1; then
-    fail "dataset-fashion-mnist can't be fetched ($(tail -n 1 "$aside/log")); try apt-get update, or $advice"
+  source=$staging_dir/files
+  if ! (cd "$staging_dir" && apt-get download -qq dataset-fashion-mnist) >"$staging_dir/log" 2>&1; then
+    fail "dataset-fashion-mnist can't be fetched ($(tail -n 1 "$staging_dir/log")); try apt-get update, or $advice"
   fi
-  dpkg -x "$aside"/dataset-fashion-mnist*.deb "$aside/package" 2>"$aside/log" ||
-    fail "the package can't be unpacked: $(tail -n 1 "$aside/log")"
+  dpkg -x "$staging_dir"/dataset-fashion-mnist*.deb "$staging_dir/package" 2>"$staging_dir/log" ||
+    fail "the package can't be unpacked: $(tail -n 1 "$staging_dir/log")"
   mkdir "$source"
-  find "$aside/package" -type f -name '*-ubyte*' -exec mv {} "$source" \;
+  find "$staging_dir/package" -type f -name '*-ubyte*' -exec mv {} "$source" \;
 fi
 
 for name in "${names[@]}"; do
@@ -71,8 +71,8 @@ fi
 # Each file is copied under a temporary name first, so that a partial copy is never used.
 for name in "${names[@]}"; do
   file=$(find_file "$source" "$name")
-  cp -- "$file" "$target/.partial" 2>"$aside/log" ||
-    fail "$file can't be copied: $(tail -n 1 "$aside/log")"
+  cp -- "$file" "$target/.partial" 2>"$staging_dir/log" ||
+    fail "$file can't be copied: $(tail -n 1 "$staging_dir/log")"
   rm -f "$target/$name" "$target/$name.gz"
   mv "$target/.partial" "$target/$(basename "$file")"
 done

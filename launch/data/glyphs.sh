@@ -22,21 +22,21 @@ if [ -e "$target/held_out_fonts_labels.npy" ]; then
 fi
 task_python datasets
 
-aside=$(mktemp -d)
-trap 'rm -rf "$aside"' EXIT
+staging_dir=$(mktemp -d)
+trap 'rm -rf "$staging_dir"' EXIT
 if [ -z "$fonts" ]; then
   advice="give a folder that has fonts: $0 FONTS_FOLDER"
   for tool in apt-get dpkg; do
     command -v "$tool" >/dev/null || fail "this machine has no $tool; $advice"
   done
-  fonts=$aside/fonts
+  fonts=$staging_dir/fonts
   mkdir "$fonts"
   echo "Fetching ${#packages[@]} packages of fonts."
   for package in "${packages[@]}"; do
-    (cd "$aside" && apt-get download -qq "fonts-$package") >"$aside/log" 2>&1 ||
-      fail "fonts-$package can't be fetched ($(tail -n 1 "$aside/log")); try apt-get update, or $advice"
-    dpkg -x "$aside"/fonts-"$package"_*.deb "$fonts/$package" 2>"$aside/log" ||
-      fail "fonts-$package can't be unpacked: $(tail -n 1 "$aside/log")"
+    (cd "$staging_dir" && apt-get download -qq "fonts-$package") >"$staging_dir/log" 2>&1 ||
+      fail "fonts-$package can't be fetched ($(tail -n 1 "$staging_dir/log")); try apt-get update, or $advice"
+    dpkg -x "$staging_dir"/fonts-"$package"_*.deb "$fonts/$package" 2>"$staging_dir/log" ||
+      fail "fonts-$package can't be unpacked: $(tail -n 1 "$staging_dir/log")"
   done
 fi
 echo "Drawing: two minutes on two cores."

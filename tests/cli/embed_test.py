@@ -199,7 +199,7 @@ def test_who_reads_embeddings_keeps_them_while_others_take_their_place(tmp_path)
   writer.finish(np.zeros(3), "abc", ["all"])
   np.testing.assert_array_equal(reader.embeddings, np.ones([3, 2]))
   np.testing.assert_array_equal(EmbeddingFolder(str(tmp_path)).embeddings, 2.0)
-  assert not (tmp_path / "aside").exists()
+  assert not (tmp_path / "staging").exists()
 
 
 def test_what_half_precision_can_not_hold_is_counted_and_refused(trained, tmp_path):

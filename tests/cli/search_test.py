@@ -297,7 +297,7 @@ def test_a_second_process_that_writes_into_a_folder_is_refused(
 ):
   """Before it touches what the first one has staged."""
   target = tmp_path / name
-  staged = target / "aside" / "half done"
+  staged = target / "staging" / "half done"
   staged.parent.mkdir(parents=True)
   staged.write_text("of the first")
   params = [f"{mode}.folder = '{target}'"]

@@ -81,7 +81,7 @@ def killed_on_two_replicas(runs: Runs) -> Outcome:
 def killed_while_saving(runs: Runs) -> Outcome:
   """SIGKILL, twice; while a checkpoint is written."""
   model_dir = runs.folder / "killed-saving"
-  aside = model_dir / "checkpoints" / "aside"
+  staging_dir = model_dir / "checkpoints" / "staging"
   lost = 0
   for number in range(2):
     running = runs.start("killed-saving")
@@ -89,7 +89,7 @@ def killed_while_saving(runs: Runs) -> Outcome:
     running.wait_until(lambda f=first: runs_lib.newest_step(model_dir) > f)
     # The first time as soon as it writes, the second when the data is there.
     looked_for = ("*", "ckpt-*.index")[number]
-    running.wait_until(lambda pattern=looked_for: any(aside.glob(pattern)))
+    running.wait_until(lambda pattern=looked_for: any(staging_dir.glob(pattern)))
     running.tell(signal.SIGKILL)
     running.wait()
     lost += max(0, _logged_step(model_dir) - runs_lib.newest_step(model_dir))

@@ -41,7 +41,7 @@ def test_rounds_are_listed_newest_first_and_what_is_aside_is_not(tmp_path):
   assert round.round_steps(str(tmp_path)) == []
   for step in (40, 1_200_000_000, 400):
     write_round(tmp_path, step, **example_arrays())
-  (tmp_path / "mining" / "aside").mkdir()
+  (tmp_path / "mining" / "staging").mkdir()
   (tmp_path / "mining" / "rounds.jsonl").write_text("")
   assert round.round_steps(str(tmp_path)) == [1_200_000_000, 400, 40]
   round.remove_round(str(tmp_path), 400)
@@ -59,7 +59,7 @@ def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatc
     write_round(tmp_path, 40, **example_arrays(seed=1))
   found = _open(tmp_path).arrays["positives"]
   np.testing.assert_array_equal(found, example_arrays()["positives"])
-  assert not (tmp_path / "mining" / "aside").exists()
+  assert not (tmp_path / "mining" / "staging").exists()
 
 
 def _write_for_ever(folder):

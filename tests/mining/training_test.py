@@ -75,8 +75,8 @@ def test_gone_on_with_from_before_a_round_it_ends_as_one_that_went_on(runs):
   # As if killed while it made the second round.
   shutil.copytree(whole, killed)
   _forget_checkpoints_after(killed, 8)
-  (killed / "mining" / "round-00000020").rename(killed / "mining" / "aside")
-  (killed / "mining" / "aside" / "manifest.json").unlink()
+  (killed / "mining" / "round-00000020").rename(killed / "mining" / "staging")
+  (killed / "mining" / "staging" / "manifest.json").unlink()
   (killed / "mining" / "rounds.jsonl").write_text('{"step": 10, "round": 10}\n')
   _finished(runs.start("killed", *params, flags=flags))
   assert runs_lib.differences(killed, whole) == []

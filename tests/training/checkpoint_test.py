@@ -229,8 +229,8 @@ def test_a_run_is_not_begun_again_over_checkpoints_that_are_all_damaged(tmp_path
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_goes(tmp_path):
   folder = tmp_path / "checkpoints"
-  (folder / "aside").mkdir(parents=True)
-  for name in ("aside/ckpt-4.index", "ckpt-4.data-00000-of-00001", "ckpt-4.index"):
+  (folder / "staging").mkdir(parents=True)
+  for name in ("staging/ckpt-4.index", "ckpt-4.data-00000-of-00001", "ckpt-4.index"):
     (folder / name).write_bytes(b"torn")
   checkpoints = _checkpoints(tmp_path, _encoder())
   assert checkpoints.restore() is None
@@ -249,13 +249,13 @@ def test_tensorflow_finds_the_newest_by_itself(tmp_path):
 def test_a_checkpoint_that_claims_more_than_it_has_takes_no_memory(tmp_path):
   folder = tmp_path / "checkpoints"
   _checkpoints(tmp_path, _encoder()).save(3)
-  aside = pathlib.Path(checkpoint_files.aside(str(folder)))
-  with open(aside / "ckpt-6.data-00000-of-00001", "wb") as file:
+  staging_dir = pathlib.Path(checkpoint_files.create_staging_dir(str(folder)))
+  with open(staging_dir / "ckpt-6.data-00000-of-00001", "wb") as file:
     file.truncate(100)
   checkpoint.write_snapshot(
-    {"encoder/x": np.zeros([1000], np.float32)}, str(aside / "ckpt-6")
+    {"encoder/x": np.zeros([1000], np.float32)}, str(staging_dir / "ckpt-6")
   )
-  with open(aside / "ckpt-6.data-00000-of-00001", "r+b") as file:
+  with open(staging_dir / "ckpt-6.data-00000-of-00001", "r+b") as file:
     file.truncate(100)
   checkpoint_files.publish(str(folder), 6, {})
   with pytest.raises(

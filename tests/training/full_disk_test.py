@@ -349,7 +349,7 @@ def _contents(folder):
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in paths
-    if path.name != "filler" and path.parent.name != "aside"
+    if path.name != "filler" and path.parent.name != "staging"
   }
 
 

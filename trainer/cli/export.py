@@ -38,11 +38,11 @@ def main(run: Run) -> None:
   export = Export()
   step = trained.restore(run.model_dir)
   folder = export.folder or os.path.join(run.model_dir, "export")
-  with saved_model.replacing_folder(folder) as aside:
-    _make(trained, export, aside)
-    run_config.save_config(run.config, aside)
+  with saved_model.replacing_folder(folder) as staging_dir:
+    _make(trained, export, staging_dir)
+    run_config.save_config(run.config, staging_dir)
     model_card.write_model_card(
-      aside, _facts(run, trained, step), model_dir=run.model_dir
+      staging_dir, _facts(run, trained, step), model_dir=run.model_dir
     )
   for name, title in _TITLES.items():
     if os.path.exists(os.path.join(folder, name)):

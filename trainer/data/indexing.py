@@ -283,27 +283,27 @@ def write_index(
   )
 
 
-def publish_index(aside: str, folder: str) -> None:
+def publish_index(staging_dir: str, folder: str) -> None:
   """Moves a complete index into place and replaces an existing one.
 
   Processes that have the old index open can keep using it.
 
   Args:
-    aside: folder where it was written.
+    staging_dir: folder where it was written.
     folder: final folder of the index.
   """
   if not filesystem.is_remote(folder):
-    filesystem.replace_folder(aside, folder)
+    filesystem.replace_folder(staging_dir, folder)
     return
   filesystem.remove_folder(folder)
   filesystem.make_folder(folder)
-  names = filesystem.list_folder(aside)
+  names = filesystem.list_folder(staging_dir)
   for name in sorted(names, key=lambda name: name == manifest.MANIFEST_FILE):
-    filesystem.move(os.path.join(aside, name), os.path.join(folder, name))
+    filesystem.move(os.path.join(staging_dir, name), os.path.join(folder, name))
 
 
 def recover_index(folder: str) -> None:
-  """Restores the index that a killed `publish_index` had moved aside."""
+  """Restores the index that a killed `publish_index` had renamed."""
   if not filesystem.is_remote(folder):
     filesystem.recover_folder(folder)
 
@@ -378,17 +378,17 @@ def _index(
   kept = [scanned.pop(part.shard.name, part) for part in old_parts]
   parts = [*kept, *scanned.values()]
   _check_classes(folder_or_pattern, parts)
-  aside = index_folder + ".partial"
+  staging_dir = index_folder + ".partial"
   try:
-    filesystem.remove_folder(aside)  # Left by a killed run.
-    filesystem.make_folder(aside)
+    filesystem.remove_folder(staging_dir)  # Left by a killed run.
+    filesystem.make_folder(staging_dir)
     write_index(
-      aside,
+      staging_dir,
       parts,
       label_feature=label_feature,
       old_names=[] if old is None else list(old.class_names),
     )
-    publish_index(aside, index_folder)
+    publish_index(staging_dir, index_folder)
   except OSError as error:
     raise UserError(f"{index_folder} can't be written: {error.strerror}.") from error
   return RecordIndex.open(folder_or_pattern)

@@ -29,7 +29,7 @@ from trainer.runtime import filesystem
 from trainer.runtime.lease import locked_folder
 from trainer.runtime.progress import Progress
 
-_ASIDE = ".partial"
+_STAGING = ".partial"
 _MAX_PIXELS = 100_000_000
 _ITEMS_AHEAD = 256
 # EFBIG: limit on file sizes. None: NumPy's short writes carry no error number.
@@ -116,21 +116,21 @@ class RecordWriter:
         another process writes into the folder.
     """
     folder, index_folder = locate_folder(folder)
-    aside = os.path.join(folder, _ASIDE)
+    staging_dir = os.path.join(folder, _STAGING)
     try:
       filesystem.make_folder(folder)
       with locked_folder(folder, "ingesting into"):
         indexing.recover_index(index_folder)
         try:
-          parts = _resume(aside, fingerprint)
+          parts = _resume(staging_dir, fingerprint)
           shards.check_names_free(folder, index_folder, [_shard_name(0)])
-          self._write_shards(loaders, aside, parts, num_items)
+          self._write_shards(loaders, staging_dir, parts, num_items)
           _check_classes(parts)
-          shards.publish_shards(parts, aside, folder, index_folder, fingerprint)
+          shards.publish_shards(parts, staging_dir, folder, index_folder, fingerprint)
         except (OSError, UserError):
-          shards.withdraw_shards(aside)
+          shards.withdraw_shards(staging_dir)
           raise
-        filesystem.remove_folder(aside)
+        filesystem.remove_folder(staging_dir)
     except OSError as error:
       raise UserError(_explain(error, folder)) from error
     return parts
@@ -138,7 +138,7 @@ class RecordWriter:
   def _write_shards(
     self,
     loaders: Iterable[Loader],
-    aside: str,
+    staging_dir: str,
     parts: list[ShardPart],
     num_items: Optional[int],
   ) -> None:
@@ -151,7 +151,7 @@ class RecordWriter:
       for first in records:
         others = itertools.islice(records, self._records_per_shard - 1)
         shard = itertools.chain((first,), others)
-        parts.append(shards.write_shard(aside, _shard_name(len(parts)), shard))
+        parts.append(shards.write_shard(staging_dir, _shard_name(len(parts)), shard))
     progress.finish()
 
   def _prepare(self, load: Loader) -> Prepared | Unreadable:
@@ -204,17 +204,17 @@ def _counted(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
     progress.advance(1)
 
 
-def _resume(aside: str, fingerprint: Mapping[str, object]) -> list[ShardPart]:
+def _resume(staging_dir: str, fingerprint: Mapping[str, object]) -> list[ShardPart]:
   """Returns the finished shards of a killed run of this source, or starts anew."""
-  note = os.path.join(aside, "fingerprint.json")
+  note = os.path.join(staging_dir, "fingerprint.json")
   content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
-  parts = shards.take_back_shards(aside) if filesystem.exists(aside) else []
+  parts = shards.take_back_shards(staging_dir) if filesystem.exists(staging_dir) else []
   if filesystem.exists(note) and filesystem.read_bytes(note) == content:
     if parts:
       logging.info("Resuming after %d finished shards.", len(parts))
     return parts
-  filesystem.remove_folder(aside)
-  filesystem.make_folder(aside)
+  filesystem.remove_folder(staging_dir)
+  filesystem.make_folder(staging_dir)
   filesystem.write_bytes(note, content)
   return []
 

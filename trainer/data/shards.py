@@ -131,29 +131,29 @@ def read_shard_parts(folder: str) -> list[ShardPart]:
   return [ShardPart(**json.loads(content)) for content in contents]
 
 
-def take_back_shards(aside: str) -> list[ShardPart]:
+def take_back_shards(staging_dir: str) -> list[ShardPart]:
   """Moves shards that a killed run had published back to the staging folder.
 
   Args:
-    aside: the staging folder, inside the final folder of the shards.
+    staging_dir: the staging folder, inside the final folder of the shards.
 
   Returns:
     The finished shards, according to their notes.
   """
-  parts = read_shard_parts(aside)
+  parts = read_shard_parts(staging_dir)
   for part in parts:
-    made = os.path.join(aside, part.name)
-    moved = os.path.join(os.path.dirname(aside), part.name)
+    made = os.path.join(staging_dir, part.name)
+    moved = os.path.join(os.path.dirname(staging_dir), part.name)
     if not filesystem.exists(made) and filesystem.exists(moved):
       filesystem.move(moved, made)
   return parts
 
 
-def withdraw_shards(aside: str) -> None:
+def withdraw_shards(staging_dir: str) -> None:
   """Removes everything that a failed ingest wrote, published or not."""
   with contextlib.suppress(OSError):
-    take_back_shards(aside)
-  filesystem.remove_folder(aside)
+    take_back_shards(staging_dir)
+  filesystem.remove_folder(staging_dir)
 
 
 def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> None:
@@ -179,7 +179,7 @@ def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> No
 
 def publish_shards(
   parts: Sequence[ShardPart],
-  aside: str,
+  staging_dir: str,
   folder: str,
   index_folder: str,
   fingerprint: Mapping[str, object],
@@ -188,7 +188,7 @@ def publish_shards(
 
   Args:
     parts: the shards.
-    aside: the staging folder.
+    staging_dir: the staging folder.
     folder: final folder of the shards.
     index_folder: final folder of the index.
     fingerprint: fingerprint of the source.
@@ -198,20 +198,22 @@ def publish_shards(
     OSError: a file can't be written.
   """
   check_names_free(folder, index_folder, [part.name for part in parts])
-  index_aside = os.path.join(aside, "index")
-  filesystem.remove_folder(index_aside)
-  filesystem.make_folder(index_aside)
-  write_summary(index_aside, summary_of_parts(parts))
+  index_staging_dir = os.path.join(staging_dir, "index")
+  filesystem.remove_folder(index_staging_dir)
+  filesystem.make_folder(index_staging_dir)
+  write_summary(index_staging_dir, summary_of_parts(parts))
   indexing.write_index(
-    index_aside,
-    [part.index(aside) for part in parts],
+    index_staging_dir,
+    [part.index(staging_dir) for part in parts],
     label_feature=LABEL_FEATURE,
     source=fingerprint,
   )
   manifest.retire(index_folder)
   for part in parts:
-    filesystem.move(os.path.join(aside, part.name), os.path.join(folder, part.name))
-  indexing.publish_index(index_aside, index_folder)
+    filesystem.move(
+      os.path.join(staging_dir, part.name), os.path.join(folder, part.name)
+    )
+  indexing.publish_index(index_staging_dir, index_folder)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,7 +40,7 @@ from trainer.runtime.lease import locked_folder
 
 ROUNDS_FOLDER = "mining"
 _BEFORE = "mining_before"
-_ASIDE, _MANIFEST = "aside", "manifest.json"
+_STAGING, _MANIFEST = "staging", "manifest.json"
 _NAME = re.compile(r"round-(\d{8,18})(?:\.old)?")
 _ROUND = "round-{:08d}"
 _NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
@@ -217,11 +217,13 @@ def write_round(
   Raises:
     UnwritableError: the round cannot be written; the folder is unchanged.
   """
-  aside = os.path.join(model_dir, ROUNDS_FOLDER, _ASIDE)
+  staging_dir = os.path.join(model_dir, ROUNDS_FOLDER, _STAGING)
   try:
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
-    files = {name: _save(aside, name, each) for name, each in mined.arrays.items()}
+    shutil.rmtree(staging_dir, ignore_errors=True)
+    os.makedirs(staging_dir)
+    files = {
+      name: _save(staging_dir, name, each) for name, each in mined.arrays.items()
+    }
     manifest = {
       "step": step,
       "fingerprint": dict(fingerprint),
@@ -231,10 +233,10 @@ def write_round(
       "files": files,
     }
     content = json.dumps(manifest, indent=1).encode()
-    filesystem.write_bytes(os.path.join(aside, _MANIFEST), content)
-    filesystem.replace_folder(aside, round_path(model_dir, step))
+    filesystem.write_bytes(os.path.join(staging_dir, _MANIFEST), content)
+    filesystem.replace_folder(staging_dir, round_path(model_dir, step))
   except OSError as error:
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(staging_dir, ignore_errors=True)
     raise UnwritableError(
       f"the mining round of step {step} can't be written to "
       f"{os.path.join(model_dir, ROUNDS_FOLDER)}: {short_reason(error)}."
@@ -279,11 +281,11 @@ def remove_round(model_dir: str, step: int) -> None:
     shutil.rmtree(folder)
 
 
-def set_round_aside(model_dir: str) -> None:
+def archive_rounds(model_dir: str) -> None:
   """Moves all rounds and their decisions to a folder for earlier rounds.
 
   Args:
-    model_dir: folder of the run. What was moved aside before is removed.
+    model_dir: folder of the run. Rounds that were archived before are removed.
 
   Raises:
     UserError: the folder cannot be renamed.

@@ -102,7 +102,7 @@ class Rounds:
     decisions = self._decisions()
     if not first_step:
       # Decisions are of another training: this one would have saved a checkpoint first.
-      self._workers.run_on_chief(self._set_aside)
+      self._workers.run_on_chief(self._archive_rounds)
       decisions = {}
     self._decided = decisions
     before = [step for step in decisions if step < first_step]
@@ -173,10 +173,10 @@ class Rounds:
     num_kept = sum(mined != held for mined, held in decided)
     return {"mining/rounds_without_examples": float(num_kept)}
 
-  def _set_aside(self) -> None:
-    """Moves the rounds of another training aside, if there are any."""
+  def _archive_rounds(self) -> None:
+    """Archives the rounds of another training, if there are any."""
     if self._ledger.decisions() or round.round_steps(self._model_dir):
-      round.set_round_aside(self._model_dir)
+      round.archive_rounds(self._model_dir)
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """Returns the decisions read by the chief, on all workers."""

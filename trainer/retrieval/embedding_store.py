@@ -38,7 +38,7 @@ _MODEL = ("evaluate.encoder", "evaluate.dataset.decoder")
 MANIFEST_NAME, ROWS_NAME, LABELS_NAME = "manifest.json", "embeddings.npy", "labels.npy"
 TEXT_ARRAYS = ("text", "starts", "hashes")
 
-_ASIDE, _PROGRESS_NAME = "aside", "progress.json"
+_STAGING, _PROGRESS_NAME = "staging", "progress.json"
 # Rows between two writes of the progress file.
 _ROWS_PER_NOTE = 8_192
 
@@ -221,7 +221,7 @@ class EmbeddingWriter:
     rows_per_batch: int,
   ):
     self._folder = folder
-    self._aside = os.path.join(folder, _ASIDE)
+    self._staging_dir = os.path.join(folder, _STAGING)
     self._manifest: dict[str, Any] = {
       "num_items": shape[0],
       "num_dimensions": shape[1],
@@ -231,7 +231,7 @@ class EmbeddingWriter:
     }
     self._progress = {**self._manifest, "rows_per_batch": rows_per_batch}
     with _telling_of_failures(folder):
-      if self._is_of(self._aside):  # Killed during `_publish`.
+      if self._is_of(self._staging_dir):  # Killed during `_publish`.
         self._publish()
       self.is_finished = self._is_of(folder) and self._is_whole()
       self.num_done = shape[0] if self.is_finished else self._num_noted()
@@ -267,11 +267,13 @@ class EmbeddingWriter:
     """
     with _telling_of_failures(self._folder):
       self._note()
-      np.save(os.path.join(self._aside, LABELS_NAME), np.asarray(labels, np.int32))
-      _write_text(self._aside, "keys", keys)
-      _write_text(self._aside, "class_names", class_names)
-      sha256 = sha256_of(os.path.join(self._aside, ROWS_NAME))
-      path = os.path.join(self._aside, MANIFEST_NAME)
+      np.save(
+        os.path.join(self._staging_dir, LABELS_NAME), np.asarray(labels, np.int32)
+      )
+      _write_text(self._staging_dir, "keys", keys)
+      _write_text(self._staging_dir, "class_names", class_names)
+      sha256 = sha256_of(os.path.join(self._staging_dir, ROWS_NAME))
+      path = os.path.join(self._staging_dir, MANIFEST_NAME)
       _write_json(path, {**self._manifest, "sha256": sha256})
       self._publish()
     self.is_finished = True
@@ -290,17 +292,17 @@ class EmbeddingWriter:
 
   def _num_noted(self) -> int:
     """Returns the number of rows in the temporary folder that can be kept."""
-    known = read_json(os.path.join(self._aside, _PROGRESS_NAME)) or {}
+    known = read_json(os.path.join(self._staging_dir, _PROGRESS_NAME)) or {}
     num_done = known.pop("num_done", 0)
-    is_there = os.path.exists(os.path.join(self._aside, ROWS_NAME))
+    is_there = os.path.exists(os.path.join(self._staging_dir, ROWS_NAME))
     return num_done if known == self._progress and is_there else 0
 
   def _open(self, shape: tuple[int, int], dtype: str) -> np.memmap:
-    path = os.path.join(self._aside, ROWS_NAME)
+    path = os.path.join(self._staging_dir, ROWS_NAME)
     if self.num_done:
       return np.lib.format.open_memmap(path, "r+", dtype, shape)
-    shutil.rmtree(self._aside, ignore_errors=True)
-    os.makedirs(self._aside)
+    shutil.rmtree(self._staging_dir, ignore_errors=True)
+    os.makedirs(self._staging_dir)
     rows = np.lib.format.open_memmap(path, "w+", dtype, shape)
     if hasattr(os, "posix_fallocate"):
       # Otherwise a full disk would kill the process by a signal while it writes.
@@ -311,17 +313,19 @@ class EmbeddingWriter:
   def _note(self) -> None:
     self._rows.flush()
     note = {**self._progress, "num_done": self.num_done}
-    _write_json(os.path.join(self._aside, _PROGRESS_NAME), note)
+    _write_json(os.path.join(self._staging_dir, _PROGRESS_NAME), note)
     self._noted = self.num_done
 
   def _publish(self) -> None:
     """Moves all files to their final place, the manifest last; can be repeated."""
     with contextlib.suppress(FileNotFoundError):
       os.remove(os.path.join(self._folder, MANIFEST_NAME))
-    names = set(os.listdir(self._aside)) - {MANIFEST_NAME, _PROGRESS_NAME}
+    names = set(os.listdir(self._staging_dir)) - {MANIFEST_NAME, _PROGRESS_NAME}
     for name in (*sorted(names), MANIFEST_NAME):
-      os.replace(os.path.join(self._aside, name), os.path.join(self._folder, name))
-    shutil.rmtree(self._aside)
+      os.replace(
+        os.path.join(self._staging_dir, name), os.path.join(self._folder, name)
+      )
+    shutil.rmtree(self._staging_dir)
 
 
 @contextlib.contextmanager

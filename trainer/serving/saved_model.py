@@ -29,7 +29,7 @@ _SCRIPT = os.path.join(os.path.dirname(__file__), SCRIPT_NAME)
 
 LITE_FILE = "encoder.tflite"
 
-_ASIDE = "aside"
+_STAGING = "staging"
 # All files of an export; the card describes the others, and comes last.
 _NAMES = (
   *(FOLDER, SCRIPT_NAME, LITE_FILE, run_config.CONFIG_FILE),
@@ -137,24 +137,24 @@ def replacing_folder(folder: str) -> Iterator[str]:
   Raises:
     UserError: another process exports into the folder.
   """
-  aside = os.path.join(folder, _ASIDE)
+  staging_dir = os.path.join(folder, _STAGING)
   os.makedirs(folder, exist_ok=True)
   with locked_folder(folder, "exporting into"):
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
+    shutil.rmtree(staging_dir, ignore_errors=True)
+    os.makedirs(staging_dir)
     try:
-      yield aside
-      _publish(aside, folder)
+      yield staging_dir
+      _publish(staging_dir, folder)
     finally:
-      shutil.rmtree(aside)
+      shutil.rmtree(staging_dir)
 
 
-def _publish(aside: str, folder: str) -> None:
+def _publish(staging_dir: str, folder: str) -> None:
   for name in reversed(_NAMES):
     _remove(os.path.join(folder, name))
   for name in _NAMES:
-    if os.path.exists(os.path.join(aside, name)):
-      os.replace(os.path.join(aside, name), os.path.join(folder, name))
+    if os.path.exists(os.path.join(staging_dir, name)):
+      os.replace(os.path.join(staging_dir, name), os.path.join(folder, name))
 
 
 def _remove(path: str) -> None:

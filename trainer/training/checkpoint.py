@@ -415,7 +415,7 @@ class Checkpoints:
   def _write(self, values: Snapshot, step: int, notes: dict[str, int]) -> None:
     """Writes to a staging folder and publishes; records a failure."""
     try:
-      folder = checkpoint_files.aside(self._folder)
+      folder = checkpoint_files.create_staging_dir(self._folder)
       write_snapshot(values, checkpoint_files.prefix(folder, step))
       checkpoint_files.publish(self._folder, step, notes)
       self.saved_step, self.failure = step, None
@@ -425,7 +425,7 @@ class Checkpoints:
         f"the checkpoint of step {step} can't be written: {short_reason(error)}"
       )
       self._asked_step = None
-      checkpoint_files.drop_aside(self._folder)
+      checkpoint_files.remove_staging_dir(self._folder)
       logging.warning("%s; %s.", self.failure, self.newest)
 
   @property

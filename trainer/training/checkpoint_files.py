@@ -18,7 +18,7 @@ from trainer.runtime import filesystem
 
 FOLDER = "checkpoints"
 _LIST = "checkpoint"
-_ASIDE = "aside"
+_STAGING = "staging"
 _MANIFEST = re.compile(r"ckpt-(\d{1,18})\.json")
 _MAX_MANIFEST_BYTES = 100_000
 
@@ -28,17 +28,17 @@ def prefix(folder: str, step: int) -> str:
   return os.path.join(folder, f"ckpt-{step}")
 
 
-def aside(folder: str) -> str:
+def create_staging_dir(folder: str) -> str:
   """Creates the empty staging folder in which a checkpoint is written first."""
-  path = os.path.join(folder, _ASIDE)
+  path = os.path.join(folder, _STAGING)
   shutil.rmtree(path, ignore_errors=True)
   os.makedirs(path)
   return path
 
 
-def drop_aside(folder: str) -> None:
+def remove_staging_dir(folder: str) -> None:
   """Removes files that could not be published."""
-  shutil.rmtree(os.path.join(folder, _ASIDE), ignore_errors=True)
+  shutil.rmtree(os.path.join(folder, _STAGING), ignore_errors=True)
 
 
 def steps(folder: str) -> list[int]:
@@ -60,7 +60,7 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
   Raises:
     OSError: a file cannot be written; checkpoints published before are unchanged.
   """
-  source = os.path.join(folder, _ASIDE)
+  source = os.path.join(folder, _STAGING)
   files = {}
   for name in _names(step):
     filesystem.sync(os.path.join(source, name))
