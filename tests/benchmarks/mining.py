@@ -22,7 +22,7 @@ from tests.benchmarks import measure
 from trainer.data.index_arrays import MemberTable, members_from_labels
 from trainer.data.samplers import PKSampler
 from trainer.mining import corpus, corpus_search
-from trainer.mining.corpus_search import NearestItems, room_for
+from trainer.mining.corpus_search import NearestItems, empty_neighbours
 from trainer.mining.mined_examples import ExampleMining
 from trainer.mining.mined_samplers import neighbouring_class_sampler
 from trainer.mining.negative_windows import RankWindow
@@ -111,7 +111,7 @@ def _recalls(
 ) -> None:
   """How much of what is nearest was found, of a sample."""
   asking = np.random.default_rng(2).permutation(len(embeddings))[:_NUM_ASKING]
-  room = room_for(len(asking), num_neighbours)
+  room = empty_neighbours(len(asking), num_neighbours)
   nearest = NearestItems(embeddings, "flat")
   exact = nearest.search(asking, num_neighbours, room).indices.copy()
   room = NearestItems(embeddings, "auto").search(asking, num_neighbours, room)
@@ -161,7 +161,7 @@ def _classes(num_classes: int) -> None:
   print(f"  of the 9 nearest {share:.4f} are of the same ten")
   asking = rng.permutation(num_classes)[:_NUM_ASKING]
   exact = NearestItems(means, "flat").search(
-    asking, _NUM_CLASS_NEIGHBOURS, room_for(len(asking), _NUM_CLASS_NEIGHBOURS)
+    asking, _NUM_CLASS_NEIGHBOURS, empty_neighbours(len(asking), _NUM_CLASS_NEIGHBOURS)
   )
   share = _share(neighbours[asking], exact.indices)
   print(f"  {share:.4f} of the {_NUM_CLASS_NEIGHBOURS} nearest are found")

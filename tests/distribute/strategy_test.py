@@ -113,7 +113,7 @@ def test_an_attached_tpu_is_initialised_before_its_strategy(calls, hardware):
 
 def test_a_tpu_of_several_hosts_is_refused(calls, monkeypatch):
   monkeypatch.setattr(tf.distribute.TPUStrategy.extended, "num_hosts", 4)
-  with pytest.raises(UserError, match=r"has 4 hosts; .* use a TPU with one host"):
+  with pytest.raises(UserError, match=r"has 4 hosts, .* use a TPU with one host"):
     make_strategy(Hardware("tpu"))
 
 
@@ -153,7 +153,7 @@ def test_workers_that_do_not_come_are_named_in_time(monkeypatch, strategy):
   addresses = free_addresses(2)
   content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   monkeypatch.setenv("TF_CONFIG", json.dumps(content))
-  with pytest.raises(StalledError, match=r"worker 1 .* did not answer within 0.2 s"):
+  with pytest.raises(StalledError, match=r"worker 1 .* did not connect within 0.2 s"):
     make_strategy(Hardware(strategy, worker_timeout_s=0.2))
 
 

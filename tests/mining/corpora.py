@@ -6,7 +6,7 @@ import numpy as np
 
 from trainer.data.index_arrays import members_from_labels
 from trainer.mining import corpus, round
-from trainer.mining.miner import Mined
+from trainer.mining.miner import RoundContent
 
 FINGERPRINT = {"the number of records": "60"}
 
@@ -53,7 +53,7 @@ def write_round(
   round.write_round(
     str(model_dir),
     step,
-    Mined(arrays, {"counts": {"anchors": len(arrays.get("anchors", ()))}}),
+    RoundContent(arrays, {"counts": {"anchors": len(arrays.get("anchors", ()))}}),
     fingerprint=fingerprint,
     num_records=num_records,
     num_classes=num_classes,

@@ -9,7 +9,7 @@ from tests.mining.corpora import Corpus
 from tests.retrieval import near_embeddings
 from trainer.errors import UserError
 from trainer.mining import corpus_search
-from trainer.mining.corpus_search import NearestItems, room_for
+from trainer.mining.corpus_search import NearestItems, empty_neighbours
 
 _SIZES = (4, 9, 1, 0, 7, 30)
 
@@ -48,7 +48,7 @@ def test_the_mean_of_a_class_does_not_depend_on_how_many_are_added_at_once(monke
   rows = corpus.embeddings[items.record_numbers]
   expected = [rows[items.labels == label].mean(axis=0) for label in (0, 1, 2, 4, 5)]
   for num_added in (3, 10, 1000):
-    monkeypatch.setattr(corpus_search, "_NUM_ADDED", num_added)
+    monkeypatch.setattr(corpus_search, "_NUM_SUMMED", num_added)
     got = corpus_search.class_centroids(rows, items)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
@@ -94,7 +94,7 @@ def test_classes_of_a_collapsed_space_have_their_nearest_means(kind):
 def test_items_that_are_near_each_other_are_found_at_their_true_distances(kind, case):
   embeddings = near_embeddings.CASES[case]
   asking = np.arange(0, len(embeddings), 3)
-  room = room_for(len(asking), 20)
+  room = empty_neighbours(len(asking), 20)
   found = NearestItems(embeddings, kind).search(asking, 20, room)
   distances = near_embeddings.true_distances(embeddings[asking], embeddings)
   is_found = found.indices >= 0

@@ -9,7 +9,7 @@ import numpy as np
 
 from tests.mining.corpora import example_arrays, write_round
 from trainer.mining.mined_samplers import MinedTripletSampler
-from trainer.mining.miner import Mined, corpus_fingerprint
+from trainer.mining.miner import RoundContent, corpus_fingerprint
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import Rounds
 
@@ -65,7 +65,7 @@ def groups_of(num_groups):
 
 
 def mined_round(step):
-  return Mined(example_arrays(seed=step), {"counts": {"anchors": 20}})
+  return RoundContent(example_arrays(seed=step), {"counts": {"anchors": 20}})
 
 
 def write_rounds(folder, *steps):

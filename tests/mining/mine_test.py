@@ -13,7 +13,7 @@ from tests.mining.corpora import example_arrays
 from trainer.cli import mine
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round
-from trainer.mining.miner import Mined
+from trainer.mining.miner import RoundContent
 
 _INDEX = types.SimpleNamespace(fingerprint=dict, num_records=60, num_classes=9)
 _DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
@@ -34,7 +34,7 @@ class _Miner:
   def mine(self, embedder, dataset, step):
     if step in self._bare_steps:
       raise TooFewExamplesError(f"nothing is hard in step {step}.")
-    return Mined(example_arrays(), {"counts": {}})
+    return RoundContent(example_arrays(), {"counts": {}})
 
 
 def _mine(folder, monkeypatch, *bare_steps):

@@ -14,7 +14,11 @@ from tests.mining.corpora import Corpus, distances
 from trainer.data.index_arrays import members_from_labels
 from trainer.errors import UserError
 from trainer.mining import corpus_search
-from trainer.mining.corpus_search import NearestItems, neighbours_on_disk, room_for
+from trainer.mining.corpus_search import (
+  NearestItems,
+  empty_neighbours,
+  neighbours_on_disk,
+)
 from trainer.mining.mined_examples import ExampleMining, Positives
 from trainer.mining.negative_windows import MarginWindow, MislabelledFilter, RankWindow
 
@@ -165,11 +169,11 @@ def test_what_is_probably_mislabelled_is_named_and_left_out():
   assert not used & set(expected)
 
 
-def test_anchors_whose_neighbours_are_all_of_their_label_are_looked_at_again():
+def test_anchors_whose_neighbours_are_all_of_their_label_are_searched_again():
   corpus = Corpus((30, 12), spread=0.01, seed=1)
   mined = _mine(corpus, RankWindow(first=1, last=3))
   # 6 neighbours are of the own class; of 24, those of the smaller class reach out.
-  assert mined.counts["anchors_looked_at_again"] == 42
+  assert mined.counts["anchors_searched_again"] == 42
   assert mined.counts["anchors_without_negative"] == 30
   assert corpus.labels[mined.anchors].tolist() == [1] * 12
   assert (corpus.labels[mined.negatives] == 0).all()
@@ -221,10 +225,10 @@ def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
 def test_a_search_by_codes_is_the_same_in_parts(monkeypatch):
   nearest = NearestItems(Corpus((90,) * 8, seed=5).embeddings, "ivf_pq")
   items = np.arange(720)
-  whole = nearest.search(items, 20, room_for(720, 20))
-  monkeypatch.setattr(corpus_search, "_MIN_ASKING", 7)
+  whole = nearest.search(items, 20, empty_neighbours(720, 20))
+  monkeypatch.setattr(corpus_search, "_MIN_QUERIES", 7)
   monkeypatch.setattr(corpus_search, "_TABLE_BYTES", 1)
-  parts = nearest.search(items, 20, room_for(720, 20))
+  parts = nearest.search(items, 20, empty_neighbours(720, 20))
   np.testing.assert_array_equal(whole.indices, parts.indices)
 
 
@@ -232,7 +236,7 @@ def test_a_search_by_codes_has_true_distances():
   corpus = Corpus((90,) * 8, seed=5)
   nearest = NearestItems(corpus.embeddings, "ivf_pq")
   items = np.arange(0, 720, 7)
-  found = nearest.search(items, 20, room_for(len(items), 20))
+  found = nearest.search(items, 20, empty_neighbours(len(items), 20))
   assert (found.indices != items[:, None]).all()
   is_there = found.indices >= 0
   true = distances(corpus.embeddings)[items[:, None], found.indices]
@@ -243,7 +247,7 @@ def test_a_search_by_codes_has_true_distances():
 def test_a_search_by_codes_finds_nearly_all_that_is_nearest():
   corpus = Corpus((90,) * 8, seed=5)
   nearest = NearestItems(corpus.embeddings, "ivf_pq")
-  found = nearest.search(np.arange(720), 20, room_for(720, 20))
+  found = nearest.search(np.arange(720), 20, empty_neighbours(720, 20))
   true = distances(corpus.embeddings)
   np.fill_diagonal(true, np.inf)
   exact = np.argsort(true, axis=1)[:, :20]
@@ -261,8 +265,8 @@ def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
 @pytest.mark.parametrize(
   ("make", "message"),
   [
-    (lambda: RankWindow(first=0, last=3), "ranks 0 to 3 has none"),
-    (lambda: RankWindow(first=5, last=4), "ranks 5 to 4 has none"),
+    (lambda: RankWindow(first=0, last=3), "ranks 0 to 3 are empty"),
+    (lambda: RankWindow(first=5, last=4), "ranks 5 to 4 are empty"),
     (lambda: MarginWindow(margin=0.0, num_negatives=1), "must be greater than 0"),
     (lambda: MarginWindow(margin=0.1, num_negatives=9, depth=8), "1 to depth=8"),
     (lambda: Positives(num_positives=0), "num_positives=0"),

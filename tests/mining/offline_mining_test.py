@@ -29,7 +29,7 @@ from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
 
 def test_steps_of_several_rounds_are_drawn_together():
   sampler = PiecewiseSampler(Constant(0))
-  sampler.hold(4, Constant(1, (6, 2)))
+  sampler.use_from(4, Constant(1, (6, 2)))
   drawn = sampler.batches(np.array([9, 0, 3, 4]))
   assert drawn.shape == (4, 3, 4)
   assert drawn[:, 2, 1].tolist() == [1, 0, 0, 1]
@@ -39,12 +39,12 @@ def test_the_sampler_that_holds_and_the_one_before_are_kept():
   sampler, held = PiecewiseSampler(Constant(0)), []
   for number in (1, 2, 3):
     held.append(Constant(number))
-    sampler.hold(10 * number, held[-1])
+    sampler.use_from(10 * number, held[-1])
   held = [weakref.ref(each) for each in held]
   gc.collect()
   assert [each() is None for each in held] == [True, False, False]
   assert sampler.batches(np.array([29, 30]))[:, 0, 0].tolist() == [2, 3]
-  with pytest.raises(ValueError, match="from step 20 on are kept; got 19"):
+  with pytest.raises(ValueError, match="are kept from step 20 on; got 19"):
     sampler.batches(np.array([30, 19]))
 
 

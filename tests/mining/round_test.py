@@ -15,7 +15,7 @@ import pytest
 from tests.mining.corpora import FINGERPRINT, example_arrays, write_round
 from trainer.errors import UserError
 from trainer.mining import round
-from trainer.mining.miner import Mined
+from trainer.mining.miner import RoundContent
 from trainer.mining.round import MiningRound
 from trainer.runtime.filesystem import sha256_of
 
@@ -221,6 +221,11 @@ def test_a_round_of_other_data_is_refused(tmp_path):
 
 def test_an_empty_round_is_written_and_read(tmp_path):
   round.write_round(
-    str(tmp_path), 40, Mined({}, {}), fingerprint={}, num_records=0, num_classes=0
+    str(tmp_path),
+    40,
+    RoundContent({}, {}),
+    fingerprint={},
+    num_records=0,
+    num_classes=0,
   )
   assert MiningRound(str(tmp_path), 40, {}).arrays == {}

@@ -21,7 +21,7 @@ from tests.mining.deciding import (
 )
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining import round
-from trainer.mining.miner import Mined
+from trainer.mining.miner import RoundContent
 from trainer.mining.round import RoundLog
 
 
@@ -83,7 +83,7 @@ def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
     return of_step(index, mining_round, classes=classes)
 
   def mined_few(step):
-    return Mined(example_arrays(num_anchors=3), {"counts": {}})
+    return RoundContent(example_arrays(num_anchors=3), {"counts": {}})
 
   rounds = make_rounds(tmp_path, miner=mined_few, sampler_fn=few)
   with pytest.raises(UserError, match=r"^too few anchors$"):
@@ -97,7 +97,9 @@ def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
 def _mined_well(step):
   if step == 20:
     raise TooFewExamplesError("nothing is hard.")
-  return Mined(example_arrays(num_anchors=2 if step == 10 else 20), {"counts": {}})
+  return RoundContent(
+    example_arrays(num_anchors=2 if step == 10 else 20), {"counts": {}}
+  )
 
 
 def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
@@ -201,24 +203,24 @@ def test_a_round_that_can_not_be_removed_is_a_warning(tmp_path, monkeypatch, cap
   rounds.decide(10)
   monkeypatch.setattr(shutil, "rmtree", fail)
   assert rounds.decide(20)
-  assert "round of step 10 stays: Device or resource busy" in caplog.text
+  assert "round of step 10 can't be removed: Device or resource busy" in caplog.text
 
 
 @pytest.mark.parametrize(
   ("content", "message"),
   [("{", "JSONDecodeError"), ('{"step": 1}', "KeyError"), ("3", "TypeError")],
 )
-def test_a_damaged_ledger_is_told_in_one_line(tmp_path, content, message):
+def test_a_damaged_round_log_is_reported_in_one_line(tmp_path, content, message):
   (tmp_path / "mining").mkdir()
   (tmp_path / "mining" / "rounds.jsonl").write_text(content)
   with pytest.raises(UserError, match=rf"rounds.jsonl is damaged \({message}"):
     make_rounds(tmp_path).resume(0, 50)
 
 
-def test_the_ledger_is_plain_text(tmp_path):
-  ledger = RoundLog(str(tmp_path))
-  ledger.add(20, 15)
-  ledger.add(10, None)
+def test_the_round_log_is_plain_text(tmp_path):
+  round_log = RoundLog(str(tmp_path))
+  round_log.add(20, 15)
+  round_log.add(10, None)
   lines = (tmp_path / "mining" / "rounds.jsonl").read_text().splitlines()
   rows = [json.loads(line) for line in lines]
   assert rows == [{"step": 10, "round": None}, {"step": 20, "round": 15}]

@@ -247,7 +247,7 @@ def test_a_named_output_of_the_backbone_is_taken(output):
     (
       tf.keras.Sequential([tf.keras.Input([8, 8, 1], dtype="uint8")]),
       {},
-      "takes uint8, and inputs are float32",
+      "takes uint8, but inputs are float32",
     ),
     (_model("first"), {"precision": "mixed_bfloat16"}, "already has its variables"),
     (ConvNet, {}, "not a Keras layer or model"),

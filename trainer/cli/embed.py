@@ -22,7 +22,7 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.retrieval import embedding_store
 from trainer.retrieval.embedder import Embedder
-from trainer.retrieval.embedding_store import EmbeddingWriter, alone
+from trainer.retrieval.embedding_store import EmbeddingWriter, locked_embeddings
 from trainer.retrieval.ground_truth import RecordItems
 from trainer.retrieval.ranking import check_finite
 from trainer.run import Run, watching
@@ -109,8 +109,10 @@ class Embedding:
       UserError: a record cannot be read, an embedding is not finite, the folder cannot
         be written to, or another process embeds into it.
     """
-    with contextlib.ExitStack() as claimed:
-      current_workers().run_on_chief(lambda: claimed.enter_context(alone(folder)))
+    with contextlib.ExitStack() as stack:
+      current_workers().run_on_chief(
+        lambda: stack.enter_context(locked_embeddings(folder))
+      )
       self._write(trained, index, folder, source)
 
   def _write(

@@ -77,7 +77,7 @@ def _mine(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
       `Miner.mine` and `round.write_round`.
   """
   check_writable(run.model_dir)
-  with round.alone(run.model_dir):
+  with round.locked_rounds(run.model_dir):
     _follow(run, options, evaluation)
 
 
@@ -88,7 +88,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
   num_steps = num_steps_of(run)
   # A training that restored an earlier checkpoint repeats steps already mined.
   step = min(
-    _newest_whole(run.model_dir, corpus_fingerprint(dataset)),
+    _newest_complete(run.model_dir, corpus_fingerprint(dataset)),
     newest_step(run.model_dir),
   )
   while step < num_steps:
@@ -114,7 +114,7 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
 
 
-def _newest_whole(model_dir: str, fingerprint: Mapping[str, str]) -> int:
+def _newest_complete(model_dir: str, fingerprint: Mapping[str, str]) -> int:
   """Returns the step of the newest complete round; 0 if there is none."""
   for step in round.round_steps(model_dir):
     try:

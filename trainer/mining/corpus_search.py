@@ -26,11 +26,11 @@ KINDS = ("auto", "exact", *faiss_index.KINDS)
 _MAX_EXACT = 50_000
 # Limits on query items per search call. With PQ codes, lookup tables of 80 bytes per
 # dimension and query also have to fit in `_TABLE_BYTES`.
-_MAX_ASKING, _MIN_ASKING, _TABLE_BYTES = 16_384, 256, 2**27
+_MAX_QUERIES, _MIN_QUERIES, _TABLE_BYTES = 16_384, 256, 2**27
 # PQ codes return this many times k items; the k nearest by true distance are kept.
-_REFINED = 2
+_RERANK_FACTOR = 2
 # Items whose embeddings are summed at once.
-_NUM_ADDED = 65_536
+_NUM_SUMMED = 65_536
 
 
 @contextlib.contextmanager
@@ -51,10 +51,10 @@ def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbou
   """
   shape = (num_items, num_neighbours)
   num_bytes = 4 * num_items * num_neighbours
-  with contextlib.ExitStack() as opened:
+  with contextlib.ExitStack() as stack:
     try:
-      file = opened.enter_context(tempfile.TemporaryFile())
-      _claim(file.fileno(), 2 * num_bytes)
+      file = stack.enter_context(tempfile.TemporaryFile())
+      _allocate(file.fileno(), 2 * num_bytes)
       found = Neighbours(
         np.memmap(file, np.int32, "r+", 0, shape),
         np.memmap(file, np.float32, "r+", num_bytes, shape),
@@ -69,7 +69,7 @@ def neighbours_on_disk(num_items: int, num_neighbours: int) -> Iterator[Neighbou
     yield found
 
 
-def _claim(descriptor: int, num_bytes: int) -> None:
+def _allocate(descriptor: int, num_bytes: int) -> None:
   """Allocates disk space: writing to a map of a full disk kills the process."""
   if hasattr(os, "posix_fallocate"):
     os.posix_fallocate(descriptor, 0, num_bytes)
@@ -97,7 +97,7 @@ class NearestItems:
   def __init__(self, embeddings: np.ndarray, kind: str):
     check_kind(kind)
     self._embeddings = embeddings
-    self.kind = kind = _chosen(kind, len(embeddings))
+    self.kind = kind = _resolve_kind(kind, len(embeddings))
     is_exact = kind in ("exact", "flat")
     self._index = None if is_exact else faiss_index.build_index(embeddings, kind)
 
@@ -117,31 +117,31 @@ class NearestItems:
     Returns:
       `out`.
     """
-    num_asking = _MAX_ASKING
+    num_queries = _MAX_QUERIES
     if self.kind == "ivf_pq":
       by_bytes = _TABLE_BYTES // (80 * self._embeddings.shape[1])
-      num_asking = min(_MAX_ASKING, max(_MIN_ASKING, by_bytes))
-    for start in range(0, len(items), num_asking):
+      num_queries = min(_MAX_QUERIES, max(_MIN_QUERIES, by_bytes))
+    for start in range(0, len(items), num_queries):
       watchdog.beat()
-      part = slice(start, start + num_asking)
-      found = self._found(items[part], num_neighbours + 1)
-      out.indices[part], out.distances[part] = _without_self(found, items[part])
+      part = slice(start, start + num_queries)
+      found = self._search(items[part], num_neighbours + 1)
+      out.indices[part], out.distances[part] = _remove_self(found, items[part])
     return out
 
-  def _found(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
+  def _search(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
     queries = self._embeddings[items]
     if self._index is None:
       if not faiss_serves():
         # Use few sizes, because each size is retraced on the devices.
-        size = min(_MAX_ASKING, _power_of_two(len(items)))
+        size = min(_MAX_QUERIES, _power_of_two(len(items)))
         queries = np.resize(queries, [size, queries.shape[1]])
       found = nearest(queries, self._embeddings, num_neighbours=num_neighbours)
       return Neighbours(*(each[: len(items)] for each in found))
-    num_asked = num_neighbours
+    num_candidates = num_neighbours
     if self.kind == "ivf_pq":
-      num_asked = min(_REFINED * num_neighbours, len(self._embeddings))
-    _, indices = self._index.search(queries, num_asked)
-    return _refined(queries, self._embeddings, indices, num_neighbours)
+      num_candidates = min(_RERANK_FACTOR * num_neighbours, len(self._embeddings))
+    _, indices = self._index.search(queries, num_candidates)
+    return _rerank(queries, self._embeddings, indices, num_neighbours)
 
 
 def check_kind(kind: str) -> None:
@@ -160,7 +160,7 @@ def check_kind(kind: str) -> None:
     )
 
 
-def _chosen(kind: str, num_items: int) -> str:
+def _resolve_kind(kind: str, num_items: int) -> str:
   if kind in faiss_index.KINDS_WITH_CELLS and num_items < faiss_index.LEAST_A_CELL:
     return "flat"
   if kind != "auto":
@@ -177,7 +177,7 @@ def _chosen(kind: str, num_items: int) -> str:
   return "flat" if faiss_serves() else "exact"
 
 
-def room_for(num_items: int, num_neighbours: int) -> Neighbours:
+def empty_neighbours(num_items: int, num_neighbours: int) -> Neighbours:
   """Returns empty arrays for search results."""
   shape = (num_items, num_neighbours)
   return Neighbours(np.empty(shape, np.int32), np.empty(shape, np.float32))
@@ -188,7 +188,7 @@ def _power_of_two(number: int) -> int:
   return max(256, 1 << (number - 1).bit_length())
 
 
-def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
+def _remove_self(found: Neighbours, items: np.ndarray) -> Neighbours:
   """Removes the query item from neighbours [R, k + 1], or else the last neighbour."""
   is_self = found.indices == items[:, None]
   is_self[:, -1] |= ~is_self.any(axis=1)
@@ -196,7 +196,7 @@ def _without_self(found: Neighbours, items: np.ndarray) -> Neighbours:
   return Neighbours(*(each[~is_self].reshape(shape) for each in found))
 
 
-def _refined(
+def _rerank(
   queries: np.ndarray, embeddings: np.ndarray, indices: np.ndarray, num_neighbours: int
 ) -> Neighbours:
   """Returns the k nearest of the candidates [R, more], ordered by true distance."""
@@ -221,8 +221,8 @@ def class_centroids(embeddings: np.ndarray, items: CorpusItems) -> np.ndarray:
   """
   sizes = np.diff(items.starts)
   sums = np.zeros((len(sizes), embeddings.shape[1]))
-  for start in range(0, len(items.by_class), _NUM_ADDED):
-    rows = items.by_class[start : start + _NUM_ADDED]
+  for start in range(0, len(items.by_class), _NUM_SUMMED):
+    rows = items.by_class[start : start + _NUM_SUMMED]
     first = np.searchsorted(items.starts, start, side="right") - 1
     last = np.searchsorted(items.starts, start + len(rows), side="left")
     cuts = np.maximum(items.starts[first:last] - start, 0)
@@ -262,9 +262,9 @@ def find_class_neighbours(
   num_found = min(num_neighbours, len(means) - 1)
   # Means of collapsed embeddings differ in digits beyond the precision of float32.
   means = (means - common_offset(means)).astype(np.float32)
-  room = room_for(len(means), num_found)
-  found = NearestItems(means, kind).search(np.arange(len(means)), num_found, room)
+  out = empty_neighbours(len(means), num_found)
+  found = NearestItems(means, kind).search(np.arange(len(means)), num_found, out)
   neighbours = np.full((num_classes, num_neighbours), -1, np.int32)
-  is_there = found.indices >= 0
-  neighbours[class_ids, :num_found] = np.where(is_there, class_ids[found.indices], -1)
+  is_found = found.indices >= 0
+  neighbours[class_ids, :num_found] = np.where(is_found, class_ids[found.indices], -1)
   return neighbours

@@ -16,7 +16,11 @@ import numpy as np
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
 from trainer.mining.corpus import CorpusItems
-from trainer.mining.corpus_search import NearestItems, neighbours_on_disk, room_for
+from trainer.mining.corpus_search import (
+  NearestItems,
+  empty_neighbours,
+  neighbours_on_disk,
+)
 from trainer.mining.negative_windows import (
   MislabelledFilter,
   NegativeWindow,
@@ -31,7 +35,7 @@ _BYTES_AT_ONCE = 2**26
 _ROWS_AT_ONCE = 2_048
 # Factor by which the search widens if most neighbours have the anchor's label, and the
 # limit on its bytes at once, about 20 per neighbour.
-_WIDER, _BYTES_AGAIN = 4, 2**27
+_WIDER, _WIDER_BYTES = 4, 2**27
 
 
 class ChosenPositives(NamedTuple):
@@ -215,10 +219,10 @@ class ExampleMining:
     num_neighbours = min(self._num_neighbours(items), num_items - 1)
     if num_neighbours < 1:
       raise UserError(f"{num_items} items are too few for mining.")
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as stack:
       # If one worker has no space, all end.
       found = current_workers().run_on_all(
-        lambda: opened.enter_context(neighbours_on_disk(num_items, num_neighbours))
+        lambda: stack.enter_context(neighbours_on_disk(num_items, num_neighbours))
       )
       nearest.search(np.arange(num_items), num_neighbours, found)
       is_suspected = np.zeros(num_items, bool)
@@ -226,24 +230,32 @@ class ExampleMining:
         is_suspected = self.mislabelled.suspected_mislabelled(
           found.indices, items.labels, contents
         )
-      choice = _Choice(self, embeddings, items, contents, ~is_suspected)
-      choice.add(np.arange(num_items), found)
-    wider = min(_WIDER * num_neighbours, num_items - 1)
-    again = choice.unfilled() if wider > num_neighbours else np.empty(0, np.int64)
-    num_rows = max(1, _BYTES_AGAIN // (20 * wider))
-    for start in range(0, len(again), num_rows):
-      rows = again[start : start + num_rows]
-      choice.add(rows, nearest.search(rows, wider, room_for(len(rows), wider)))
-    return choice.finished(num_looked_at_again=len(again), wider=wider)
+      builder = _ExampleBuilder(self, embeddings, items, contents, ~is_suspected)
+      builder.add(np.arange(num_items), found)
+    num_wider = min(_WIDER * num_neighbours, num_items - 1)
+    anchors = (
+      builder.anchors_with_few_others()
+      if num_wider > num_neighbours
+      else np.empty(0, np.int64)
+    )
+    num_rows = max(1, _WIDER_BYTES // (20 * num_wider))
+    for start in range(0, len(anchors), num_rows):
+      rows = anchors[start : start + num_rows]
+      builder.add(
+        rows, nearest.search(rows, num_wider, empty_neighbours(len(rows), num_wider))
+      )
+    return builder.build(num_searched_again=len(anchors), num_wider=num_wider)
 
   def _num_neighbours(self, items: CorpusItems) -> int:
     """Returns k: enough for the window, for the own label and for the filter."""
     depth = self.window.depth
-    asked = self.mislabelled.num_neighbours if self.mislabelled is not None else 0
-    return max(depth + min(depth, items.largest_class), asked)
+    num_filtered = (
+      self.mislabelled.num_neighbours if self.mislabelled is not None else 0
+    )
+    return max(depth + min(depth, items.largest_class), num_filtered)
 
 
-class _Choice:
+class _ExampleBuilder:
   """Examples under construction, filled for one part of the items after another."""
 
   def __init__(
@@ -298,7 +310,7 @@ class _Choice:
     self._has_copy[anchors] = is_copy.any(axis=1)
     return is_other & ~is_copy & self._is_allowed[neighbours]
 
-  def unfilled(self) -> np.ndarray:
+  def anchors_with_few_others(self) -> np.ndarray:
     """Returns items with a positive and fewer other-label neighbours than the depth."""
     has_few = self._num_others < self._mining.window.depth
     return np.flatnonzero(self._has_positive() & has_few)
@@ -306,12 +318,12 @@ class _Choice:
   def _has_positive(self) -> np.ndarray:
     return self._is_allowed & (self._positives[:, 0] >= 0)
 
-  def finished(self, *, num_looked_at_again: int, wider: int) -> MinedExamples:
+  def build(self, *, num_searched_again: int, num_wider: int) -> MinedExamples:
     """Returns the mined examples.
 
     Args:
-      num_looked_at_again: number of anchors that were searched again.
-      wider: number of neighbours in that search.
+      num_searched_again: number of anchors that were searched again.
+      num_wider: number of neighbours in that search.
 
     Raises:
       UserError: no anchor has a positive and a negative.
@@ -324,13 +336,13 @@ class _Choice:
       "anchors": len(anchors),
       "anchors_without_negative": num_with_positive - len(anchors),
       "anchors_without_positive": len(has_positive) - num_with_positive - num_suspected,
-      "anchors_looked_at_again": num_looked_at_again,
+      "anchors_searched_again": num_searched_again,
       "with_copy_of_another_label": int(np.count_nonzero(self._has_copy)),
       "suspected_mislabelled": num_suspected,
     }
     if not len(anchors):
       kind = TooFewExamplesError if counts["anchors_without_negative"] else UserError
-      raise kind(self._why_none(counts, wider))
+      raise kind(self._explain_no_examples(counts, num_wider))
     return MinedExamples(
       anchors,
       self._positives[anchors],
@@ -343,7 +355,7 @@ class _Choice:
       },
     )
 
-  def _why_none(self, counts: dict[str, int], wider: int) -> str:
+  def _explain_no_examples(self, counts: dict[str, int], num_wider: int) -> str:
     if not counts["anchors_without_negative"]:
       return (
         f"none of {len(self._items.labels)} items has a positive to mine: "
@@ -352,6 +364,6 @@ class _Choice:
       )
     return (
       f"none of {counts['anchors_without_negative']} anchors has a negative among its "
-      f"{wider} nearest: all have the anchor's label or are outside the window; widen "
-      "the window, or end mining: no hard negatives are left."
+      f"{num_wider} nearest: all have the anchor's label or are outside the window; "
+      "widen the window, or end mining: no hard negatives are left."
     )

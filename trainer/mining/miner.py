@@ -33,7 +33,7 @@ _ITEMS = 1  # Purpose of a hash.
 _NUM_NAMES = 100
 
 
-class Mined(NamedTuple):
+class RoundContent(NamedTuple):
   """Content of a round.
 
   Attributes:
@@ -109,7 +109,9 @@ class Miner:
       replacements=dataset.replacements,
     )
 
-  def mining_of(self, step: TrainStep, dataset: Dataset) -> Callable[[int], Mined]:
+  def mining_of(
+    self, step: TrainStep, dataset: Dataset
+  ) -> Callable[[int], RoundContent]:
     """Returns a function that mines with the encoder of a training step.
 
     The encoder's weights are averaged if averaged weights are evaluated.
@@ -123,13 +125,13 @@ class Miner:
     """
     embedder = self.embedder(step.encoder, dataset)
 
-    def mine(num_steps: int) -> Mined:
+    def mine(num_steps: int) -> RoundContent:
       with step.weights_for_evaluation():
         return self.mine(embedder, dataset, num_steps)
 
     return mine
 
-  def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> Mined:
+  def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> RoundContent:
     """Mines with the current encoder; must be called on all workers.
 
     Memory: the embeddings of all items, 4·D bytes each, and the needs documented in the
@@ -153,7 +155,7 @@ class Miner:
 
   def _mine_embedded(
     self, embeddings: np.ndarray, items: CorpusItems, dataset: Dataset
-  ) -> Mined:
+  ) -> RoundContent:
     """Mines among items [N] with embeddings [N, D]."""
     index = dataset.index
     arrays: dict[str, np.ndarray] = {}
@@ -186,7 +188,7 @@ class Miner:
         num_neighbours=self.num_class_neighbours,
         kind=self.index_kind,
       )
-    return Mined(arrays, facts)
+    return RoundContent(arrays, facts)
 
 
 def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:

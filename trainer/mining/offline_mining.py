@@ -38,11 +38,11 @@ class PiecewiseSampler:
   def __init__(self, plain: BatchSampler):
     self.shape = plain.shape
     # Replaced and never modified: another thread may draw while it reads ahead.
-    self._held: tuple[tuple[int, BatchSampler], ...] = ((0, plain),)
+    self._samplers: tuple[tuple[int, BatchSampler], ...] = ((0, plain),)
 
-  def hold(self, first_step: int, sampler: BatchSampler) -> None:
+  def use_from(self, first_step: int, sampler: BatchSampler) -> None:
     """Uses a sampler from a step on, which is not before that of an earlier sampler."""
-    self._held = (self._held[-1], (first_step, sampler))
+    self._samplers = (self._samplers[-1], (first_step, sampler))
 
   def batch(self, step: int) -> np.ndarray:
     """Returns the record numbers of a step, in the shape of the plain sampler."""
@@ -54,13 +54,13 @@ class PiecewiseSampler:
     Raises:
       ValueError: a step is before the first step of the samplers that are kept.
     """
-    firsts, samplers = zip(*self._held)
+    firsts, samplers = zip(*self._samplers)
     if (steps < firsts[0]).any():
       raise ValueError(f"Samplers are kept from step {firsts[0]} on; got {min(steps)}.")
-    holding = np.searchsorted(firsts, steps, side="right") - 1
+    numbers = np.searchsorted(firsts, steps, side="right") - 1
     records = np.empty((len(steps), *self.shape), np.int64)
-    for number in np.unique(holding).tolist():
-      rows = np.flatnonzero(holding == number)
+    for number in np.unique(numbers).tolist():
+      rows = np.flatnonzero(numbers == number)
       drawn = draw(samplers[number], steps[rows])
       records[rows] = drawn.reshape(len(rows), *self.shape)
     return records
@@ -177,8 +177,8 @@ class OfflineMining:
     """
     if self.miner is not None:
       self.miner.check(dataset)
-    to_come = round_spec(self.miner, dataset)
-    return self.sampler_of(to_come, dataset, plain_shape, num_replicas)
+    spec = round_spec(self.miner, dataset)
+    return self.sampler_of(spec, dataset, plain_shape, num_replicas)
 
   def sampler_of(
     self,

@@ -32,7 +32,7 @@ from absl import logging
 
 from trainer.data.dataset import Dataset
 from trainer.errors import UnwritableError, UserError, short_reason
-from trainer.mining.miner import Mined, Miner
+from trainer.mining.miner import Miner, RoundContent
 from trainer.retrieval.embedding_store import read_json
 from trainer.runtime import filesystem
 from trainer.runtime.filesystem import sha256_of
@@ -58,7 +58,7 @@ class Round(Protocol):
 
   @property
   def arrays(self) -> Mapping[str, np.ndarray]:
-    """Arrays by name, as in `Mined`."""
+    """Arrays by name, as in `RoundContent`."""
 
 
 class RoundSpec(NamedTuple):
@@ -196,7 +196,7 @@ def round_time(model_dir: str, step: int) -> int:
 def write_round(
   model_dir: str,
   step: int,
-  mined: Mined,
+  mined: RoundContent,
   *,
   fingerprint: Mapping[str, Any],
   num_records: int,
@@ -244,7 +244,7 @@ def write_round(
 
 
 @contextlib.contextmanager
-def alone(model_dir: str) -> Iterator[None]:
+def locked_rounds(model_dir: str) -> Iterator[None]:
   """Keeps other processes from writing rounds to the folder of a run.
 
   Args:
@@ -258,10 +258,10 @@ def alone(model_dir: str) -> Iterator[None]:
     UnwritableError: the folder cannot be written to.
   """
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
-  with contextlib.ExitStack() as claimed:
+  with contextlib.ExitStack() as stack:
     try:
       os.makedirs(folder, exist_ok=True)
-      claimed.enter_context(locked_folder(folder, "mining into"))
+      stack.enter_context(locked_folder(folder, "mining into"))
     except OSError as error:
       raise UnwritableError(
         f"{folder} can't be written: {short_reason(error)}."

@@ -25,7 +25,7 @@ from trainer.errors import (
   short_reason,
 )
 from trainer.mining import round
-from trainer.mining.miner import Mined, corpus_fingerprint
+from trainer.mining.miner import RoundContent, corpus_fingerprint
 from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
 from trainer.mining.round import MiningRound, OtherDataError, RoundLog
 from trainer.runtime import watchdog
@@ -34,7 +34,7 @@ from trainer.training.callbacks import StepReport
 _POLL_S = 1.0
 
 
-class _Opened(NamedTuple):
+class _OpenRound(NamedTuple):
   """A round and its sampler."""
 
   mining_round: MiningRound
@@ -70,7 +70,7 @@ class Rounds:
     plain: BatchSampler,
     model_dir: str,
     *,
-    mine_fn: Optional[Callable[[int], Mined]],
+    mine_fn: Optional[Callable[[int], RoundContent]],
     continues_unwritten: bool = False,
     oldest_step_fn: Callable[[], int],
   ):
@@ -83,11 +83,11 @@ class Rounds:
     self._continues_unwritten = continues_unwritten
     self._oldest_step_fn = oldest_step_fn
     self._fingerprint = corpus_fingerprint(dataset)
-    self._ledger = RoundLog(model_dir)
-    self._beside = AsyncRounds(options, model_dir, self._fingerprint)
+    self._round_log = RoundLog(model_dir)
+    self._async_rounds = AsyncRounds(options, model_dir, self._fingerprint)
     self._workers = current_workers()
-    self._current: Optional[_Opened] = None
-    self._decided: dict[int, Optional[int]] = {}
+    self._current: Optional[_OpenRound] = None
+    self._recorded: dict[int, Optional[int]] = {}
 
   def resume(self, first_step: int, num_steps: int) -> None:
     """Restores the round in use at a step, and decides if a decision is due there.
@@ -104,10 +104,10 @@ class Rounds:
       # Decisions are of another training: this one would have saved a checkpoint first.
       self._workers.run_on_chief(self._archive_rounds)
       decisions = {}
-    self._decided = decisions
+    self._recorded = decisions
     before = [step for step in decisions if step < first_step]
     if before:
-      self._hold(before[-1], self._opened_again(before[-1], decisions[before[-1]]))
+      self._use_round(before[-1], self._reopen_round(before[-1], decisions[before[-1]]))
     if first_step < num_steps:
       self.decide(first_step)
 
@@ -132,18 +132,18 @@ class Rounds:
       return False
     decisions = self._decisions()
     if step in decisions:
-      opened = self._opened_again(step, decisions[step])
+      opened = self._reopen_round(step, decisions[step])
     else:
       try:
         # Open before recording, so that a round that does not fit can be mined again.
-        opened = self._next(step)
+        opened = self._next_round(step)
         decisions[step] = None if opened is None else opened.mining_round.step
-        self._workers.run_on_chief(lambda: self._ledger.add(step, decisions[step]))
+        self._workers.run_on_chief(lambda: self._round_log.add(step, decisions[step]))
       except UnwritableError as error:
-        self._keep(step, error)
+        self._keep_current(step, error)
         return False
-    self._decided = decisions
-    has_changed = self._hold(step, opened)
+    self._recorded = decisions
+    has_changed = self._use_round(step, opened)
     self._workers.run_on_chief(self._prune)
     return has_changed
 
@@ -167,37 +167,39 @@ class Rounds:
     The decision of the step itself is excluded, because it follows this log line, while
     a resumed run has it already.
     """
-    decided = [each for each in self._decided.items() if each[0] < step]
-    if self._mine_fn is None or not decided:
+    recorded = [each for each in self._recorded.items() if each[0] < step]
+    if self._mine_fn is None or not recorded:
       return {}
-    num_kept = sum(mined != held for mined, held in decided)
+    num_kept = sum(step != round_step for step, round_step in recorded)
     return {"mining/rounds_without_examples": float(num_kept)}
 
   def _archive_rounds(self) -> None:
     """Archives the rounds of another training, if there are any."""
-    if self._ledger.decisions() or round.round_steps(self._model_dir):
+    if self._round_log.decisions() or round.round_steps(self._model_dir):
       round.archive_rounds(self._model_dir)
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """Returns the decisions read by the chief, on all workers."""
     own = self._workers.run_on_all(
-      self._ledger.decisions if self._workers.is_chief else dict
+      self._round_log.decisions if self._workers.is_chief else dict
     )
     rows = json.loads(self._workers.exchange(json.dumps(list(own.items())))[0])
     return {step: round_step for step, round_step in rows}
 
-  def _next(self, step: int) -> Optional[_Opened]:
+  def _next_round(self, step: int) -> Optional[_OpenRound]:
     """Returns the next round; the current one if the new round has too few examples."""
     is_mining = self._mine_fn is not None
     try:
-      return self._opened(self._mined(step) if is_mining else self._taken(step))
+      return self._open_round(
+        self._mine_round(step) if is_mining else self._select_newest(step)
+      )
     except TooFewExamplesError as error:
       if self._options.when_too_few == "stop":
         raise
-      self._keep(step, error)
+      self._keep_current(step, error)
       return self._current
 
-  def _keep(self, step: int, error: UserError) -> None:
+  def _keep_current(self, step: int, error: UserError) -> None:
     """Keeps the current round in spite of an error.
 
     Raises:
@@ -205,11 +207,14 @@ class Rounds:
     """
     if isinstance(error, UnwritableError) and not self._continues_unwritten:
       raise error
-    held = None if self._current is None else self._current.mining_round.step
-    self._options.check_age(step, held)
+    self._options.check_age(step, self._current_step)
     logging.warning("Step %d: %s Sampling is unchanged.", step, error)
 
-  def _mined(self, step: int) -> int:
+  @property
+  def _current_step(self) -> Optional[int]:
+    return None if self._current is None else self._current.mining_round.step
+
+  def _mine_round(self, step: int) -> int:
     """Mines a round of this step.
 
     Raises:
@@ -217,7 +222,7 @@ class Rounds:
     """
     assert self._mine_fn is not None
     start_s = time.monotonic()
-    mined: Union[Mined, TooFewExamplesError]
+    mined: Union[RoundContent, TooFewExamplesError]
     try:
       mined = self._mine_fn(step)
     except TooFewExamplesError as error:
@@ -227,7 +232,7 @@ class Rounds:
     def write():
       if isinstance(mined, TooFewExamplesError):
         raise mined
-      with round.alone(self._model_dir):
+      with round.locked_rounds(self._model_dir):
         round.write_round(
           self._model_dir,
           step,
@@ -242,47 +247,50 @@ class Rounds:
     self._workers.run_on_chief(write)
     return step
 
-  def _taken(self, step: int) -> Optional[int]:
+  def _select_newest(self, step: int) -> Optional[int]:
     """Returns the newest complete round up to this step, as found by the chief.
 
     Raises:
       UserError: the round is too old, and no newer one arrived in time.
     """
-    held = None if self._current is None else self._current.mining_round.step
     own = self._workers.run_on_all(
-      lambda: self._beside.newest(step, held) if self._workers.is_chief else None
+      lambda: (
+        self._async_rounds.newest(step, self._current_step)
+        if self._workers.is_chief
+        else None
+      )
     )
     return json.loads(self._workers.exchange(json.dumps(own))[0])
 
-  def _opened(self, round_step: Optional[int]) -> Optional[_Opened]:
+  def _open_round(self, round_step: Optional[int]) -> Optional[_OpenRound]:
     """Opens a round and its sampler on all workers; None for the plain sampler."""
     if round_step is None:
       return None
-    if self._current is not None and round_step == self._current.mining_round.step:
+    if round_step == self._current_step:
       return self._current
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
 
-    def open_round() -> _Opened:
+    def open_round() -> _OpenRound:
       mining_round = MiningRound(self._model_dir, round_step, self._fingerprint)
       sampler = self._options.sampler_of(
         mining_round, self._dataset, self.sampler.shape, num_replicas
       )
-      return _Opened(mining_round, sampler)
+      return _OpenRound(mining_round, sampler)
 
     return self._workers.run_on_all(open_round)
 
-  def _opened_again(self, step: int, round_step: Optional[int]) -> Optional[_Opened]:
+  def _reopen_round(self, step: int, round_step: Optional[int]) -> Optional[_OpenRound]:
     """Opens the round of a recorded decision."""
     try:
-      return self._opened(round_step)
+      return self._open_round(round_step)
     except UserError as error:
-      folder = os.path.dirname(self._ledger.path)
+      folder = os.path.dirname(self._round_log.path)
       raise UserError(
-        f"{error} {self._ledger.path} uses it from step {step} on: restore it, or "
+        f"{error} {self._round_log.path} uses it from step {step} on: restore it, or "
         f"remove {folder} to continue with new rounds."
       ) from error
 
-  def _hold(self, step: int, opened: Optional[_Opened]) -> bool:
+  def _use_round(self, step: int, opened: Optional[_OpenRound]) -> bool:
     """Uses a round from a step on; returns whether that changes the batches."""
     if opened is None and self._mine_fn is None:
       logging.warning(
@@ -293,7 +301,7 @@ class Rounds:
     if opened is self._current:
       return False
     self._current = opened
-    self.sampler.hold(step, self._plain if opened is None else opened.sampler)
+    self.sampler.use_from(step, self._plain if opened is None else opened.sampler)
     what = "plain batches"
     if opened is not None:
       what = f"the mining round of step {opened.mining_round.step}"
@@ -302,14 +310,13 @@ class Rounds:
 
   def _prune(self) -> None:
     """Removes old rounds that no checkpoint needs."""
-    if self._current is None:
+    if self._current_step is None:
       return
-    current_step = self._current.mining_round.step
-    decisions, oldest = self._ledger.decisions(), self._oldest_step_fn()
+    decisions, oldest = self._round_log.decisions(), self._oldest_step_fn()
     first = max((step for step in decisions if step <= oldest), default=0)
     kept = {each for step, each in decisions.items() if step >= first}
     for round_step in round.round_steps(self._model_dir):
-      if round_step < current_step and round_step not in kept:
+      if round_step < self._current_step and round_step not in kept:
         try:
           round.remove_round(self._model_dir, round_step)
         except OSError as error:
@@ -336,14 +343,14 @@ class AsyncRounds:
     self._model_dir = model_dir
     self._fingerprint = fingerprint
     # Whether a round is complete, by its step and modification time.
-    self._looked_at: dict[tuple[int, int], bool] = {}
+    self._is_complete_by_file: dict[tuple[int, int], bool] = {}
 
-  def newest(self, step: int, held: Optional[int]) -> Optional[int]:
+  def newest(self, step: int, current_step: Optional[int]) -> Optional[int]:
     """Returns the newest complete round up to a step; waits if it is too old.
 
     Args:
       step: number of completed steps.
-      held: the round in use, already checked; None if there is none.
+      current_step: the round in use, already checked; None if there is none.
 
     Returns:
       Its step; None if there is no round.
@@ -354,7 +361,7 @@ class AsyncRounds:
     """
     deadline_s = time.monotonic() + self._options.max_wait_s
     while True:
-      newest = self._newest_whole(step, held)
+      newest = self._newest_complete(step, current_step)
       try:
         self._options.check_age(step, newest)
         return newest
@@ -364,26 +371,26 @@ class AsyncRounds:
       watchdog.beat()
       time.sleep(_POLL_S)
 
-  def _newest_whole(self, step: int, held: Optional[int]) -> Optional[int]:
+  def _newest_complete(self, step: int, current_step: Optional[int]) -> Optional[int]:
     for round_step in round.round_steps(self._model_dir):
       if round_step > step:
         continue
-      if round_step == held or self._is_whole(round_step):
+      if round_step == current_step or self._is_complete(round_step):
         return round_step
     return None
 
-  def _is_whole(self, round_step: int) -> bool:
-    made = round_step, round.round_time(self._model_dir, round_step)
-    if made not in self._looked_at:
+  def _is_complete(self, round_step: int) -> bool:
+    file_key = round_step, round.round_time(self._model_dir, round_step)
+    if file_key not in self._is_complete_by_file:
       try:
         MiningRound(self._model_dir, round_step, self._fingerprint)
-        self._looked_at[made] = True
+        self._is_complete_by_file[file_key] = True
       except OtherDataError:
         raise
       except UserError as error:
         logging.warning("%s The previous round is used.", error)
-        self._looked_at[made] = False
-    return self._looked_at[made]
+        self._is_complete_by_file[file_key] = False
+    return self._is_complete_by_file[file_key]
 
 
 class ChangeRound:

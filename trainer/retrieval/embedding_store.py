@@ -201,7 +201,7 @@ class EmbeddingWriter:
 
   Args:
     folder: is created if it is missing; its content stays until `finish`. No other
-      process may write to it: see `alone`.
+      process may write to it: see `locked_embeddings`.
     shape: (N, D).
     dtype: "float32" or "float16".
     source: provenance of the embeddings; rows of another source are discarded.
@@ -329,7 +329,7 @@ class EmbeddingWriter:
 
 
 @contextlib.contextmanager
-def alone(folder: str) -> Iterator[None]:
+def locked_embeddings(folder: str) -> Iterator[None]:
   """Creates a folder of embeddings, and keeps other processes from writing to it.
 
   Args:
@@ -341,10 +341,10 @@ def alone(folder: str) -> Iterator[None]:
   Raises:
     UserError: another process writes to the folder, or it cannot be written to.
   """
-  with contextlib.ExitStack() as claimed:
+  with contextlib.ExitStack() as stack:
     with _telling_of_failures(folder):
       os.makedirs(folder, exist_ok=True)
-      claimed.enter_context(locked_folder(folder, "embedding into"))
+      stack.enter_context(locked_folder(folder, "embedding into"))
     yield
 
 
