@@ -310,7 +310,7 @@ def _run(values: flags.FlagValues) -> None:
     step_deadline_s=values.step_deadline_s,
     start_deadline_s=values.start_deadline_s,
   )
-  with workers.naming_lost_workers():
+  with workers.reporting_lost_workers():
     module.main(
       run.Run(
         model_dir=values.model_dir,

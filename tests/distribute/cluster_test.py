@@ -146,7 +146,7 @@ _STRANGERS = (
 
 
 def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 5.0)
+  monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 5.0)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -181,7 +181,7 @@ def test_a_line_without_end_is_given_up(monkeypatch):
 
 
 def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.3)
+  monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 0.3)
   addresses = free_addresses(2)
   is_over = threading.Event()
 
@@ -202,13 +202,15 @@ def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
         dripping.result()
 
 
-@pytest.mark.parametrize("answer", [b"[]", b"{}", b'{"error": 1, "is_mistake": true}'])
+@pytest.mark.parametrize(
+  "answer", [b"[]", b"{}", b'{"error": 1, "is_user_error": true}']
+)
 def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
   addresses = free_addresses(2)
   server = socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1])))
   with server, concurrent.futures.ThreadPoolExecutor() as pool:
     worker = pool.submit(wait_for_workers, Cluster(addresses, 1), {}, timeout_s=20.0)
-    for line in (answer, b'{"error": null, "is_mistake": false}'):
+    for line in (answer, b'{"error": null, "is_user_error": false}'):
       connection, _ = server.accept()
       with connection:
         connection.sendall(line + b"\n")
@@ -216,7 +218,7 @@ def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
 
 
 def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.cluster._SPEECH_S", 0.2)
+  monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 0.2)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -228,7 +230,7 @@ def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
 
 
 def test_a_port_in_use_is_named(monkeypatch):
-  monkeypatch.setattr("trainer.distribute.cluster._PORT_PATIENCE_S", 0.0)
+  monkeypatch.setattr("trainer.distribute.cluster._PORT_TIMEOUT_S", 0.0)
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(UserError, match=f"of this worker, {address}, is not available"):

@@ -8,7 +8,7 @@ import signal
 import pytest
 import tensorflow as tf
 
-from trainer.distribute.workers import Workers, current_workers, naming_lost_workers
+from trainer.distribute.workers import Workers, current_workers, reporting_lost_workers
 from trainer.errors import (
   PreemptedError,
   StalledError,
@@ -23,7 +23,7 @@ def _lose(monkeypatch, *addresses):
   content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   monkeypatch.setenv("TF_CONFIG", json.dumps(content))
   text = "Collective ops is aborted by: /job:worker/replica:0/task:1 is down\nmore"
-  with naming_lost_workers():
+  with reporting_lost_workers():
     raise tf.errors.UnavailableError(None, None, text)
 
 

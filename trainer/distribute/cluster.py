@@ -2,7 +2,7 @@
 
 TensorFlow waits for a missing worker without a message, and trains workers of unequal
 configurations together. Therefore each worker first sends its index and fingerprints to
-the chief, on the chief's own port. The chief sends the same answer to all workers and
+the chief, on the chief's own port. The chief sends the same reply to all workers and
 releases the port for TensorFlow. Each message is one line of JSON.
 
 Plain Python, without TensorFlow. Every launcher sets `TF_CONFIG`. Under Slurm the
@@ -28,9 +28,9 @@ from trainer.errors import StalledError, UserError
 
 _RETRY_S = 0.2
 # A killed process may hold its port for a moment.
-_PORT_PATIENCE_S = 10.0
+_PORT_TIMEOUT_S = 10.0
 # A worker sends at once when connected; a silent connection must not block the others.
-_SPEECH_S = 5.0
+_MESSAGE_TIMEOUT_S = 5.0
 _NUM_SHOWN = 3
 # The fingerprints of 1,000 workers take about 100 kB.
 _MAX_MESSAGE_BYTES, _PART_BYTES = 4 << 20, 1 << 16
@@ -41,7 +41,7 @@ Fingerprint = Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
-class Greeting:
+class WorkerMessage:
   """Message from a worker to the chief.
 
   Attributes:
@@ -73,11 +73,11 @@ def wait_for_workers(
   deadline = time.monotonic() + timeout_s
   with _listen(cluster.address) as listener:
     if cluster.index == 0:
-      answer = _receive_all(listener, cluster, fingerprint, deadline, timeout_s)
+      reply = _receive_all(listener, cluster, fingerprint, deadline, timeout_s)
     else:
-      answer = _report(cluster, fingerprint, deadline, timeout_s)
-  if answer["error"]:
-    raise (UserError if answer["is_mistake"] else StalledError)(answer["error"])
+      reply = _report_to_chief(cluster, fingerprint, deadline, timeout_s)
+  if reply["error"]:
+    raise (UserError if reply["is_user_error"] else StalledError)(reply["error"])
 
 
 def differences(fingerprints: Sequence[Fingerprint]) -> Optional[str]:
@@ -101,7 +101,7 @@ def differences(fingerprints: Sequence[Fingerprint]) -> Optional[str]:
 def _listen(address: str) -> socket.socket:
   """Opens a socket on this worker's port, which proves that TensorFlow can use it."""
   port = int(address.rpartition(":")[2])
-  deadline = time.monotonic() + _PORT_PATIENCE_S
+  deadline = time.monotonic() + _PORT_TIMEOUT_S
   while True:
     try:
       return socket.create_server(("", port))
@@ -121,51 +121,55 @@ def _receive_all(
   deadline: float,
   timeout_s: float,
 ) -> dict:
-  """Receives the greetings of all workers on the chief, and answers them."""
-  heard: dict[int, Fingerprint] = {0: fingerprint}
+  """Receives the messages of all workers on the chief, and replies to them."""
+  fingerprints: dict[int, Fingerprint] = {0: fingerprint}
   with contextlib.ExitStack() as connections:
     waiting = []
-    mistake = None
-    while len(heard) < cluster.num_workers and mistake is None:
-      greeting = _accept(listener, connections, deadline)
-      if greeting is None:
+    conflict = None
+    while len(fingerprints) < cluster.num_workers and conflict is None:
+      message = _accept(listener, connections, deadline)
+      if message is None:
         break
-      connection, content = greeting
+      connection, content = message
       waiting.append(connection)
-      mistake = _misfit(content, heard, cluster)
-      heard[content.index] = content.fingerprint
-    missing = sorted(set(range(cluster.num_workers)) - set(heard))
-    if mistake is None and not missing:
-      mistake = differences([heard[i] for i in range(cluster.num_workers)])
-    late = f"{_names(cluster, missing)} did not connect within {timeout_s:g} s."
-    error = mistake or (late if missing else None)
-    answer = {"error": error, "is_mistake": mistake is not None}
+      conflict = _find_conflict(content, fingerprints, cluster)
+      fingerprints[content.index] = content.fingerprint
+    missing = sorted(set(range(cluster.num_workers)) - set(fingerprints))
+    if conflict is None and not missing:
+      conflict = differences([fingerprints[i] for i in range(cluster.num_workers)])
+    timeout_error = (
+      f"{_names(cluster, missing)} did not connect within {timeout_s:g} s."
+    )
+    error = conflict or (timeout_error if missing else None)
+    reply = {"error": error, "is_user_error": conflict is not None}
     for connection in waiting:
       with contextlib.suppress(OSError):
-        _send(connection, answer)
-  return answer
+        _send(connection, reply)
+  return reply
 
 
 def _accept(
   listener: socket.socket, connections: contextlib.ExitStack, deadline: float
-) -> Optional[tuple[socket.socket, Greeting]]:
-  """Returns the next worker's connection and greeting; None after the deadline."""
+) -> Optional[tuple[socket.socket, WorkerMessage]]:
+  """Returns the next worker's connection and message; None after the deadline."""
   while True:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
       return None
-    listener.settimeout(left_s)
+    listener.settimeout(remaining_s)
     try:
       connection, _ = listener.accept()
       connections.enter_context(connection)
-      content = _receive(connection, min(deadline, time.monotonic() + _SPEECH_S))
-      return connection, _greeting(content)
+      content = _receive(
+        connection, min(deadline, time.monotonic() + _MESSAGE_TIMEOUT_S)
+      )
+      return connection, _parse_message(content)
     except (OSError, ValueError) as error:
       # Other clients may connect to the port, such as health checks.
       logging.debug("Ignored a message that is not from a worker: %s", error)
 
 
-def _greeting(content: dict[str, Any]) -> Greeting:
+def _parse_message(content: dict[str, Any]) -> WorkerMessage:
   """Returns a worker's message with each field checked.
 
   Raises:
@@ -179,33 +183,33 @@ def _greeting(content: dict[str, Any]) -> Greeting:
     raise ValueError("addresses is not a list of strings")
   if not isinstance(fingerprint, dict) or not _are_texts(fingerprint.values()):
     raise ValueError("the fingerprint has a value that is not a string")
-  return Greeting(index, tuple(addresses), fingerprint)
+  return WorkerMessage(index, tuple(addresses), fingerprint)
 
 
 def _are_texts(values: Iterable[object]) -> bool:
   return all(isinstance(value, str) for value in values)
 
 
-def _misfit(
-  greeting: Greeting, heard: Mapping[int, Fingerprint], cluster: Cluster
+def _find_conflict(
+  message: WorkerMessage, fingerprints: Mapping[int, Fingerprint], cluster: Cluster
 ) -> Optional[str]:
-  if greeting.addresses != cluster.addresses:
+  if message.addresses != cluster.addresses:
     return (
-      f"worker {greeting.index} was started with the cluster "
-      f"{list(greeting.addresses)}, the chief with {list(cluster.addresses)}."
+      f"worker {message.index} was started with the cluster "
+      f"{list(message.addresses)}, the chief with {list(cluster.addresses)}."
     )
-  if greeting.index >= cluster.num_workers:
+  if message.index >= cluster.num_workers:
     return (
-      f"a process reports that it is worker {greeting.index} of {cluster.num_workers}; "
+      f"a process reports that it is worker {message.index} of {cluster.num_workers}; "
       "workers are numbered from 0."
     )
-  if greeting.index in heard:
-    return f"two processes report that they are worker {greeting.index}."
+  if message.index in fingerprints:
+    return f"two processes report that they are worker {message.index}."
   return None
 
 
 def _send(connection: socket.socket, content: Mapping[str, Any]) -> None:
-  connection.settimeout(_SPEECH_S)
+  connection.settimeout(_MESSAGE_TIMEOUT_S)
   connection.sendall(json.dumps(content).encode() + b"\n")
 
 
@@ -218,10 +222,10 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
   """
   line = bytearray()
   while not line.endswith(b"\n"):
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
       raise TimeoutError("no complete line in time")
-    connection.settimeout(left_s)
+    connection.settimeout(remaining_s)
     part = connection.recv(_PART_BYTES)
     line += part
     if not part or len(line) > _MAX_MESSAGE_BYTES:
@@ -235,10 +239,10 @@ def _receive(connection: socket.socket, deadline: float) -> dict[str, Any]:
   return content
 
 
-def _report(
+def _report_to_chief(
   cluster: Cluster, fingerprint: Fingerprint, deadline: float, timeout_s: float
 ) -> dict:
-  """Sends this worker's greeting to the chief, and waits for the answer."""
+  """Sends a message of this worker to the chief, and waits for the reply."""
   host, _, port = cluster.addresses[0].rpartition(":")
   content = {
     "index": cluster.index,
@@ -246,31 +250,33 @@ def _report(
     "fingerprint": dict(fingerprint),
   }
   while True:
-    left_s = deadline - time.monotonic()
-    if left_s <= 0:
-      late = f"{_names(cluster, [0])} did not answer within {timeout_s:g} s."
-      return {"error": late, "is_mistake": False}
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
+      reason = f"{_names(cluster, [0])} did not answer within {timeout_s:g} s."
+      return {"error": reason, "is_user_error": False}
     with contextlib.suppress(OSError, ValueError):
-      return _ask((host.strip("[]"), int(port)), content, left_s)
+      return _exchange((host.strip("[]"), int(port)), content, remaining_s)
     time.sleep(_RETRY_S)
 
 
-def _ask(chief: tuple[str, int], content: dict, left_s: float) -> dict[str, Any]:
-  """Sends a greeting to the chief, and returns its answer.
+def _exchange(
+  chief: tuple[str, int], content: dict, remaining_s: float
+) -> dict[str, Any]:
+  """Sends a message to the chief, and returns its reply.
 
   Raises:
-    OSError: there is no chief, or no answer.
-    ValueError: the answer is not from a chief.
+    OSError: there is no chief, or no reply.
+    ValueError: the reply is not from a chief.
   """
-  with socket.create_connection(chief, left_s) as connection:
+  with socket.create_connection(chief, remaining_s) as connection:
     _send(connection, content)
     # The chief waits as long as this worker, and reports who was missing.
-    answer = _receive(connection, time.monotonic() + left_s + _PORT_PATIENCE_S)
-  error, is_mistake = answer.get("error"), answer.get("is_mistake")
-  is_text = "error" in answer and (error is None or isinstance(error, str))
-  if not is_text or type(is_mistake) is not bool:
-    raise ValueError("the answer is not from a chief")
-  return {"error": error, "is_mistake": is_mistake}
+    reply = _receive(connection, time.monotonic() + remaining_s + _PORT_TIMEOUT_S)
+  error, is_user_error = reply.get("error"), reply.get("is_user_error")
+  is_text = "error" in reply and (error is None or isinstance(error, str))
+  if not is_text or type(is_user_error) is not bool:
+    raise ValueError("the reply is not from a chief")
+  return {"error": error, "is_user_error": is_user_error}
 
 
 def _names(cluster: Cluster, indexes: Sequence[int]) -> str:

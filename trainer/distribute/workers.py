@@ -50,7 +50,7 @@ _KINDS = {
 
 
 @contextlib.contextmanager
-def naming_lost_workers() -> Iterator[None]:
+def reporting_lost_workers() -> Iterator[None]:
   """Reports which worker was lost, if several train together.
 
   Yields:
@@ -75,7 +75,7 @@ def naming_lost_workers() -> Iterator[None]:
     ) from error
 
 
-_Made = TypeVar("_Made")
+_Result = TypeVar("_Result")
 
 
 class Workers:
@@ -157,7 +157,7 @@ class Workers:
     """
     self.run_on_all(act if self.is_chief else lambda: None)
 
-  def run_on_all(self, make: Callable[[], _Made]) -> _Made:
+  def run_on_all(self, make: Callable[[], _Result]) -> _Result:
     """Runs a function on each worker; raises on all if one fails.
 
     Args:
@@ -175,14 +175,14 @@ class Workers:
     if self.num_workers == 1:
       return make()
     try:
-      made = make()
+      result = make()
       if shutdown.current_preemption().exit_requested:
         raise shutdown.current_preemption().preempted_error()
     except Exception as error:
       self._raise_first(out_of_space(error) or error)
       raise
     self._raise_first(None)
-    return made
+    return result
 
   def dry_run(self, make: Callable[[], object]) -> None:
     """Runs a function on each worker alone, if there are several workers.
@@ -212,14 +212,14 @@ class Workers:
 
   def _raise_first(self, error: Optional[Exception]) -> None:
     """Raises the error of the first worker that has one, or this worker's own."""
-    own = error and [_kind(error).__name__, _in_words(error)]
-    told = [json.loads(each) for each in self.exchange(json.dumps(own))]
-    index = next((i for i, each in enumerate(told) if each), None)
-    if index is None or (error and _kind(error) is WorkerFailedError):
+    local = error and [_error_class(error).__name__, _describe_error(error)]
+    errors = [json.loads(each) for each in self.exchange(json.dumps(local))]
+    index = next((i for i, each in enumerate(errors) if each), None)
+    if index is None or (error and _error_class(error) is WorkerFailedError):
       return
-    name, text = told[index]
+    name, text = errors[index]
     raise _KINDS[name](
-      text if told.count(told[index]) == len(told) else f"worker {index}: {text}"
+      text if errors.count(errors[index]) == len(errors) else f"worker {index}: {text}"
     )
 
   def wait(self) -> None:
@@ -247,12 +247,12 @@ def current_workers() -> Workers:
   return _workers_of(tf.distribute.get_strategy())
 
 
-def _kind(error: Exception) -> type[Exception]:
+def _error_class(error: Exception) -> type[Exception]:
   """Returns the class with which the other workers raise the error."""
   kinds = (kind for kind in _KINDS.values() if isinstance(error, kind))
   return next(kinds, WorkerFailedError)
 
 
-def _in_words(error: Exception) -> str:
-  is_named = _kind(error) is WorkerFailedError
+def _describe_error(error: Exception) -> str:
+  is_named = _error_class(error) is WorkerFailedError
   return f"{type(error).__name__}: {error}" if is_named else str(error)
