@@ -64,7 +64,7 @@ def _numbers(folder, bad_records):
     classes=dataset.train_classes,
   )
   batches = dataset.training_batches(sampler)
-  with batches.naming_bad_records(0, 4):
+  with batches.reporting_bad_records(0, 4):
     got = list(batches.dataset(Shard(0, 1, 1), num_steps=4))
   drawn = [sampler.batch(step).ravel() for step in range(4)]
   numbers = [np.round(b.inputs[:, 0, 0, 0].numpy() * 255 / 8).astype(int) for b in got]
@@ -144,7 +144,7 @@ def test_records_that_are_replaced_are_not_blamed_for_other_failures(folder):
     index, sampler, _DECODER, replacements=Replacements(index, _DECODER)
   )
   expected = pytest.raises(tf.errors.InvalidArgumentError, match="loss is no number")
-  with expected, batches.naming_bad_records(0, 0):
+  with expected, batches.reporting_bad_records(0, 0):
     raise tf.errors.InvalidArgumentError(None, None, "loss is no number")
 
 
@@ -160,5 +160,5 @@ def test_a_class_without_any_good_record_is_named_from_within_the_pipeline(tmp_p
     index, sampler, _DECODER, replacements=Replacements(index, _DECODER)
   )
   expected = pytest.raises(UserError, match="Class 'b' has no record that can be read")
-  with expected, batches.naming_bad_records(0, 0):
+  with expected, batches.reporting_bad_records(0, 0):
     list(batches.dataset(Shard(0, 1, 1), num_steps=1))

@@ -45,7 +45,7 @@ def _bomb(width=20_000, height=20_000):
   )
 
 
-def _prepared_image(item, **options):
+def _encoded_image(item, **options):
   record = ExampleEncoder(max_pixels=10_000, **options)(item)
   features = tf.train.Example.FromString(record.data).features.feature
   return features["image"].bytes_list.value[0]
@@ -92,7 +92,7 @@ def test_an_image_of_no_bytes_is_named():
 
 def test_webp_is_kept_as_png_with_the_same_pixels():
   image = _image()
-  kept = _prepared_image(Item("w", "a", _encoded("webp", image)))
+  kept = _encoded_image(Item("w", "a", _encoded("webp", image)))
   assert image_formats.read_image_head(kept).format == "png"
   np.testing.assert_array_equal(tf.io.decode_png(kept), image)
 
@@ -104,7 +104,7 @@ def test_a_webp_cut_short_is_named():
 
 
 def test_images_are_made_smaller_keeping_their_proportions():
-  kept = _prepared_image(
+  kept = _encoded_image(
     Item("i", "a", encode_png(_image())), resize=Resize(longest_side=30)
   )
   assert image_formats.read_image_head(kept) == image_formats.ImageHead("png", 20, 30)
@@ -114,13 +114,13 @@ def test_images_are_made_smaller_keeping_their_proportions():
 
 def test_images_can_be_kept_as_jpeg():
   resize = Resize(longest_side=30, jpeg_quality=90)
-  kept = _prepared_image(Item("i", "a", encode_png(_image())), resize=resize)
+  kept = _encoded_image(Item("i", "a", encode_png(_image())), resize=resize)
   assert image_formats.read_image_head(kept) == image_formats.ImageHead("jpeg", 20, 30)
 
 
 def test_images_that_are_small_enough_are_kept_byte_for_byte():
   file = encode_png(_image())
-  assert _prepared_image(Item("i", "a", file), resize=Resize(longest_side=60)) == file
+  assert _encoded_image(Item("i", "a", file), resize=Resize(longest_side=60)) == file
 
 
 @pytest.mark.parametrize(

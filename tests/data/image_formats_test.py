@@ -36,7 +36,7 @@ _WRITTEN = [each.name for each in image_formats.FORMATS if each.name != "HEIC"]
 @pytest.mark.parametrize("name", _WRITTEN)
 def test_a_format_is_recognised_by_what_pillow_writes(name):
   file = _encoded(Image.fromarray(_pixels()), _PILLOW_NAMES.get(name, name))
-  found = image_formats.of_content(file[: image_formats.HEAD_BYTES])
+  found = image_formats.detect_format(file[: image_formats.HEAD_BYTES])
   assert found is not None and found.name == name
 
 
@@ -54,7 +54,7 @@ def test_a_format_is_recognised_by_what_pillow_writes(name):
   ],
 )
 def test_contents_of_other_files_are_no_images(head, name):
-  found = image_formats.of_content(head)
+  found = image_formats.detect_format(head)
   assert (found and found.name) == name
 
 
@@ -303,7 +303,7 @@ def test_a_damaged_orientation_is_upright(exif):
 
 def test_a_segment_that_goes_beyond_the_file_ends_the_search():
   file = _JPEG[:2] + b"\xff\xe1\xff\xff" + bytes(3)
-  assert orientation.of_files(
+  assert orientation.read_orientations(
     tf.constant([file, b"", b"\xff\xd8\xff"])
   ).numpy().tolist() == [1, 1, 1]
 

@@ -126,7 +126,7 @@ def _batches(folder, bad_records):
     classes=dataset.train_classes,
   )
   batches = dataset.training_batches(sampler)
-  with batches.naming_bad_records(0, 1):
+  with batches.reporting_bad_records(0, 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=1))
 
 

@@ -28,8 +28,8 @@ def _items():
 
 
 def _writer(**options):
-  preparer = ExampleEncoder(max_pixels=10_000)
-  return ingestion.RecordWriter(preparer, records_per_shard=50, **options)
+  encoder = ExampleEncoder(max_pixels=10_000)
+  return ingestion.RecordWriter(encoder, records_per_shard=50, **options)
 
 
 def _files(folder):

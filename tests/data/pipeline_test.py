@@ -122,7 +122,7 @@ def test_a_record_that_does_not_decode_is_named(index):
   expected = pytest.raises(
     UserError, match=r"records-0000\d\.tfrecord: record \d.* decoded"
   )
-  with expected, batches.naming_bad_records(0, 0):
+  with expected, batches.reporting_bad_records(0, 0):
     _take(batches.dataset(Shard(0, 1, 1)), 1)
 
 
@@ -158,5 +158,5 @@ def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, exp
 @pytest.mark.parametrize("error", [tf.errors.UnavailableError, tf.errors.AbortedError])
 def test_failures_that_no_record_causes_pass(index, error):
   batches = Batches(index, _sampler(index), VectorDecoder(size=2))
-  with pytest.raises(error), batches.naming_bad_records(0, 0):
+  with pytest.raises(error), batches.reporting_bad_records(0, 0):
     raise error(None, None, "a worker is gone")

@@ -86,7 +86,7 @@ def test_a_file_that_takes_too_much_memory_is_named(file):
 
 
 def test_a_reader_that_loops_for_ever_is_ended(file, monkeypatch):
-  monkeypatch.setattr(reader_process, "_SILENCE_S", 2.0)
+  monkeypatch.setattr(reader_process, "_TIMEOUT_S", 2.0)
   messages = reader_process.read(loop_for_ever, file)
   assert next(messages) == ({}, [])
   with pytest.raises(UserError, match=r"a file can't .* no progress for 2 s"):

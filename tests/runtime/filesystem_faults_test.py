@@ -104,7 +104,7 @@ def test_another_index_is_another_copy_and_the_old_one_goes(elsewhere, tmp_path)
   contents = [b"a" * 100, b"b" * 100, b"c" * 7]
   for content in contents:
     filesystem.write_bytes(path, content)
-    copy = index_arrays.local_copy_of(path)
+    copy = index_arrays.local_copy(path)
     with open(copy, "rb") as file:
       assert file.read() == content
   [folder] = tmp_path.iterdir()

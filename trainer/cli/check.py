@@ -100,7 +100,7 @@ def _make_step() -> TrainStep:
 def _batches(parts: TrainConfig, sampler: PKSampler) -> list[Batch]:
   """Returns the global batches of the first steps."""
   batches = parts.dataset.training_batches(sampler)
-  with batches.naming_bad_records(0, _NUM_STEPS - 1):
+  with batches.reporting_bad_records(0, _NUM_STEPS - 1):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=_NUM_STEPS))
 
 

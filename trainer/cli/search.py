@@ -116,7 +116,7 @@ def _embed_fn(run: Run, trained: Evaluation, stored: EmbeddingFolder) -> EmbedFn
 def _decoded(content: bytes, decode_files) -> tf.Tensor:
   """Decodes an image file of any ingestible format to [1, H, W, C] float32."""
   try:
-    return decode_files(tf.constant([example_encoder.for_training(content)]))
+    return decode_files(tf.constant([example_encoder.convert_for_training(content)]))
   except tf.errors.InvalidArgumentError as error:
     raise UserError("It can't be decoded as an image.") from error
   except UserError as error:

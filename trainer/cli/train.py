@@ -196,7 +196,7 @@ def _build(
       checkpoints,
       shutdown.current_preemption(),
       watchdog,
-      batches.naming_bad_records,
+      batches.reporting_bad_records,
       _make_policy(run, parts, drawn, checkpoints),
     ),
     metrics_fns=[rounds.metrics] if rounds is not None else [],

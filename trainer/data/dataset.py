@@ -75,7 +75,7 @@ class HashSplit:
     Raises:
       UserError: a side would be empty.
     """
-    hashes = mix(self._salt, ClassNames.of(class_names).hashes)
+    hashes = mix(self._salt, ClassNames.from_names(class_names).hashes)
     return _divide(hashes / 2.0**64 < self._fraction)
 
 

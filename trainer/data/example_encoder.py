@@ -58,7 +58,7 @@ class Resize:
     return tf.io.encode_jpeg(pixels, quality=self._jpeg_quality).numpy()
 
 
-class Prepared(NamedTuple):
+class EncodedExample(NamedTuple):
   """A record, ready to be written.
 
   Attributes:
@@ -86,13 +86,13 @@ class ExampleEncoder:
     self._max_pixels = max_pixels
     self._resize = resize
 
-  def __call__(self, item: Item) -> Prepared:
+  def __call__(self, item: Item) -> EncodedExample:
     """Returns the record of an item.
 
     Raises:
       UserError: its image doesn't decode or is too large, or a feature can't be stored.
     """
-    image = None if item.image is None else self._checked_image(item.key, item.image)
+    image = None if item.image is None else self._encode_image(item.key, item.image)
     values: dict[str, Value] = dict(item.features)
     for name in RECORD_FEATURES:
       if name in values:
@@ -108,32 +108,32 @@ class ExampleEncoder:
     values[LABEL_FEATURE] = item.label
     values["key"] = item.key.encode("utf-8", "surrogateescape")
     digest = int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-    return Prepared(item.label, item.key, _serialize(values, item.key), digest)
+    return EncodedExample(item.label, item.key, _serialize(values, item.key), digest)
 
-  def _checked_image(self, key: str, file: bytes) -> bytes:
+  def _encode_image(self, key: str, file: bytes) -> bytes:
     head = image_formats.read_image_head(file)
     if head is not None and min(head.width, head.height) < 1:
-      raise _no_image(key, file, f"it is {head.format}, and its size can't be read.")
+      raise _image_error(key, file, f"it is {head.format}, and its size can't be read.")
     if head is not None and head.width * head.height > self._max_pixels:
       raise UserError(
         f"{key} declares {head.width} x {head.height} pixels, more than the "
         f"{self._max_pixels:,} allowed; resize it, or raise ingest.max_pixels."
       )
     try:
-      file = for_training(file, self._max_pixels)
-      smaller = None if self._resize is None else self._resize(_native_pixels(file))
-      if smaller is not None:
-        return smaller
+      file = convert_for_training(file, self._max_pixels)
+      resized = None if self._resize is None else self._resize(_decode_native(file))
+      if resized is not None:
+        return resized
       # Decodes with the operation that training uses.
       tf.io.decode_image(file, channels=3, expand_animations=False)
     except UserError as error:
-      raise _no_image(key, file, str(error)) from error
+      raise _image_error(key, file, str(error)) from error
     except tf.errors.OpError as error:
-      raise _no_image(key, file, error.message) from error
+      raise _image_error(key, file, error.message) from error
     return file
 
 
-def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
+def convert_for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
   """Returns an image file that training decodes to the same image as Pillow.
 
   Args:
@@ -144,17 +144,17 @@ def for_training(file: bytes, max_pixels: Optional[int] = None) -> bytes:
   Raises:
     UserError: it has another format and can't be converted.
   """
-  if not image_formats.is_kept(file):
-    file = image_formats.as_png(file, max_pixels=max_pixels)
+  if not image_formats.is_decoded_in_training(file):
+    file = image_formats.convert_to_png(file, max_pixels=max_pixels)
   if not image_formats.has_metadata(file):
     return file
   wanted = image_formats.orientation(file)
   if wanted != _orientation_in_training(tf.constant(file)):
-    file = image_formats.with_orientation(file, wanted)
+    file = image_formats.set_orientation(file, wanted)
   return file
 
 
-def _native_pixels(file: bytes) -> tf.Tensor:
+def _decode_native(file: bytes) -> tf.Tensor:
   """Returns [H, W, C] uint8, upright; greyscale and alpha are preserved."""
   # Image encoders don't support CMYK pixels.
   is_jpeg = file.startswith(b"\xff\xd8")
@@ -167,10 +167,10 @@ def _native_pixels(file: bytes) -> tf.Tensor:
 
 @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
 def _orientation_in_training(file: tf.Tensor) -> tf.Tensor:
-  return orientation.of_files(file[tf.newaxis])[0]
+  return orientation.read_orientations(file[tf.newaxis])[0]
 
 
-def _no_image(key: str, file: bytes, message: str) -> UserError:
+def _image_error(key: str, file: bytes, message: str) -> UserError:
   reason = re.sub(r"^{{.*?}} ?|\[Op:.*", "", message).splitlines()[0]
   return UserError(f"{key} can't be decoded as an image ({len(file)} bytes): {reason}")
 
@@ -186,7 +186,7 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
     value = value.encode()
   if isinstance(value, bytes):
     return tf.train.Feature(bytes_list=tf.train.BytesList(value=[value]))
-  array = _flat(value)
+  array = _flatten(value)
   if array.dtype.kind == "O":
     texts = [each.encode() if isinstance(each, str) else each for each in array]
     if all(isinstance(each, bytes) for each in texts):
@@ -209,7 +209,7 @@ def _feature(value: Value, name: str, key: str) -> tf.train.Feature:
   )
 
 
-def _flat(value: Value) -> np.ndarray:
+def _flatten(value: Value) -> np.ndarray:
   """Flattens the values of a feature to [n]; text and bytes stay objects, unchanged.
 
   Raises:
@@ -236,11 +236,11 @@ def _check_precision(array: np.ndarray, name: str, key: str) -> None:
   if array.dtype.itemsize <= _FLOAT_BYTES:
     return
   with np.errstate(over="ignore"):
-    kept = array.astype(np.float32)
-  is_changed = np.isfinite(array) & ~np.isfinite(kept)
+    as_float32 = array.astype(np.float32)
+  is_changed = np.isfinite(array) & ~np.isfinite(as_float32)
   if array.size == 1:
     is_whole = (array == np.floor(array)) & (np.abs(array) <= _LARGEST_WHOLE_FLOAT)
-    is_changed |= is_whole & (kept != array)
+    is_changed |= is_whole & (as_float32 != array)
   if is_changed.any():
     raise UserError(
       f"{key} has {array[is_changed][0]} in the feature {name!r}, which the 32-bit "

@@ -66,7 +66,7 @@ _KEPT = ("PNG", "JPEG")
 _METADATA = (b"Exif", b"eXIf", b"Raw profile", b"tiff:Orientation")
 _ORIENTATION_TAG = 0x0112
 
-# Number of first bytes that `of_content` needs.
+# Number of first bytes that `detect_format` needs.
 HEAD_BYTES = 16
 
 
@@ -200,7 +200,7 @@ def has_image_ending(name: str) -> bool:
   return name.lower().endswith(ENDINGS)
 
 
-def of_content(head: bytes) -> Optional[ImageFormat]:
+def detect_format(head: bytes) -> Optional[ImageFormat]:
   """Detects the format from the first bytes of a file, whatever its extension.
 
   Args:
@@ -212,9 +212,9 @@ def of_content(head: bytes) -> Optional[ImageFormat]:
   return next((each for each in FORMATS if each.magic.match(head)), None)
 
 
-def is_kept(file: bytes) -> bool:
+def is_decoded_in_training(file: bytes) -> bool:
   """Returns whether a file is kept unchanged, because training decodes its format."""
-  found = of_content(file)
+  found = detect_format(file)
   return found is not None and found.name in _KEPT
 
 
@@ -237,7 +237,7 @@ def orientation(file: bytes) -> int:
   return found if found in range(1, 9) else 1
 
 
-def with_orientation(file: bytes, orientation: int) -> bytes:
+def set_orientation(file: bytes, orientation: int) -> bytes:
   """Returns a PNG or JPEG file that training's decoders turn by the orientation.
 
   Args:
@@ -246,13 +246,13 @@ def with_orientation(file: bytes, orientation: int) -> bytes:
     orientation: 1 ... 8.
   """
   if not file.startswith(b"\xff\xd8"):
-    return as_png(file, max_pixels=None)
+    return convert_to_png(file, max_pixels=None)
   entry = struct.pack(">HHIHH", _ORIENTATION_TAG, 3, 1, orientation, 0)
   exif = b"Exif\0\0MM\0\x2a\0\0\0\x08\0\x01" + entry + bytes(4)
   return file[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(exif)) + exif + file[2:]
 
 
-def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
+def convert_to_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
   """Converts an image file to PNG: first picture, upright, with alpha if it has any.
 
   Args:
@@ -263,11 +263,11 @@ def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
     UserError: the format is unknown, the image is too large or damaged, or the white
       level of its pixels is unknown.
   """
-  known = of_content(file)
+  known = detect_format(file)
   if known is None:
     raise UserError("its first bytes match no supported image format.")
   try:
-    with _opened(file, known) as image:
+    with _open_image(file, known) as image:
       if max_pixels is not None and image.width * image.height > max_pixels:
         raise UserError(
           f"it declares {image.width} x {image.height} pixels, more than the "
@@ -275,7 +275,7 @@ def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
         )
       upright = ImageOps.exif_transpose(image)
       png = io.BytesIO()
-      _in_bytes(upright, known).save(png, "PNG")
+      _to_uint8(upright, known).save(png, "PNG")
   except UserError:
     raise
   except Exception as error:  # Pillow raises many types for damaged files.
@@ -286,7 +286,7 @@ def as_png(file: bytes, *, max_pixels: Optional[int]) -> bytes:
   return png.getvalue()
 
 
-def _opened(file: bytes, known: ImageFormat) -> Image.Image:
+def _open_image(file: bytes, known: ImageFormat) -> Image.Image:
   names = [name for name in known.pillow if name in _pillow_formats()]
   needs = f"it is {known.name}, which needs {known.needs}; install it, or convert it."
   if not names:
@@ -310,7 +310,7 @@ def _pillow_formats() -> frozenset[str]:
   return frozenset(Image.OPEN)
 
 
-def _in_bytes(image: Image.Image, known: ImageFormat) -> Image.Image:
+def _to_uint8(image: Image.Image, known: ImageFormat) -> Image.Image:
   """Returns the image as 8-bit greyscale or colour, with alpha if it has any."""
   if image.mode.startswith("I;16") or (image.mode == "I" and known.name == "PNM"):
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -199,7 +199,7 @@ def read_image_facts(
   heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_FACTS_HEAD_BYTES)
   heads = tf.cast(heads, tf.int32)
   declared = read_declared_size(files)
-  orientations = orientation.of_files(files)
+  orientations = orientation.read_orientations(files)
   is_png = tf.reduce_all(heads[:, :4] == tf.constant(list(b"\x89PNG")), axis=1)
   is_bmp = tf.reduce_all(heads[:, :2] == tf.constant(list(b"BM")), axis=1)
   is_webp = tf.reduce_all(heads[:, 8:12] == tf.constant(list(b"WEBP")), axis=1)

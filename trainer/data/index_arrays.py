@@ -58,7 +58,7 @@ class ClassNames(Sequence[str]):
     self.hashes = hashes
 
   @classmethod
-  def of(cls, names: Iterable[str]) -> ClassNames:
+  def from_names(cls, names: Iterable[str]) -> ClassNames:
     """Returns the names unchanged if they are `ClassNames`, otherwise converted."""
     if isinstance(names, cls):
       return names
@@ -171,7 +171,7 @@ def members_of(classes: Classes) -> MemberTable:
   return MemberTable(records, starts)
 
 
-def local_copy_of(path: str) -> str:
+def local_copy(path: str) -> str:
   """Returns the path of a local copy of a file; copies it if there is none yet.
 
   The copy is reused while size, time and a sample of the bytes are unchanged. Outdated
@@ -180,7 +180,7 @@ def local_copy_of(path: str) -> str:
   Raises:
     OSError: the file can't be read, or the copy can't be written.
   """
-  name, state = _digest(path.encode()), _state(path)
+  name, state = _digest(path.encode()), _content_key(path)
   start = os.path.join(_folder(), name)
   copy = f"{start}-{state}"
   with locked(start + ".lock"):
@@ -193,7 +193,7 @@ def local_copy_of(path: str) -> str:
 
 
 @contextlib.contextmanager
-def temporary(path: str) -> Iterator[str]:
+def temporary_copy(path: str) -> Iterator[str]:
   """Copies a file that is read once to a local path; the copy is removed in the end.
 
   Raises:
@@ -205,13 +205,13 @@ def temporary(path: str) -> Iterator[str]:
     yield copy
 
 
-def _state(path: str) -> str:
+def _content_key(path: str) -> str:
   """Returns a digest of a file: of its content, or of size, time and a sample."""
   status = filesystem.status(path)
   if status.num_bytes <= _SMALL_BYTES:  # One request, while a sample takes many.
     return _digest(filesystem.read_bytes(path))
   sample = filesystem.retry_with_backoff(
-    path, lambda: manifest.sample(path, status.num_bytes)
+    path, lambda: manifest.hash_sample(path, status.num_bytes)
   )
   return _digest(f"{status} {sample}".encode())
 
@@ -335,7 +335,7 @@ def _is_ascending(starts: np.ndarray) -> bool:
 def _map(folder: str, name: str) -> np.ndarray:
   path = _path(folder, name)
   try:
-    mapped = local_copy_of(path) if filesystem.is_remote(path) else path
+    mapped = local_copy(path) if filesystem.is_remote(path) else path
     array = np.lib.format.open_memmap(mapped, mode="r")
   except FileNotFoundError as error:
     raise _damaged(path, "missing") from error

@@ -58,7 +58,9 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
       for some in _batches(tfrecord.iterate_blocks(file)):
         lengths.append(np.array(list(map(len, some)), np.uint32))
         numbers.append(labels.numbers_of(parser.labels_of(some)))
-    ends = np.cumsum(_joined(lengths, np.uint32) + np.int64(tfrecord.OVERHEAD_BYTES))
+    ends = np.cumsum(
+      _concatenate(lengths, np.uint32) + np.int64(tfrecord.OVERHEAD_BYTES)
+    )
     shard = manifest.describe_shard(folder, name, len(ends))
   except tfrecord.FramingError as damage:
     raise UserError(damage.line(path)) from damage
@@ -67,11 +69,15 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
   offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
   names = [_text(path, label) for label in labels.names]
   return ShardIndex(
-    shard, offsets, _joined(lengths, np.uint32), _joined(numbers, np.int32), names
+    shard,
+    offsets,
+    _concatenate(lengths, np.uint32),
+    _concatenate(numbers, np.int32),
+    names,
   )
 
 
-def _joined(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
+def _concatenate(parts: list[np.ndarray], dtype: Any) -> np.ndarray:
   return np.concatenate([np.empty(0, dtype), *parts])
 
 
@@ -145,13 +151,13 @@ class _LabelParser:
 
 def _parse(records: Sequence[bytes], feature: str, is_bytes: bool) -> np.ndarray:
   """Returns the single value of a feature in each of n examples, [n] bytes or int64."""
-  none = np.empty(0, object)
+  default = np.empty(0, object)
   parsed = tf.raw_ops.ParseExampleV2(  # The Python part of tf.io.parse_example is slow.
     serialized=np.array(records, object),
-    names=none,
-    sparse_keys=none,
+    names=default,
+    sparse_keys=default,
     dense_keys=np.array([feature], object),
-    ragged_keys=none,
+    ragged_keys=default,
     dense_defaults=[tf.constant([], tf.string if is_bytes else tf.int64)],
     num_sparse=0,
     sparse_types=[],
@@ -256,7 +262,7 @@ def write_index(
   """
   new_names = {name for part in parts for name in part.label_names} - set(old_names)
   class_names = [*old_names, *sorted(new_names)]
-  names = ClassNames.of(class_names)
+  names = ClassNames.from_names(class_names)
   labels = _class_ids(parts, class_names)
   table = index_arrays.members_from_labels(labels, len(class_names))
   counts = [part.shard.num_records for part in parts]
@@ -313,8 +319,8 @@ def _class_ids(parts: Sequence[ShardIndex], class_names: Sequence[str]) -> np.nd
   ids = {name: class_id for class_id, name in enumerate(class_names)}
   labels = []
   for part in parts:
-    own = np.array([ids[name] for name in part.label_names], np.int32)
-    labels.append(own[part.labels] if len(own) else np.empty(0, np.int32))
+    class_ids = np.array([ids[name] for name in part.label_names], np.int32)
+    labels.append(class_ids[part.labels] if len(class_ids) else np.empty(0, np.int32))
   return np.concatenate(labels)
 
 
@@ -362,11 +368,11 @@ def _index(
   folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
 ) -> RecordIndex:
   names = _shard_names(folder_or_pattern, folder)
-  old = _reusable(folder_or_pattern, folder, index_folder, label_feature)
+  old = _find_reusable(folder_or_pattern, folder, index_folder, label_feature)
   old_parts = [] if old is None else _parts_of(old)
   # Only samples of shards with a new time were compared, and labels may have changed.
   known = {
-    part.shard.name for part in old_parts if manifest.has_time_of(folder, part.shard)
+    part.shard.name for part in old_parts if manifest.has_same_time(folder, part.shard)
   }
   names_to_scan = [name for name in names if name not in known]
   if old is not None and not names_to_scan:
@@ -420,16 +426,16 @@ def _in_folder(pattern: str) -> str:
   return os.path.join(glob.escape(folder), names)
 
 
-def _reusable(
+def _find_reusable(
   folder_or_pattern: str, folder: str, index_folder: str, label_feature: str
 ) -> Optional[RecordIndex]:
   """Returns the existing index if it describes the existing shards."""
   description = manifest.read(index_folder)
   if description is None or description.label_feature != label_feature:
     return None
-  changed = [s for s in description.shards if manifest.change_of(folder, s)]
+  changed = [s for s in description.shards if manifest.describe_change(folder, s)]
   for shard in changed:
-    reason = manifest.change_of(folder, shard)
+    reason = manifest.describe_change(folder, shard)
     logging.warning("%s %s.", os.path.join(folder, shard.name), reason)
   if changed:
     logging.warning("All shards are read again; class ids may change.")

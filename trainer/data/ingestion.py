@@ -20,9 +20,9 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.data import indexing, shards
-from trainer.data.example_encoder import ExampleEncoder, Prepared
+from trainer.data.example_encoder import EncodedExample, ExampleEncoder
 from trainer.data.records import locate_folder
-from trainer.data.shards import ShardPart, Unreadable
+from trainer.data.shards import ShardPart, UnreadableItem
 from trainer.data.sources.source import Item, ItemLoader, Loader
 from trainer.errors import UserError
 from trainer.runtime import filesystem
@@ -33,7 +33,7 @@ _STAGING = ".partial"
 _MAX_PIXELS = 100_000_000
 _ITEMS_AHEAD = 256
 # EFBIG: limit on file sizes. None: NumPy's short writes carry no error number.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -71,7 +71,7 @@ class RecordWriter:
   """Loads, encodes and writes items in parallel, in their order.
 
   Args:
-    preparer: encodes items as records.
+    encoder: encodes items as records.
     records_per_shard: items per shard; the last may have fewer.
     leave_out_unreadable: whether an item that can't be read is skipped and recorded
       instead of ending the ingest.
@@ -80,13 +80,13 @@ class RecordWriter:
 
   def __init__(
     self,
-    preparer: ExampleEncoder,
+    encoder: ExampleEncoder,
     *,
     records_per_shard: int,
     leave_out_unreadable: bool = False,
     num_threads: Optional[int] = None,
   ):
-    self._preparer = preparer
+    self._encoder = encoder
     self._records_per_shard = records_per_shard
     self._leave_out_unreadable = leave_out_unreadable
     self._num_threads = num_threads or os.cpu_count() or 1
@@ -128,7 +128,7 @@ class RecordWriter:
           _check_classes(parts)
           shards.publish_shards(parts, staging_dir, folder, index_folder, fingerprint)
         except (OSError, UserError):
-          shards.withdraw_shards(staging_dir)
+          shards.discard_shards(staging_dir)
           raise
         filesystem.remove_folder(staging_dir)
     except OSError as error:
@@ -147,29 +147,31 @@ class RecordWriter:
     rest = itertools.islice(loaders, num_done, None)
     progress = Progress("ingesting", "items", num_items, done=num_done)
     with futures.ThreadPoolExecutor(self._num_threads) as threads:
-      records = _counted(_in_order(threads, self._prepare, rest), progress)
+      records = _count_progress(
+        _map_in_order(threads, self._encode_or_skip, rest), progress
+      )
       for first in records:
         others = itertools.islice(records, self._records_per_shard - 1)
         shard = itertools.chain((first,), others)
         parts.append(shards.write_shard(staging_dir, _shard_name(len(parts)), shard))
     progress.finish()
 
-  def _prepare(self, load: Loader) -> Prepared | Unreadable:
+  def _encode_or_skip(self, load: Loader) -> EncodedExample | UnreadableItem:
     try:
-      return self._prepare_or_refuse(load)
+      return self._encode(load)
     except UserError as error:
       if not self._leave_out_unreadable:
         raise
       logging.warning("%s It is skipped.", error)
-      return Unreadable(str(error))
+      return UnreadableItem(str(error))
 
-  def _prepare_or_refuse(self, load: Loader) -> Prepared:
+  def _encode(self, load: Loader) -> EncodedExample:
     """Returns the record of an item; any fault of the item is a `UserError`."""
     key = "An item"
     try:
       item = load()
       key = item.key
-      return self._preparer(item)
+      return self._encoder(item)
     except UserError:
       raise
     except (ValueError, tf.errors.OpError) as error:
@@ -181,7 +183,7 @@ def _shard_name(number: int) -> str:
   return f"records-{number:05}.tfrecord"
 
 
-def _in_order(
+def _map_in_order(
   threads: futures.Executor, work_fn: Callable[[_In], _Out], inputs: Iterable[_In]
 ) -> Iterator[_Out]:
   """Maps a function over inputs in order, with a bounded number of inputs ahead."""
@@ -198,7 +200,7 @@ def _in_order(
       future.cancel()
 
 
-def _counted(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
+def _count_progress(records: Iterable[_In], progress: Progress) -> Iterator[_In]:
   for record in records:
     yield record
     progress.advance(1)
@@ -208,7 +210,7 @@ def _resume(staging_dir: str, fingerprint: Mapping[str, object]) -> list[ShardPa
   """Returns the finished shards of a killed run of this source, or starts anew."""
   note = os.path.join(staging_dir, "fingerprint.json")
   content = json.dumps(fingerprint, sort_keys=True, default=str).encode()
-  parts = shards.take_back_shards(staging_dir) if filesystem.exists(staging_dir) else []
+  parts = shards.unpublish_shards(staging_dir) if filesystem.exists(staging_dir) else []
   if filesystem.exists(note) and filesystem.read_bytes(note) == content:
     if parts:
       logging.info("Resuming after %d finished shards.", len(parts))
@@ -229,6 +231,6 @@ def _check_classes(parts: list[ShardPart]) -> None:
 
 
 def _explain(error: OSError, folder: str) -> str:
-  if error.errno in _NO_ROOM:
+  if error.errno in _DISK_FULL:
     return f"{folder}: the disk is full; free some disk space and run the ingest again."
   return f"{error.filename or folder} can't be written: {error.strerror}."

@@ -78,7 +78,7 @@ def describe_shard(folder: str, name: str, num_records: int) -> IndexedShard:
   """
   path = os.path.join(folder, name)
   status = filesystem.status(path)
-  digest = sample(path, status.num_bytes)
+  digest = hash_sample(path, status.num_bytes)
   return IndexedShard(name, status.num_bytes, num_records, status.modified_ns, digest)
 
 
@@ -179,7 +179,7 @@ def check_shards(folder: str, manifest: Manifest) -> None:
     UserError: a shard is missing or has changed; the message names the first.
   """
   for shard in manifest.shards:
-    reason = change_of(folder, shard)
+    reason = describe_change(folder, shard)
     if reason:
       raise UserError(
         f"{os.path.join(folder, shard.name)} {reason}; restore it, or index the folder "
@@ -187,7 +187,7 @@ def check_shards(folder: str, manifest: Manifest) -> None:
       )
 
 
-def change_of(folder: str, shard: IndexedShard) -> str:
+def describe_change(folder: str, shard: IndexedShard) -> str:
   """Returns how a shard differs from its indexed state; empty if it does not."""
   path = os.path.join(folder, shard.name)
   try:
@@ -198,7 +198,7 @@ def change_of(folder: str, shard: IndexedShard) -> str:
       )
     if status.modified_ns == shard.modified_ns or not shard.sample:
       return ""
-    if sample(path, status.num_bytes) != shard.sample:
+    if hash_sample(path, status.num_bytes) != shard.sample:
       return "has other bytes than when it was indexed"
   except OSError as error:
     return f"is in the index but can't be read ({error.strerror})"
@@ -208,13 +208,13 @@ def change_of(folder: str, shard: IndexedShard) -> str:
   return ""
 
 
-def has_time_of(folder: str, shard: IndexedShard) -> bool:
+def has_same_time(folder: str, shard: IndexedShard) -> bool:
   """Returns whether a file's modification time is that of the indexed shard."""
   status = filesystem.status(os.path.join(folder, shard.name))
   return status.modified_ns == shard.modified_ns
 
 
-def sample(path: str, num_bytes: int) -> str:
+def hash_sample(path: str, num_bytes: int) -> str:
   """Returns a digest of bytes sampled from the whole length of a file."""
   digest = hashlib.blake2b(digest_size=8)
   last = max(0, num_bytes - _SAMPLE_BYTES)

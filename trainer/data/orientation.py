@@ -25,7 +25,7 @@ _ORIENTATION_TAG, _SHORT, _LONG = 0x0112, 3, 4
 _TABLE_MARKERS = (0xC0, 0xC1, 0xC2, 0xC4, 0xDB, 0xDD)
 
 
-class _Walk(NamedTuple):
+class _Cursor(NamedTuple):
   """The state of the search in each file.
 
   Attributes:
@@ -39,7 +39,7 @@ class _Walk(NamedTuple):
   is_done: tf.Tensor
 
 
-def of_files(files: tf.Tensor) -> tf.Tensor:
+def read_orientations(files: tf.Tensor) -> tf.Tensor:
   """Reads the orientation of image files.
 
   Args:
@@ -93,41 +93,41 @@ def _may_have_metadata(heads: tf.Tensor) -> tf.Tensor:
 
 def _read(files: tf.Tensor, heads: tf.Tensor) -> tf.Tensor:
   is_jpeg = _equals(heads, 0, b"\xff\xd8")
-  start = _Walk(
+  start = _Cursor(
     tf.where(is_jpeg, 2, 8),
     tf.zeros_like(heads[:, 0]),
     tf.zeros_like(is_jpeg),
   )
   end = tf.while_loop(
-    lambda walk: ~tf.reduce_all(walk.is_done),
-    lambda walk: (_step(files, is_jpeg, walk),),
+    lambda cursor: ~tf.reduce_all(cursor.is_done),
+    lambda cursor: (_step(files, is_jpeg, cursor),),
     (start,),
     maximum_iterations=_MAX_STEPS,
   )[0]
-  return tf.where(end.exif > 0, _of_exif(files, end.exif), 1)
+  return tf.where(end.exif > 0, _parse_exif(files, end.exif), 1)
 
 
-def _step(files: tf.Tensor, is_jpeg: tf.Tensor, walk: _Walk) -> _Walk:
+def _step(files: tf.Tensor, is_jpeg: tf.Tensor, cursor: _Cursor) -> _Cursor:
   """Advances to the next segment or chunk, unless this one ends the search."""
-  head = _bytes(files, walk.position, 10)
+  head = _bytes(files, cursor.position, 10)
   is_exif = tf.where(
     is_jpeg,
     _equals(head, 0, b"\xff\xe1") & _equals(head, 4, b"Exif\0\0"),
     _equals(head, 4, b"eXIf"),
   )
-  exif = walk.position + tf.where(is_jpeg, 10, 8)
+  exif = cursor.position + tf.where(is_jpeg, 10, 8)
   length = tf.where(is_jpeg, _segment_length(head), _integer(head[:, :4]) + 12)
-  position = walk.position + length
+  position = cursor.position + length
   is_end = tf.where(
     is_jpeg,
     _equals(head, 0, b"\xff\xda") | _equals(head, 0, b"\xff\xd9"),
     _equals(head, 4, b"IDAT") | (length < 12),
   )
-  is_end |= (position >= tf.strings.length(files)) | (position <= walk.position)
-  return _Walk(
-    tf.where(walk.is_done, walk.position, position),
-    tf.where(is_exif & ~walk.is_done, exif, walk.exif),
-    walk.is_done | is_exif | is_end,
+  is_end |= (position >= tf.strings.length(files)) | (position <= cursor.position)
+  return _Cursor(
+    tf.where(cursor.is_done, cursor.position, position),
+    tf.where(is_exif & ~cursor.is_done, exif, cursor.exif),
+    cursor.is_done | is_exif | is_end,
   )
 
 
@@ -140,22 +140,22 @@ def _segment_length(head: tf.Tensor) -> tf.Tensor:
   return tf.where(is_marker, segment, 1)
 
 
-def _of_exif(files: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
+def _parse_exif(files: tf.Tensor, start: tf.Tensor) -> tf.Tensor:
   """Returns [N] int32, from the first directory of the Exif data, in TIFF format."""
   head = _bytes(files, start, 8)
   is_little = _equals(head, 0, b"II")
-  first = start + _ordered(head[:, 4:8], is_little)
+  first = start + _byte_order(head[:, 4:8], is_little)
   directory = _bytes(files, first, 2 + 12 * _MAX_ENTRIES)
-  num_entries = _ordered(directory[:, :2], is_little)[:, tf.newaxis]
+  num_entries = _byte_order(directory[:, :2], is_little)[:, tf.newaxis]
   entries = tf.reshape(directory[:, 2:], [-1, _MAX_ENTRIES, 12])
   is_little = is_little[:, tf.newaxis]
-  short = _ordered(entries[..., 8:10], is_little)
-  long = _ordered(entries[..., 8:12], is_little)
-  kind = _ordered(entries[..., 2:4], is_little)
+  short = _byte_order(entries[..., 8:10], is_little)
+  long = _byte_order(entries[..., 8:12], is_little)
+  kind = _byte_order(entries[..., 2:4], is_little)
   value = tf.where(kind == _SHORT, short, tf.where(kind == _LONG, long, 0))
-  is_it = _ordered(entries[..., :2], is_little) == _ORIENTATION_TAG
+  is_it = _byte_order(entries[..., :2], is_little) == _ORIENTATION_TAG
   is_it &= tf.range(_MAX_ENTRIES) < num_entries
-  is_it &= _ordered(entries[..., 4:8], is_little) == 1
+  is_it &= _byte_order(entries[..., 4:8], is_little) == 1
   orientation = tf.reduce_max(tf.where(is_it, value, 0), axis=1)
   return tf.where((orientation >= 1) & (orientation <= 8), orientation, 1)
 
@@ -180,5 +180,5 @@ def _integer(values: tf.Tensor) -> tf.Tensor:
   return tf.reduce_sum(values * tf.constant(factors), axis=-1)
 
 
-def _ordered(values: tf.Tensor, is_little: tf.Tensor) -> tf.Tensor:
+def _byte_order(values: tf.Tensor, is_little: tf.Tensor) -> tf.Tensor:
   return tf.where(is_little, _integer(tf.reverse(values, [-1])), _integer(values))

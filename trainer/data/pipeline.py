@@ -31,7 +31,7 @@ _NUM_READING = 2
 # Upper bound on the steps that tf.data processes ahead of the consumer.
 _NUM_READ_AHEAD = 2 * _MAX_STEPS_DRAWN
 # AutoGraph conversion takes a second at the start; code without conditions needs none.
-_as_it_is = tf.autograph.experimental.do_not_convert
+_no_autograph = tf.autograph.experimental.do_not_convert
 PADDING_LABEL = -1
 PADDING_RECORD = -1
 
@@ -116,9 +116,9 @@ class Batches:
     options.experimental_distribute.auto_shard_policy = no_sharding
     worker_batches = (
       self._record_numbers(shard, first_step, num_steps)
-      .map(_as_it_is(self._read), _NUM_READING)
+      .map(_no_autograph(self._read), _NUM_READING)
       .map(
-        _as_it_is(lambda step, *read: self._decode(step, shard, *read)),
+        _no_autograph(lambda step, *read: self._decode(step, shard, *read)),
         tf.data.AUTOTUNE,
       )
     )
@@ -129,7 +129,7 @@ class Batches:
     )
 
   @contextlib.contextmanager
-  def naming_bad_records(self, first_step: int, last_step: int) -> Iterator[None]:
+  def reporting_bad_records(self, first_step: int, last_step: int) -> Iterator[None]:
     """Names the bad record if reading or decoding fails inside the block.
 
     Errors that no record can cause, such as a lost worker, are not changed.
@@ -180,7 +180,7 @@ class Batches:
 
     end = np.iinfo(np.int64).max if num_steps is None else first_step + num_steps
     steps = tf.data.Dataset.range(first_step, end).batch(steps_per_draw)
-    return steps.map(_as_it_is(draw_steps), 1).prefetch(1).unbatch()
+    return steps.map(_no_autograph(draw_steps), 1).prefetch(1).unbatch()
 
   def _read(
     self, step: tf.Tensor, numbers: tf.Tensor, is_real: tf.Tensor
@@ -242,11 +242,11 @@ def _fill_padding(numbers: np.ndarray, local: slice) -> tuple[np.ndarray, np.nda
     [S, L] int64, in which padding has the largest number of the worker's own rows, or
     of all rows if it has none; and [S, L] bool, true for rows that are not padding.
   """
-  own = numbers[:, local]
-  largest = own.max(axis=1, keepdims=True)
+  local_numbers = numbers[:, local]
+  largest = local_numbers.max(axis=1, keepdims=True)
   filling = np.where(largest >= 0, largest, numbers.max(axis=1, keepdims=True))
-  is_real = own >= 0
-  return np.where(is_real, own, filling), is_real
+  is_real = local_numbers >= 0
+  return np.where(is_real, local_numbers, filling), is_real
 
 
 def _local_rows(shard: Shard, num_rows: int) -> slice:
@@ -268,4 +268,4 @@ def _per_replica(
     shape = [num_local_replicas, rows]
     return Batch(*(tf.reshape(each, shape + each.shape[1:]) for each in batch))
 
-  return worker_batches.map(_as_it_is(cut)).unbatch()
+  return worker_batches.map(_no_autograph(cut)).unbatch()

@@ -18,7 +18,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from trainer.data import indexing, manifest, tfrecord
-from trainer.data.example_encoder import LABEL_FEATURE, Prepared
+from trainer.data.example_encoder import LABEL_FEATURE, EncodedExample
 from trainer.data.indexing import LabelMapping, ShardIndex
 from trainer.data.records import RecordIndex
 from trainer.errors import UserError
@@ -34,7 +34,7 @@ _MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
 
 
 @dataclasses.dataclass(frozen=True)
-class Unreadable:
+class UnreadableItem:
   """An item that was left out.
 
   Attributes:
@@ -82,7 +82,7 @@ class ShardPart:
 
 
 def write_shard(
-  folder: str, name: str, records: Iterable[Prepared | Unreadable]
+  folder: str, name: str, records: Iterable[EncodedExample | UnreadableItem]
 ) -> ShardPart:
   """Writes a shard, and then a note that marks it as complete.
 
@@ -97,25 +97,25 @@ def write_shard(
   Raises:
     OSError: it can't be written.
   """
-  kept: list[tuple[str, str, int, int]] = []
+  written: list[tuple[str, str, int, int]] = []
   unreadable: list[str] = []
 
   def frames() -> Iterator[bytes]:
     for record in records:
-      if isinstance(record, Unreadable):
+      if isinstance(record, UnreadableItem):
         unreadable.append(record.reason)
         continue
-      kept.append((record.key, record.label, len(record.data), record.digest))
+      written.append((record.key, record.label, len(record.data), record.digest))
       yield tfrecord.frame_record(record.data)
 
   filesystem.write_parts(os.path.join(folder, name), frames())
   part = ShardPart(
     name=name,
-    num_taken=len(kept) + len(unreadable),
-    keys=[key for key, *_ in kept],
-    labels=[label for _, label, *_ in kept],
-    lengths=[length for *_, length, _ in kept],
-    digests=[digest for *_, digest in kept],
+    num_taken=len(written) + len(unreadable),
+    keys=[key for key, *_ in written],
+    labels=[label for _, label, *_ in written],
+    lengths=[length for *_, length, _ in written],
+    digests=[digest for *_, digest in written],
     unreadable=unreadable,
   )
   note = os.path.join(folder, name + _ENDING)
@@ -131,7 +131,7 @@ def read_shard_parts(folder: str) -> list[ShardPart]:
   return [ShardPart(**json.loads(content)) for content in contents]
 
 
-def take_back_shards(staging_dir: str) -> list[ShardPart]:
+def unpublish_shards(staging_dir: str) -> list[ShardPart]:
   """Moves shards that a killed run had published back to the staging folder.
 
   Args:
@@ -142,17 +142,17 @@ def take_back_shards(staging_dir: str) -> list[ShardPart]:
   """
   parts = read_shard_parts(staging_dir)
   for part in parts:
-    made = os.path.join(staging_dir, part.name)
-    moved = os.path.join(os.path.dirname(staging_dir), part.name)
-    if not filesystem.exists(made) and filesystem.exists(moved):
-      filesystem.move(moved, made)
+    staged = os.path.join(staging_dir, part.name)
+    published = os.path.join(os.path.dirname(staging_dir), part.name)
+    if not filesystem.exists(staged) and filesystem.exists(published):
+      filesystem.move(published, staged)
   return parts
 
 
-def withdraw_shards(staging_dir: str) -> None:
+def discard_shards(staging_dir: str) -> None:
   """Removes everything that a failed ingest wrote, published or not."""
   with contextlib.suppress(OSError):
-    take_back_shards(staging_dir)
+    unpublish_shards(staging_dir)
   filesystem.remove_folder(staging_dir)
 
 
@@ -167,10 +167,10 @@ def check_names_free(folder: str, index_folder: str, names: Iterable[str]) -> No
   Raises:
     UserError: such a file exists, and no known ingest wrote it.
   """
-  own = manifest.ingested_names(index_folder)
+  replaceable = manifest.ingested_names(index_folder)
   for name in names:
     path = os.path.join(folder, name)
-    if name not in own and filesystem.exists(path):
+    if name not in replaceable and filesystem.exists(path):
       raise UserError(
         f"{path} already exists and was not written by this ingest; choose another "
         "ingest.folder, or move the file away."
@@ -354,13 +354,13 @@ def _similar(names: Iterable[str]) -> list[tuple[str, str]]:
   first_of: dict[str, str] = {}
   pairs = []
   for name in sorted(names):
-    first = first_of.setdefault(_plain(name), name)
+    first = first_of.setdefault(_normalize(name), name)
     if first != name:
       pairs.append((first, name))
   return pairs
 
 
-def _plain(name: str) -> str:
+def _normalize(name: str) -> str:
   """Normalizes case and blanks of a name, and the form of a whole number."""
   text = " ".join(unicodedata.normalize("NFC", name).casefold().split())
   return _WHOLE_NUMBER.sub(r"\1\2", text) if _WHOLE_NUMBER.fullmatch(text) else text

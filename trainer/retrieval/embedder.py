@@ -83,7 +83,7 @@ class Embedder:
     shard = current_workers().shard()
     local = batches.dataset(shard, first_step=first_step, num_steps=num_steps)
     replica_batches = ReplicaBatches(self._strategy, local)
-    with batches.naming_bad_records(first_step, sampler.num_batches - 1):
+    with batches.reporting_bad_records(first_step, sampler.num_batches - 1):
       for batch in replica_batches.iterator:
         watchdog.beat()
         exit_requested = tf.constant(

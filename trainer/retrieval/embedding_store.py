@@ -147,7 +147,7 @@ class EmbeddingFolder:
 
   def position(self, key: str) -> Optional[int]:
     """Returns the row of a key; None if there is none."""
-    [wanted] = ClassNames.of([key]).hashes
+    [wanted] = ClassNames.from_names([key]).hashes
     rows = np.flatnonzero(self.keys.hashes == wanted)
     return next((int(row) for row in rows if self.keys[int(row)] == key), None)
 
@@ -357,7 +357,7 @@ def _telling_of_failures(folder: str) -> Iterator[None]:
 
 
 def _write_text(folder: str, name: str, texts: Iterable[str]) -> None:
-  names = ClassNames.of(texts)
+  names = ClassNames.from_names(texts)
   for part in TEXT_ARRAYS:
     np.save(os.path.join(folder, f"{name}_{part}.npy"), getattr(names, part))
 

@@ -170,14 +170,14 @@ class Safety(NamedTuple):
     checkpoints: of the run.
     preemption: whether a stop was requested.
     watchdog: monitors the steps.
-    naming_bad_records: context of steps (first, last) that names unreadable records.
+    reporting_bad_records: context of steps (first, last) that names unreadable records.
     not_finite: handles an update that is not finite.
   """
 
   checkpoints: Checkpoints
   preemption: Preemption
   watchdog: Watchdog
-  naming_bad_records: Callable[[int, int], AbstractContextManager]
+  reporting_bad_records: Callable[[int, int], AbstractContextManager]
   not_finite: NonfinitePolicy
 
 
@@ -277,7 +277,7 @@ class Loop:
     """Returns statistics of the finite steps, and the hosts' flags."""
     parts = []
     while step < end:
-      with self._safety.naming_bad_records(step, end):
+      with self._safety.reporting_bad_records(step, end):
         done = self._inner.run(end - step)
       parts.append(done.statistics)
       step += done.num_steps

@@ -338,7 +338,7 @@ def _load_array(name: str) -> np.ndarray:
       )
     if array is None:
       return loaded
-    _check_has(path, loaded, array)
+    _check_array_name(path, loaded, array)
     return loaded[array]
   except UserError:
     raise
@@ -352,7 +352,7 @@ def _load_array(name: str) -> np.ndarray:
     raise UserError(f"{path} can't be read as a NumPy file: {reason}.") from error
 
 
-def _check_has(path: str, arrays: Mapping[str, Any], name: str) -> None:
+def _check_array_name(path: str, arrays: Mapping[str, Any], name: str) -> None:
   if name not in arrays:
     raise UserError(f"{path} has no array {name!r}; it has {', '.join(arrays)}.")
 

@@ -68,13 +68,13 @@ class _Count:
 
 
 @dataclasses.dataclass
-class _LeftOut:
+class _SkippedFiles:
   """Files and folders that are left out.
 
   Attributes:
     below: images in folders below the class folders.
     tops: the class folders that contain such images.
-    beside: images next to the class folders.
+    outside: images next to the class folders.
     folders: folders next to those of `splits`.
     unreadable: folders below the class folders that can't be listed.
     endings: number of files without an image extension, by extension.
@@ -82,7 +82,7 @@ class _LeftOut:
 
   below: _Count = dataclasses.field(default_factory=_Count)
   tops: set[str] = dataclasses.field(default_factory=set)
-  beside: _Count = dataclasses.field(default_factory=_Count)
+  outside: _Count = dataclasses.field(default_factory=_Count)
   folders: _Count = dataclasses.field(default_factory=_Count)
   unreadable: _Count = dataclasses.field(default_factory=_Count)
   endings: collections.Counter[str] = dataclasses.field(
@@ -99,7 +99,7 @@ class _LeftOut:
     below = self.below.line("images in folders below the class folders")
     parts = [
       *(f"{line}, {_ADVICE}" for line in below),
-      *self.beside.line("images next to the class folders"),
+      *self.outside.line("images next to the class folders"),
       *self.folders.line("folders that are not in ImageFolderSource.splits"),
       *self.unreadable.line("folders that can't be listed"),
     ]
@@ -232,56 +232,56 @@ class ImageFolderSource(Source):
 
   @functools.cached_property
   def _files(self) -> list[_File]:
-    left_out = _LeftOut()
+    skipped = _SkippedFiles()
     try:
-      by_folder = self._by_class_folder(left_out)
+      by_folder = self._by_class_folder(skipped)
     except OSError as error:
       raise _unreadable(error) from error
     files = [file for files in by_folder.values() for file in files]
     if self._splits is None:
-      self._check_splits(files, left_out.tops)
+      self._check_splits(files, skipped.tops)
     num_classes = len({file.label for file in files})
-    what = left_out.line()
+    summary = skipped.line()
     if num_classes < 2:
       raise UserError(
         f"{self._folder} holds images of {num_classes} classes; it needs a folder of "
-        f"images for each of at least two.{' Skipped: ' if what else ''}{what}"
+        f"images for each of at least two.{' Skipped: ' if summary else ''}{summary}"
       )
     empty = _Count()
     empty.add(name for name, files in by_folder.items() if not files)
     for line in empty.line("class folders have no image and are skipped"):
       logging.warning("%s: %s", self._folder, line)
-    if what:
-      logging.warning("%s: skipped: %s.", self._folder, what)
+    if summary:
+      logging.warning("%s: skipped: %s.", self._folder, summary)
     return files
 
-  def _by_class_folder(self, left_out: _LeftOut) -> dict[str, list[_File]]:
+  def _by_class_folder(self, skipped: _SkippedFiles) -> dict[str, list[_File]]:
     """Returns the images of each class folder, by its path."""
     if self._splits:
       folders = self._list("", is_top=True).folders
-      left_out.folders.add(name for name in folders if name not in self._splits)
+      skipped.folders.add(name for name in folders if name not in self._splits)
     by_folder = {}
     for split in self._splits or (None,):
       top = self._list(split or "", is_top=True)
-      left_out.beside.add(_join(split, name) for name in top.images)
+      skipped.outside.add(_join(split, name) for name in top.images)
       for name in top.folders:
-        files = list(self._of_class_folder(split, name, left_out))
+        files = list(self._list_class(split, name, skipped))
         by_folder[_join(split, name)] = files
     return by_folder
 
-  def _of_class_folder(
-    self, split: Optional[str], name: str, left_out: _LeftOut
+  def _list_class(
+    self, split: Optional[str], name: str, skipped: _SkippedFiles
   ) -> Iterator[_File]:
     top = _join(split, name)
     self._check_name(top)
-    for folder, listing in self._walk(top, left_out):
+    for folder, listing in self._walk(top, skipped):
       images = listing.images
-      left_out.count_others(listing.others)
+      skipped.count_others(listing.others)
       if self._subfolders == "leave_out":
         if folder != top:
           if images:
-            left_out.below.add(_join(folder, image) for image in images)
-            left_out.tops.add(top)
+            skipped.below.add(_join(folder, image) for image in images)
+            skipped.tops.add(top)
           continue
         # A folder with an image extension is treated as a file, and refused by name.
         images = sorted([*images, *filter(has_image_ending, listing.folders)])
@@ -292,7 +292,7 @@ class ImageFolderSource(Source):
       for image in images:
         yield _File(_join(folder, image), label, split)
 
-  def _walk(self, top: str, left_out: _LeftOut) -> Iterator[tuple[str, _Listing]]:
+  def _walk(self, top: str, skipped: _SkippedFiles) -> Iterator[tuple[str, _Listing]]:
     """Yields a class folder and its subfolders, without links to a parent folder."""
     stack = [(top, frozenset([self._identity("")]))]
     while stack:
@@ -305,20 +305,20 @@ class ImageFolderSource(Source):
       except OSError:
         if folder == top or self._subfolders != "leave_out":
           raise
-        left_out.unreadable.add([folder])
+        skipped.unreadable.add([folder])
         continue
       yield folder, listing
-      inside = above | {identity}
-      stack += [(_join(folder, name), inside) for name in reversed(listing.folders)]
+      ancestors = above | {identity}
+      stack += [(_join(folder, name), ancestors) for name in reversed(listing.folders)]
 
   def _list(self, folder: str, *, is_top: bool = False) -> _Listing:
     path = self._path(folder)
     names = [name for name in filesystem.list_folder(path) if not name.startswith(".")]
     if filesystem.is_remote(path):
       # Each check is a request: below the top level, images are not checked.
-      asked = [name for name in names if is_top or not has_image_ending(name)]
+      candidates = [name for name in names if is_top or not has_image_ending(name)]
       folders = [
-        name for name in asked if filesystem.is_folder(os.path.join(path, name))
+        name for name in candidates if filesystem.is_folder(os.path.join(path, name))
       ]
     else:
       folders = [n for n in filesystem.list_folders(path) if not n.startswith(".")]

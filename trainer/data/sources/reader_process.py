@@ -32,7 +32,7 @@ Reader = Callable[..., Iterator[Message]]
 _PACKAGE_ROOT = str(pathlib.Path(__file__).parents[3])
 _LENGTH = struct.Struct("<Q")
 # Longest wait for a message: libraries loop forever on some damaged files.
-_SILENCE_S = 300.0
+_TIMEOUT_S = 300.0
 _END, _REFUSED, _FAILED = "end", "refused", "failed"
 
 
@@ -72,7 +72,7 @@ def local_file(path: str) -> Iterator[str]:
     return
   from trainer.data import index_arrays  # Late: requires a POSIX system.
 
-  with index_arrays.temporary(path) as copy:
+  with index_arrays.temporary_copy(path) as copy:
     yield copy
 
 
@@ -87,7 +87,7 @@ def _messages(reader: Reader, path: str, arguments: Sequence[Any]) -> Iterator[M
     while True:
       message = _receive(pipe)
       if message is None:
-        raise UserError(_death(path, process.wait()))
+        raise UserError(_exit_error(path, process.wait()))
       header, _ = message
       if _REFUSED in header:
         raise UserError(header[_REFUSED])
@@ -99,7 +99,7 @@ def _messages(reader: Reader, path: str, arguments: Sequence[Any]) -> Iterator[M
   except TimeoutError as error:
     raise UserError(
       f"{path} can't be read: it is damaged (its reader made no progress for "
-      f"{_SILENCE_S:g} s)."
+      f"{_TIMEOUT_S:g} s)."
     ) from error
   finally:
     process.kill()
@@ -122,7 +122,7 @@ class _PipeWithDeadline(io.RawIOBase):
     if hasattr(select, "poll"):  # On POSIX systems.
       poll = select.poll()
       poll.register(self._descriptor, select.POLLIN)
-      if not poll.poll(1000 * _SILENCE_S):
+      if not poll.poll(1000 * _TIMEOUT_S):
         raise TimeoutError
     content = os.read(self._descriptor, len(buffer))
     buffer[: len(content)] = content
@@ -143,7 +143,7 @@ def _start(name: str) -> subprocess.Popen[bytes]:
   )
 
 
-def _death(path: str, status: int) -> str:
+def _exit_error(path: str, status: int) -> str:
   if -status == getattr(signal, "SIGKILL", None):
     return f"{path} can't be read: its reader was killed, perhaps for lack of memory."
   reason = f"exit status {status}"

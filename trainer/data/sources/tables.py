@@ -65,13 +65,13 @@ class ParquetSource(Source):
     return {
       "source": "parquet",
       "reader": "pyarrow",
-      "files": _states(self._pattern),
+      "files": _file_states(self._pattern),
       "columns": [self._label_column, self._image_column, self._columns],
     }
 
   def num_items(self) -> Optional[int]:
     """Returns the number of rows, from the files' metadata; None for remote files."""
-    found = _matching(self._pattern)
+    found = _expand_pattern(self._pattern)
     if any(map(filesystem.is_remote, found)):
       return None  # Each file would be copied here twice.
     return sum(map(_num_parquet_rows, found))
@@ -90,7 +90,7 @@ class ParquetSource(Source):
 
     columns = (self._label_column, self._image_column, self._columns)
     kinds: dict[str, tuple[str, str]] = {}
-    for name, path in _named(_matching(self._pattern)):
+    for name, path in _with_names(_expand_pattern(self._pattern)):
       num_rows, names = 0, {}
       for header, parts in reader_process.read(
         parquet_columns_lib.read, path, *columns
@@ -142,7 +142,7 @@ class LmdbSource(Source):
     """Returns name, size and time of the file, and the pattern."""
     return {
       "source": "lmdb",
-      "files": _states(self._file()),
+      "files": _file_states(self._file()),
       "label_pattern": self._label_pattern,
     }
 
@@ -259,7 +259,11 @@ class TfRecordSource(Source):
   def fingerprint(self) -> dict[str, object]:
     """Returns names, sizes and times of the files, and the features."""
     names = [self._label_feature, self._image_feature, *self._features]
-    return {"source": "tfrecord", "files": _states(self._pattern), "features": names}
+    return {
+      "source": "tfrecord",
+      "files": _file_states(self._pattern),
+      "features": names,
+    }
 
   def loaders(self) -> Iterator[Loader]:
     """Yields a loader for every record, in file order; keys are file and number.
@@ -269,7 +273,7 @@ class TfRecordSource(Source):
     """
     from trainer.data import tfrecord
 
-    for name, path in _named(_matching(self._pattern)):
+    for name, path in _with_names(_expand_pattern(self._pattern)):
       try:
         with filesystem.open_file(path, "rb") as file:
           for number, record in enumerate(tfrecord.iterate_records(file)):
@@ -287,15 +291,17 @@ class TfRecordSource(Source):
     for name in names:
       if name is not None and name not in values:
         raise UserError(f"{key} has no feature {name!r}; it has {', '.join(values)}.")
-    label = text_of(_only(values[self._label_feature], key, self._label_feature), key)
+    label = text_of(
+      _single_value(values[self._label_feature], key, self._label_feature), key
+    )
     image = None
     if self._image_feature is not None:
-      image = _only(values[self._image_feature], key, self._image_feature)
+      image = _single_value(values[self._image_feature], key, self._image_feature)
     further: dict[str, Value] = {n: values[n] for n in self._features}
     return Item(key, label, image, further)
 
 
-def _only(values: np.ndarray, key: str, name: str) -> Any:
+def _single_value(values: np.ndarray, key: str, name: str) -> Any:
   if len(values) != 1:
     raise UserError(f"{key} has {len(values)} values in {name!r}; it must have one.")
   return values[0]
@@ -332,7 +338,7 @@ def _check_kinds(
       )
 
 
-def _named(found: Sequence[str]) -> list[tuple[str, str]]:
+def _with_names(found: Sequence[str]) -> list[tuple[str, str]]:
   """Returns each path with a short name: its last part, or more if names collide."""
   names = [os.path.basename(path) for path in found]
   if len(set(names)) < len(names):
@@ -341,7 +347,7 @@ def _named(found: Sequence[str]) -> list[tuple[str, str]]:
   return list(zip(names, found))
 
 
-def _matching(pattern: str) -> list[str]:
+def _expand_pattern(pattern: str) -> list[str]:
   try:
     found = filesystem.matching(filesystem.absolute(pattern))
   except OSError as error:
@@ -351,9 +357,9 @@ def _matching(pattern: str) -> list[str]:
   return found
 
 
-def _states(pattern: str) -> list[Mapping[str, object]]:
+def _file_states(pattern: str) -> list[Mapping[str, object]]:
   states: list[Mapping[str, object]] = []
-  for path in _matching(pattern):
+  for path in _expand_pattern(pattern):
     try:
       status = filesystem.status(path)
     except OSError as error:
