@@ -176,10 +176,10 @@ def _content(folder):
 @pytest.mark.parametrize(
   ("spoilt", "words"),
   thorough_except(
-    [("_of_files", "Signature images gives")],
+    [("_embed_files_fn", "Signature images gives")],
     [
-      ("_of_files", "Signature images gives"),
-      ("_of_inputs", "Signature serving_default"),
+      ("_embed_files_fn", "Signature images gives"),
+      ("_embed_inputs_fn", "Signature serving_default"),
     ],
   ),
 )

@@ -172,7 +172,7 @@ def test_colour_of_no_strength_changes_nothing():
 
 
 def test_values_stay_between_zero_and_one():
-  augmentation = Augmentation(changes=_CHANGES, seed=0)
+  augmentation = Augmentation(transforms=_CHANGES, seed=0)
   changed = augmentation(_images(), _random()).numpy()
   assert changed.min() >= 0
   assert changed.max() <= 1
@@ -216,7 +216,7 @@ def _inputs(index, shard, first_step=0):
     index,
     sampler,
     ImageDecoder(height=8, width=8, channels=1),
-    augmentation=Augmentation(changes=_IN_PIPELINE, seed=3),
+    augmentation=Augmentation(transforms=_IN_PIPELINE, seed=3),
   )
   dataset = batches.dataset(shard, first_step=first_step)
   num_batches = 3 * shard.num_local_replicas

@@ -13,7 +13,7 @@ from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet
 from trainer.models.encoder import Encoder
 from trainer.tpu_check import compile_check, replica_program
-from trainer.tpu_check.compile_check import proposals
+from trainer.tpu_check.compile_check import suggest_changes
 from trainer.tpu_check.compiler import Array
 from trainer.tpu_check.replica_program import RunStep
 from trainer.training.options import StepOptions
@@ -73,7 +73,7 @@ def _proposals(largest, *, share=2.0, precision="float32", normalization="none",
   )
   step.create_variables((4, 4, 1))
   run = RunStep(step, (4, 4, 1), num_classes=24, num_samples=4)
-  return proposals(run, 2, share, largest)
+  return suggest_changes(run, 2, share, largest)
 
 
 def _bindings(lines):
@@ -147,7 +147,7 @@ def _transform(images):
   )
 
 
-def _refusal(function):
+def _unsupported(function):
   backbone = tf.keras.Sequential([tf.keras.layers.Lambda(function, name="mine")])
   step = TrainStep(
     encoder=Encoder(backbone=backbone, embedding_size=2),
@@ -165,7 +165,7 @@ def _refusal(function):
   )
   with pytest.raises(ValueError, match="XLA_CPU_JIT") as caught:
     replica_program.export_program(step, batch, 2)
-  return compile_check.refusal_of_lowering(caught.value)
+  return compile_check.find_unsupported_operation(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def _refusal(function):
 def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
   function, operations, advice
 ):
-  refusal = _refusal(function)
+  refusal = _unsupported(function)
   assert refusal.operation in operations
   assert "/mine/" in refusal.node
   first = inspect.getsourcelines(function)[1]
@@ -197,7 +197,8 @@ def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
 
 def test_an_error_about_something_else_is_no_refusal():
   assert (
-    compile_check.refusal_of_lowering(ValueError("Shapes must be equal rank")) is None
+    compile_check.find_unsupported_operation(ValueError("Shapes must be equal rank"))
+    is None
   )
 
 
@@ -211,5 +212,5 @@ def test_memory_is_read_from_the_words_of_the_compiler():
 
 
 def test_words_of_the_compiler_become_one_line():
-  assert compile_check.refusal_of_compiler("INTERNAL:\n  x\n") == "INTERNAL: x"
-  assert len(compile_check.refusal_of_compiler("x " * 1000)) < 320
+  assert compile_check.shorten_message("INTERNAL:\n  x\n") == "INTERNAL: x"
+  assert len(compile_check.shorten_message("x " * 1000)) < 320

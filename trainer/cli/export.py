@@ -23,7 +23,7 @@ from trainer.serving import model_card, saved_model
 
 _FORMATS = ("saved_model", "tflite")
 # Shares of an embedding's length; TensorFlow Lite sums in another order.
-_NUM_TRIED, _LARGEST_ERROR, _LARGEST_LITE_ERROR = 32, 1e-6, 1e-4
+_NUM_RECORDS, _LARGEST_ERROR, _LARGEST_LITE_ERROR = 32, 1e-6, 1e-4
 _TITLES = {
   saved_model.FOLDER: "SavedModel",
   saved_model.LITE_FILE: "TensorFlow Lite",
@@ -42,7 +42,7 @@ def main(run: Run) -> None:
     _make(trained, export, staging_dir)
     run_config.save_config(run.config, staging_dir)
     model_card.write_model_card(
-      staging_dir, _facts(run, trained, step), model_dir=run.model_dir
+      staging_dir, _card_facts(run, trained, step), model_dir=run.model_dir
     )
   for name, title in _TITLES.items():
     if os.path.exists(os.path.join(folder, name)):
@@ -85,7 +85,7 @@ def _make(trained: Evaluation, export: Export, folder: str) -> None:
   """
   encoder, decoder = trained.encoder, trained.dataset.decoder
   index = trained.dataset.index
-  numbers = np.linspace(0, index.num_records - 1, _NUM_TRIED).astype(np.int64)
+  numbers = np.linspace(0, index.num_records - 1, _NUM_RECORDS).astype(np.int64)
   records = tf.constant(index.read(numbers), tf.string)
   path = saved_model.save_saved_model(
     encoder, decoder, folder, fixed_batch_size=export.fixed_batch_size
@@ -119,7 +119,7 @@ def check_error(name: str, error: float, largest: float) -> None:
   logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
 
 
-def _facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFacts:
+def _card_facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFacts:
   dataset = trained.dataset
   return model_card.ModelCardFacts(
     name=os.path.basename(os.path.abspath(run.model_dir)),

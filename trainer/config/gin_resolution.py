@@ -55,6 +55,7 @@ _RENAMED = {
   "hard_share": "hard_fraction",
   "min_share": "min_fraction",
   "share": "side_fraction",
+  "changes": "transforms",
 }
 
 _MACRO_NAME = re.compile(r"[A-Z][A-Z0-9_]*")

@@ -80,7 +80,7 @@ class RowRandom:
     return values[self._rows]
 
 
-class Change(Protocol):
+class Transform(Protocol):
   """A random change of images."""
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
@@ -95,19 +95,19 @@ class Augmentation:
     seed: random seed.
 
   Args:
-    changes: applied in this order.
+    transforms: applied in this order.
     seed: see above.
   """
 
-  def __init__(self, *, changes: Sequence[Change], seed: int):
+  def __init__(self, *, transforms: Sequence[Transform], seed: int):
     self.seed = seed
-    self._changes = list(changes)
+    self._transforms = list(transforms)
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
     """Maps [L, H, W, C] float32 to the same shape; values are clipped to [0, 1]."""
     shape = images.shape
-    for change in self._changes:
-      images = change(images, random)
+    for transform in self._transforms:
+      images = transform(images, random)
     return tf.ensure_shape(tf.clip_by_value(images, 0.0, 1.0), shape)
 
 
@@ -253,7 +253,7 @@ class Shift:
     draws = random.uniform(2, -self._pixels - 0.5, self._pixels + 0.5)
     x, y = (tf.round(draw) for draw in draws)
     one, zero = tf.ones_like(x), tf.zeros_like(x)
-    return _moved(images, random, (one, zero, x), (zero, one, y), "NEAREST", "CONSTANT")
+    return _warp(images, random, (one, zero, x), (zero, one, y), "NEAREST", "CONSTANT")
 
 
 @gin.register
@@ -279,7 +279,7 @@ class Rotation:
     (angle,) = random.uniform(1, -self._radians, self._radians)
     cos, sin = tf.cos(angle), tf.sin(angle)
     middle_y, middle_x = ((size - 1) / 2 for size in images.shape[1:3])
-    return _moved(
+    return _warp(
       images,
       random,
       (cos, -sin, middle_x - cos * middle_x + sin * middle_y),
@@ -323,12 +323,12 @@ class CropAndResize:
     left = place_x * (1 - width) * (num_columns - 1)
     top = place_y * (1 - height) * (num_rows - 1)
     zero = tf.zeros_like(width)
-    return _moved(
+    return _warp(
       images, random, (width, zero, left), (zero, height, top), "BILINEAR", "NEAREST"
     )
 
 
-def _moved(
+def _warp(
   images: tf.Tensor,
   random: RowRandom,
   x_from: tuple[tf.Tensor, tf.Tensor, tf.Tensor],

@@ -244,12 +244,12 @@ def decode_unusual(
     lambda: _palette_bmp(file),
   ]
   if background is not None:
-    branches.append(lambda: _over(background, file))
+    branches.append(lambda: _blend(background, file))
   image = tf.ensure_shape(tf.switch_case(kind, branches), [None, None, 3])
   return image if channels == 3 else _grey(image)
 
 
-def _over(background: tuple[int, int, int], file: tf.Tensor) -> tf.Tensor:
+def _blend(background: tuple[int, int, int], file: tf.Tensor) -> tf.Tensor:
   """Decodes a PNG file over a background colour."""
   # With 4 channels, TensorFlow decodes a wrong alpha for pixels of less than 8 bits.
   image = tf.cast(tf.io.decode_png(file), tf.int32)
@@ -363,7 +363,7 @@ class ImageDecoder:
     images = tf.cond(
       are_plain,
       lambda: images,
-      lambda: self._with_others(images, files, facts),
+      lambda: self._decode_unusual_files(images, files, facts),
     )
     return tf.cast(images, tf.float32) / 255.0
 
@@ -390,9 +390,9 @@ class ImageDecoder:
   def _decode_plain(self, file: tf.Tensor) -> tf.Tensor:
     height, width, channels = self.shape
     image = tf.io.decode_image(file, channels=channels, expand_animations=False)
-    return tf.ensure_shape(_sized(image, [height, width]), self.shape)
+    return tf.ensure_shape(_resize(image, [height, width]), self.shape)
 
-  def _with_others(
+  def _decode_unusual_files(
     self, images: tf.Tensor, files: tf.Tensor, facts: ImageFacts
   ) -> tf.Tensor:
     """Returns the images, with those of files that are not plain filled in."""
@@ -406,7 +406,7 @@ class ImageDecoder:
       # Turned after resizing: turning a full photo costs as much as decoding it.
       height, width, _ = self.shape
       size = tf.where(orientation_of_file >= 5, [width, height], [height, width])
-      turned = orientation.turn_upright(_sized(image, size), orientation_of_file)
+      turned = orientation.turn_upright(_resize(image, size), orientation_of_file)
       return tf.ensure_shape(turned, self.shape)
 
     others = tf.map_fn(
@@ -418,7 +418,7 @@ class ImageDecoder:
     return tf.tensor_scatter_nd_update(images, places, others)
 
 
-def _sized(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:
+def _resize(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:
   """Resizes an image to (height, width), rounded to 8 bits."""
 
   def resize() -> tf.Tensor:

@@ -101,7 +101,9 @@ class PKSampler:
     self._num_classes_drawn = classes_per_batch
     self._seed = seed
     self._table = index_arrays.members_of(index)
-    self._classes = _drawable(self._table, classes, samples_per_class, small_classes)
+    self._classes = _select_classes(
+      self._table, classes, samples_per_class, small_classes
+    )
     self.num_classes = (
       self._table.num_classes if self._classes is None else len(self._classes)
     )
@@ -184,7 +186,7 @@ class SequentialSampler:
     return np.where(is_real, records, -1)
 
 
-def _drawable(
+def _select_classes(
   table: index_arrays.MemberTable,
   classes: Optional[np.ndarray],
   num_samples: int,
@@ -392,7 +394,7 @@ class GroupedSampler:
         )
       groups.setdefault(group, []).append(class_id)
     self._samplers = [
-      _sampler_of(index, sampler_fn, name, groups[name]) for name in sorted(groups)
+      _build_sampler(index, sampler_fn, name, groups[name]) for name in sorted(groups)
     ]
     self.shape = self._samplers[0].shape
     sizes = [len(groups[name]) for name in sorted(groups)]
@@ -419,7 +421,7 @@ class GroupedSampler:
     return records
 
 
-def _sampler_of(
+def _build_sampler(
   index: NamedClasses, sampler_fn: SamplerFn, name: str, class_ids: Sequence[int]
 ) -> PKSampler:
   try:

@@ -189,12 +189,12 @@ def iterate_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
   num_left, number, rest = _size(file), 0, b""
   while rest or num_left:
     try:
-      chunk = _read_on(file, num_left, rest)
+      chunk = _read_more(file, num_left, rest)
     except FramingError as error:
       raise _numbered(error, number, rest) from None
     num_left -= len(chunk)
     buffer = rest + chunk
-    block, ends = _cut(buffer)
+    block, ends = _split_frames(buffer)
     num_good, damage = _check(buffer, block, ends)
     number += num_good
     if num_good:
@@ -204,7 +204,7 @@ def iterate_blocks(file: IO[bytes]) -> Iterator[list[bytes]]:
     rest = buffer[ends[-1] :] if ends else buffer
 
 
-def _read_on(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
+def _read_more(file: IO[bytes], num_left: int, rest: bytes) -> bytes:
   """Reads at least the bytes that are missing from a partial frame.
 
   Raises:
@@ -238,7 +238,7 @@ def _size(file: IO[bytes]) -> int:
   return end - start
 
 
-def _cut(buffer: bytes) -> tuple[list[bytes], list[int]]:
+def _split_frames(buffer: bytes) -> tuple[list[bytes], list[int]]:
   """Returns the data of the complete frames in a buffer, and where each frame ends."""
   block: list[bytes] = []
   ends: list[int] = []

@@ -55,7 +55,7 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
   else:
     keys, triplets = _keys_of_table(file)
     triplets = _numbers_of_keys(file, keys, index)[triplets]
-  return _without_bad(file, triplets, index.labels, is_strict)
+  return _drop_bad_triplets(file, triplets, index.labels, is_strict)
 
 
 def _numbers_of_array(file: str) -> np.ndarray:
@@ -99,11 +99,14 @@ def _numbers_of_keys(
 ) -> np.ndarray:
   """Returns the record number of each key, [number of keys] int64; −1 for none."""
   numbers = np.full(len(keys), _UNKNOWN, np.int64)
-  meant = np.full(len(keys), _UNKNOWN, np.int64)
-  respelt = _respelt(keys)
+  by_normalized = np.full(len(keys), _UNKNOWN, np.int64)
+  normalized = _normalized_keys(keys)
   logging.info("Reading %d records for the keys of %s.", index.num_records, file)
   for number, name in enumerate(record_names(index, np.arange(index.num_records))):
-    for found, named in ((numbers, keys.get(name)), (meant, respelt.get(name))):
+    for found, named in (
+      (numbers, keys.get(name)),
+      (by_normalized, normalized.get(name)),
+    ):
       if named is None:
         continue
       first = int(np.max(found[named]))
@@ -113,27 +116,27 @@ def _numbers_of_keys(
           f"and {index.describe(number)}."
         )
       found[named] = number
-  is_meant = (numbers == _UNKNOWN) & (meant != _UNKNOWN)
-  _warn_of_keys(
-    file, keys, is_meant, "keys are matched without blanks or as plain paths"
+  is_normalized = (numbers == _UNKNOWN) & (by_normalized != _UNKNOWN)
+  _log_keys(
+    file, keys, is_normalized, "keys are matched without blanks or as plain paths"
   )
-  numbers = np.where(is_meant, meant, numbers)
+  numbers = np.where(is_normalized, by_normalized, numbers)
   is_unknown = numbers == _UNKNOWN
-  _warn_of_keys(file, keys, is_unknown, "keys match no record")
+  _log_keys(file, keys, is_unknown, "keys match no record")
   return numbers
 
 
-def _respelt(keys: Mapping[str, int]) -> dict[str, list[int]]:
+def _normalized_keys(keys: Mapping[str, int]) -> dict[str, list[int]]:
   """Returns the numbers of keys whose normalized spelling differs, by that spelling."""
-  respelt = collections.defaultdict(list)
+  normalized = collections.defaultdict(list)
   for key, number in keys.items():
     plain = posixpath.normpath(key.strip().replace("\\", "/"))
     if plain != key and plain not in keys:
-      respelt[plain].append(number)
-  return respelt
+      normalized[plain].append(number)
+  return normalized
 
 
-def _warn_of_keys(
+def _log_keys(
   file: str, keys: Mapping[str, int], is_wanted: np.ndarray, what: str
 ) -> None:
   if is_wanted.any():
@@ -142,7 +145,7 @@ def _warn_of_keys(
     logging.warning("%s: %d %s, such as %r.", file, num_wanted, what, first)
 
 
-def _without_bad(
+def _drop_bad_triplets(
   file: str, triplets: np.ndarray, labels: np.ndarray, is_strict: bool
 ) -> np.ndarray:
   anchors, positives, negatives = triplets.T
@@ -215,23 +218,23 @@ class TripletSampler:
       )
     self.shape = (triplets_per_batch, len(COLUMNS))
     self._key = permutation.mix(seed, _TRIPLETS)
-    listed = read_triplets(file, index, is_strict=bad_triplets == "refuse")
-    self._triplets = listed
+    triplets = read_triplets(file, index, is_strict=bad_triplets == "refuse")
+    self._triplets = triplets
     if classes is not None:
       is_drawn = np.zeros(index.num_classes, bool)
       is_drawn[classes] = True
-      self._triplets = listed[is_drawn[index.labels[listed]].all(axis=1)]
+      self._triplets = triplets[is_drawn[index.labels[triplets]].all(axis=1)]
     num_drawn = len(self._triplets)
     if not num_drawn:
-      why = "it is empty, or all triplets were skipped"
-      if len(listed):
-        why = f"{len(listed)} triplets are of classes outside the training split"
-      raise UserError(f"{file} has no triplet to train on: {why}.")
+      reason = "it is empty, or all triplets were skipped"
+      if len(triplets):
+        reason = f"{len(triplets)} triplets are of classes outside the training split"
+      raise UserError(f"{file} has no triplet to train on: {reason}.")
     logging.info(
       "%s: %d triplets, and %d of classes outside the training split.",
       file,
       num_drawn,
-      len(listed) - num_drawn,
+      len(triplets) - num_drawn,
     )
 
   @property

@@ -59,11 +59,11 @@ def save_saved_model(
     Path of the SavedModel.
   """
   functions = {
-    "serving_default": _of_inputs(encoder, tf.TensorSpec([None, *decoder.shape]))
+    "serving_default": _embed_inputs_fn(encoder, tf.TensorSpec([None, *decoder.shape]))
   }
   decode_files = getattr(decoder, "decode_files", None)
   if decode_files is not None:
-    functions["images"] = _of_files(encoder, decode_files)
+    functions["images"] = _embed_files_fn(encoder, decode_files)
   os.makedirs(folder, exist_ok=True)
   path = os.path.join(folder, FOLDER)
   module = tf.Module()
@@ -74,7 +74,7 @@ def save_saved_model(
   return path
 
 
-def _of_inputs(encoder: tf.keras.Model, spec: tf.TensorSpec) -> Any:
+def _embed_inputs_fn(encoder: tf.keras.Model, spec: tf.TensorSpec) -> Any:
   @tf.function(input_signature=[tf.TensorSpec(spec.shape, spec.dtype, name="inputs")])
   def embed(inputs):
     return {"embeddings": encoder(inputs, training=False)}
@@ -82,7 +82,7 @@ def _of_inputs(encoder: tf.keras.Model, spec: tf.TensorSpec) -> Any:
   return embed
 
 
-def _of_files(
+def _embed_files_fn(
   encoder: tf.keras.Model, decode_files: Callable[[tf.Tensor], tf.Tensor]
 ) -> Any:
   @tf.function(input_signature=[tf.TensorSpec([None], tf.string, name="files")])
@@ -100,8 +100,8 @@ def _signatures(
     for name, function in functions.items():
       [spec] = function.input_signature
       fixed = tf.TensorSpec([fixed_batch_size, *spec.shape[1:]], spec.dtype, spec.name)
-      whole = tf.function(function.python_function, input_signature=[fixed])
-      signatures[f"{name}_fixed"] = whole
+      fixed_function = tf.function(function.python_function, input_signature=[fixed])
+      signatures[f"{name}_fixed"] = fixed_function
   return signatures
 
 
@@ -151,13 +151,13 @@ def replacing_folder(folder: str) -> Iterator[str]:
 
 def _publish(staging_dir: str, folder: str) -> None:
   for name in reversed(_NAMES):
-    _remove(os.path.join(folder, name))
+    _remove_path(os.path.join(folder, name))
   for name in _NAMES:
     if os.path.exists(os.path.join(staging_dir, name)):
       os.replace(os.path.join(staging_dir, name), os.path.join(folder, name))
 
 
-def _remove(path: str) -> None:
+def _remove_path(path: str) -> None:
   if os.path.isdir(path):
     shutil.rmtree(path)
   elif os.path.exists(path):
@@ -188,7 +188,7 @@ def saved_model_difference(
       given = tf.gather(given, tf.range(spec.shape[0]) % tf.shape(given)[0])
     wanted = decoder.decode_files(given) if argument == "files" else given  # type: ignore[attr-defined]
     got = embed(**{argument: given})["embeddings"]
-    found[name] = _largest_share(got, encoder(wanted, training=False))
+    found[name] = _largest_difference(got, encoder(wanted, training=False))
   return found
 
 
@@ -199,7 +199,7 @@ def lite_difference(
   inputs = decoder(records[:_NUM_LITE])
   embed = tf.lite.Interpreter(model_path=path).get_signature_runner()
   got = [embed(inputs=each[None].numpy())["embeddings"] for each in inputs]
-  return _largest_share(tf.concat(got, axis=0), encoder(inputs, training=False))
+  return _largest_difference(tf.concat(got, axis=0), encoder(inputs, training=False))
 
 
 def _files(inputs: tf.Tensor) -> tf.Tensor:
@@ -214,6 +214,6 @@ def _files(inputs: tf.Tensor) -> tf.Tensor:
   return tf.stack(files)
 
 
-def _largest_share(got: tf.Tensor, wanted: tf.Tensor) -> float:
+def _largest_difference(got: tf.Tensor, wanted: tf.Tensor) -> float:
   norm = tf.reduce_max(tf.norm(wanted, axis=1))
   return float(tf.reduce_max(tf.abs(got - wanted)) / tf.maximum(norm, 1e-30))

@@ -171,7 +171,7 @@ def _collectives(compiled: Compiled) -> str:
   return f"{counted}; each replica receives {memory_text(total)}"
 
 
-class Refusal(NamedTuple):
+class UnsupportedOperation(NamedTuple):
   """An operation that XLA does not compile.
 
   Attributes:
@@ -195,7 +195,7 @@ class Refusal(NamedTuple):
     return f"XLA has no {self.operation} (in {layer}{place}); {advice}."
 
 
-def refusal_of_lowering(error: Exception) -> Optional[Refusal]:
+def find_unsupported_operation(error: Exception) -> Optional[UnsupportedOperation]:
   """Returns the operation that could not be lowered; None for other errors.
 
   Args:
@@ -207,9 +207,13 @@ def refusal_of_lowering(error: Exception) -> Optional[Refusal]:
     return None
   # Each operation is followed by its own calls, innermost last.
   calls = message[operation.end() :].split("(No registered", 1)[0]
-  own = [call for call in _LINE.findall(calls) if not _LIBRARIES.search(call[0])]
-  line = f"{pathlib.Path(own[-1][0]).name}, line {own[-1][1]}" if own else None
-  return Refusal(operation[1], operation[2], line)
+  own_calls = [call for call in _LINE.findall(calls) if not _LIBRARIES.search(call[0])]
+  line = (
+    f"{pathlib.Path(own_calls[-1][0]).name}, line {own_calls[-1][1]}"
+    if own_calls
+    else None
+  )
+  return UnsupportedOperation(operation[1], operation[2], line)
 
 
 def needed_share(message: str) -> Optional[float]:
@@ -225,13 +229,13 @@ def needed_share(message: str) -> Optional[float]:
   return None if sizes is None else float(sizes[1]) / float(sizes[2])
 
 
-def refusal_of_compiler(message: str) -> str:
+def shorten_message(message: str) -> str:
   """Returns the compiler's message, shortened to one line."""
   line = " ".join(message.split())
   return line if len(line) <= _MAX_LENGTH else f"{line[:_MAX_LENGTH]} ..."
 
 
-def proposals(
+def suggest_changes(
   run: RunStep, num_replicas: int, share: float, largest: Sequence[Array]
 ) -> list[str]:
   """Returns bindings that need less memory, each with its effect, best first.
@@ -242,25 +246,25 @@ def proposals(
     share: memory needed relative to the available memory.
     largest: the largest arrays of its program.
   """
-  found = []
+  changes = []
   is_of_encoder = [f"{run.step.encoder.name}/" in array.name for array in largest]
   if any(is_of_encoder):
-    found += [*_micro_batches(run, num_replicas, share), *_precision(run)]
+    changes += [*_micro_batches(run, num_replicas, share), *_precision(run)]
   if not all(is_of_encoder):
-    found.append(
+    changes.append(
       f"{type(run.step.loss).__name__}.rows_per_tile = {_ROWS_PER_TILE}: compares that "
       "many anchors at a time with all candidates; the same result"
     )
-  return [*found, *_smaller_batch(run, num_replicas, share)]
+  return [*changes, *_smaller_batch(run, num_replicas, share)]
 
 
 def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
   size = run.num_classes * run.num_samples // num_replicas
-  now = run.step.options.num_micro_batches
+  current = run.step.options.num_micro_batches
   # Leave a margin for memory that does not shrink with the micro-batch.
-  wanted = now * max(2, math.ceil(share * 1.25))
-  enough = [n for n in range(wanted, size + 1) if size % n == 0]
-  if not enough or has_synchronized(run.step.encoder):
+  smallest = current * max(2, math.ceil(share * 1.25))
+  divisors = [n for n in range(smallest, size + 1) if size % n == 0]
+  if not divisors or has_synchronized(run.step.encoder):
     return []
   result = (
     "batch normalisation then uses micro-batches"
@@ -268,8 +272,8 @@ def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
     else "the same result"
   )
   return [
-    f"StepOptions.num_micro_batches = {enough[0]}: gradient caching, one more forward "
-    f"pass; {result}"
+    f"StepOptions.num_micro_batches = {divisors[0]}: gradient caching, one more "
+    f"forward pass; {result}"
   ]
 
 
@@ -307,7 +311,7 @@ class TooLarge(NamedTuple):
   compiled: Optional[Compiled]
 
 
-class Refused(NamedTuple):
+class DoesNotCompile(NamedTuple):
   """A program that does not compile.
 
   Attributes:
@@ -317,7 +321,7 @@ class Refused(NamedTuple):
   reason: str
 
 
-Result = Union[Compiled, TooLarge, Refused]
+Result = Union[Compiled, TooLarge, DoesNotCompile]
 
 
 def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool:
@@ -340,10 +344,10 @@ def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool
     checks.check_tpu_limits(run.step)
   print(devices_text(topology))
   if is_fitting:
-    return _fit(run, topology, compiler)
+    return _find_largest_fit(run, topology, compiler)
   print(global_batch_text(run.num_classes, run.num_samples))
   result = compile_step(run, run.num_classes, topology, compiler)
-  _tell(result, run, topology)
+  _print_result(result, run, topology)
   return isinstance(result, Compiled)
 
 
@@ -366,23 +370,23 @@ def compile_step(
   try:
     program = replica_program.export_program(run.step, batch, topology.num_replicas)
   except (ValueError, tf.errors.OpError) as error:
-    refusal = refusal_of_lowering(error)
-    if refusal is None:
+    unsupported = find_unsupported_operation(error)
+    if unsupported is None:
       raise
-    return Refused(str(refusal))
+    return DoesNotCompile(str(unsupported))
   try:
     compiled = compiler.compile(program.hlo, topology)
   except CompilationError as error:
     share = needed_share(str(error))
     if share is None:
-      return Refused(refusal_of_compiler(str(error)))
+      return DoesNotCompile(shorten_message(str(error)))
     return TooLarge(share, error.largest, None)
   share = compiled.memory_bytes / topology.memory_bytes
   return TooLarge(share, compiled.largest, compiled) if share > 1 else compiled
 
 
-def _tell(result: Result, run: RunStep, topology: Topology) -> None:
-  if isinstance(result, Refused):
+def _print_result(result: Result, run: RunStep, topology: Topology) -> None:
+  if isinstance(result, DoesNotCompile):
     print(f"DOES NOT COMPILE for {topology.name}: {result.reason}")
     return
   compiled = result.compiled if isinstance(result, TooLarge) else result
@@ -395,17 +399,17 @@ def _tell(result: Result, run: RunStep, topology: Topology) -> None:
   print(too_large_text(result.share, topology, result.largest))
   print("Settings that need less memory, each as --gin_param='...':")
   num_replicas = topology.num_replicas
-  for line in proposals(run, num_replicas, result.share, result.largest):
+  for line in suggest_changes(run, num_replicas, result.share, result.largest):
     print(f"  {line}")
 
 
-def _fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
+def _find_largest_fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
   """Searches for the largest P that fits, and reports each attempt."""
 
   def fits(num_classes: int) -> bool:
     result = compile_step(run, num_classes, topology, compiler)
     batch = global_batch_text(num_classes, run.num_samples)
-    if isinstance(result, Refused):
+    if isinstance(result, DoesNotCompile):
       raise CompilationError(result.reason, [])
     if isinstance(result, TooLarge):
       print(f"{batch}: too large, {result.share:.2f} times the memory", flush=True)
@@ -415,15 +419,15 @@ def _fit(run: RunStep, topology: Topology, compiler: Compiler) -> bool:
 
   unit = run.class_unit(topology.num_replicas)
   try:
-    found = largest_fitting_batch(fits, run.num_classes, unit=unit)
+    largest = largest_fitting_batch(fits, run.num_classes, unit=unit)
   except CompilationError as error:
     print(f"DOES NOT COMPILE for {topology.name}: {error}")
     return False
-  if found is None:
+  if largest is None:
     print(f"NOTHING FITS {topology.name}: not even {unit} classes.")
   else:
-    is_end = found >= MAX_FACTOR * max(1, run.num_classes // unit) * unit
+    is_end = largest >= MAX_FACTOR * max(1, run.num_classes // unit) * unit
     more = "; the search ended there" if is_end else ""
-    print(f"LARGEST for {topology.name}: PKSampler.classes_per_batch = {found}{more}")
+    print(f"LARGEST for {topology.name}: PKSampler.classes_per_batch = {largest}{more}")
   print(claim_text(topology))
-  return found is not None
+  return largest is not None

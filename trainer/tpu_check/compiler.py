@@ -21,7 +21,7 @@ _TPU = re.compile(r"(v\w+):(\d+(?:x\d+){1,2})")
 _GPU = re.compile(r"gpu:([1-9]\d*)x(\d+(?:\.\d+)?)GB")
 
 _SCRIPT = pathlib.Path(__file__).with_name("xla_in_jax.py")
-_NUM_LINES_TOLD = 5
+_NUM_LINES_SHOWN = 5
 
 
 class TpuVersion(NamedTuple):
@@ -211,21 +211,21 @@ class Compiler:
       CompilationError: the compiler refuses it.
     """
     with tempfile.TemporaryDirectory() as folder:
-      answer = self._ask(
+      reply = self._run_process(
         folder,
         hlo,
         action="compile",
         topology=topology.tpu,
         num_replicas=topology.num_replicas,
       )
-    answer["largest"] = [Array(**each) for each in answer["largest"]]
-    if "error" in answer:
-      raise CompilationError(answer["error"], answer["largest"])
-    aliased = answer.pop("aliased_bytes")
-    answer["outputs_bytes"] -= aliased
-    if answer["collectives"] is not None:
-      answer["collectives"] = [Collective(**each) for each in answer["collectives"]]
-    return Compiled(**answer)
+    reply["largest"] = [Array(**each) for each in reply["largest"]]
+    if "error" in reply:
+      raise CompilationError(reply["error"], reply["largest"])
+    aliased = reply.pop("aliased_bytes")
+    reply["outputs_bytes"] -= aliased
+    if reply["collectives"] is not None:
+      reply["collectives"] = [Collective(**each) for each in reply["collectives"]]
+    return Compiled(**reply)
 
   def run(
     self,
@@ -251,7 +251,7 @@ class Compiler:
       inputs = os.path.join(folder, "inputs.npz")
       outputs = os.path.join(folder, "outputs.npz")
       np.savez(inputs, *batch, *variables)
-      self._ask(
+      self._run_process(
         folder,
         hlo,
         action="run",
@@ -263,8 +263,8 @@ class Compiler:
       with np.load(outputs, allow_pickle=False) as file:
         return {int(name) - len(batch): file[name] for name in file.files}
 
-  def _ask(self, folder: str, hlo: bytes, **request: Any) -> dict[str, Any]:
-    paths = [pathlib.Path(folder, name) for name in ("hlo", "request", "answer")]
+  def _run_process(self, folder: str, hlo: bytes, **request: Any) -> dict[str, Any]:
+    paths = [pathlib.Path(folder, name) for name in ("hlo", "request", "reply")]
     paths[0].write_bytes(hlo)
     paths[1].write_text(json.dumps({**request, "hlo": str(paths[0])}))
     done = subprocess.run(
@@ -275,7 +275,7 @@ class Compiler:
       check=False,
     )
     if done.returncode != 0:
-      last = done.stderr.strip().splitlines()[-_NUM_LINES_TOLD:]
+      last = done.stderr.strip().splitlines()[-_NUM_LINES_SHOWN:]
       raise RuntimeError(
         f"{self._python} ended with {done.returncode}: " + "\n".join(last)
       )
