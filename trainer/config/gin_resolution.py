@@ -25,7 +25,7 @@ from trainer import errors
 from trainer.config import gin_statements
 from trainer.config.gin_statements import Binding, Import, Macro, Reference, Statement
 
-_OWN = ("gin.macro", "gin.constant")
+_GIN_INTERNAL = ("gin.macro", "gin.constant")
 # Names of parts and parameters before the first release, with their new names. The
 # table will be removed in the second release.
 _RENAMED = {
@@ -107,18 +107,13 @@ def registered_names() -> list[str]:
   return [
     gin_config._REGISTRY.minimal_selector(selector)
     for selector in selectors
-    if selector not in _OWN
+    if selector not in _GIN_INTERNAL
   ]
 
 
 def is_constant(name: str) -> bool:
   """Returns whether `%name` is one of gin's constants rather than a macro."""
   return len(gin_config._CONSTANTS.matching_selectors(name)) == 1
-
-
-def is_required_marker(name: str) -> bool:
-  """Returns whether `%name` is gin's marker for a value that must be set."""
-  return gin_config._CONSTANTS.get_match(name) is gin.REQUIRED
 
 
 def _describe(configurable: gin_config.Configurable) -> Registered:
@@ -310,7 +305,7 @@ class Resolved:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _Position:
   """A position in the tree of values, and the scope in which gin evaluates it."""
 
   path: str
@@ -333,15 +328,15 @@ def resolve(
   Raises:
     UserError: a part or a macro contains itself.
   """
-  walk = _Walk(bindings)
+  traversal = _Traversal(bindings)
   for root in roots:
     part = find_registered(root, "")
-    if part is not None and (root in needed or walk.binds(part)):
-      walk.visit_part(part, _Place(root, (), ""), is_call=False)
-  return Resolved(walk.values, frozenset(walk.used), walk.missing)
+    if part is not None and (root in needed or traversal.binds(part)):
+      traversal.visit_part(part, _Position(root, (), ""), is_call=False)
+  return Resolved(traversal.values, frozenset(traversal.used), traversal.missing)
 
 
-class _Walk:
+class _Traversal:
   """Traversal that collects values, used bindings and missing parameters."""
 
   def __init__(self, bindings: Sequence[Binding]):
@@ -355,7 +350,7 @@ class _Walk:
     """Returns whether any parameter of the part is bound outside scopes."""
     return any(key[:2] == ("", part.selector) for key in self._bindings)
 
-  def visit_part(self, part: Registered, place: _Place, is_call: bool) -> None:
+  def visit_part(self, part: Registered, place: _Position, is_call: bool) -> None:
     """Visits the parameters of a part that is referenced at this place."""
     within = self._enter(place, (place.scopes, part.selector), part.name)
     bound = self._bound(part, place.scopes)
@@ -365,13 +360,13 @@ class _Walk:
     for parameter, binding in sorted(bound.items()):
       self.used.add(binding)
       path = f"{place.path}.{parameter}"
-      inner = _Place(path, place.scopes, binding.origin, within)
+      inner = _Position(path, place.scopes, binding.origin, within)
       if _is_required_marker(binding.value):
         self._report_missing(f"{part.name}.{parameter}", inner)
       else:
         self.values[path] = self.visit_value(binding.value, inner)
 
-  def visit_value(self, value: Any, place: _Place) -> str:
+  def visit_value(self, value: Any, place: _Position) -> str:
     """Visits the contents of a value.
 
     Returns:
@@ -394,13 +389,13 @@ class _Walk:
       return f"{start}{', '.join(texts)}{end}"
     return repr(value)
 
-  def _visit_item(self, key: Any, value: Any, place: _Place) -> str:
+  def _visit_item(self, key: Any, value: Any, place: _Position) -> str:
     """Visits an element of a container."""
     return self.visit_value(
       value, dataclasses.replace(place, path=f"{place.path}[{key!r}]")
     )
 
-  def _visit_macro(self, macro: Macro, place: _Place) -> str:
+  def _visit_macro(self, macro: Macro, place: _Position) -> str:
     """Visits the value of a macro."""
     binding = self._macros.get(macro.name)
     if binding is None:
@@ -409,7 +404,7 @@ class _Walk:
     within = self._enter(place, macro, repr(macro))
     scopes = tuple(macro.name.split("/"))
     return self.visit_value(
-      binding.value, _Place(place.path, scopes, binding.origin, within)
+      binding.value, _Position(place.path, scopes, binding.origin, within)
     )
 
   def _bound(self, part: Registered, scopes: tuple[str, ...]) -> dict[str, Binding]:
@@ -423,7 +418,7 @@ class _Walk:
           bound[parameter] = binding
     return bound
 
-  def _enter(self, place: _Place, what: Any, name: str) -> tuple[Any, ...]:
+  def _enter(self, place: _Position, what: Any, name: str) -> tuple[Any, ...]:
     """Returns the visited names with one more; raises on infinite recursion."""
     if what in place.within:
       raise errors.UserError(
@@ -431,7 +426,7 @@ class _Walk:
       )
     return (*place.within, what)
 
-  def _report_missing(self, key: str, place: _Place) -> None:
+  def _report_missing(self, key: str, place: _Position) -> None:
     """Records a required parameter that is not set, once."""
     where = f"{place.origin}: " if place.origin else ""
     message = f"{where}{key} must be set; e.g. --gin_param='{key}=...'"
@@ -444,5 +439,5 @@ def _is_required_marker(value: Any) -> bool:
   return (
     isinstance(value, Macro)
     and is_constant(value.name)
-    and is_required_marker(value.name)
+    and gin_config._CONSTANTS.get_match(value.name) is gin.REQUIRED
   )

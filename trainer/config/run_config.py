@@ -80,12 +80,7 @@ class Assembled:
 
 
 def load(
-  gin_files: Sequence[str],
-  gin_params: Sequence[str] = (),
-  *,
-  needed: Sequence[str] = (),
-  roots: Sequence[str] = ROOTS,
-  allowed_imports: Sequence[str] = (),
+  gin_files: Sequence[str], gin_params: Sequence[str] = (), **options: Sequence[str]
 ) -> Config:
   """Reads and checks a config, and replaces gin's current config with it.
 
@@ -94,13 +89,7 @@ def load(
   Raises:
     UserError: as `read`.
   """
-  config = read(
-    gin_files,
-    gin_params,
-    needed=needed,
-    roots=roots,
-    allowed_imports=allowed_imports,
-  )
+  config = read(gin_files, gin_params, **options)
   gin.clear_config()
   gin.parse_config(config.text)
   gin.finalize()
@@ -111,30 +100,23 @@ def read(
   gin_files: Sequence[str],
   gin_params: Sequence[str] = (),
   *,
-  needed: Sequence[str] = (),
   roots: Sequence[str] = ROOTS,
-  allowed_imports: Sequence[str] = (),
+  **options: Sequence[str],
 ) -> Config:
   """Reads and checks a config without changing gin's state.
 
   Args:
     gin_files: paths of gin files, in order of precedence.
     gin_params: statements such as `X.y = 1`; they override those of the files.
-    needed: roots that will be called; all their required parameters must be set.
-    roots: the configurables from which every binding must be reachable.
-    allowed_imports: modules that may be imported in addition to this package's and
-      TensorFlow's.
+    roots: as in `assemble`.
+    **options: `needed` and `allowed_imports` of `assemble`.
 
   Raises:
     UserError: a file is missing or does not parse; a name is unknown; a macro is unset
       or lower-case; a binding is unused; a required value is not set.
   """
-  assembled = assemble(
-    gin_statements.read_statements(gin_files, gin_params),
-    needed=needed,
-    roots=roots,
-    allowed_imports=allowed_imports,
-  )
+  statements = gin_statements.read_statements(gin_files, gin_params)
+  assembled = assemble(statements, roots=roots, **options)
   if assembled.unused:
     raise errors.UserError(unused_message(assembled.unused, roots))
   return assembled.config
