@@ -22,7 +22,7 @@ def test_all_records_of_the_classes_are_items_in_their_order():
   np.testing.assert_array_equal(items.labels, corpus.labels[expected])
   np.testing.assert_array_equal(items.class_ids, [0, 2, 5])
   np.testing.assert_array_equal(items.starts, [0, 4, 5, 35])
-  np.testing.assert_array_equal(items.by_class[items.places], np.arange(35))
+  np.testing.assert_array_equal(items.by_class[items.positions], np.arange(35))
   np.testing.assert_array_equal(
     items.labels[items.by_class], np.repeat([0, 2, 5], [4, 1, 30])
   )

@@ -91,7 +91,7 @@ def test_what_is_certain_is_right_however_close_items_are(
   searches_by_faiss, monkeypatch
 ):
   monkeypatch.setattr(knn, "_NUM_ITEMS", 100)
-  monkeypatch.setattr(knn, "faiss_serves", lambda: searches_by_faiss)
+  monkeypatch.setattr(knn, "is_faiss_used", lambda: searches_by_faiss)
   # Items within the rounding error of each other, and beyond it.
   base = _random((60, 16), 3)
   spreads = np.repeat(10.0 ** -np.arange(8), 40)[:, None]
@@ -105,11 +105,9 @@ def test_what_is_certain_is_right_however_close_items_are(
     num_neighbours=7,
     roundoff=2.0**-24,
   )
-  assert found.is_certain.any() and not found.is_certain.all()
+  assert found.is_proven.any() and not found.is_proven.all()
   wanted = _by_sorting(base, gallery, 7)
-  np.testing.assert_array_equal(
-    found.indices[found.is_certain], wanted[found.is_certain]
-  )
+  np.testing.assert_array_equal(found.indices[found.is_proven], wanted[found.is_proven])
 
 
 @pytest.mark.parametrize("case", near_embeddings.CASES)
@@ -118,7 +116,7 @@ def test_what_is_certain_is_right_however_close_items_are(
 def test_neighbours_and_distances_are_those_of_float64_differences(
   case, searches_by_faiss, num_neighbours, monkeypatch
 ):
-  monkeypatch.setattr(knn, "faiss_serves", lambda: searches_by_faiss)
+  monkeypatch.setattr(knn, "is_faiss_used", lambda: searches_by_faiss)
   gallery = near_embeddings.CASES[case]
   queries = gallery[::7]
   got = nearest(queries, gallery, num_neighbours=num_neighbours)
@@ -160,7 +158,7 @@ def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
     return (bits & np.uint32(0xFFFFF000)).view(np.float32)
 
   monkeypatch.setattr(knn, "_filled", rounded)
-  monkeypatch.setattr(knn, "faiss_serves", lambda: False)
+  monkeypatch.setattr(knn, "is_faiss_used", lambda: False)
   monkeypatch.setattr(knn, "_unit_roundoff", lambda: 2.0**-11)
   queries, gallery = _random((30, 8), 1), _random((700, 8), 2)
   got = nearest(queries, gallery, num_neighbours=20)

@@ -30,17 +30,17 @@ def main(run: Run) -> None:
 
 def _write(options: IndexOptions, embeddings_folder: str, folder: str) -> None:
   """Builds, measures and writes the index of a folder of embeddings."""
-  kept = EmbeddingFolder(embeddings_folder)
-  embeddings = np.asarray(kept.embeddings, np.float32)
+  stored = EmbeddingFolder(embeddings_folder)
+  embeddings = np.asarray(stored.embeddings, np.float32)
   check_finite(embeddings)
   kind = options.kind
   if kind == "auto":
     kind = faiss_index.choose_kind(len(embeddings))
   index = faiss_index.build_index(embeddings, kind)
   measured = faiss_index.measure_index(index, embeddings)
-  of_what = {"embeddings": os.path.abspath(embeddings_folder), **kept.source}
-  manifest = {"kind": kind, **measured, "embeddings_sha256": kept.sha256}
-  faiss_index.write_index(folder, index, {**manifest, "source": of_what})
+  source = {"embeddings": os.path.abspath(embeddings_folder), **stored.source}
+  manifest = {"kind": kind, **measured, "embeddings_sha256": stored.sha256}
+  faiss_index.write_index(folder, index, {**manifest, "source": source})
   shape = f"{len(embeddings):,} x {embeddings.shape[1]}"
   figures = "  ".join(f"{name} {value:,.4g}" for name, value in measured.items())
   print(f"{kind}  {shape}  {figures}\n{folder}")

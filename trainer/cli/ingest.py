@@ -104,13 +104,13 @@ def _is_done(folder: str, fingerprint: Mapping[str, object]) -> bool:
       f"{folder} holds records of another source; choose another ingest.folder, or "
       "delete this one."
     )
-  if done is None or not _is_whole(folder):
+  if done is None or not _is_complete(folder):
     return False
   logging.info("%s: already has the %d records.", folder, done.num_records)
   return True
 
 
-def _is_whole(folder: str) -> bool:
+def _is_complete(folder: str) -> bool:
   """Returns whether shards and index are unchanged; logs differences."""
   try:
     RecordIndex.open(folder)

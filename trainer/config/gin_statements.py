@@ -184,21 +184,21 @@ def _parse(text, origin_fn, folder, including) -> Iterator[Statement]:
 
 def _find(name: str, folder: str, origin: str) -> str:
   """Returns the path of an include, relative to its file or the working directory."""
-  places = [os.path.normpath(os.path.join(folder, name)), os.path.normpath(name)]
-  for path in places:
+  candidates = [os.path.normpath(os.path.join(folder, name)), os.path.normpath(name)]
+  for path in candidates:
     if os.path.isfile(path):
       return path
-  raise errors.UserError(_missing_file(f"{origin}: include", name, places))
+  raise errors.UserError(_missing_file(f"{origin}: include", name, candidates))
 
 
-def _missing_file(what: str, name: str, places: Sequence[str]) -> str:
+def _missing_file(what: str, name: str, candidates: Sequence[str]) -> str:
   """Returns the message for a file that is in none of the searched places."""
-  folder = os.path.dirname(places[0]) or "."
-  beside = os.listdir(folder) if os.path.isdir(folder) else []
-  names = [file for file in beside if file.endswith(".gin")]
-  looked = " and ".join(dict.fromkeys(_shown(place) for place in places))
+  folder = os.path.dirname(candidates[0]) or "."
+  entries = os.listdir(folder) if os.path.isdir(folder) else []
+  names = [file for file in entries if file.endswith(".gin")]
+  paths = " and ".join(dict.fromkeys(_shown(path) for path in candidates))
   nearest = nearest_name(os.path.basename(name), names)
-  return f"{what} {name!r}: file not found {looked}{nearest}."
+  return f"{what} {name!r}: file not found at {paths}{nearest}."
 
 
 def _shown(path: str) -> str:

@@ -165,9 +165,9 @@ class WeightedClasses:
     """Replaces repeated classes of a step, in place; both arrays are [P]."""
     _, firsts = np.unique(classes, return_index=True)
     drawn = set(classes[firsts].tolist())
-    for place in np.setdiff1d(np.arange(len(classes)), firsts).tolist():
+    for position in np.setdiff1d(np.arange(len(classes)), firsts).tolist():
       hashes = permutation.mix(
-        self._seed, _SUBSTITUTES, step, place, np.arange(_MAX_DRAWS)
+        self._seed, _SUBSTITUTES, step, position, np.arange(_MAX_DRAWS)
       )
       candidates = self._class_of((hashes % np.uint64(self._ends[-1])).astype(np.int64))
       free = (c for c in candidates.tolist() if c not in drawn)
@@ -177,8 +177,8 @@ class WeightedClasses:
         while substitute in drawn:
           substitute = (substitute + 1) % len(self._ends)
       drawn.add(substitute)
-      classes[place] = substitute
-      blocks[place] = int(hashes[0] >> np.uint64(33))
+      classes[position] = substitute
+      blocks[position] = int(hashes[0] >> np.uint64(33))
 
 
 def _draws(

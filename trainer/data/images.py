@@ -155,7 +155,9 @@ def _starts_with(heads: tf.Tensor, magic: bytes) -> tf.Tensor:
 
 
 def _little_endian(heads: tf.Tensor, first: int, num_bytes: int) -> tf.Tensor:
-  factors = tf.constant([1 << (8 * place) for place in range(num_bytes)], tf.int64)
+  factors = tf.constant(
+    [1 << (8 * position) for position in range(num_bytes)], tf.int64
+  )
   return tf.reduce_sum(heads[:, first : first + num_bytes] * factors, axis=1)
 
 
@@ -396,7 +398,7 @@ class ImageDecoder:
     self, images: tf.Tensor, files: tf.Tensor, facts: ImageFacts
   ) -> tf.Tensor:
     """Returns the images, with those of files that are not plain filled in."""
-    places = tf.where(~facts.is_plain)
+    positions = tf.where(~facts.is_plain)
 
     def decode(row: tuple[tf.Tensor, ...]) -> tf.Tensor:
       file, kind, orientation_of_file = row
@@ -411,11 +413,11 @@ class ImageDecoder:
 
     others = tf.map_fn(
       decode,
-      tuple(tf.gather_nd(c, places) for c in (files, facts.kind, facts.orientation)),
+      tuple(tf.gather_nd(c, positions) for c in (files, facts.kind, facts.orientation)),
       fn_output_signature=tf.TensorSpec(self.shape, tf.uint8),
       parallel_iterations=_PARALLEL_FILES,
     )
-    return tf.tensor_scatter_nd_update(images, places, others)
+    return tf.tensor_scatter_nd_update(images, positions, others)
 
 
 def _resize(image: tf.Tensor, size: Sequence[int] | tf.Tensor) -> tf.Tensor:

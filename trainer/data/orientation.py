@@ -54,9 +54,9 @@ def read_orientations(files: tf.Tensor) -> tf.Tensor:
   upright = tf.ones_like(heads[:, 0])
 
   def read() -> tf.Tensor:
-    places = tf.where(may_have)
-    orientations = _read(tf.gather_nd(files, places), tf.gather_nd(heads, places))
-    return tf.tensor_scatter_nd_update(upright, places, orientations)
+    positions = tf.where(may_have)
+    orientations = _read(tf.gather_nd(files, positions), tf.gather_nd(heads, positions))
+    return tf.tensor_scatter_nd_update(upright, positions, orientations)
 
   return tf.cond(tf.reduce_any(may_have), read, lambda: upright)
 
@@ -176,7 +176,7 @@ def _equals(values: tf.Tensor, first: int, expected: bytes) -> tf.Tensor:
 def _integer(values: tf.Tensor) -> tf.Tensor:
   """Converts [..., n] int32 big-endian bytes to [...] int32."""
   num_bytes = values.shape[-1]
-  factors = [1 << 8 * place for place in reversed(range(num_bytes))]
+  factors = [1 << 8 * position for position in reversed(range(num_bytes))]
   return tf.reduce_sum(values * tf.constant(factors), axis=-1)
 
 

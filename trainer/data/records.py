@@ -26,7 +26,7 @@ from trainer.errors import UserError
 from trainer.runtime import filesystem, watchdog
 
 # Number, shard, offset and length of a record.
-_Place = tuple[int, int, int, int]
+_Location = tuple[int, int, int, int]
 
 # Records checked at once; small ones fit into the processor's cache.
 _MAX_RECORDS_AT_A_TIME, _MAX_BYTES_AT_A_TIME = 512, 4 << 20
@@ -167,11 +167,11 @@ class RecordIndex:
     numbers = np.asarray(record_numbers, np.int64)
     self._check(numbers)
     if self._is_remote:
-      return filesystem.in_parallel(self._read_one, self._places(numbers))
+      return filesystem.in_parallel(self._read_one, self._locations(numbers))
     try:
       return self._read_local(numbers)
     except (tfrecord.FramingError, OSError):  # Reads one by one to name the bad record.
-      return [self._read_one(*place) for place in self._places(numbers)]
+      return [self._read_one(*position) for position in self._locations(numbers)]
 
   def describe(self, record_number: int) -> str:
     """Returns the file of a record and its number in that file, for messages."""
@@ -201,7 +201,7 @@ class RecordIndex:
         "--mode=ingest."
       )
 
-  def _places(self, numbers: np.ndarray) -> list[_Place]:
+  def _locations(self, numbers: np.ndarray) -> list[_Location]:
     columns = (self.arrays.shards, self.arrays.offsets, self.arrays.lengths)
     return list(zip(numbers.tolist(), *(each[numbers].tolist() for each in columns)))
 
@@ -213,9 +213,9 @@ class RecordIndex:
     records: list[bytes] = []
     for part in _parts(self.arrays.shards[ordered], self.arrays.lengths[ordered]):
       records += self._read_part(ordered[part])
-    places = np.empty_like(order)
-    places[order] = np.arange(len(order))
-    return list(map(records.__getitem__, places.tolist()))
+    inverse = np.empty_like(order)
+    inverse[order] = np.arange(len(order))
+    return list(map(records.__getitem__, inverse.tolist()))
 
   def _read_part(self, numbers: np.ndarray) -> list[bytes]:
     """Reads records of one shard, which is held open meanwhile."""
@@ -294,9 +294,9 @@ def record_names(index: RecordIndex, numbers: np.ndarray) -> Iterator[str]:
     A name, in the order of the numbers.
   """
   for number, record in read_records(index, numbers):
-    place = index.describe(number)
-    values = tfrecord.feature_values(record, place).get("key")
-    yield str(tfrecord.feature_text(values[0])) if values else place
+    position = index.describe(number)
+    values = tfrecord.feature_values(record, position).get("key")
+    yield str(tfrecord.feature_text(values[0])) if values else position
 
 
 def record_error(index: RecordIndex, decoder: Decoder, number: int) -> Optional[str]:
@@ -367,15 +367,15 @@ class Replacements:
       if not len(bad):
         return numbers
       replaced = numbers.copy()
-      for place in bad.tolist():
-        replaced[place] = self._next_good(int(numbers[place]))
+      for position in bad.tolist():
+        replaced[position] = self._next_good(int(numbers[position]))
       return replaced
 
   def _next_good(self, number: int) -> int:
     class_id = int(self._index.labels[number])
     members = self._index.members(class_id)
-    place = int(np.searchsorted(members, number))
-    for candidate in np.roll(members, -place - 1).tolist():
+    position = int(np.searchsorted(members, number))
+    for candidate in np.roll(members, -position - 1).tolist():
       self._try(np.array([candidate]))
       if self._states[candidate] == _GOOD:
         return candidate

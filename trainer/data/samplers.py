@@ -133,8 +133,8 @@ class PKSampler:
     starts = self._table.starts[class_ids]
     sizes = self._table.starts[class_ids + 1] - starts
     keys = permutation.mix(self._seed, _MEMBERS, class_ids)
-    places = permutation.distinct_block(blocks, sizes, keys, self._num_samples)
-    records = self._table.records[starts[:, None] + places]
+    positions = permutation.distinct_block(blocks, sizes, keys, self._num_samples)
+    records = self._table.records[starts[:, None] + positions]
     return records.reshape(len(steps), *self.shape)
 
   def _make_stream(self, weights: Optional[ClassWeights]) -> ClassStream:
@@ -180,9 +180,9 @@ class SequentialSampler:
 
   def batches(self, steps: np.ndarray) -> np.ndarray:
     """Returns the record numbers of steps [S] int64, [S, B] int64."""
-    places = steps[:, None] * self._size + np.arange(self._size)
-    is_real = places < len(self._records)
-    records = self._records[np.where(is_real, places, 0)]
+    positions = steps[:, None] * self._size + np.arange(self._size)
+    is_real = positions < len(self._records)
+    records = self._records[np.where(is_real, positions, 0)]
     return np.where(is_real, records, -1)
 
 

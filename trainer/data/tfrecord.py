@@ -298,7 +298,7 @@ def feature_values(record: bytes, name: str) -> dict[str, list[Any]]:
   Raises:
     UserError: it is not an example.
   """
-  return {key: list(kept) for key, (_, kept) in _lists(record, name).items()}
+  return {key: list(values) for key, (_, values) in _lists(record, name).items()}
 
 
 def arrays(record: bytes, name: str) -> dict[str, np.ndarray]:
@@ -313,9 +313,9 @@ def arrays(record: bytes, name: str) -> dict[str, np.ndarray]:
     UserError: it is not an example.
   """
   found = {}
-  for key, (kind, kept) in _lists(record, name).items():
-    found[key] = np.empty(len(kept), _DTYPES[kind])
-    found[key][:] = kept
+  for key, (kind, values) in _lists(record, name).items():
+    found[key] = np.empty(len(values), _DTYPES[kind])
+    found[key][:] = values
   return found
 
 

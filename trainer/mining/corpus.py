@@ -68,8 +68,10 @@ def content_hashes(
     if replacements is not None:
       parts = np.array_split(numbers, -(-len(numbers) // _TRIED_AT_ONCE))
       numbers = np.concatenate([replacements.replace(part) for part in parts])
-    for place, (number, record) in enumerate(zip(numbers, index.read(numbers)), start):
-      found[place] = _hash(record, features, index, int(number))
+    for position, (number, record) in enumerate(
+      zip(numbers, index.read(numbers)), start
+    ):
+      found[position] = _hash(record, features, index, int(number))
   return found
 
 
@@ -95,7 +97,7 @@ class CorpusItems(NamedTuple):
     record_numbers: [N] int64, ascending.
     labels: [N] int32 class ids.
     by_class: [N] int64, items grouped by class, in random order within a class.
-    places: [N] int64, the position of each item in `by_class`.
+    positions: [N] int64, the position of each item in `by_class`.
     starts: [C + 1] int64, where the items of each class start in `by_class`.
     class_ids: [C] int32, ascending.
   """
@@ -103,7 +105,7 @@ class CorpusItems(NamedTuple):
   record_numbers: np.ndarray
   labels: np.ndarray
   by_class: np.ndarray
-  places: np.ndarray
+  positions: np.ndarray
   starts: np.ndarray
   class_ids: np.ndarray
 
@@ -127,13 +129,13 @@ def draw_items(
   classes = np.sort(classes)
   sizes = table.starts[classes + 1] - table.starts[classes]
   ends = np.cumsum(sizes)
-  places = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
-  records = table.records[np.repeat(table.starts[classes], sizes) + places]
+  positions = np.arange(sizes.sum()) - np.repeat(ends - sizes, sizes)
+  records = table.records[np.repeat(table.starts[classes], sizes) + positions]
   ranks = np.repeat(np.arange(len(classes)), sizes)
   order = np.lexsort((permutation.mix(key, records), ranks))
   # In this order the places of a class are again 0, 1, 2, …
   if records_per_class is not None:
-    order = order[places < records_per_class]
+    order = order[positions < records_per_class]
   records, labels = records[order], classes[ranks[order]]
   ascending = np.argsort(records)
   by_class = np.empty(len(records), np.int64)

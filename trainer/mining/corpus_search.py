@@ -18,7 +18,7 @@ from trainer.errors import UserError, short_reason
 from trainer.mining.corpus import CorpusItems
 from trainer.retrieval import faiss_index, knn
 from trainer.retrieval.exact_distances import common_offset
-from trainer.retrieval.knn import Neighbours, faiss_serves, nearest
+from trainer.retrieval.knn import Neighbours, is_faiss_used, nearest
 from trainer.runtime import watchdog
 
 KINDS = ("auto", "exact", *faiss_index.KINDS)
@@ -131,7 +131,7 @@ class NearestItems:
   def _search(self, items: np.ndarray, num_neighbours: int) -> Neighbours:
     queries = self._embeddings[items]
     if self._index is None:
-      if not faiss_serves():
+      if not is_faiss_used():
         # Use few sizes, because each size is retraced on the devices.
         size = min(_MAX_QUERIES, _power_of_two(len(items)))
         queries = np.resize(queries, [size, queries.shape[1]])
@@ -161,7 +161,7 @@ def check_kind(kind: str) -> None:
 
 
 def _resolve_kind(kind: str, num_items: int) -> str:
-  if kind in faiss_index.KINDS_WITH_CELLS and num_items < faiss_index.LEAST_A_CELL:
+  if kind in faiss_index.KINDS_WITH_CELLS and num_items < faiss_index.MIN_PER_CELL:
     return "flat"
   if kind != "auto":
     return kind
@@ -174,7 +174,7 @@ def _resolve_kind(kind: str, num_items: int) -> str:
       num_items,
     )
     return "exact"
-  return "flat" if faiss_serves() else "exact"
+  return "flat" if is_faiss_used() else "exact"
 
 
 def empty_neighbours(num_items: int, num_neighbours: int) -> Neighbours:

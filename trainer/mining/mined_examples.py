@@ -98,17 +98,17 @@ class Positives:
       is_allowed: [N] bool, false for items that are probably mislabelled.
       contents: [N] uint64, equal for copies.
     """
-    candidates, is_there = self._candidates(anchors, items)
-    is_there &= is_allowed[candidates]
-    is_there &= contents[candidates] != contents[anchors, None]
+    candidates, is_valid = self._candidates(anchors, items)
+    is_valid &= is_allowed[candidates]
+    is_valid &= contents[candidates] != contents[anchors, None]
     if self.choice != "random":
       distances = _distances(embeddings, anchors, candidates)
       order = distances if self.choice == "easiest" else -distances
       order = np.argsort(order, axis=1, kind="stable")
-      candidates, is_there = (
-        np.take_along_axis(each, order, axis=1) for each in (candidates, is_there)
+      candidates, is_valid = (
+        np.take_along_axis(each, order, axis=1) for each in (candidates, is_valid)
       )
-    columns = first_columns(is_there, self.num_positives)
+    columns = first_columns(is_valid, self.num_positives)
     chosen = np.take_along_axis(candidates, np.maximum(columns, 0), axis=1)
     distances = _distances(embeddings, anchors, chosen)
     is_chosen = columns >= 0
@@ -131,9 +131,9 @@ class Positives:
     starts = items.starts[classes]
     sizes = items.starts[classes + 1] - starts
     steps = np.arange(1, num_candidates + 1)
-    places = items.places[anchors] - starts
-    places = (places[:, None] + steps) % sizes[:, None]
-    return items.by_class[starts[:, None] + places], steps < sizes[:, None]
+    positions = items.positions[anchors] - starts
+    positions = (positions[:, None] + steps) % sizes[:, None]
+    return items.by_class[starts[:, None] + positions], steps < sizes[:, None]
 
 
 def _distances(

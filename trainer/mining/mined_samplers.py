@@ -120,8 +120,8 @@ class MinedTripletSampler:
     listed = lists[rows]
     sizes = np.count_nonzero(listed >= 0, axis=1)
     keys = permutation.mix(self._seed, use, rows)
-    places = permutation.distinct_block(epochs, sizes, keys, num_drawn)
-    return np.take_along_axis(listed, places, axis=1).astype(np.int64)
+    positions = permutation.distinct_block(epochs, sizes, keys, num_drawn)
+    return np.take_along_axis(listed, positions, axis=1).astype(np.int64)
 
 
 @gin.register
@@ -212,11 +212,11 @@ class NeighbouringClassStream:
     self._num_seeds = -(-self._num_hard // (1 + neighbours_per_seed))
     self._neighbours = neighbours
     self._class_ids = class_ids
-    self._places: Optional[np.ndarray] = None
+    self._positions: Optional[np.ndarray] = None
     if class_ids is not None:
       # One extra entry for −1.
-      self._places = np.full(len(neighbours) + 1, -1, np.int32)
-      self._places[class_ids] = np.arange(len(class_ids))
+      self._positions = np.full(len(neighbours) + 1, -1, np.int32)
+      self._positions[class_ids] = np.arange(len(class_ids))
     self._key = permutation.mix(round_step, _BLOCKS)
 
   def draw(self, steps: np.ndarray) -> Draws:
@@ -245,8 +245,8 @@ class NeighbouringClassStream:
     """Returns [S, m·s] int64 classes, the nearest of all seeds first; −1 for none."""
     ids = seeds if self._class_ids is None else self._class_ids[seeds]
     near = self._neighbours[ids]
-    if self._places is not None:
-      near = self._places[near]
+    if self._positions is not None:
+      near = self._positions[near]
     return near.transpose(0, 2, 1).reshape(len(seeds), -1).astype(np.int64)
 
   def _columns_in_order(self, is_drawn: np.ndarray) -> np.ndarray:

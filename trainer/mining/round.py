@@ -39,12 +39,12 @@ from trainer.runtime.filesystem import sha256_of
 from trainer.runtime.lease import locked_folder
 
 ROUNDS_FOLDER = "mining"
-_BEFORE = "mining_before"
+_ARCHIVE = "mining_before"
 _STAGING, _MANIFEST = "staging", "manifest.json"
 _NAME = re.compile(r"round-(\d{8,18})(?:\.old)?")
 _ROUND = "round-{:08d}"
 _NUM_AXES = {"anchors": 1, "positives": 2, "negatives": 2, "class_neighbours": 2}
-_OF_EXAMPLES = ("anchors", "positives", "negatives")
+_EXAMPLE_ARRAYS = ("anchors", "positives", "negatives")
 
 ROUND_LOG_FILE = os.path.join(ROUNDS_FOLDER, "rounds.jsonl")
 
@@ -138,7 +138,9 @@ class MiningRound:
       files = manifest["files"]
       self.facts: Mapping[str, Any] = manifest["facts"]
       self.arrays = {
-        name: _checked(folder, name, files[name]) for name in _NUM_AXES if name in files
+        name: _open_array(folder, name, files[name])
+        for name in _NUM_AXES
+        if name in files
       }
       bounds = int(manifest["num_records"]), int(manifest["num_classes"])
       found = {str(name): str(fact) for name, fact in manifest["fingerprint"].items()}
@@ -157,9 +159,9 @@ class MiningRound:
 
   def _check_values(self, folder: str, num_records: int, num_classes: int) -> None:
     arrays = self.arrays
-    lengths = {len(arrays[name]) for name in _OF_EXAMPLES if name in arrays}
-    is_whole = sum(name in arrays for name in _OF_EXAMPLES) in (0, 3)
-    if not is_whole or len(lengths) > 1:
+    lengths = {len(arrays[name]) for name in _EXAMPLE_ARRAYS if name in arrays}
+    is_complete = sum(name in arrays for name in _EXAMPLE_ARRAYS) in (0, 3)
+    if not is_complete or len(lengths) > 1:
       raise UserError(f"{folder} has arrays of inconsistent sizes; mine again.")
     for name, array in arrays.items():
       most = num_classes if name == "class_neighbours" else num_records
@@ -222,7 +224,7 @@ def write_round(
     shutil.rmtree(staging_dir, ignore_errors=True)
     os.makedirs(staging_dir)
     files = {
-      name: _save(staging_dir, name, each) for name, each in mined.arrays.items()
+      name: _save_array(staging_dir, name, each) for name, each in mined.arrays.items()
     }
     manifest = {
       "step": step,
@@ -291,20 +293,20 @@ def archive_rounds(model_dir: str) -> None:
     UserError: the folder cannot be renamed.
   """
   folder = os.path.join(model_dir, ROUNDS_FOLDER)
-  before = os.path.join(model_dir, _BEFORE)
+  archive = os.path.join(model_dir, _ARCHIVE)
   try:
-    if os.path.isdir(before):
-      shutil.rmtree(before)
-    os.replace(folder, before)
+    if os.path.isdir(archive):
+      shutil.rmtree(archive)
+    os.replace(folder, archive)
   except OSError as error:
     raise UserError(
-      f"{folder} belongs to another training and can't be renamed to {before}: "
+      f"{folder} belongs to another training and can't be renamed to {archive}: "
       f"{short_reason(error)}."
     ) from error
-  logging.warning("%s belongs to another training; renamed to %s.", folder, before)
+  logging.warning("%s belongs to another training; renamed to %s.", folder, archive)
 
 
-def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
+def _save_array(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
   path = os.path.join(folder, f"{name}.npy")
   with open(path, "wb") as file:
     np.save(file, array.astype(np.int32, copy=False), allow_pickle=False)
@@ -317,27 +319,27 @@ def _save(folder: str, name: str, array: np.ndarray) -> dict[str, Any]:
   }
 
 
-def _checked(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
+def _open_array(folder: str, name: str, expected: Mapping[str, Any]) -> np.ndarray:
   """Returns a memory-mapped array, if its file matches the manifest."""
   path = os.path.join(folder, f"{name}.npy")
-  fault = _fault(path, expected)
-  if fault is None:
+  problem = _find_problem(path, expected)
+  if problem is None:
     try:
       array = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # Python's parser of the header raises many types.
-      fault = f"it is not an array: {short_reason(error)}"
+      problem = f"it is not an array: {short_reason(error)}"
     else:
       shape = tuple(expected["shape"])
       has_declared_shape = array.dtype == np.int32 and array.shape == shape
       if has_declared_shape and array.ndim == _NUM_AXES[name]:
         return array
-      fault = (
+      problem = (
         f"it has {array.dtype}{list(array.shape)}, but {list(shape)} in the manifest"
       )
-  raise UserError(f"{path} is damaged ({fault}); remove the round, then mine again.")
+  raise UserError(f"{path} is damaged ({problem}); remove the round, then mine again.")
 
 
-def _fault(path: str, expected: Mapping[str, Any]) -> Optional[str]:
+def _find_problem(path: str, expected: Mapping[str, Any]) -> Optional[str]:
   try:
     size = os.path.getsize(path)
     if size != expected["bytes"]:

@@ -180,10 +180,10 @@ class Rounds:
 
   def _decisions(self) -> dict[int, Optional[int]]:
     """Returns the decisions read by the chief, on all workers."""
-    own = self._workers.run_on_all(
+    of_chief = self._workers.run_on_all(
       self._round_log.decisions if self._workers.is_chief else dict
     )
-    rows = json.loads(self._workers.exchange(json.dumps(list(own.items())))[0])
+    rows = json.loads(self._workers.exchange(json.dumps(list(of_chief.items())))[0])
     return {step: round_step for step, round_step in rows}
 
   def _next_round(self, step: int) -> Optional[_OpenRound]:
@@ -253,14 +253,14 @@ class Rounds:
     Raises:
       UserError: the round is too old, and no newer one arrived in time.
     """
-    own = self._workers.run_on_all(
+    of_chief = self._workers.run_on_all(
       lambda: (
         self._async_rounds.newest(step, self._current_step)
         if self._workers.is_chief
         else None
       )
     )
-    return json.loads(self._workers.exchange(json.dumps(own))[0])
+    return json.loads(self._workers.exchange(json.dumps(of_chief))[0])
 
   def _open_round(self, round_step: Optional[int]) -> Optional[_OpenRound]:
     """Opens a round and its sampler on all workers; None for the plain sampler."""

@@ -164,9 +164,9 @@ def _mapped(folder: str, name: str) -> np.ndarray:
 def _read_text(folder: str, name: str) -> ClassNames:
   arrays = [_mapped(folder, f"{name}_{part}.npy") for part in TEXT_ARRAYS]
   text, starts, hashes = arrays
-  is_whole = starts.ndim == 1 and len(starts) > 0 and hashes.shape == (len(starts) - 1,)
-  is_whole = is_whole and starts[0] == 0 and starts[-1] == len(text)
-  if not (is_whole and (starts[1:] >= starts[:-1]).all()):
+  is_valid = starts.ndim == 1 and len(starts) > 0 and hashes.shape == (len(starts) - 1,)
+  is_valid = is_valid and starts[0] == 0 and starts[-1] == len(text)
+  if not (is_valid and (starts[1:] >= starts[:-1]).all()):
     path = os.path.join(folder, f"{name}_starts.npy")
     raise UserError(
       f"{path} has no ascending parts from 0 to {len(text)}; run --mode=embed again."
@@ -230,10 +230,10 @@ class EmbeddingWriter:
       "source": json.loads(json.dumps(source)),
     }
     self._progress = {**self._manifest, "rows_per_batch": rows_per_batch}
-    with _telling_of_failures(folder):
-      if self._is_of(self._staging_dir):  # Killed during `_publish`.
+    with _reporting_failures(folder):
+      if self._belongs_to(self._staging_dir):  # Killed during `_publish`.
         self._publish()
-      self.is_finished = self._is_of(folder) and self._is_whole()
+      self.is_finished = self._belongs_to(folder) and self._is_complete()
       self.num_done = shape[0] if self.is_finished else self._num_noted()
       if not self.is_finished:
         self._rows = self._open(shape, dtype)
@@ -249,7 +249,7 @@ class EmbeddingWriter:
     self.num_done = min(len(self._rows), start + len(rows))
     self._rows[start : self.num_done] = rows[: self.num_done - start]
     if self.num_done - self._noted >= _ROWS_PER_NOTE:
-      with _telling_of_failures(self._folder):
+      with _reporting_failures(self._folder):
         self._note()
 
   def finish(
@@ -265,7 +265,7 @@ class EmbeddingWriter:
     Raises:
       UserError: the folder cannot be written to.
     """
-    with _telling_of_failures(self._folder):
+    with _reporting_failures(self._folder):
       self._note()
       np.save(
         os.path.join(self._staging_dir, LABELS_NAME), np.asarray(labels, np.int32)
@@ -278,24 +278,24 @@ class EmbeddingWriter:
       self._publish()
     self.is_finished = True
 
-  def _is_of(self, folder: str) -> bool:
+  def _belongs_to(self, folder: str) -> bool:
     """Returns whether a folder has the manifest of these embeddings."""
     known = read_json(os.path.join(folder, MANIFEST_NAME)) or {}
     return {**known, "sha256": None} == {**self._manifest, "sha256": None}
 
-  def _is_whole(self) -> bool:
+  def _is_complete(self) -> bool:
     try:
-      kept = EmbeddingFolder(self._folder)
+      stored = EmbeddingFolder(self._folder)
     except UserError:
       return False
-    return kept.sha256 == sha256_of(os.path.join(self._folder, ROWS_NAME))
+    return stored.sha256 == sha256_of(os.path.join(self._folder, ROWS_NAME))
 
   def _num_noted(self) -> int:
     """Returns the number of rows in the temporary folder that can be kept."""
     known = read_json(os.path.join(self._staging_dir, _PROGRESS_NAME)) or {}
     num_done = known.pop("num_done", 0)
-    is_there = os.path.exists(os.path.join(self._staging_dir, ROWS_NAME))
-    return num_done if known == self._progress and is_there else 0
+    has_rows = os.path.exists(os.path.join(self._staging_dir, ROWS_NAME))
+    return num_done if known == self._progress and has_rows else 0
 
   def _open(self, shape: tuple[int, int], dtype: str) -> np.memmap:
     path = os.path.join(self._staging_dir, ROWS_NAME)
@@ -342,14 +342,14 @@ def locked_embeddings(folder: str) -> Iterator[None]:
     UserError: another process writes to the folder, or it cannot be written to.
   """
   with contextlib.ExitStack() as stack:
-    with _telling_of_failures(folder):
+    with _reporting_failures(folder):
       os.makedirs(folder, exist_ok=True)
       stack.enter_context(locked_folder(folder, "embedding into"))
     yield
 
 
 @contextlib.contextmanager
-def _telling_of_failures(folder: str) -> Iterator[None]:
+def _reporting_failures(folder: str) -> Iterator[None]:
   try:
     yield
   except OSError as error:

@@ -175,7 +175,7 @@ def nearest_in_float64(
   for start in range(0, len(queries), _NUM_QUERIES):
     watchdog.beat()
     rows = slice(start, start + _NUM_QUERIES)
-    candidates = _perhaps_nearest(
+    candidates = _possibly_nearest(
       queries[rows], gallery, offset, num_neighbours, at_most[rows]
     )
     for row, found in enumerate(candidates, start):
@@ -185,7 +185,7 @@ def nearest_in_float64(
   return indices, squares
 
 
-def _perhaps_nearest(
+def _possibly_nearest(
   queries: np.ndarray,
   gallery: np.ndarray,
   offset: np.ndarray,

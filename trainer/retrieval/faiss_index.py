@@ -33,7 +33,7 @@ _MAX_FLAT, _MIN_CODES = 20_000, 1_000_000
 _HNSW_LINKS, _HNSW_EFFORT = 32, 128
 _BITS_A_DIMENSION = 4
 # Training items per cell, sampled by FAISS, which warns below the minimum.
-LEAST_A_CELL, _MOST_A_CELL = 39, 64
+MIN_PER_CELL, _MAX_PER_CELL = 39, 64
 _NUM_MEASURED, _MEASURED_K = 1_000, 10
 # Items added at once, and candidates in addition to k.
 _NUM_ADDED, _NUM_MORE = 262_144, 16
@@ -95,7 +95,7 @@ def _training_vectors(
   """Returns the vectors to train cells with, of which FAISS draws a sample."""
   if not offset.any():
     return embeddings
-  num_drawn = min(len(embeddings), num_cells * _MOST_A_CELL)
+  num_drawn = min(len(embeddings), num_cells * _MAX_PER_CELL)
   drawn = np.random.default_rng(0).permutation(len(embeddings))[:num_drawn]
   return embeddings[np.sort(drawn)] - offset
 
@@ -109,7 +109,7 @@ def _less_offset(faiss: Any, index: Any, offset: np.ndarray) -> Any:
 
 
 def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) -> Any:
-  num_cells = min(round(4 * math.sqrt(num_items)), num_items // LEAST_A_CELL)
+  num_cells = min(round(4 * math.sqrt(num_items)), num_items // MIN_PER_CELL)
   if num_cells < 1:
     raise UserError(
       f"{num_items} items are too few for an index with cells; set kind to 'flat'."
@@ -121,7 +121,7 @@ def _cells(faiss: Any, num_items: int, num_dimensions: int, *, has_codes: bool) 
     )
   else:
     index = faiss.IndexIVFFlat(quantizer, num_dimensions, num_cells)
-  index.cp.max_points_per_centroid = _MOST_A_CELL
+  index.cp.max_points_per_centroid = _MAX_PER_CELL
   index.nprobe = min(num_cells, max(8, num_cells // 16))
   return index
 

@@ -131,7 +131,7 @@ def nearest(
     num_neighbours=num_neighbours,
     roundoff=roundoff,
   )
-  is_open = ~found.is_certain
+  is_open = ~found.is_proven
   if is_open.any():
     found.indices[is_open], found.squares[is_open] = nearest_in_float64(
       queries[is_open],
@@ -147,7 +147,7 @@ def _candidates(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_neighbours: int
 ) -> FaissCandidates:
   """Returns a few more than k candidates, from FAISS or from the devices."""
-  by_faiss = faiss_serves()
+  by_faiss = is_faiss_used()
   num_more = _NUM_MORE_OF_FAISS if by_faiss else _NUM_MORE_OF_TILES
   num_found = min(num_neighbours + num_more, len(gallery))
   if by_faiss:
@@ -198,7 +198,7 @@ def check_sizes(
     )
 
 
-def faiss_serves() -> bool:
+def is_faiss_used() -> bool:
   """Returns whether there is one replica on a CPU and FAISS is installed."""
   is_one = tf.distribute.get_strategy().num_replicas_in_sync == 1
   kinds = {device.device_type for device in tf.config.list_logical_devices()}
@@ -224,12 +224,12 @@ class Found(NamedTuple):
   Attributes:
     indices: [Q, k] int64, nearest first; among equal distances the lower index first.
     squares: [Q, k] float64, squared distances.
-    is_certain: [Q] bool, whether it is proven that no other item belongs there.
+    is_proven: [Q] bool, whether it is proven that no other item belongs there.
   """
 
   indices: np.ndarray
   squares: np.ndarray
-  is_certain: np.ndarray
+  is_proven: np.ndarray
 
 
 def prove(
@@ -295,7 +295,7 @@ def candidates_of_faiss(
     num_found: E <= G.
   """
   parts = [
-    _certain_candidates(
+    _exhaustive_candidates(
       queries[start : start + _NUM_QUERIES] - offset, gallery, offset, num_found
     )
     for start in range(0, max(1, len(queries)), _NUM_QUERIES)
@@ -303,7 +303,7 @@ def candidates_of_faiss(
   return FaissCandidates(*(np.concatenate(each) for each in zip(*parts)))
 
 
-def _certain_candidates(
+def _exhaustive_candidates(
   centred: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_found: int
 ) -> FaissCandidates:
   faiss = load_faiss()

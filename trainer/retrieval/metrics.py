@@ -71,7 +71,7 @@ def average_precision(ranks: np.ndarray) -> np.ndarray:
   Args:
     ranks: [..., R] int, ascending.
   """
-  return (_places(ranks) / ranks).mean(axis=-1)
+  return (_positions(ranks) / ranks).mean(axis=-1)
 
 
 def average_precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
@@ -82,7 +82,7 @@ def average_precision_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
     k: number of neighbours that count.
   """
   first = ranks[..., :k]
-  precisions = np.where(first <= k, _places(first) / first, 0.0)
+  precisions = np.where(first <= k, _positions(first) / first, 0.0)
   return precisions.sum(axis=-1) / min(ranks.shape[-1], k)
 
 
@@ -117,7 +117,7 @@ def ndcg_at_k(ranks: np.ndarray, k: int) -> np.ndarray:
   """
   first = ranks[..., :k]
   gains = np.where(first <= k, 1.0 / np.log2(1.0 + first), 0.0)
-  best = 1.0 / np.log2(1.0 + _places(first))
+  best = 1.0 / np.log2(1.0 + _positions(first))
   return gains.sum(axis=-1) / best.sum()
 
 
@@ -126,7 +126,7 @@ def _num_within(ranks: np.ndarray, k: int) -> np.ndarray:
   return (ranks[..., :k] <= k).sum(axis=-1)
 
 
-def _places(ranks: np.ndarray) -> np.ndarray:
+def _positions(ranks: np.ndarray) -> np.ndarray:
   """Returns the numbers 1, 2, 3 … up to R, [R] int."""
   return np.arange(1, ranks.shape[-1] + 1)
 

@@ -71,11 +71,11 @@ def sample_results(
   ).indices
   neighbours = np.empty([len(drawn), num_neighbours], np.int64)
   is_right = np.empty([len(drawn), num_neighbours], bool)
-  for place, row in enumerate(np.flatnonzero(is_kept)):
+  for position, row in enumerate(np.flatnonzero(is_kept)):
     relevant, excluded = pairs[row]
-    counting = found[place][~np.isin(found[place], excluded)]
-    neighbours[place] = counting[:num_neighbours]
-    is_right[place] = np.isin(neighbours[place], relevant)
+    counting = found[position][~np.isin(found[position], excluded)]
+    neighbours[position] = counting[:num_neighbours]
+    is_right[position] = np.isin(neighbours[position], relevant)
   return SampledResults(
     ground_truth.queries[drawn], ground_truth.gallery[neighbours], is_right
   )
@@ -178,8 +178,8 @@ def search(
       results.append(QueryResult(query.name, error=problem))
   if valid:
     found = _search_all(list(valid.values()), stored, nearest_fn, num_neighbours)
-    for place, result in zip(valid, found):
-      results[place] = result
+    for position, result in zip(valid, found):
+      results[position] = result
   return results
 
 

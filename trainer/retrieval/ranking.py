@@ -164,24 +164,28 @@ class _Ranking:
     if not len(relevant):
       return np.empty(0, np.int64)
     relevant = relevant[np.argsort(nearness[relevant])]
-    own = nearness[relevant]
+    of_relevant = nearness[relevant]
     nearness[excluded] = nearness[relevant] = np.inf
-    error = self._error(norm, float(own[-1]), roundoff)
+    error = self._error(norm, float(of_relevant[-1]), roundoff)
     if roundoff == ROUNDOFF_32 and not error < np.inf:
       return None
-    low, high = ((own + sign * 2.0 * error).astype(own.dtype) for sign in (-1, 1))
+    low, high = (
+      (of_relevant + sign * 2.0 * error).astype(of_relevant.dtype) for sign in (-1, 1)
+    )
     # Skip items farther than all relevant ones: the majority in a trained space.
-    near = np.flatnonzero(nearness <= min(high[-1], np.finfo(own.dtype).max))
-    others = nearness[near]
-    num_nearer, num_perhaps = _counts(others, low, high)
-    is_open = num_nearer < num_perhaps
+    candidates = np.flatnonzero(
+      nearness <= min(high[-1], np.finfo(of_relevant.dtype).max)
+    )
+    others = nearness[candidates]
+    num_nearer, num_possibly_nearer = _counts(others, low, high)
+    is_open = num_nearer < num_possibly_nearer
     if is_open.any():
-      most = _MAX_SHARE_UNDECIDED * len(nearness)
-      if roundoff == ROUNDOFF_32 and (num_perhaps - num_nearer).sum() > most:
+      limit = _MAX_SHARE_UNDECIDED * len(nearness)
+      if roundoff == ROUNDOFF_32 and (num_possibly_nearer - num_nearer).sum() > limit:
         return None
       is_close = _is_between(others, low[is_open], high[is_open])
-      items = np.append(near[is_close], relevant[is_open])
-      values = np.append(others[is_close], own[is_open])
+      items = np.append(candidates[is_close], relevant[is_open])
+      values = np.append(others[is_close], of_relevant[is_open])
       if roundoff:
         values = exact_distances.squared_distances(
           self._queries[query, None], self._gallery, items[None]

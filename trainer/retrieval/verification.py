@@ -100,13 +100,13 @@ class Verification:
     _, class_of, sizes = np.unique(
       labels[order], return_inverse=True, return_counts=True
     )
-    places = np.arange(len(labels))
+    positions = np.arange(len(labels))
     ends = np.cumsum(sizes)[class_of]
     # For an item in class order: the rest of its class, then all later classes.
-    sides = ((places + 1, ends - places - 1), (ends, len(labels) - ends))
+    ranges = ((positions + 1, ends - positions - 1), (ends, len(labels) - ends))
     positives, negatives = (
       order[_drawn_pairs(firsts, counts, self.max_pairs, rng)]
-      for firsts, counts in sides
+      for firsts, counts in ranges
     )
     return positives, negatives
 
@@ -132,9 +132,9 @@ def _drawn_pairs(
   last_numbers = np.cumsum(counts)
   num_pairs = int(counts.sum())
   numbers = _distinct(num_pairs, min(max_pairs, num_pairs), rng)
-  places = np.searchsorted(last_numbers, numbers, side="right")
-  partners = numbers - last_numbers[places] + counts[places] + firsts[places]
-  return np.stack([places, partners], axis=1)
+  positions = np.searchsorted(last_numbers, numbers, side="right")
+  partners = numbers - last_numbers[positions] + counts[positions] + firsts[positions]
+  return np.stack([positions, partners], axis=1)
 
 
 def _distinct(population: int, size: int, rng: np.random.Generator) -> np.ndarray:
