@@ -138,9 +138,6 @@ class Batches:
       first_step: first step that runs inside.
       last_step: last step that runs inside; steps read ahead are searched too.
 
-    Yields:
-      Nothing.
-
     Raises:
       UserError: names file and record.
     """

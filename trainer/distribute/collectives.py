@@ -144,9 +144,6 @@ def using(collectives: Collectives) -> Iterator[None]:
 
   Args:
     collectives: those of the traced replica function.
-
-  Yields:
-    Nothing.
   """
   _used.append(collectives)
   try:

@@ -53,9 +53,6 @@ _KINDS = {
 def reporting_lost_workers() -> Iterator[None]:
   """Reports which worker was lost, if several train together.
 
-  Yields:
-    Nothing.
-
   Raises:
     StalledError: a worker was lost inside the context.
   """

@@ -252,9 +252,6 @@ def locked_rounds(model_dir: str) -> Iterator[None]:
   Args:
     model_dir: folder of the run.
 
-  Yields:
-    Nothing.
-
   Raises:
     UserError: another process writes rounds to the folder.
     UnwritableError: the folder cannot be written to.

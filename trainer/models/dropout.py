@@ -37,9 +37,6 @@ def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
   Args:
     step: [] integer; each step has a different mask.
     first_example: [] int32, index of the first example in the global batch.
-
-  Yields:
-    Nothing.
   """
   _places.append(_Place(step, first_example))
   try:

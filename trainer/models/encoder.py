@@ -55,9 +55,6 @@ def precision_of(layer: tf.keras.layers.Layer) -> Iterator[None]:
 
   Args:
     layer: its policy is used.
-
-  Yields:
-    Nothing.
   """
   before = tf.keras.mixed_precision.global_policy()
   tf.keras.mixed_precision.set_global_policy(layer.dtype_policy)

@@ -335,9 +335,6 @@ def locked_embeddings(folder: str) -> Iterator[None]:
   Args:
     folder: is created if it is missing.
 
-  Yields:
-    Nothing.
-
   Raises:
     UserError: another process writes to the folder, or it cannot be written to.
   """

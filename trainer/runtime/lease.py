@@ -89,9 +89,6 @@ def holding_lease(folder: str, doing: str) -> Iterator[None]:
     folder: an existing folder.
     doing: what this process does, as in "is training in".
 
-  Yields:
-    Nothing.
-
   Raises:
     UserError: another process writes into it.
     OSError: the lease can't be written.
@@ -283,9 +280,6 @@ def locked_folder(folder: str, doing: str) -> Iterator[None]:
     folder: an existing folder.
     doing: what this process does, as in "is ingesting into".
 
-  Yields:
-    Nothing.
-
   Raises:
     UserError: another process writes into it.
     OSError: the lease can't be written.
@@ -305,9 +299,6 @@ def locked(path: str) -> Iterator[None]:
 
   Args:
     path: path of the file; created if missing.
-
-  Yields:
-    Nothing.
 
   Raises:
     UserError: the file system has no locks.

@@ -102,9 +102,6 @@ class Preemption:
     Args:
       newest_fn: returns a phrase that names the newest checkpoint.
 
-    Yields:
-      Nothing.
-
     Raises:
       PreemptedError: a signal was received before the block or after its last poll, and
         there is no other worker.
@@ -120,11 +117,7 @@ class Preemption:
 
   @contextlib.contextmanager
   def listening(self) -> Iterator[None]:
-    """Handles signals inside the block; has no effect outside the main thread.
-
-    Yields:
-      Nothing.
-    """
+    """Handles signals inside the block; has no effect outside the main thread."""
     if threading.current_thread() is not threading.main_thread():
       yield
       return
@@ -236,9 +229,6 @@ def listening_for_signals(grace_s: float) -> Iterator[None]:
 
   Args:
     grace_s: time from the signal to the end of the process, seconds.
-
-  Yields:
-    Nothing.
   """
   global _current
   before, _current = _current, Preemption(grace_s)
@@ -255,9 +245,6 @@ def handlers_restored() -> Iterator[None]:
 
   Python has no record of handlers that a library or an embedding program installed with
   the system call, and would restore the default action instead.
-
-  Yields:
-    Nothing.
   """
   python_handlers = {number: signal.getsignal(number) for number in SIGNALS}
   system_handlers = {number: _system_handler(number) for number in SIGNALS}

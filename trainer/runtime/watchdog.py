@@ -85,9 +85,6 @@ class Watchdog:
 
     Args:
       device_step_fn: reads a number from the device that changes with each step.
-
-    Yields:
-      Nothing.
     """
     self._device_step_fn = device_step_fn
     try:
@@ -99,11 +96,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def acting(self) -> Iterator[None]:
-    """Marks work between steps, such as an evaluation; the start deadline applies.
-
-    Yields:
-      Nothing.
-    """
+    """Marks work between steps, such as an evaluation; the start deadline applies."""
     self._is_acting = True
     try:
       yield
@@ -125,11 +118,7 @@ class Watchdog:
 
   @contextlib.contextmanager
   def watching(self) -> Iterator[None]:
-    """Watches the block.
-
-    Yields:
-      Nothing.
-    """
+    """Watches the block."""
     threads = [
       threading.Thread(target=target, daemon=True)
       for target in (self._watch, self._poll_device)
