@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from typing import Optional
 
 DONE = 0
@@ -58,6 +60,15 @@ class NotFiniteError(RuntimeError):
   """The loss is not finite, and no update was made with it."""
 
   exit_status = 5
+
+
+@contextlib.contextmanager
+def reading(path: str) -> Iterator[None]:
+  """Converts an `OSError` inside the block to a user error: `path` can't be read."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(f"{path} can't be read: {error.strerror or error}.") from error
 
 
 def short_reason(error: Exception) -> str:

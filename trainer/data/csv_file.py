@@ -8,7 +8,7 @@ import io
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Optional
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reading
 from trainer.runtime import filesystem
 
 # UTF-32 first: its byte order mark begins with that of UTF-16.
@@ -175,10 +175,8 @@ def _name(text: str) -> str:
 
 
 def _content(path: str) -> bytes:
-  try:
+  with reading(path):
     return filesystem.read_bytes(path)
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror or error}.") from error
 
 
 def _encoding(path: str, content: bytes) -> str:

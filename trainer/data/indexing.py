@@ -22,7 +22,7 @@ from absl import logging
 from trainer.data import index_arrays, manifest, tfrecord
 from trainer.data.index_arrays import ClassNames
 from trainer.data.records import RecordIndex, locate
-from trainer.errors import UserError, is_out_of_space
+from trainer.errors import UserError, is_out_of_space, reading
 from trainer.runtime import filesystem
 from trainer.runtime.lease import locked_folder
 from trainer.runtime.progress import Progress
@@ -53,19 +53,18 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
   lengths: list[np.ndarray] = []
   numbers: list[np.ndarray] = []
   labels = LabelMapping()
-  try:
-    with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:
-      for some in _batches(tfrecord.iterate_blocks(file)):
-        lengths.append(np.array(list(map(len, some)), np.uint32))
-        numbers.append(labels.numbers_of(parser.labels_of(some)))
+  with reading(path):
+    try:
+      with filesystem.as_os_errors(path), filesystem.open_file(path, "rb") as file:
+        for some in _batches(tfrecord.iterate_blocks(file)):
+          lengths.append(np.array(list(map(len, some)), np.uint32))
+          numbers.append(labels.numbers_of(parser.labels_of(some)))
+    except tfrecord.FramingError as damage:
+      raise UserError(damage.line(path)) from damage
     ends = np.cumsum(
       _concatenate(lengths, np.uint32) + np.int64(tfrecord.OVERHEAD_BYTES)
     )
     shard = manifest.describe_shard(folder, name, len(ends))
-  except tfrecord.FramingError as damage:
-    raise UserError(damage.line(path)) from damage
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
   offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
   names = [_text(path, label) for label in labels.names]
   return ShardIndex(
@@ -401,15 +400,13 @@ def _index(
 
 
 def _shard_names(folder_or_pattern: str, folder: str) -> list[str]:
-  try:
+  with reading(folder):
     if filesystem.absolute(folder_or_pattern) == folder:
       names = [n for n in filesystem.list_folder(folder) if n.endswith(_ENDINGS)]
     else:
       found = filesystem.matching(_in_folder(filesystem.absolute(folder_or_pattern)))
-      beside = (".index", ".index.partial", ".index.old")
-      names = [os.path.basename(p) for p in found if not p.endswith(beside)]
-  except OSError as error:
-    raise UserError(f"{folder} can't be read: {error.strerror}.") from error
+      unfinished = (".index", ".index.partial", ".index.old")
+      names = [os.path.basename(p) for p in found if not p.endswith(unfinished)]
   if not names:
     raise UserError(
       f"{folder_or_pattern} has no shards; give a folder with files that end in "

@@ -19,7 +19,7 @@ from absl import logging
 from trainer.data import permutation
 from trainer.data.csv_file import CsvFile
 from trainer.data.records import RecordIndex, record_names
-from trainer.errors import UserError, short_reason
+from trainer.errors import UserError, reading, short_reason
 from trainer.runtime import filesystem
 
 COLUMNS = ("anchor", "positive", "negative")
@@ -59,10 +59,8 @@ def read_triplets(file: str, index: RecordIndex, *, is_strict: bool) -> np.ndarr
 
 
 def _numbers_of_array(file: str) -> np.ndarray:
-  try:
+  with reading(file):
     content = filesystem.read_bytes(file)
-  except OSError as error:
-    raise UserError(f"{file} can't be read: {error.strerror or error}.") from error
   try:
     numbers = np.load(io.BytesIO(content), allow_pickle=False)
   except Exception as error:  # The header is parsed by Python: many error types.

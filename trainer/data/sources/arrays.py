@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
-import hashlib
 import io
 import math
 import os
@@ -24,10 +23,9 @@ import numpy as np
 
 from trainer.data.sources import reader_process
 from trainer.data.sources.source import Item, Loader, Source, encode_png, text_of
-from trainer.errors import UserError, short_reason
+from trainer.errors import UserError, reading, short_reason
 from trainer.runtime import filesystem
 
-_CHUNK_BYTES = 16 << 20
 _HDF5_BATCH_BYTES = 4 << 20
 
 _MAGIC_BYTES = 4
@@ -358,14 +356,8 @@ def _check_array_name(path: str, arrays: Mapping[str, Any], name: str) -> None:
 
 
 def _digest(path: str) -> str:
-  digest = hashlib.sha256()
-  try:
-    with filesystem.open_file(path, "rb") as file:
-      while chunk := file.read(_CHUNK_BYTES):
-        digest.update(chunk)
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
-  return digest.hexdigest()
+  with reading(path):
+    return filesystem.sha256_of(path)
 
 
 def read_idx(path: str, *, num_axes: int) -> np.ndarray:
@@ -480,7 +472,7 @@ class IdxSource(Source):
     names = [name for pair in self._pairs for name in pair]
     return {
       "source": "idx",
-      "files": [[name, _idx_digest(self._path(name))] for name in names],
+      "files": [[name, _digest(self._path(name))] for name in names],
       "class_names": list(self._class_names or ()),
     }
 
@@ -531,10 +523,3 @@ class IdxSource(Source):
 
 def _load_idx(key: str, label: str, image: np.ndarray) -> Item:
   return Item(key, label, encode_png(image))
-
-
-def _idx_digest(path: str) -> str:
-  try:
-    return filesystem.sha256_of(path)
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error

@@ -17,7 +17,7 @@ from absl import logging
 
 from trainer.data.csv_file import CsvFile, CsvRow
 from trainer.data.sources.source import Item, Loader, Source, Value, feature_names
-from trainer.errors import UserError
+from trainer.errors import UserError, reading
 from trainer.runtime import filesystem
 
 _NUMBERS = {"int": int, "float": float}
@@ -161,10 +161,8 @@ class ManifestSource(Source):
     if self._path_column is None:
       return item
     path = os.path.join(self._folder, item.key)
-    try:
+    with reading(path):
       return item._replace(image=filesystem.read_bytes(path))
-    except OSError as error:
-      raise UserError(f"{path} can't be read: {error.strerror}.") from error
 
   def _value(self, name: str, text: str, where: str) -> Optional[Value]:
     """Returns the value of a cell; None for a missing number."""

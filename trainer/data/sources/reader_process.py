@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from typing import IO, Any, Callable, Optional
 
-from trainer.errors import UserError
+from trainer.errors import UserError, reading
 from trainer.runtime import filesystem
 
 # A header of JSON values, and byte strings.
@@ -51,11 +51,8 @@ def read(reader: Reader, path: str, *arguments: Any) -> Iterator[Message]:
   Raises:
     UserError: the file can't be read, or the child died or hung while reading it.
   """
-  try:
-    with local_file(path) as local:
-      yield from _messages(reader, path, [local, path, *arguments])
-  except OSError as error:
-    raise UserError(f"{path} can't be read: {error.strerror}.") from error
+  with reading(path), local_file(path) as local:
+    yield from _messages(reader, path, [local, path, *arguments])
 
 
 @contextlib.contextmanager

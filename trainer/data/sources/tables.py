@@ -25,7 +25,7 @@ from trainer.data.sources.source import (
   feature_names,
   text_of,
 )
-from trainer.errors import UserError
+from trainer.errors import UserError, reading
 from trainer.runtime import filesystem
 
 _LMDB_BATCH_BYTES = 4 << 20
@@ -275,13 +275,11 @@ class TfRecordSource(Source):
 
     for name, path in _with_names(_expand_pattern(self._pattern)):
       try:
-        with filesystem.open_file(path, "rb") as file:
+        with reading(path), filesystem.open_file(path, "rb") as file:
           for number, record in enumerate(tfrecord.iterate_records(file)):
             yield functools.partial(self._load, f"{name}/{number}", record)
       except tfrecord.FramingError as error:
         raise UserError(error.line(path)) from error
-      except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror}.") from error
 
   def _load(self, key: str, record: bytes) -> Item:
     from trainer.data import tfrecord
@@ -348,10 +346,8 @@ def _with_names(found: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _expand_pattern(pattern: str) -> list[str]:
-  try:
+  with reading(pattern):
     found = filesystem.matching(filesystem.absolute(pattern))
-  except OSError as error:
-    raise UserError(f"{pattern} can't be read: {error.strerror}.") from error
   if not found:
     raise UserError(f"{pattern} matches no file.")
   return found
@@ -360,9 +356,6 @@ def _expand_pattern(pattern: str) -> list[str]:
 def _file_states(pattern: str) -> list[Mapping[str, object]]:
   states: list[Mapping[str, object]] = []
   for path in _expand_pattern(pattern):
-    try:
-      status = filesystem.status(path)
-    except OSError as error:
-      raise UserError(f"{path} can't be read: {error.strerror}.") from error
-    states.append({"name": path, **status._asdict()})
+    with reading(path):
+      states.append({"name": path, **filesystem.status(path)._asdict()})
   return states
