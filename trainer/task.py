@@ -7,6 +7,7 @@ and a misspelt flag respond at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import logging as python_logging
 import os
@@ -133,88 +134,50 @@ def run_command(
 
 def define_flags() -> dict[str, flags.FlagValues]:
   """Returns the flags by group, separate from those that absl's modules define."""
-  what, where, search = (flags.FlagValues() for _ in range(3))
-  flags.DEFINE_enum("mode", None, list(MODES), "Mode.", flag_values=what)
-  flags.DEFINE_multi_string(
-    "gin_file", [], "Config file (repeatable).", flag_values=what
-  )
-  flags.DEFINE_multi_string(
-    "gin_param", [], "Binding, such as 'X.y = 1' (repeatable).", flag_values=what
-  )
-  flags.DEFINE_multi_string(
-    "allow_gin_import",
-    [],
-    "A module that gin files may import (repeatable).",
-    flag_values=what,
-  )
-  flags.DEFINE_string(
-    "model_dir", None, "Folder of the run's outputs.", flag_values=where
-  )
+  what, where, hardware, search = (flags.FlagValues() for _ in range(4))
+  flags.DEFINE_enum("mode", None, list(MODES), "Mode.", what)
+  flags.DEFINE_multi_string("gin_file", [], "Config file (repeatable).", what)
+  define_gin_flags(what)
+  flags.DEFINE_string("model_dir", None, "Folder of the run's outputs.", where)
   flags.DEFINE_bool(
-    "allow_config_change",
-    False,
-    "Continue in a model_dir with another config.",
-    flag_values=where,
+    "allow_config_change", False, "Continue in a model_dir with another config.", where
   )
-  hardware = _hardware_flags()
-  flags.DEFINE_multi_string(
-    "query",
-    [],
-    "Image, .npy file of vectors, or key (repeatable).",
-    flag_values=search,
-  )
-  flags.DEFINE_bool("json", False, "Print results as JSON.", flag_values=search)
-  flags.DEFINE_string(
-    "picture", None, "File for a picture of the results.", flag_values=search
-  )
-  return {"what": what, "where": where, "hardware": hardware, "search": search}
-
-
-def _hardware_flags() -> flags.FlagValues:
-  """Returns the flags for hardware and time limits."""
-  hardware = flags.FlagValues()
-  flags.DEFINE_enum(
-    "strategy", "auto", STRATEGIES, "Distribution strategy.", flag_values=hardware
-  )
+  flags.DEFINE_enum("strategy", "auto", STRATEGIES, "Distribution strategy.", hardware)
   flags.DEFINE_integer(
-    "num_virtual_replicas",
-    1,
-    "Virtual replicas on one CPU.",
+    *("num_virtual_replicas", 1, "Virtual replicas on one CPU."),
     lower_bound=1,
     flag_values=hardware,
   )
-  flags.DEFINE_string(
-    "tpu", None, "'local' for the attached TPU.", flag_values=hardware
+  flags.DEFINE_string("tpu", None, "'local' for the attached TPU.", hardware)
+  define_seconds = functools.partial(
+    flags.DEFINE_float, lower_bound=0.0, flag_values=hardware
   )
-  flags.DEFINE_float(
-    "worker_timeout_s",
-    300.0,
-    "Seconds to wait for other workers.",
-    lower_bound=0.0,
-    flag_values=hardware,
+  define_seconds("worker_timeout_s", 300.0, "Seconds to wait for other workers.")
+  define_seconds("grace_s", 30.0, "Seconds from a stop signal to the forced exit.")
+  define_seconds(
+    "step_deadline_s", None, "Longest step, seconds; default 20 medians, at least 60."
   )
-  flags.DEFINE_float(
-    "grace_s",
-    30.0,
-    "Seconds from a stop signal to the forced exit.",
-    lower_bound=0.0,
-    flag_values=hardware,
-  )
-  flags.DEFINE_float(
-    "step_deadline_s",
-    None,
-    "Longest step, seconds; default 20 medians, at least 60.",
-    lower_bound=0.0,
-    flag_values=hardware,
-  )
-  flags.DEFINE_float(
+  define_seconds(
     "start_deadline_s",
     1800.0,
-    "Longest time without progress outside of steps, seconds.",
-    lower_bound=0.0,
-    flag_values=hardware,
+    "Longest wait without progress outside of steps, seconds.",
   )
-  return hardware
+  flags.DEFINE_multi_string(
+    "query", [], "Image, .npy file of vectors, or key (repeatable).", search
+  )
+  flags.DEFINE_bool("json", False, "Print results as JSON.", search)
+  flags.DEFINE_string("picture", None, "File for a picture of the results.", search)
+  return {"what": what, "where": where, "hardware": hardware, "search": search}
+
+
+def define_gin_flags(values: flags.FlagValues) -> None:
+  """Defines the flags of gin that several command lines have."""
+  flags.DEFINE_multi_string(
+    "gin_param", [], "Binding, such as 'X.y = 1' (repeatable).", values
+  )
+  flags.DEFINE_multi_string(
+    "allow_gin_import", [], "A module that gin files may import (repeatable).", values
+  )
 
 
 def help_text() -> str:

@@ -34,24 +34,11 @@ def main(arguments: Sequence[str]) -> int:
 def define_flags() -> flags.FlagValues:
   """Defines the flags of this command."""
   values = flags.FlagValues()
-  flags.DEFINE_string(
-    "topology", None, "Device topology, such as v5e:2x4.", flag_values=values
-  )
+  flags.DEFINE_string("topology", None, "Device topology, such as v5e:2x4.", values)
   flags.DEFINE_bool(
-    "fit",
-    False,
-    "Search the largest P that fits, with K unchanged.",
-    flag_values=values,
+    "fit", False, "Search the largest P that fits, with K unchanged.", values
   )
-  flags.DEFINE_multi_string(
-    "gin_param", [], "Binding, such as 'X.y = 1' (repeatable).", flag_values=values
-  )
-  flags.DEFINE_multi_string(
-    "allow_gin_import",
-    [],
-    "A module that gin files may import (repeatable).",
-    flag_values=values,
-  )
+  task.define_gin_flags(values)
   flags.DEFINE_string(
     "compiler_python",
     os.path.join(".venv-tpu", "bin", "python"),
