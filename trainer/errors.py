@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Optional
 
 DONE = 0
@@ -60,6 +60,19 @@ class NotFiniteError(RuntimeError):
   """The loss is not finite, and no update was made with it."""
 
   exit_status = 5
+
+
+def check_at_least(name: str, value: Optional[float], least: float) -> None:
+  """Raises a user error if a value is below a limit; None passes."""
+  if value is not None and value < least:
+    raise UserError(f"{name}={value} must be at least {least}.")
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+  """Raises a user error if a value is not one of the choices."""
+  choices = tuple(choices)
+  if value not in choices:
+    raise UserError(f"{name}={value!r} must be one of {', '.join(choices)}.")
 
 
 @contextlib.contextmanager

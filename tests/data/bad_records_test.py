@@ -120,7 +120,7 @@ def test_the_reason_names_file_and_record(folder):
 
 
 def test_a_choice_that_is_not_known_is_refused(folder):
-  with pytest.raises(UserError, match=r"bad_records='skip' must be 'refuse' or"):
+  with pytest.raises(UserError, match=r"bad_records='skip' must be one of refuse"):
     Dataset(
       folder=str(folder),
       split=ListSplit(evaluation_classes=["c2"]),

@@ -287,7 +287,7 @@ def test_the_treatment_of_folders_below_is_in_the_fingerprint(nested_folder):
 
 
 def test_an_unknown_treatment_of_folders_below_is_refused():
-  with pytest.raises(UserError, match="choose 'leave_out', 'of_class', 'classes'"):
+  with pytest.raises(UserError, match="must be one of leave_out, of_class, classes"):
     ImageFolderSource(folder="a", subfolders="all")
 
 

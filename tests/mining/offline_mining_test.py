@@ -81,7 +81,7 @@ def test_every_fragment_of_mining_is_tested():
     ({"every_steps": 0}, "every_steps=0 must be at least 1"),
     ({"max_age_steps": 0}, "max_age_steps=0 must be at least 1"),
     ({"max_wait_s": -1.0}, "max_wait_s=-1.0 must be at least 0"),
-    ({"when_too_few": "go"}, "'go' must be 'keep' or 'stop'"),
+    ({"when_too_few": "go"}, "'go' must be one of keep, stop"),
   ],
 )
 def test_options_that_do_not_fit_are_refused(tmp_path, options, message):

@@ -229,8 +229,8 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
   [
     ({"compiled": "all"}, "is none of"),
     ({"averaging_decay": 0.0}, "must be between 0 and 1"),
-    ({"precision": "float16"}, "choose from float32"),
-    ({"normalization": "layer"}, "choose from none"),
+    ({"precision": "float16"}, "must be one of float32"),
+    ({"normalization": "layer"}, "must be one of none"),
     (
       {
         "precision": "mixed_float16",

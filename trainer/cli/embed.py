@@ -19,7 +19,7 @@ from trainer.data.records import RecordIndex
 from trainer.data.sources.source import Source
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.retrieval import embedding_store
 from trainer.retrieval.embedder import Embedder
 from trainer.retrieval.embedding_store import EmbeddingWriter, locked_embeddings
@@ -78,8 +78,7 @@ class Embedding:
   dtype: str = "float32"
 
   def __post_init__(self):
-    if self.dtype not in _DTYPES:
-      raise UserError(f"embed.dtype={self.dtype!r} must be one of {_DTYPES}.")
+    check_choice("embed.dtype", self.dtype, _DTYPES)
     if self.source is not None and self.records is None:
       raise UserError(
         "embed.source needs embed.records, the folder for the ingested records."

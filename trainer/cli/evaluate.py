@@ -15,7 +15,7 @@ import tensorflow as tf
 from trainer.data.dataset import Dataset
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.report import page
 from trainer.retrieval.embedder import Embedder
 from trainer.retrieval.ground_truth import (
@@ -106,10 +106,7 @@ class Evaluation:
   checkpoint: str = "newest"
 
   def __post_init__(self):
-    if self.checkpoint not in ("newest", "best"):
-      raise UserError(
-        f"evaluate.checkpoint={self.checkpoint!r} must be 'newest' or 'best'."
-      )
+    check_choice("evaluate.checkpoint", self.checkpoint, ("newest", "best"))
 
   def restore(self, model_dir: str) -> int:
     """Restores the encoder from the newest or the best checkpoint of a run.

@@ -17,7 +17,7 @@ from absl import logging
 
 from trainer.cli.evaluate import Evaluation
 from trainer.config import run_config
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least, check_choice
 from trainer.run import Run
 from trainer.serving import model_card, saved_model
 
@@ -69,12 +69,8 @@ class Export:
 
   def __post_init__(self):
     for name in self.formats:
-      if name not in _FORMATS:
-        raise UserError(f"export.formats: {name!r} must be one of {_FORMATS}.")
-    if self.fixed_batch_size is not None and self.fixed_batch_size < 1:
-      raise UserError(
-        f"export.fixed_batch_size={self.fixed_batch_size} must be at least 1."
-      )
+      check_choice("export.formats", name, _FORMATS)
+    check_at_least("export.fixed_batch_size", self.fixed_batch_size, 1)
 
 
 def _make(trained: Evaluation, export: Export, folder: str) -> None:

@@ -9,7 +9,7 @@ from typing import Optional
 import gin
 import numpy as np
 
-from trainer.errors import UserError
+from trainer.errors import check_choice
 from trainer.retrieval import faiss_index
 from trainer.retrieval.embedding_store import EmbeddingFolder
 from trainer.retrieval.ranking import check_finite
@@ -66,7 +66,4 @@ class IndexOptions:
   kind: str = "auto"
 
   def __post_init__(self):
-    if self.kind not in ("auto", *faiss_index.KINDS):
-      raise UserError(
-        f"index.kind={self.kind!r} must be one of auto, {', '.join(faiss_index.KINDS)}."
-      )
+    check_choice("index.kind", self.kind, ("auto", *faiss_index.KINDS))

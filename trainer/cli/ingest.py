@@ -13,7 +13,7 @@ from trainer.data.example_encoder import ExampleEncoder, Resize
 from trainer.data.indexing import ExistingTFRecords, index_records
 from trainer.data.records import RecordIndex, locate_folder
 from trainer.data.sources.source import Source
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least, check_choice
 from trainer.run import Run
 
 
@@ -48,12 +48,8 @@ def ingest(
   Raises:
     UserError: the source cannot be read, or the folder holds another source's data.
   """
-  if records_per_shard < 1:
-    raise UserError(f"ingest.records_per_shard={records_per_shard} must be at least 1.")
-  if unreadable not in ("refuse", "leave_out"):
-    raise UserError(
-      f"ingest.unreadable={unreadable!r} must be 'refuse' or 'leave_out'."
-    )
+  check_at_least("ingest.records_per_shard", records_per_shard, 1)
+  check_choice("ingest.unreadable", unreadable, ("refuse", "leave_out"))
   if isinstance(source, ExistingTFRecords):
     index = index_records(folder, label_feature=source.label_feature)
     logging.info("%s: %s", folder, shards.summary_of_index(index).line())

@@ -16,7 +16,7 @@ import tensorflow as tf
 from trainer.cli.evaluate import Evaluation
 from trainer.data import example_encoder
 from trainer.data.records import RecordIndex
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 from trainer.retrieval import embedding_store, pictures
 from trainer.retrieval.embedding_store import EmbeddingFolder
 from trainer.retrieval.faiss_index import StoredIndex
@@ -68,10 +68,7 @@ class SearchOptions:
   index: Optional[str] = None
 
   def __post_init__(self):
-    if self.num_neighbours < 1:
-      raise UserError(
-        f"search.num_neighbours={self.num_neighbours} must be at least 1."
-      )
+    check_at_least("search.num_neighbours", self.num_neighbours, 1)
 
   def nearest_fn(self, stored: EmbeddingFolder) -> NearestFn:
     """Returns the function that searches the embeddings.

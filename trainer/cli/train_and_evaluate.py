@@ -18,7 +18,7 @@ from trainer.cli.train import Training, training
 from trainer.config import gin_statements
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
-from trainer.errors import UnwritableError, UserError
+from trainer.errors import UnwritableError, UserError, check_at_least
 from trainer.retrieval.results import Results
 from trainer.run import Run, watching
 from trainer.training import run_folder
@@ -49,10 +49,8 @@ class EarlyStopping:
   patience: Optional[int] = None
 
   def __post_init__(self):
-    for name in ("every_steps", "patience"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f"EarlyStopping.{name}={value} must be at least 1.")
+    check_at_least("EarlyStopping.every_steps", self.every_steps, 1)
+    check_at_least("EarlyStopping.patience", self.patience, 1)
 
   def check(self, options: LoopOptions, measured: Sequence[str]) -> None:
     """Checks that evaluations coincide with checkpoints and include the metric.

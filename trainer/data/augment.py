@@ -23,7 +23,7 @@ from typing import Protocol
 import gin
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 
 # Salt that separates this use of the seed from others.
 _SALT = 0x5EED
@@ -244,8 +244,7 @@ class Shift:
   """
 
   def __init__(self, *, pixels: int):
-    if pixels < 1:
-      raise UserError(f"Shift.pixels={pixels} must be at least 1.")
+    check_at_least("Shift.pixels", pixels, 1)
     self._pixels = pixels
 
   def __call__(self, images: tf.Tensor, random: RowRandom) -> tf.Tensor:
@@ -306,8 +305,7 @@ class CropAndResize:
       raise UserError(
         f"CropAndResize.min_area={min_area} must be greater than 0 and at most 1."
       )
-    if max_stretch < 1:
-      raise UserError(f"CropAndResize.max_stretch={max_stretch} must be at least 1.")
+    check_at_least("CropAndResize.max_stretch", max_stretch, 1)
     self._min_area = min_area
     self._log_stretch = math.log(max_stretch)
 

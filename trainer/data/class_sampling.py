@@ -16,7 +16,7 @@ import gin
 import numpy as np
 
 from trainer.data import permutation
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 
 # Draws per epoch of a class with K records, if draws are not whole passes over the
 # records: fine enough that rounding changes a weight by 3 % at most.
@@ -54,8 +54,7 @@ class SizeWeights:
   def __init__(self, *, power: float = 1.0, max_size: Optional[int] = None):
     if not 0 <= power <= 1:
       raise UserError(f"SizeWeights.power={power} must be between 0 and 1.")
-    if max_size is not None and max_size < 1:
-      raise UserError(f"SizeWeights.max_size={max_size} must be at least 1, or None.")
+    check_at_least("SizeWeights.max_size", max_size, 1)
     self._power = power
     self._max_size = max_size
 

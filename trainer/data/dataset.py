@@ -19,7 +19,7 @@ from trainer.data.permutation import mix
 from trainer.data.pipeline import Batches
 from trainer.data.records import RecordIndex, Replacements
 from trainer.data.samplers import BatchSampler
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 
 
 class ClassSplit(NamedTuple):
@@ -199,10 +199,7 @@ class Dataset:
     augmentation: Optional[Augmentation] = None,
     bad_records: str = "refuse",
   ):
-    if bad_records not in ("refuse", "replace"):
-      raise UserError(
-        f"Dataset.bad_records={bad_records!r} must be 'refuse' or 'replace'."
-      )
+    check_choice("Dataset.bad_records", bad_records, ("refuse", "replace"))
     self.folder = folder
     self.index = RecordIndex.open(folder)
     self.train_classes, self.evaluation_classes = split.split(self.index.class_names)

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from trainer.data import image_formats, orientation
 from trainer.data.sources.source import RECORD_FEATURES, Item, Value
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 
 LABEL_FEATURE = "label"
 _LARGEST_INTEGER = np.iinfo(np.int64).max
@@ -33,8 +33,7 @@ class Resize:
   """
 
   def __init__(self, *, longest_side: int, jpeg_quality: Optional[int] = None):
-    if longest_side < 1:
-      raise UserError(f"Resize.longest_side={longest_side} must be at least 1.")
+    check_at_least("Resize.longest_side", longest_side, 1)
     if jpeg_quality is not None and not 1 <= jpeg_quality <= 100:
       raise UserError(f"Resize.jpeg_quality={jpeg_quality} must be 1 … 100, or None.")
     self._longest_side = longest_side

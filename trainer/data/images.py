@@ -18,7 +18,7 @@ import tensorflow as tf
 from PIL import Image, ImageColor
 
 from trainer.data import orientation
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 
 # Calls of the function in one graph. Starting an iterator takes 20 ms for each.
 _MAX_PARALLEL = 16
@@ -334,8 +334,7 @@ class ImageDecoder:
         f"ImageDecoder(height={height}, width={width}, channels={channels}): sizes "
         "must be at least 1 and channels 1 or 3."
       )
-    if max_pixels < 1:
-      raise UserError(f"ImageDecoder.max_pixels={max_pixels} must be at least 1.")
+    check_at_least("ImageDecoder.max_pixels", max_pixels, 1)
     self.shape = (height, width, channels)
     self.features = (feature,)
     self._feature = feature
@@ -464,8 +463,7 @@ class VectorDecoder:
   """
 
   def __init__(self, *, size: int, feature: str = "vector"):
-    if size < 1:
-      raise UserError(f"VectorDecoder.size={size} must be at least 1.")
+    check_at_least("VectorDecoder.size", size, 1)
     self.shape = (size,)
     self.features = (feature,)
     self._feature = feature

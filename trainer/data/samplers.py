@@ -23,7 +23,7 @@ from trainer.data.class_sampling import (
   WeightedClasses,
 )
 from trainer.data.sources.source import NamePattern
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least, check_choice
 
 # Salts of hashes, so that no two uses of one seed collide (1 and 3: the classes).
 _MEMBERS = 2
@@ -95,8 +95,8 @@ class PKSampler:
     Raises:
       UserError: if P or K is below 1, or fewer than P classes can be drawn.
     """
-    _check_at_least_one("classes_per_batch", classes_per_batch)
-    _check_at_least_one("samples_per_class", samples_per_class)
+    check_at_least("classes_per_batch", classes_per_batch, 1)
+    check_at_least("samples_per_class", samples_per_class, 1)
     self._num_samples = samples_per_class
     self._num_classes_drawn = classes_per_batch
     self._seed = seed
@@ -160,7 +160,7 @@ class SequentialSampler:
     Raises:
       UserError: if B is below 1.
     """
-    _check_at_least_one("records_per_batch", records_per_batch)
+    check_at_least("records_per_batch", records_per_batch, 1)
     self._records = np.asarray(record_numbers, np.int64)
     self._size = records_per_batch
 
@@ -193,8 +193,7 @@ def _select_classes(
   small_classes: str,
 ) -> Optional[np.ndarray]:
   """Returns the ids of the classes to draw from; None for all, to save memory."""
-  if small_classes not in ("repeat", "leave_out"):
-    raise UserError(f"small_classes={small_classes!r} must be 'repeat' or 'leave_out'.")
+  check_choice("small_classes", small_classes, ("repeat", "leave_out"))
   smallest = 1 if small_classes == "repeat" else num_samples
   num_classes = table.num_classes if classes is None else len(classes)
   is_drawn = np.empty(num_classes, bool)
@@ -218,11 +217,6 @@ def _select_classes(
   if classes is None:
     return np.flatnonzero(is_drawn).astype(np.int32)
   return np.asarray(classes, np.int32)[is_drawn]
-
-
-def _check_at_least_one(name: str, value: int) -> None:
-  if value < 1:
-    raise UserError(f"{name}={value} must be at least 1.")
 
 
 class NamedClasses(index_arrays.Classes, Protocol):

@@ -19,7 +19,13 @@ from absl import logging
 from trainer.data import permutation
 from trainer.data.csv_file import CsvFile
 from trainer.data.records import RecordIndex, record_names
-from trainer.errors import UserError, reading, short_reason
+from trainer.errors import (
+  UserError,
+  check_at_least,
+  check_choice,
+  reading,
+  short_reason,
+)
 from trainer.runtime import filesystem
 
 COLUMNS = ("anchor", "positive", "negative")
@@ -208,12 +214,8 @@ class TripletSampler:
       UserError: the list can't be read, has bad triplets, or has no other ones; or T is
         below 1.
     """
-    if triplets_per_batch < 1:
-      raise UserError(f"{self.rows_parameter}={triplets_per_batch} must be at least 1.")
-    if bad_triplets not in ("refuse", "leave_out"):
-      raise UserError(
-        f"TripletSampler.bad_triplets={bad_triplets!r} must be 'refuse' or 'leave_out'."
-      )
+    check_at_least(self.rows_parameter, triplets_per_batch, 1)
+    check_choice("TripletSampler.bad_triplets", bad_triplets, ("refuse", "leave_out"))
     self.shape = (triplets_per_batch, len(COLUMNS))
     self._key = permutation.mix(seed, _TRIPLETS)
     triplets = read_triplets(file, index, is_strict=bad_triplets == "refuse")

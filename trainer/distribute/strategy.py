@@ -17,7 +17,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.distribute.cluster import find_cluster, wait_for_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.run import Hardware
 from trainer.runtime import shutdown, tensorflow_private
 
@@ -68,8 +68,7 @@ def make_strategy(
     StalledError: a worker did not arrive.
   """
   name, num_virtual = hardware.strategy, hardware.num_virtual_replicas
-  if name not in _MAKERS:
-    raise UserError(f"--strategy={name} must be one of {', '.join(_MAKERS)}.")
+  check_choice("--strategy", name, _MAKERS)
   if name in ("cpu", "multi_worker", "tpu") and num_virtual > 1:
     raise UserError(
       f"--strategy={name} ignores --num_virtual_replicas={num_virtual}; use "

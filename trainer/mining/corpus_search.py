@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from trainer.errors import UserError, short_reason
+from trainer.errors import UserError, check_choice, short_reason
 from trainer.mining.corpus import CorpusItems
 from trainer.retrieval import faiss_index, knn
 from trainer.retrieval.exact_distances import common_offset
@@ -150,8 +150,7 @@ def check_kind(kind: str) -> None:
   Raises:
     UserError: the kind is unknown, or needs FAISS, which is not installed.
   """
-  if kind not in KINDS:
-    raise UserError(f"Miner.index_kind={kind!r} must be one of {', '.join(KINDS)}.")
+  check_choice("Miner.index_kind", kind, KINDS)
   if kind in faiss_index.KINDS and not knn.is_faiss_installed():
     raise UserError(
       f"Miner.index_kind={kind!r} needs FAISS: pip install "

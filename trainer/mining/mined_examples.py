@@ -14,7 +14,7 @@ import gin
 import numpy as np
 
 from trainer.distribute.workers import current_workers
-from trainer.errors import TooFewExamplesError, UserError
+from trainer.errors import TooFewExamplesError, UserError, check_choice
 from trainer.mining.corpus import CorpusItems
 from trainer.mining.corpus_search import (
   NearestItems,
@@ -76,10 +76,7 @@ class Positives:
         f"Positives.num_positives={self.num_positives} must be from 1 to "
         f"num_candidates={self.num_candidates}."
       )
-    if self.choice not in _CHOICES:
-      raise UserError(
-        f"Positives.choice={self.choice!r} must be one of {', '.join(_CHOICES)}."
-      )
+    check_choice("Positives.choice", self.choice, _CHOICES)
 
   def choose(
     self,

@@ -19,7 +19,7 @@ import tensorflow as tf
 from trainer.data import permutation
 from trainer.data.dataset import Dataset
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least
 from trainer.mining import corpus, corpus_search
 from trainer.mining.corpus import CorpusItems
 from trainer.mining.corpus_search import NearestItems, check_kind
@@ -84,11 +84,9 @@ class Miner:
         "Miner has nothing to mine: set Miner.examples = @ExampleMining(), or "
         "Miner.num_class_neighbours."
       )
-    least = {"num_class_neighbours": 0, "records_per_class": 1, "global_batch_size": 1}
-    for name, at_least in least.items():
-      value = getattr(self, name)
-      if value is not None and value < at_least:
-        raise UserError(f"Miner.{name}={value} must be at least {at_least}.")
+    check_at_least("Miner.num_class_neighbours", self.num_class_neighbours, 0)
+    check_at_least("Miner.records_per_class", self.records_per_class, 1)
+    check_at_least("Miner.global_batch_size", self.global_batch_size, 1)
 
   def check(self, dataset: Dataset) -> None:
     """Checks, before mining, that copies among the records can be detected.

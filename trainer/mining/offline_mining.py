@@ -15,7 +15,7 @@ import numpy as np
 
 from trainer.data.dataset import Dataset
 from trainer.data.samplers import BatchSampler, draw
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least, check_choice
 from trainer.mining.miner import Miner
 from trainer.mining.round import Round, round_spec
 from trainer.retrieval import knn
@@ -99,16 +99,10 @@ class OfflineMining:
   when_too_few: str = "keep"
 
   def __post_init__(self):
-    for name in ("every_steps", "max_age_steps"):
-      value = getattr(self, name)
-      if value is not None and value < 1:
-        raise UserError(f"OfflineMining.{name}={value} must be at least 1.")
-    if self.max_wait_s < 0:
-      raise UserError(f"OfflineMining.max_wait_s={self.max_wait_s} must be at least 0.")
-    if self.when_too_few not in ("keep", "stop"):
-      raise UserError(
-        f"OfflineMining.when_too_few={self.when_too_few!r} must be 'keep' or 'stop'."
-      )
+    check_at_least("OfflineMining.every_steps", self.every_steps, 1)
+    check_at_least("OfflineMining.max_age_steps", self.max_age_steps, 1)
+    check_at_least("OfflineMining.max_wait_s", self.max_wait_s, 0)
+    check_choice("OfflineMining.when_too_few", self.when_too_few, ("keep", "stop"))
 
   def fingerprint(self) -> dict[str, object]:
     """Returns the facts that must be equal on all workers, by name."""

@@ -18,7 +18,7 @@ import h5py
 import numpy as np
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.models.batch_norm import SynchronizedBatchNormalization
 from trainer.models.dropout import Dropout
 from trainer.models.encoder import precision_of
@@ -55,11 +55,7 @@ class ConvNet(tf.keras.layers.Layer):
     normalization: str = "none",
   ):
     super().__init__()
-    if normalization not in _NORMALIZATIONS:
-      raise UserError(
-        f"ConvNet.normalization={normalization!r} must be one of "
-        f"{', '.join(_NORMALIZATIONS)}."
-      )
+    check_choice("ConvNet.normalization", normalization, _NORMALIZATIONS)
     if not filters or min(filters) < 1:
       raise UserError(
         f"ConvNet.filters={filters!r} must have a number of at least 1 per block."

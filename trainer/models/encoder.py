@@ -13,7 +13,7 @@ import gin
 import tensorflow as tf
 from absl import logging
 
-from trainer.errors import UserError
+from trainer.errors import UserError, check_at_least, check_choice
 from trainer.models.dropout import Dropout
 from trainer.runtime import tensorflow_private
 
@@ -146,10 +146,7 @@ def make_pooling(name: str) -> tf.keras.layers.Layer:
   Raises:
     UserError: the name is unknown.
   """
-  if name not in POOLINGS:
-    raise UserError(
-      f"Encoder.pooling={name!r} must be one of {', '.join(sorted(POOLINGS))}."
-    )
+  check_choice("Encoder.pooling", name, sorted(POOLINGS))
   return POOLINGS[name]()
 
 
@@ -235,12 +232,8 @@ class Encoder(tf.keras.Model):
         f"Encoder.backbone={backbone!r} is not a Keras layer or model; in gin write "
         "@Name() with its parentheses."
       )
-    if embedding_size < 1:
-      raise UserError(f"Encoder.embedding_size={embedding_size} must be at least 1.")
-    if precision not in PRECISIONS:
-      raise UserError(
-        f"Encoder.precision={precision!r} must be one of {', '.join(PRECISIONS)}."
-      )
+    check_at_least("Encoder.embedding_size", embedding_size, 1)
+    check_choice("Encoder.precision", precision, PRECISIONS)
     self.embedding_size = embedding_size
     self.precision = precision
     self._backbone = backbone

@@ -12,7 +12,7 @@ from typing import Optional
 import gin
 import numpy as np
 
-from trainer.errors import UserError
+from trainer.errors import check_at_least
 
 
 @gin.register
@@ -93,8 +93,7 @@ class Verification:
 
   def _pairs(self, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns [n, 2] positive and [m, 2] negative pairs of items, each pair once."""
-    if self.max_pairs < 1:
-      raise UserError(f"Verification.max_pairs={self.max_pairs} must be at least 1.")
+    check_at_least("Verification.max_pairs", self.max_pairs, 1)
     rng = np.random.default_rng(self.seed)
     order = np.argsort(labels, kind="stable")
     _, class_of, sizes = np.unique(

@@ -16,7 +16,7 @@ from absl import logging
 
 from trainer.data.image_formats import has_image_ending
 from trainer.data.sources.source import Item, Loader, Source
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.runtime import filesystem
 
 _NUM_NAMES_SHOWN = 5
@@ -140,11 +140,7 @@ class ImageFolderSource(Source):
     subfolders: str = "leave_out",
     splits: Optional[Sequence[str]] = None,
   ):
-    if subfolders not in _SUBFOLDERS:
-      raise UserError(
-        f"ImageFolderSource.subfolders={subfolders!r} must be one of "
-        f"{', '.join(map(repr, _SUBFOLDERS))}."
-      )
+    check_choice("ImageFolderSource.subfolders", subfolders, _SUBFOLDERS)
     if isinstance(splits, str):
       raise UserError(
         f"ImageFolderSource.splits={splits!r} must be a list of names, such as "
