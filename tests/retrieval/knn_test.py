@@ -151,13 +151,13 @@ def test_near_duplicates_come_in_their_order_with_their_distances(
 
 def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
   # As of TensorFloat-32: the tiles see 11 bits of each number.
-  filled = knn._filled
+  filled = knn._pad
 
   def rounded(*arguments):
     bits = filled(*arguments).view(np.uint32) + np.uint32(0x800)
     return (bits & np.uint32(0xFFFFF000)).view(np.float32)
 
-  monkeypatch.setattr(knn, "_filled", rounded)
+  monkeypatch.setattr(knn, "_pad", rounded)
   monkeypatch.setattr(knn, "is_faiss_used", lambda: False)
   monkeypatch.setattr(knn, "_unit_roundoff", lambda: 2.0**-11)
   queries, gallery = _random((30, 8), 1), _random((700, 8), 2)
@@ -175,8 +175,10 @@ def test_vectors_in_double_precision_are_taken_as_single():
 
 def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
   traced = []
-  merged = knn._merged
-  monkeypatch.setattr(knn, "_merged", lambda *given: traced.append(1) or merged(*given))
+  merged = knn._merge_tile
+  monkeypatch.setattr(
+    knn, "_merge_tile", lambda *given: traced.append(1) or merged(*given)
+  )
   for seed in (1, 2):
     _by_tiles(_random((7, 6), seed), _random((70, 6), seed), 3)
   assert len(traced) == 1

@@ -131,29 +131,29 @@ def nearest(
     num_neighbours=num_neighbours,
     roundoff=roundoff,
   )
-  is_open = ~found.is_proven
-  if is_open.any():
-    found.indices[is_open], found.squares[is_open] = nearest_in_float64(
-      queries[is_open],
+  is_unproven = ~found.is_proven
+  if is_unproven.any():
+    found.indices[is_unproven], found.squares[is_unproven] = nearest_in_float64(
+      queries[is_unproven],
       gallery,
       offset,
       num_neighbours=num_neighbours,
-      at_most=found.squares[is_open, -1],
+      at_most=found.squares[is_unproven, -1],
     )
   return Neighbours(found.indices, _roots(found.squares))
 
 
 def _candidates(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_neighbours: int
-) -> FaissCandidates:
+) -> SearchCandidates:
   """Returns a few more than k candidates, from FAISS or from the devices."""
   by_faiss = is_faiss_used()
   num_more = _NUM_MORE_OF_FAISS if by_faiss else _NUM_MORE_OF_TILES
   num_found = min(num_neighbours + num_more, len(gallery))
   if by_faiss:
-    return candidates_of_faiss(queries, gallery, offset, num_found=num_found)
+    return faiss_candidates(queries, gallery, offset, num_found=num_found)
   indices, squares = search_by_tiles(queries, gallery, offset, num_neighbours=num_found)
-  return FaissCandidates(indices, squares[:, -1])
+  return SearchCandidates(indices, squares[:, -1])
 
 
 def _roots(squares: np.ndarray) -> np.ndarray:
@@ -205,7 +205,7 @@ def is_faiss_used() -> bool:
   return is_one and kinds == {"CPU"} and is_faiss_installed()
 
 
-class FaissCandidates(NamedTuple):
+class SearchCandidates(NamedTuple):
   """Candidates of a float32 search.
 
   Attributes:
@@ -218,7 +218,7 @@ class FaissCandidates(NamedTuple):
   last: np.ndarray
 
 
-class Found(NamedTuple):
+class ProvenNeighbours(NamedTuple):
   """Nearest candidates, and whether they are proven.
 
   Attributes:
@@ -236,11 +236,11 @@ def prove(
   queries: np.ndarray,
   gallery: np.ndarray,
   offset: np.ndarray,
-  candidates: FaissCandidates,
+  candidates: SearchCandidates,
   *,
   num_neighbours: int,
   roundoff: float,
-) -> Found:
+) -> ProvenNeighbours:
   """Returns the k nearest candidates, and whether they are the nearest of all items.
 
   Args:
@@ -258,7 +258,7 @@ def prove(
     np.take_along_axis(each, order, axis=1) for each in (ids, squares)
   )
   if ids.shape[1] == len(gallery):
-    return Found(indices, squares, np.ones(len(queries), bool))
+    return ProvenNeighbours(indices, squares, np.ones(len(queries), bool))
   # The norm of an item as near as the k-th is at most ‖q‖ plus that distance.
   kth = np.sqrt(squares[:, -1])
   centred = queries - offset
@@ -267,7 +267,7 @@ def prove(
   num_roundings = queries.shape[1] + 8
   error = num_roundings * (roundoff * reach**2 + 4.0 * _SMALLEST_NORMAL)
   error = np.where(reach**2 < 1e37, error, np.inf)
-  return Found(indices, squares, squares[:, -1] < candidates.last - error)
+  return ProvenNeighbours(indices, squares, squares[:, -1] < candidates.last - error)
 
 
 def _squared_distances(
@@ -283,9 +283,9 @@ def _squared_distances(
     return np.concatenate(list(found))
 
 
-def candidates_of_faiss(
+def faiss_candidates(
   queries: np.ndarray, gallery: np.ndarray, offset: np.ndarray, *, num_found: int
-) -> FaissCandidates:
+) -> SearchCandidates:
   """Finds candidates with FAISS on the CPU.
 
   Args:
@@ -295,17 +295,17 @@ def candidates_of_faiss(
     num_found: E <= G.
   """
   parts = [
-    _exhaustive_candidates(
+    _candidates_of_part(
       queries[start : start + _NUM_QUERIES] - offset, gallery, offset, num_found
     )
     for start in range(0, max(1, len(queries)), _NUM_QUERIES)
   ]
-  return FaissCandidates(*(np.concatenate(each) for each in zip(*parts)))
+  return SearchCandidates(*(np.concatenate(each) for each in zip(*parts)))
 
 
-def _exhaustive_candidates(
+def _candidates_of_part(
   centred: np.ndarray, gallery: np.ndarray, offset: np.ndarray, num_found: int
-) -> FaissCandidates:
+) -> SearchCandidates:
   faiss = load_faiss()
   indices = np.zeros([len(centred), 0], np.int64)
   squares = np.zeros([len(centred), 0], np.float32)
@@ -319,7 +319,7 @@ def _exhaustive_candidates(
       best = np.argpartition(squares, num_found - 1, axis=1)[:, :num_found]
       squares = np.take_along_axis(squares, best, axis=1)
       indices = np.take_along_axis(indices, best, axis=1)
-  return FaissCandidates(indices, squares.max(axis=1, initial=0.0))
+  return SearchCandidates(indices, squares.max(axis=1, initial=0.0))
 
 
 def search_by_tiles(
@@ -348,8 +348,8 @@ def search_by_tiles(
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
   rows = min(max_queries, -(-len(queries) // num_replicas))
   parts = [
-    _nearest_of_part(part, gallery, offset, num_neighbours, max_items)
-    for part in _parts(queries, offset, rows * num_replicas)
+    _search_part(part, gallery, offset, num_neighbours, max_items)
+    for part in _padded_parts(queries, offset, rows * num_replicas)
   ]
   indices, squares = (np.concatenate(each)[: len(queries)] for each in zip(*parts))
   return indices, squares
@@ -361,24 +361,24 @@ def _merge_fn(
 ) -> Callable[..., tuple[tf.Tensor, tf.Tensor]]:
   """Returns the merge function, cached so that it is traced once per shape."""
   return tf.function(
-    lambda *arguments: strategy.run(_merged, arguments), autograph=False
+    lambda *arguments: strategy.run(_merge_tile, arguments), autograph=False
   )
 
 
-def _parts(
+def _padded_parts(
   queries: np.ndarray, offset: np.ndarray, num_rows: int
 ) -> Iterator[np.ndarray]:
   """Yields parts of [num_rows, D], the last padded with zeros."""
   for start in range(0, len(queries), num_rows):
-    yield _filled(queries[start : start + num_rows], offset, num_rows)
+    yield _pad(queries[start : start + num_rows], offset, num_rows)
 
 
-def _filled(rows: np.ndarray, offset: np.ndarray, num_rows: int) -> np.ndarray:
+def _pad(rows: np.ndarray, offset: np.ndarray, num_rows: int) -> np.ndarray:
   padding = [(0, num_rows - len(rows)), (0, 0)]
   return np.pad(np.asarray(rows, np.float32) - offset, padding)
 
 
-def _nearest_of_part(
+def _search_part(
   queries: np.ndarray,
   gallery: np.ndarray,
   offset: np.ndarray,
@@ -410,19 +410,19 @@ def _nearest_of_part(
   num_items = min(max_items, -(-len(gallery) // _KERNEL) * _KERNEL)
   for start in range(0, len(gallery), num_items):
     items = gallery[start : start + num_items]
-    tile = tf.constant(_filled(items, offset, num_items))
-    place = tf.constant([start, len(items)], tf.int32)
-    nearness, indices = merge(local, tile, place, nearness, indices)
+    tile = tf.constant(_pad(items, offset, num_items))
+    tile_range = tf.constant([start, len(items)], tf.int32)
+    nearness, indices = merge(local, tile, tile_range, nearness, indices)
   found = strategy.gather(nearness, axis=0).numpy()
   norms = np.einsum("qd,qd->q", queries, queries, dtype=np.float64)
   squares = norms[:, None] - 2.0 * found.astype(np.float64)
   return strategy.gather(indices, axis=0).numpy().astype(np.int64), squares
 
 
-def _merged(
+def _merge_tile(
   queries: tf.Tensor,
   tile: tf.Tensor,
-  place: tf.Tensor,
+  tile_range: tf.Tensor,
   nearness: tf.Tensor,
   indices: tf.Tensor,
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -431,7 +431,7 @@ def _merged(
   Args:
     queries: [Q, D] float32.
     tile: [T, D] float32.
-    place: [2] int32, the gallery index of the tile's first item, and its number of
+    tile_range: [2] int32, the gallery index of the tile's first item, and its number of
       items; the rest is padding.
     nearness: [Q, k] float32 of the best items so far, best first.
     indices: [Q, k] int32.
@@ -439,7 +439,7 @@ def _merged(
   Returns:
     Nearness and indices, [Q, k].
   """
-  first_item, num_items = tf.unstack(place)
+  first_item, num_items = tf.unstack(tile_range)
   is_item = tf.range(tile.shape[0]) < num_items
   half_norms = tf.reduce_sum(tile**2, axis=1) / 2.0
   half_norms = tf.where(is_item, half_norms, np.inf)
@@ -448,8 +448,8 @@ def _merged(
   # Earlier items have lower indices; among equals, top_k takes the first.
   both = tf.concat([nearness, found], axis=1)
   both_indices = tf.concat([indices, first_item + columns], axis=1)
-  nearness, places = tf.math.top_k(both, nearness.shape[1])
-  return nearness, tf.gather(both_indices, places, batch_dims=1)
+  nearness, columns_of_best = tf.math.top_k(both, nearness.shape[1])
+  return nearness, tf.gather(both_indices, columns_of_best, batch_dims=1)
 
 
 def _best_windows(found: tf.Tensor, num_neighbours: int) -> tuple[tf.Tensor, tf.Tensor]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from trainer.errors import UserError
 from trainer.retrieval import embedding_map, pictures, report_data
+from trainer.retrieval.ranking import check_finite
 from trainer.retrieval.report_data import (
   EmbeddingMap,
   QueryResults,
@@ -90,9 +91,7 @@ def _query_results(
   class_names: Union[Sequence[str], Mapping[int, str]],
 ) -> QueryResults:
   """Returns the results of the queries with a relevant item."""
-  num_bad = int((~np.isfinite(embeddings).all(axis=1)).sum())
-  if num_bad:
-    raise UserError(f"{num_bad} of {len(embeddings)} embeddings are not finite.")
+  check_finite(embeddings)
   _, class_of, sizes = np.unique(labels, return_inverse=True, return_counts=True)
   has_relevant = sizes[class_of][queries] > 1
   if is_right is None:
