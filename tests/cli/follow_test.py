@@ -108,7 +108,7 @@ _SELECTION = (
   ("params", "words"),
   [
     (_SELECTION, "already keeps the best encoder"),
-    (("evaluate.checkpoint = 'best'",), "evaluates the newest checkpoints"),
+    (("evaluate.checkpoint = 'best'",), "follows the newest checkpoints"),
   ],
 )
 def test_what_can_not_be_followed_is_told_in_one_line(tmp_path, capsys, params, words):

@@ -41,16 +41,16 @@ def main(run: Run) -> None:
   for num_replicas in _NUM_REPLICAS:
     try:
       check_batch(sampler, parts.step, num_replicas)
-      found = _differences(batches, num_replicas, scales)
+      differences = _differences(batches, num_replicas, scales)
     except UserError as error:
       if num_replicas == 1:
         raise
       logging.warning("%d replicas are skipped: %s", num_replicas, error)
     else:
-      rows.append((f"{num_replicas} replicas", found))
+      rows.append((f"{num_replicas} replicas", differences))
   print(_heading(parts.step))
   print(parity.table(rows))
-  if not all(parity.is_equal(found) for _, found in rows):
+  if not all(parity.is_equal(differences) for _, differences in rows):
     raise CheckFailedError(
       f"replicas differ by more than {parity.TOLERANCE:g} from the expected values."
     )
@@ -63,11 +63,11 @@ def _use_cpu_alone(hardware: Hardware) -> None:
     UserError: the flags select other devices.
   """
   if hardware.strategy not in _STRATEGIES or hardware.tpu is not None:
-    asked = (
+    flag = (
       f"--tpu={hardware.tpu}" if hardware.tpu else f"--strategy={hardware.strategy}"
     )
     raise UserError(
-      f"--mode=check compares virtual replicas on the CPU; got {asked}: remove that "
+      f"--mode=check compares virtual replicas on the CPU; got {flag}: remove that "
       "flag."
     )
   tf.config.set_visible_devices([], "GPU")
@@ -78,10 +78,10 @@ def _use_cpu_alone(hardware: Hardware) -> None:
 def _differences(
   batches: list[Batch], num_replicas: int, scales: Sequence[float]
 ) -> dict[str, float]:
-  wanted = parity.expected(_make_step, batches, num_replicas)
-  wanted = wanted._replace(gradient_scales=scales)
-  got = parity.trained(_strategy(num_replicas), _make_step, batches)
-  return parity.errors(got, wanted)
+  expected = parity.expected(_make_step, batches, num_replicas)
+  expected = expected._replace(gradient_scales=scales)
+  trained = parity.trained(_strategy(num_replicas), _make_step, batches)
+  return parity.errors(trained, expected)
 
 
 def _strategy(num_replicas: int) -> tf.distribute.Strategy:
@@ -105,12 +105,12 @@ def _batches(parts: TrainConfig, sampler: PKSampler) -> list[Batch]:
 
 
 def _heading(step: TrainStep) -> str:
-  wanted = (
+  expected = (
     "one replica with the same global batch"
     if mines_across_replicas(step.objective_fn)
     else "the mean over the replicas' parts of the batch"
   )
   return (
     f"{type(step.loss).__name__}, {step.optimizer.name}, {_NUM_STEPS} steps: largest "
-    f"relative difference to {wanted}; at most {parity.TOLERANCE:g} passes."
+    f"relative difference to {expected}; at most {parity.TOLERANCE:g} passes."
   )

@@ -67,17 +67,32 @@ def check_times(mode: str, **times: Optional[float]) -> None:
       raise UserError(f"{mode}.{name}={value} must be greater than 0.")
 
 
+def check_single_process(mode: str) -> None:
+  """Raises a user error if several workers follow a run."""
+  if current_workers().num_workers > 1:
+    raise UserError(
+      f"--mode={mode} runs in one process; start one only (it may have several "
+      "replicas)."
+    )
+
+
+def check_newest_checkpoint(run: Run, mode: str) -> None:
+  """Raises a user error if the config selects another checkpoint than the newest."""
+  checkpoint = run.config.values.get(_CHECKPOINT, "'newest'")
+  if checkpoint != "'newest'":
+    raise UserError(
+      f"--mode={mode} follows the newest checkpoints, but {_CHECKPOINT}={checkpoint}; "
+      "remove that binding."
+    )
+
+
 def main(run: Run) -> None:
   """Evaluates checkpoints up to the last step."""
   _check_alone(run)
   num_steps = num_steps_of(run)
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
-    if current_workers().num_workers > 1:
-      raise UserError(
-        "--mode=follow runs in one process; start one only (it may have several "
-        "replicas)."
-      )
+    check_single_process("follow")
     options = FollowOptions()
     evaluation = Evaluation()  # type: ignore[call-arg]  # Its parts are gin's.
     check_measured("follow.metric", options.metric, evaluation.metric_names())
@@ -101,9 +116,9 @@ def _follow(
   step = evaluations.last_step
   while step < num_steps:
     step = restore_newer(evaluation, run.model_dir, step, options)
-    evaluated = evaluation.evaluate()
-    evaluations.add(step, evaluated.measurement.metrics)
-    publish(run.model_dir, step, evaluated)
+    result = evaluation.evaluate()
+    evaluations.add(step, result.measurement.metrics)
+    publish(run.model_dir, step, result)
   evaluations.finish()
 
 
@@ -128,11 +143,7 @@ def _check_alone(run: Run) -> None:
         f"{_EARLY_STOPPING} already keeps the best encoder and writes the files of "
         "--mode=follow; unset it, or do not follow this run."
       )
-  if run.config.values.get(_CHECKPOINT, "'newest'") != "'newest'":
-    raise UserError(
-      "--mode=follow evaluates the newest checkpoints, but "
-      f"{_CHECKPOINT}={run.config.values[_CHECKPOINT]}; remove that binding."
-    )
+  check_newest_checkpoint(run, "follow")
 
 
 def num_steps_of(run: Run) -> int:

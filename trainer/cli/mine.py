@@ -15,7 +15,14 @@ import gin
 from absl import logging
 
 from trainer.cli.evaluate import Evaluation
-from trainer.cli.follow import check_times, newest_step, num_steps_of, restore_newer
+from trainer.cli.follow import (
+  check_newest_checkpoint,
+  check_single_process,
+  check_times,
+  newest_step,
+  num_steps_of,
+  restore_newer,
+)
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError
@@ -26,7 +33,6 @@ from trainer.run import Run, watching
 from trainer.training.run_folder import check_writable
 
 _MINING, _MINER = "train.mining", "train.mining.miner"
-_CHECKPOINT = "evaluate.checkpoint"
 
 
 @gin.configurable("mine")
@@ -58,11 +64,7 @@ def main(run: Run) -> None:
   num_steps_of(run)  # Fail early if it is unknown.
   strategy = make_strategy(run.hardware, run.fingerprint())
   with strategy.scope(), watching(run, current_workers().index):
-    if current_workers().num_workers > 1:
-      raise UserError(
-        "--mode=mine runs in one process; start one only (it may have several "
-        "replicas)."
-      )
+    check_single_process("mine")
     options = MineOptions()  # type: ignore[call-arg]  # They are gin's.
     evaluation = Evaluation()  # type: ignore[call-arg]
     evaluation.encoder.create_variables(evaluation.dataset.decoder.shape)
@@ -142,8 +144,4 @@ def _check_config(run: Run) -> None:
     raise UserError(
       f"{_MINER} mines inside the training; set it to None, and set mine.miner only."
     )
-  if values.get(_CHECKPOINT, "'newest'") != "'newest'":
-    raise UserError(
-      "--mode=mine follows the newest checkpoints, but "
-      f"{_CHECKPOINT}={values[_CHECKPOINT]}; remove that binding."
-    )
+  check_newest_checkpoint(run, "mine")

@@ -205,7 +205,7 @@ class KerasApplication(tf.keras.layers.Layer):
     """Loads the file into Keras' own network, and copies the resulting weights."""
     path = str(self._weights_file)
     try:
-      reason = _misfit(_stored_shapes(path), network)
+      reason = _describe_mismatch(_stored_shapes(path), network)
       if not reason:
         status = network.load_weights(path)
         if status is not None:  # For a checkpoint, which may set only some.
@@ -286,33 +286,33 @@ def _shapes_in_hdf5(file: Any) -> list[tuple[str, tuple[int, ...]]]:
   return found
 
 
-def _misfit(
+def _describe_mismatch(
   stored: Sequence[tuple[str, tuple[int, ...]]], network: tf.keras.Model
 ) -> str:
   """Describes the weights that a file lacks and those in excess; empty if none."""
   needed = [(weight.name, tuple(weight.shape)) for weight in network.weights]
-  unset, surplus = _beyond(needed, stored), _beyond(stored, needed)
-  reasons = [f"it lacks {_named(unset)}"] if unset else []
+  unset, surplus = _surplus(needed, stored), _surplus(stored, needed)
+  reasons = [f"it lacks {_format_weights(unset)}"] if unset else []
   if surplus:
-    reasons.append(f"it has {_named(surplus)} in addition")
+    reasons.append(f"it has {_format_weights(surplus)} in addition")
   if not reasons:
     return ""
   return f"{' and '.join(reasons)}; use the file of the same network without its top."
 
 
-def _beyond(shapes, others) -> list[tuple[str, tuple[int, ...]]]:
+def _surplus(shapes, others) -> list[tuple[str, tuple[int, ...]]]:
   """Returns those whose shape occurs less often among the others."""
-  left = collections.Counter(shape for _, shape in others)
-  beyond = []
+  remaining = collections.Counter(shape for _, shape in others)
+  surplus = []
   for name, shape in shapes:
-    left[shape] -= 1
-    if left[shape] < 0:
-      beyond.append((name, shape))
-  return beyond
+    remaining[shape] -= 1
+    if remaining[shape] < 0:
+      surplus.append((name, shape))
+  return surplus
 
 
-def _named(weights: Sequence[tuple[str, tuple[int, ...]]]) -> str:
+def _format_weights(weights: Sequence[tuple[str, tuple[int, ...]]]) -> str:
   """Lists the first weights by name, and the number of further ones."""
-  named = [f"{name} {list(shape)}" for name, shape in weights[:_NUM_NAMED]]
-  more = len(weights) - len(named)
-  return ", ".join(named) + (f" and {more} more" if more else "")
+  texts = [f"{name} {list(shape)}" for name, shape in weights[:_NUM_NAMED]]
+  more = len(weights) - len(texts)
+  return ", ".join(texts) + (f" and {more} more" if more else "")

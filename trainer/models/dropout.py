@@ -15,7 +15,7 @@ from typing import NamedTuple, Optional
 import tensorflow as tf
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
   """The position of the current examples.
 
   Attributes:
@@ -27,7 +27,7 @@ class _Place(NamedTuple):
   first_example: tf.Tensor
 
 
-_places: list[_Place] = []
+_positions: list[_Position] = []
 
 
 @contextlib.contextmanager
@@ -38,11 +38,11 @@ def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
     step: [] integer; each step has a different mask.
     first_example: [] int32, index of the first example in the global batch.
   """
-  _places.append(_Place(step, first_example))
+  _positions.append(_Position(step, first_example))
   try:
     yield
   finally:
-    _places.pop()
+    _positions.pop()
 
 
 def set_seed(encoder: tf.keras.Model, seed: int) -> None:
@@ -85,7 +85,7 @@ class Dropout(tf.keras.layers.Layer):
     shape = list(features.shape)
     for axis, size in enumerate(self._noise_shape or ()):
       shape[axis] = shape[axis] if size is None else size
-    uniform = self._uniform(shape) if _places else tf.random.uniform(shape)
+    uniform = self._uniform(shape) if _positions else tf.random.uniform(shape)
     scaled = features / tf.cast(1.0 - self._rate, features.dtype)
     return tf.where(uniform >= self._rate, scaled, tf.zeros_like(features))
 
@@ -102,8 +102,8 @@ class Dropout(tf.keras.layers.Layer):
     layer = _mix(
       _mix(tf.constant(self.seed, tf.uint32)) + tf.constant(self.number, tf.uint32)
     )
-    step = _mix(tf.cast(_places[-1].step, tf.uint32) + tf.constant(1, tf.uint32))
-    return _uniform(shape, _mix(step + layer), _places[-1].first_example)
+    step = _mix(tf.cast(_positions[-1].step, tf.uint32) + tf.constant(1, tf.uint32))
+    return _uniform(shape, _mix(step + layer), _positions[-1].first_example)
 
 
 def _uniform(shape: list[int], seed: tf.Tensor, first_example: tf.Tensor) -> tf.Tensor:
