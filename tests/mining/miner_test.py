@@ -127,7 +127,7 @@ def test_copies_are_known_by_what_is_decoded_whatever_else_records_have(tmp_path
   mined = _mine(_of_items(tmp_path))
   num_copies = np.isin(_COPIES, np.flatnonzero(_data()[1] != 3)).all(axis=1).sum()
   assert num_copies > 0
-  assert mined.facts["counts"]["with_copy_of_another_label"] == 2 * num_copies
+  assert mined.metadata["counts"]["with_copy_of_another_label"] == 2 * num_copies
 
 
 def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
@@ -169,7 +169,7 @@ def test_a_sample_is_another_each_round(dataset):
   used = [set(each.arrays["anchors"]) for each in rounds]
   assert [len(each) for each in used] == [25, 25, 25]
   assert used[0] == used[2] != used[1]
-  assert rounds[0].facts["counts"]["items"] == 25
+  assert rounds[0].metadata["counts"]["items"] == 25
 
 
 def test_what_is_suspected_is_named_by_its_key(dataset):
@@ -177,12 +177,14 @@ def test_what_is_suspected_is_named_by_its_key(dataset):
     window=RankWindow(first=1, last=5),
     mislabelled=MislabelledFilter(num_neighbours=1, min_fraction=1.0),
   )
-  facts = _mine(dataset, examples=examples).facts
+  metadata = _mine(dataset, examples=examples).metadata
   assert (
-    0 < facts["counts"]["suspected_mislabelled"] == len(facts["suspected_mislabelled"])
+    0
+    < metadata["counts"]["suspected_mislabelled"]
+    == len(metadata["suspected_mislabelled"])
   )
   keys = set(RecordItems(dataset.index, np.arange(_NUM_RECORDS)).names())
-  assert set(facts["suspected_mislabelled"]) < keys
+  assert set(metadata["suspected_mislabelled"]) < keys
 
 
 def test_other_training_classes_are_other_data(dataset):

@@ -29,7 +29,7 @@ def test_a_round_comes_back_as_it_was_written(tmp_path):
   neighbours = np.full((9, 2), -1)
   write_round(tmp_path, 40, **arrays, class_neighbours=neighbours)
   found = _open(tmp_path)
-  assert found.facts["counts"]["anchors"] == 20
+  assert found.metadata["counts"]["anchors"] == 20
   assert set(found.arrays) == {*arrays, "class_neighbours"}
   for name, array in arrays.items():
     assert found.arrays[name].dtype == np.int32

@@ -42,7 +42,7 @@ def main(run: Run) -> None:
     _make(trained, export, staging_dir)
     run_config.save_config(run.config, staging_dir)
     model_card.write_model_card(
-      staging_dir, _card_facts(run, trained, step), model_dir=run.model_dir
+      staging_dir, _card_info(run, trained, step), model_dir=run.model_dir
     )
   for name, title in _TITLES.items():
     if os.path.exists(os.path.join(folder, name)):
@@ -115,9 +115,9 @@ def check_error(name: str, error: float, largest: float) -> None:
   logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
 
 
-def _card_facts(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardFacts:
+def _card_info(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardInfo:
   dataset = trained.dataset
-  return model_card.ModelCardFacts(
+  return model_card.ModelCardInfo(
     name=os.path.basename(os.path.abspath(run.model_dir)),
     step=step,
     checkpoint=trained.checkpoint,

@@ -32,7 +32,7 @@ _GREY_WEIGHTS = (19595, 38470, 7471)
 _OTHER, _PALETTE_BMP, _ALPHA_PNG = range(3)
 _BMP_HEADER_BYTES = 14
 # First bytes that declare how the pixels of a BMP are stored.
-_FACTS_HEAD_BYTES = 34
+_INFO_HEAD_BYTES = 34
 
 # Files that are not plain and are decoded in parallel.
 _PARALLEL_FILES = 32
@@ -169,7 +169,7 @@ def _signed(value: tf.Tensor) -> tf.Tensor:
   return tf.where(value >= 1 << 31, value - (1 << 32), value)
 
 
-class ImageFacts(NamedTuple):
+class ImageInfo(NamedTuple):
   """Properties that the first bytes of files declare.
 
   Attributes:
@@ -188,9 +188,9 @@ class ImageFacts(NamedTuple):
   is_refused: tf.Tensor
 
 
-def read_image_facts(
+def read_image_info(
   files: tf.Tensor, *, channels: int, has_background: bool
-) -> ImageFacts:
+) -> ImageInfo:
   """Reads the first bytes of image files.
 
   Args:
@@ -198,7 +198,7 @@ def read_image_facts(
     channels: C, 1 or 3.
     has_background: whether transparent pixels are composited over a background.
   """
-  heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_FACTS_HEAD_BYTES)
+  heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_INFO_HEAD_BYTES)
   heads = tf.cast(heads, tf.int32)
   declared = read_declared_size(files)
   orientations = orientation.read_orientations(files)
@@ -213,7 +213,7 @@ def read_image_facts(
   kind = tf.where(is_png, _ALPHA_PNG, kind) if has_background else kind
   is_decoded = (heads[:, 14] >= 40) & (heads[:, 30] == 0) & (heads[:, 29] == 0)
   is_decoded &= (heads[:, 28] == 8) | (heads[:, 28] == 24) | (heads[:, 28] == 32)
-  return ImageFacts(
+  return ImageInfo(
     declared.num_pixels,
     is_plain,
     kind,
@@ -233,7 +233,7 @@ def decode_unusual(
 
   Args:
     file: [] string.
-    kind: [] int32, as in `ImageFacts`.
+    kind: [] int32, as in `ImageInfo`.
     channels: C, 1 or 3.
     background: red, green and blue under transparent pixels; None drops alpha, which
       leaves the colours that the file holds there.
@@ -349,28 +349,28 @@ class ImageDecoder:
 
   def decode_files(self, files: tf.Tensor) -> tf.Tensor:
     """Decodes [B] string image files to [B, H, W, C] float32 in [0, 1]."""
-    facts = read_image_facts(
+    info = read_image_info(
       files,
       channels=self.shape[-1],
       has_background=self._background is not None,
     )
-    files = self._checked(files, facts)
+    files = self._checked(files, info)
     # A branch per file would slow down the many files that need none.
-    are_plain = tf.reduce_all(facts.is_plain)
+    are_plain = tf.reduce_all(info.is_plain)
     plain = tf.cond(
-      are_plain, lambda: files, lambda: tf.where(facts.is_plain, files, self._black)
+      are_plain, lambda: files, lambda: tf.where(info.is_plain, files, self._black)
     )
     images = batched_map(self._decode_plain, plain, tf.TensorSpec(self.shape, tf.uint8))
     images = tf.cond(
       are_plain,
       lambda: images,
-      lambda: self._decode_unusual_files(images, files, facts),
+      lambda: self._decode_unusual_files(images, files, info),
     )
     return tf.cast(images, tf.float32) / 255.0
 
-  def _checked(self, files: tf.Tensor, facts: ImageFacts) -> tf.Tensor:
+  def _checked(self, files: tf.Tensor, info: ImageInfo) -> tf.Tensor:
     """Checks for decompression bombs and unsupported files; returns the files."""
-    is_small = facts.num_pixels <= self._max_pixels
+    is_small = info.num_pixels <= self._max_pixels
     checks = [
       tf.debugging.assert_equal(
         is_small,
@@ -379,7 +379,7 @@ class ImageDecoder:
         "ImageDecoder.max_pixels",
       ),
       tf.debugging.assert_equal(
-        facts.is_refused,
+        info.is_refused,
         False,
         "an image is WebP, or a BMP that is compressed or does not have 8, 24 or 32 "
         "bits per pixel; convert it with --mode=ingest",
@@ -394,10 +394,10 @@ class ImageDecoder:
     return tf.ensure_shape(_resize(image, [height, width]), self.shape)
 
   def _decode_unusual_files(
-    self, images: tf.Tensor, files: tf.Tensor, facts: ImageFacts
+    self, images: tf.Tensor, files: tf.Tensor, info: ImageInfo
   ) -> tf.Tensor:
     """Returns the images, with those of files that are not plain filled in."""
-    positions = tf.where(~facts.is_plain)
+    positions = tf.where(~info.is_plain)
 
     def decode(row: tuple[tf.Tensor, ...]) -> tf.Tensor:
       file, kind, orientation_of_file = row
@@ -412,7 +412,7 @@ class ImageDecoder:
 
     others = tf.map_fn(
       decode,
-      tuple(tf.gather_nd(c, positions) for c in (files, facts.kind, facts.orientation)),
+      tuple(tf.gather_nd(c, positions) for c in (files, info.kind, info.orientation)),
       fn_output_signature=tf.TensorSpec(self.shape, tf.uint8),
       parallel_iterations=_PARALLEL_FILES,
     )

@@ -128,16 +128,16 @@ class Workers:
       row[:size].astype(np.uint8).tobytes().decode() for row, size in zip(rows, sizes)
     ]
 
-  def check_equal(self, facts: Mapping[str, object]) -> None:
+  def check_equal(self, values: Mapping[str, object]) -> None:
     """Raises if values differ between workers.
 
     Args:
-      facts: values by name.
+      values: values by name.
 
     Raises:
       UserError: a value differs; raised on every worker.
     """
-    text = json.dumps({name: str(fact) for name, fact in facts.items()})
+    text = json.dumps({name: str(value) for name, value in values.items()})
     difference = differences([json.loads(each) for each in self.exchange(text)])
     if difference:
       raise UserError(difference)

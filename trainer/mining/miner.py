@@ -39,15 +39,15 @@ class RoundContent(NamedTuple):
   Attributes:
     arrays: by name: "anchors" [A], "positives" [A, p] and "negatives" [A, n] int32
       record numbers, −1 where there are fewer; "class_neighbours" [L, m] int32.
-    facts: plain values that describe items, method and results.
+    metadata: plain values that describe items, method and results.
   """
 
   arrays: Mapping[str, np.ndarray]
-  facts: Mapping[str, Any]
+  metadata: Mapping[str, Any]
 
   def summary(self) -> str:
     """Returns the counts as text."""
-    counts = self.facts["counts"].items()
+    counts = self.metadata["counts"].items()
     return ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in counts)
 
 
@@ -157,7 +157,7 @@ class Miner:
     """Mines among items [N] with embeddings [N, D]."""
     index = dataset.index
     arrays: dict[str, np.ndarray] = {}
-    facts: dict[str, Any] = {
+    metadata: dict[str, Any] = {
       "num_dimensions": embeddings.shape[1],
       "counts": {"items": len(items.labels), "classes": len(items.class_ids)},
     }
@@ -172,9 +172,9 @@ class Miner:
       mined = self.examples.mine(embeddings, items, contents, nearest)
       arrays.update(_as_records(mined, items.record_numbers))
       suspected = items.record_numbers[mined.suspected_mislabelled[:_NUM_NAMES]]
-      facts.update(
+      metadata.update(
         index_kind=nearest.kind,
-        counts={**facts["counts"], **mined.counts},
+        counts={**metadata["counts"], **mined.counts},
         distances=mined.distances,
         suspected_mislabelled=list(RecordItems(index, suspected).names()),
       )
@@ -186,7 +186,7 @@ class Miner:
         num_neighbours=self.num_class_neighbours,
         kind=self.index_kind,
       )
-    return RoundContent(arrays, facts)
+    return RoundContent(arrays, metadata)
 
 
 def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@
                           positives.npy          [A, p] int32; −1 where there are fewer
                           negatives.npy          [A, n] int32; likewise
                           class_neighbours.npy   [L, m] int32 class ids; likewise
-                          manifest.json          facts, sizes and hashes
+                          manifest.json          metadata, sizes and hashes
 
 400 is the step of the encoder. A round is written to a temporary folder and renamed
 when it is complete, so a process killed while writing leaves no partial round.
@@ -116,7 +116,7 @@ class MiningRound:
   Attributes:
     step: number of steps the encoder of the round was trained.
     arrays: memory-mapped arrays by name.
-    facts: facts in the manifest.
+    metadata: metadata in the manifest.
 
   Args:
     model_dir: folder of the run.
@@ -136,7 +136,7 @@ class MiningRound:
       raise UserError(f"{folder} is not a complete mining round; mine again.")
     try:
       files = manifest["files"]
-      self.facts: Mapping[str, Any] = manifest["facts"]
+      self.metadata: Mapping[str, Any] = manifest["metadata"]
       self.arrays = {
         name: _open_array(folder, name, files[name])
         for name in _NUM_AXES
@@ -231,7 +231,7 @@ def write_round(
       "fingerprint": dict(fingerprint),
       "num_records": num_records,
       "num_classes": num_classes,
-      "facts": mined.facts,
+      "metadata": mined.metadata,
       "files": files,
     }
     content = json.dumps(manifest, indent=1).encode()

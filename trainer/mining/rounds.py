@@ -153,7 +153,7 @@ class Rounds:
     if self._current is None:
       return counted
     mining_round = self._current.mining_round
-    counts = mining_round.facts.get("counts", {})
+    counts = mining_round.metadata.get("counts", {})
     return {
       "mining/round_step": float(mining_round.step),
       "mining/round_age_steps": float(step - mining_round.step),

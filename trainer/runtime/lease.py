@@ -261,12 +261,12 @@ def _is_running(path: str, pid: int) -> bool:
 
 @functools.cache
 def _machine() -> str:
-  facts = [socket.gethostname()]
+  parts = [socket.gethostname()]
   with contextlib.suppress(OSError):  # Only Linux has these files.
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-      facts.append(file.read().strip())
-    facts.append(os.readlink("/proc/self/ns/pid"))
-  return " ".join(facts)
+      parts.append(file.read().strip())
+    parts.append(os.readlink("/proc/self/ns/pid"))
+  return " ".join(parts)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from trainer.runtime import filesystem
 MODEL_CARD_FILE = "MODEL_CARD.md"
 
 
-class ModelCardFacts(NamedTuple):
+class ModelCardInfo(NamedTuple):
   """Content of the card in addition to the evaluation results.
 
   Attributes:
@@ -40,30 +40,30 @@ class ModelCardFacts(NamedTuple):
   data: Mapping[str, Any]
 
 
-def write_model_card(folder: str, facts: ModelCardFacts, *, model_dir: str) -> str:
+def write_model_card(folder: str, info: ModelCardInfo, *, model_dir: str) -> str:
   """Writes the card to the export folder.
 
   Args:
     folder: of the export.
-    facts: about the encoder.
+    info: about the encoder.
     model_dir: folder of the run, for its results.
 
   Returns:
     Path of the card.
   """
-  inputs = f"float32 inputs of shape {list(facts.input_shape)}"
-  if facts.is_image:
+  inputs = f"float32 inputs of shape {list(info.input_shape)}"
+  if info.is_image:
     inputs = f"{inputs}, images with values in [0, 1],"
   lines = [
-    f"# {facts.name}",
+    f"# {info.name}",
     "",
-    f"Maps {inputs} to embeddings of {facts.embedding_size} dimensions. Compare them "
+    f"Maps {inputs} to embeddings of {info.embedding_size} dimensions. Compare them "
     "by Euclidean distance.",
-    *_section("Training", _training(facts)),
-    *_section("Data", facts.data),
+    *_section("Training", _training(info)),
+    *_section("Data", info.data),
     *_section(
       "Retrieval on classes outside the training split",
-      _measured(model_dir, facts.step),
+      _measured(model_dir, info.step),
     ),
     *_section("Software", {"trainer": __version__, "TensorFlow": tf.__version__}),
     *_section("Files (SHA-256)", _hashes(folder)),
@@ -73,11 +73,11 @@ def write_model_card(folder: str, facts: ModelCardFacts, *, model_dir: str) -> s
   return path
 
 
-def _training(facts: ModelCardFacts) -> dict[str, Any]:
+def _training(info: ModelCardInfo) -> dict[str, Any]:
   return {
-    "steps": facts.step,
-    "checkpoint": facts.checkpoint,
-    "configuration": f"{facts.config_hash} ({run_config.CONFIG_FILE} in this folder)",
+    "steps": info.step,
+    "checkpoint": info.checkpoint,
+    "configuration": f"{info.config_hash} ({run_config.CONFIG_FILE} in this folder)",
   }
 
 
