@@ -41,13 +41,13 @@ class UnwritableError(UserError):
 
 
 class PreemptedError(RuntimeError):
-  """The run was asked to stop and has saved; the same command continues it."""
+  """The run was preempted and has saved; the same command resumes it."""
 
   exit_status = 3
 
 
 class StalledError(RuntimeError):
-  """A worker was lost or hung; the same command continues from the checkpoint."""
+  """A worker was lost or hung; the same command resumes from the checkpoint."""
 
   exit_status = 4
 

@@ -56,7 +56,7 @@ class Config:
 
   @property
   def hash(self) -> str:
-    """Returns SHA-256 of `training_values`: equal for configs that train alike."""
+    """Returns SHA-256 of `training_values`: equal for configs with equal training."""
     values = self.training_values
     lines = [f"{path} = {value}\n" for path, value in sorted(values.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -35,7 +35,7 @@ _MISSING = ("nan", "none", "null", "na", "n/a", "<na>", "nat", "#n/a")
 
 @dataclasses.dataclass(frozen=True)
 class UnreadableItem:
-  """An item that was left out.
+  """An item that was skipped.
 
   Attributes:
     reason: message with the item's name and the reason.
@@ -55,7 +55,7 @@ class ShardPart:
     labels: labels of its records.
     lengths: lengths of its records' data, bytes.
     digests: digests of its records' content.
-    unreadable: reasons why items were left out.
+    unreadable: reasons why items were skipped.
   """
 
   name: str
@@ -89,7 +89,7 @@ def write_shard(
   Args:
     folder: folder of the shard.
     name: file name of the shard.
-    records: records to write, and items left out; one is held in memory at a time.
+    records: records to write, and skipped items; one is held in memory at a time.
 
   Returns:
     The content of the note.
@@ -228,7 +228,7 @@ class Summary:
     num_duplicates: records with the same content as an earlier one.
     num_duplicates_of_other_class: those of them in another class.
     duplicates: keys of some duplicates, each with the key of the earlier record.
-    unreadable: reasons why items were left out.
+    unreadable: reasons why items were skipped.
     num_repeated_keys: records with the key of an earlier one.
     num_repeated_keys_of_other_class: those of them in another class.
     repeated_keys: some such keys, each with the classes of both records.

@@ -166,7 +166,7 @@ class Workers:
 
     Raises:
       UserError: the function raised one on some worker; raised on every worker.
-      PreemptedError: a worker was asked to stop; raised on every worker.
+      PreemptedError: a worker was preempted; raised on every worker.
       WorkerFailedError: it raised another error elsewhere.
     """
     if self.num_workers == 1:

@@ -178,7 +178,7 @@ class ExampleMining:
   A negative has another label than its anchor and is not a copy of it. If neighbours
   with the anchor's own label leave fewer others than the depth of the window, the
   search is repeated once with 4 times as many neighbours. An anchor that still has no
-  negative is left out and counted.
+  negative is skipped and counted.
 
   Attributes:
     window: which neighbours with other labels are negatives.

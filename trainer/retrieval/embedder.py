@@ -72,7 +72,7 @@ class Embedder:
       [B, D] float32 of each step in order, on every worker; the last step is padded.
 
     Raises:
-      PreemptedError: one of several workers was asked to stop; raised on all of them.
+      PreemptedError: one of several workers was preempted; raised on all of them.
     """
     size = self.global_batch_size
     sampler = SequentialSampler(record_numbers, records_per_batch=size)

@@ -307,7 +307,7 @@ def rank(
 ) -> Rankings:
   """Ranks the gallery for every query, exactly, in bounded memory.
 
-  A query without relevant items is left out of the means and reported.
+  A query without relevant items is excluded from the means and reported.
 
   Args:
     embeddings: [N, D] float32.

@@ -149,7 +149,7 @@ def _module(hlo_file):
 def _largest_arrays(module):
   """Returns the largest results of operations, one per name, largest first.
 
-  Broadcasts are left out, because the compiler never allocates them.
+  Broadcasts are excluded, because the compiler never allocates them.
   """
   from jax.extend.mlir import ir
 

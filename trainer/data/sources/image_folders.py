@@ -69,7 +69,7 @@ class _Count:
 
 @dataclasses.dataclass
 class _SkippedFiles:
-  """Files and folders that are left out.
+  """Skipped files and folders.
 
   Attributes:
     below: images in folders below the class folders.
@@ -95,7 +95,7 @@ class _SkippedFiles:
     self.endings.update(endings)
 
   def line(self) -> str:
-    """Returns everything that was left out; empty if nothing was."""
+    """Returns a summary; empty if nothing was skipped."""
     below = self.below.line("images in folders below the class folders")
     parts = [
       *(f"{line}, {_ADVICE}" for line in below),
@@ -117,7 +117,7 @@ class ImageFolderSource(Source):
   """A folder of class folders of image files.
 
   Images next to or below the class folders, and files without an image extension, are
-  left out and counted in a warning. Names that begin with a dot are ignored.
+  skipped and counted in a warning. Names that begin with a dot are ignored.
 
   Args:
     folder: its subfolders are the classes, named after them.

@@ -251,7 +251,7 @@ class _Notes:
     return plain
 
   def on_table(self, table: CsvFile, names: Mapping[str, str]) -> None:
-    """Records the separator, and columns that are renamed or left out."""
+    """Records the separator, and columns that are renamed or skipped."""
     note = table.separator_note()
     self._lines = [] if note is None else [note]
     if table.has_blanks:

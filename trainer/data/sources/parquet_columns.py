@@ -78,7 +78,7 @@ def batch_of(message: bytes) -> pa.RecordBatch:
 
 
 def row_of(batch: pa.RecordBatch, number: int, where: str) -> dict[str, Value]:
-  """Returns the values of one row by column; nulls are left out.
+  """Returns the values of one row by column; nulls are skipped.
 
   Args:
     batch: batch from `batch_of`.

@@ -146,7 +146,7 @@ def feature_names(columns: Iterable[str]) -> dict[str, str]:
   """Returns the feature names for the columns of a table.
 
   Args:
-    columns: columns other than image and label; an unnamed one is left out.
+    columns: columns other than image and label; an unnamed one is skipped.
 
   Returns:
     Column to feature name: the column's own name, with the suffix "_column" if each
