@@ -22,6 +22,7 @@ from absl import logging
 from trainer.data import index_arrays, manifest, tfrecord
 from trainer.data.index_arrays import ClassNames
 from trainer.data.records import RecordIndex, locate
+from trainer.data.sources.source import text_of
 from trainer.errors import UserError, is_out_of_space, reading
 from trainer.runtime import filesystem
 from trainer.runtime.lease import locked_folder
@@ -66,7 +67,7 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
     )
     shard = manifest.describe_shard(folder, name, len(ends))
   offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-  names = [_text(path, label) for label in labels.names]
+  names = [text_of(label, path) for label in labels.names]
   return ShardIndex(
     shard,
     offsets,
@@ -197,13 +198,6 @@ def _kind(path: str, number: int, record: bytes, label_feature: str) -> bool:
       f"{where} has {num_values} labels in {label_feature!r}; it must have one."
     )
   return kind == "bytes_list"
-
-
-def _text(path: str, label: Any) -> str:
-  try:
-    return label.decode() if isinstance(label, bytes) else str(label)
-  except UnicodeDecodeError as error:
-    raise UserError(f"{path} has a label {label!r} that is not UTF-8.") from error
 
 
 class ShardIndex(NamedTuple):
@@ -430,11 +424,13 @@ def _find_reusable(
   description = manifest.read(index_folder)
   if description is None or description.label_feature != label_feature:
     return None
-  changed = [s for s in description.shards if manifest.describe_change(folder, s)]
-  for shard in changed:
+  has_changed = False
+  for shard in description.shards:
     reason = manifest.describe_change(folder, shard)
-    logging.warning("%s %s.", os.path.join(folder, shard.name), reason)
-  if changed:
+    if reason:
+      has_changed = True
+      logging.warning("%s %s.", os.path.join(folder, shard.name), reason)
+  if has_changed:
     logging.warning("All shards are read again; class ids may change.")
     return None
   return RecordIndex.open(folder_or_pattern)
