@@ -12,7 +12,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import task
-from trainer.cli.train_and_evaluate import BestTracker, EarlyStopping, Evaluations
+from trainer.cli.train_and_evaluate import BestTracker, EarlyStopping, EvaluationHistory
 from trainer.errors import UserError
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
@@ -108,7 +108,7 @@ def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopp
 
 
 def _evaluations(model_dir, encoder, last_step, patience=2):
-  return Evaluations(
+  return EvaluationHistory(
     metric="eval/map",
     patience=patience,
     model_dir=str(model_dir),

@@ -186,7 +186,10 @@ def _claim_another_shape(folder):
     ),
     (_change_manifest(num_records=30), "values outside -1 to 29"),
     (lambda folder: (folder / "manifest.json").unlink(), "not a complete mining round"),
-    (lambda folder: (folder / "manifest.json").write_text("{"), "not a complete mining round"),
+    (
+      lambda folder: (folder / "manifest.json").write_text("{"),
+      "not a complete mining round",
+    ),
   ],
 )
 def test_a_round_that_was_harmed_is_refused_in_one_line(tmp_path, harm, message):

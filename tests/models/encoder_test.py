@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.cli import train
 from trainer.errors import UserError
 from trainer.models.backbones import ConvNet, KerasApplication, Perceptron
-from trainer.models.dropout import examples_at
+from trainer.models.dropout import example_scope
 from trainer.models.encoder import POOLINGS, Encoder, GeneralizedMean
 
 
@@ -285,7 +285,7 @@ def test_dropout_has_other_masks_with_another_seed():
   def embeddings(seed):
     train.TrainConfig(**options, seed=seed).create_variables()
     encoder.set_weights(weights)
-    with examples_at(tf.constant(3), tf.constant(0)):
+    with example_scope(tf.constant(3), tf.constant(0)):
       return encoder(tf.ones([2, 6]), training=True).numpy()
 
   np.testing.assert_array_equal(embeddings(1), embeddings(1))

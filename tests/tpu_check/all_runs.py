@@ -26,7 +26,7 @@ def main(topology_name: str = "v5e:2x2") -> None:
   _print_row("---" for _ in _COLUMNS)
   for path in sorted(pathlib.Path("configs/runs").glob("*.gin")):
     run_config.load([str(path)], needed=("train",))
-    run = replica_program.step_of_run()
+    run = replica_program.build_run_step()
     # Of a P that does not divide, the nearest below: above there may be no classes.
     num_classes = run.num_classes - run.num_classes % topology.num_replicas
     batch = run.replica_batch(num_classes, topology.num_replicas)

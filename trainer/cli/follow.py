@@ -12,7 +12,7 @@ import gin
 from absl import logging
 
 from trainer.cli.evaluate import BEST_FOLDER, Evaluation, publish
-from trainer.cli.train_and_evaluate import Evaluations, check_measured
+from trainer.cli.train_and_evaluate import EvaluationHistory, check_measured
 from trainer.config import run_config
 from trainer.distribute.strategy import make_strategy
 from trainer.distribute.workers import current_workers
@@ -106,7 +106,7 @@ def main(run: Run) -> None:
 def _follow(
   run: Run, options: FollowOptions, evaluation: Evaluation, num_steps: int
 ) -> None:
-  evaluations = Evaluations(
+  evaluations = EvaluationHistory(
     metric=options.metric,
     patience=None,
     model_dir=run.model_dir,
@@ -161,7 +161,7 @@ def num_steps_of(run: Run) -> int:
     ) from error
 
 
-class Patience(Protocol):
+class PollOptions(Protocol):
   """Protocol of the waiting time for a checkpoint.
 
   Attributes:
@@ -177,7 +177,7 @@ class Patience(Protocol):
 
 
 def restore_newer(
-  evaluation: Evaluation, model_dir: str, step: int, patience: Patience
+  evaluation: Evaluation, model_dir: str, step: int, poll_options: PollOptions
 ) -> int:
   """Waits for a readable checkpoint newer than a step, and restores it.
 
@@ -185,7 +185,7 @@ def restore_newer(
     evaluation: its encoder is restored.
     model_dir: folder of the run.
     step: step of the last checkpoint.
-    patience: how long to wait.
+    poll_options: how long to wait.
 
   Returns:
     Its step.
@@ -209,12 +209,12 @@ def restore_newer(
         return restored
     watchdog.beat()
     waited_s = time.monotonic() - start_s
-    if patience.timeout_s is not None and waited_s > patience.timeout_s:
+    if poll_options.timeout_s is not None and waited_s > poll_options.timeout_s:
       raise UserError(
         f"{model_dir} has had no new checkpoint for {waited_s:.0f} s since that of "
         f"step {step}; check that the training is running."
       )
-    time.sleep(patience.poll_s)
+    time.sleep(poll_options.poll_s)
 
 
 def _restore(evaluation: Evaluation, model_dir: str, newest: int) -> int:

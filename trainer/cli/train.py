@@ -262,7 +262,7 @@ def _make_rounds(
     return None
   mine_fn = None
   if parts.mining.miner is not None:
-    mine_fn = parts.mining.miner.mining_of(parts.step, parts.dataset)
+    mine_fn = parts.mining.miner.make_mine_fn(parts.step, parts.dataset)
   return Rounds(
     parts.mining,
     parts.dataset,

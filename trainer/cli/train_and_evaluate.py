@@ -110,7 +110,7 @@ class BestTracker:
     return dataclasses.replace(self, num_since_best=self.num_since_best + 1)
 
 
-class Evaluations:
+class EvaluationHistory:
   """The evaluations of a run: `eval/history.jsonl`, and the best encoder in `best`.
 
   Attributes:
@@ -208,7 +208,7 @@ class Evaluations:
     return BestTracker(*json.loads(received[0]))
 
 
-class EvaluateNow:
+class EvaluationCallback:
   """Callback that evaluates at intervals, and ends the run if patience is exhausted.
 
   Args:
@@ -221,7 +221,7 @@ class EvaluateNow:
   def __init__(
     self,
     evaluation: Evaluation,
-    evaluations: Evaluations,
+    evaluations: EvaluationHistory,
     step: TrainStep,
     *,
     every_steps: int,
@@ -317,14 +317,14 @@ def _train(run: Run, training: Training, evaluation: Evaluation) -> None:
   early_stopping = TrainAndEvaluateOptions().early_stopping
   if early_stopping is not None:
     early_stopping.check(training.options, evaluation.metric_names())
-    evaluations = Evaluations(
+    evaluations = EvaluationHistory(
       metric=early_stopping.metric,
       patience=early_stopping.patience,
       model_dir=run.model_dir,
       encoder=training.step.encoder,
       last_step=training.first_step,
     )
-    evaluate = EvaluateNow(
+    evaluate = EvaluationCallback(
       evaluation, evaluations, training.step, every_steps=early_stopping.every_steps
     )
     evaluate.catch_up(training.first_step)

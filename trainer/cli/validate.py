@@ -20,7 +20,7 @@ from trainer.run import Run
 from trainer.runtime import filesystem
 from trainer.runtime.progress import Progress
 
-FILE_NAME = "validation.json"
+VALIDATION_FILE = "validation.json"
 _RECORDS_AT_A_TIME = 64
 _NUM_NAMES = 5
 
@@ -148,7 +148,7 @@ def _check_records(index: RecordIndex, decoder: Any, numbers: np.ndarray) -> lis
 
 
 def _write(model_dir: str, report: dict[str, Any]) -> None:
-  path = os.path.join(model_dir, FILE_NAME)
+  path = os.path.join(model_dir, VALIDATION_FILE)
   content = json.dumps(report, indent=1, ensure_ascii=False)
   try:
     filesystem.make_folder(model_dir)

@@ -350,61 +350,63 @@ class _Traversal:
     """Returns whether any parameter of the part is bound outside scopes."""
     return any(key[:2] == ("", part.selector) for key in self._bindings)
 
-  def visit_part(self, part: Registered, place: _Position, is_call: bool) -> None:
-    """Visits the parameters of a part that is referenced at this place."""
-    within = self._enter(place, (place.scopes, part.selector), part.name)
-    bound = self._bound(part, place.scopes)
+  def visit_part(self, part: Registered, position: _Position, is_call: bool) -> None:
+    """Visits the parameters of a part that is referenced at this position."""
+    within = self._enter(position, (position.scopes, part.selector), part.name)
+    bound = self._bound(part, position.scopes)
     required = part.required if is_call else part.required - part.supplied
     for parameter in sorted(required - set(bound)):
-      self._report_missing(f"{part.name}.{parameter}", place)
+      self._report_missing(f"{part.name}.{parameter}", position)
     for parameter, binding in sorted(bound.items()):
       self.used.add(binding)
-      path = f"{place.path}.{parameter}"
-      inner = _Position(path, place.scopes, binding.origin, within)
+      path = f"{position.path}.{parameter}"
+      inner = _Position(path, position.scopes, binding.origin, within)
       if _is_required_marker(binding.value):
         self._report_missing(f"{part.name}.{parameter}", inner)
       else:
         self.values[path] = self.visit_value(binding.value, inner)
 
-  def visit_value(self, value: Any, place: _Position) -> str:
+  def visit_value(self, value: Any, position: _Position) -> str:
     """Visits the contents of a value.
 
     Returns:
       The value in its canonical spelling.
     """
     if isinstance(value, Macro):
-      return self._visit_macro(value, place)
+      return self._visit_macro(value, position)
     if isinstance(value, Reference):
-      part = known_part(value.name, place.origin)
-      scopes = value.scopes or place.scopes
-      self.visit_part(part, dataclasses.replace(place, scopes=scopes), value.is_call)
+      part = known_part(value.name, position.origin)
+      scopes = value.scopes or position.scopes
+      self.visit_part(part, dataclasses.replace(position, scopes=scopes), value.is_call)
       return repr(Reference((), part.name, value.is_call))
     if isinstance(value, dict):
       items = sorted(value.items(), key=lambda item: repr(item[0]))
-      texts = [f"{key!r}: {self._visit_item(key, item, place)}" for key, item in items]
+      texts = [
+        f"{key!r}: {self._visit_item(key, item, position)}" for key, item in items
+      ]
       return f"{{{', '.join(texts)}}}"
     if isinstance(value, (list, tuple)):
-      texts = [self._visit_item(i, item, place) for i, item in enumerate(value)]
+      texts = [self._visit_item(i, item, position) for i, item in enumerate(value)]
       start, end = "()" if isinstance(value, tuple) else "[]"
       return f"{start}{', '.join(texts)}{end}"
     return repr(value)
 
-  def _visit_item(self, key: Any, value: Any, place: _Position) -> str:
+  def _visit_item(self, key: Any, value: Any, position: _Position) -> str:
     """Visits an element of a container."""
     return self.visit_value(
-      value, dataclasses.replace(place, path=f"{place.path}[{key!r}]")
+      value, dataclasses.replace(position, path=f"{position.path}[{key!r}]")
     )
 
-  def _visit_macro(self, macro: Macro, place: _Position) -> str:
+  def _visit_macro(self, macro: Macro, position: _Position) -> str:
     """Visits the value of a macro."""
     binding = self._macros.get(macro.name)
     if binding is None:
       return repr(macro)
     self.used.add(binding)
-    within = self._enter(place, macro, repr(macro))
+    within = self._enter(position, macro, repr(macro))
     scopes = tuple(macro.name.split("/"))
     return self.visit_value(
-      binding.value, _Position(place.path, scopes, binding.origin, within)
+      binding.value, _Position(position.path, scopes, binding.origin, within)
     )
 
   def _bound(self, part: Registered, scopes: tuple[str, ...]) -> dict[str, Binding]:
@@ -418,17 +420,17 @@ class _Traversal:
           bound[parameter] = binding
     return bound
 
-  def _enter(self, place: _Position, what: Any, name: str) -> tuple[Any, ...]:
+  def _enter(self, position: _Position, what: Any, name: str) -> tuple[Any, ...]:
     """Returns the visited names with one more; raises on infinite recursion."""
-    if what in place.within:
+    if what in position.within:
       raise errors.UserError(
-        f"{place.origin}: {name} contains itself, through {place.path}."
+        f"{position.origin}: {name} contains itself, through {position.path}."
       )
-    return (*place.within, what)
+    return (*position.within, what)
 
-  def _report_missing(self, key: str, place: _Position) -> None:
+  def _report_missing(self, key: str, position: _Position) -> None:
     """Records a required parameter that is not set, once."""
-    where = f"{place.origin}: " if place.origin else ""
+    where = f"{position.origin}: " if position.origin else ""
     message = f"{where}{key} must be set; e.g. --gin_param='{key}=...'"
     if message not in self.missing:
       self.missing.append(message)

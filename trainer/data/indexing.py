@@ -22,7 +22,7 @@ from absl import logging
 from trainer.data import index_arrays, manifest, tfrecord
 from trainer.data.index_arrays import ClassNames
 from trainer.data.records import RecordIndex, locate
-from trainer.data.sources.source import text_of
+from trainer.data.sources.source import label_text
 from trainer.errors import UserError, is_out_of_space, reading
 from trainer.runtime import filesystem
 from trainer.runtime.lease import locked_folder
@@ -67,7 +67,7 @@ def scan_shard(folder: str, name: str, label_feature: str) -> ShardIndex:
     )
     shard = manifest.describe_shard(folder, name, len(ends))
   offsets = np.concatenate([np.zeros(1, np.int64), ends])[:-1]
-  names = [text_of(label, path) for label in labels.names]
+  names = [label_text(label, path) for label in labels.names]
   return ShardIndex(
     shard,
     offsets,

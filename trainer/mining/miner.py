@@ -107,7 +107,7 @@ class Miner:
       replacements=dataset.replacements,
     )
 
-  def mining_of(
+  def make_mine_fn(
     self, step: TrainStep, dataset: Dataset
   ) -> Callable[[int], RoundContent]:
     """Returns a function that mines with the encoder of a training step.

@@ -159,22 +159,23 @@ class OfflineMining:
     """Checks, before the first round, that rounds will fit.
 
     Args:
-      dataset: as in `sampler_of`.
-      plain_shape: as in `sampler_of`.
-      num_replicas: as in `sampler_of`.
+      dataset: as in `make_sampler`.
+      plain_shape: as in `make_sampler`.
+      num_replicas: as in `make_sampler`.
 
     Returns:
       A sampler like those of later rounds, but without examples to draw.
 
     Raises:
-      UserError: as in `sampler_of`; or the miner does not mine what the sampler draws.
+      UserError: as in `make_sampler`; or the miner does not mine what the sampler
+        draws.
     """
     if self.miner is not None:
       self.miner.check(dataset)
     spec = round_spec(self.miner, dataset)
-    return self.sampler_of(spec, dataset, plain_shape, num_replicas)
+    return self.make_sampler(spec, dataset, plain_shape, num_replicas)
 
-  def sampler_of(
+  def make_sampler(
     self,
     mining_round: Round,
     dataset: Dataset,

@@ -272,7 +272,7 @@ class Rounds:
 
     def open_round() -> _OpenRound:
       mining_round = MiningRound(self._model_dir, round_step, self._fingerprint)
-      sampler = self._options.sampler_of(
+      sampler = self._options.make_sampler(
         mining_round, self._dataset, self.sampler.shape, num_replicas
       )
       return _OpenRound(mining_round, sampler)

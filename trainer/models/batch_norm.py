@@ -51,7 +51,7 @@ def batch_norms(encoder: tf.keras.Model) -> list[tf.keras.layers.Layer]:
   ]
 
 
-def has_synchronized(encoder: tf.keras.Model) -> bool:
+def has_synchronized_batch_norm(encoder: tf.keras.Model) -> bool:
   """Returns whether one of them uses the batch of all replicas."""
   return any(getattr(each, "synchronized", False) for each in batch_norms(encoder))
 

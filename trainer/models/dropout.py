@@ -31,7 +31,7 @@ _positions: list[_Position] = []
 
 
 @contextlib.contextmanager
-def examples_at(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
+def example_scope(step: tf.Tensor, first_example: tf.Tensor) -> Iterator[None]:
   """Sets the position of the examples while a function is traced.
 
   Args:
@@ -60,7 +60,7 @@ def set_seed(encoder: tf.keras.Model, seed: int) -> None:
 class Dropout(tf.keras.layers.Layer):
   """Dropout layer: zeroes a fraction of features in training, and scales up the rest.
 
-  Outside `examples_at` the mask is arbitrary.
+  Outside `example_scope` the mask is arbitrary.
 
   Args:
     rate: fraction of the features that is dropped, in [0, 1).

@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
-from trainer.models.batch_norm import batch_norms, has_synchronized
+from trainer.models.batch_norm import batch_norms, has_synchronized_batch_norm
 from trainer.tpu_check import replica_program
 from trainer.tpu_check.compiler import (
   Array,
@@ -264,7 +264,7 @@ def _micro_batches(run: RunStep, num_replicas: int, share: float) -> list[str]:
   # Leave a margin for memory that does not shrink with the micro-batch.
   smallest = current * max(2, math.ceil(share * 1.25))
   divisors = [n for n in range(smallest, size + 1) if size % n == 0]
-  if not divisors or has_synchronized(run.step.encoder):
+  if not divisors or has_synchronized_batch_norm(run.step.encoder):
     return []
   result = (
     "batch normalisation then uses micro-batches"
@@ -339,7 +339,7 @@ def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool
     UserError: the run's parts do not fit each other or the replicas.
   """
   compiler = Compiler(compiler_python)
-  run = replica_program.step_of_run()
+  run = replica_program.build_run_step()
   if topology.tpu is not None:
     checks.check_tpu_limits(run.step)
   print(devices_text(topology))

@@ -88,7 +88,7 @@ class RunStep(NamedTuple):
     )
 
 
-def step_of_run() -> RunStep:
+def build_run_step() -> RunStep:
   """Returns the step of the current gin config.
 
   Raises:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
-from trainer.models.batch_norm import batch_norms, has_synchronized
+from trainer.models.batch_norm import batch_norms, has_synchronized_batch_norm
 from trainer.runtime import tensorflow_private
 
 
@@ -64,7 +64,7 @@ def check_splittable_encoder(encoder: tf.keras.Model) -> None:
         f"StepOptions.num_micro_batches embeds twice, and {type(layer).__name__} would "
         "draw other numbers the second time; use trainer.models.dropout.Dropout."
       )
-  if has_synchronized(encoder):
+  if has_synchronized_batch_norm(encoder):
     raise UserError(
       "StepOptions.num_micro_batches and synchronised batch normalisation exclude each "
       "other: collectives do not work inside the loop over micro-batches."

@@ -9,7 +9,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.models.batch_norm import has_synchronized
+from trainer.models.batch_norm import has_synchronized_batch_norm
 
 COMPILED = ("nothing", "encoder", "step")
 _CHOICES = {
@@ -60,7 +60,7 @@ class StepOptions:
         "StepOptions.compiled='step' can't compile communication between "
         f"{num_replicas} replicas; use 'encoder', or one replica."
       )
-    if self.compiled == "encoder" and has_synchronized(encoder):
+    if self.compiled == "encoder" and has_synchronized_batch_norm(encoder):
       raise UserError(
         "StepOptions.compiled='encoder' can't compile the communication of "
         f"{num_replicas} replicas in synchronised batch normalisation; use "

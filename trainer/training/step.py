@@ -20,7 +20,7 @@ from trainer.losses.cross_batch_memory import CrossBatchMemory, Entries
 from trainer.losses.loss_terms import Anchors, WeightedMean
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.objectives import Loss, ObjectiveFn
-from trainer.models.dropout import examples_at
+from trainer.models.dropout import example_scope
 from trainer.training import gradients as gradients_lib
 from trainer.training.optimizers import AveragedWeights, MultiOptimizer
 from trainer.training.options import StepOptions
@@ -343,7 +343,7 @@ class TrainStep:
       self._encode(batch.inputs[first : first + size], step, place)
 
   def _encode(self, inputs, step, first_example):
-    with examples_at(step, first_example):
+    with example_scope(step, first_example):
       return self.encoder(inputs, training=True)
 
 

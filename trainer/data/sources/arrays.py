@@ -22,7 +22,7 @@ import gin
 import numpy as np
 
 from trainer.data.sources import reader_process
-from trainer.data.sources.source import Item, Loader, Source, encode_png, text_of
+from trainer.data.sources.source import Item, Loader, Source, encode_png, label_text
 from trainer.errors import UserError, reading, short_reason
 from trainer.runtime import filesystem
 
@@ -306,7 +306,7 @@ def _vector(key: str, row: np.ndarray) -> np.ndarray:
 
 def _class_name(label: Any, class_names: Optional[Sequence[str]], key: str) -> str:
   if label is None or isinstance(label, (bytes, str)) or class_names is None:
-    return text_of(label, key)
+    return label_text(label, key)
   if not 0 <= label < len(class_names):
     raise UserError(
       f"{key} has label {label}, but class_names has only {len(class_names)} names."

@@ -1,7 +1,7 @@
 """Rows of a Parquet file as plain values: scalars, byte strings and arrays.
 
 `read` runs in a reader process and converts every column to one of a few types.
-`row_of` extracts one row of a batch. Fields of a struct become separate columns with
+`parse_row` extracts one row of a batch. Fields of a struct become separate columns with
 dotted names, such as `image.bytes`.
 """
 
@@ -72,16 +72,16 @@ def count(path: str, name: str) -> Iterator[Message]:
     raise _damaged(name, error) from error
 
 
-def batch_of(message: bytes) -> pa.RecordBatch:
+def parse_batch(message: bytes) -> pa.RecordBatch:
   """Returns the batch in one message of `read`."""
   return pa.ipc.open_stream(message).read_next_batch()
 
 
-def row_of(batch: pa.RecordBatch, number: int, where: str) -> dict[str, Value]:
+def parse_row(batch: pa.RecordBatch, number: int, where: str) -> dict[str, Value]:
   """Returns the values of one row by column; nulls are skipped.
 
   Args:
-    batch: batch from `batch_of`.
+    batch: batch from `parse_batch`.
     number: number of the row in the batch.
     where: name of the row, for the message.
 

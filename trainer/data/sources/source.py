@@ -161,7 +161,7 @@ def feature_names(columns: Iterable[str]) -> dict[str, str]:
   return names
 
 
-def text_of(value: object, where: str) -> str:
+def label_text(value: object, where: str) -> str:
   """Converts a label to text.
 
   Args:

@@ -23,7 +23,7 @@ from trainer.data.sources.source import (
   Source,
   Value,
   feature_names,
-  text_of,
+  label_text,
 )
 from trainer.errors import UserError, reading
 from trainer.runtime import filesystem
@@ -98,7 +98,7 @@ class ParquetSource(Source):
         if "kinds" in header:
           _check_kinds(kinds, header["kinds"], path, self._label_column)
           names = feature_names(n for n in header["kinds"] if n not in columns[:2])
-        for batch in map(parquet_columns_lib.batch_of, parts):
+        for batch in map(parquet_columns_lib.parse_batch, parts):
           for number in range(batch.num_rows):
             key = f"{name}/{num_rows + number}"
             yield functools.partial(self._load, key, batch, number, names)
@@ -107,10 +107,10 @@ class ParquetSource(Source):
   def _load(self, key: str, batch: Any, number: int, names: Mapping[str, str]) -> Item:
     from trainer.data.sources import parquet_columns as parquet_columns_lib
 
-    row = parquet_columns_lib.row_of(batch, number, key)
+    row = parquet_columns_lib.parse_row(batch, number, key)
     if self._label_column not in row:
       raise UserError(f"{key} has no label: column {self._label_column!r} is null.")
-    label = text_of(row.pop(self._label_column), key)
+    label = label_text(row.pop(self._label_column), key)
     image = None
     if self._image_column is not None:
       image = row.pop(self._image_column, None)
@@ -166,7 +166,7 @@ class LmdbSource(Source):
         f"class in the key {name!r}."
       )
     where = f"{self._path}: the key {name!r}"
-    return Item(name, text_of(os.fsencode(label), where), value)
+    return Item(name, label_text(os.fsencode(label), where), value)
 
   def _file(self) -> str:
     inside = os.path.join(self._path, "data.mdb")
@@ -289,7 +289,7 @@ class TfRecordSource(Source):
     for name in names:
       if name is not None and name not in values:
         raise UserError(f"{key} has no feature {name!r}; it has {', '.join(values)}.")
-    label = text_of(
+    label = label_text(
       _single_value(values[self._label_feature], key, self._label_feature), key
     )
     image = None
