@@ -130,11 +130,7 @@ class Embedding:
 
     def open_writer():
       return EmbeddingWriter(
-        folder,
-        shape=shape,
-        dtype=self.dtype,
-        source=source,
-        rows_per_batch=batch_size,
+        folder, shape=shape, dtype=self.dtype, source=source, rows_per_batch=batch_size
       )
 
     writer = workers.run_on_all(open_writer if workers.is_chief else _nothing)

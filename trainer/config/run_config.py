@@ -216,10 +216,7 @@ def save_operative_config(model_dir: str) -> None:
 
 
 def check_same_config(
-  config: Config,
-  model_dir: str,
-  allow_change: bool = False,
-  is_resumed: bool = False,
+  config: Config, model_dir: str, allow_change: bool = False, is_resumed: bool = False
 ) -> None:
   """Raises if a folder holds another config, unless a change is allowed.
 

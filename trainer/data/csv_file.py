@@ -140,10 +140,7 @@ class CsvFile:
 
   def _text(self) -> io.TextIOWrapper:
     return io.TextIOWrapper(
-      io.BytesIO(self.content),
-      encoding=self._encoding,
-      errors=self._errors,
-      newline="",
+      io.BytesIO(self.content), encoding=self._encoding, errors=self._errors, newline=""
     )
 
   def _no_text(self) -> UserError:

@@ -128,9 +128,7 @@ def _jpeg_size(files: tf.Tensor, is_jpeg: tf.Tensor) -> tf.Tensor:
   smallest = tf.io.encode_jpeg(tf.zeros([1, 1, 1], tf.uint8))
   # tf.where copies the files, so it is skipped if all are JPEG.
   all_jpeg = tf.cond(
-    tf.reduce_all(is_jpeg),
-    lambda: files,
-    lambda: tf.where(is_jpeg, files, smallest),
+    tf.reduce_all(is_jpeg), lambda: files, lambda: tf.where(is_jpeg, files, smallest)
   )
   return batched_map(
     tf.image.extract_jpeg_shape, all_jpeg, tf.TensorSpec([3], tf.int32)
@@ -214,11 +212,7 @@ def read_image_info(
   is_decoded = (heads[:, 14] >= 40) & (heads[:, 30] == 0) & (heads[:, 29] == 0)
   is_decoded &= (heads[:, 28] == 8) | (heads[:, 28] == 24) | (heads[:, 28] == 32)
   return ImageInfo(
-    declared.num_pixels,
-    is_plain,
-    kind,
-    orientations,
-    (is_bmp & ~is_decoded) | is_webp,
+    declared.num_pixels, is_plain, kind, orientations, (is_bmp & ~is_decoded) | is_webp
   )
 
 
@@ -350,9 +344,7 @@ class ImageDecoder:
   def decode_files(self, files: tf.Tensor) -> tf.Tensor:
     """Decodes [B] string image files to [B, H, W, C] float32 in [0, 1]."""
     info = read_image_info(
-      files,
-      channels=self.shape[-1],
-      has_background=self._background is not None,
+      files, channels=self.shape[-1], has_background=self._background is not None
     )
     files = self._checked(files, info)
     # A branch per file would slow down the many files that need none.
@@ -362,9 +354,7 @@ class ImageDecoder:
     )
     images = batched_map(self._decode_plain, plain, tf.TensorSpec(self.shape, tf.uint8))
     images = tf.cond(
-      are_plain,
-      lambda: images,
-      lambda: self._decode_unusual_files(images, files, info),
+      are_plain, lambda: images, lambda: self._decode_unusual_files(images, files, info)
     )
     return tf.cast(images, tf.float32) / 255.0
 

@@ -94,9 +94,7 @@ def _may_have_metadata(heads: tf.Tensor) -> tf.Tensor:
 def _read(files: tf.Tensor, heads: tf.Tensor) -> tf.Tensor:
   is_jpeg = _equals(heads, 0, b"\xff\xd8")
   start = _Cursor(
-    tf.where(is_jpeg, 2, 8),
-    tf.zeros_like(heads[:, 0]),
-    tf.zeros_like(is_jpeg),
+    tf.where(is_jpeg, 2, 8), tf.zeros_like(heads[:, 0]), tf.zeros_like(is_jpeg)
   )
   end = tf.while_loop(
     lambda cursor: ~tf.reduce_all(cursor.is_done),

@@ -207,11 +207,7 @@ class Batches:
     )
 
   def _decode(
-    self,
-    step: tf.Tensor,
-    shard: Shard,
-    records: tf.Tensor,
-    *rows: tf.Tensor,
+    self, step: tf.Tensor, shard: Shard, records: tf.Tensor, *rows: tf.Tensor
   ) -> Batch:
     """Returns the batch of this worker, [L] rows."""
     inputs = self._decoder(records)

@@ -87,10 +87,7 @@ class RecordIndex:
   """
 
   def __init__(
-    self,
-    folder: str,
-    description: manifest.Manifest,
-    arrays: index_arrays.IndexArrays,
+    self, folder: str, description: manifest.Manifest, arrays: index_arrays.IndexArrays
   ):
     self.manifest = description
     self.labels: np.ndarray = arrays.labels

@@ -30,10 +30,7 @@ class NegativeWindow(Protocol):
     """Number of nearest neighbours with other labels that are considered."""
 
   def choose(
-    self,
-    distances: np.ndarray,
-    is_candidate: np.ndarray,
-    farthest_positive: np.ndarray,
+    self, distances: np.ndarray, is_candidate: np.ndarray, farthest_positive: np.ndarray
   ) -> np.ndarray:
     """Chooses negatives among the neighbours.
 
@@ -77,10 +74,7 @@ class RankWindow:
     self.depth = last
 
   def choose(
-    self,
-    distances: np.ndarray,
-    is_candidate: np.ndarray,
-    farthest_positive: np.ndarray,
+    self, distances: np.ndarray, is_candidate: np.ndarray, farthest_positive: np.ndarray
   ) -> np.ndarray:
     """Chooses as `NegativeWindow.choose`; distances are ignored."""
     ranks = np.cumsum(is_candidate, axis=1)
@@ -116,10 +110,7 @@ class MarginWindow:
     self.depth = depth
 
   def choose(
-    self,
-    distances: np.ndarray,
-    is_candidate: np.ndarray,
-    farthest_positive: np.ndarray,
+    self, distances: np.ndarray, is_candidate: np.ndarray, farthest_positive: np.ndarray
   ) -> np.ndarray:
     """Chooses as `NegativeWindow.choose`."""
     nearest, farthest = farthest_positive, farthest_positive + self._margin

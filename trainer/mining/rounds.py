@@ -18,12 +18,7 @@ from absl import logging
 from trainer.data.dataset import Dataset
 from trainer.data.samplers import BatchSampler
 from trainer.distribute.workers import current_workers
-from trainer.errors import (
-  TooFewExamplesError,
-  UnwritableError,
-  UserError,
-  short_reason,
-)
+from trainer.errors import TooFewExamplesError, UnwritableError, UserError, short_reason
 from trainer.mining import round
 from trainer.mining.miner import RoundContent, corpus_fingerprint
 from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler

@@ -48,11 +48,7 @@ class ConvNet(tf.keras.layers.Layer):
   """
 
   def __init__(
-    self,
-    *,
-    filters: Sequence[int],
-    kernel_size: int = 3,
-    normalization: str = "none",
+    self, *, filters: Sequence[int], kernel_size: int = 3, normalization: str = "none"
   ):
     super().__init__()
     check_choice("ConvNet.normalization", normalization, _NORMALIZATIONS)

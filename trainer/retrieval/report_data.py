@@ -265,10 +265,7 @@ def confused_classes(results: QueryResults) -> list[Confusion]:
     results.labels[results.neighbours[:, 0]] != results.labels[results.queries]
   )
   mistakes = np.flatnonzero(~results.is_right[:, 0] & of_another)
-  queries, found = (
-    results.queries[mistakes],
-    results.neighbours[mistakes, 0],
-  )
+  queries, found = (results.queries[mistakes], results.neighbours[mistakes, 0])
   pairs, pair_of, counts = np.unique(
     np.stack([results.labels[queries], results.labels[found]]),
     axis=1,

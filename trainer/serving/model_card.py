@@ -62,8 +62,7 @@ def write_model_card(folder: str, info: ModelCardInfo, *, model_dir: str) -> str
     *_section("Training", _training(info)),
     *_section("Data", info.data),
     *_section(
-      "Retrieval on classes outside the training split",
-      _measured(model_dir, info.step),
+      "Retrieval on classes outside the training split", _measured(model_dir, info.step)
     ),
     *_section("Software", {"trainer": __version__, "TensorFlow": tf.__version__}),
     *_section("Files (SHA-256)", _hashes(folder)),

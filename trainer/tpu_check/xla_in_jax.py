@@ -116,9 +116,7 @@ def _compiled(module, devices):
   is_real = client.platform == "cpu"
   do_compile = client.compile_and_load if is_real else client.compile
   return do_compile(
-    module,
-    executable_devices=_jax.DeviceList(tuple(devices)),
-    compile_options=options,
+    module, executable_devices=_jax.DeviceList(tuple(devices)), compile_options=options
   )
 
 

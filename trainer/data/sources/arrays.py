@@ -216,11 +216,7 @@ def _read_hdf5(inputs: Any, labels: Any, name: str) -> Iterator[reader_process.M
     some = labels[first : first + step].tolist()
     some = [None if each == missing_label else each for each in some]
     texts = [each or b"" for each in some] if is_text else []
-    header = {
-      "first": first,
-      "labels": [] if is_text else some,
-      "missing": missing,
-    }
+    header = {"first": first, "labels": [] if is_text else some, "missing": missing}
     yield header, [inputs[first : first + step].tobytes(), *texts]
 
 
