@@ -48,7 +48,9 @@ def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file, changes):
     [number] = re.findall(rf"^    {name} +(\S+) [KMG]iB$", out, re.MULTILINE)
     assert float(number) > 0
   assert re.search(r"operations +\S+e\+0[6-9] FLOP a step", out)
-  assert re.search(r"collectives +[1-9]\d* all-reduce; each replica receives \S+ KiB", out)
+  assert re.search(
+    r"collectives +[1-9]\d* all-reduce; each replica receives \S+ KiB", out
+  )
   assert "Not checked: speed" in out
 
 

@@ -133,7 +133,7 @@ class Embedding:
         folder, shape=shape, dtype=self.dtype, source=source, rows_per_batch=batch_size
       )
 
-    writer = workers.run_on_all(open_writer if workers.is_chief else _nothing)
+    writer = workers.run_on_all(open_writer if workers.is_chief else lambda: None)
     own = [writer.num_done, writer.is_finished] if writer else None
     num_done, is_finished = json.loads(workers.exchange(json.dumps(own))[0])
     if is_finished:
@@ -144,7 +144,9 @@ class Embedding:
     # Rows are written in whole steps, except for the last.
     for rows in embedder.embed(numbers, first_step=-(-num_done // batch_size)):
       rows = _in_dtype(rows, self.dtype)
-      workers.run_on_all(functools.partial(writer.append, rows) if writer else _nothing)
+      workers.run_on_all(
+        functools.partial(writer.append, rows) if writer else lambda: None
+      )
       progress.advance(len(rows))
     progress.finish()
     items = RecordItems(index, numbers)
@@ -154,10 +156,6 @@ class Embedding:
 
     workers.run_on_chief(finish)
     logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
-
-
-def _nothing() -> None:
-  """Does nothing on workers while the chief writes."""
 
 
 def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:

@@ -132,8 +132,8 @@ class NearestItems:
     queries = self._embeddings[items]
     if self._index is None:
       if not is_faiss_used():
-        # Use few sizes, because each size is retraced on the devices.
-        size = min(_MAX_QUERIES, _power_of_two(len(items)))
+        # Use powers of two, because each size is retraced on the devices.
+        size = min(_MAX_QUERIES, max(256, 1 << (len(items) - 1).bit_length()))
         queries = np.resize(queries, [size, queries.shape[1]])
       found = nearest(queries, self._embeddings, num_neighbours=num_neighbours)
       return Neighbours(*(each[: len(items)] for each in found))
@@ -180,11 +180,6 @@ def empty_neighbours(num_items: int, num_neighbours: int) -> Neighbours:
   """Returns empty arrays for search results."""
   shape = (num_items, num_neighbours)
   return Neighbours(np.empty(shape, np.int32), np.empty(shape, np.float32))
-
-
-def _power_of_two(number: int) -> int:
-  """Returns the next power of two, at least 256."""
-  return max(256, 1 << (number - 1).bit_length())
 
 
 def _remove_self(found: Neighbours, items: np.ndarray) -> Neighbours:

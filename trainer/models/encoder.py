@@ -341,19 +341,16 @@ def _check_inputs(
       f"the backbone {backbone.name!r} takes {inputs[0].dtype.name}, but inputs are "
       "float32 (images in [0, 1]); build it for float32."
     )
-  first = next((each for each in backbone.layers if not _is_input(each)), None)
-  if isinstance(first, tf.keras.layers.Rescaling) and _is_small(first.scale):
+  layers = backbone.layers
+  first = next(
+    (x for x in layers if not isinstance(x, tf.keras.layers.InputLayer)), None
+  )
+  if not isinstance(first, tf.keras.layers.Rescaling):
+    return
+  if tf.reduce_max(tf.abs(first.scale)) < _LARGEST_PIXEL_SCALE:
     logging.warning(
       "The backbone %r scales its inputs by %s as if they were in [0, 255], but "
       "images are in [0, 1]: add Rescaling(255.0) before it.",
       backbone.name,
       first.scale,
     )
-
-
-def _is_input(layer: tf.keras.layers.Layer) -> bool:
-  return isinstance(layer, tf.keras.layers.InputLayer)
-
-
-def _is_small(scale: Any) -> bool:
-  return bool(tf.reduce_max(tf.abs(scale)) < _LARGEST_PIXEL_SCALE)

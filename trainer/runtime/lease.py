@@ -124,8 +124,9 @@ class _OwnLease:
 
   def __init__(self, folder: str, doing: str):
     self.path = os.path.join(folder, f"{_PREFIX}{secrets.token_hex(8)}{_ENDING}")
+    now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     self._lease = Lease(
-      socket.gethostname(), _machine(), os.getpid(), _now(), doing, is_settled=False
+      socket.gethostname(), _machine(), os.getpid(), now, doing, is_settled=False
     )
     self._lock = threading.Lock()
 
@@ -240,10 +241,6 @@ def _in_use(path: str, lease: Lease) -> str:
     f"{_describe(lease)} is {lease.doing} {os.path.dirname(path)} since {lease.since}; "
     "wait until it ends, or choose another folder."
   )
-
-
-def _now() -> str:
-  return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
 
 
 def _is_running(path: str, pid: int) -> bool:

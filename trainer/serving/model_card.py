@@ -54,12 +54,17 @@ def write_model_card(folder: str, info: ModelCardInfo, *, model_dir: str) -> str
   inputs = f"float32 inputs of shape {list(info.input_shape)}"
   if info.is_image:
     inputs = f"{inputs}, images with values in [0, 1],"
+  training = {
+    "steps": info.step,
+    "checkpoint": info.checkpoint,
+    "configuration": f"{info.config_hash} ({run_config.CONFIG_FILE} in this folder)",
+  }
   lines = [
     f"# {info.name}",
     "",
     f"Maps {inputs} to embeddings of {info.embedding_size} dimensions. Compare them "
     "by Euclidean distance.",
-    *_section("Training", _training(info)),
+    *_section("Training", training),
     *_section("Data", info.data),
     *_section(
       "Retrieval on classes outside the training split", _measured(model_dir, info.step)
@@ -70,14 +75,6 @@ def write_model_card(folder: str, info: ModelCardInfo, *, model_dir: str) -> str
   path = os.path.join(folder, MODEL_CARD_FILE)
   filesystem.replace_file(path, "\n".join(lines) + "\n")
   return path
-
-
-def _training(info: ModelCardInfo) -> dict[str, Any]:
-  return {
-    "steps": info.step,
-    "checkpoint": info.checkpoint,
-    "configuration": f"{info.config_hash} ({run_config.CONFIG_FILE} in this folder)",
-  }
 
 
 def _section(title: str, rows: Mapping[str, Any]) -> list[str]:
