@@ -77,7 +77,7 @@ class NumpySource(Source):
     for number, label in enumerate(labels):
       key = f"{self._inputs}/{number}"
       yield functools.partial(
-        _load_row, key, label, self._class_names, inputs, number, is_image
+        _load, key, label, self._class_names, inputs[number], is_image
       )
 
 
@@ -252,17 +252,6 @@ def _check_fit(name: str, inputs: Any, labels: Any, is_text: bool = False) -> No
     )
 
 
-def _load_row(
-  key: str,
-  label: Any,
-  class_names: Optional[Sequence[str]],
-  inputs: np.ndarray,
-  number: int,
-  is_image: bool,
-) -> Item:
-  return _load(key, label, class_names, np.asarray(inputs[number]), is_image)
-
-
 def _load(
   key: str,
   label: Any,
@@ -272,6 +261,7 @@ def _load(
   missing: Any = None,
 ) -> Item:
   class_name = _class_name(label, class_names, key)
+  row = np.asarray(row)
   if missing is not None and (row == missing).any():
     raise UserError(
       f"{key} has missing values ({missing}); fill them in, or remove the item."
@@ -495,18 +485,9 @@ class IdxSource(Source):
           f"labels in {self._folder}; the numbers must be equal."
         )
       for number, (image, label) in enumerate(zip(images, labels)):
-        name = self._class_name(int(label), labels_name, number)
+        where = f"{labels_name}: record {number}"
+        name = _class_name(int(label), self._class_names, where)
         yield functools.partial(_load_idx, f"{images_name}/{number}", name, image)
-
-  def _class_name(self, label: int, file_name: str, number: int) -> str:
-    if self._class_names is None:
-      return str(label)
-    if label >= len(self._class_names):
-      raise UserError(
-        f"{file_name}: record {number} has label {label}, but IdxSource.class_names "
-        f"has only {len(self._class_names)} names."
-      )
-    return self._class_names[label]
 
   def _path(self, name: str) -> str:
     """Returns the path of the file, or of its gzipped form if only that exists."""
