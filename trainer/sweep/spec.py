@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Optional
 
 from trainer.config import gin_resolution, gin_statements
@@ -27,11 +28,28 @@ from trainer.config.gin_statements import Binding, Reference, Statement
 from trainer.errors import UserError
 from trainer.sweep.domains import KINDS, Domain, read_domain
 
+_OPERATORS: dict[type, Callable[..., Any]] = {
+  ast.Add: operator.add,
+  ast.Sub: operator.sub,
+  ast.Mult: operator.mul,
+  ast.Div: operator.truediv,
+  ast.FloorDiv: operator.floordiv,
+  ast.Mod: operator.mod,
+  ast.USub: operator.neg,
+  ast.Not: operator.not_,
+  ast.Eq: operator.eq,
+  ast.NotEq: operator.ne,
+  ast.Lt: operator.lt,
+  ast.LtE: operator.le,
+  ast.Gt: operator.gt,
+  ast.GtE: operator.ge,
+  ast.In: lambda left, right: left in right,
+  ast.NotIn: lambda left, right: left not in right,
+}
 # Nodes of a constraint's syntax tree; anything else is refused.
 _ALLOWED_NODES = (
-  *(ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple, ast.Compare, ast.cmpop),
-  *(ast.BoolOp, ast.boolop, ast.UnaryOp, ast.Not, ast.USub),
-  *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+  *(ast.Name, ast.Load, ast.Constant, ast.List, ast.Tuple),
+  *(ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.BinOp, *_OPERATORS),
 )
 METHODS = ("grid", "random", "tpe")
 GOALS = ("maximize", "minimize")
@@ -69,7 +87,7 @@ class Constraint:
           f"sweep.constraints: {text!r}: {node.id} is not swept"
           f"{nearest or '; swept are ' + ', '.join(names)}"
         )
-    self._code = compile(tree, "sweep.constraints", "eval")
+    self._expression = tree.body
     self.holds(names)
 
   def holds(self, values: Mapping[str, Any]) -> bool:
@@ -83,9 +101,31 @@ class Constraint:
     """
     plain = {n: v.name if isinstance(v, Reference) else v for n, v in values.items()}
     try:
-      return bool(eval(self._code, {"__builtins__": {}}, plain))
+      return bool(_evaluate(self._expression, plain))
     except (TypeError, ZeroDivisionError) as error:
       raise UserError(f"sweep.constraints: {self.text!r}: {error}.") from error
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, Any]) -> Any:
+  """Returns the value of an expression of `_ALLOWED_NODES`."""
+  if isinstance(node, ast.Constant):
+    return node.value
+  if isinstance(node, ast.Name):
+    return values[node.id]
+  if isinstance(node, (ast.List, ast.Tuple)):
+    return [_evaluate(each, values) for each in node.elts]
+  if isinstance(node, ast.BoolOp):
+    parts = (_evaluate(each, values) for each in node.values)
+    return all(parts) if isinstance(node.op, ast.And) else any(parts)
+  if isinstance(node, ast.UnaryOp):
+    return _OPERATORS[type(node.op)](_evaluate(node.operand, values))
+  if isinstance(node, ast.BinOp):
+    sides = [_evaluate(each, values) for each in (node.left, node.right)]
+    return _OPERATORS[type(node.op)](*sides)
+  assert isinstance(node, ast.Compare)
+  sides = [_evaluate(each, values) for each in (node.left, *node.comparators)]
+  pairs = zip(node.ops, sides, sides[1:])
+  return all(_OPERATORS[type(each)](left, right) for each, left, right in pairs)
 
 
 class _DottedNames(ast.NodeTransformer):
