@@ -20,9 +20,8 @@ import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
-from trainer.losses.loss_terms import Candidates, WeightedMean
+from trainer.losses.loss_terms import Candidates, MiningBatch, WeightedMean
 from trainer.losses.metric_accumulators import weighted_mean
-from trainer.losses.objectives import MiningBatch
 
 _NEVER = -1
 

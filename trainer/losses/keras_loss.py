@@ -11,13 +11,15 @@ Shapes: B embeddings of one replica, D dimensions, L labels, R replicas.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
+from trainer.losses.class_centres import CentreRows, ClassCentres
 from trainer.losses.labels import (
   INTEGER,
   check_label_encoding,
@@ -25,7 +27,14 @@ from trainer.losses.labels import (
   of_batch,
   read_labels,
 )
-from trainer.losses.loss_terms import Anchors, Candidates, LossOutput, check_embeddings
+from trainer.losses.loss_terms import (
+  Anchors,
+  Candidates,
+  LossOutput,
+  MiningBatch,
+  ReplicaLoss,
+  check_embeddings,
+)
 
 
 class KerasSerializable:
@@ -72,6 +81,24 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
       candidates: C of them, the anchors among them.
     """
     raise NotImplementedError
+
+  @property
+  def tables(self) -> list[ClassCentres]:
+    """Tables of class centres of which rows are read in each step; none here."""
+    return []
+
+  def replica_loss(
+    self, pairs: MiningBatch, rows: Sequence[CentreRows], collectives: Collectives
+  ) -> ReplicaLoss:
+    """Computes this replica's share of the loss.
+
+    Args:
+      pairs: anchors and candidates of a step.
+      rows: read from each of `tables`.
+      collectives: connect the replicas.
+    """
+    del rows
+    return pairs.replica_loss(self.terms(pairs.anchors, pairs.candidates), collectives)
 
   def check_is_complete(self) -> None:
     """Checks that the loss needs nothing but embeddings and labels.

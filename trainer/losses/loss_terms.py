@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
 
 
@@ -86,6 +87,49 @@ class LossOutput(NamedTuple):
   total: tf.Tensor
   count: tf.Tensor
   statistics: Mapping[str, Any]
+
+
+class ReplicaLoss(NamedTuple):
+  """A replica's share of the loss.
+
+  Attributes:
+    value: [] float32, differentiable; the loss is its sum over replicas.
+    statistics: of this replica's anchors, to be summed over replicas and steps.
+  """
+
+  value: tf.Tensor
+  statistics: Mapping[str, Any]
+
+
+class MiningBatch(NamedTuple):
+  """The anchors of a replica, and the candidates that they are compared with.
+
+  Attributes:
+    anchors: B of them.
+    candidates: of the global batch, or of this replica.
+    is_global: whether the loss is divided by the count of all replicas: L = Σ_r total_r
+      / Σ_r count_r. Otherwise it is the mean of the replicas' losses: L = 1/R Σ_r
+      total_r / count_r.
+  """
+
+  anchors: Anchors
+  candidates: Candidates
+  is_global: bool
+
+  def replica_loss(self, output: LossOutput, collectives: Collectives) -> ReplicaLoss:
+    """Computes this replica's share of the loss; 0 if the count is 0.
+
+    Args:
+      output: the sums over these anchors.
+      collectives: sum over the replicas.
+    """
+    count = tf.stop_gradient(output.count)
+    if self.is_global:
+      count = collectives.sum(count)
+    else:
+      count = count * collectives.num_replicas
+    value = tf.math.divide_no_nan(output.total, count)
+    return ReplicaLoss(value, output.statistics)
 
 
 LossFn = Callable[[Anchors, Candidates], LossOutput]

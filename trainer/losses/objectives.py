@@ -10,56 +10,14 @@ Shapes: B examples on each replica, D dimensions, R replicas.
 from __future__ import annotations
 
 import inspect
-from typing import Callable, NamedTuple, Optional, Protocol
+from typing import Callable, Optional
 
 import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
-from trainer.losses.loss_terms import Anchors, Candidates, LossOutput
-from trainer.losses.mining_statistics import MinedLoss
-
-
-class MiningBatch(NamedTuple):
-  """The anchors of a replica, and the candidates that they are compared with.
-
-  Attributes:
-    anchors: B of them.
-    candidates: of the global batch, or of this replica.
-    is_global: whether the loss is divided by the count of all replicas: L = Σ_r total_r
-      / Σ_r count_r. Otherwise it is the mean of the replicas' losses: L = 1/R Σ_r
-      total_r / count_r.
-  """
-
-  anchors: Anchors
-  candidates: Candidates
-  is_global: bool
-
-  def replica_loss(self, output: LossOutput, collectives: Collectives) -> tf.Tensor:
-    """Returns this replica's share of the loss, [] float32; 0 if the count is 0.
-
-    Args:
-      output: the sums over these anchors.
-      collectives: sum over the replicas.
-    """
-    count = tf.stop_gradient(output.count)
-    if self.is_global:
-      count = collectives.sum(count)
-    else:
-      count = count * collectives.num_replicas
-    return tf.math.divide_no_nan(output.total, count)
-
-
-class Loss(MinedLoss, Protocol):
-  """A loss that can be trained.
-
-  Attributes:
-    needs_positives: whether the loss needs two examples of a class in the batch.
-  """
-
-  needs_positives: bool
-
+from trainer.losses.loss_terms import Anchors, Candidates, MiningBatch
 
 ObjectiveFn = Callable[[Anchors, Collectives], MiningBatch]
 

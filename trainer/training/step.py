@@ -16,10 +16,12 @@ from trainer.distribute.collectives import (
   current_collectives,
 )
 from trainer.errors import UserError
+from trainer.losses.class_centres import CentreRows
 from trainer.losses.cross_batch_memory import CrossBatchMemory, Entries
-from trainer.losses.loss_terms import Anchors, WeightedMean
+from trainer.losses.keras_loss import InBatchLoss
+from trainer.losses.loss_terms import Anchors, MiningBatch, ReplicaLoss, WeightedMean
 from trainer.losses.mining_statistics import MiningStatistics
-from trainer.losses.objectives import Loss, ObjectiveFn
+from trainer.losses.objectives import ObjectiveFn
 from trainer.models.dropout import example_scope
 from trainer.training import gradients as gradients_lib
 from trainer.training.optimizers import AveragedWeights, MultiOptimizer
@@ -31,31 +33,19 @@ _ACTIVE = "mining/active_fraction"
 
 
 class Update(NamedTuple):
-  """Values that a step applies; equal on all replicas.
+  """Values that a step applies; equal on all replicas but for the rows.
 
   Attributes:
     gradients: of the global loss, to each trainable variable.
     entries: of the global batch, for the cross-batch memory; None without one.
+    rows: of each table of class centres, indices and gradients of this replica's rows.
     active: nonzero terms and all terms of the loss, for a curriculum.
   """
 
   gradients: list[tf.Tensor]
   entries: Optional[Entries] = None
   active: WeightedMean = WeightedMean(0.0, 0.0)
-
-
-class ReplicaLoss(NamedTuple):
-  """A replica's share of the loss.
-
-  Attributes:
-    value: [] float32, differentiable; the loss is its sum over replicas.
-    statistics: of this replica, to be summed over replicas and steps.
-    new_entries: of the global batch, for the cross-batch memory; None without one.
-  """
-
-  value: tf.Tensor
-  statistics: Mapping[str, Any]
-  new_entries: Optional[Entries]
+  rows: Sequence[tuple[Optional[tf.Tensor], tf.Tensor]] = ()
 
 
 class StepResult(NamedTuple):
@@ -95,7 +85,7 @@ class TrainStep:
     self,
     *,
     encoder: tf.keras.Model,
-    loss: Loss,
+    loss: InBatchLoss,
     objective_fn: ObjectiveFn,
     optimizer: tf.keras.optimizers.Optimizer,
     mining_statistics: Optional[MiningStatistics] = _MINING_STATISTICS,
@@ -215,25 +205,38 @@ class TrainStep:
     loss_variables = self._variables[self._num_weights :]
     with tf.GradientTape() as tape:
       tape.watch(encoded.embeddings)
-      loss = self._loss_of(encoded.embeddings, batch, collectives)
+      pairs, rows = self._compared(encoded.embeddings, batch, collectives)
+      vectors = [each.vectors for each in rows]
+      tape.watch(vectors)
+      loss, entries = self._loss_of(pairs, rows, batch.record_numbers, collectives)
       scaled = gradients_lib.scale_loss(self.optimizer, loss.value)
-    to_embeddings, *to_loss_variables = tape.gradient(
+    to_embeddings, to_loss, to_rows = tape.gradient(
       scaled,
-      [encoded.embeddings, *loss_variables],
+      [encoded.embeddings, loss_variables, vectors],
       unconnected_gradients=tf.UnconnectedGradients.ZERO,
     )
-    local = [*encoded.gradients(to_embeddings), *to_loss_variables]
+    local = [*encoded.gradients(to_embeddings), *to_loss]
     # The flags are summed with the gradients, without additional communication. An
     # overflow inside the network may show only in the moving averages.
     written = [each for each in self.forward_state if each.dtype.is_floating]
-    is_bad = ~_are_finite([loss.value, encoded.embeddings, *written])
+    is_bad = ~_are_finite([loss.value, encoded.embeddings, *to_rows, *written])
     active = loss.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
     flags = tf.stack([tf.cast(is_bad, tf.float32), active.total, active.count])
     flags, *gradients = collectives.sum([flags, *local])
     gradients = gradients_lib.unscale_gradients(self.optimizer, gradients)
     num_bad, *active_of_all = tf.unstack(flags)
+    update = Update(
+      gradients,
+      entries,
+      WeightedMean(*active_of_all),
+      [
+        (each.indices, gradient)
+        for each, gradient in zip(
+          rows, gradients_lib.unscale_gradients(self.optimizer, to_rows)
+        )
+      ],
+    )
     is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(gradients)
-    update = Update(gradients, loss.new_entries, WeightedMean(*active_of_all))
     return StepResult(update, loss.statistics, is_finite)
 
   def _is_applicable(self, gradients: Sequence[tf.Tensor]) -> tf.Tensor:
@@ -257,6 +260,8 @@ class TrainStep:
     )
     if self.averages is not None:
       self.averages.update(self.optimizer.iterations)
+    for table, (indices, gradients) in zip(self.loss.tables, update.rows):
+      table.update(indices, gradients, self.optimizer.iterations - 1)
     for part in self._advancing:
       part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
 
@@ -275,13 +280,28 @@ class TrainStep:
     gradients_lib.check_micro_batch_size(num_parts, num_examples)
     return gradients_lib.MicroBatchedPass(encode, inputs, weights, num_parts)
 
-  def _loss_of(
+  def _compared(
     self, embeddings: tf.Tensor, batch: Batch, collectives: Collectives
-  ) -> ReplicaLoss:
-    """Computes this replica's share of the loss, and all statistics of the step."""
-    step = tf.cast(self.optimizer.iterations, tf.int32)
+  ) -> tuple[MiningBatch, list[CentreRows]]:
+    """Returns the examples and class centres that embeddings are compared with."""
     anchors = Anchors(embeddings, batch.labels, batch.weights)
     pairs = self.objective_fn(anchors, collectives)
+    step = tf.cast(self.optimizer.iterations, tf.int32)
+    labels = pairs.candidates.labels
+    return pairs, [table.read(labels, step, collectives) for table in self.loss.tables]
+
+  def _loss_of(
+    self,
+    pairs: MiningBatch,
+    rows: Sequence[CentreRows],
+    record_numbers: tf.Tensor,
+    collectives: Collectives,
+  ) -> tuple[ReplicaLoss, Optional[Entries]]:
+    """Computes this replica's share of the loss, with all statistics of the step.
+
+    Also returns the entries of the global batch for the cross-batch memory, if any.
+    """
+    step = tf.cast(self.optimizer.iterations, tf.int32)
     statistics: dict[str, Any] = {}
     if self._mining_statistics is not None:
       statistics.update(
@@ -289,18 +309,18 @@ class TrainStep:
           step, self.loss, pairs.anchors, pairs.candidates
         )
       )
-    candidates, new_entries = pairs.candidates, None
+    entries = None
     if self.cross_batch_memory is not None:
-      candidates, new_entries, of_memory = self.cross_batch_memory.extend(
-        pairs, batch.record_numbers, step, collectives
+      candidates, entries, of_memory = self.cross_batch_memory.extend(
+        pairs, record_numbers, step, collectives
       )
+      pairs = pairs._replace(candidates=candidates)
       statistics.update(of_memory)
-    output = self.loss(pairs.anchors, candidates)
-    value = pairs.replica_loss(output, collectives)
+    loss = self.loss.replica_loss(pairs, rows, collectives)
     # Losses are summed over replicas, so each replica counts as its part of one step.
     num_steps = tf.constant(1.0 / collectives.num_replicas)
-    statistics["train/loss"] = WeightedMean(tf.stop_gradient(value), num_steps)
-    return ReplicaLoss(value, {**output.statistics, **statistics}, new_entries)
+    statistics["train/loss"] = WeightedMean(tf.stop_gradient(loss.value), num_steps)
+    return ReplicaLoss(loss.value, {**loss.statistics, **statistics}), entries
 
   def weights_for_evaluation(self) -> contextlib.AbstractContextManager[None]:
     """Returns a context in which the encoder has its averaged weights, if any."""
@@ -323,7 +343,9 @@ class TrainStep:
 
     @tf.function(autograph=False)
     def statistics_of(embeddings, batch):
-      return self._loss_of(embeddings, batch, OneReplica()).statistics
+      alone = OneReplica()
+      pairs, rows = self._compared(embeddings, batch, alone)
+      return self._loss_of(pairs, rows, batch.record_numbers, alone)[0].statistics
 
     outputs = statistics_of.get_concrete_function(embeddings, specs).structured_outputs
     return tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), outputs)

@@ -1,0 +1,319 @@
+"""Losses against class centres: softmax over cosines with a scale and a margin.
+
+For an example of class y with cosines c_j to the centres, the loss is
+−log(e^{s·φ(c_y)} / (e^{s·φ(c_y)} + Σ_{j≠y} e^{s·c_j})), the mean over the examples by
+their weights. The losses differ in φ, the own cosine with a margin.
+
+Shapes: N examples of the global batch, A of them on this replica, D dimensions, k
+centres of a class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Optional
+
+import gin
+import tensorflow as tf
+
+from trainer.distribute.collectives import Collectives
+from trainer.errors import UserError
+from trainer.losses import metric_accumulators
+from trainer.losses.centre_products import CentreCosines, centre_cosines
+from trainer.losses.class_centres import CentreRows, ClassCentres
+from trainer.losses.distances import cosine
+from trainer.losses.keras_loss import InBatchLoss
+from trainer.losses.loss_terms import (
+  Candidates,
+  LossOutput,
+  MiningBatch,
+  ReplicaLoss,
+)
+
+# Cosines are clipped here before the arc cosine, whose slope is infinite at 1. The
+# distance to 1 is about the rounding of a float32 cosine.
+_CLIP = 1e-7
+# How the angle θ + m is treated where it exceeds π and cos(θ + m) would increase.
+BEYOND_PI = ("linear", "none", "easy")
+ARC_GRADIENTS = ("exact", "straight_through")
+
+
+class ClassCentreLoss(InBatchLoss):
+  """Base of the losses that are a softmax over the cosines with class centres.
+
+  Args:
+    centres: the class centres.
+    scale: s > 0.
+    ignored_above: cosine above which the centre of another class is left out, as the
+      example's label is then doubtful; None for none.
+
+  Raises:
+    UserError: the scale is not above 0, or the threshold is outside of (−1, 1).
+  """
+
+  needs_positives = False
+  comparison = cosine
+  margin = None
+
+  def __init__(
+    self,
+    *,
+    centres: ClassCentres,
+    scale: float,
+    ignored_above: Optional[float] = None,
+  ):
+    name = type(self).__name__
+    if not 0 < scale < math.inf:
+      raise UserError(f"{name}.scale={scale} is not above 0; give a scale such as 64.")
+    if ignored_above is not None and not -1 < ignored_above < 1:
+      raise UserError(
+        f"{name}.ignored_above={ignored_above} is no cosine between -1 and 1; give one "
+        "such as 0.5, or None."
+      )
+    super().__init__()
+    self._centres = centres
+    self._scale = scale
+    self._ignored_above = ignored_above
+
+  @property
+  def tables(self) -> list[ClassCentres]:
+    """Tables of which rows are read in each step."""
+    return [self._centres]
+
+  def own_cosines(
+    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
+  ) -> tf.Tensor:
+    """Returns φ of the cosines with the own classes, [N] float32.
+
+    Args:
+      cosines: [N] float32.
+      norms: [N] float32, of the embeddings before they are scaled to 1.
+      labels: [N] int32; negative for padding.
+    """
+    raise NotImplementedError
+
+  def replica_loss(
+    self, pairs: MiningBatch, rows: Sequence[CentreRows], collectives: Collectives
+  ) -> ReplicaLoss:
+    """Computes this replica's share of the loss; see the base class.
+
+    Raises:
+      UserError: each replica mines alone, or examples have several labels.
+    """
+    _check_batch(type(self).__name__, pairs)
+    anchors, candidates = pairs.anchors, pairs.candidates
+    labels = candidates.labels[: candidates.embeddings.shape[0]]
+    unit, norms = _unit_and_norms(candidates)
+    cosines = centre_cosines(
+      unit, rows[0], self._scale, collectives, ignored_above=self._ignored_above
+    )
+    own_logits = self._scale * self.own_cosines(cosines.own, norms, labels)
+    terms = tf.nn.softplus(cosines.others - own_logits)
+    own_terms = anchors.weights * tf.gather(terms, candidates.positions)
+    output = LossOutput(
+      tf.reduce_sum(own_terms),
+      tf.reduce_sum(anchors.weights),
+      _statistics(cosines, own_logits, candidates.positions, anchors.weights > 0.0),
+    )
+    return pairs.replica_loss(output, collectives)
+
+  def check_is_complete(self) -> None:
+    """Raises, because Keras does not train class centres.
+
+    Raises:
+      UserError: always.
+    """
+    raise UserError(
+      f"{type(self).__name__} has class centres, which only a training by `TrainStep` "
+      "reads and updates; in Keras use a loss of pairs, such as InfoNCELoss."
+    )
+
+
+def _check_batch(name: str, pairs: MiningBatch) -> None:
+  if not pairs.is_global:
+    raise UserError(
+      f"{name} has class centres that are shared by all replicas; set "
+      "TrainStep.objective_fn = @global_negatives."
+    )
+  if pairs.candidates.labels.dtype == tf.bool:
+    raise UserError(f"{name} supports one label of an example, not several.")
+
+
+def _unit_and_norms(candidates: Candidates) -> tuple[tf.Tensor, tf.Tensor]:
+  """Returns embeddings of norm 1, or 0 for padding and zeros, and their norms, [N]."""
+  is_valid = candidates.is_valid[: candidates.embeddings.shape[0]]
+  embeddings = tf.cast(candidates.embeddings, tf.float32)
+  embeddings = tf.where(is_valid[:, None], embeddings, 0.0)
+  squared = tf.reduce_sum(embeddings**2, 1)
+  norms = tf.sqrt(tf.where(squared > 0.0, squared, 1.0))
+  return cosine.vectors_fn(embeddings), tf.where(squared > 0.0, norms, 0.0)
+
+
+def _statistics(
+  cosines: CentreCosines,
+  own_logits: tf.Tensor,
+  positions: tf.Tensor,
+  is_counted: tf.Tensor,
+) -> Mapping[str, Any]:
+  """Computes statistics of this replica's examples."""
+  own, nearest, others, logits = (
+    tf.gather(tf.stop_gradient(each), positions)
+    for each in (cosines.own, cosines.nearest_other, cosines.others, own_logits)
+  )
+  has_other = is_counted & (nearest > -float("inf"))
+  is_correct = tf.cast(own > nearest, tf.float32)
+  return {
+    "centres/own_cosine": metric_accumulators.moments(own, is_counted),
+    "centres/nearest_other_cosine": metric_accumulators.weighted_mean(
+      nearest, has_other
+    ),
+    "centres/accuracy": metric_accumulators.weighted_mean(is_correct, has_other),
+    "mining/active_fraction": metric_accumulators.weighted_mean(
+      tf.cast(logits < others, tf.float32), is_counted
+    ),
+  }
+
+
+@gin.register
+class NormFaceLoss(ClassCentreLoss):
+  """φ(c) = c: a softmax over cosines, without a margin.
+
+  With scale 2/T it is Proxy-NCA++ with temperature T (Teh et al. 2020,
+  https://arxiv.org/abs/2004.01113), whose squared distances of unit vectors are 2 − 2c.
+
+  Source: Wang et al. 2017, https://arxiv.org/abs/1704.06369.
+  """
+
+  def own_cosines(
+    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
+  ) -> tf.Tensor:
+    """Returns the cosines; see the base class."""
+    return cosines
+
+
+@gin.register
+class CombinedMarginLoss(ClassCentreLoss):
+  """φ(c) = cos(m₁·θ + m₂) − m₃ with θ = arccos c.
+
+  CosFace is m₃ alone, ArcFace is m₂ alone, SphereFace is m₁ alone.
+
+  Source: Deng et al. 2019, https://arxiv.org/abs/1801.07698; Wang et al. 2018,
+  https://arxiv.org/abs/1801.09414.
+
+  Args:
+    centres: as in the base class.
+    angle_factor: m₁ >= 1.
+    angle_margin: m₂ >= 0, in radians.
+    cosine_margin: m₃ >= 0.
+    scale: as in the base class.
+    beyond_pi: for angles θ > π − m₂, with m₁ = 1: "linear" for φ = c − m₂·sin m₂, which
+      keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c <= 0.
+    arc_gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
+    ignored_above: as in the base class.
+
+  Raises:
+    UserError: an argument is out of its range.
+  """
+
+  def __init__(
+    self,
+    *,
+    centres: ClassCentres,
+    angle_factor: float = 1.0,
+    angle_margin: float = 0.0,
+    cosine_margin: float = 0.0,
+    scale: float = 64.0,
+    beyond_pi: str = "linear",
+    arc_gradient: str = "exact",
+    ignored_above: Optional[float] = None,
+  ):
+    super().__init__(centres=centres, scale=scale, ignored_above=ignored_above)
+    name = type(self).__name__
+    if angle_factor < 1 or not 0 <= angle_margin < math.pi or cosine_margin < 0:
+      raise UserError(
+        f"{name} has angle_factor={angle_factor}, angle_margin={angle_margin} and "
+        f"cosine_margin={cosine_margin}; needed are at least 1, radians from 0 to π, "
+        "and at least 0."
+      )
+    for value, choices in ((beyond_pi, BEYOND_PI), (arc_gradient, ARC_GRADIENTS)):
+      if value not in choices:
+        raise UserError(f"{name} has {value!r}, which is none of {choices}.")
+    self._angle_factor = angle_factor
+    self._angle_margin = angle_margin
+    self._cosine_margin = cosine_margin
+    self._beyond_pi = beyond_pi
+    self._arc_gradient = arc_gradient
+
+  def own_cosines(
+    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
+  ) -> tf.Tensor:
+    """Returns the cosines with the margins; see the base class."""
+    del norms, labels
+    if self._angle_factor == 1 and self._angle_margin == 0:
+      return cosines - self._cosine_margin
+    moved = self._with_angle_margin(cosines)
+    if self._arc_gradient == "straight_through":
+      moved = cosines + tf.stop_gradient(moved - cosines)
+    return moved - self._cosine_margin
+
+  def _with_angle_margin(self, cosines: tf.Tensor) -> tf.Tensor:
+    angles = tf.acos(tf.clip_by_value(cosines, _CLIP - 1.0, 1.0 - _CLIP))
+    moved = tf.cos(self._angle_factor * angles + self._angle_margin)
+    if self._angle_factor != 1 or self._beyond_pi == "none":
+      return moved
+    if self._beyond_pi == "easy":
+      return tf.where(cosines > 0.0, moved, cosines)
+    line = cosines - self._angle_margin * math.sin(self._angle_margin)
+    return tf.where(angles <= math.pi - self._angle_margin, moved, line)
+
+
+@gin.register
+class ArcFaceLoss(CombinedMarginLoss):
+  """φ(c) = cos(θ + margin): `CombinedMarginLoss` with an angle margin alone.
+
+  Source: Deng et al. 2019, https://arxiv.org/abs/1801.07698; with several centres of a
+  class, Deng et al. 2020 (Sub-center ArcFace, ECCV).
+  """
+
+  def __init__(
+    self,
+    *,
+    centres: ClassCentres,
+    margin: float = 0.5,
+    scale: float = 64.0,
+    beyond_pi: str = "linear",
+    arc_gradient: str = "exact",
+    ignored_above: Optional[float] = None,
+  ):
+    super().__init__(
+      centres=centres,
+      angle_margin=margin,
+      scale=scale,
+      beyond_pi=beyond_pi,
+      arc_gradient=arc_gradient,
+      ignored_above=ignored_above,
+    )
+
+
+@gin.register
+class CosFaceLoss(CombinedMarginLoss):
+  """φ(c) = c − margin: `CombinedMarginLoss` with a cosine margin alone.
+
+  Source: Wang et al. 2018, https://arxiv.org/abs/1801.09414.
+  """
+
+  def __init__(
+    self,
+    *,
+    centres: ClassCentres,
+    margin: float = 0.35,
+    scale: float = 64.0,
+    ignored_above: Optional[float] = None,
+  ):
+    super().__init__(
+      centres=centres,
+      cosine_margin=margin,
+      scale=scale,
+      ignored_above=ignored_above,
+    )

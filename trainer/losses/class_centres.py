@@ -1,0 +1,324 @@
+"""Class centres: one trained vector or several for each class, sharded over replicas.
+
+Replica r of R holds the rows of ⌈C/R⌉ classes and their optimizer state; no replica
+holds all. Initial values and samples are pure functions of seed, step and class, so
+they are the same on any number of replicas.
+
+Shapes: C classes, k centres of a class, D dimensions, R replicas, N examples of the
+global batch, S rows read on a replica.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Optional, Protocol
+
+import gin
+import numpy as np
+import tensorflow as tf
+
+from trainer.distribute.collectives import Collectives
+from trainer.errors import UserError
+
+# Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
+_ROWS_PER_TILE = 2048
+# Classes whose initial values are drawn together.
+_BLOCK = 4096
+_INITIAL_STDDEV = 0.01
+
+
+def num_tiles(num_rows: int) -> int:
+  """Returns the number of tiles, a divisor of a number from `padded`."""
+  return -(-num_rows // _ROWS_PER_TILE)
+
+
+def padded(num_rows: int) -> int:
+  """Returns the number of rows, rounded up so that all tiles have equal size."""
+  tiles = num_tiles(max(1, num_rows))
+  return tiles * -(-max(1, num_rows) // tiles)
+
+
+class CentreRows(NamedTuple):
+  """The centres that a replica compares with the global batch in one step.
+
+  Attributes:
+    vectors: [S·k, D] float32, the k centres of a class one after the other.
+    indices: [S] int32, row of each in the replica's table; None if all are read.
+    is_used: [S] bool; false for padding and repeated rows.
+    columns: [N] int32, place of each example's class among the S rows; −1 if another
+      replica has it, or for padding.
+    centres_per_class: k.
+  """
+
+  vectors: tf.Tensor
+  indices: Optional[tf.Tensor]
+  is_used: tf.Tensor
+  columns: tf.Tensor
+  centres_per_class: int
+
+
+class RowOptimizer(Protocol):
+  """An optimizer that updates some rows of a table.
+
+  Attributes:
+    num_moments: number of tables of the same size that it needs.
+  """
+
+  num_moments: int
+
+  def update(
+    self,
+    values: tf.Tensor,
+    moments: Sequence[tf.Tensor],
+    gradients: tf.Tensor,
+    step: tf.Tensor,
+  ) -> tuple[tf.Tensor, Sequence[tf.Tensor]]:
+    """Returns the new values of rows, and their new moments.
+
+    Args:
+      values: [n, D] float32.
+      moments: each [n, D] float32.
+      gradients: [n, D] float32.
+      step: [] integer, number of steps done.
+    """
+
+
+@gin.register
+class ClassCentres:
+  """A table of class centres, of which each replica holds a part.
+
+  It is no `tf.Module`: TensorFlow would save its variables as if all replicas had the
+  same. `trainer.training.checkpoint` saves its rows.
+
+  With `sampling_rate` below 1, a step reads the centres of the batch's classes and a
+  random sample of the others, and only those rows are updated, decayed and moved by
+  momentum. The C classes are divided into as many intervals of equal length as make
+  `sampling_rate` · C together with the batch's classes; one class is drawn from each.
+
+  Source: An et al. 2021, https://arxiv.org/abs/2010.05222 (Partial FC).
+
+  Args:
+    optimizer: updates the rows; see `trainer.training.row_optimizers`.
+    sampling_rate: fraction of the classes compared in a step, in (0, 1].
+    centres_per_class: k >= 1.
+    num_classes: C, to be compared with the data; None to use the data's.
+    seed: of initial values and samples.
+
+  Raises:
+    UserError: an argument is out of its range.
+  """
+
+  def __init__(
+    self,
+    *,
+    optimizer: RowOptimizer,
+    sampling_rate: float = 1.0,
+    centres_per_class: int = 1,
+    num_classes: Optional[int] = None,
+    seed: int = 0,
+  ):
+    if not 0 < sampling_rate <= 1:
+      raise UserError(
+        f"ClassCentres.sampling_rate={sampling_rate} must be in (0, 1]; 1 compares "
+        "with all classes."
+      )
+    if centres_per_class < 1:
+      raise UserError(
+        f"ClassCentres.centres_per_class={centres_per_class} must be at least 1."
+      )
+    self.centres_per_class = centres_per_class
+    self._optimizer = optimizer
+    self._sampling_rate = sampling_rate
+    self._given_num_classes = num_classes
+    self._seed = seed
+    self._tables: list[tf.Variable] = []
+
+  def create_variables(self, embedding_size: int, classes: Sequence[int]) -> None:
+    """Creates the rows of each replica.
+
+    Args:
+      embedding_size: D.
+      classes: [C] ascending labels of the training classes.
+
+    Raises:
+      UserError: the number of classes is not the configured one, or below 2.
+    """
+    num_classes = len(classes)
+    if self._given_num_classes not in (None, num_classes):
+      raise UserError(
+        f"ClassCentres.num_classes={self._given_num_classes}, and the training data "
+        f"has {num_classes} classes; set {num_classes}, or leave it out."
+      )
+    if num_classes < 2:
+      raise UserError(
+        f"ClassCentres needs at least 2 classes, and the training data has "
+        f"{num_classes}."
+      )
+    self._labels = np.asarray(classes, np.int32)
+    self.num_classes = num_classes
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    self.classes_per_replica = -(-num_classes // num_replicas)
+    self._num_rows = padded(self.classes_per_replica)
+    # Unused places of a sample refer to one more row.
+    size = self._num_rows + (0 if self._reads_all else 1)
+    width = self.centres_per_class * embedding_size
+    self._tables = [
+      tf.Variable(
+        tf.zeros([size, width]),
+        trainable=False,
+        synchronization=tf.VariableSynchronization.ON_READ,
+        aggregation=tf.VariableAggregation.NONE,
+      )
+      for _ in range(1 + self._optimizer.num_moments)
+    ]
+    self._embedding_size = embedding_size
+    self._initialize()
+
+  @property
+  def _reads_all(self) -> bool:
+    return self._sampling_rate == 1
+
+  def read(
+    self, labels: tf.Tensor, step: tf.Tensor, collectives: Collectives
+  ) -> CentreRows:
+    """Reads this replica's centres for a step.
+
+    Args:
+      labels: [N] int32, of the global batch; negative for padding.
+      step: [] integer, number of steps done.
+      collectives: give this replica's number.
+    """
+    first = collectives.replica_id * self.classes_per_replica
+    numbers = self._numbers_of(labels)
+    table = _of_this_replica(self._tables[0])
+    if self._reads_all:
+      places = tf.range(self._num_rows)
+      is_used = (places < self.classes_per_replica) & (
+        first + places < self.num_classes
+      )
+      columns = numbers - first
+      is_mine = (numbers >= 0) & (columns >= 0) & (columns < self.classes_per_replica)
+      vectors, indices = tf.convert_to_tensor(table), None
+      columns = tf.where(is_mine, columns, -1)
+    else:
+      indices, is_used, columns = self._sample(numbers, first, step)
+      vectors = table.sparse_read(indices)
+    return CentreRows(
+      tf.reshape(vectors, [-1, self._embedding_size]),
+      indices,
+      is_used,
+      columns,
+      self.centres_per_class,
+    )
+
+  def update(
+    self, indices: Optional[tf.Tensor], gradients: tf.Tensor, step: tf.Tensor
+  ) -> None:
+    """Updates this replica's rows.
+
+    Args:
+      indices: from the rows read.
+      gradients: [S·k, D], to their vectors.
+      step: [] integer, number of steps done before.
+    """
+    tables = [_of_this_replica(each) for each in self._tables]
+    if indices is None:
+      values, *moments = [tf.convert_to_tensor(each) for each in tables]
+    else:
+      values, *moments = [each.sparse_read(indices) for each in tables]
+    gradients = tf.reshape(gradients, values.shape)
+    values, changed = self._optimizer.update(values, moments, gradients, step)
+    for table, new in zip(tables, [values, *changed]):
+      if indices is None:
+        table.assign(new)
+      else:
+        table.scatter_update(tf.IndexedSlices(new, indices))
+
+  def _numbers_of(self, labels: tf.Tensor) -> tf.Tensor:
+    """Returns the place of each label among the classes; −1 for padding, [N] int32."""
+    numbers = labels
+    if self._labels[-1] != self.num_classes - 1:
+      numbers = tf.searchsorted(tf.constant(self._labels), labels)
+    return tf.where(labels >= 0, numbers, -1)
+
+  def _sample(
+    self, numbers: tf.Tensor, first: tf.Tensor, step: tf.Tensor
+  ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Draws one class of each interval, and adds the classes of the batch."""
+    drawn = self._drawn_classes(first, step)
+    of_batch = tf.sort(numbers)
+    is_new = tf.concat([[True], of_batch[1:] != of_batch[:-1]], 0)
+    places = tf.searchsorted(of_batch, drawn)
+    last = of_batch.shape[0] - 1
+    is_in_batch = tf.equal(tf.gather(of_batch, tf.minimum(places, last)), drawn)
+    classes = tf.concat([drawn, of_batch], 0)
+    is_used = tf.concat([~is_in_batch, is_new], 0)
+    is_used &= (classes >= first) & (classes < first + self.classes_per_replica)
+    missing = padded(classes.shape[0]) - classes.shape[0]
+    is_used = tf.pad(is_used, [[0, missing]])
+    rows = tf.pad(classes - first, [[0, missing]])
+    indices = tf.where(is_used, rows, self._num_rows)
+    columns = drawn.shape[0] + tf.searchsorted(of_batch, numbers)
+    return indices, is_used, tf.where(tf.gather(is_used, columns), columns, -1)
+
+  def _drawn_classes(self, first: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """Returns classes drawn from the intervals that this replica may own, [n] int32.
+
+    Classes of other replicas are among them.
+    """
+    num_intervals = math.ceil(self._sampling_rate * self.num_classes)
+    size = min(
+      num_intervals,
+      -(-self.classes_per_replica * num_intervals // self.num_classes) + 1,
+    )
+    seed = tf.stack([self._seed, tf.cast(step, tf.int32)])
+    draws = tf.random.stateless_uniform([num_intervals], seed)
+    num_classes = tf.constant(self.num_classes, tf.int64)
+    start = tf.cast(first, tf.int64) * num_intervals // num_classes
+    start = tf.minimum(start, num_intervals - size)
+    intervals = start + tf.range(size, dtype=tf.int64)
+    begins = intervals * num_classes // num_intervals
+    lengths = (intervals + 1) * num_classes // num_intervals - begins
+    of_these = tf.cast(draws[start : start + size], tf.float64)
+    places = tf.cast(of_these * tf.cast(lengths, tf.float64), tf.int64)
+    return tf.ensure_shape(tf.cast(begins + places, tf.int32), [size])
+
+  def _initialize(self) -> None:
+    """Draws the initial values of each replica's rows."""
+
+    def on_replica() -> None:
+      replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+      first = int(tf.get_static_value(replica)) * self.classes_per_replica
+      last = min(first + self.classes_per_replica, self.num_classes)
+      table = _of_this_replica(self._tables[0])
+      values = np.zeros(table.shape, np.float32)
+      if first < last:
+        values[: last - first] = self._initial_values(first, last)
+      table.assign(values)
+
+    tf.distribute.get_strategy().run(on_replica)
+
+  def _initial_values(self, first: int, last: int) -> np.ndarray:
+    """Returns the initial values of the given classes, [n, k·D] float32."""
+    parts = []
+    width = self.centres_per_class * self._embedding_size
+    for block in range(first // _BLOCK, -(-last // _BLOCK)):
+      values = tf.random.stateless_normal(
+        [_BLOCK, width], [self._seed, block], stddev=_INITIAL_STDDEV
+      )
+      begin = block * _BLOCK
+      parts.append(values[max(first - begin, 0) : last - begin].numpy())
+    return np.concatenate(parts)
+
+
+def _of_this_replica(variable: tf.Variable) -> tf.Variable:
+  """Returns the variable of the replica that calls this; of the first outside one."""
+  values = getattr(variable, "values", None)
+  if values is None:
+    return variable
+  context = tf.distribute.get_replica_context()
+  if context is None:
+    return values[0]
+  replica = tf.get_static_value(context.replica_id_in_sync_group)
+  return values[int(replica) % len(values)]
