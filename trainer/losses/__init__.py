@@ -1,5 +1,12 @@
 """Losses with in-batch mining: pure functions of tensors, independent of strategies."""
 
+from trainer.losses.centre_losses import (
+  ArcFaceLoss,
+  CombinedMarginLoss,
+  CosFaceLoss,
+  NormFaceLoss,
+)
+from trainer.losses.class_centres import ClassCentres
 from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances
 from trainer.losses.jitter import JitteredLoss
@@ -40,10 +47,14 @@ from trainer.losses.triplet import (
 
 __all__ = [
   "AdaptivePace",
+  "ArcFaceLoss",
   "BatchAllTripletLoss",
   "BatchHardTripletLoss",
   "CircleLoss",
+  "ClassCentres",
+  "CombinedMarginLoss",
   "ContrastiveLoss",
+  "CosFaceLoss",
   "CurriculumTripletLoss",
   "DistanceWeightedNegatives",
   "InfoNCELoss",
@@ -56,6 +67,7 @@ __all__ = [
   "MiningStatistics",
   "MultiSimilarityLoss",
   "NPairsLoss",
+  "NormFaceLoss",
   "SemiHardTripletLoss",
   "SoftNearestNeighbourLoss",
   "SupervisedContrastiveLoss",

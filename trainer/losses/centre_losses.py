@@ -20,7 +20,11 @@ import tensorflow as tf
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
 from trainer.losses import metric_accumulators
-from trainer.losses.centre_products import CentreCosines, centre_cosines
+from trainer.losses.centre_products import (
+  CentreCosines,
+  CosineOptions,
+  centre_cosines,
+)
 from trainer.losses.class_centres import CentreRows, ClassCentres
 from trainer.losses.distances import cosine
 from trainer.losses.keras_loss import InBatchLoss
@@ -74,7 +78,7 @@ class ClassCentreLoss(InBatchLoss):
     super().__init__()
     self._centres = centres
     self._scale = scale
-    self._ignored_above = ignored_above
+    self._options = CosineOptions(scale, ignored_above)
 
   @property
   def tables(self) -> list[ClassCentres]:
@@ -105,9 +109,7 @@ class ClassCentreLoss(InBatchLoss):
     anchors, candidates = pairs.anchors, pairs.candidates
     labels = candidates.labels[: candidates.embeddings.shape[0]]
     unit, norms = _unit_and_norms(candidates)
-    cosines = centre_cosines(
-      unit, rows[0], self._scale, collectives, ignored_above=self._ignored_above
-    )
+    cosines = centre_cosines(unit, rows[0], self._options, collectives)
     own_logits = self._scale * self.own_cosines(cosines.own, norms, labels)
     terms = tf.nn.softplus(cosines.others - own_logits)
     own_terms = anchors.weights * tf.gather(terms, candidates.positions)

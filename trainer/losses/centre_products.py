@@ -29,6 +29,23 @@ _OWN = -1.0
 _MIN_SQUARED_NORM = 1e-24
 
 
+class CosineOptions(NamedTuple):
+  """How the centres of other classes are compared.
+
+  Attributes:
+    scale: s > 0.
+    ignored_above: cosine above which another class is left out; None for none.
+    is_ignored_zero: whether a class left out keeps a logit of 0, without gradient.
+    softness: γ > 0: the cosine with a class is Σ p·c over its k centres, where p is the
+      softmax of c/γ; None for the largest c.
+  """
+
+  scale: float
+  ignored_above: Optional[float] = None
+  is_ignored_zero: bool = False
+  softness: Optional[float] = None
+
+
 class CentreCosines(NamedTuple):
   """Cosines of each example with the centres; equal on all replicas.
 
@@ -47,24 +64,21 @@ class CentreCosines(NamedTuple):
 def centre_cosines(
   embeddings: tf.Tensor,
   rows: CentreRows,
-  scale: float,
+  options: CosineOptions,
   collectives: Collectives,
-  *,
-  ignored_above: Optional[float] = None,
 ) -> CentreCosines:
   """Compares all examples of the global batch with the centres of all replicas.
 
   Args:
     embeddings: [N, D] float32 of norm 1 (or 0), gathered with gradient.
     rows: the centres that this replica has read.
-    scale: s > 0.
+    options: of the comparison.
     collectives: connect the replicas.
-    ignored_above: cosine above which another class is left out; None for none.
 
   Returns:
     Differentiable with respect to `embeddings` and `rows.vectors`.
   """
-  tiles = _Tiles(rows, scale, ignored_above)
+  tiles = _Tiles(rows, options)
 
   @tf.custom_gradient
   def compare(
@@ -72,9 +86,13 @@ def centre_cosines(
   ) -> tuple[tuple[tf.Tensor, ...], Callable]:
     embeddings, vectors = tf.stop_gradient(embeddings), tf.stop_gradient(vectors)
     found = tiles.forward(embeddings, vectors)
-    of_replica = tf.stack([*_log_sum(found.largest, found.sums), found.own])
+    of_replica = tf.stack(
+      [*_log_sum(found.largest, found.sums), found.own, found.nearest]
+    )
     gathered = collectives.gather(of_replica[None])
-    tops, sums, owns = tf.unstack(tf.reshape(gathered, [-1, *of_replica.shape]), axis=1)
+    tops, sums, owns, nearest = tf.unstack(
+      tf.reshape(gathered, [-1, *of_replica.shape]), axis=1
+    )
     top, total = _log_sum(tops, sums)
     others = top + tf.math.log(total)
 
@@ -85,10 +103,10 @@ def centre_cosines(
       to_own, to_others = tf.unstack(collectives.sum(tf.stack([to_own, to_others])))
       shares = tf.exp(found.largest - tf.where(total > 0.0, others, 0.0))
       return tiles.backward(
-        embeddings, vectors, found, scale * to_others * shares, to_own
+        embeddings, vectors, found, options.scale * to_others * shares, to_own
       )
 
-    return (tf.reduce_sum(owns, 0), others, top / scale), gradient
+    return (tf.reduce_sum(owns, 0), others, tf.reduce_max(nearest, 0)), gradient
 
   cosines = compare(embeddings, rows.vectors)
   shape = [embeddings.shape[0]]
@@ -107,54 +125,56 @@ class _Exponentials(NamedTuple):
 
   Attributes:
     values: TensorArray of [N, T·k], e^{logit − largest} of the nearest centre of each
-      class, −1 at the nearest centre of the own class, 0 elsewhere.
+      class, −1 at the nearest centre of the own class, 0 elsewhere. The cosines if all
+      centres of a class count.
     largest: [tiles, N], the largest logit of each tile; −∞ if there is none.
     sums: [tiles, N], of the exponentials.
-    own: [N], cosine with the nearest centre of the own class; 0 if not on this replica.
+    own: [N], cosine with the own class; 0 if it is not on this replica.
+    nearest: [N], largest cosine with another class; −∞ if there is none.
   """
 
   values: tf.TensorArray
   largest: tf.Tensor
   sums: tf.Tensor
   own: tf.Tensor
+  nearest: tf.Tensor
 
 
 class _Tiles:
   """The rows of a replica in tiles, each compared with all examples."""
 
-  def __init__(self, rows: CentreRows, scale: float, ignored_above: Optional[float]):
+  def __init__(self, rows: CentreRows, options: CosineOptions):
     self._rows = rows
     self._num_tiles = num_tiles(rows.is_used.shape[0])
     self._num_rows = rows.is_used.shape[0] // self._num_tiles
-    exponentials = _TileFunction(scale, rows.centres_per_class, ignored_above)
-    num_pairs = rows.columns.shape[0] * self._num_rows
-    self._exponentials_fn = (
-      tf.function(exponentials, jit_compile=True, autograph=False)
-      if num_pairs >= _MIN_PAIRS_TO_COMPILE
-      else exponentials
-    )
+    kind = _TileFunction if options.softness is None else _SoftTileFunction
+    function = kind(options, rows.centres_per_class)
+    self._exponentials_fn, self._slopes_fn = function.exponentials, function.slopes
+    if rows.columns.shape[0] * self._num_rows >= _MIN_PAIRS_TO_COMPILE:
+      self._exponentials_fn = _compiled(function.exponentials)
+      if options.softness is not None:
+        self._slopes_fn = _compiled(function.slopes)
 
   def forward(self, embeddings: tf.Tensor, vectors: tf.Tensor) -> _Exponentials:
     """Computes the exponentials of all rows."""
     num_examples, num_tiles = embeddings.shape[0], self._num_tiles
     num_columns = vectors.shape[0] // num_tiles
 
-    def body(index, own, *arrays):  # type: ignore[no-untyped-def]
+    def body(index, own, nearest, *arrays):  # type: ignore[no-untyped-def]
       unit, _ = self._unit(vectors, index)
-      *found, of_own = self._exponentials_fn(
-        tf.matmul(embeddings, unit, transpose_b=True),
-        self._rows.columns - index * self._num_rows,
-        tf.slice(self._rows.is_used, [index * self._num_rows], [self._num_rows]),
+      *found, of_own, of_others = self._exponentials_fn(
+        tf.matmul(embeddings, unit, transpose_b=True), *self._classes(index)
       )
       written = (array.write(index, each) for array, each in zip(arrays, found))
-      return index + 1, own + of_own, *written
+      return index + 1, own + of_own, tf.maximum(nearest, of_others), *written
 
-    _, own, values, largest, sums = tf.while_loop(
+    _, own, nearest, values, largest, sums = tf.while_loop(
       lambda index, *_: index < num_tiles,
       body,
       (
         tf.constant(0),
         tf.zeros([num_examples]),
+        tf.fill([num_examples], _MINUS_INFINITY),
         *(
           tf.TensorArray(tf.float32, num_tiles, element_shape=shape)
           for shape in ([num_examples, num_columns], [num_examples], [num_examples])
@@ -163,7 +183,7 @@ class _Tiles:
       parallel_iterations=2,
       maximum_iterations=num_tiles,
     )
-    return _Exponentials(values, largest.stack(), sums.stack(), own)
+    return _Exponentials(values, largest.stack(), sums.stack(), own, nearest)
 
   def backward(
     self,
@@ -186,8 +206,13 @@ class _Tiles:
 
     def body(index, to_embeddings, to_vectors):  # type: ignore[no-untyped-def]
       unit, inverse_norms = self._unit(vectors, index)
-      values = found.values.read(index)
-      slope = tf.where(values < 0.0, to_own[:, None], values * weights[index][:, None])
+      slope = self._slopes_fn(
+        found.values.read(index),
+        *self._classes(index),
+        found.largest[index],
+        weights[index],
+        to_own,
+      )
       to_unit = tf.matmul(slope, embeddings, transpose_a=True)
       along = tf.reduce_sum(to_unit * unit, 1, keepdims=True)
       to_rows = (to_unit - along * unit) * inverse_norms
@@ -210,6 +235,14 @@ class _Tiles:
     )
     return to_embeddings, tf.ensure_shape(to_vectors.concat(), vectors.shape)
 
+  def _classes(self, index: tf.Tensor) -> tuple[tf.Tensor, ...]:
+    """Returns own columns [N] in a tile, and is_used and log weights of its rows."""
+    first, size = [index * self._num_rows], [self._num_rows]
+    classes = [self._rows.columns - first[0], tf.slice(self._rows.is_used, first, size)]
+    if self._rows.log_weights is not None:
+      classes.append(tf.slice(self._rows.log_weights, first, size))
+    return tuple(classes)
+
   def _unit(self, vectors: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the unit vectors [T·k, D] of a tile, and their inverse norms [T·k, 1]."""
     num_columns = vectors.shape[0] // self._num_tiles
@@ -220,46 +253,146 @@ class _Tiles:
     return tile * inverse, inverse
 
 
+def _compiled(function: Callable) -> Callable:
+  return tf.function(function, jit_compile=True, autograph=False)
+
+
 class _TileFunction:
   """The exponentials of a tile from its products, which XLA may compile."""
 
-  def __init__(
-    self, scale: float, centres_per_class: int, ignored_above: Optional[float]
-  ):
-    self._scale = scale
+  def __init__(self, options: CosineOptions, centres_per_class: int):
+    self._options = options
     self._centres_per_class = centres_per_class
-    self._ignored_above = ignored_above
 
-  def __call__(
-    self, products: tf.Tensor, columns: tf.Tensor, is_used: tf.Tensor
-  ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Computes the fields of `_Exponentials` for one tile.
+  def exponentials(
+    self,
+    products: tf.Tensor,
+    columns: tf.Tensor,
+    is_used: tf.Tensor,
+    log_weights: Optional[tf.Tensor] = None,
+  ) -> tuple[tf.Tensor, ...]:
+    """Computes values, largest, sums, own and nearest of `_Exponentials` for one tile.
 
     Args:
       products: [N, T·k] cosines.
       columns: [N] int32, row of the own class; outside 0…T−1 if it is in another tile.
       is_used: [T] bool.
+      log_weights: [T] float32; None for 0.
     """
-    num_examples, num_rows = products.shape[0], is_used.shape[0]
-    cosines = tf.reshape(products, [num_examples, num_rows, self._centres_per_class])
-    nearest = tf.reduce_max(cosines, 2)
-    is_own = tf.equal(columns[:, None], tf.range(num_rows)[None, :])
-    is_counted = is_used[None, :] & ~is_own
-    if self._ignored_above is not None:
-      is_counted &= nearest <= self._ignored_above
-    logits = tf.where(is_counted, self._scale * nearest, _MINUS_INFINITY)
+    cosines = self._by_class(products, is_used)
+    of_class = self._of_class(cosines)
+    is_own = tf.equal(columns[:, None], tf.range(is_used.shape[0])[None, :])
+    logits, has_slope = self._logits(of_class, is_own, is_used, log_weights)
     largest = tf.reduce_max(logits, 1)
     finite = tf.where(largest > _MINUS_INFINITY, largest, 0.0)
     exponentials = tf.exp(logits - finite[:, None])
+    sums = tf.reduce_sum(exponentials, 1)
+    nearest = largest / self._options.scale
+    if log_weights is not None or self._options.is_ignored_zero:
+      nearest = tf.reduce_max(tf.where(has_slope, of_class, _MINUS_INFINITY), 1)
+    if self._options.is_ignored_zero:
+      exponentials = tf.where(has_slope, exponentials, 0.0)
+    own = tf.reduce_sum(tf.where(is_own, of_class, 0.0), 1)
+    values = self._values(cosines, exponentials, is_own)
+    return tf.reshape(values, products.shape), largest, sums, own, nearest
+
+  def slopes(
+    self,
+    values: tf.Tensor,
+    columns: tf.Tensor,
+    is_used: tf.Tensor,
+    *rest: tf.Tensor,
+  ) -> tf.Tensor:
+    """Computes the gradient to the products of a tile, [N, T·k].
+
+    Args:
+      values: from `exponentials`.
+      columns: as in `exponentials`.
+      is_used: as in `exponentials`.
+      *rest: log weights, if any; then, of each example, the largest logit of the tile,
+        the factor of its exponentials and the gradient to its own cosine, [N] each.
+    """
+    del columns, is_used
+    *_, weights, to_own = rest
+    return tf.where(values < 0.0, to_own[:, None], values * weights[:, None])
+
+  def _by_class(self, products: tf.Tensor, is_used: tf.Tensor) -> tf.Tensor:
+    shape = [products.shape[0], is_used.shape[0], self._centres_per_class]
+    return tf.reshape(products, shape)
+
+  def _of_class(self, cosines: tf.Tensor) -> tf.Tensor:
+    """Returns one cosine for each class, [N, T] of [N, T, k]."""
+    return tf.reduce_max(cosines, 2)
+
+  def _values(
+    self, cosines: tf.Tensor, exponentials: tf.Tensor, is_own: tf.Tensor
+  ) -> tf.Tensor:
+    """Returns [N, T, k], from which `slopes` computes."""
     values = tf.where(is_own, _OWN, exponentials)[:, :, None]
     if self._centres_per_class > 1:
       values = tf.where(_is_first_largest(cosines), values, 0.0)
-    return (
-      tf.reshape(values, products.shape),
-      largest,
-      tf.reduce_sum(exponentials, 1),
-      tf.reduce_sum(tf.where(is_own, nearest, 0.0), 1),
+    return values
+
+  def _logits(
+    self,
+    of_class: tf.Tensor,
+    is_own: tf.Tensor,
+    is_used: tf.Tensor,
+    log_weights: Optional[tf.Tensor],
+  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the logits of other classes, −∞ if not counted; which have a slope."""
+    is_other = is_used[None, :] & ~is_own
+    logits = self._options.scale * of_class
+    if self._options.ignored_above is None:
+      has_slope = is_other
+    else:
+      is_believed = of_class <= self._options.ignored_above
+      has_slope = is_other & is_believed
+      if self._options.is_ignored_zero:
+        logits = tf.where(is_believed, logits, 0.0)
+    if log_weights is not None:
+      logits += log_weights[None, :]
+    is_counted = is_other if self._options.is_ignored_zero else has_slope
+    return tf.where(is_counted, logits, _MINUS_INFINITY), has_slope
+
+
+class _SoftTileFunction(_TileFunction):
+  """All centres of a class count: its cosine is Σ p·c with p the softmax of c/γ."""
+
+  def _of_class(self, cosines: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(self._shares(cosines) * cosines, 2)
+
+  def _shares(self, cosines: tf.Tensor) -> tf.Tensor:
+    return tf.nn.softmax(cosines / self._options.softness, 2)
+
+  def _values(
+    self, cosines: tf.Tensor, exponentials: tf.Tensor, is_own: tf.Tensor
+  ) -> tf.Tensor:
+    del exponentials, is_own
+    return cosines
+
+  def slopes(
+    self,
+    values: tf.Tensor,
+    columns: tf.Tensor,
+    is_used: tf.Tensor,
+    *rest: tf.Tensor,
+  ) -> tf.Tensor:
+    """Computes the gradient from the cosines; see the base class."""
+    *log_weights, largest, weights, to_own = rest
+    cosines = self._by_class(values, is_used)
+    shares = self._shares(cosines)
+    of_class = tf.reduce_sum(shares * cosines, 2)
+    is_own = tf.equal(columns[:, None], tf.range(is_used.shape[0])[None, :])
+    logits, has_slope = self._logits(
+      of_class, is_own, is_used, log_weights[0] if log_weights else None
     )
+    finite = tf.where(largest > _MINUS_INFINITY, largest, 0.0)
+    exponentials = tf.where(has_slope, tf.exp(logits - finite[:, None]), 0.0)
+    to_class = tf.where(is_own, to_own[:, None], exponentials * weights[:, None])
+    # The share of a centre rises with its cosine.
+    inner = shares * (1.0 + (cosines - of_class[:, :, None]) / self._options.softness)
+    return tf.reshape(to_class[:, :, None] * inner, values.shape)
 
 
 def _is_first_largest(cosines: tf.Tensor) -> tf.Tensor:

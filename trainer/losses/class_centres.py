@@ -49,6 +49,7 @@ class CentreRows(NamedTuple):
     columns: [N] int32, place of each example's class among the S rows; −1 if another
       replica has it, or for padding.
     centres_per_class: k.
+    log_weights: [S] float32, added to the logits of other classes; None for 0.
   """
 
   vectors: tf.Tensor
@@ -56,6 +57,7 @@ class CentreRows(NamedTuple):
   is_used: tf.Tensor
   columns: tf.Tensor
   centres_per_class: int
+  log_weights: Optional[tf.Tensor] = None
 
 
 class RowOptimizer(Protocol):
@@ -93,8 +95,15 @@ class ClassCentres:
 
   With `sampling_rate` below 1, a step reads the centres of the batch's classes and a
   random sample of the others, and only those rows are updated, decayed and moved by
-  momentum. The C classes are divided into as many intervals of equal length as make
-  `sampling_rate` · C together with the batch's classes; one class is drawn from each.
+  momentum. The C classes, from a random one on, are divided into n = ⌈`sampling_rate` ·
+  C⌉ intervals of nearly equal length, and one class is drawn from each. A loss's sum
+  over the classes other than the example's own is replaced by its part Σ' over the rows
+  read. B is the set of the batch's classes, y the own class:
+
+    E[Σ'_{j≠y} e_j] = n/C · Σ_{j∉B} e_j + Σ_{j∈B, j≠y} e_j.
+
+  With `is_corrected`, e_j of a drawn class is multiplied by the length of its interval,
+  and the expectation is Σ_{j≠y} e_j, the sum over all classes.
 
   Source: An et al. 2021, https://arxiv.org/abs/2010.05222 (Partial FC).
 
@@ -103,6 +112,7 @@ class ClassCentres:
     sampling_rate: fraction of the classes compared in a step, in (0, 1].
     centres_per_class: k >= 1.
     num_classes: C, to be compared with the data; None to use the data's.
+    is_corrected: whether drawn classes are weighted, see above. Partial FC does not.
     seed: of initial values and samples.
 
   Raises:
@@ -116,6 +126,7 @@ class ClassCentres:
     sampling_rate: float = 1.0,
     centres_per_class: int = 1,
     num_classes: Optional[int] = None,
+    is_corrected: bool = False,
     seed: int = 0,
   ):
     if not 0 < sampling_rate <= 1:
@@ -131,15 +142,22 @@ class ClassCentres:
     self._optimizer = optimizer
     self._sampling_rate = sampling_rate
     self._given_num_classes = num_classes
+    self._is_corrected = is_corrected
     self._seed = seed
     self._tables: list[tf.Variable] = []
 
-  def create_variables(self, embedding_size: int, classes: Sequence[int]) -> None:
+  def create_variables(
+    self,
+    embedding_size: int,
+    classes: Sequence[int],
+    class_sizes: Optional[Sequence[int]] = None,
+  ) -> None:
     """Creates the rows of each replica.
 
     Args:
       embedding_size: D.
       classes: [C] ascending labels of the training classes.
+      class_sizes: [C] number of training examples of each; None if no loss needs it.
 
     Raises:
       UserError: the number of classes is not the configured one, or below 2.
@@ -156,6 +174,7 @@ class ClassCentres:
         f"{num_classes}."
       )
     self._labels = np.asarray(classes, np.int32)
+    self._class_sizes = class_sizes
     self.num_classes = num_classes
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     self.classes_per_replica = -(-num_classes // num_replicas)
@@ -179,6 +198,27 @@ class ClassCentres:
   def _reads_all(self) -> bool:
     return self._sampling_rate == 1
 
+  def sizes_of(self, labels: tf.Tensor) -> tf.Tensor:
+    """Returns the number of training examples of each label's class; 1 for padding.
+
+    Args:
+      labels: [N] int32; negative for padding.
+
+    Returns:
+      [N] float32.
+
+    Raises:
+      UserError: `create_variables` received no sizes.
+    """
+    if self._class_sizes is None:
+      raise UserError(
+        "ClassCentres has no numbers of examples of the classes, which a margin by "
+        "class size needs; give create_variables class_sizes."
+      )
+    numbers = self._numbers_of(labels)
+    sizes = tf.constant(self._class_sizes, tf.float32)
+    return tf.where(numbers >= 0, tf.gather(sizes, tf.maximum(numbers, 0)), 1.0)
+
   def read(
     self, labels: tf.Tensor, step: tf.Tensor, collectives: Collectives
   ) -> CentreRows:
@@ -192,6 +232,7 @@ class ClassCentres:
     first = collectives.replica_id * self.classes_per_replica
     numbers = self._numbers_of(labels)
     table = _of_this_replica(self._tables[0])
+    log_weights = None
     if self._reads_all:
       places = tf.range(self._num_rows)
       is_used = (places < self.classes_per_replica) & (
@@ -202,7 +243,7 @@ class ClassCentres:
       vectors, indices = tf.convert_to_tensor(table), None
       columns = tf.where(is_mine, columns, -1)
     else:
-      indices, is_used, columns = self._sample(numbers, first, step)
+      indices, is_used, columns, log_weights = self._sample(numbers, first, step)
       vectors = table.sparse_read(indices)
     return CentreRows(
       tf.reshape(vectors, [-1, self._embedding_size]),
@@ -210,6 +251,7 @@ class ClassCentres:
       is_used,
       columns,
       self.centres_per_class,
+      log_weights,
     )
 
   def update(
@@ -244,9 +286,9 @@ class ClassCentres:
 
   def _sample(
     self, numbers: tf.Tensor, first: tf.Tensor, step: tf.Tensor
-  ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+  ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, Optional[tf.Tensor]]:
     """Draws one class of each interval, and adds the classes of the batch."""
-    drawn = self._drawn_classes(first, step)
+    drawn, lengths = self._drawn_classes(first, step)
     of_batch = tf.sort(numbers)
     is_new = tf.concat([[True], of_batch[1:] != of_batch[:-1]], 0)
     places = tf.searchsorted(of_batch, drawn)
@@ -260,29 +302,40 @@ class ClassCentres:
     rows = tf.pad(classes - first, [[0, missing]])
     indices = tf.where(is_used, rows, self._num_rows)
     columns = drawn.shape[0] + tf.searchsorted(of_batch, numbers)
-    return indices, is_used, tf.where(tf.gather(is_used, columns), columns, -1)
+    columns = tf.where(tf.gather(is_used, columns), columns, -1)
+    log_weights = None
+    if self._is_corrected:
+      num_others = indices.shape[0] - drawn.shape[0]
+      log_weights = tf.pad(tf.math.log(lengths), [[0, num_others]])
+    return indices, is_used, columns, log_weights
 
-  def _drawn_classes(self, first: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """Returns classes drawn from the intervals that this replica may own, [n] int32.
+  def _drawn_classes(
+    self, first: tf.Tensor, step: tf.Tensor
+  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """Draws classes from the intervals that contain classes of this replica.
 
-    Classes of other replicas are among them.
+    Returns:
+      [n] int32, classes, some of them of other replicas; [n] float32, lengths of their
+      intervals.
     """
     num_intervals = math.ceil(self._sampling_rate * self.num_classes)
-    size = min(
-      num_intervals,
-      -(-self.classes_per_replica * num_intervals // self.num_classes) + 1,
-    )
+    num_before = (self.classes_per_replica - 1) * num_intervals
+    size = min(num_intervals, -(-num_before // self.num_classes) + 2)
     seed = tf.stack([self._seed, tf.cast(step, tf.int32)])
-    draws = tf.random.stateless_uniform([num_intervals], seed)
+    draws = tf.random.stateless_uniform([num_intervals + 1], seed)
     num_classes = tf.constant(self.num_classes, tf.int64)
-    start = tf.cast(first, tf.int64) * num_intervals // num_classes
-    start = tf.minimum(start, num_intervals - size)
-    intervals = start + tf.range(size, dtype=tf.int64)
+    # Intervals have unequal lengths if their number does not divide C. They begin at a
+    # random class, so that each class is drawn with equal frequency.
+    offset = _part_of(draws[-1], num_classes)
+    start = (tf.cast(first, tf.int64) - offset) % num_classes
+    start = start * num_intervals // num_classes
+    intervals = (start + tf.range(size, dtype=tf.int64)) % num_intervals
     begins = intervals * num_classes // num_intervals
     lengths = (intervals + 1) * num_classes // num_intervals - begins
-    of_these = tf.cast(draws[start : start + size], tf.float64)
-    places = tf.cast(of_these * tf.cast(lengths, tf.float64), tf.int64)
-    return tf.ensure_shape(tf.cast(begins + places, tf.int32), [size])
+    places = _part_of(tf.gather(draws, intervals), lengths)
+    classes = (begins + places + offset) % num_classes
+    classes = tf.ensure_shape(tf.cast(classes, tf.int32), [size])
+    return classes, tf.cast(lengths, tf.float32)
 
   def _initialize(self) -> None:
     """Draws the initial values of each replica's rows."""
@@ -310,6 +363,11 @@ class ClassCentres:
       begin = block * _BLOCK
       parts.append(values[max(first - begin, 0) : last - begin].numpy())
     return np.concatenate(parts)
+
+
+def _part_of(draws: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
+  """Returns integers in 0…length−1 from draws in [0, 1)."""
+  return tf.cast(tf.cast(draws, tf.float64) * tf.cast(lengths, tf.float64), tf.int64)
 
 
 def _of_this_replica(variable: tf.Variable) -> tf.Variable:

@@ -1,0 +1,230 @@
+"""What is true of every loss against class centres, row by row of the table."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses.centre_table import (
+  ROWS,
+  CentreBatch,
+  class_centres,
+  each_row,
+  evaluate,
+  expected_gradients,
+  expected_value,
+)
+from trainer import losses
+from trainer.distribute.collectives import OneReplica
+from trainer.errors import UserError
+from trainer.losses import centre_products
+from trainer.losses import class_centres as class_centres_lib
+from trainer.losses.centre_losses import ClassCentreLoss
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.objectives import global_negatives, local_negatives
+
+
+def _assert_same(got, expected, tolerance=1e-5):
+  """Compares arrays relative to their largest entries."""
+  for one, other in zip(got, expected):
+    scale = np.abs(other).max() + 1e-3
+    np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+
+
+def _assert_finite(found):
+  assert all(np.isfinite(each).all() for each in found)
+
+
+def test_table_has_every_public_loss_against_centres():
+  public = {
+    name
+    for name in losses.__all__
+    if isinstance(getattr(losses, name), type)
+    and issubclass(getattr(losses, name), ClassCentreLoss)
+  }
+  assert public == {type(row.make(class_centres(5, 3))).__name__ for row in ROWS}
+
+
+@each_row
+def test_value_is_that_of_the_definition(row):
+  batch = CentreBatch(row.centres_per_class)
+  value, _, _ = evaluate(row.make, batch)
+  np.testing.assert_allclose(value, expected_value(row.oracle, batch), rtol=1e-5)
+
+
+@each_row
+def test_gradients_are_finite_differences_of_the_definition(row):
+  batch = CentreBatch(row.centres_per_class)
+  _, *gradients = evaluate(row.make, batch)
+  _assert_same(gradients, expected_gradients(row.oracle, batch))
+
+
+@each_row
+def test_two_classes_give_the_value_of_the_definition(row):
+  batch = CentreBatch(row.centres_per_class, num_classes=2)
+  value, *gradients = evaluate(row.make, batch)
+  np.testing.assert_allclose(value, expected_value(row.oracle, batch), rtol=1e-5)
+  _assert_same(gradients, expected_gradients(row.oracle, batch))
+
+
+@each_row
+@pytest.mark.parametrize("label", [-1, 2])
+def test_padding_changes_nothing(row, label):
+  batch = CentreBatch(row.centres_per_class)
+  value, to_embeddings, to_centres = evaluate(row.make, batch)
+  padded = copy.deepcopy(batch)
+  padded.embeddings = np.pad(batch.embeddings, [[0, 2], [0, 0]])
+  padded.embeddings[6:] = np.nan
+  padded.labels = np.append(batch.labels, [label, label]).astype(np.int32)
+  padded.weights = np.pad(batch.weights, [0, 2])
+  got, *gradients = evaluate(row.make, padded)
+  np.testing.assert_allclose(got, value, rtol=1e-6)
+  _assert_same(gradients, [np.pad(to_embeddings, [[0, 2], [0, 0]]), to_centres], 1e-6)
+
+
+@each_row
+def test_batch_of_padding_alone_is_zero(row):
+  batch = CentreBatch(row.centres_per_class)
+  batch.embeddings[:], batch.labels[:], batch.weights[:] = np.nan, -1, 0
+  for found in evaluate(row.make, batch):
+    assert not np.any(found)
+
+
+@each_row
+def test_order_of_the_batch_does_not_matter(row):
+  batch = CentreBatch(row.centres_per_class)
+  value, to_embeddings, to_centres = evaluate(row.make, batch)
+  order = np.array([3, 5, 0, 1, 4, 2])
+  batch.embeddings, batch.labels = batch.embeddings[order], batch.labels[order]
+  batch.weights = batch.weights[order]
+  got, *gradients = evaluate(row.make, batch)
+  np.testing.assert_allclose(got, value, rtol=1e-6)
+  _assert_same(gradients, [to_embeddings[order], to_centres], 1e-6)
+
+
+@each_row
+@pytest.mark.parametrize("sign", [1, -1])
+def test_embedding_parallel_to_its_centre_is_finite(row, sign):
+  batch = CentreBatch(row.centres_per_class)
+  # All centres of the class, so that no other is nearer.
+  batch.centres[1] = batch.centres[1, :1]
+  batch.embeddings[0] = 3 * sign * batch.centres[1, 0]
+  found = evaluate(row.make, batch)
+  np.testing.assert_allclose(found[0], expected_value(row.oracle, batch), rtol=1e-4)
+  _assert_finite(found)
+
+
+@each_row
+def test_zero_embeddings_and_centres_are_finite(row):
+  batch = CentreBatch(row.centres_per_class)
+  batch.embeddings[0], batch.centres[3], batch.centres[4] = 0, 0, 0
+  found = evaluate(row.make, batch)
+  np.testing.assert_allclose(found[0], expected_value(row.oracle, batch), rtol=1e-5)
+  _assert_finite(found)
+  assert not found[1][0].any()
+  assert not found[2][3].any()
+
+
+@each_row
+def test_equal_embeddings_and_centres_are_finite(row):
+  batch = CentreBatch(row.centres_per_class)
+  batch.embeddings[:], batch.centres[:] = 1, 1
+  _assert_finite(evaluate(row.make, batch))
+
+
+@each_row
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
+def test_half_precision_embeddings_are_compared_in_float32(row, dtype):
+  batch = CentreBatch(row.centres_per_class)
+  batch.embeddings = tf.cast(batch.embeddings, dtype)
+  half = evaluate(row.make, batch)
+  batch.embeddings = tf.cast(batch.embeddings, tf.float32)
+  whole = evaluate(row.make, batch)
+  np.testing.assert_equal([half[0], half[2]], [whole[0], whole[2]])
+  _assert_same([half[1]], [whole[1]], 1e-2)
+
+
+@each_row
+@pytest.mark.parametrize("norm", [1e-3, 1e4])
+def test_norm_of_the_centres_does_not_matter(row, norm):
+  batch = CentreBatch(row.centres_per_class)
+  value, to_embeddings, to_centres = evaluate(row.make, batch)
+  batch.centres *= norm
+  found = evaluate(row.make, batch)
+  _assert_same(found, [value, to_embeddings, to_centres / norm], 1e-4)
+
+
+def _large_batch(centres_per_class):
+  random = np.random.default_rng(1)
+  batch = CentreBatch()
+  batch.embeddings = random.normal(size=(48, 8)).astype(np.float32)
+  batch.centres = random.normal(size=(3000, centres_per_class, 8)).astype(np.float32)
+  batch.labels = random.integers(0, 3000, 48).astype(np.int32)
+  batch.weights = random.uniform(0.5, 2, 48).astype(np.float32)
+  return batch
+
+
+_KINDS = {
+  (type(row.make(class_centres(5, 3))), row.centres_per_class): row for row in ROWS
+}
+
+
+@pytest.mark.parametrize("row", _KINDS.values(), ids=lambda row: row.name)
+def test_large_batch_is_compiled_to_the_values_of_one_uncompiled_tile(row, monkeypatch):
+  batch = _large_batch(row.centres_per_class)
+  compiled = evaluate(row.make, batch)
+  monkeypatch.setattr(centre_products, "_MIN_PAIRS_TO_COMPILE", 2**60)
+  monkeypatch.setattr(class_centres_lib, "_ROWS_PER_TILE", 10_000)
+  _assert_same(compiled, evaluate(row.make, batch))
+
+
+def _loss_of(objective_fn, labels):
+  table = class_centres(5, 3)
+  anchors = Anchors(tf.ones([6, 3]), tf.constant(labels), tf.ones([6]))
+  pairs = objective_fn(anchors, OneReplica())
+  rows = table.read(tf.zeros([6], tf.int32), tf.constant(0), OneReplica())
+  return losses.NormFaceLoss(centres=table, scale=9.0).replica_loss(
+    pairs, [rows], OneReplica()
+  )
+
+
+def test_local_negatives_are_refused():
+  with pytest.raises(UserError, match=r"set TrainStep\.objective_fn = @global"):
+    _loss_of(local_negatives, np.zeros(6, np.int32))
+
+
+def test_several_labels_of_an_example_are_refused():
+  with pytest.raises(UserError, match="one label of an example"):
+    _loss_of(global_negatives, np.ones([6, 4], bool))
+
+
+@pytest.mark.parametrize(
+  ("loss_class", "arguments", "message"),
+  [
+    (losses.ArcFaceLoss, {"margin": -0.1}, "angle_margin=-0.1"),
+    (losses.ArcFaceLoss, {"margin": 3.2}, "angle_margin=3.2"),
+    (losses.CosFaceLoss, {"margin": -0.1}, "cosine_margin=-0.1"),
+    (losses.CombinedMarginLoss, {"angle_factor": 0.5}, "angle_factor=0.5"),
+    (losses.CombinedMarginLoss, {"beyond_pi": "no"}, "'no', which is none of"),
+    (losses.ArcFaceLoss, {"arc_gradient": "no"}, "'no', which is none of"),
+    (losses.NormFaceLoss, {"scale": 0.0}, "NormFaceLoss.scale=0.0 is not above 0"),
+    (losses.ArcFaceLoss, {"scale": -1.0}, "ArcFaceLoss.scale=-1.0 is not above 0"),
+    (losses.NormFaceLoss, {"scale": float("nan")}, "scale=nan is not above 0"),
+    (losses.CosFaceLoss, {"ignored_above": 1.0}, "ignored_above=1.0 is no cosine"),
+  ],
+)
+def test_argument_out_of_its_range_is_reported_in_one_line(
+  loss_class, arguments, message
+):
+  with pytest.raises(UserError, match=message) as raised:
+    loss_class(centres=class_centres(5, 3), **arguments)
+  assert "\n" not in str(raised.value)
+
+
+def test_keras_is_refused():
+  loss = losses.NormFaceLoss(centres=class_centres(5, 3), scale=9.0)
+  with pytest.raises(UserError, match="which only a training by `TrainStep`"):
+    loss(np.zeros(6, np.int32), np.ones((6, 3), np.float32))

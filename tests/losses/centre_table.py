@@ -1,0 +1,202 @@
+"""Every loss against class centres with its oracle, and how both are evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Callable
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses import centre_oracles as oracles
+from trainer import losses
+from trainer.distribute.collectives import OneReplica
+from trainer.losses.class_centres import ClassCentres
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.objectives import global_negatives
+from trainer.training.row_optimizers import RowSGD
+
+SIZES = [1, 40, 3, 1000, 8]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A loss and its definition.
+
+  Attributes:
+    name: of the test.
+    make: the loss, from the class centres.
+    oracle: of `tests.losses.centre_oracles`.
+    centres_per_class: k.
+  """
+
+  name: str
+  make: Callable
+  oracle: Callable
+  centres_per_class: int
+
+
+class CentreBatch:
+  """A batch and centres, which may be changed; C = 5, k centres of a class, D = 3."""
+
+  def __init__(self, centres_per_class=1, num_classes=5):
+    random = np.random.default_rng(num_classes)
+    self.embeddings = random.normal(size=(6, 3)).astype(np.float32)
+    shape = (num_classes, centres_per_class, 3)
+    self.centres = random.normal(size=shape).astype(np.float32)
+    # A class with one example, and classes without any.
+    self.labels = np.array([1, 0, 1, 3 % num_classes, 1, 1], np.int32)
+    self.weights = np.array([1, 0.5, 1, 2, 1.5, 1], np.float32)
+
+
+def class_centres(num_classes, num_dimensions, centres_per_class=1, **arguments):
+  """A table on this device; its values are given to `evaluate`."""
+  optimizer = RowSGD(learning_rate=0.1)
+  table = ClassCentres(
+    optimizer=optimizer, centres_per_class=centres_per_class, **arguments
+  )
+  sizes = np.resize(SIZES, num_classes)
+  table.create_variables(num_dimensions, range(num_classes), sizes)
+  return table
+
+
+def evaluate(make, batch):
+  """Value, and gradients to embeddings and centres, as float32 arrays."""
+  num_classes, centres_per_class, num_dimensions = batch.centres.shape
+  table = class_centres(num_classes, num_dimensions, centres_per_class)
+  loss = make(table)
+  embeddings = tf.convert_to_tensor(batch.embeddings)
+  rows = table.read(tf.constant(batch.labels), tf.constant(0), OneReplica())
+  flat = batch.centres.reshape(-1, num_dimensions)
+  missing = rows.vectors.shape[0] - len(flat)
+  vectors = tf.constant(np.pad(flat, [[0, missing], [0, 0]]))
+  with tf.GradientTape() as tape:
+    tape.watch([embeddings, vectors])
+    anchors = Anchors(embeddings, tf.constant(batch.labels), tf.constant(batch.weights))
+    pairs = global_negatives(anchors, OneReplica())
+    rows = rows._replace(vectors=vectors)
+    value = loss.replica_loss(pairs, [rows], OneReplica()).value
+  to_embeddings, to_vectors = tape.gradient(value, [embeddings, vectors])
+  assert not np.any(to_vectors[len(flat) :])
+  to_centres = to_vectors.numpy()[: len(flat)].reshape(batch.centres.shape)
+  return value.numpy(), tf.cast(to_embeddings, tf.float32).numpy(), to_centres
+
+
+def expected_value(oracle, batch, embeddings=None, centres=None):
+  """The oracle's value; of moved points, what is held constant is of the batch's."""
+  at = np.float64(batch.embeddings), np.float64(batch.centres)
+  embeddings = at[0] if embeddings is None else embeddings
+  centres = at[1] if centres is None else centres
+  return oracle(embeddings, centres, batch.labels, np.float64(batch.weights), at)
+
+
+def expected_gradients(oracle, batch, step=1e-6):
+  """Central differences of the oracle to embeddings and centres."""
+  points = [np.float64(batch.embeddings), np.float64(batch.centres)]
+  gradients = []
+  for number, point in enumerate(points):
+    gradient = np.zeros_like(point)
+    for index in np.ndindex(*point.shape):
+      ends = []
+      for sign in (1, -1):
+        moved = [each.copy() for each in points]
+        moved[number][index] += sign * step
+        ends.append(expected_value(oracle, batch, *moved))
+      gradient[index] = (ends[0] - ends[1]) / (2 * step)
+    gradients.append(gradient)
+  return gradients
+
+
+def _text(value):
+  return str(value) if isinstance(value, (str, float)) else type(value).__name__
+
+
+def _row(loss_class, oracle, /, *, centres_per_class=1, **arguments):
+  name = "-".join(
+    [loss_class.__name__, *map(_text, arguments.values())]
+    + ([f"k={centres_per_class}"] if centres_per_class > 1 else [])
+  )
+  return Row(
+    name,
+    lambda centres: loss_class(centres=centres, **arguments),
+    oracle,
+    centres_per_class,
+  )
+
+
+def _arc_rows():
+  """ArcFace with each way to treat angles near π, and each gradient."""
+  for beyond_pi in ("linear", "none", "easy"):
+    for gradient in ("exact", "straight_through"):
+      own = oracles.angle_margin(
+        0.6, beyond_pi=beyond_pi, is_straight_through=gradient == "straight_through"
+      )
+      yield _row(
+        losses.ArcFaceLoss,
+        oracles.softmax(own, 8.0),
+        margin=0.6,
+        scale=8.0,
+        beyond_pi=beyond_pi,
+        arc_gradient=gradient,
+      )
+
+
+ROWS = [
+  _row(losses.NormFaceLoss, oracles.softmax(oracles.plain, 9.0), scale=9.0),
+  _row(
+    losses.NormFaceLoss,
+    oracles.softmax(oracles.plain, 9.0),
+    scale=9.0,
+    centres_per_class=3,
+  ),
+  _row(
+    losses.NormFaceLoss,
+    oracles.softmax(oracles.plain, 9.0, ignored_above=0.3),
+    scale=9.0,
+    ignored_above=0.3,
+    centres_per_class=2,
+  ),
+  _row(
+    losses.CosFaceLoss,
+    oracles.softmax(oracles.cosine_margin(0.35), 64.0),
+  ),
+  _row(
+    losses.CosFaceLoss,
+    oracles.softmax(oracles.cosine_margin(0.2), 8.0, ignored_above=0.3),
+    margin=0.2,
+    scale=8.0,
+    ignored_above=0.3,
+  ),
+  *_arc_rows(),
+  _row(losses.ArcFaceLoss, oracles.softmax(oracles.angle_margin(0.5), 64.0)),
+  _row(
+    losses.ArcFaceLoss,
+    oracles.softmax(oracles.angle_margin(0.5), 8.0, ignored_above=0.4),
+    scale=8.0,
+    ignored_above=0.4,
+    centres_per_class=3,
+  ),
+  _row(
+    losses.CombinedMarginLoss,
+    oracles.softmax(oracles.angle_margin(0.3, m1=1.2, m3=0.1), 8.0),
+    angle_factor=1.2,
+    angle_margin=0.3,
+    cosine_margin=0.1,
+    scale=8.0,
+  ),
+  _row(
+    losses.CombinedMarginLoss,
+    oracles.softmax(
+      oracles.angle_margin(0.3, m3=0.1, beyond_pi="none", is_straight_through=True), 8.0
+    ),
+    angle_margin=0.3,
+    cosine_margin=0.1,
+    scale=8.0,
+    beyond_pi="none",
+    arc_gradient="straight_through",
+    centres_per_class=2,
+  ),
+]
+
+each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
