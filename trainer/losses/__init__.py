@@ -37,6 +37,7 @@ from trainer.losses.softmax import (
   SoftNearestNeighbourLoss,
   SupervisedContrastiveLoss,
 )
+from trainer.losses.sum_of_losses import SumOfLosses
 from trainer.losses.triplet import (
   BatchAllTripletLoss,
   BatchHardTripletLoss,
@@ -70,6 +71,7 @@ __all__ = [
   "NormFaceLoss",
   "SemiHardTripletLoss",
   "SoftNearestNeighbourLoss",
+  "SumOfLosses",
   "SupervisedContrastiveLoss",
   "TripletLoss",
   "batch_all_triplet_loss",

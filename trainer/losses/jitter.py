@@ -32,12 +32,17 @@ class JitteredLoss(InBatchLoss):
     scale: length of the vectors, in units of the embeddings; about 1 % of their norm.
 
   Raises:
-    UserError: the scale is not above 0.
+    UserError: the scale is not above 0, or the loss has class centres.
   """
 
   def __init__(self, *, loss: Any, scale: float = 0.01):
     if not scale > 0:
       raise UserError(f"JitteredLoss.scale={scale} is not above 0; try 0.01.")
+    if getattr(loss, "tables", None):
+      raise UserError(
+        "JitteredLoss moves embeddings that are compared with each other, and "
+        f"{type(loss).__name__} has class centres; leave JitteredLoss out."
+      )
     super().__init__()
     self._loss = loss
     self._scale = scale

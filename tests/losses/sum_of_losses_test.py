@@ -1,0 +1,236 @@
+"""The weighted sum of losses: value, gradients, statistics and replicas."""
+
+from __future__ import annotations
+
+import functools
+
+import gin
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.losses.centre_table import class_centres
+from trainer import losses
+from trainer.data.pipeline import PADDING_LABEL, Batch
+from trainer.distribute.collectives import OneReplica
+from trainer.errors import UserError
+from trainer.losses.class_centres import ClassCentres
+from trainer.losses.loss_terms import Anchors
+from trainer.losses.objectives import global_negatives, local_negatives
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.row_optimizers import RowAdam
+from trainer.training.step import TrainStep
+
+_NUM_CLASSES = 12
+
+
+def _batch_hard(**arguments):
+  return losses.BatchHardTripletLoss(margin=0.5, **arguments)
+
+
+def _evaluate(loss, objective_fn=global_negatives):
+  """The replica's loss, and gradients to embeddings and centres."""
+  random = np.random.default_rng(0)
+  labels = tf.constant([0, 0, 1, 1, 3, 3, 4, -1])
+  weights = tf.constant([1.0] * 7 + [0.0])
+  embeddings = tf.constant(random.normal(size=(8, 3)), tf.float32)
+  rows = [table.read(labels, tf.constant(0), OneReplica()) for table in loss.tables]
+  vectors = [each.vectors for each in rows]
+  with tf.GradientTape() as tape:
+    tape.watch([embeddings, *vectors])
+    pairs = objective_fn(Anchors(embeddings, labels, weights), OneReplica())
+    found = loss.replica_loss(pairs, rows, OneReplica())
+  return found, tape.gradient(found.value, [embeddings, *vectors])
+
+
+def _parts():
+  return [
+    losses.ArcFaceLoss(centres=class_centres(5, 3), scale=8.0),
+    _batch_hard(),
+    losses.CosFaceLoss(centres=class_centres(5, 3, seed=1), scale=4.0),
+  ]
+
+
+def test_value_and_gradients_are_the_weighted_sum_of_each_alone():
+  parts, weights = _parts(), [0.5, 2.0, 3.0]
+  found, gradients = _evaluate(losses.SumOfLosses(losses=parts, weights=weights))
+  alone = [_evaluate(part) for part in parts]
+  expected = sum(w * each[0].value for w, each in zip(weights, alone))
+  np.testing.assert_allclose(found.value, expected, rtol=1e-6)
+  to_embeddings = sum(w * each[1][0] for w, each in zip(weights, alone))
+  expected = [to_embeddings, 0.5 * alone[0][1][1], 3.0 * alone[2][1][1]]
+  for gradient, wanted in zip(gradients, expected):
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_both_losses_are_logged_by_their_class():
+  parts = _parts()
+  statistics = _evaluate(losses.SumOfLosses(losses=parts))[0].statistics
+  for part in parts:
+    logged = statistics[f"train/loss/{type(part).__name__}"]
+    alone, _ = _evaluate(part)
+    np.testing.assert_allclose(logged.total / logged.count, alone.value, rtol=1e-6)
+  active = statistics["mining/active_fraction/ArcFaceLoss"]
+  assert statistics["mining/active_fraction"] is active
+  assert "centres/accuracy/CosFaceLoss" in statistics
+
+
+def test_second_loss_of_a_class_has_a_number():
+  parts = [_batch_hard(), _batch_hard(distance="cosine")]
+  statistics = _evaluate(losses.SumOfLosses(losses=parts))[0].statistics
+  assert "train/loss/BatchHardTripletLoss" in statistics
+  assert "train/loss/BatchHardTripletLoss_2" in statistics
+
+
+def test_curriculum_is_paced_by_its_own_active_fraction():
+  curriculum = losses.CurriculumTripletLoss(margin=0.2, pace=losses.AdaptivePace())
+  loss = losses.SumOfLosses(losses=[_parts()[0], curriculum])
+  statistics = _evaluate(loss)[0].statistics
+  active = statistics["mining/active_fraction/CurriculumTripletLoss"]
+  assert statistics["mining/active_fraction"] is active
+  assert curriculum in loss.submodules
+
+
+def test_mining_statistics_are_those_of_the_loss_with_a_margin():
+  loss = losses.SumOfLosses(losses=_parts())
+  assert loss.margin == 0.5
+  assert loss.comparison is _batch_hard().comparison
+  assert loss.needs_positives
+  assert not losses.SumOfLosses(losses=_parts()[:1]).needs_positives
+
+
+def test_pair_losses_may_be_mined_on_each_replica_alone():
+  parts = [_batch_hard(), losses.InfoNCELoss(temperature=0.5)]
+  found, _ = _evaluate(losses.SumOfLosses(losses=parts), local_negatives)
+  alone = [_evaluate(part, local_negatives)[0].value for part in parts]
+  np.testing.assert_allclose(found.value, sum(alone), rtol=1e-6)
+
+
+def test_gin_configures_losses_and_weights():
+  gin.parse_config("""
+    test/SumOfLosses.losses = [@InfoNCELoss(), @BatchHardTripletLoss()]
+    test/SumOfLosses.weights = [1.0, 0.5]
+    InfoNCELoss.temperature = 0.5
+    BatchHardTripletLoss.margin = 0.2
+  """)
+  with gin.config_scope("test"):
+    loss = gin.get_configurable(losses.SumOfLosses)()
+  assert "train/loss/InfoNCELoss" in _evaluate(loss)[0].statistics
+
+
+@functools.cache
+def _batches():
+  random = np.random.default_rng(3)
+  labels = np.repeat(np.arange(0, _NUM_CLASSES, 2, dtype=np.int32), 4)
+  labels[-1] = PADDING_LABEL
+  weights = (labels >= 0).astype(np.float32)
+  numbers = np.arange(len(labels), dtype=np.int32)
+  return [
+    Batch(
+      random.normal(size=(len(labels), 5)).astype(np.float32), labels, weights, numbers
+    )
+    for _ in range(3)
+  ]
+
+
+def _step(rate, tables):
+  tf.keras.utils.set_random_seed(11)
+  parts = [
+    losses.ArcFaceLoss(centres=_table(rate, tables, 1), scale=8.0),
+    _batch_hard(),
+    losses.NormFaceLoss(centres=_table(rate, tables, 3), scale=8.0),
+  ]
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
+    loss=losses.SumOfLosses(losses=parts, weights=[1.0, 0.5, 0.25]),
+    objective_fn=global_negatives,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+    mining_statistics=None,
+  )
+  step.create_variables((5,), range(_NUM_CLASSES))
+  return step
+
+
+def _table(rate, tables, centres_per_class):
+  tables.append(
+    ClassCentres(
+      optimizer=RowAdam(learning_rate=0.01),
+      sampling_rate=rate,
+      centres_per_class=centres_per_class,
+    )
+  )
+  return tables[-1]
+
+
+def _centres(table):
+  """The rows of all classes, from all replicas."""
+  parts = getattr(table._tables[0], "values", [table._tables[0]])
+  rows = [part.numpy()[: table.classes_per_replica] for part in parts]
+  return np.concatenate(rows)[:_NUM_CLASSES]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("num_replicas", [2, 4])
+@pytest.mark.parametrize("rate", [1.0, 0.4])
+def test_replicas_come_to_what_one_does(mirrored, num_replicas, rate):
+  alone, divided = [], []
+  expected = parity.expected(functools.partial(_step, rate, alone), _batches(), 1)
+  got = parity.trained(
+    mirrored(num_replicas), functools.partial(_step, rate, divided), _batches()
+  )
+  errors = parity.errors(got, expected)
+  assert parity.is_equal(errors), errors
+  for one, other in zip(alone, divided):
+    wanted = _centres(one)
+    np.testing.assert_allclose(
+      _centres(other), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max()
+    )
+
+
+def _nested():
+  return losses.SumOfLosses(losses=[_batch_hard()])
+
+
+def _sharing():
+  table = class_centres(5, 3)
+  return [losses.ArcFaceLoss(centres=table), losses.CosFaceLoss(centres=table)]
+
+
+def _paced():
+  return losses.CurriculumTripletLoss(margin=0.2, pace=losses.AdaptivePace())
+
+
+@pytest.mark.parametrize(
+  ("make_losses", "weights", "message"),
+  [
+    (list, None, r"SumOfLosses\.losses is empty"),
+    (lambda: [_nested()], None, "give losses of this package"),
+    (lambda: [len], None, "give losses of this package"),
+    (_sharing, None, "share their class centres"),
+    (lambda: [_paced(), _paced()], None, "2 losses with a curriculum"),
+    (lambda: [_batch_hard()], [1.0, 1.0], r"weights=\[1.0, 1.0\] for 1 losses"),
+    (lambda: [_batch_hard()], [-1.0], "number of at least 0"),
+    (lambda: [_batch_hard()], [0.0], "one above 0"),
+    (lambda: [_batch_hard()], [float("inf")], "number of at least 0"),
+  ],
+)
+def test_argument_out_of_its_range_is_reported_in_one_line(
+  make_losses, weights, message
+):
+  with pytest.raises(UserError, match=message) as raised:
+    losses.SumOfLosses(losses=make_losses(), weights=weights)
+  assert "\n" not in str(raised.value)
+
+
+def test_keras_is_refused():
+  with pytest.raises(UserError, match="in Keras add the losses"):
+    _nested()(np.zeros(4, np.int32), np.ones((4, 3), np.float32))
+
+
+def test_jitter_around_a_sum_or_class_centres_is_refused():
+  with pytest.raises(UserError, match="put JitteredLoss around its parts"):
+    _evaluate(losses.JitteredLoss(loss=_nested()))
+  with pytest.raises(UserError, match="JitteredLoss moves embeddings"):
+    losses.JitteredLoss(loss=_parts()[0])
