@@ -40,4 +40,5 @@ import trainer.retrieval.verification
 import trainer.training.learning_rates
 import trainer.training.optimizers
 import trainer.training.options
+import trainer.training.row_optimizers
 import trainer.training.step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pathlib
 
 import numpy as np
 import pytest
@@ -86,11 +87,14 @@ def test_padding_changes_nothing(row, label):
 
 
 @each_row
-def test_batch_of_padding_alone_is_zero(row):
+def test_batch_of_padding_alone_leaves_the_regularizer(row):
   batch = CentreBatch(row.centres_per_class)
   batch.embeddings[:], batch.labels[:], batch.weights[:] = np.nan, -1, 0
-  for found in evaluate(row.make, batch):
-    assert not np.any(found)
+  value, to_embeddings, to_centres = evaluate(row.make, batch)
+  expected = expected_value(row.oracle, batch)
+  np.testing.assert_allclose(value, expected, rtol=1e-6)
+  assert not np.any(to_embeddings)
+  assert np.any(to_centres) == (expected > 0)
 
 
 @each_row
@@ -214,6 +218,20 @@ def test_several_labels_of_an_example_are_refused():
     (losses.ArcFaceLoss, {"scale": -1.0}, "ArcFaceLoss.scale=-1.0 is not above 0"),
     (losses.NormFaceLoss, {"scale": float("nan")}, "scale=nan is not above 0"),
     (losses.CosFaceLoss, {"ignored_above": 1.0}, "ignored_above=1.0 is no cosine"),
+    (losses.AdaFaceLoss, {"margin": -0.1}, "margin=-0.1, concentration=0.333"),
+    (losses.AdaFaceLoss, {"concentration": 0.0}, "concentration=0.0"),
+    (losses.AdaFaceLoss, {"update_rate": 0.0}, "update_rate=0.0"),
+    (losses.DynamicMarginLoss, {"factor": -0.1}, "factor=-0.1"),
+    (losses.DynamicMarginLoss, {"power": -1.0}, "power=-1.0"),
+    (losses.DynamicMarginLoss, {"offset": 3.1}, "sum of factor and offset below"),
+    (losses.SoftTripleLoss, {"softness": 0.0}, "softness=0.0"),
+    (losses.SoftTripleLoss, {"regularization": -0.1}, "regularization=-0.1"),
+    (losses.SoftTripleLoss, {"margin": -0.1}, "margin=-0.1"),
+    (losses.ProxyAnchorLoss, {"margin": -0.1}, "ProxyAnchorLoss.margin=-0.1"),
+    (losses.ProxyAnchorLoss, {"scale": 0.0}, "ProxyAnchorLoss.scale=0.0"),
+    (losses.pml_norm_face, {"temperature": 0.0}, "pml_norm_face.temperature=0.0"),
+    (losses.proxy_nca_plus_plus, {"temperature": -1.0}, "temperature=-1.0"),
+    (losses.insightface_combined, {"cosine_margin": 0.4}, "set the other to 0"),
   ],
 )
 def test_argument_out_of_its_range_is_reported_in_one_line(
@@ -224,7 +242,48 @@ def test_argument_out_of_its_range_is_reported_in_one_line(
   assert "\n" not in str(raised.value)
 
 
+def test_proxy_anchor_refuses_several_centres_of_a_class():
+  with pytest.raises(UserError, match="one centre for each class"):
+    losses.ProxyAnchorLoss(centres=class_centres(5, 3, 2))
+
+
 def test_keras_is_refused():
   loss = losses.NormFaceLoss(centres=class_centres(5, 3), scale=9.0)
   with pytest.raises(UserError, match="which only a training by `TrainStep`"):
     loss(np.zeros(6, np.int32), np.ones((6, 3), np.float32))
+
+
+_RECORDED = np.load(pathlib.Path(__file__).parents[1] / "golden" / "pml_centres.npz")
+_PML = {
+  "arcface": losses.pml_arcface,
+  "sub_center_arcface": losses.pml_arcface,
+  "cosface": losses.pml_cosface,
+  "norm_face": losses.pml_norm_face,
+  "proxy_anchor": losses.pml_proxy_anchor,
+  "soft_triple": losses.pml_soft_triple,
+}
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", _PML)
+def test_preset_has_the_values_of_pytorch_metric_learning(name):
+  batch = CentreBatch()
+  batch.embeddings, batch.labels = _RECORDED["embeddings"], _RECORDED["labels"]
+  batch.centres = _RECORDED[f"{name}/centres"]
+  batch.weights = np.ones(len(batch.labels), np.float32)
+  value, *gradients = evaluate(lambda table: _PML[name](centres=table), batch)
+  np.testing.assert_allclose(value, _RECORDED[f"{name}/loss"], rtol=1e-5)
+  expected = [_RECORDED[f"{name}/{of}"] for of in ("to_embeddings", "to_centres")]
+  _assert_same(gradients, expected)
+
+
+def test_ada_face_moves_its_mean_and_deviation_to_those_of_the_batch():
+  batch = CentreBatch()
+  table = class_centres(5, 3)
+  loss = losses.AdaFaceLoss(centres=table, update_rate=0.5)
+  evaluate(lambda _: loss, batch)
+  norms = np.linalg.norm(batch.embeddings, axis=1)
+  mean, deviation = (norms.mean() + 20) / 2, (norms.std(ddof=1) + 100) / 2
+  np.testing.assert_allclose(
+    [each.numpy() for each in loss.variables], [deviation, mean]
+  )

@@ -91,6 +91,74 @@ def softmax(
       y = labels[i]
       term = negative_log_share(scale * own(values[y], fixed[y], y), others)
       total += weights[i] * term
+    return total / sum(weights) if sum(weights) else 0.0
+
+  return loss
+
+
+def ada_face(m, h, scale, update_rate):
+  """AdaFace after one update of the moving mean 20 and deviation 100 of the norms."""
+
+  def loss(embeddings, centres, labels, weights, at):
+    norms = {
+      i: min(max(math.sqrt(np.dot(at[0][i], at[0][i])), 1e-3), 100)
+      for i in np.flatnonzero(weights)
+    }
+    if not norms:
+      return 0.0
+    batch_mean = sum(norms.values()) / len(norms)
+    squares = sum((norm - batch_mean) ** 2 for norm in norms.values())
+    batch_deviation = math.sqrt(squares / (len(norms) - 1))
+    mean = update_rate * batch_mean + (1 - update_rate) * 20
+    deviation = update_rate * batch_deviation + (1 - update_rate) * 100
+    total = 0.0
+    for i, norm in norms.items():
+      z = min(max((norm - mean) / (deviation + 1e-3) * h, -1), 1)
+      cosines = [nearest(embeddings[i], each) for each in centres]
+      theta = math.acos(min(max(cosines[labels[i]], 1e-3 - 1), 1 - 1e-3))
+      theta = min(max(theta - m * z, 1e-3), math.pi - 1e-3)
+      others = [scale * c for j, c in enumerate(cosines) if j != labels[i]]
+      own = scale * (math.cos(theta) - (m + m * z))
+      total += weights[i] * negative_log_share(own, others)
     return total / sum(weights)
+
+  return loss
+
+
+def soft_triple(delta, scale, softness, regularization):
+  of_examples = softmax(cosine_margin(delta), scale, similarity=relaxed(softness))
+
+  def loss(embeddings, centres, labels, weights, at):
+    total = 0.0
+    k = len(centres[0])
+    for each in centres:
+      for t in range(k):
+        for s in range(t):
+          total += math.sqrt(2 + 1e-5 - 2 * cosine(each[s], each[t]))
+    regularizer = total / (len(centres) * k * (k - 1)) if k > 1 else 0.0
+    value = of_examples(embeddings, centres, labels, weights, at)
+    return value + regularization * regularizer
+
+  return loss
+
+
+def proxy_anchor(alpha, delta):
+  """An example of weight w counts as w examples."""
+
+  def loss(embeddings, centres, labels, weights, at):
+    counted = np.flatnonzero(weights)
+    with_positives = {labels[i] for i in counted}
+    positive = negative = 0.0
+    for p in range(len(centres)):
+      sums = [0.0, 0.0]
+      for i in counted:
+        c = cosine(embeddings[i], centres[p][0])
+        if labels[i] == p:
+          sums[0] += weights[i] * math.exp(-alpha * (c - delta))
+        else:
+          sums[1] += weights[i] * math.exp(alpha * (c + delta))
+      positive += math.log1p(sums[0])
+      negative += math.log1p(sums[1])
+    return positive / max(len(with_positives), 1) + negative / len(centres)
 
   return loss

@@ -197,6 +197,80 @@ ROWS = [
     arc_gradient="straight_through",
     centres_per_class=2,
   ),
+  _row(
+    losses.insightface_combined,
+    oracles.softmax(
+      oracles.angle_margin(0.5, beyond_pi="none", is_straight_through=True),
+      8.0,
+      ignored_above=0.2,
+      is_ignored_zero=True,
+    ),
+    scale=8.0,
+    ignored_above=0.2,
+  ),
+  _row(
+    losses.insightface_combined,
+    oracles.softmax(oracles.cosine_margin(0.4), 64.0),
+    angle_margin=0.0,
+    cosine_margin=0.4,
+    centres_per_class=3,
+  ),
+  _row(
+    losses.insightface_arcface,
+    oracles.softmax(
+      oracles.angle_margin(0.5, beyond_pi="none", is_straight_through=True), 64.0
+    ),
+  ),
+  _row(losses.insightface_cosface, oracles.softmax(oracles.cosine_margin(0.4), 64.0)),
+  _row(losses.proxy_nca_plus_plus, oracles.softmax(oracles.plain, 18.0)),
+  _row(losses.AdaFaceLoss, oracles.ada_face(0.4, 0.333, 64.0, 0.01)),
+  _row(
+    losses.AdaFaceLoss,
+    oracles.ada_face(0.3, 0.5, 8.0, 1.0),
+    margin=0.3,
+    concentration=0.5,
+    scale=8.0,
+    update_rate=1.0,
+    centres_per_class=2,
+  ),
+  _row(
+    losses.DynamicMarginLoss,
+    oracles.softmax(
+      oracles.angle_margin(oracles.size_margin(SIZES, 0.45, 0.25, 0.05)), 64.0
+    ),
+    centres_per_class=3,
+  ),
+  _row(
+    losses.DynamicMarginLoss,
+    oracles.softmax(
+      oracles.angle_margin(
+        oracles.size_margin(SIZES, 0.8, 0.5, 0.1), is_straight_through=True
+      ),
+      8.0,
+    ),
+    factor=0.8,
+    power=0.5,
+    offset=0.1,
+    scale=8.0,
+    arc_gradient="straight_through",
+  ),
+  _row(
+    losses.SoftTripleLoss,
+    oracles.soft_triple(0.01, 20.0, 0.1, 0.2),
+    centres_per_class=3,
+  ),
+  _row(
+    losses.SoftTripleLoss,
+    oracles.soft_triple(0.1, 8.0, 0.3, 1.0),
+    margin=0.1,
+    scale=8.0,
+    softness=0.3,
+    regularization=1.0,
+    centres_per_class=2,
+  ),
+  _row(losses.SoftTripleLoss, oracles.soft_triple(0.01, 20.0, 0.1, 0.2)),
+  _row(losses.ProxyAnchorLoss, oracles.proxy_anchor(32.0, 0.1)),
+  _row(losses.ProxyAnchorLoss, oracles.proxy_anchor(4.0, 0.3), margin=0.3, scale=4.0),
 ]
 
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -1,10 +1,22 @@
 """Losses with in-batch mining: pure functions of tensors, independent of strategies."""
 
+from trainer.losses.adaptive_margins import AdaFaceLoss, DynamicMarginLoss
 from trainer.losses.centre_losses import (
   ArcFaceLoss,
   CombinedMarginLoss,
   CosFaceLoss,
   NormFaceLoss,
+)
+from trainer.losses.centre_presets import (
+  insightface_arcface,
+  insightface_combined,
+  insightface_cosface,
+  pml_arcface,
+  pml_cosface,
+  pml_norm_face,
+  pml_proxy_anchor,
+  pml_soft_triple,
+  proxy_nca_plus_plus,
 )
 from trainer.losses.class_centres import ClassCentres
 from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
@@ -29,6 +41,7 @@ from trainer.losses.presets import (
   pml_semi_hard,
   tfa_semi_hard,
 )
+from trainer.losses.proxy_losses import ProxyAnchorLoss, SoftTripleLoss
 from trainer.losses.selection import DistanceWeightedNegatives
 from trainer.losses.softmax import (
   InfoNCELoss,
@@ -47,6 +60,7 @@ from trainer.losses.triplet import (
 )
 
 __all__ = [
+  "AdaFaceLoss",
   "AdaptivePace",
   "ArcFaceLoss",
   "BatchAllTripletLoss",
@@ -58,6 +72,7 @@ __all__ = [
   "CosFaceLoss",
   "CurriculumTripletLoss",
   "DistanceWeightedNegatives",
+  "DynamicMarginLoss",
   "InfoNCELoss",
   "InsideMarginTripletLoss",
   "JitteredLoss",
@@ -69,19 +84,30 @@ __all__ = [
   "MultiSimilarityLoss",
   "NPairsLoss",
   "NormFaceLoss",
+  "ProxyAnchorLoss",
   "SemiHardTripletLoss",
   "SoftNearestNeighbourLoss",
+  "SoftTripleLoss",
   "SumOfLosses",
   "SupervisedContrastiveLoss",
   "TripletLoss",
   "batch_all_triplet_loss",
   "batch_hard_triplet_loss",
   "hermans_batch_hard",
+  "insightface_arcface",
+  "insightface_combined",
+  "insightface_cosface",
   "omoindrot_batch_all",
   "omoindrot_batch_hard",
   "pairwise_distances",
+  "pml_arcface",
   "pml_batch_all",
   "pml_batch_hard",
+  "pml_cosface",
+  "pml_norm_face",
+  "pml_proxy_anchor",
   "pml_semi_hard",
+  "pml_soft_triple",
+  "proxy_nca_plus_plus",
   "tfa_semi_hard",
 ]

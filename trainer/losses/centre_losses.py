@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import gin
 import tensorflow as tf
@@ -20,16 +20,11 @@ import tensorflow as tf
 from trainer.distribute.collectives import Collectives
 from trainer.errors import UserError
 from trainer.losses import metric_accumulators
-from trainer.losses.centre_products import (
-  CentreCosines,
-  CosineOptions,
-  centre_cosines,
-)
+from trainer.losses.centre_products import CosineOptions, centre_cosines
 from trainer.losses.class_centres import CentreRows, ClassCentres
 from trainer.losses.distances import cosine
 from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.loss_terms import (
-  Candidates,
   LossOutput,
   MiningBatch,
   ReplicaLoss,
@@ -43,6 +38,22 @@ BEYOND_PI = ("linear", "none", "easy")
 ARC_GRADIENTS = ("exact", "straight_through")
 
 
+class CentreExamples(NamedTuple):
+  """The examples of the global batch.
+
+  Attributes:
+    unit: [N, D] float32 embeddings of norm 1; 0 for padding and embeddings of 0.
+    norms: [N] float32, of the embeddings; 0 for padding.
+    labels: [N] int32; negative for padding.
+    is_valid: [N] bool; false for padding.
+  """
+
+  unit: tf.Tensor
+  norms: tf.Tensor
+  labels: tf.Tensor
+  is_valid: tf.Tensor
+
+
 class ClassCentreLoss(InBatchLoss):
   """Base of the losses that are a softmax over the cosines with class centres.
 
@@ -51,6 +62,7 @@ class ClassCentreLoss(InBatchLoss):
     scale: s > 0.
     ignored_above: cosine above which the centre of another class is left out, as the
       example's label is then doubtful; None for none.
+    is_ignored_zero: whether a centre left out keeps a logit of 0, without gradient.
 
   Raises:
     UserError: the scale is not above 0, or the threshold is outside of (−1, 1).
@@ -66,6 +78,7 @@ class ClassCentreLoss(InBatchLoss):
     centres: ClassCentres,
     scale: float,
     ignored_above: Optional[float] = None,
+    is_ignored_zero: bool = False,
   ):
     name = type(self).__name__
     if not 0 < scale < math.inf:
@@ -78,22 +91,19 @@ class ClassCentreLoss(InBatchLoss):
     super().__init__()
     self._centres = centres
     self._scale = scale
-    self._options = CosineOptions(scale, ignored_above)
+    self._options = CosineOptions(scale, ignored_above, is_ignored_zero)
 
   @property
   def tables(self) -> list[ClassCentres]:
     """Tables of which rows are read in each step."""
     return [self._centres]
 
-  def own_cosines(
-    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
-  ) -> tf.Tensor:
+  def own_cosines(self, cosines: tf.Tensor, examples: CentreExamples) -> tf.Tensor:
     """Returns φ of the cosines with the own classes, [N] float32.
 
     Args:
       cosines: [N] float32.
-      norms: [N] float32, of the embeddings before they are scaled to 1.
-      labels: [N] int32; negative for padding.
+      examples: of the global batch.
     """
     raise NotImplementedError
 
@@ -105,18 +115,21 @@ class ClassCentreLoss(InBatchLoss):
     Raises:
       UserError: each replica mines alone, or examples have several labels.
     """
-    _check_batch(type(self).__name__, pairs)
-    anchors, candidates = pairs.anchors, pairs.candidates
-    labels = candidates.labels[: candidates.embeddings.shape[0]]
-    unit, norms = _unit_and_norms(candidates)
-    cosines = centre_cosines(unit, rows[0], self._options, collectives)
-    own_logits = self._scale * self.own_cosines(cosines.own, norms, labels)
+    examples = centre_examples(type(self).__name__, pairs)
+    cosines = centre_cosines(examples.unit, rows[0], self._options, collectives)
+    own_logits = self._scale * self.own_cosines(cosines.own, examples)
     terms = tf.nn.softplus(cosines.others - own_logits)
-    own_terms = anchors.weights * tf.gather(terms, candidates.positions)
+    positions, weights = pairs.candidates.positions, pairs.anchors.weights
+    is_active = tf.gather(own_logits < cosines.others, positions)
     output = LossOutput(
-      tf.reduce_sum(own_terms),
-      tf.reduce_sum(anchors.weights),
-      _statistics(cosines, own_logits, candidates.positions, anchors.weights > 0.0),
+      tf.reduce_sum(weights * tf.gather(terms, positions)),
+      tf.reduce_sum(weights),
+      {
+        **centre_statistics(cosines.own, cosines.nearest_other, pairs),
+        "mining/active_fraction": metric_accumulators.weighted_mean(
+          tf.cast(is_active, tf.float32), weights > 0.0
+        ),
+      },
     )
     return pairs.replica_loss(output, collectives)
 
@@ -132,36 +145,53 @@ class ClassCentreLoss(InBatchLoss):
     )
 
 
-def _check_batch(name: str, pairs: MiningBatch) -> None:
+def centre_examples(name: str, pairs: MiningBatch) -> CentreExamples:
+  """Returns the examples of the global batch that are compared with class centres.
+
+  Args:
+    name: of the loss.
+    pairs: of a step.
+
+  Raises:
+    UserError: each replica mines alone, or examples have several labels.
+  """
   if not pairs.is_global:
     raise UserError(
       f"{name} has class centres that are shared by all replicas; set "
       "TrainStep.objective_fn = @global_negatives."
     )
-  if pairs.candidates.labels.dtype == tf.bool:
+  candidates = pairs.candidates
+  if candidates.labels.dtype == tf.bool:
     raise UserError(f"{name} supports one label of an example, not several.")
-
-
-def _unit_and_norms(candidates: Candidates) -> tuple[tf.Tensor, tf.Tensor]:
-  """Returns embeddings of norm 1, or 0 for padding and zeros, and their norms, [N]."""
-  is_valid = candidates.is_valid[: candidates.embeddings.shape[0]]
+  # A cross-batch memory has further labels.
+  num_examples = candidates.embeddings.shape[0]
+  is_valid = candidates.is_valid[:num_examples]
   embeddings = tf.cast(candidates.embeddings, tf.float32)
   embeddings = tf.where(is_valid[:, None], embeddings, 0.0)
   squared = tf.reduce_sum(embeddings**2, 1)
   norms = tf.sqrt(tf.where(squared > 0.0, squared, 1.0))
-  return cosine.vectors_fn(embeddings), tf.where(squared > 0.0, norms, 0.0)
+  return CentreExamples(
+    cosine.vectors_fn(embeddings),
+    tf.where(squared > 0.0, norms, 0.0),
+    candidates.labels[:num_examples],
+    is_valid,
+  )
 
 
-def _statistics(
-  cosines: CentreCosines,
-  own_logits: tf.Tensor,
-  positions: tf.Tensor,
-  is_counted: tf.Tensor,
+def centre_statistics(
+  own: tf.Tensor, nearest_other: tf.Tensor, pairs: MiningBatch
 ) -> Mapping[str, Any]:
-  """Computes statistics of this replica's examples."""
-  own, nearest, others, logits = (
-    tf.gather(tf.stop_gradient(each), positions)
-    for each in (cosines.own, cosines.nearest_other, cosines.others, own_logits)
+  """Computes statistics of this replica's examples.
+
+  Args:
+    own: [N] float32, cosines with the own class.
+    nearest_other: [N] float32, largest cosine with another class; −∞ if there is none.
+    pairs: of the step.
+  """
+  is_counted = pairs.anchors.weights > 0.0
+  own, nearest = (
+    tf.gather(tf.stop_gradient(each), pairs.candidates.positions)
+    for each in (own, nearest_other)
   )
   has_other = is_counted & (nearest > -float("inf"))
   is_correct = tf.cast(own > nearest, tf.float32)
@@ -171,9 +201,6 @@ def _statistics(
       nearest, has_other
     ),
     "centres/accuracy": metric_accumulators.weighted_mean(is_correct, has_other),
-    "mining/active_fraction": metric_accumulators.weighted_mean(
-      tf.cast(logits < others, tf.float32), is_counted
-    ),
   }
 
 
@@ -181,15 +208,10 @@ def _statistics(
 class NormFaceLoss(ClassCentreLoss):
   """φ(c) = c: a softmax over cosines, without a margin.
 
-  With scale 2/T it is Proxy-NCA++ with temperature T (Teh et al. 2020,
-  https://arxiv.org/abs/2004.01113), whose squared distances of unit vectors are 2 − 2c.
-
   Source: Wang et al. 2017, https://arxiv.org/abs/1704.06369.
   """
 
-  def own_cosines(
-    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
-  ) -> tf.Tensor:
+  def own_cosines(self, cosines: tf.Tensor, examples: CentreExamples) -> tf.Tensor:
     """Returns the cosines; see the base class."""
     return cosines
 
@@ -213,6 +235,7 @@ class CombinedMarginLoss(ClassCentreLoss):
       keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c <= 0.
     arc_gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
     ignored_above: as in the base class.
+    is_ignored_zero: as in the base class.
 
   Raises:
     UserError: an argument is out of its range.
@@ -229,8 +252,14 @@ class CombinedMarginLoss(ClassCentreLoss):
     beyond_pi: str = "linear",
     arc_gradient: str = "exact",
     ignored_above: Optional[float] = None,
+    is_ignored_zero: bool = False,
   ):
-    super().__init__(centres=centres, scale=scale, ignored_above=ignored_above)
+    super().__init__(
+      centres=centres,
+      scale=scale,
+      ignored_above=ignored_above,
+      is_ignored_zero=is_ignored_zero,
+    )
     name = type(self).__name__
     if angle_factor < 1 or not 0 <= angle_margin < math.pi or cosine_margin < 0:
       raise UserError(
@@ -247,27 +276,34 @@ class CombinedMarginLoss(ClassCentreLoss):
     self._beyond_pi = beyond_pi
     self._arc_gradient = arc_gradient
 
-  def own_cosines(
-    self, cosines: tf.Tensor, norms: tf.Tensor, labels: tf.Tensor
-  ) -> tf.Tensor:
+  def angle_margins(self, examples: CentreExamples) -> Union[float, tf.Tensor]:
+    """Returns m₂, [] or [N].
+
+    Args:
+      examples: of the global batch.
+    """
+    del examples
+    return self._angle_margin
+
+  def own_cosines(self, cosines: tf.Tensor, examples: CentreExamples) -> tf.Tensor:
     """Returns the cosines with the margins; see the base class."""
-    del norms, labels
-    if self._angle_factor == 1 and self._angle_margin == 0:
+    margins = self.angle_margins(examples)
+    if self._angle_factor == 1 and isinstance(margins, float) and margins == 0:
       return cosines - self._cosine_margin
-    moved = self._with_angle_margin(cosines)
+    moved = self._with_angle_margins(cosines, tf.convert_to_tensor(margins))
     if self._arc_gradient == "straight_through":
       moved = cosines + tf.stop_gradient(moved - cosines)
     return moved - self._cosine_margin
 
-  def _with_angle_margin(self, cosines: tf.Tensor) -> tf.Tensor:
+  def _with_angle_margins(self, cosines: tf.Tensor, margins: tf.Tensor) -> tf.Tensor:
     angles = tf.acos(tf.clip_by_value(cosines, _CLIP - 1.0, 1.0 - _CLIP))
-    moved = tf.cos(self._angle_factor * angles + self._angle_margin)
+    moved = tf.cos(self._angle_factor * angles + margins)
     if self._angle_factor != 1 or self._beyond_pi == "none":
       return moved
     if self._beyond_pi == "easy":
       return tf.where(cosines > 0.0, moved, cosines)
-    line = cosines - self._angle_margin * math.sin(self._angle_margin)
-    return tf.where(angles <= math.pi - self._angle_margin, moved, line)
+    line = cosines - margins * tf.sin(margins)
+    return tf.where(angles <= math.pi - margins, moved, line)
 
 
 @gin.register

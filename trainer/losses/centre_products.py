@@ -149,11 +149,11 @@ class _Tiles:
     self._num_rows = rows.is_used.shape[0] // self._num_tiles
     kind = _TileFunction if options.softness is None else _SoftTileFunction
     function = kind(options, rows.centres_per_class)
-    self._exponentials_fn, self._slopes_fn = function.exponentials, function.slopes
-    if rows.columns.shape[0] * self._num_rows >= _MIN_PAIRS_TO_COMPILE:
-      self._exponentials_fn = _compiled(function.exponentials)
-      if options.softness is not None:
-        self._slopes_fn = _compiled(function.slopes)
+    num_pairs = rows.columns.shape[0] * self._num_rows
+    self._exponentials_fn = compiled_if_large(function.exponentials, num_pairs)
+    self._slopes_fn = function.slopes
+    if options.softness is not None:
+      self._slopes_fn = compiled_if_large(function.slopes, num_pairs)
 
   def forward(self, embeddings: tf.Tensor, vectors: tf.Tensor) -> _Exponentials:
     """Computes the exponentials of all rows."""
@@ -161,7 +161,7 @@ class _Tiles:
     num_columns = vectors.shape[0] // num_tiles
 
     def body(index, own, nearest, *arrays):  # type: ignore[no-untyped-def]
-      unit, _ = self._unit(vectors, index)
+      unit, _ = unit_tile(vectors, index, num_tiles)
       *found, of_own, of_others = self._exponentials_fn(
         tf.matmul(embeddings, unit, transpose_b=True), *self._classes(index)
       )
@@ -205,7 +205,7 @@ class _Tiles:
     num_tiles = self._num_tiles
 
     def body(index, to_embeddings, to_vectors):  # type: ignore[no-untyped-def]
-      unit, inverse_norms = self._unit(vectors, index)
+      unit, inverse_norms = unit_tile(vectors, index, num_tiles)
       slope = self._slopes_fn(
         found.values.read(index),
         *self._classes(index),
@@ -214,12 +214,10 @@ class _Tiles:
         to_own,
       )
       to_unit = tf.matmul(slope, embeddings, transpose_a=True)
-      along = tf.reduce_sum(to_unit * unit, 1, keepdims=True)
-      to_rows = (to_unit - along * unit) * inverse_norms
       return (
         index + 1,
         to_embeddings + tf.matmul(slope, unit),
-        to_vectors.write(index, to_rows),
+        to_vectors.write(index, to_rows(to_unit, unit, inverse_norms)),
       )
 
     num_columns = vectors.shape[0] // num_tiles
@@ -243,17 +241,38 @@ class _Tiles:
       classes.append(tf.slice(self._rows.log_weights, first, size))
     return tuple(classes)
 
-  def _unit(self, vectors: tf.Tensor, index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the unit vectors [T·k, D] of a tile, and their inverse norms [T·k, 1]."""
-    num_columns = vectors.shape[0] // self._num_tiles
-    tile = tf.slice(vectors, [index * num_columns, 0], [num_columns, vectors.shape[1]])
-    squared = tf.reduce_sum(tile**2, 1, keepdims=True)
-    is_zero = squared < _MIN_SQUARED_NORM
-    inverse = tf.where(is_zero, 0.0, tf.math.rsqrt(tf.where(is_zero, 1.0, squared)))
-    return tile * inverse, inverse
+
+def unit_tile(
+  vectors: tf.Tensor, index: tf.Tensor, num_tiles: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Returns the unit vectors of a tile, and the inverse norms of its rows.
+
+  Args:
+    vectors: [S·k, D] float32.
+    index: [] int32, of the tile.
+    num_tiles: divides S·k.
+
+  Returns:
+    [T·k, D] and [T·k, 1], both 0 for rows of 0.
+  """
+  num_columns = vectors.shape[0] // num_tiles
+  tile = tf.slice(vectors, [index * num_columns, 0], [num_columns, vectors.shape[1]])
+  squared = tf.reduce_sum(tile**2, 1, keepdims=True)
+  is_zero = squared < _MIN_SQUARED_NORM
+  inverse = tf.where(is_zero, 0.0, tf.math.rsqrt(tf.where(is_zero, 1.0, squared)))
+  return tile * inverse, inverse
 
 
-def _compiled(function: Callable) -> Callable:
+def to_rows(to_unit: tf.Tensor, unit: tf.Tensor, inverse_norms: tf.Tensor) -> tf.Tensor:
+  """Converts gradients to unit vectors to those to the rows, from `unit_tile`."""
+  along = tf.reduce_sum(to_unit * unit, 1, keepdims=True)
+  return (to_unit - along * unit) * inverse_norms
+
+
+def compiled_if_large(function: Callable, num_pairs: int) -> Callable:
+  """Returns the function, compiled by XLA if that pays for so many pairs."""
+  if num_pairs < _MIN_PAIRS_TO_COMPILE:
+    return function
   return tf.function(function, jit_compile=True, autograph=False)
 
 
