@@ -13,6 +13,7 @@ from tests.losses.centre_table import (
   ROWS,
   CentreBatch,
   class_centres,
+  each_kind,
   each_row,
   evaluate,
   expected_gradients,
@@ -71,7 +72,7 @@ def test_two_classes_give_the_value_of_the_definition(row):
   _assert_same(gradients, expected_gradients(row.oracle, batch))
 
 
-@each_row
+@each_kind
 @pytest.mark.parametrize("label", [-1, 2])
 def test_padding_changes_nothing(row, label):
   batch = CentreBatch(row.centres_per_class)
@@ -86,7 +87,7 @@ def test_padding_changes_nothing(row, label):
   _assert_same(gradients, [np.pad(to_embeddings, [[0, 2], [0, 0]]), to_centres], 1e-6)
 
 
-@each_row
+@each_kind
 def test_batch_of_padding_alone_leaves_the_regularizer(row):
   batch = CentreBatch(row.centres_per_class)
   batch.embeddings[:], batch.labels[:], batch.weights[:] = np.nan, -1, 0
@@ -97,7 +98,7 @@ def test_batch_of_padding_alone_leaves_the_regularizer(row):
   assert np.any(to_centres) == (expected > 0)
 
 
-@each_row
+@each_kind
 def test_order_of_the_batch_does_not_matter(row):
   batch = CentreBatch(row.centres_per_class)
   value, to_embeddings, to_centres = evaluate(row.make, batch)
@@ -132,14 +133,14 @@ def test_zero_embeddings_and_centres_are_finite(row):
   assert not found[2][3].any()
 
 
-@each_row
+@each_kind
 def test_equal_embeddings_and_centres_are_finite(row):
   batch = CentreBatch(row.centres_per_class)
   batch.embeddings[:], batch.centres[:] = 1, 1
   _assert_finite(evaluate(row.make, batch))
 
 
-@each_row
+@each_kind
 @pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16])
 def test_half_precision_embeddings_are_compared_in_float32(row, dtype):
   batch = CentreBatch(row.centres_per_class)
@@ -151,7 +152,7 @@ def test_half_precision_embeddings_are_compared_in_float32(row, dtype):
   _assert_same([half[1]], [whole[1]], 1e-2)
 
 
-@each_row
+@each_kind
 @pytest.mark.parametrize("norm", [1e-3, 1e4])
 def test_norm_of_the_centres_does_not_matter(row, norm):
   batch = CentreBatch(row.centres_per_class)
@@ -171,12 +172,7 @@ def _large_batch(centres_per_class):
   return batch
 
 
-_KINDS = {
-  (type(row.make(class_centres(5, 3))), row.centres_per_class): row for row in ROWS
-}
-
-
-@pytest.mark.parametrize("row", _KINDS.values(), ids=lambda row: row.name)
+@each_kind
 def test_large_batch_is_compiled_to_the_values_of_one_uncompiled_tile(row, monkeypatch):
   batch = _large_batch(row.centres_per_class)
   compiled = evaluate(row.make, batch)

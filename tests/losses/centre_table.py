@@ -45,6 +45,9 @@ class CentreBatch:
     self.embeddings = random.normal(size=(6, 3)).astype(np.float32)
     shape = (num_classes, centres_per_class, 3)
     self.centres = random.normal(size=shape).astype(np.float32)
+    # An example about opposite to all centres of its class.
+    self.centres[0] = self.centres[0, :1] + 0.1 * self.centres[0]
+    self.embeddings[1] = 0.1 * self.embeddings[1] - self.centres[0, 0]
     # A class with one example, and classes without any.
     self.labels = np.array([1, 0, 1, 3 % num_classes, 1, 1], np.int32)
     self.weights = np.array([1, 0.5, 1, 2, 1.5, 1], np.float32)
@@ -273,4 +276,18 @@ ROWS = [
   _row(losses.ProxyAnchorLoss, oracles.proxy_anchor(4.0, 0.3), margin=0.3, scale=4.0),
 ]
 
+
+def _first_of_each_kind():
+  """One row of each loss, and one with several centres of a class."""
+  table = class_centres(5, 3), class_centres(5, 3, 2)
+  kinds = {}
+  for row in ROWS:
+    has_several = row.centres_per_class > 1
+    kinds.setdefault((type(row.make(table[has_several])), has_several), row)
+  return list(kinds.values())
+
+
 each_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+each_kind = pytest.mark.parametrize(
+  "row", _first_of_each_kind(), ids=lambda row: row.name
+)

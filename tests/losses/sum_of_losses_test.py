@@ -135,33 +135,46 @@ def _batches():
   ]
 
 
-def _step(rate, tables):
-  tf.keras.utils.set_random_seed(11)
-  parts = [
-    losses.ArcFaceLoss(centres=_table(rate, tables, 1), scale=8.0),
+def _softmax_and_pairs(table_fn):
+  return [
+    losses.ArcFaceLoss(centres=table_fn(1), scale=8.0, ignored_above=0.7),
     _batch_hard(),
-    losses.NormFaceLoss(centres=_table(rate, tables, 3), scale=8.0),
+    losses.NormFaceLoss(centres=table_fn(3), scale=8.0),
   ]
+
+
+def _beside_the_softmax(table_fn):
+  return [
+    losses.AdaFaceLoss(centres=table_fn(1), scale=8.0, update_rate=0.5),
+    losses.ProxyAnchorLoss(centres=table_fn(1), scale=4.0),
+    losses.SoftTripleLoss(centres=table_fn(3), scale=8.0),
+  ]
+
+
+def _step(make_losses, rate, tables):
+  """A step whose tables are added to a list."""
+
+  def table(centres_per_class):
+    tables.append(
+      ClassCentres(
+        optimizer=RowAdam(learning_rate=0.01),
+        sampling_rate=rate,
+        centres_per_class=centres_per_class,
+        is_corrected=make_losses is _beside_the_softmax,
+      )
+    )
+    return tables[-1]
+
+  tf.keras.utils.set_random_seed(11)
   step = TrainStep(
     encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
-    loss=losses.SumOfLosses(losses=parts, weights=[1.0, 0.5, 0.25]),
+    loss=losses.SumOfLosses(losses=make_losses(table), weights=[1.0, 0.5, 0.25]),
     objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
   )
   step.create_variables((5,), range(_NUM_CLASSES))
   return step
-
-
-def _table(rate, tables, centres_per_class):
-  tables.append(
-    ClassCentres(
-      optimizer=RowAdam(learning_rate=0.01),
-      sampling_rate=rate,
-      centres_per_class=centres_per_class,
-    )
-  )
-  return tables[-1]
 
 
 def _centres(table):
@@ -174,11 +187,13 @@ def _centres(table):
 @pytest.mark.parity
 @pytest.mark.parametrize("num_replicas", [2, 4])
 @pytest.mark.parametrize("rate", [1.0, 0.4])
-def test_replicas_come_to_what_one_does(mirrored, num_replicas, rate):
+@pytest.mark.parametrize("make_losses", [_softmax_and_pairs, _beside_the_softmax])
+def test_replicas_come_to_what_one_does(mirrored, make_losses, rate, num_replicas):
   alone, divided = [], []
-  expected = parity.expected(functools.partial(_step, rate, alone), _batches(), 1)
+  make_step = functools.partial(_step, make_losses, rate)
+  expected = parity.expected(functools.partial(make_step, alone), _batches(), 1)
   got = parity.trained(
-    mirrored(num_replicas), functools.partial(_step, rate, divided), _batches()
+    mirrored(num_replicas), functools.partial(make_step, divided), _batches()
   )
   errors = parity.errors(got, expected)
   assert parity.is_equal(errors), errors
