@@ -1,4 +1,4 @@
-"""What every test gets: four CPU devices, a quiet TensorFlow and an empty gin."""
+"""What every test gets: eight CPU devices, a quiet TensorFlow and an empty gin."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 
 import trainer  # noqa: F401  Chooses Keras 2, before TensorFlow is imported.
 
-_NUM_CPU_DEVICES = 4
+_NUM_CPU_DEVICES = 8
 _EXCUSES = ("GPU", "TPU")
 
 
@@ -23,12 +23,9 @@ def pytest_configure(config):
   """Divides the CPU before anything initialises TensorFlow."""
   if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
     return  # Other processes run the tests.
-  import tensorflow as tf
+  from trainer.distribute.strategy import divide_cpu
 
-  cpu = tf.config.list_physical_devices("CPU")[0]
-  tf.config.set_logical_device_configuration(
-    cpu, [tf.config.LogicalDeviceConfiguration()] * _NUM_CPU_DEVICES
-  )
+  divide_cpu(_NUM_CPU_DEVICES)
 
 
 @functools.cache

@@ -173,7 +173,7 @@ def _step(make_losses, rate, tables):
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
   )
-  step.create_variables((5,), range(_NUM_CLASSES))
+  step.create_variables((5,), TrainingClasses(range(_NUM_CLASSES)))
   return step
 
 

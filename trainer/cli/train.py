@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Callable, NamedTuple, Optional
 
 import gin
+import numpy as np
 import tensorflow as tf
 
 from trainer.config import run_config
@@ -20,6 +21,7 @@ from trainer.data.samplers import BatchSampler, PKSampler
 from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
+from trainer.losses.class_centres import TrainingClasses
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import ChangeRound, Rounds
 from trainer.models.dropout import set_seed
@@ -74,7 +76,13 @@ class TrainConfig:
   def create_variables(self) -> None:
     """Creates the variables of the step, from the seed."""
     tf.keras.utils.set_random_seed(self.seed)
-    self.step.create_variables(self.dataset.decoder.shape)
+    dataset = self.dataset
+    classes = np.sort(dataset.train_classes)
+    sizes = np.diff(dataset.index.member_table.starts)[classes]
+    hashes = dataset.index.class_names.hashes[classes]
+    self.step.create_variables(
+      dataset.decoder.shape, TrainingClasses(classes, sizes, hashes)
+    )
     set_seed(self.step.encoder, self.seed)
 
 
@@ -249,6 +257,7 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
     optimizer=step.optimizer,
     averages=step.averages,
     cross_batch_memory=step.cross_batch_memory,
+    tables=step.loss.tables,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,
   )

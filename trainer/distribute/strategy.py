@@ -21,6 +21,7 @@ from trainer.errors import UserError, check_choice
 from trainer.run import Hardware
 from trainer.runtime import shutdown, tensorflow_private
 
+_THREADS_PER_DEVICE = 2
 _KEYS_PER_STRATEGY = 1_000_000
 
 
@@ -185,6 +186,9 @@ def _tpu(hardware: Hardware, fingerprint: Mapping[str, str]) -> tf.distribute.St
 def divide_cpu(num_devices: int) -> None:
   """Splits the CPU into several logical devices, for virtual replicas.
 
+  A collective occupies a thread on each replica until all have joined it. With fewer
+  threads than that, eight replicas on two cores wait for each other without end.
+
   Args:
     num_devices: minimum number of devices.
 
@@ -195,6 +199,8 @@ def divide_cpu(num_devices: int) -> None:
   devices = [tf.config.LogicalDeviceConfiguration()] * num_devices
   if len(tf.config.get_logical_device_configuration(cpu) or ()) < num_devices:
     try:
+      threads = max(os.cpu_count() or 1, _THREADS_PER_DEVICE * num_devices)
+      tf.config.threading.set_inter_op_parallelism_threads(threads)
       tf.config.set_logical_device_configuration(cpu, devices)
     except RuntimeError as error:
       raise UserError(

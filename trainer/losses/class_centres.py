@@ -11,14 +11,15 @@ global batch, S rows read on a replica.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple, Optional, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Optional, Protocol, Union
 
 import gin
 import numpy as np
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
+from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 
 # Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
@@ -58,6 +59,20 @@ class CentreRows(NamedTuple):
   columns: tf.Tensor
   centres_per_class: int
   log_weights: Optional[tf.Tensor] = None
+
+
+class TrainingClasses(NamedTuple):
+  """The classes of the training data, in ascending order of their labels.
+
+  Attributes:
+    labels: [C] int32.
+    sizes: [C] number of training examples; None if unknown.
+    name_hashes: [C] uint64, hashes of their names; None for the labels.
+  """
+
+  labels: Union[Sequence[int], np.ndarray]
+  sizes: Optional[np.ndarray] = None
+  name_hashes: Optional[np.ndarray] = None
 
 
 class RowOptimizer(Protocol):
@@ -149,8 +164,9 @@ class ClassCentres:
   def create_variables(
     self,
     embedding_size: int,
-    classes: Sequence[int],
-    class_sizes: Optional[Sequence[int]] = None,
+    classes: Union[Sequence[int], np.ndarray],
+    class_sizes: Optional[Union[Sequence[int], np.ndarray]] = None,
+    name_hashes: Optional[np.ndarray] = None,
   ) -> None:
     """Creates the rows of each replica.
 
@@ -158,6 +174,8 @@ class ClassCentres:
       embedding_size: D.
       classes: [C] ascending labels of the training classes.
       class_sizes: [C] number of training examples of each; None if no loss needs it.
+      name_hashes: [C] uint64, hashes of their names, by which a checkpoint knows them;
+        None for the labels.
 
     Raises:
       UserError: the number of classes is not the configured one, or below 2.
@@ -176,6 +194,9 @@ class ClassCentres:
     self._labels = np.asarray(classes, np.int32)
     self._class_sizes = class_sizes
     self.num_classes = num_classes
+    self.name_hashes = np.asarray(
+      self._labels if name_hashes is None else name_hashes, np.uint64
+    )
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     self.classes_per_replica = -(-num_classes // num_replicas)
     self._num_rows = padded(self.classes_per_replica)
@@ -337,20 +358,75 @@ class ClassCentres:
     classes = tf.ensure_shape(tf.cast(classes, tf.int32), [size])
     return classes, tf.cast(lengths, tf.float32)
 
-  def _initialize(self) -> None:
-    """Draws the initial values of each replica's rows."""
+  @property
+  def ranges(self) -> list[tuple[int, int]]:
+    """First and last class, exclusive, of each replica that has any."""
+    size = self.classes_per_replica
+    return [
+      (first, min(first + size, self.num_classes))
+      for first in range(0, self.num_classes, size)
+    ]
 
-    def on_replica() -> None:
-      replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-      first = int(tf.get_static_value(replica)) * self.classes_per_replica
+  @property
+  def num_bytes(self) -> int:
+    """Size of all rows and their moments on all replicas."""
+    width = self.centres_per_class * self._embedding_size
+    return 4 * self.num_classes * width * len(self._tables)
+
+  def local_rows(self) -> list[tuple[int, np.ndarray]]:
+    """Copies the rows of this worker's replicas.
+
+    Returns:
+      For each replica that has classes, the first class, and [n, 1 + m, k·D] float32,
+      centres and m moments.
+    """
+    return [
+      (first, np.stack([each.numpy()[: last - first] for each in tables], 1))
+      for first, last, tables in self._local_tables()
+    ]
+
+  def assign_rows(self, read_fn: Callable[[int, int], np.ndarray]) -> None:
+    """Sets the rows of this worker's replicas.
+
+    Args:
+      read_fn: returns [n, 1 + m, k·D] float32 for the first and last class, exclusive.
+
+    Raises:
+      UserError: the rows have another size, or another number of moments.
+    """
+    for first, last, tables in self._local_tables():
+      rows = read_fn(first, last)
+      expected = (last - first, len(tables), tables[0].shape[1])
+      if rows.shape != expected:
+        raise UserError(
+          f"the saved class centres have {rows.shape[1] - 1} moments and "
+          f"{rows.shape[2]} numbers each, and this configuration has {len(tables) - 1} "
+          f"and {tables[0].shape[1]}; take another --model_dir."
+        )
+      for number, table in enumerate(tables):
+        values = np.zeros(table.shape, np.float32)
+        values[: last - first] = rows[:, number]
+        table.assign(values)
+
+  def _local_tables(self) -> Iterator[tuple[int, int, list[tf.Variable]]]:
+    """Yields first and last class and the variables of this worker's replicas."""
+    replicas = [getattr(each, "values", (each,)) for each in self._tables]
+    first_replica = current_workers().index * len(replicas[0])
+    for number, tables in enumerate(zip(*replicas), first_replica):
+      first = number * self.classes_per_replica
       last = min(first + self.classes_per_replica, self.num_classes)
-      table = _of_this_replica(self._tables[0])
-      values = np.zeros(table.shape, np.float32)
       if first < last:
-        values[: last - first] = self._initial_values(first, last)
-      table.assign(values)
+        yield first, last, list(tables)
 
-    tf.distribute.get_strategy().run(on_replica)
+  def _initialize(self) -> None:
+    """Draws the initial values of each replica's rows; their moments are 0."""
+    num_moments = self._optimizer.num_moments
+
+    def read(first: int, last: int) -> np.ndarray:
+      values = self._initial_values(first, last)
+      return np.stack([values, *[np.zeros_like(values)] * num_moments], 1)
+
+    self.assign_rows(read)
 
   def _initial_values(self, first: int, last: int) -> np.ndarray:
     """Returns the initial values of the given classes, [n, k·D] float32."""

@@ -16,10 +16,11 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import NotFiniteError, UserError, short_reason
+from trainer.losses.class_centres import ClassCentres
 from trainer.losses.cross_batch_memory import CrossBatchMemory
 from trainer.models.batch_norm import make_replicas_equal
 from trainer.runtime import tensorflow_private
-from trainer.training import checkpoint_files
+from trainer.training import centre_shards, checkpoint_files
 from trainer.training.checkpoint_files import FOLDER
 from trainer.training.optimizers import AveragedWeights, hyperparameters, set_step
 
@@ -197,6 +198,7 @@ class Checkpoints:
     optimizer: built; its `iterations` are the step. None to read encoders only.
     averages: of the encoder's weights, if there are any.
     cross_batch_memory: of the training, if it has one.
+    tables: class centres, whose rows each worker writes; () for none.
     num_kept: number of newest checkpoints to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
       per-replica variable is a collective.
@@ -211,6 +213,7 @@ class Checkpoints:
     optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
     averages: Optional[AveragedWeights] = None,
     cross_batch_memory: Optional[CrossBatchMemory] = None,
+    tables: Sequence[ClassCentres] = (),
     num_kept: int = 1,
     is_chief: bool = True,
   ):
@@ -221,6 +224,7 @@ class Checkpoints:
     self._optimizer = optimizer
     self._averages = averages
     self._memory_bank = cross_batch_memory
+    self._tables = tables
     parts = {"encoder": encoder}
     if optimizer is not None:
       parts["optimizer"] = optimizer
@@ -246,7 +250,8 @@ class Checkpoints:
       *getattr(self._averages, "averages", ()),
       *getattr(self._memory_bank, "variables", ()),
     ]
-    return sum(v.shape.num_elements() * v.dtype.size for v in variables)
+    num_bytes = sum(v.shape.num_elements() * v.dtype.size for v in variables)
+    return num_bytes + sum(table.num_bytes for table in self._tables)
 
   def save(self, step: int) -> None:
     """Copies everything to the host, and writes it in the background.
@@ -265,7 +270,8 @@ class Checkpoints:
     self._asked_step = step
     make_replicas_equal(self._encoder)
     values = take_snapshot(self._checkpoint)
-    bad = not_finite(values)
+    rows = centre_shards.copy_rows(step, self._tables, self._is_chief)
+    bad = not_finite({**values, **{each.name: each.values for each in rows}})
     if bad:
       raise NotFiniteError(
         f"step {step}: {', '.join(bad[:_NUM_SHOWN])} ({len(bad)} in all) not finite "
@@ -273,7 +279,9 @@ class Checkpoints:
       )
     if self._is_chief:
       notes = dict(self.notes)
-      self._background.start(lambda: self._write(values, step, notes))
+      self._background.start(lambda: self._write(values, rows, step, notes))
+    elif rows:
+      self._background.start(lambda: self._write_rows(rows, step))
     else:
       self.saved_step = step
 
@@ -335,6 +343,9 @@ class Checkpoints:
       raise UserError(
         f"{path} is not a TensorFlow checkpoint ({_first_line(error)}); remove it."
       ) from error
+    if self._optimizer is not None:
+      files = checkpoint_files.shard_facts(self._folder, step)
+      centre_shards.restore_rows(self._folder, files, self._tables)
     _refresh_constants(self._encoder)
     if self._optimizer is not None:
       set_step(self._optimizer, step)
@@ -361,7 +372,9 @@ class Checkpoints:
     """
     faults: list[str] = []
     for step in checkpoint_files.steps(self._folder):
-      fault = checkpoint_files.fault(self._folder, step)
+      fault = checkpoint_files.fault(
+        self._folder, step, checks_shards=self._optimizer is not None
+      )
       if fault is None:
         for each in faults:
           logging.warning("%s; resuming from the checkpoint of step %d.", each, step)
@@ -412,21 +425,40 @@ class Checkpoints:
       "--model_dir."
     )
 
-  def _write(self, values: Snapshot, step: int, notes: dict[str, int]) -> None:
+  def _write(
+    self,
+    values: Snapshot,
+    rows: Sequence[centre_shards.Rows],
+    step: int,
+    notes: dict[str, int],
+  ) -> None:
     """Writes to a staging folder and publishes; records a failure."""
     try:
       folder = checkpoint_files.create_staging_dir(self._folder)
       write_snapshot(values, checkpoint_files.prefix(folder, step))
-      checkpoint_files.publish(self._folder, step, notes)
+      centre_shards.write_rows(self._folder, rows)
+      names = centre_shards.shard_names(step, self._tables)
+      shards = centre_shards.collect_facts(self._folder, names)
+      checkpoint_files.publish(self._folder, step, notes, shards)
       self.saved_step, self.failure = step, None
       checkpoint_files.prune(self._folder, self._num_kept)
     except (OSError, tf.errors.OpError) as error:
-      self.failure = (
-        f"the checkpoint of step {step} can't be written: {short_reason(error)}"
-      )
-      self._asked_step = None
       checkpoint_files.remove_staging_dir(self._folder)
-      logging.warning("%s; %s.", self.failure, self.newest)
+      self._fail(step, error)
+
+  def _write_rows(self, rows: Sequence[centre_shards.Rows], step: int) -> None:
+    """Writes this worker's rows of class centres; the chief publishes them."""
+    try:
+      os.makedirs(self._folder, exist_ok=True)
+      centre_shards.write_rows(self._folder, rows)
+      self.saved_step, self.failure = step, None
+    except OSError as error:
+      self._fail(step, error)
+
+  def _fail(self, step: int, error: Exception) -> None:
+    self.failure = f"the checkpoint of step {step} can't be written: {short_reason(error)}"
+    self._asked_step = None
+    logging.warning("%s; %s.", self.failure, self.newest)
 
   @property
   def newest(self) -> str:

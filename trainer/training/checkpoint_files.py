@@ -11,10 +11,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Optional
 
 from trainer.runtime import filesystem
+from trainer.training import centre_shards
 
 FOLDER = "checkpoints"
 _LIST = "checkpoint"
@@ -49,22 +50,28 @@ def steps(folder: str) -> list[int]:
   return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def publish(folder: str, step: int, notes: dict[str, int]) -> None:
+def publish(
+  folder: str,
+  step: int,
+  notes: dict[str, int],
+  shards: Optional[Mapping[str, Any]] = None,
+) -> None:
   """Makes a staged checkpoint visible, whole or not at all.
 
   Args:
     folder: of the checkpoints.
     step: of the checkpoint.
     notes: numbers stored in the manifest.
+    shards: names and facts of files of class centres, which are in the folder.
 
   Raises:
     OSError: a file cannot be written; checkpoints published before are unchanged.
   """
   source = os.path.join(folder, _STAGING)
-  files = {}
+  files = dict(shards or {})
   for name in _names(step):
     filesystem.sync(os.path.join(source, name))
-    files[name] = _facts(os.path.join(source, name))
+    files[name] = centre_shards.facts(os.path.join(source, name))
   manifest = f"ckpt-{step}.json"
   content = json.dumps({"step": step, "files": files, "notes": notes}, indent=1)
   filesystem.write_bytes(os.path.join(source, manifest), content.encode())
@@ -76,24 +83,26 @@ def publish(folder: str, step: int, notes: dict[str, int]) -> None:
   shutil.rmtree(source)
 
 
-def fault(folder: str, step: int) -> Optional[str]:
+def fault(folder: str, step: int, *, checks_shards: bool = True) -> Optional[str]:
   """Returns why a checkpoint is invalid, naming the file; None if it is valid.
 
   Args:
     folder: of the checkpoints.
     step: one of `steps`.
+    checks_shards: whether files of class centres must be valid too.
   """
   try:
-    manifest = _read_manifest(folder, step)
-    for name in _names(step):
-      expected = manifest["files"][name]
+    files = _read_manifest(folder, step)["files"]
+    shards = shard_facts(folder, step) if checks_shards else {}
+    for name in (*_names(step), *shards):
+      expected = files[name]
       path = os.path.join(folder, name)
       if not os.path.isfile(path):
         return f"{path} is missing"
       size = os.path.getsize(path)
       if size != expected["bytes"]:
         return f"{path} has {size} bytes and not {expected['bytes']}"
-      if _facts(path) != expected:
+      if centre_shards.facts(path) != expected:
         return f"{path} is damaged: its SHA-256 is another"
   except (ValueError, KeyError, TypeError, AttributeError) as error:
     path = f"{prefix(folder, step)}.json"
@@ -101,6 +110,12 @@ def fault(folder: str, step: int) -> Optional[str]:
   except OSError as error:
     return f"{error.filename} can't be read: {error.strerror}"
   return None
+
+
+def shard_facts(folder: str, step: int) -> dict[str, Any]:
+  """Returns names and facts of the files of class centres of a checkpoint."""
+  files = _read_manifest(folder, step)["files"]
+  return {name: each for name, each in files.items() if centre_shards.is_shard(name)}
 
 
 def notes(folder: str, step: int) -> dict[str, int]:
@@ -120,7 +135,7 @@ def prune(folder: str, num_kept: int) -> None:
   kept = steps(folder)[:num_kept]
   for step in steps(folder)[num_kept:]:
     _remove(f"{prefix(folder, step)}.json")
-  endings = re.compile(r"ckpt-(\d+)\.(index|data-\d+-of-\d+)")
+  endings = re.compile(r"ckpt-(\d+)\.(index|data-\d+-of-\d+|(centres-|classes).*)")
   for name in os.listdir(folder):
     match = endings.fullmatch(name)
     if match and int(match[1]) not in kept and int(match[1]) < max(kept):
@@ -136,8 +151,10 @@ def drop_after(folder: str, step: int) -> None:
     step: the last to keep.
   """
   for later in [each for each in steps(folder) if each > step]:
-    for name in (f"{prefix(folder, later)}.json", *_names(later)):
-      _remove(os.path.join(folder, os.path.basename(name)))
+    _remove(f"{prefix(folder, later)}.json")
+    for name in os.listdir(folder):
+      if name.startswith(f"ckpt-{later}."):
+        _remove(os.path.join(folder, name))
   if steps(folder):
     _write_list(folder, steps(folder))
 
@@ -164,10 +181,6 @@ def _read_manifest(folder: str, step: int) -> dict[str, Any]:
   if manifest["step"] != step:
     raise ValueError(f"it is of step {manifest['step']}")
   return manifest
-
-
-def _facts(path: str) -> dict[str, Any]:
-  return {"bytes": os.path.getsize(path), "sha256": filesystem.sha256_of(path)}
 
 
 def _remove(path: str) -> None:

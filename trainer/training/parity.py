@@ -67,7 +67,8 @@ def expected(
     active = tf.nest.map_structure(
       lambda *v: tf.add_n(v), *(each.update.active for each in done)
     )
-    step.apply_update(Update(gradients, entries, active))
+    # Class centres need all examples, which is one part.
+    step.apply_update(Update(gradients, entries, active, done[0].update.rows))
     sums = tf.nest.map_structure(
       lambda *v: tf.add_n(v), *(each.statistics for each in done)
     )

@@ -16,7 +16,7 @@ from trainer.distribute.collectives import (
   current_collectives,
 )
 from trainer.errors import UserError
-from trainer.losses.class_centres import CentreRows
+from trainer.losses.class_centres import CentreRows, TrainingClasses
 from trainer.losses.cross_batch_memory import CrossBatchMemory, Entries
 from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.loss_terms import Anchors, MiningBatch, ReplicaLoss, WeightedMean
@@ -30,6 +30,7 @@ from trainer.training.options import StepOptions
 _MINING_STATISTICS = MiningStatistics()
 _OPTIONS = StepOptions()
 _ACTIVE = "mining/active_fraction"
+_NO_CLASSES = TrainingClasses(())
 
 
 class Update(NamedTuple):
@@ -117,11 +118,16 @@ class TrainStep:
     self._variables: list[tf.Variable] = []
     self._num_weights = 0
 
-  def create_variables(self, input_shape: Sequence[int]) -> None:
-    """Creates the variables of encoder, optimizer and averages.
+  def create_variables(
+    self,
+    input_shape: Sequence[int],
+    classes: TrainingClasses = _NO_CLASSES,
+  ) -> None:
+    """Creates the variables of encoder, optimizer, averages and class centres.
 
     Args:
       input_shape: shape of one input.
+      classes: of the training data; needed for class centres.
 
     Raises:
       UserError: the encoder has variables from outside its strategy, it does not
@@ -141,6 +147,8 @@ class TrainStep:
     self.optimizer.build(self._variables)
     if self.cross_batch_memory is not None:
       self.cross_batch_memory.create_variables(self.encoder.embedding_size)
+    for table in self.loss.tables:
+      table.create_variables(self.encoder.embedding_size, *classes)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 

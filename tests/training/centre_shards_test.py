@@ -1,0 +1,213 @@
+"""Class centres in training: equal on any number of replicas, saved and resumed."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.thorough import thorough_except
+from trainer.data.pipeline import PADDING_LABEL, Batch
+from trainer.errors import UserError
+from trainer.losses.centre_losses import ArcFaceLoss
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
+from trainer.losses.objectives import global_negatives
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+from trainer.training import parity
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.row_optimizers import RowAdam, RowSGD
+from trainer.training.step import TrainStep
+
+_NUM_CLASSES, _BATCH, _NUM_STEPS = 37, 24, 6
+_OPTIMIZERS = {
+  "sgd": lambda: RowSGD(learning_rate=0.1, momentum=0.9, weight_decay=0.01),
+  "adam": lambda: RowAdam(learning_rate=0.01),
+}
+
+
+def _make_step(rate=1.0, optimizer="adam", centres_per_class=1, num_classes=None):
+  tf.keras.utils.set_random_seed(1)
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
+    loss=ArcFaceLoss(
+      centres=ClassCentres(
+        optimizer=_OPTIMIZERS[optimizer](),
+        sampling_rate=rate,
+        centres_per_class=centres_per_class,
+      ),
+      scale=8.0,
+    ),
+    objective_fn=global_negatives,
+    optimizer=tf.keras.optimizers.Adam(0.01),
+    mining_statistics=None,
+  )
+  labels = np.arange(num_classes or _NUM_CLASSES)
+  step.create_variables((5,), TrainingClasses(labels))
+  return step
+
+
+def _batches(num_steps=_NUM_STEPS):
+  rng = np.random.default_rng(0)
+  batches = []
+  for _ in range(num_steps):
+    labels = rng.integers(0, _NUM_CLASSES, _BATCH).astype(np.int32)
+    labels[-2:] = PADDING_LABEL
+    batches.append(
+      Batch(
+        rng.normal(size=(_BATCH, 5)).astype(np.float32),
+        labels,
+        (labels != PADDING_LABEL).astype(np.float32),
+        np.arange(_BATCH, dtype=np.int32),
+      )
+    )
+  return batches
+
+
+def _rows(step):
+  """Centres and moments of all classes of this process."""
+  [table] = step.loss.tables
+  return np.concatenate([values for _, values in table.local_rows()])
+
+
+_KINDS = [(1.0, "adam", 1), (1.0, "sgd", 3), (0.3, "sgd", 1), (0.3, "adam", 2)]
+_NORMAL = [(2, 1.0, "sgd", 3), (4, 0.3, "adam", 2), (8, 0.3, "sgd", 1)]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+  ("num_replicas", "rate", "optimizer", "centres_per_class"),
+  thorough_except(_NORMAL, [(r, *kind) for kind in _KINDS for r in (2, 4, 8)]),
+)
+def test_replicas_train_centres_as_one_does(
+  mirrored, num_replicas, rate, optimizer, centres_per_class
+):
+  steps = []
+
+  def make_step():
+    steps.append(_make_step(rate, optimizer, centres_per_class))
+    return steps[-1]
+
+  wanted = parity.expected(make_step, _batches(), num_replicas)
+  got = parity.trained(mirrored(num_replicas), make_step, _batches())
+  found = parity.errors(got, wanted)
+  assert parity.is_equal(found), parity.table([("centres", found)])
+  expected, rows = map(_rows, steps)
+  np.testing.assert_allclose(rows, expected, atol=1e-5 * np.abs(expected).max())
+  assert not np.allclose(
+    expected, _rows(_make_step(rate, optimizer, centres_per_class))
+  )
+
+
+def _checkpoints(step, folder):
+  return Checkpoints(
+    model_dir=str(folder),
+    encoder=step.encoder,
+    loss=step.loss,
+    optimizer=step.optimizer,
+    tables=step.loss.tables,
+    num_kept=2,
+  )
+
+
+def _train(strategy, folder, batches, rate=0.3):
+  """Restores what is there, takes the steps, saves; returns what it has then."""
+  with strategy.scope():
+    step = _make_step(rate)
+    checkpoints = _checkpoints(step, folder)
+    first = checkpoints.restore() or 0
+    restored = _rows(step)
+    if batches:
+      parity.trained(strategy, lambda: step, batches)
+      checkpoints.save(first + len(batches))
+      checkpoints.wait()
+      assert checkpoints.failure is None
+    weights = [variable.numpy() for variable in step.trainable_variables]
+  return restored, _rows(step), weights
+
+
+@pytest.mark.resume
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_a_resumed_training_ends_bit_for_bit(mirrored, tmp_path, rate):
+  run = functools.partial(_train, mirrored(2), rate=rate)
+  _, *whole = run(tmp_path / "whole", _batches())
+  run(tmp_path / "parts", _batches()[:4])
+  _, *parts = run(tmp_path / "parts", _batches()[4:])
+  for one, other in zip(tf.nest.flatten(whole), tf.nest.flatten(parts)):
+    np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 8])
+def test_rows_of_four_replicas_are_restored_on_others(mirrored, tmp_path, num_replicas):
+  _, saved, _ = _train(mirrored(4), tmp_path, _batches()[:3])
+  restored, *_ = _train(mirrored(num_replicas), tmp_path, [])
+  np.testing.assert_array_equal(restored, saved)
+
+
+def _shards(folder):
+  return sorted((folder / "checkpoints").glob("ckpt-*.centres-*.npy"))
+
+
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
+def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
+  mirrored, tmp_path, harm, caplog
+):
+  strategy = mirrored(2)
+  _, older, _ = _train(strategy, tmp_path, _batches()[:2])
+  _train(strategy, tmp_path, _batches()[2:4])
+  shard = _shards(tmp_path)[-1]
+  assert shard.name.startswith("ckpt-4.")
+  if harm == "remove":
+    shard.unlink()
+  elif harm == "truncate":
+    os.truncate(shard, 100)
+  else:
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+  restored, *_ = _train(strategy, tmp_path, [])
+  np.testing.assert_array_equal(restored, older)
+
+
+def test_only_kept_checkpoints_have_shards(mirrored, tmp_path):
+  for first in range(0, 6, 2):
+    _train(mirrored(2), tmp_path, _batches()[first : first + 2])
+  steps = {path.name.split(".")[0] for path in _shards(tmp_path)}
+  assert steps == {"ckpt-4", "ckpt-6"}
+  assert not list((tmp_path / "checkpoints").glob("*.npy.*"))
+
+
+def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):
+  _train(mirrored(2), tmp_path, _batches()[:2])
+  for shard in _shards(tmp_path):
+    shard.unlink()
+  encoder = Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6)
+  encoder.create_variables((5,))
+  assert Checkpoints(model_dir=str(tmp_path), encoder=encoder).restore() == 2
+
+
+def test_other_classes_are_refused(tmp_path):
+  step = _make_step()
+  checkpoints = _checkpoints(step, tmp_path)
+  checkpoints.save(1)
+  checkpoints.wait()
+  other = _checkpoints(_make_step(num_classes=30), tmp_path)
+  with pytest.raises(UserError, match=r"centres of 37 classes, and .* has 30"):
+    other.restore()
+
+
+def test_other_moments_are_refused(tmp_path):
+  checkpoints = _checkpoints(_make_step(), tmp_path)
+  checkpoints.save(1)
+  checkpoints.wait()
+  with pytest.raises(UserError, match=r"have 2 moments .* has 1"):
+    _checkpoints(_make_step(optimizer="sgd"), tmp_path).restore()
+
+
+def test_a_number_of_classes_that_is_not_the_data_s_is_refused():
+  centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), num_classes=5)
+  with pytest.raises(UserError, match="num_classes=5, and the training data has 6"):
+    centres.create_variables(4, np.arange(6))
