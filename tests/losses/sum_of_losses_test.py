@@ -14,7 +14,7 @@ from trainer import losses
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
-from trainer.losses.class_centres import ClassCentres
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives, local_negatives
 from trainer.models.backbones import Perceptron

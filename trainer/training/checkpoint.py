@@ -456,7 +456,9 @@ class Checkpoints:
       self._fail(step, error)
 
   def _fail(self, step: int, error: Exception) -> None:
-    self.failure = f"the checkpoint of step {step} can't be written: {short_reason(error)}"
+    self.failure = (
+      f"the checkpoint of step {step} can't be written: {short_reason(error)}"
+    )
     self._asked_step = None
     logging.warning("%s; %s.", self.failure, self.newest)
 
