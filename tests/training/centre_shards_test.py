@@ -29,7 +29,7 @@ _OPTIMIZERS = {
 }
 
 
-def _make_step(rate=1.0, optimizer="adam", centres_per_class=1, num_classes=None):
+def _make_step(rate=1.0, optimizer="adam", centres_per_class=1, names=range(37)):
   tf.keras.utils.set_random_seed(1)
   step = TrainStep(
     encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
@@ -45,8 +45,9 @@ def _make_step(rate=1.0, optimizer="adam", centres_per_class=1, num_classes=None
     optimizer=tf.keras.optimizers.Adam(0.01),
     mining_statistics=None,
   )
-  labels = np.arange(num_classes or _NUM_CLASSES)
-  step.create_variables((5,), TrainingClasses(labels))
+  hashes = np.array([1 + 7 * name for name in names], np.uint64)
+  labels = np.arange(len(names))
+  step.create_variables((5,), TrainingClasses(labels, name_hashes=hashes))
   return step
 
 
@@ -102,7 +103,7 @@ def test_replicas_train_centres_as_one_does(
   )
 
 
-def _checkpoints(step, folder):
+def _checkpoints(step, folder, **options):
   return Checkpoints(
     model_dir=str(folder),
     encoder=step.encoder,
@@ -110,6 +111,7 @@ def _checkpoints(step, folder):
     optimizer=step.optimizer,
     tables=step.loss.tables,
     num_kept=2,
+    **options,
   )
 
 
@@ -189,14 +191,32 @@ def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):
   assert Checkpoints(model_dir=str(tmp_path), encoder=encoder).restore() == 2
 
 
-def test_other_classes_are_refused(tmp_path):
-  step = _make_step()
-  checkpoints = _checkpoints(step, tmp_path)
+def _saved(folder, names):
+  """Saves centres of classes with these names, and returns their rows."""
+  step = _make_step(names=names)
+  checkpoints = _checkpoints(step, folder)
   checkpoints.save(1)
   checkpoints.wait()
-  other = _checkpoints(_make_step(num_classes=30), tmp_path)
-  with pytest.raises(UserError, match=r"centres of 37 classes, and .* has 30"):
+  return _rows(step)
+
+
+def test_other_classes_are_refused_without_the_flag(tmp_path):
+  _saved(tmp_path, names=range(37))
+  other = _checkpoints(_make_step(names=range(7, 37)), tmp_path)
+  with pytest.raises(UserError, match="centres of 37 classes, and .* has 30, of which"):
     other.restore()
+
+
+@pytest.mark.parametrize(
+  "names", [range(7, 37), range(36, -1, -1), [40, 3, 41, 0], range(50, 60)]
+)
+def test_centres_of_the_classes_that_stayed_are_kept(tmp_path, names):
+  saved = _saved(tmp_path, names=range(37))
+  step = _make_step(names=names)
+  new = _rows(step)
+  _checkpoints(step, tmp_path, allows_other_classes=True).restore()
+  expected = [saved[name] if name < 37 else new[row] for row, name in enumerate(names)]
+  np.testing.assert_array_equal(_rows(step), expected)
 
 
 def test_other_moments_are_refused(tmp_path):
@@ -205,6 +225,13 @@ def test_other_moments_are_refused(tmp_path):
   checkpoints.wait()
   with pytest.raises(UserError, match=r"have 2 moments .* has 1"):
     _checkpoints(_make_step(optimizer="sgd"), tmp_path).restore()
+
+
+def test_a_sample_smaller_than_the_batch_is_refused():
+  centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), sampling_rate=0.1)
+  centres.check_batch(10, 100)
+  with pytest.raises(UserError, match=r"0.1 of 100 classes is 10, fewer than the 11"):
+    centres.check_batch(11, 100)
 
 
 def test_a_number_of_classes_that_is_not_the_data_s_is_refused():

@@ -231,6 +231,9 @@ def _make_parts(num_replicas: int) -> tuple[TrainConfig, PKSampler]:
   parts = make_parts()
   sampler = parts.make_sampler()
   check_batch(sampler, parts.step, num_replicas)
+  for table in parts.step.loss.tables:
+    num_batch_classes = min(sampler.shape[0], len(parts.dataset.train_classes))
+    table.check_batch(num_batch_classes, len(parts.dataset.train_classes))
   if parts.mining is not None:
     parts.mining.check(parts.loop.steps_per_loop)
     mined = parts.mining.dry_run(parts.dataset, sampler.shape, num_replicas)
@@ -258,6 +261,7 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
     averages=step.averages,
     cross_batch_memory=step.cross_batch_memory,
     tables=step.loss.tables,
+    allows_other_classes=run.allow_config_change,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,
   )

@@ -213,7 +213,25 @@ class ClassCentres:
       for _ in range(1 + self._optimizer.num_moments)
     ]
     self._embedding_size = embedding_size
-    self._initialize()
+    self.assign_rows(self.initial_rows)
+
+  def check_batch(self, num_batch_classes: int, num_classes: int) -> None:
+    """Checks that a sample has room for the classes of a batch.
+
+    Args:
+      num_batch_classes: P, classes of the global batch.
+      num_classes: C, classes of the training data.
+
+    Raises:
+      UserError: it has not.
+    """
+    num_sampled = math.ceil(self._sampling_rate * num_classes)
+    if num_sampled < num_batch_classes:
+      raise UserError(
+        f"ClassCentres.sampling_rate={self._sampling_rate} of {num_classes} classes is "
+        f"{num_sampled}, fewer than the {num_batch_classes} classes of a batch; set at "
+        f"least {min(1.0, num_batch_classes / num_classes):.2g}."
+      )
 
   @property
   def _reads_all(self) -> bool:
@@ -418,15 +436,16 @@ class ClassCentres:
       if first < last:
         yield first, last, list(tables)
 
-  def _initialize(self) -> None:
-    """Draws the initial values of each replica's rows; their moments are 0."""
-    num_moments = self._optimizer.num_moments
+  def initial_rows(self, first: int, last: int) -> np.ndarray:
+    """Returns rows of classes before the first step, [n, 1 + m, k·D] float32.
 
-    def read(first: int, last: int) -> np.ndarray:
-      values = self._initial_values(first, last)
-      return np.stack([values, *[np.zeros_like(values)] * num_moments], 1)
-
-    self.assign_rows(read)
+    Args:
+      first: first class.
+      last: last class, exclusive.
+    """
+    values = self._initial_values(first, last)
+    moments = [np.zeros_like(values)] * self._optimizer.num_moments
+    return np.stack([values, *moments], 1)
 
   def _initial_values(self, first: int, last: int) -> np.ndarray:
     """Returns the initial values of the given classes, [n, k·D] float32."""

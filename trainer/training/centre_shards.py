@@ -15,15 +15,16 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+from absl import logging
 
 from trainer.errors import UserError
 from trainer.losses.class_centres import ClassCentres
 from trainer.runtime import filesystem
 
-NAME = re.compile(r"ckpt-(\d{1,18})\.centres-(\d{1,3})-(\d{10})-(\d{10})\.npy")
+_ROWS = re.compile(r"ckpt-(\d{1,18})\.centres-(\d{1,3})-(\d{10})-(\d{10})\.npy")
 _CLASSES = re.compile(r"ckpt-(\d{1,18})\.classes\.npy")
 _WAIT_S, _DEADLINE_S = 0.05, 600.0
 
@@ -42,7 +43,7 @@ class Rows(NamedTuple):
 
 def is_shard(name: str) -> bool:
   """Returns whether a file name is that of rows or of the names of classes."""
-  return bool(NAME.fullmatch(name) or _CLASSES.fullmatch(name))
+  return bool(_ROWS.fullmatch(name) or _CLASSES.fullmatch(name))
 
 
 def shard_names(step: int, tables: Sequence[ClassCentres]) -> list[str]:
@@ -149,42 +150,97 @@ def remove_unpublished(folder: str, published: Sequence[int]) -> None:
 
 
 def restore_rows(
-  folder: str, files: Mapping[str, Any], tables: Sequence[ClassCentres]
+  folder: str,
+  files: Mapping[str, Any],
+  tables: Sequence[ClassCentres],
+  *,
+  allows_other_classes: bool = False,
 ) -> None:
   """Assigns the saved rows of each replica of this worker.
+
+  Classes are known by their names. Rows of classes that are no longer in the data are
+  left out, and new classes start with their initial values.
 
   Args:
     folder: of the checkpoints.
     files: names and facts of the files of a valid checkpoint.
     tables: their variables exist.
+    allows_other_classes: whether the data may have other classes than the checkpoint.
 
   Raises:
-    UserError: the checkpoint has other classes, or other tables.
+    UserError: the checkpoint has other tables, or other classes and may not.
   """
-  parsed = [match for match in map(NAME.fullmatch, files) if match]
-  num_saved = len({int(match[2]) for match in parsed})
-  if num_saved != len(tables):
+  ranges: dict[int, list[tuple[int, int, str]]] = {}
+  for match in filter(None, map(_ROWS.fullmatch, files)):
+    ranges.setdefault(int(match[2]), []).append(
+      (int(match[3]), int(match[4]), match[0])
+    )
+  if len(ranges) != len(tables):
     raise UserError(
-      f"the checkpoint has {num_saved} tables of class centres, and the loss of this "
+      f"the checkpoint has {len(ranges)} tables of class centres, and the loss of this "
       f"configuration has {len(tables)}; take another --model_dir."
     )
-  if tables:
-    _check_classes(folder, files, tables[0])
+  if not tables:
+    return
+  [name] = [name for name in files if _CLASSES.fullmatch(name)]
+  saved = np.load(os.path.join(folder, name), allow_pickle=False)
+  sources = _saved_numbers(saved, tables[0].name_hashes)
+  if not np.array_equal(saved, tables[0].name_hashes):
+    _report_other_classes(sources, len(saved), allows_other_classes)
   for number, table in enumerate(tables):
-    of_table = sorted(
-      (int(match[3]), int(match[4]), match[0])
-      for match in parsed
-      if int(match[2]) == number
+    table.assign_rows(_Reader(folder, sorted(ranges[number]), sources, table).read)
+
+
+def _saved_numbers(saved: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  """Returns each wanted class's number among the saved ones, [C]; −1 if it is new."""
+  order = np.argsort(saved, kind="stable")
+  places = np.minimum(np.searchsorted(saved, wanted, sorter=order), len(saved) - 1)
+  found = order[places]
+  return np.where(saved[found] == wanted, found, -1)
+
+
+def _report_other_classes(
+  sources: np.ndarray, num_saved: int, is_allowed: bool
+) -> None:
+  num_kept = int((sources >= 0).sum())
+  text = (
+    f"the checkpoint has centres of {num_saved} classes, and the training data has "
+    f"{len(sources)}, of which {num_kept} are among them"
+  )
+  if not is_allowed:
+    raise UserError(
+      f"{text}; --allow_config_change keeps their centres and starts "
+      f"{len(sources) - num_kept} new ones."
     )
-    table.assign_rows(_Reader(folder, of_table).read)
+  logging.warning(
+    "%s: their centres are kept, %d are dropped, %d new ones start at random.",
+    text,
+    num_saved - num_kept,
+    len(sources) - num_kept,
+  )
 
 
 class _Reader:
-  """Reads rows of consecutive classes from the files of one table."""
+  """Reads rows of consecutive classes from the files of one table.
 
-  def __init__(self, folder: str, ranges: Sequence[tuple[int, int, str]]):
+  Args:
+    folder: of the checkpoints.
+    ranges: first and last saved class, exclusive, and name of each file, ascending.
+    sources: [C] int64, number of each class among the saved ones; −1 if new.
+    table: gives the rows of new classes.
+  """
+
+  def __init__(
+    self,
+    folder: str,
+    ranges: Sequence[tuple[int, int, str]],
+    sources: np.ndarray,
+    table: ClassCentres,
+  ):
     self._folder = folder
     self._ranges = ranges
+    self._sources = sources
+    self._table = table
 
   def read(self, first: int, last: int) -> np.ndarray:
     """Returns [last − first, 1 + m, k·D] float32.
@@ -192,30 +248,28 @@ class _Reader:
     Raises:
       UserError: no file has some of these classes.
     """
-    parts, place = [], first
+    sources = self._sources[first:last]
+    is_read = sources < 0
+    rows: Optional[np.ndarray] = None
     for begin, end, name in self._ranges:
-      if begin <= place < min(end, last):
+      is_here = (sources >= begin) & (sources < end)
+      if is_here.any():
         path = os.path.join(self._folder, name)
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-        parts.append(values[place - begin : min(end, last) - begin])
-        place = min(end, last)
-    if place < last:
+        saved = np.load(path, mmap_mode="r", allow_pickle=False)
+        if rows is None:
+          rows = np.empty([last - first, *saved.shape[1:]], np.float32)
+        rows[is_here] = saved[sources[is_here] - begin]
+        is_read |= is_here
+    if not is_read.all():
+      missing = sources[~is_read][0]
       raise UserError(
-        f"{self._folder} has no rows of class {place}; remove the checkpoint."
+        f"{self._folder} has no centre of class {missing}; remove the checkpoint."
       )
-    return np.concatenate(parts) if len(parts) != 1 else np.asarray(parts[0])
-
-
-def _check_classes(folder: str, files: Mapping[str, Any], table: ClassCentres) -> None:
-  [name] = [name for name in files if _CLASSES.fullmatch(name)]
-  saved = np.load(os.path.join(folder, name), allow_pickle=False)
-  if not np.array_equal(saved, table.name_hashes):
-    num_kept = len(np.intersect1d(saved, table.name_hashes))
-    raise UserError(
-      f"the checkpoint has centres of {len(saved)} classes, and the training data has "
-      f"{table.num_classes}, of which {num_kept} are the same or in another order; "
-      "take another --model_dir."
-    )
+    if rows is None:
+      return self._table.initial_rows(first, last)
+    if (sources < 0).any():
+      rows[sources < 0] = self._table.initial_rows(first, last)[sources < 0]
+    return rows
 
 
 def _name(step: int, table: int, first: int, last: int) -> str:

@@ -199,6 +199,7 @@ class Checkpoints:
     averages: of the encoder's weights, if there are any.
     cross_batch_memory: of the training, if it has one.
     tables: class centres, whose rows each worker writes; () for none.
+    allows_other_classes: whether class centres may be restored for other classes.
     num_kept: number of newest checkpoints to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
       per-replica variable is a collective.
@@ -214,6 +215,7 @@ class Checkpoints:
     averages: Optional[AveragedWeights] = None,
     cross_batch_memory: Optional[CrossBatchMemory] = None,
     tables: Sequence[ClassCentres] = (),
+    allows_other_classes: bool = False,
     num_kept: int = 1,
     is_chief: bool = True,
   ):
@@ -225,6 +227,7 @@ class Checkpoints:
     self._averages = averages
     self._memory_bank = cross_batch_memory
     self._tables = tables
+    self._allows_other_classes = allows_other_classes
     parts = {"encoder": encoder}
     if optimizer is not None:
       parts["optimizer"] = optimizer
@@ -345,7 +348,12 @@ class Checkpoints:
       ) from error
     if self._optimizer is not None:
       files = checkpoint_files.shard_facts(self._folder, step)
-      centre_shards.restore_rows(self._folder, files, self._tables)
+      centre_shards.restore_rows(
+        self._folder,
+        files,
+        self._tables,
+        allows_other_classes=self._allows_other_classes,
+      )
     _refresh_constants(self._encoder)
     if self._optimizer is not None:
       set_step(self._optimizer, step)
