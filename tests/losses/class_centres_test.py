@@ -80,6 +80,19 @@ def test_sample_depends_on_seed_and_step_alone():
   assert set(first) != set(_classes(different, labels, 7)[0])
 
 
+def test_sample_is_the_same_if_xla_compiles_it():
+  table = _table(200, sampling_rate=0.1)
+
+  def indices(step):
+    return table.read(tf.constant([5, 6, 5]), step, OneReplica()).indices
+
+  compiled = tf.function(indices, jit_compile=True, autograph=False)
+  for step in range(3):
+    np.testing.assert_array_equal(
+      compiled(tf.constant(step)), indices(tf.constant(step))
+    )
+
+
 def test_sample_has_each_class_of_the_batch_and_one_of_each_interval():
   table = _table(200, sampling_rate=0.1)
   for step in range(20):

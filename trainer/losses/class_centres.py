@@ -361,7 +361,10 @@ class ClassCentres:
     num_before = (self.classes_per_replica - 1) * num_intervals
     size = min(num_intervals, -(-num_before // self.num_classes) + 2)
     seed = tf.stack([self._seed, tf.cast(step, tf.int32)])
-    draws = tf.random.stateless_uniform([num_intervals + 1], seed)
+    # These bits are the same on all devices; floats would differ with XLA.
+    draws = tf.random.stateless_uniform(
+      [num_intervals + 1], seed, None, None, tf.uint32, alg="philox"
+    )
     num_classes = tf.constant(self.num_classes, tf.int64)
     # Intervals have unequal lengths if their number does not divide C. They begin at a
     # random class, so that each class is drawn with equal frequency.
@@ -453,7 +456,7 @@ class ClassCentres:
     width = self.centres_per_class * self._embedding_size
     for block in range(first // _BLOCK, -(-last // _BLOCK)):
       values = tf.random.stateless_normal(
-        [_BLOCK, width], [self._seed, block], stddev=_INITIAL_STDDEV
+        [_BLOCK, width], [self._seed, block], stddev=_INITIAL_STDDEV, alg="philox"
       )
       begin = block * _BLOCK
       parts.append(values[max(first - begin, 0) : last - begin].numpy())
@@ -461,8 +464,9 @@ class ClassCentres:
 
 
 def _part_of(draws: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-  """Returns integers in 0…length−1 from draws in [0, 1)."""
-  return tf.cast(tf.cast(draws, tf.float64) * tf.cast(lengths, tf.float64), tf.int64)
+  """Returns integers in 0…length−1, int64, from random uint32."""
+  products = tf.cast(draws, tf.int64) * lengths
+  return tf.bitwise.right_shift(products, tf.constant(32, tf.int64))
 
 
 def _of_this_replica(variable: tf.Variable) -> tf.Variable:
