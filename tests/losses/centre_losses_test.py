@@ -191,6 +191,25 @@ def _loss_of(objective_fn, labels):
   )
 
 
+@pytest.mark.parametrize("loss_class", [losses.ArcFaceLoss, losses.ProxyAnchorLoss])
+def test_cross_batch_memory_changes_nothing(loss_class):
+  table = class_centres(5, 3)
+  loss = loss_class(centres=table)
+  labels = tf.constant([1, 0, 4])
+  embeddings = tf.constant(CentreBatch().embeddings[:3])
+  pairs = global_negatives(Anchors(embeddings, labels, tf.ones([3])), OneReplica())
+  rows = table.read(labels, tf.constant(0), OneReplica())
+  expected = loss.replica_loss(pairs, [rows], OneReplica()).value
+  candidates = pairs.candidates._replace(
+    labels=tf.constant([1, 0, 4, 2, 2]),
+    is_valid=tf.ones([5], tf.bool),
+    fixed_embeddings=tf.ones([2, 3]),
+  )
+  pairs = pairs._replace(candidates=candidates)
+  value = loss.replica_loss(pairs, [rows], OneReplica()).value
+  np.testing.assert_array_equal(value, expected)
+
+
 def test_local_negatives_are_refused():
   with pytest.raises(UserError, match=r"set TrainStep\.objective_fn = @global"):
     _loss_of(local_negatives, np.zeros(6, np.int32))

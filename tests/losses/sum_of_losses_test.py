@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import pathlib
+import re
 
 import gin
 import numpy as np
@@ -24,6 +26,7 @@ from trainer.training.row_optimizers import RowAdam
 from trainer.training.step import TrainStep
 
 _NUM_CLASSES = 12
+_ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _batch_hard(**arguments):
@@ -120,6 +123,27 @@ def test_gin_configures_losses_and_weights():
   assert "train/loss/InfoNCELoss" in _evaluate(loss)[0].statistics
 
 
+def test_example_of_the_page_builds_a_sum():
+  page = (_ROOT / "trainer" / "losses" / "README.md").read_text(encoding="utf-8")
+  examples = re.findall(r"^```gin\n(.*?)^```", page, re.M | re.DOTALL)
+  gin.parse_config([each for each in examples if "ArcFaceLoss" in each])
+  gin.bind_parameter("BatchHardTripletLoss.margin", 0.2)
+  loss = gin.query_parameter("TrainStep.loss").scoped_configurable_fn()
+  assert isinstance(loss, losses.SumOfLosses)
+  assert len(loss.tables) == 1
+
+
+def test_variables_of_each_loss_are_found():
+  temperature = losses.LearnedTemperature(initial=0.5)
+  parts = [
+    losses.InfoNCELoss(temperature=temperature),
+    losses.AdaFaceLoss(centres=class_centres(5, 3)),
+  ]
+  loss = losses.SumOfLosses(losses=parts)
+  assert len(loss.trainable_variables) == 1
+  assert len(loss.non_trainable_variables) == 2
+
+
 @functools.cache
 def _batches():
   random = np.random.default_rng(3)
@@ -139,7 +163,7 @@ def _softmax_and_pairs(table_fn):
   return [
     losses.ArcFaceLoss(centres=table_fn(1), scale=8.0, ignored_above=0.7),
     _batch_hard(),
-    losses.NormFaceLoss(centres=table_fn(3), scale=8.0),
+    losses.DynamicMarginLoss(centres=table_fn(3), scale=8.0),
   ]
 
 
@@ -173,7 +197,7 @@ def _step(make_losses, rate, tables):
     optimizer=tf.keras.optimizers.SGD(0.1),
     mining_statistics=None,
   )
-  step.create_variables((5,), TrainingClasses(range(_NUM_CLASSES)))
+  step.create_variables((5,), TrainingClasses(range(_NUM_CLASSES), np.arange(1, 13)))
   return step
 
 
