@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+import trainer.training.row_optimizers
 import trainer.training.step  # noqa: F401  Registers TrainStep.
 from tests.losses import batches, golden
 from trainer import losses
+from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
 from trainer.losses import presets
-from trainer.losses.tiled_loss import TiledPairLoss
+from trainer.losses.loss_terms import MiningBatch
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs/losses").glob("*.gin"))
 
@@ -92,9 +94,12 @@ def test_hermans_batch_hard_is_the_soft_margin_of_the_hardest():
 def test_config_file_builds_a_loss(path):
   gin.parse_config_file(str(path))
   loss = gin.query_parameter("TrainStep.loss").scoped_configurable_fn()
-  assert isinstance(loss, TiledPairLoss)
   embeddings, labels = batches.random_batch("balanced")
-  assert np.isfinite(batches.evaluate(loss, embeddings, labels)[0])
+  for table in loss.tables:
+    table.create_variables(embeddings.shape[1], range(6), range(1, 7))
+  rows = [table.read(labels, tf.constant(0), OneReplica()) for table in loss.tables]
+  pairs = MiningBatch(*batches.arguments(embeddings, labels), is_global=True)
+  assert np.isfinite(loss.replica_loss(pairs, rows, OneReplica()).value)
 
 
 @pytest.mark.golden
