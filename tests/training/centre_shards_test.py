@@ -203,7 +203,7 @@ def _saved(folder, names):
 def test_other_classes_are_refused_without_the_flag(tmp_path):
   _saved(tmp_path, names=range(37))
   other = _checkpoints(_make_step(names=range(7, 37)), tmp_path)
-  with pytest.raises(UserError, match="centres of 37 classes, and .* has 30, of which"):
+  with pytest.raises(UserError, match=r"centres of 37 classes, and .* has 30, of"):
     other.restore()
 
 
