@@ -50,6 +50,15 @@ _MINING = (
   "RankWindow.first = 1",
   "RankWindow.last = 8",
 )
+_CENTRES = (
+  "TrainStep.loss = @SumOfLosses()",
+  "SumOfLosses.losses = [@ArcFaceLoss(), @SupervisedContrastiveLoss()]",
+  "ArcFaceLoss.centres = @ClassCentres()",
+  "ArcFaceLoss.scale = 8.0",
+  "ClassCentres.optimizer = @RowSGD()",
+  "ClassCentres.sampling_rate = 1.0",
+  "RowSGD.learning_rate = 0.1",
+)
 _TIMEOUT_S = 300
 
 
@@ -118,7 +127,7 @@ def folder(tmp_path_factory):
 @functools.cache
 def _finished(folder, num_workers, *params):
   """The folder of a run of so many workers, and what each of them printed."""
-  model_dir = folder / f"of_{num_workers}{'_with_more' if params else ''}"
+  model_dir = folder / f"of_{num_workers}_with_{len(params)}"
   done = _run_workers([_command(folder, model_dir, *params)] * num_workers)
   assert [status for *_, status in done] == [0] * num_workers, done
   return model_dir, done
@@ -162,6 +171,21 @@ def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
     # Two neighbours may be equally near, to a rounding error.
     assert np.mean(np.equal(*examples)) > 0.99
   assert [row.get("mining/round_step") for row in _rows(two)] == [None, 2.0, 4.0]
+  assert _weights_that_differ(two, one) == []
+
+
+def _centres(model_dir):
+  """Centres and moments of all classes at the last step."""
+  shards = sorted((model_dir / "checkpoints").glob("ckpt-6.centres-0-*.npy"))
+  return len(shards), np.concatenate([np.load(shard) for shard in shards])
+
+
+@pytest.mark.parity
+def test_workers_end_with_the_class_centres_of_one_process(folder):
+  one, two = (_finished(folder, num, *_CENTRES)[0] for num in (1, 2))
+  (num_of_one, expected), (num_of_two, centres) = _centres(one), _centres(two)
+  assert (num_of_one, num_of_two) == (1, 2)
+  np.testing.assert_allclose(centres, expected, atol=1e-5 * np.abs(expected).max())
   assert _weights_that_differ(two, one) == []
 
 
