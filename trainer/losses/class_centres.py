@@ -26,7 +26,6 @@ from trainer.errors import UserError
 _ROWS_PER_TILE = 2048
 # Classes whose initial values are drawn together.
 _BLOCK = 4096
-_INITIAL_STDDEV = 0.01
 
 
 def num_tiles(num_rows: int) -> int:
@@ -104,6 +103,9 @@ class RowOptimizer(Protocol):
 @gin.register
 class ClassCentres:
   """A table of class centres, of which each replica holds a part.
+
+  Centres start at random with norms of about 1, so that a learning rate of 0.1 turns
+  them by about a tenth of the gradient to the unit vector.
 
   It is no `tf.Module`: TensorFlow would save its variables as if all replicas had the
   same. `trainer.training.checkpoint` saves its rows.
@@ -456,7 +458,10 @@ class ClassCentres:
     width = self.centres_per_class * self._embedding_size
     for block in range(first // _BLOCK, -(-last // _BLOCK)):
       values = tf.random.stateless_normal(
-        [_BLOCK, width], [self._seed, block], stddev=_INITIAL_STDDEV, alg="philox"
+        [_BLOCK, width],
+        [self._seed, block],
+        stddev=self._embedding_size**-0.5,
+        alg="philox",
       )
       begin = block * _BLOCK
       parts.append(values[max(first - begin, 0) : last - begin].numpy())
