@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gin
 import pytest
+from absl import logging
 
 import trainer  # noqa: F401  Chooses Keras 2, before TensorFlow is imported.
 
@@ -39,6 +40,14 @@ def _mirrored(num_replicas):
 def mirrored():
   """Makes the MirroredStrategy of so many virtual replicas, one for all tests."""
   return _mirrored
+
+
+@pytest.fixture(autouse=True)
+def _level_of_logging():
+  """Restores the level that a command has set."""
+  level = logging.get_verbosity()
+  yield
+  logging.set_verbosity(level)
 
 
 @pytest.fixture(autouse=True)

@@ -166,7 +166,7 @@ def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_is(folder):
     (("MARGIN = 0.0",), (), "margin"),
     (("NUM_STEPS = 0",), (), "must be at least 1"),
     (("LoopOptions.checkpoint_every_steps = 3",), (), "multiple of steps_per_loop"),
-    (("PKSampler.classes_per_batch = 8",), (), "only 6 classes"),
+    (("PKSampler.classes_per_batch = 8",), (), "exceeds the 6 available classes"),
   ],
 )
 def test_a_mistake_is_one_line_and_status_two(folder, params, flags, message):

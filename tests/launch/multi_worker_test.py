@@ -267,4 +267,4 @@ def test_two_real_workers_train_as_one_run(tmp_path):
   assert done.returncode == 0, done.stdout
   rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   assert [json.loads(row)["step"] for row in rows] == [2, 4]
-  assert "Strategy: 2 workers with 2 replicas; this is 0." in done.stdout
+  assert "Strategy: 2 workers with 2 replicas; this is worker 0." in done.stdout

@@ -321,7 +321,7 @@ def test_the_run_file_with_a_bank_trains():
     "TrainStep.mining_statistics = None",
   ]
   run_config.load([_RUN_FILE], small, needed=("train",))
-  run = replica_program.step_of_run()
+  run = replica_program.build_run_step()
   specs = run.replica_batch(run.num_classes, 1)
   inputs = tf.random.stateless_uniform(specs.inputs.shape, (1, 2))
   labels = tf.repeat(tf.range(2), run.num_samples)

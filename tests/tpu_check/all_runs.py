@@ -11,6 +11,7 @@ import sys
 
 from trainer import gin_registrations  # noqa: F401  Registers what the files name.
 from trainer.config import run_config
+from trainer.errors import UserError
 from trainer.tpu_check import compile_check, replica_program
 from trainer.tpu_check import compiler as compiler_lib
 from trainer.tpu_check.compiler import Compiler
@@ -26,7 +27,11 @@ def main(topology_name: str = "v5e:2x2") -> None:
   _print_row("---" for _ in _COLUMNS)
   for path in sorted(pathlib.Path("configs/runs").glob("*.gin")):
     run_config.load([str(path)], needed=("train",))
-    run = replica_program.build_run_step()
+    try:
+      run = replica_program.build_run_step()
+    except UserError as error:
+      print(f"| {path.name} | {error} |")
+      continue
     # Of a P that does not divide, the nearest below: above there may be no classes.
     num_classes = run.num_classes - run.num_classes % topology.num_replicas
     batch = run.replica_batch(num_classes, topology.num_replicas)

@@ -73,16 +73,17 @@ class TrainConfig:
     mining = {} if self.mining is None else self.mining.fingerprint()
     return {**self.dataset.index.fingerprint(), **mining}
 
+  def _training_classes(self) -> TrainingClasses:
+    labels = np.sort(self.dataset.train_classes)
+    index = self.dataset.index
+    sizes = np.diff(index.member_table.starts)[labels]
+    return TrainingClasses(labels, sizes, index.class_names.hashes[labels])
+
   def create_variables(self) -> None:
     """Creates the variables of the step, from the seed."""
     tf.keras.utils.set_random_seed(self.seed)
-    dataset = self.dataset
-    classes = np.sort(dataset.train_classes)
-    sizes = np.diff(dataset.index.member_table.starts)[classes]
-    hashes = dataset.index.class_names.hashes[classes]
-    self.step.create_variables(
-      dataset.decoder.shape, TrainingClasses(classes, sizes, hashes)
-    )
+    classes = self._training_classes() if self.step.loss.tables else TrainingClasses(())
+    self.step.create_variables(self.dataset.decoder.shape, classes)
     set_seed(self.step.encoder, self.seed)
 
 

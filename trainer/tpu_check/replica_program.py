@@ -97,6 +97,11 @@ def build_run_step() -> RunStep:
   decoder = _decoder()
   # Pass by position: gin also builds arguments that are passed by name.
   parts = make_parts(_DeclaredDataset(decoder))
+  if parts.step.loss.tables:
+    raise UserError(
+      f"{type(parts.step.loss).__name__} has class centres, whose rows a replica reads "
+      "from its own part of a table; this check does not compile that."
+    )
   shape = _sampler_shape(parts)
   parts.create_variables()
   return RunStep(parts.step, tuple(decoder.shape), *shape)
