@@ -128,7 +128,7 @@ def test_an_interrupted_ingest_is_not_taken_for_whole(idx_folder):
 
 def test_a_summary_is_logged(image_folder, caplog):
   (image_folder / "b" / "2.png").unlink()
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   target = str(image_folder.parent / "records")
   ingest(source=ImageFolderSource(folder=str(image_folder)), folder=target)
   assert "5 records of 2 classes, 2 (b) to 3 (Käse Brot) per class" in caplog.text

@@ -44,7 +44,7 @@ def _sampler(index, classes):
 
 
 def test_good_data_are_reported(tmp_path, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   report = validate(
     _run(tmp_path), dataset=_dataset(tmp_path / "data"), sampler_fn=_sampler
   )

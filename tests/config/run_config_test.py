@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import types
 
 import gin
@@ -162,7 +161,7 @@ def test_long_difference_is_cut(tmp_path):
 def test_another_config_goes_on_where_that_is_allowed_and_is_logged(tmp_path, caplog):
   run_config.save_config(_load(), str(tmp_path))
   changed = _load("ToyLoss.margin = 0.6")
-  with caplog.at_level(logging.INFO):
+  with caplog.at_level("INFO", logger="absl"):
     run_config.check_same_config(changed, str(tmp_path), allow_change=True)
   assert "toy_train.loss.margin: 0.5 before, 0.6 now" in caplog.text
   run_config.save_config(changed, str(tmp_path))
@@ -188,7 +187,7 @@ def test_a_first_value_that_a_checkpoint_has_replaced_cannot_change(tmp_path):
 def test_initial_weights_that_a_checkpoint_has_replaced_are_logged(tmp_path, caplog):
   folder = str(tmp_path)
   run_config.save_config(_config(train__seed="1", train__loss="a"), folder)
-  with caplog.at_level(logging.INFO):
+  with caplog.at_level("INFO", logger="absl"):
     run_config.check_same_config(
       _config(train__seed="2", train__loss="b"),
       folder,

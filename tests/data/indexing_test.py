@@ -83,7 +83,7 @@ def test_a_pattern_names_the_shards(folder):
 
 
 def test_the_mode_ingest_indexes_in_place(folder, caplog):
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   ingest(source=ExistingTFRecords(label_feature="y"), folder=str(folder))
   assert RecordIndex.open(str(folder)).num_records == 63
   assert "63 records of 5 classes" in caplog.text

@@ -63,7 +63,7 @@ class _Source(source_lib.Source):
 
 def test_ingest_shows_each_item_of_all(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(progress, "_LOG_INTERVAL_S", 0.0)
-  caplog.set_level("INFO")
+  caplog.set_level("INFO", logger="absl")
   record_writer = ingestion.RecordWriter(
     ExampleEncoder(max_pixels=9), records_per_shard=3
   )

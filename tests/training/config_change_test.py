@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 import pytest
@@ -103,7 +102,7 @@ def test_the_rate_of_the_configuration_is_used_from_the_first_resumed_step(
   make = _OPTIMIZERS[name]
   _trained(make(1e-4), False, tmp_path / "slow", 3)
   changed = make(1e-2)
-  with caplog.at_level(logging.INFO):
+  with caplog.at_level("INFO", logger="absl"):
     fast = _trained(changed, True, tmp_path / "slow", 1)
   _trained(make(1e-4), False, tmp_path / "same", 3)
   slow = _trained(make(1e-4), True, tmp_path / "same", 1)
