@@ -17,7 +17,7 @@ from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.training import parity
+from trainer.training import checkpoint_files, parity
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.row_optimizers import RowAdam, RowSGD
 from trainer.training.step import TrainStep
@@ -180,6 +180,19 @@ def test_only_kept_checkpoints_have_shards(mirrored, tmp_path):
   steps = {path.name.split(".")[0] for path in _shards(tmp_path)}
   assert steps == {"ckpt-4", "ckpt-6"}
   assert not list((tmp_path / "checkpoints").glob("*.npy.*"))
+
+
+def test_files_of_a_killed_process_are_removed_before_the_step_is_saved_again(
+  mirrored, tmp_path
+):
+  _train(mirrored(2), tmp_path, _batches()[:2])
+  folder = tmp_path / "checkpoints"
+  left = [path.name.replace("ckpt-2", "ckpt-4") for path in _shards(tmp_path)]
+  for name in [*left, *(f"{name}.json" for name in left)]:
+    (folder / name).write_text('{"bytes": 1, "sha256": "0"}')
+  _train(mirrored(2), tmp_path, _batches()[2:4])
+  assert checkpoint_files.fault(str(folder), 4) is None
+  assert not list(folder.glob("*.npy.json"))
 
 
 def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):

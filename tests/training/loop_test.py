@@ -61,6 +61,9 @@ class _NotedCheckpoints:
   def save(self, step):
     self.saved.append(step)
 
+  def end_soon(self):
+    pass
+
   def wait(self):
     self.waited_for = list(self.saved)
 

@@ -79,10 +79,11 @@ class TrainConfig:
     sizes = np.diff(index.member_table.starts)[labels]
     return TrainingClasses(labels, sizes, index.class_names.hashes[labels])
 
-  def create_variables(self) -> None:
+  def create_variables(self, *, has_centres: bool = True) -> None:
     """Creates the variables of the step, from the seed."""
     tf.keras.utils.set_random_seed(self.seed)
-    classes = self._training_classes() if self.step.loss.tables else TrainingClasses(())
+    has_centres &= bool(self.step.loss.tables)
+    classes = self._training_classes() if has_centres else None
     self.step.create_variables(self.dataset.decoder.shape, classes)
     set_seed(self.step.encoder, self.seed)
 
@@ -159,7 +160,9 @@ def training(run: Run, watchdog: Watchdog) -> Iterator[Training]:
   """
   workers = current_workers()
   num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-  workers.dry_run(lambda: _make_parts(num_replicas)[0].create_variables())
+  workers.dry_run(
+    lambda: _make_parts(num_replicas)[0].create_variables(has_centres=False)
+  )
   parts, sampler = _make_parts(num_replicas)
   workers.check_equal(parts.fingerprint())
   with contextlib.ExitStack() as opened:

@@ -35,8 +35,8 @@ class AdaFaceLoss(ClassCentreLoss):
   angle margin. They are state, which every replica updates from the global batch. The
   encoder must not scale its embeddings to norm 1.
 
-  Source: Kim et al. 2022, https://arxiv.org/abs/2204.00964, and the authors' code, from
-  which the clipping of angles to 0.001…π − 0.001 and the update rate are.
+  Source: Kim et al. 2022, https://arxiv.org/abs/2204.00964, and the authors' code,
+  which clips angles to 0.001…π − 0.001 and sets the update rate.
 
   Args:
     centres: as in the base class.

@@ -231,7 +231,7 @@ class CombinedMarginLoss(ClassCentreLoss):
     angle_margin: m₂ >= 0, in radians.
     cosine_margin: m₃ >= 0.
     scale: as in the base class.
-    beyond_pi: for angles θ > π − m₂, with m₁ = 1: "linear" for φ = c − m₂·sin m₂, which
+    beyond_pi: for angles θ > π − m₂; without effect for m₁ > 1: "linear" for φ = c − m₂·sin m₂, which
       keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c <= 0.
     arc_gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
     ignored_above: as in the base class.
@@ -261,7 +261,8 @@ class CombinedMarginLoss(ClassCentreLoss):
       is_ignored_zero=is_ignored_zero,
     )
     name = type(self).__name__
-    if angle_factor < 1 or not 0 <= angle_margin < math.pi or cosine_margin < 0:
+    is_valid = 1 <= angle_factor < math.inf and 0 <= cosine_margin < math.inf
+    if not is_valid or not 0 <= angle_margin < math.pi:
       raise UserError(
         f"{name} has angle_factor={angle_factor}, angle_margin={angle_margin} and "
         f"cosine_margin={cosine_margin}; needed are at least 1, radians from 0 to π, "
@@ -270,6 +271,11 @@ class CombinedMarginLoss(ClassCentreLoss):
     for value, choices in ((beyond_pi, BEYOND_PI), (arc_gradient, ARC_GRADIENTS)):
       if value not in choices:
         raise UserError(f"{name} has {value!r}, which is none of {choices}.")
+    if angle_factor != 1 and beyond_pi == "easy":
+      raise UserError(
+        f"{name} has angle_factor={angle_factor}, and beyond_pi='easy' needs 1; set "
+        "beyond_pi='none'."
+      )
     self._angle_factor = angle_factor
     self._angle_margin = angle_margin
     self._cosine_margin = cosine_margin

@@ -306,9 +306,8 @@ class _TileFunction:
     finite = tf.where(largest > _MINUS_INFINITY, largest, 0.0)
     exponentials = tf.exp(logits - finite[:, None])
     sums = tf.reduce_sum(exponentials, 1)
-    nearest = largest / self._options.scale
-    if log_weights is not None or self._options.is_ignored_zero:
-      nearest = tf.reduce_max(tf.where(has_slope, of_class, _MINUS_INFINITY), 1)
+    is_other = is_used[None, :] & ~is_own
+    nearest = tf.reduce_max(tf.where(is_other, of_class, _MINUS_INFINITY), 1)
     if self._options.is_ignored_zero:
       exponentials = tf.where(has_slope, exponentials, 0.0)
     own = tf.reduce_sum(tf.where(is_own, of_class, 0.0), 1)

@@ -107,8 +107,8 @@ class ClassCentres:
   Centres start at random with norms of about 1, so that a learning rate of 0.1 turns
   them by about a tenth of the gradient to the unit vector.
 
-  It is no `tf.Module`: TensorFlow would save its variables as if all replicas had the
-  same. `trainer.training.checkpoint` saves its rows.
+  This is not a `tf.Module`, because TensorFlow would save its variables as if they were
+  equal on all replicas. `trainer.training.checkpoint` saves the rows.
 
   With `sampling_rate` below 1, a step reads the centres of the batch's classes and a
   random sample of the others, and only those rows are updated, decayed and moved by
@@ -218,21 +218,22 @@ class ClassCentres:
     self.assign_rows(self.initial_rows)
 
   def check_batch(self, num_batch_classes: int, num_classes: int) -> None:
-    """Checks that a sample has room for the classes of a batch.
+    """Checks that a sample is no smaller than the classes of a batch.
 
     Args:
       num_batch_classes: P, classes of the global batch.
       num_classes: C, classes of the training data.
 
     Raises:
-      UserError: it has not.
+      UserError: the sample is smaller.
     """
     num_sampled = math.ceil(self._sampling_rate * num_classes)
     if num_sampled < num_batch_classes:
+      enough = math.ceil(1000 * num_batch_classes / num_classes) / 1000
       raise UserError(
         f"ClassCentres.sampling_rate={self._sampling_rate} of {num_classes} classes is "
         f"{num_sampled}, fewer than the {num_batch_classes} classes of a batch; set at "
-        f"least {min(1.0, num_batch_classes / num_classes):.2g}."
+        f"least {min(1.0, enough):g}."
       )
 
   @property
@@ -296,7 +297,11 @@ class ClassCentres:
     )
 
   def update(
-    self, indices: Optional[tf.Tensor], gradients: tf.Tensor, step: tf.Tensor
+    self,
+    indices: Optional[tf.Tensor],
+    gradients: tf.Tensor,
+    step: tf.Tensor,
+    is_applied: Optional[tf.Tensor] = None,
   ) -> None:
     """Updates this replica's rows.
 
@@ -304,15 +309,19 @@ class ClassCentres:
       indices: from the rows read.
       gradients: [S·k, D], to their vectors.
       step: [] integer, number of steps done before.
+      is_applied: [] bool, false to leave rows and moments as they are; None for true.
     """
     tables = [_of_this_replica(each) for each in self._tables]
     if indices is None:
-      values, *moments = [tf.convert_to_tensor(each) for each in tables]
+      before = [tf.convert_to_tensor(each) for each in tables]
     else:
-      values, *moments = [each.sparse_read(indices) for each in tables]
+      before = [each.sparse_read(indices) for each in tables]
+    values, *moments = before
     gradients = tf.reshape(gradients, values.shape)
     values, changed = self._optimizer.update(values, moments, gradients, step)
-    for table, new in zip(tables, [values, *changed]):
+    for table, old, new in zip(tables, before, [values, *changed]):
+      if is_applied is not None:
+        new = tf.where(is_applied, new, old)
       if indices is None:
         table.assign(new)
       else:
@@ -419,17 +428,28 @@ class ClassCentres:
     """
     for first, last, tables in self._local_tables():
       rows = read_fn(first, last)
-      expected = (last - first, len(tables), tables[0].shape[1])
-      if rows.shape != expected:
-        raise UserError(
-          f"the saved class centres have {rows.shape[1] - 1} moments and "
-          f"{rows.shape[2]} numbers each, and this configuration has {len(tables) - 1} "
-          f"and {tables[0].shape[1]}; take another --model_dir."
-        )
+      self.check_row_shape(rows.shape[1:])
       for number, table in enumerate(tables):
         values = np.zeros(table.shape, np.float32)
         values[: last - first] = rows[:, number]
         table.assign(values)
+
+  def check_row_shape(self, shape: Sequence[int]) -> None:
+    """Checks that saved rows are those of such a table.
+
+    Args:
+      shape: (1 + m, k·D), of one saved row.
+
+    Raises:
+      UserError: they have another size, or another number of moments.
+    """
+    expected = (len(self._tables), self.centres_per_class * self._embedding_size)
+    if tuple(shape) != expected:
+      raise UserError(
+        f"the saved class centres have {shape[0] - 1} moments and {shape[1]} numbers "
+        f"each, and this configuration has {expected[0] - 1} and {expected[1]}; take "
+        "another --model_dir."
+      )
 
   def _local_tables(self) -> Iterator[tuple[int, int, list[tf.Variable]]]:
     """Yields first and last class and the variables of this worker's replicas."""

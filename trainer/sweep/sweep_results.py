@@ -14,6 +14,7 @@ import collections
 import csv
 import dataclasses
 import io
+import math
 import re
 import shutil
 import statistics
@@ -158,12 +159,13 @@ def _run_row(point: Point, folder: RunFolder, metric: str, is_running: bool) -> 
     state = FAILED
   else:
     state = HALF_DONE if step else WAITING
+  value = folder.metric(metric) if is_finished else None
   return RunRow(
     point,
     folder.path,
     state,
     step,
-    folder.metric(metric) if is_finished else None,
+    value if value is not None and math.isfinite(value) else None,
     f"status {failure.exit_status}: {failure.message}" if failure else "",
   )
 

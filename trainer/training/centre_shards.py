@@ -10,9 +10,11 @@ Shapes: C classes, n of them in a file, m moments, k centres of a class, D dimen
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional
@@ -26,7 +28,7 @@ from trainer.runtime import filesystem
 
 _ROWS = re.compile(r"ckpt-(\d{1,18})\.centres-(\d{1,3})-(\d{10})-(\d{10})\.npy")
 _CLASSES = re.compile(r"ckpt-(\d{1,18})\.classes\.npy")
-_WAIT_S, _DEADLINE_S = 0.05, 600.0
+_WAIT_S, _DEADLINE_S, _DEADLINE_OF_END_S = 0.05, 600.0, 10.0
 
 
 class Rows(NamedTuple):
@@ -87,7 +89,7 @@ def write_rows(folder: str, rows: Sequence[Rows]) -> None:
     rows: of this worker.
 
   Raises:
-    OSError: a file cannot be written. The chief is told by a file, if there is room.
+    OSError: a file cannot be written. An error file beside it informs the chief.
   """
   try:
     for each in rows:
@@ -102,23 +104,28 @@ def write_rows(folder: str, rows: Sequence[Rows]) -> None:
     raise
 
 
-def collect_facts(folder: str, names: Sequence[str]) -> dict[str, Any]:
+def collect_facts(
+  folder: str, names: Sequence[str], is_ending: Optional[threading.Event] = None
+) -> dict[str, Any]:
   """Waits for the files of all workers, and returns their sizes and hashes by name.
 
   Args:
     folder: of the checkpoints.
     names: of all files.
+    is_ending: set when the run fails; files are then awaited for seconds only.
 
   Raises:
-    OSError: a worker could not write its file, or did not for ten minutes.
+    OSError: a worker could not write its file, or the time to wait is over.
   """
   found: dict[str, Any] = {}
-  deadline = time.monotonic() + _DEADLINE_S
+  start = time.monotonic()
   for name in names:
     path = _facts_path(os.path.join(folder, name))
     while not os.path.exists(path):
-      if time.monotonic() > deadline:
-        raise OSError(f"{name} was not written for {_DEADLINE_S:.0f} s")
+      is_short = is_ending is not None and is_ending.is_set()
+      deadline_s = _DEADLINE_OF_END_S if is_short else _DEADLINE_S
+      if time.monotonic() - start > deadline_s:
+        raise OSError(f"{name} was not written by its worker in {deadline_s:.0f} s")
       time.sleep(_WAIT_S)
     with open(path, encoding="utf-8") as file:
       found[name] = json.load(file)
@@ -147,6 +154,21 @@ def remove_unpublished(folder: str, published: Sequence[int]) -> None:
     is_left = match and int(match[1]) not in published
     if is_left or (match and name.endswith(".json")):
       os.remove(os.path.join(folder, name))
+
+
+def remove_step(folder: str, step: int) -> None:
+  """Removes the files of a step that could not be saved, to free the disk.
+
+  Args:
+    folder: of the checkpoints.
+    step: not published.
+  """
+  if not os.path.isdir(folder):
+    return
+  for name in os.listdir(folder):
+    if re.match(rf"ckpt-{step}\.(centres-|classes)", name):
+      with contextlib.suppress(OSError):
+        os.remove(os.path.join(folder, name))
 
 
 def restore_rows(
@@ -256,6 +278,7 @@ class _Reader:
       if is_here.any():
         path = os.path.join(self._folder, name)
         saved = np.load(path, mmap_mode="r", allow_pickle=False)
+        self._table.check_row_shape(saved.shape[1:])
         if rows is None:
           rows = np.empty([last - first, *saved.shape[1:]], np.float32)
         rows[is_here] = saved[sources[is_here] - begin]

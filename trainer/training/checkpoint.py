@@ -6,6 +6,7 @@ written.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
+from trainer.distribute.workers import current_workers
 from trainer.errors import NotFiniteError, UserError, short_reason
 from trainer.losses.class_centres import ClassCentres
 from trainer.losses.cross_batch_memory import CrossBatchMemory
@@ -242,6 +244,7 @@ class Checkpoints:
     self._num_kept = num_kept
     self._is_chief = is_chief
     self._background = Background()
+    self._is_ending = threading.Event()
     self._asked_step: Optional[int] = None
 
   @property
@@ -273,8 +276,12 @@ class Checkpoints:
     self._asked_step = step
     make_replicas_equal(self._encoder)
     values = take_snapshot(self._checkpoint)
+    if self._tables:
+      self._background.wait()  # Two copies of the rows may not fit into memory.
     rows = centre_shards.copy_rows(step, self._tables, self._is_chief)
     bad = not_finite({**values, **{each.name: each.values for each in rows}})
+    if self._tables:  # The rows of each worker are its own.
+      bad = sorted({name for names in _exchange(bad) for name in names})
     if bad:
       raise NotFiniteError(
         f"step {step}: {', '.join(bad[:_NUM_SHOWN])} ({len(bad)} in all) not finite "
@@ -300,6 +307,10 @@ class Checkpoints:
     """
     checkpoint_files.drop_after(self._folder, step)
 
+  def end_soon(self) -> None:
+    """Makes `wait` return in seconds, though a worker may not write its part."""
+    self._is_ending.set()
+
   def wait(self) -> None:
     """Waits until the checkpoint is written; `failure` then holds a write error."""
     self._background.wait()
@@ -318,6 +329,8 @@ class Checkpoints:
       UserError: the checkpoint is of another encoder, loss or optimizer, or there are
         checkpoints but none is valid.
     """
+    if self._is_chief and self._tables:
+      centre_shards.remove_unpublished(self._folder, self.steps())
     step = self._newest_whole()
     if step is None:
       return None
@@ -446,7 +459,7 @@ class Checkpoints:
       write_snapshot(values, checkpoint_files.prefix(folder, step))
       centre_shards.write_rows(self._folder, rows)
       names = centre_shards.shard_names(step, self._tables)
-      shards = centre_shards.collect_facts(self._folder, names)
+      shards = centre_shards.collect_facts(self._folder, names, self._is_ending)
       checkpoint_files.publish(self._folder, step, notes, shards)
       self.saved_step, self.failure = step, None
       checkpoint_files.prune(self._folder, self._num_kept)
@@ -467,7 +480,11 @@ class Checkpoints:
     self.failure = (
       f"the checkpoint of step {step} can't be written: {short_reason(error)}"
     )
-    self._asked_step = None
+    if self._tables:
+      # Not tried again: the other workers may have written their parts.
+      centre_shards.remove_step(self._folder, step)
+    else:
+      self._asked_step = None
     logging.warning("%s; %s.", self.failure, self.newest)
 
   @property
@@ -476,6 +493,11 @@ class Checkpoints:
     if self.saved_step is None:
       return "no checkpoint was saved"
     return f"the newest checkpoint is of step {self.saved_step}"
+
+
+def _exchange(names: Sequence[str]) -> list[list[str]]:
+  """Returns the names of all workers."""
+  return [json.loads(text) for text in current_workers().exchange(json.dumps(names))]
 
 
 def _words_of(shape: Optional[Sequence[int]]) -> str:

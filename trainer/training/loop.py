@@ -240,6 +240,7 @@ class Loop:
           step = self._run_once(step)
       except Exception:
         with safety.watchdog.acting():
+          safety.checkpoints.end_soon()
           safety.checkpoints.wait()  # A checkpoint may be in progress.
         raise
       self._finish()
@@ -294,8 +295,9 @@ class Loop:
     if flags.is_saving_impossible and self._options.on_disk_full == "stop":
       checkpoints.wait()
       raise UserError(
-        f"{checkpoints.failure or 'worker 0 could not save'}; {checkpoints.newest}; "
-        "free some disk space, or set LoopOptions.on_disk_full = 'continue'."
+        f"{checkpoints.failure or 'another worker could not save'}; "
+        f"{checkpoints.newest}; free some disk space, or set "
+        "LoopOptions.on_disk_full = 'continue'."
       )
     if flags.stop_requested:
       checkpoints.save(step)

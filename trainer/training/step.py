@@ -30,7 +30,6 @@ from trainer.training.options import StepOptions
 _MINING_STATISTICS = MiningStatistics()
 _OPTIONS = StepOptions()
 _ACTIVE = "mining/active_fraction"
-_NO_CLASSES = TrainingClasses(())
 
 
 class Update(NamedTuple):
@@ -121,13 +120,13 @@ class TrainStep:
   def create_variables(
     self,
     input_shape: Sequence[int],
-    classes: TrainingClasses = _NO_CLASSES,
+    classes: Optional[TrainingClasses] = None,
   ) -> None:
     """Creates the variables of encoder, optimizer, averages and class centres.
 
     Args:
       input_shape: shape of one input.
-      classes: of the training data; needed for class centres.
+      classes: of the training data; None to create no class centres.
 
     Raises:
       UserError: the encoder has variables from outside its strategy, it does not
@@ -147,8 +146,9 @@ class TrainStep:
     self.optimizer.build(self._variables)
     if self.cross_batch_memory is not None:
       self.cross_batch_memory.create_variables(self.encoder.embedding_size)
-    for table in self.loss.tables:
-      table.create_variables(self.encoder.embedding_size, *classes)
+    if classes is not None:
+      for table in self.loss.tables:
+        table.create_variables(self.encoder.embedding_size, *classes)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
@@ -227,7 +227,9 @@ class TrainStep:
     # The flags are summed with the gradients, without additional communication. An
     # overflow inside the network may show only in the moving averages.
     written = [each for each in self.forward_state if each.dtype.is_floating]
-    is_bad = ~_are_finite([loss.value, encoded.embeddings, *to_rows, *written])
+    to_rows = gradients_lib.unscale_gradients(self.optimizer, to_rows)
+    norms = [tf.linalg.global_norm([each]) for each in to_rows]
+    is_bad = ~_are_finite([loss.value, encoded.embeddings, *norms, *written])
     active = loss.statistics.get(_ACTIVE, WeightedMean(0.0, 0.0))
     flags = tf.stack([tf.cast(is_bad, tf.float32), active.total, active.count])
     flags, *gradients = collectives.sum([flags, *local])
@@ -237,12 +239,7 @@ class TrainStep:
       gradients,
       entries,
       WeightedMean(*active_of_all),
-      [
-        (each.indices, gradient)
-        for each, gradient in zip(
-          rows, gradients_lib.unscale_gradients(self.optimizer, to_rows)
-        )
-      ],
+      [(each.indices, gradient) for each, gradient in zip(rows, to_rows)],
     )
     is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(gradients)
     return StepResult(update, loss.statistics, is_finite)
@@ -268,8 +265,11 @@ class TrainStep:
     )
     if self.averages is not None:
       self.averages.update(self.optimizer.iterations)
+    is_applied = None
+    if update.rows and gradients_lib.has_loss_scale(self.optimizer):
+      is_applied = _are_finite(update.gradients)  # Otherwise it skips the update too.
     for table, (indices, gradients) in zip(self.loss.tables, update.rows):
-      table.update(indices, gradients, self.optimizer.iterations - 1)
+      table.update(indices, gradients, self.optimizer.iterations - 1, is_applied)
     for part in self._advancing:
       part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
 
