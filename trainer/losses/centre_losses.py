@@ -231,8 +231,9 @@ class CombinedMarginLoss(ClassCentreLoss):
     angle_margin: m₂ >= 0, in radians.
     cosine_margin: m₃ >= 0.
     scale: as in the base class.
-    beyond_pi: for angles θ > π − m₂; without effect for m₁ > 1: "linear" for φ = c − m₂·sin m₂, which
-      keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c <= 0.
+    beyond_pi: for angles θ > π − m₂; no effect if m₁ > 1. "linear" for φ = c − m₂·sin
+      m₂, which keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c
+      <= 0.
     arc_gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
     ignored_above: as in the base class.
     is_ignored_zero: as in the base class.
