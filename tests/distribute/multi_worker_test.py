@@ -52,9 +52,9 @@ _MINING = (
 )
 _CENTRES = (
   "TrainStep.loss = @SumOfLosses()",
-  "SumOfLosses.losses = [@ArcFaceLoss(), @SupervisedContrastiveLoss()]",
-  "ArcFaceLoss.centres = @ClassCentres()",
-  "ArcFaceLoss.scale = 8.0",
+  "SumOfLosses.losses = [@CosFaceLoss(), @SupervisedContrastiveLoss()]",
+  "CosFaceLoss.centres = @ClassCentres()",
+  "CosFaceLoss.scale = 8.0",
   "ClassCentres.optimizer = @RowSGD()",
   "ClassCentres.sampling_rate = 1.0",
   "RowSGD.learning_rate = 0.1",

@@ -232,6 +232,7 @@ def test_check_refuses_a_flag_it_does_not_know(project, bare, flag):
 def test_ci_runs_the_check_on_both_stacks_and_nothing_else():
   lines = (ROOT / ".ci" / "run").read_text().splitlines()
   assert [line for line in lines if "check.sh" in line] == [
+    "./launch/check.sh --install",
     "./launch/check.sh --python=3.12 --install &",
     "./launch/check.sh",
     "./launch/check.sh --python=3.12 --short",

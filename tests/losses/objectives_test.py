@@ -39,7 +39,7 @@ def _loss_of(loss, objective, embeddings, weights=None):
   )
   pairs = objective(anchors, OneReplica())
   output = loss(pairs.anchors, pairs.candidates)
-  return pairs.replica_loss(output, OneReplica()).numpy()
+  return pairs.replica_loss(output, OneReplica()).value.numpy()
 
 
 def _hinges(embeddings, num_positives, num_negatives):

@@ -275,7 +275,9 @@ def test_dropout_has_other_masks_with_another_seed():
     backbone=Perceptron(hidden_units=(50,), dropout_rate=0.5), embedding_size=4
   )
   step = types.SimpleNamespace(
-    encoder=encoder, create_variables=encoder.create_variables
+    encoder=encoder,
+    loss=types.SimpleNamespace(tables=[]),
+    create_variables=lambda shape, classes: encoder.create_variables(shape),
   )
   dataset = types.SimpleNamespace(decoder=types.SimpleNamespace(shape=(6,)))
   options = {"dataset": dataset, "sampler_fn": None, "step": step, "loop": None}

@@ -115,7 +115,7 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
   anchors = Anchors(embeddings, *map(tf.constant, (batch.labels, batch.weights)))
   pairs = global_negatives(anchors, OneReplica())
   output = step.loss(pairs.anchors, pairs.candidates)
-  expected = pairs.replica_loss(output, OneReplica())
+  expected = pairs.replica_loss(output, OneReplica()).value
   got = result.statistics["train/loss"].total
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 

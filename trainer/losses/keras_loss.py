@@ -98,7 +98,7 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
       collectives: connect the replicas.
     """
     del rows
-    return pairs.replica_loss(self.terms(pairs.anchors, pairs.candidates), collectives)
+    return pairs.replica_loss(self(pairs.anchors, pairs.candidates), collectives)
 
   def check_is_complete(self) -> None:
     """Checks that the loss needs nothing but embeddings and labels.
