@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     (b'{"step": 5, "files": {}}', "it is of step 5"),
     (b'{"step": 6, "files": []}', "damaged (AttributeError"),
     (b'{"step": 6, "files": {"../../etc/passwd": {}}}', "damaged (KeyError"),
-    (b" " * 200_000, "more than 100000 bytes"),
+    (b" " * 2_000_000, "more than 1000000 bytes"),
     (b"\x80\x04\x95", "damaged (UnicodeDecodeError"),
   ],
 )

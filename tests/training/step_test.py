@@ -362,6 +362,6 @@ def test_few_frames_lie_between_the_step_and_the_terms_of_an_anchor(monkeypatch)
   monkeypatch.setattr(BatchAllTripletLoss, "anchor_terms", record)
   step = _step()
   step.loss = BatchAllTripletLoss(margin=0.2, rows_per_tile=4)
-  step(_batch(), OneReplica())
+  step.compute_update(_batch(), OneReplica())
   assert max(map(len, frames)) <= 12
   assert max(len({*each}) for each in frames) <= 8

@@ -21,7 +21,7 @@ FOLDER = "checkpoints"
 _LIST = "checkpoint"
 _STAGING = "staging"
 _MANIFEST = re.compile(r"ckpt-(\d{1,18})\.json")
-_MAX_MANIFEST_BYTES = 10_000_000
+_MAX_MANIFEST_BYTES = 1_000_000
 
 
 def prefix(folder: str, step: int) -> str:
