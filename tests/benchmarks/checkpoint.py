@@ -18,7 +18,7 @@ from absl import app, flags
 
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 
 _MEGABYTES = flags.DEFINE_integer("megabytes", 40, "Size of a checkpoint.")
 _BATCH = flags.DEFINE_integer("batch", 64, "Examples a step.")
@@ -35,7 +35,9 @@ def main(_):
   block = _block(encoder, optimizer)
   block()
   with tempfile.TemporaryDirectory() as folder:
-    checkpoints = Checkpoints(model_dir=folder, encoder=encoder, optimizer=optimizer)
+    checkpoints = Checkpoints(
+      model_dir=folder, encoder=encoder, training=TrainingState(optimizer)
+    )
     rounds = [_round(block, checkpoints, number) for number in range(_NUM_ROUNDS)]
   plain, copy = (statistics.median(each) for each in [*zip(*rounds)][:2])
   print(f"{platform.machine()}, TensorFlow {tf.__version__}, Python {sys.version[:6]}")

@@ -21,7 +21,7 @@ import tensorflow as tf
 from tests.benchmarks import measure
 from trainer.distribute.collectives import OneReplica
 from trainer.losses.centre_losses import ArcFaceLoss
-from trainer.losses.class_centres import ClassCentres
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives
 from trainer.training import centre_shards
@@ -33,7 +33,8 @@ _MILLION = 1_000_000
 
 def _table(num_classes, rate, num_dimensions=_NUM_DIMENSIONS):
   centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), sampling_rate=rate)
-  centres.create_variables(num_dimensions, np.arange(num_classes, dtype=np.int32))
+  labels = np.arange(num_classes, dtype=np.int32)
+  centres.create_variables(num_dimensions, TrainingClasses(labels))
   return centres
 
 

@@ -24,20 +24,21 @@ from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
 from trainer.losses import centre_products
 from trainer.losses import class_centres as class_centres_lib
-from trainer.losses.centre_losses import ClassCentreLoss
+from trainer.losses.centre_losses import ArcOptions, ClassCentreLoss
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives, local_negatives
 
 
-def _assert_same(got, expected, tolerance=1e-5):
-  """Compares arrays relative to their largest entries."""
-  for one, other in zip(got, expected):
-    scale = np.abs(other).max() + 1e-3
-    np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
+def _are_same(got, expected, tolerance=1e-5):
+  """Whether arrays agree, relative to their largest entries."""
+  return len(got) == len(expected) and all(
+    np.allclose(one, other, rtol=0, atol=tolerance * (np.abs(other).max() + 1e-3))
+    for one, other in zip(got, expected)
+  )
 
 
-def _assert_finite(found):
-  assert all(np.isfinite(each).all() for each in found)
+def _are_finite(found):
+  return all(np.isfinite(each).all() for each in found)
 
 
 def test_table_has_every_public_loss_against_centres():
@@ -61,7 +62,7 @@ def test_value_is_that_of_the_definition(row):
 def test_gradients_are_finite_differences_of_the_definition(row):
   batch = CentreBatch(row.centres_per_class)
   _, *gradients = evaluate(row.make, batch)
-  _assert_same(gradients, expected_gradients(row.oracle, batch))
+  assert _are_same(gradients, expected_gradients(row.oracle, batch))
 
 
 @each_row
@@ -69,7 +70,7 @@ def test_two_classes_give_the_value_of_the_definition(row):
   batch = CentreBatch(row.centres_per_class, num_classes=2)
   value, *gradients = evaluate(row.make, batch)
   np.testing.assert_allclose(value, expected_value(row.oracle, batch), rtol=1e-5)
-  _assert_same(gradients, expected_gradients(row.oracle, batch))
+  assert _are_same(gradients, expected_gradients(row.oracle, batch))
 
 
 @each_kind
@@ -84,7 +85,9 @@ def test_padding_changes_nothing(row, label):
   padded.weights = np.pad(batch.weights, [0, 2])
   got, *gradients = evaluate(row.make, padded)
   np.testing.assert_allclose(got, value, rtol=1e-6)
-  _assert_same(gradients, [np.pad(to_embeddings, [[0, 2], [0, 0]]), to_centres], 1e-6)
+  assert _are_same(
+    gradients, [np.pad(to_embeddings, [[0, 2], [0, 0]]), to_centres], 1e-6
+  )
 
 
 @each_kind
@@ -107,7 +110,7 @@ def test_order_of_the_batch_does_not_matter(row):
   batch.weights = batch.weights[order]
   got, *gradients = evaluate(row.make, batch)
   np.testing.assert_allclose(got, value, rtol=1e-6)
-  _assert_same(gradients, [to_embeddings[order], to_centres], 1e-6)
+  assert _are_same(gradients, [to_embeddings[order], to_centres], 1e-6)
 
 
 @each_row
@@ -119,7 +122,7 @@ def test_embedding_parallel_to_its_centre_is_finite(row, sign):
   batch.embeddings[0] = 3 * sign * batch.centres[1, 0]
   found = evaluate(row.make, batch)
   np.testing.assert_allclose(found[0], expected_value(row.oracle, batch), rtol=1e-4)
-  _assert_finite(found)
+  assert _are_finite(found)
 
 
 @each_row
@@ -128,7 +131,7 @@ def test_zero_embeddings_and_centres_are_finite(row):
   batch.embeddings[0], batch.centres[3], batch.centres[4] = 0, 0, 0
   found = evaluate(row.make, batch)
   np.testing.assert_allclose(found[0], expected_value(row.oracle, batch), rtol=1e-5)
-  _assert_finite(found)
+  assert _are_finite(found)
   assert not found[1][0].any()
   assert not found[2][3].any()
 
@@ -137,7 +140,7 @@ def test_zero_embeddings_and_centres_are_finite(row):
 def test_equal_embeddings_and_centres_are_finite(row):
   batch = CentreBatch(row.centres_per_class)
   batch.embeddings[:], batch.centres[:] = 1, 1
-  _assert_finite(evaluate(row.make, batch))
+  assert _are_finite(evaluate(row.make, batch))
 
 
 @each_kind
@@ -149,7 +152,7 @@ def test_half_precision_embeddings_are_compared_in_float32(row, dtype):
   batch.embeddings = tf.cast(batch.embeddings, tf.float32)
   whole = evaluate(row.make, batch)
   np.testing.assert_equal([half[0], half[2]], [whole[0], whole[2]])
-  _assert_same([half[1]], [whole[1]], 1e-2)
+  assert _are_same([half[1]], [whole[1]], 1e-2)
 
 
 @each_kind
@@ -159,7 +162,7 @@ def test_norm_of_the_centres_does_not_matter(row, norm):
   value, to_embeddings, to_centres = evaluate(row.make, batch)
   batch.centres *= norm
   found = evaluate(row.make, batch)
-  _assert_same(found, [value, to_embeddings, to_centres / norm], 1e-4)
+  assert _are_same(found, [value, to_embeddings, to_centres / norm], 1e-4)
 
 
 def _large_batch(centres_per_class):
@@ -178,7 +181,7 @@ def test_large_batch_is_compiled_to_the_values_of_one_uncompiled_tile(row, monke
   compiled = evaluate(row.make, batch)
   monkeypatch.setattr(centre_products, "_MIN_PAIRS_TO_COMPILE", 2**60)
   monkeypatch.setattr(class_centres_lib, "_ROWS_PER_TILE", 10_000)
-  _assert_same(compiled, evaluate(row.make, batch))
+  assert _are_same(compiled, evaluate(row.make, batch))
 
 
 def _loss_of(objective_fn, labels):
@@ -227,12 +230,19 @@ def test_several_labels_of_an_example_are_refused():
     (losses.ArcFaceLoss, {"margin": 3.2}, "angle_margin=3.2"),
     (losses.CosFaceLoss, {"margin": -0.1}, "cosine_margin=-0.1"),
     (losses.CombinedMarginLoss, {"angle_factor": 0.5}, "angle_factor=0.5"),
-    (losses.CombinedMarginLoss, {"beyond_pi": "no"}, "'no', which is none of"),
-    (losses.ArcFaceLoss, {"arc_gradient": "no"}, "'no', which is none of"),
+    (
+      losses.CombinedMarginLoss,
+      {"angle_factor": 2.0, "arc": ArcOptions("easy")},
+      "ArcOptions.beyond_pi='easy' needs 1",
+    ),
     (losses.NormFaceLoss, {"scale": 0.0}, "NormFaceLoss.scale=0.0 is not above 0"),
     (losses.ArcFaceLoss, {"scale": -1.0}, "ArcFaceLoss.scale=-1.0 is not above 0"),
     (losses.NormFaceLoss, {"scale": float("nan")}, "scale=nan is not above 0"),
-    (losses.CosFaceLoss, {"ignored_above": 1.0}, "ignored_above=1.0 is no cosine"),
+    (
+      losses.insightface_combined,
+      {"ignored_above": 1.0},
+      "ClassFilter.above=1.0 is not a cosine",
+    ),
     (losses.AdaFaceLoss, {"margin": -0.1}, "margin=-0.1, concentration=0.333"),
     (losses.AdaFaceLoss, {"concentration": 0.0}, "concentration=0.0"),
     (losses.AdaFaceLoss, {"update_rate": 0.0}, "update_rate=0.0"),
@@ -255,6 +265,20 @@ def test_argument_out_of_its_range_is_reported_in_one_line(
   with pytest.raises(UserError, match=message) as raised:
     loss_class(centres=class_centres(5, 3), **arguments)
   assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+  "arguments", [{"beyond_pi": "no"}, {"gradient": "no"}], ids=["beyond_pi", "gradient"]
+)
+def test_unknown_choice_for_the_arc_is_reported(arguments):
+  [name] = arguments
+  with pytest.raises(UserError, match=rf"ArcOptions\.{name}='no' must be one of"):
+    ArcOptions(**arguments)
+
+
+def test_class_centres_are_not_saved_by_keras():
+  with pytest.raises(UserError, match="in Keras use a loss of pairs"):
+    losses.ArcFaceLoss(centres=class_centres(5, 3)).get_config()
 
 
 def test_proxy_anchor_refuses_several_centres_of_a_class():
@@ -289,7 +313,7 @@ def test_preset_has_the_values_of_pytorch_metric_learning(name):
   value, *gradients = evaluate(lambda table: _PML[name](centres=table), batch)
   np.testing.assert_allclose(value, _RECORDED[f"{name}/loss"], rtol=1e-5)
   expected = [_RECORDED[f"{name}/{of}"] for of in ("to_embeddings", "to_centres")]
-  _assert_same(gradients, expected)
+  assert _are_same(gradients, expected)
 
 
 def test_ada_face_moves_its_mean_and_deviation_to_those_of_the_batch():

@@ -12,7 +12,9 @@ import tensorflow as tf
 from tests.losses import centre_oracles as oracles
 from trainer import losses
 from trainer.distribute.collectives import OneReplica
-from trainer.losses.class_centres import ClassCentres
+from trainer.losses.centre_losses import ArcOptions
+from trainer.losses.centre_products import ClassFilter
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives
 from trainer.training.row_optimizers import RowSGD
@@ -60,7 +62,7 @@ def class_centres(num_classes, num_dimensions, centres_per_class=1, **arguments)
     optimizer=optimizer, centres_per_class=centres_per_class, **arguments
   )
   sizes = np.resize(SIZES, num_classes)
-  table.create_variables(num_dimensions, range(num_classes), sizes)
+  table.create_variables(num_dimensions, TrainingClasses(range(num_classes), sizes))
   return table
 
 
@@ -140,8 +142,7 @@ def _arc_rows():
         oracles.softmax(own, 8.0),
         margin=0.6,
         scale=8.0,
-        beyond_pi=beyond_pi,
-        arc_gradient=gradient,
+        arc=ArcOptions(beyond_pi, gradient),
       )
 
 
@@ -157,7 +158,7 @@ ROWS = [
     losses.NormFaceLoss,
     oracles.softmax(oracles.plain, 9.0, ignored_above=0.3),
     scale=9.0,
-    ignored_above=0.3,
+    class_filter=ClassFilter(0.3),
     centres_per_class=2,
   ),
   _row(
@@ -169,7 +170,7 @@ ROWS = [
     oracles.softmax(oracles.cosine_margin(0.2), 8.0, ignored_above=0.3),
     margin=0.2,
     scale=8.0,
-    ignored_above=0.3,
+    class_filter=ClassFilter(0.3),
   ),
   *_arc_rows(),
   _row(losses.ArcFaceLoss, oracles.softmax(oracles.angle_margin(0.5), 64.0)),
@@ -177,7 +178,7 @@ ROWS = [
     losses.ArcFaceLoss,
     oracles.softmax(oracles.angle_margin(0.5), 8.0, ignored_above=0.4),
     scale=8.0,
-    ignored_above=0.4,
+    class_filter=ClassFilter(0.4),
     centres_per_class=3,
   ),
   _row(
@@ -196,8 +197,7 @@ ROWS = [
     angle_margin=0.3,
     cosine_margin=0.1,
     scale=8.0,
-    beyond_pi="none",
-    arc_gradient="straight_through",
+    arc=ArcOptions("none", "straight_through"),
     centres_per_class=2,
   ),
   _row(
@@ -255,7 +255,7 @@ ROWS = [
     power=0.5,
     offset=0.1,
     scale=8.0,
-    arc_gradient="straight_through",
+    arc=ArcOptions(gradient="straight_through"),
   ),
   _row(
     losses.SoftTripleLoss,

@@ -11,7 +11,7 @@ import tensorflow as tf
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
 from trainer.losses.centre_products import CosineOptions, centre_cosines
-from trainer.losses.class_centres import ClassCentres
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.training.row_optimizers import RowSGD
 
 _SCALE = 5.0
@@ -26,7 +26,8 @@ class _ReplicaNumber(OneReplica):
 
 def _table(num_classes=23, labels=None, **arguments):
   table = ClassCentres(optimizer=RowSGD(learning_rate=0.1), **arguments)
-  table.create_variables(3, range(num_classes) if labels is None else labels)
+  labels = range(num_classes) if labels is None else labels
+  table.create_variables(3, TrainingClasses(labels))
   return table
 
 
@@ -206,13 +207,13 @@ def test_labels_need_not_be_numbered_without_gaps(rate):
 
 def test_sizes_are_those_of_the_labels():
   table = ClassCentres(optimizer=RowSGD(learning_rate=0.1))
-  table.create_variables(3, [3, 10, 12], [5, 700, 1])
+  table.create_variables(3, TrainingClasses([3, 10, 12], [5, 700, 1]))
   sizes = table.sizes_of(tf.constant([12, 3, -1, 10]))
   np.testing.assert_array_equal(sizes, [1, 5, 1, 700])
 
 
 def test_sizes_that_were_not_given_are_reported():
-  with pytest.raises(UserError, match="give create_variables class_sizes"):
+  with pytest.raises(UserError, match="set TrainingClasses.sizes"):
     _table().sizes_of(tf.constant([0]))
 
 
@@ -229,7 +230,7 @@ def test_sizes_that_were_not_given_are_reported():
 def test_argument_out_of_its_range_is_reported_in_one_line(arguments, message):
   with pytest.raises(UserError, match=message) as raised:
     table = ClassCentres(optimizer=RowSGD(learning_rate=0.1), **arguments)
-    table.create_variables(3, range(5))
+    table.create_variables(3, TrainingClasses(range(5)))
   assert "\n" not in str(raised.value)
 
 

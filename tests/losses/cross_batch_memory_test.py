@@ -27,7 +27,7 @@ from trainer.losses.metric_accumulators import summarize
 from trainer.losses.objectives import MiningBatch, WithinGroups
 from trainer.tpu_check import replica_program
 from trainer.training import parity
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 
 _RUN_FILE = "configs/runs/glyphs_cross_batch_memory.gin"
 _SIZE, _WARM_UP, _BATCH = 11, 1, 6
@@ -263,9 +263,9 @@ def _checkpoints(step, folder):
   checkpoints = Checkpoints(
     model_dir=str(folder),
     encoder=step.encoder,
-    loss=step.loss,
-    optimizer=step.optimizer,
-    cross_batch_memory=step.cross_batch_memory,
+    training=TrainingState(
+      step.optimizer, step.loss, cross_batch_memory=step.cross_batch_memory
+    ),
   )
   return checkpoints
 

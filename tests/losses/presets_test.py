@@ -16,6 +16,7 @@ from trainer import losses
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
 from trainer.losses import presets
+from trainer.losses.class_centres import TrainingClasses
 from trainer.losses.loss_terms import MiningBatch
 
 _CONFIGS = sorted((pathlib.Path(__file__).parents[2] / "configs/losses").glob("*.gin"))
@@ -96,7 +97,8 @@ def test_config_file_builds_a_loss(path):
   loss = gin.query_parameter("TrainStep.loss").scoped_configurable_fn()
   embeddings, labels = batches.random_batch("balanced")
   for table in loss.tables:
-    table.create_variables(embeddings.shape[1], range(6), range(1, 7))
+    classes = TrainingClasses(range(6), range(1, 7))
+    table.create_variables(embeddings.shape[1], classes)
   rows = [table.read(labels, tf.constant(0), OneReplica()) for table in loss.tables]
   pairs = MiningBatch(*batches.arguments(embeddings, labels), is_global=True)
   assert np.isfinite(loss.replica_loss(pairs, rows, OneReplica()).value)

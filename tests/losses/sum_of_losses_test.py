@@ -16,6 +16,7 @@ from trainer import losses
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
+from trainer.losses.centre_products import ClassFilter
 from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives, local_negatives
@@ -161,7 +162,7 @@ def _batches():
 
 def _softmax_and_pairs(table_fn):
   return [
-    losses.ArcFaceLoss(centres=table_fn(1), scale=8.0, ignored_above=0.7),
+    losses.ArcFaceLoss(centres=table_fn(1), scale=8.0, class_filter=ClassFilter(0.7)),
     _batch_hard(),
     losses.DynamicMarginLoss(centres=table_fn(3), scale=8.0),
   ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -11,14 +12,15 @@ import tensorflow as tf
 
 from tests.thorough import thorough_except
 from trainer.data.pipeline import PADDING_LABEL, Batch
-from trainer.errors import UserError
+from trainer.distribute.collectives import OneReplica
+from trainer.errors import NotFiniteError, UserError
 from trainer.losses.centre_losses import ArcFaceLoss
 from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
-from trainer.training import checkpoint_files, parity
-from trainer.training.checkpoint import Checkpoints
+from trainer.training import centre_shards, checkpoint_files, parity
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.row_optimizers import RowAdam, RowSGD
 from trainer.training.step import TrainStep
 
@@ -29,10 +31,12 @@ _OPTIMIZERS = {
 }
 
 
-def _make_step(rate=1.0, optimizer="adam", centres_per_class=1, names=range(37)):
+def _make_step(
+  rate=1.0, optimizer="adam", centres_per_class=1, names=range(37), encoder=None
+):
   tf.keras.utils.set_random_seed(1)
   step = TrainStep(
-    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
+    encoder=encoder or Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6),
     loss=ArcFaceLoss(
       centres=ClassCentres(
         optimizer=_OPTIMIZERS[optimizer](),
@@ -107,9 +111,7 @@ def _checkpoints(step, folder, **options):
   return Checkpoints(
     model_dir=str(folder),
     encoder=step.encoder,
-    loss=step.loss,
-    optimizer=step.optimizer,
-    tables=step.loss.tables,
+    training=TrainingState(step.optimizer, step.loss),
     num_kept=2,
     **options,
   )
@@ -172,6 +174,70 @@ def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
     shard.write_bytes(content)
   restored, *_ = _train(strategy, tmp_path, [])
   np.testing.assert_array_equal(restored, older)
+
+
+def test_a_save_that_fails_leaves_no_rows_and_the_older_checkpoint(mirrored, tmp_path):
+  strategy = mirrored(2)
+  _, older, _ = _train(strategy, tmp_path, _batches()[:2])
+  with strategy.scope():
+    step = _make_step(0.3)
+    checkpoints = _checkpoints(step, tmp_path)
+    checkpoints.restore()
+    # A folder in the place of the second replica's file.
+    name = _shards(tmp_path)[1].name.replace("ckpt-2", "ckpt-4")
+    (tmp_path / "checkpoints" / name).mkdir()
+    checkpoints.save(4)
+    checkpoints.wait()
+  assert "the checkpoint of step 4 can't be written" in checkpoints.failure
+  left = (tmp_path / "checkpoints").glob("ckpt-4*")
+  assert [path.name for path in left] == [name]
+  (tmp_path / "checkpoints" / name).rmdir()
+  restored, *_ = _train(strategy, tmp_path, [])
+  np.testing.assert_array_equal(restored, older)
+
+
+def test_rows_of_one_replica_that_are_not_finite_are_not_saved(mirrored, tmp_path):
+  with mirrored(2).scope():
+    step = _make_step()
+    [table] = step.loss.tables
+    rows = _rows(step)
+    rows[-1, 0, 0] = np.inf
+    table.assign_rows(lambda first, last: rows[first:last])
+    with pytest.raises(NotFiniteError, match=r"centres-0-0000000019-0000000037"):
+      _checkpoints(step, tmp_path).save(1)
+  assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+  monkeypatch.setattr(centre_shards, "_DEADLINE_OF_END_S", 0.1)
+  is_ending = threading.Event()
+  is_ending.set()
+  with pytest.raises(OSError, match=r"rows.npy was not written by its worker"):
+    centre_shards.collect_facts(str(tmp_path), ["rows.npy"], is_ending)
+
+
+def test_a_worker_without_room_informs_the_chief(tmp_path):
+  (tmp_path / "two.npy").mkdir()
+  rows = [centre_shards.Rows(name, np.ones(3)) for name in ("one.npy", "two.npy")]
+  with pytest.raises(OSError):
+    centre_shards.write_rows(str(tmp_path), rows)
+  with pytest.raises(OSError, match=r"two.npy"):
+    centre_shards.collect_facts(str(tmp_path), ["one.npy", "two.npy"])
+  assert not (tmp_path / "one.npy").exists()
+
+
+@pytest.mark.parametrize(("scale", "is_applied"), [(2.0**40, False), (1.0, True)])
+def test_a_step_that_a_loss_scale_skips_leaves_the_centres(scale, is_applied):
+  encoder = Encoder(
+    backbone=Perceptron(hidden_units=(7,)), embedding_size=6, precision="mixed_float16"
+  )
+  step = _make_step(encoder=encoder)
+  step.optimizer._loss_scale._current_loss_scale.assign(scale)
+  before = _rows(step)
+  result = step.compute_update(_batches()[0], OneReplica())
+  assert result.is_finite
+  step.apply_update(result.update)
+  assert np.any(_rows(step) != before) == is_applied
 
 
 def test_only_kept_checkpoints_have_shards(mirrored, tmp_path):
@@ -250,4 +316,4 @@ def test_a_sample_smaller_than_the_batch_is_refused():
 def test_a_number_of_classes_that_is_not_the_data_s_is_refused():
   centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), num_classes=5)
   with pytest.raises(UserError, match="num_classes=5, and the training data has 6"):
-    centres.create_variables(4, np.arange(6))
+    centres.create_variables(4, TrainingClasses(range(6)))

@@ -13,7 +13,7 @@ from trainer.errors import NotFiniteError, UserError
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import checkpoint, checkpoint_files, run_folder
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.optimizers import MultiOptimizer
 
 
@@ -37,7 +37,10 @@ def _checkpoints(tmp_path, encoder, **options):
   optimizer = tf.keras.optimizers.Adam(1e-3)
   optimizer.build(encoder.trainable_variables)
   return _Written(
-    model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer, **options
+    model_dir=str(tmp_path),
+    encoder=encoder,
+    training=TrainingState(optimizer),
+    **options,
   )
 
 
@@ -68,7 +71,9 @@ def test_both_counters_of_an_optimizer_per_part_are_the_step_after_a_resume(tmp_
   optimizer.divide(encoder.backbone_variables)
   optimizer.build(encoder.trainable_variables)
   optimizer.head.iterations.assign(7)  # As runs left it that had skipped batches.
-  checkpoints = _Written(model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer)
+  checkpoints = _Written(
+    model_dir=str(tmp_path), encoder=encoder, training=TrainingState(optimizer)
+  )
   checkpoints.save(7)
   assert checkpoints.restore() == 7
   assert [int(part.iterations) for part in optimizer.parts] == [7, 7]

@@ -13,7 +13,7 @@ from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import checkpoint as checkpoint_lib
 from trainer.training import optimizers
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.learning_rates import Cosine
 from trainer.training.optimizers import MultiOptimizer
 
@@ -75,7 +75,7 @@ def _trained(optimizer, checkpoints_of, tmp_path, num_steps):
     optimizer.divide(encoder.backbone_variables)
   optimizer.build(weights)
   checkpoints = Checkpoints(
-    model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer
+    model_dir=str(tmp_path), encoder=encoder, training=TrainingState(optimizer)
   )
   if checkpoints_of:
     checkpoints.restore()
@@ -143,6 +143,6 @@ def test_paths_of_variables_are_those_of_the_files(tmp_path, name):
   if isinstance(optimizer, MultiOptimizer):
     optimizer.divide(encoder.backbone_variables)
   optimizer.build(encoder.trainable_variables)
-  checkpoint = tf.train.Checkpoint(encoder=encoder, optimizer=optimizer)
+  checkpoint = tf.train.Checkpoint(encoder=encoder, training=TrainingState(optimizer))
   path = checkpoint.write(str(tmp_path / "all"))
   assert checkpoint_lib.variable_paths(checkpoint) == checkpoint_lib.saved_paths(path)

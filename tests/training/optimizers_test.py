@@ -14,7 +14,7 @@ from trainer.errors import UserError
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import learning_rates, optimizers, parity
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.learning_rates import Constant
 from trainer.training.optimizers import AveragedWeights, Lamb, MultiOptimizer
 
@@ -218,8 +218,8 @@ def test_an_encoder_is_restored_with_the_averages_of_its_weights(tmp_path):
     variable.assign_add(tf.ones_like(variable))
   optimizer = tf.keras.optimizers.SGD(0.1)
   optimizer.build(trained.trainable_variables)
-  parts = {"encoder": trained, "optimizer": optimizer, "averages": averages}
-  checkpoints = Checkpoints(model_dir=str(tmp_path), **parts)
+  training = TrainingState(optimizer, averages=averages)
+  checkpoints = Checkpoints(model_dir=str(tmp_path), encoder=trained, training=training)
   checkpoints.save(3)
   checkpoints.wait()
   assert Checkpoints(model_dir=str(tmp_path), encoder=read).restore() == 3
@@ -292,7 +292,7 @@ if _HAS_ADDONS:
       optimizer = _MAKERS[name]()
       optimizer.build(encoder.trainable_variables[:1])
       checkpoints = Checkpoints(
-        model_dir=str(tmp_path), encoder=encoder, optimizer=optimizer
+        model_dir=str(tmp_path), encoder=encoder, training=TrainingState(optimizer)
       )
       return encoder.trainable_variables[0], optimizer, checkpoints
 

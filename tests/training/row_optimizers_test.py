@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
-from trainer.losses.class_centres import ClassCentres
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.training.row_optimizers import RowAdam, RowSGD
 
 _NUM_CLASSES, _NUM_DIMENSIONS = 30, 4
@@ -39,7 +39,7 @@ _PAIRS = {
 
 def _table(optimizer, **arguments):
   table = ClassCentres(optimizer=optimizer, **arguments)
-  table.create_variables(_NUM_DIMENSIONS, range(_NUM_CLASSES))
+  table.create_variables(_NUM_DIMENSIONS, TrainingClasses(range(_NUM_CLASSES)))
   return table
 
 

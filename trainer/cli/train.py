@@ -30,7 +30,7 @@ from trainer.runtime import shutdown
 from trainer.runtime.watchdog import Watchdog
 from trainer.training import callbacks, checks
 from trainer.training.callbacks import MetricsFile
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.checks import check_batch, check_groups
 from trainer.training.loop import HostFlags, InnerLoop, Loop, Safety
 from trainer.training.nonfinite import Diagnosis, NonfinitePolicy
@@ -260,11 +260,9 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
   return Checkpoints(
     model_dir=run.model_dir,
     encoder=step.encoder,
-    loss=step.loss,
-    optimizer=step.optimizer,
-    averages=step.averages,
-    cross_batch_memory=step.cross_batch_memory,
-    tables=step.loss.tables,
+    training=TrainingState(
+      step.optimizer, step.loss, step.averages, step.cross_batch_memory
+    ),
     allows_other_classes=run.allow_config_change,
     num_kept=parts.loop.num_checkpoints_kept,
     is_chief=current_workers().is_chief,

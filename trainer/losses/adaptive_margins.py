@@ -13,10 +13,12 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.centre_losses import (
+  ArcOptions,
   CentreExamples,
   ClassCentreLoss,
   CombinedMarginLoss,
 )
+from trainer.losses.centre_products import ClassFilter
 from trainer.losses.class_centres import ClassCentres
 
 # Of the authors' code: bounds of a norm, of cosines and angles, and the first moving
@@ -24,6 +26,7 @@ from trainer.losses.class_centres import ClassCentres
 _MIN_NORM, _MAX_NORM = 1e-3, 100.0
 _EPSILON = 1e-3
 _FIRST_MEAN, _FIRST_DEVIATION = 20.0, 100.0
+_ARC = ArcOptions()
 
 
 @gin.register
@@ -44,7 +47,7 @@ class AdaFaceLoss(ClassCentreLoss):
     concentration: h > 0.
     scale: as in the base class.
     update_rate: share of the batch in the new mean and deviation, in (0, 1].
-    ignored_above: as in the base class.
+    class_filter: as in the base class.
 
   Raises:
     UserError: an argument is out of its range.
@@ -58,9 +61,9 @@ class AdaFaceLoss(ClassCentreLoss):
     concentration: float = 0.333,
     scale: float = 64.0,
     update_rate: float = 0.01,
-    ignored_above: Optional[float] = None,
+    class_filter: Optional[ClassFilter] = None,
   ):
-    super().__init__(centres=centres, scale=scale, ignored_above=ignored_above)
+    super().__init__(centres=centres, scale=scale, class_filter=class_filter)
     if not (
       0 <= margin < math.pi and 0 < concentration < math.inf and 0 < update_rate <= 1
     ):
@@ -132,9 +135,8 @@ class DynamicMarginLoss(CombinedMarginLoss):
     power: λ >= 0.
     offset: b >= 0, in radians.
     scale: as in the base class.
-    beyond_pi: as in the base class.
-    arc_gradient: as in the base class.
-    ignored_above: as in the base class.
+    arc: as in the base class.
+    class_filter: as in the base class.
 
   Raises:
     UserError: an argument is out of its range.
@@ -148,9 +150,8 @@ class DynamicMarginLoss(CombinedMarginLoss):
     power: float = 0.25,
     offset: float = 0.05,
     scale: float = 64.0,
-    beyond_pi: str = "linear",
-    arc_gradient: str = "exact",
-    ignored_above: Optional[float] = None,
+    arc: ArcOptions = _ARC,
+    class_filter: Optional[ClassFilter] = None,
   ):
     if min(factor, power, offset) < 0 or not factor + offset < math.pi:
       raise UserError(
@@ -160,9 +161,8 @@ class DynamicMarginLoss(CombinedMarginLoss):
     super().__init__(
       centres=centres,
       scale=scale,
-      beyond_pi=beyond_pi,
-      arc_gradient=arc_gradient,
-      ignored_above=ignored_above,
+      arc=arc,
+      class_filter=class_filter,
     )
     self._factor = factor
     self._power = power

@@ -10,6 +10,7 @@ centres of a class.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Optional, Union
@@ -18,9 +19,9 @@ import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 from trainer.losses import metric_accumulators
-from trainer.losses.centre_products import CosineOptions, centre_cosines
+from trainer.losses.centre_products import ClassFilter, CosineOptions, centre_cosines
 from trainer.losses.class_centres import CentreRows, ClassCentres
 from trainer.losses.distances import cosine
 from trainer.losses.keras_loss import InBatchLoss
@@ -33,9 +34,36 @@ from trainer.losses.loss_terms import (
 # Cosines are clipped here before the arc cosine, whose slope is infinite at 1. The
 # distance to 1 is about the rounding of a float32 cosine.
 _CLIP = 1e-7
-# How the angle θ + m is treated where it exceeds π and cos(θ + m) would increase.
-BEYOND_PI = ("linear", "none", "easy")
-ARC_GRADIENTS = ("exact", "straight_through")
+_CHOICES = {
+  "beyond_pi": ("linear", "none", "easy"),
+  "gradient": ("exact", "straight_through"),
+}
+
+
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class ArcOptions:
+  """How a margin is added to the angle θ with the own centre.
+
+  Attributes:
+    beyond_pi: for θ > π − margin, where cos(θ + margin) would increase: "linear" for φ
+      = c − m·sin m, which keeps φ decreasing; "none" for the formula; "easy" for φ = c
+      wherever c <= 0. No effect if the angle is multiplied.
+    gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
+
+  Raises:
+    UserError: a choice is unknown.
+  """
+
+  beyond_pi: str = "linear"
+  gradient: str = "exact"
+
+  def __post_init__(self):
+    for name, choices in _CHOICES.items():
+      check_choice(f"ArcOptions.{name}", getattr(self, name), choices)
+
+
+_ARC = ArcOptions()
 
 
 class CentreExamples(NamedTuple):
@@ -60,12 +88,10 @@ class ClassCentreLoss(InBatchLoss):
   Args:
     centres: the class centres.
     scale: s > 0.
-    ignored_above: cosine above which the centre of another class is left out, as the
-      example's label is then doubtful; None for none.
-    is_ignored_zero: whether a centre left out keeps a logit of 0, without gradient.
+    class_filter: leaves out other classes that are too near; None for none.
 
   Raises:
-    UserError: the scale is not above 0, or the threshold is outside of (−1, 1).
+    UserError: the scale is not above 0.
   """
 
   needs_positives = False
@@ -77,21 +103,15 @@ class ClassCentreLoss(InBatchLoss):
     *,
     centres: ClassCentres,
     scale: float,
-    ignored_above: Optional[float] = None,
-    is_ignored_zero: bool = False,
+    class_filter: Optional[ClassFilter] = None,
   ):
     name = type(self).__name__
     if not 0 < scale < math.inf:
       raise UserError(f"{name}.scale={scale} is not above 0; give a scale such as 64.")
-    if ignored_above is not None and not -1 < ignored_above < 1:
-      raise UserError(
-        f"{name}.ignored_above={ignored_above} is no cosine between -1 and 1; give one "
-        "such as 0.5, or None."
-      )
     super().__init__()
     self._centres = centres
     self._scale = scale
-    self._options = CosineOptions(scale, ignored_above, is_ignored_zero)
+    self._options = CosineOptions(scale, class_filter)
 
   @property
   def tables(self) -> list[ClassCentres]:
@@ -132,6 +152,15 @@ class ClassCentreLoss(InBatchLoss):
       },
     )
     return pairs.replica_loss(output, collectives)
+
+  def get_config(self) -> dict[str, Any]:
+    """Raises, because Keras cannot save class centres.
+
+    Raises:
+      UserError: always.
+    """
+    self.check_is_complete()
+    return {}
 
   def check_is_complete(self) -> None:
     """Raises, because Keras does not train class centres.
@@ -231,12 +260,8 @@ class CombinedMarginLoss(ClassCentreLoss):
     angle_margin: m₂ >= 0, in radians.
     cosine_margin: m₃ >= 0.
     scale: as in the base class.
-    beyond_pi: for angles θ > π − m₂; no effect if m₁ > 1. "linear" for φ = c − m₂·sin
-      m₂, which keeps φ decreasing; "none" for the formula; "easy" for φ = c wherever c
-      <= 0.
-    arc_gradient: "exact"; "straight_through" to take 1 for the derivative of φ.
-    ignored_above: as in the base class.
-    is_ignored_zero: as in the base class.
+    arc: how the angle is treated beyond π, and its gradient.
+    class_filter: as in the base class.
 
   Raises:
     UserError: an argument is out of its range.
@@ -250,16 +275,13 @@ class CombinedMarginLoss(ClassCentreLoss):
     angle_margin: float = 0.0,
     cosine_margin: float = 0.0,
     scale: float = 64.0,
-    beyond_pi: str = "linear",
-    arc_gradient: str = "exact",
-    ignored_above: Optional[float] = None,
-    is_ignored_zero: bool = False,
+    arc: ArcOptions = _ARC,
+    class_filter: Optional[ClassFilter] = None,
   ):
     super().__init__(
       centres=centres,
       scale=scale,
-      ignored_above=ignored_above,
-      is_ignored_zero=is_ignored_zero,
+      class_filter=class_filter,
     )
     name = type(self).__name__
     is_valid = 1 <= angle_factor < math.inf and 0 <= cosine_margin < math.inf
@@ -269,19 +291,15 @@ class CombinedMarginLoss(ClassCentreLoss):
         f"cosine_margin={cosine_margin}; needed are at least 1, radians from 0 to π, "
         "and at least 0."
       )
-    for value, choices in ((beyond_pi, BEYOND_PI), (arc_gradient, ARC_GRADIENTS)):
-      if value not in choices:
-        raise UserError(f"{name} has {value!r}, which is none of {choices}.")
-    if angle_factor != 1 and beyond_pi == "easy":
+    if angle_factor != 1 and arc.beyond_pi == "easy":
       raise UserError(
-        f"{name} has angle_factor={angle_factor}, and beyond_pi='easy' needs 1; set "
-        "beyond_pi='none'."
+        f"{name} has angle_factor={angle_factor}, and ArcOptions.beyond_pi='easy' "
+        "needs 1; set it to 'none'."
       )
     self._angle_factor = angle_factor
     self._angle_margin = angle_margin
     self._cosine_margin = cosine_margin
-    self._beyond_pi = beyond_pi
-    self._arc_gradient = arc_gradient
+    self._arc = arc
 
   def angle_margins(self, examples: CentreExamples) -> Union[float, tf.Tensor]:
     """Returns m₂, [] or [N].
@@ -298,16 +316,16 @@ class CombinedMarginLoss(ClassCentreLoss):
     if self._angle_factor == 1 and isinstance(margins, float) and margins == 0:
       return cosines - self._cosine_margin
     moved = self._with_angle_margins(cosines, tf.convert_to_tensor(margins))
-    if self._arc_gradient == "straight_through":
+    if self._arc.gradient == "straight_through":
       moved = cosines + tf.stop_gradient(moved - cosines)
     return moved - self._cosine_margin
 
   def _with_angle_margins(self, cosines: tf.Tensor, margins: tf.Tensor) -> tf.Tensor:
     angles = tf.acos(tf.clip_by_value(cosines, _CLIP - 1.0, 1.0 - _CLIP))
     moved = tf.cos(self._angle_factor * angles + margins)
-    if self._angle_factor != 1 or self._beyond_pi == "none":
+    if self._angle_factor != 1 or self._arc.beyond_pi == "none":
       return moved
-    if self._beyond_pi == "easy":
+    if self._arc.beyond_pi == "easy":
       return tf.where(cosines > 0.0, moved, cosines)
     line = cosines - margins * tf.sin(margins)
     return tf.where(angles <= math.pi - margins, moved, line)
@@ -327,17 +345,15 @@ class ArcFaceLoss(CombinedMarginLoss):
     centres: ClassCentres,
     margin: float = 0.5,
     scale: float = 64.0,
-    beyond_pi: str = "linear",
-    arc_gradient: str = "exact",
-    ignored_above: Optional[float] = None,
+    arc: ArcOptions = _ARC,
+    class_filter: Optional[ClassFilter] = None,
   ):
     super().__init__(
       centres=centres,
       angle_margin=margin,
       scale=scale,
-      beyond_pi=beyond_pi,
-      arc_gradient=arc_gradient,
-      ignored_above=ignored_above,
+      arc=arc,
+      class_filter=class_filter,
     )
 
 
@@ -354,11 +370,11 @@ class CosFaceLoss(CombinedMarginLoss):
     centres: ClassCentres,
     margin: float = 0.35,
     scale: float = 64.0,
-    ignored_above: Optional[float] = None,
+    class_filter: Optional[ClassFilter] = None,
   ):
     super().__init__(
       centres=centres,
       cosine_margin=margin,
       scale=scale,
-      ignored_above=ignored_above,
+      class_filter=class_filter,
     )

@@ -16,12 +16,16 @@ import gin
 from trainer.errors import UserError
 from trainer.losses.centre_losses import (
   ArcFaceLoss,
+  ArcOptions,
   CombinedMarginLoss,
   CosFaceLoss,
   NormFaceLoss,
 )
+from trainer.losses.centre_products import ClassFilter
 from trainer.losses.class_centres import ClassCentres
 from trainer.losses.proxy_losses import ProxyAnchorLoss, SoftTripleLoss
+
+_INSIGHTFACE_ARC = ArcOptions(beyond_pi="none", gradient="straight_through")
 
 
 @gin.register
@@ -29,13 +33,7 @@ def insightface_arcface(
   *, centres: ClassCentres, margin: float = 0.5, scale: float = 64.0
 ) -> ArcFaceLoss:
   """Returns `ArcFace` of insightface's PyTorch package."""
-  return ArcFaceLoss(
-    centres=centres,
-    margin=margin,
-    scale=scale,
-    beyond_pi="none",
-    arc_gradient="straight_through",
-  )
+  return ArcFaceLoss(centres=centres, margin=margin, scale=scale, arc=_INSIGHTFACE_ARC)
 
 
 @gin.register
@@ -72,15 +70,16 @@ def insightface_combined(
       f"insightface_combined has angle_margin={angle_margin} and cosine_margin="
       f"{cosine_margin}; insightface uses one of them, so set the other to 0."
     )
+  class_filter = None
+  if ignored_above is not None:
+    class_filter = ClassFilter(ignored_above, keeps_zero=True)
   return CombinedMarginLoss(
     centres=centres,
     angle_margin=angle_margin,
     cosine_margin=cosine_margin,
     scale=scale,
-    beyond_pi="none",
-    arc_gradient="straight_through",
-    ignored_above=ignored_above,
-    is_ignored_zero=True,
+    arc=_INSIGHTFACE_ARC,
+    class_filter=class_filter,
   )
 
 

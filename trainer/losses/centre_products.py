@@ -13,12 +13,15 @@ centres of a class, D dimensions, R replicas.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple, Optional
 
+import gin
 import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives
+from trainer.errors import UserError
 from trainer.losses.class_centres import CentreRows, num_tiles
 
 # Compilation takes about 1 s; smaller tiles are not compiled.
@@ -29,20 +32,42 @@ _OWN = -1.0
 _MIN_SQUARED_NORM = 1e-24
 
 
+@gin.register
+@dataclasses.dataclass(frozen=True)
+class ClassFilter:
+  """Leaves out other classes that are too near: the example's label is then doubtful.
+
+  Attributes:
+    above: cosine above which the centre of another class is left out.
+    keeps_zero: whether a class left out keeps a logit of 0, without gradient.
+
+  Raises:
+    UserError: the cosine is outside of (−1, 1).
+  """
+
+  above: float
+  keeps_zero: bool = False
+
+  def __post_init__(self):
+    if not -1 < self.above < 1:
+      raise UserError(
+        f"ClassFilter.above={self.above} is not a cosine between -1 and 1; give one "
+        "such as 0.5."
+      )
+
+
 class CosineOptions(NamedTuple):
   """How the centres of other classes are compared.
 
   Attributes:
     scale: s > 0.
-    ignored_above: cosine above which another class is left out; None for none.
-    is_ignored_zero: whether a class left out keeps a logit of 0, without gradient.
+    class_filter: which of them are left out; None for none.
     softness: γ > 0: the cosine with a class is Σ p·c over its k centres, where p is the
       softmax of c/γ; None for the largest c.
   """
 
   scale: float
-  ignored_above: Optional[float] = None
-  is_ignored_zero: bool = False
+  class_filter: Optional[ClassFilter] = None
   softness: Optional[float] = None
 
 
@@ -301,14 +326,14 @@ class _TileFunction:
     cosines = self._by_class(products, is_used)
     of_class = self._of_class(cosines)
     is_own = tf.equal(columns[:, None], tf.range(is_used.shape[0])[None, :])
-    logits, has_slope = self._logits(of_class, is_own, is_used, log_weights)
+    is_other = is_used[None, :] & ~is_own
+    logits, has_slope = self._logits(of_class, is_other, log_weights)
     largest = tf.reduce_max(logits, 1)
     finite = tf.where(largest > _MINUS_INFINITY, largest, 0.0)
     exponentials = tf.exp(logits - finite[:, None])
     sums = tf.reduce_sum(exponentials, 1)
-    is_other = is_used[None, :] & ~is_own
     nearest = tf.reduce_max(tf.where(is_other, of_class, _MINUS_INFINITY), 1)
-    if self._options.is_ignored_zero:
+    if self._options.class_filter is not None:
       exponentials = tf.where(has_slope, exponentials, 0.0)
     own = tf.reduce_sum(tf.where(is_own, of_class, 0.0), 1)
     values = self._values(cosines, exponentials, is_own)
@@ -354,24 +379,19 @@ class _TileFunction:
   def _logits(
     self,
     of_class: tf.Tensor,
-    is_own: tf.Tensor,
-    is_used: tf.Tensor,
+    is_other: tf.Tensor,
     log_weights: Optional[tf.Tensor],
   ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the logits of other classes, −∞ if not counted; which have a slope."""
-    is_other = is_used[None, :] & ~is_own
-    logits = self._options.scale * of_class
-    if self._options.ignored_above is None:
-      has_slope = is_other
-    else:
-      is_believed = of_class <= self._options.ignored_above
-      has_slope = is_other & is_believed
-      if self._options.is_ignored_zero:
-        logits = tf.where(is_believed, logits, 0.0)
+    logits, has_slope = self._options.scale * of_class, is_other
+    class_filter = self._options.class_filter
+    if class_filter is not None:
+      has_slope &= of_class <= class_filter.above
+      left_out = 0.0 if class_filter.keeps_zero else _MINUS_INFINITY
+      logits = tf.where(has_slope, logits, left_out)
     if log_weights is not None:
       logits += log_weights[None, :]
-    is_counted = is_other if self._options.is_ignored_zero else has_slope
-    return tf.where(is_counted, logits, _MINUS_INFINITY), has_slope
+    return tf.where(is_other, logits, _MINUS_INFINITY), has_slope
 
 
 class _SoftTileFunction(_TileFunction):
@@ -402,8 +422,9 @@ class _SoftTileFunction(_TileFunction):
     shares = self._shares(cosines)
     of_class = tf.reduce_sum(shares * cosines, 2)
     is_own = tf.equal(columns[:, None], tf.range(is_used.shape[0])[None, :])
+    is_other = is_used[None, :] & ~is_own
     logits, has_slope = self._logits(
-      of_class, is_own, is_used, log_weights[0] if log_weights else None
+      of_class, is_other, log_weights[0] if log_weights else None
     )
     finite = tf.where(largest > _MINUS_INFINITY, largest, 0.0)
     exponentials = tf.where(has_slope, tf.exp(logits - finite[:, None]), 0.0)

@@ -65,12 +65,13 @@ class TrainingClasses(NamedTuple):
 
   Attributes:
     labels: [C] int32.
-    sizes: [C] number of training examples; None if unknown.
-    name_hashes: [C] uint64, hashes of their names; None for the labels.
+    sizes: [C] number of training examples; None if no loss needs it.
+    name_hashes: [C] uint64, hashes of their names, by which a checkpoint knows them;
+      None for the labels.
   """
 
   labels: Union[Sequence[int], np.ndarray]
-  sizes: Optional[np.ndarray] = None
+  sizes: Optional[Union[Sequence[int], np.ndarray]] = None
   name_hashes: Optional[np.ndarray] = None
 
 
@@ -163,26 +164,18 @@ class ClassCentres:
     self._seed = seed
     self._tables: list[tf.Variable] = []
 
-  def create_variables(
-    self,
-    embedding_size: int,
-    classes: Union[Sequence[int], np.ndarray],
-    class_sizes: Optional[Union[Sequence[int], np.ndarray]] = None,
-    name_hashes: Optional[np.ndarray] = None,
-  ) -> None:
+  def create_variables(self, embedding_size: int, classes: TrainingClasses) -> None:
     """Creates the rows of each replica.
 
     Args:
       embedding_size: D.
-      classes: [C] ascending labels of the training classes.
-      class_sizes: [C] number of training examples of each; None if no loss needs it.
-      name_hashes: [C] uint64, hashes of their names, by which a checkpoint knows them;
-        None for the labels.
+      classes: C of them.
 
     Raises:
       UserError: the number of classes is not the configured one, or below 2.
     """
-    num_classes = len(classes)
+    labels, self._class_sizes, name_hashes = classes
+    num_classes = len(labels)
     if self._given_num_classes not in (None, num_classes):
       raise UserError(
         f"ClassCentres.num_classes={self._given_num_classes}, and the training data "
@@ -193,8 +186,7 @@ class ClassCentres:
         f"ClassCentres needs at least 2 classes, and the training data has "
         f"{num_classes}."
       )
-    self._labels = np.asarray(classes, np.int32)
-    self._class_sizes = class_sizes
+    self._labels = np.asarray(labels, np.int32)
     self.num_classes = num_classes
     self.name_hashes = np.asarray(
       self._labels if name_hashes is None else name_hashes, np.uint64
@@ -255,7 +247,7 @@ class ClassCentres:
     if self._class_sizes is None:
       raise UserError(
         "ClassCentres has no numbers of examples of the classes, which a margin by "
-        "class size needs; give create_variables class_sizes."
+        "class size needs; set TrainingClasses.sizes."
       )
     numbers = self._numbers_of(labels)
     sizes = tf.constant(self._class_sizes, tf.float32)

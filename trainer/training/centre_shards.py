@@ -91,16 +91,16 @@ def write_rows(folder: str, rows: Sequence[Rows]) -> None:
   Raises:
     OSError: a file cannot be written. An error file beside it informs the chief.
   """
+  paths = [os.path.join(folder, each.name) for each in rows]
   try:
-    for each in rows:
-      path = os.path.join(folder, each.name)
+    for path, each in zip(paths, rows):
       with filesystem.replacing(path) as staged, open(staged, "wb") as file:
         np.lib.format.write_array(file, each.values, allow_pickle=False)
       filesystem.replace_file(_facts_path(path), json.dumps(facts(path)))
   except OSError as error:
-    for each in rows:
-      path = _facts_path(os.path.join(folder, each.name))
-      filesystem.replace_file(path, json.dumps({"error": str(error)}))
+    _remove(paths)  # So that there is room for the error.
+    for path in paths:
+      filesystem.replace_file(_facts_path(path), json.dumps({"error": str(error)}))
     raise
 
 
@@ -129,9 +129,9 @@ def collect_facts(
       time.sleep(_WAIT_S)
     with open(path, encoding="utf-8") as file:
       found[name] = json.load(file)
-    os.remove(path)
     if "error" in found[name]:
       raise OSError(found[name]["error"])
+  _remove([_facts_path(os.path.join(folder, name)) for name in names])
   return found
 
 
@@ -159,16 +159,22 @@ def remove_unpublished(folder: str, published: Sequence[int]) -> None:
 def remove_step(folder: str, step: int) -> None:
   """Removes the files of a step that could not be saved, to free the disk.
 
+  Only the chief may call this: it reads the errors of the other workers.
+
   Args:
     folder: of the checkpoints.
     step: not published.
   """
-  if not os.path.isdir(folder):
-    return
-  for name in os.listdir(folder):
-    if re.match(rf"ckpt-{step}\.(centres-|classes)", name):
-      with contextlib.suppress(OSError):
-        os.remove(os.path.join(folder, name))
+  if os.path.isdir(folder):
+    pattern = re.compile(rf"ckpt-{step}\.(centres-|classes)")
+    names = filter(pattern.match, os.listdir(folder))
+    _remove([os.path.join(folder, name) for name in names])
+
+
+def _remove(paths: Sequence[str]) -> None:
+  for path in paths:
+    with contextlib.suppress(OSError):
+      os.remove(path)
 
 
 def restore_rows(

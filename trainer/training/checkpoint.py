@@ -10,7 +10,7 @@ import json
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any, Callable, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -184,6 +184,36 @@ def _on_host(tensor) -> np.ndarray:
   return np.array(value.numpy())
 
 
+class TrainingState(NamedTuple):
+  """What a checkpoint has beside the encoder.
+
+  Attributes:
+    optimizer: built; its `iterations` are the step.
+    loss: saved if it is a `tf.Module` (a learned temperature); the rows of its class
+      centres are written by the worker that has them.
+    averages: of the encoder's weights, if there are any.
+    cross_batch_memory: of the training, if it has one.
+  """
+
+  optimizer: tf.keras.optimizers.Optimizer
+  loss: Any = None
+  averages: Optional[AveragedWeights] = None
+  cross_batch_memory: Optional[CrossBatchMemory] = None
+
+  @property
+  def tables(self) -> Sequence[ClassCentres]:
+    """Class centres of the loss."""
+    return getattr(self.loss, "tables", ())
+
+  @property
+  def parts(self) -> dict[str, Any]:
+    """The objects that TensorFlow saves, by name."""
+    parts = self._asdict()
+    if not isinstance(self.loss, tf.Module):
+      del parts["loss"]
+    return {name: part for name, part in parts.items() if part is not None}
+
+
 class Checkpoints:
   """The checkpoints of a run.
 
@@ -196,11 +226,7 @@ class Checkpoints:
   Args:
     model_dir: folder of the run.
     encoder: its variables exist.
-    loss: also saved if it is a `tf.Module` (a learned temperature).
-    optimizer: built; its `iterations` are the step. None to read encoders only.
-    averages: of the encoder's weights, if there are any.
-    cross_batch_memory: of the training, if it has one.
-    tables: class centres, whose rows each worker writes; () for none.
+    training: the rest of the state; None for encoders only.
     allows_other_classes: whether class centres may be restored for other classes.
     num_kept: number of newest checkpoints to keep.
     is_chief: whether this worker writes. All workers must save, because reading a
@@ -212,11 +238,7 @@ class Checkpoints:
     *,
     model_dir: str,
     encoder: tf.keras.Model,
-    loss: object = None,
-    optimizer: Optional[tf.keras.optimizers.Optimizer] = None,
-    averages: Optional[AveragedWeights] = None,
-    cross_batch_memory: Optional[CrossBatchMemory] = None,
-    tables: Sequence[ClassCentres] = (),
+    training: Optional[TrainingState] = None,
     allows_other_classes: bool = False,
     num_kept: int = 1,
     is_chief: bool = True,
@@ -225,21 +247,11 @@ class Checkpoints:
     self.failure: Optional[str] = None
     self.saved_step: Optional[int] = None
     self._encoder = encoder
-    self._optimizer = optimizer
-    self._averages = averages
-    self._memory_bank = cross_batch_memory
-    self._tables = tables
+    self._training = training
+    self._tables = training.tables if training else ()
     self._allows_other_classes = allows_other_classes
-    parts = {"encoder": encoder}
-    if optimizer is not None:
-      parts["optimizer"] = optimizer
-    if averages is not None:
-      parts["averages"] = averages
-    if cross_batch_memory is not None:
-      parts["cross_batch_memory"] = cross_batch_memory
-    if isinstance(loss, tf.Module):
-      parts["loss"] = loss
-    self._checkpoint = tf.train.Checkpoint(**parts)
+    parts = training.parts if training else {}
+    self._checkpoint = tf.train.Checkpoint(encoder=encoder, **parts)
     self._folder = os.path.join(model_dir, FOLDER)
     self._num_kept = num_kept
     self._is_chief = is_chief
@@ -250,12 +262,11 @@ class Checkpoints:
   @property
   def num_bytes(self) -> int:
     """Size of one checkpoint, without its index."""
-    variables = [
-      *self._encoder.variables,
-      *getattr(self._optimizer, "variables", ()),
-      *getattr(self._averages, "averages", ()),
-      *getattr(self._memory_bank, "variables", ()),
-    ]
+    variables = [*self._encoder.variables]
+    if self._training:
+      variables += self._training.optimizer.variables
+      variables += getattr(self._training.averages, "averages", ())
+      variables += getattr(self._training.cross_batch_memory, "variables", ())
     num_bytes = sum(v.shape.num_elements() * v.dtype.size for v in variables)
     return num_bytes + sum(table.num_bytes for table in self._tables)
 
@@ -335,41 +346,31 @@ class Checkpoints:
     if step is None:
       return None
     path = checkpoint_files.prefix(self._folder, step)
+    if self._training:
+      self._restore_training(path, step, self._training.optimizer)
+    else:
+      self._read(path).expect_partial()
+      _assign_averages(self._encoder, path)
+    _refresh_constants(self._encoder)
+    self.notes = checkpoint_files.notes(self._folder, step)
+    self.saved_step = self._asked_step = step
+    logging.info("Restored %s.", path)
+    return step
+
+  def _restore_training(self, path: str, step: int, optimizer: Any) -> None:
+    """Restores all state, but keeps the hyperparameters of the configuration."""
     configured = {
       name: (variable, variable.numpy())
-      for name, variable in hyperparameters(self._optimizer).items()
+      for name, variable in hyperparameters(optimizer).items()
     }
-    try:
-      self._check_size(path)
-      self._check_bank(path)
-      status = self._checkpoint.read(path)
-      status.assert_existing_objects_matched()
-      if self._optimizer is not None:
-        status.assert_consumed()
-      else:
-        status.expect_partial()
-        _assign_averages(self._encoder, path)
-    except UserError:
-      raise
-    except (AssertionError, ValueError) as error:
-      raise UserError(
-        f"{path} does not fit this configuration: {self._misfit(path, error)}"
-      ) from error
-    except _UNREADABLE as error:
-      raise UserError(
-        f"{path} is not a TensorFlow checkpoint ({_first_line(error)}); remove it."
-      ) from error
-    if self._optimizer is not None:
-      files = checkpoint_files.shard_facts(self._folder, step)
-      centre_shards.restore_rows(
-        self._folder,
-        files,
-        self._tables,
-        allows_other_classes=self._allows_other_classes,
-      )
-    _refresh_constants(self._encoder)
-    if self._optimizer is not None:
-      set_step(self._optimizer, step)
+    self._read(path)
+    centre_shards.restore_rows(
+      self._folder,
+      checkpoint_files.shard_facts(self._folder, step),
+      self._tables,
+      allows_other_classes=self._allows_other_classes,
+    )
+    set_step(optimizer, step)
     for name, (variable, value) in configured.items():
       if variable.numpy() != value:
         logging.info(
@@ -380,10 +381,31 @@ class Checkpoints:
           step,
         )
         variable.assign(value)
-    self.notes = checkpoint_files.notes(self._folder, step)
-    self.saved_step = self._asked_step = step
-    logging.info("Restored %s.", path)
-    return step
+
+  def _read(self, path: str) -> Any:
+    """Reads TensorFlow's files, and returns the status.
+
+    Raises:
+      UserError: they are not TensorFlow's, or of another configuration.
+    """
+    try:
+      self._check_size(path)
+      self._check_memory(path)
+      status = self._checkpoint.read(path)
+      status.assert_existing_objects_matched()
+      if self._training:
+        status.assert_consumed()
+      return status
+    except UserError:
+      raise
+    except (AssertionError, ValueError) as error:
+      raise UserError(
+        f"{path} does not fit this configuration: {self._misfit(path, error)}"
+      ) from error
+    except _UNREADABLE as error:
+      raise UserError(
+        f"{path} is not a TensorFlow checkpoint ({_first_line(error)}); remove it."
+      ) from error
 
   def _newest_whole(self) -> Optional[int]:
     """Returns the step of the newest valid checkpoint; None if there is none at all.
@@ -394,7 +416,7 @@ class Checkpoints:
     faults: list[str] = []
     for step in checkpoint_files.steps(self._folder):
       fault = checkpoint_files.fault(
-        self._folder, step, checks_shards=self._optimizer is not None
+        self._folder, step, checks_shards=self._training is not None
       )
       if fault is None:
         for each in faults:
@@ -415,13 +437,14 @@ class Checkpoints:
         f"its index lists {claimed} bytes of tensors, and its data has {there}"
       )
 
-  def _check_bank(self, path: str) -> None:
+  def _check_memory(self, path: str) -> None:
     """Raises a clear error where TensorFlow would report a missing variable."""
-    if self._optimizer is None:
+    if self._training is None:
       return
     shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
     there = _words_of(shapes.get(_BANK))
-    wanted = _words_of(self._memory_bank and self._memory_bank.shape)
+    memory = self._training.cross_batch_memory
+    wanted = _words_of(memory and memory.shape)
     if there != wanted:
       raise UserError(
         f"{path} does not fit this configuration: its memory has {there}, and "
@@ -439,7 +462,7 @@ class Checkpoints:
         for names in (saved - mine, mine - saved)
       )
       parts.append(f"{part} (it has {more} other variables, and lacks {fewer})")
-    if not parts or self._optimizer is None:
+    if not parts or self._training is None:
       return _first_line(error)
     return (
       f"it differs in {', '.join(parts)}. Such a change needs a new run: take another "
@@ -465,6 +488,7 @@ class Checkpoints:
       checkpoint_files.prune(self._folder, self._num_kept)
     except (OSError, tf.errors.OpError) as error:
       checkpoint_files.remove_staging_dir(self._folder)
+      centre_shards.remove_step(self._folder, step)
       self._fail(step, error)
 
   def _write_rows(self, rows: Sequence[centre_shards.Rows], step: int) -> None:
@@ -480,10 +504,7 @@ class Checkpoints:
     self.failure = (
       f"the checkpoint of step {step} can't be written: {short_reason(error)}"
     )
-    if self._tables:
-      # Not tried again: the other workers may have written their parts.
-      centre_shards.remove_step(self._folder, step)
-    else:
+    if not self._tables:  # Otherwise other workers may have written their parts.
       self._asked_step = None
     logging.warning("%s; %s.", self.failure, self.newest)
 

@@ -148,7 +148,7 @@ class TrainStep:
       self.cross_batch_memory.create_variables(self.encoder.embedding_size)
     if classes is not None:
       for table in self.loss.tables:
-        table.create_variables(self.encoder.embedding_size, *classes)
+        table.create_variables(self.encoder.embedding_size, classes)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
