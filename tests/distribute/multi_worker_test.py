@@ -189,6 +189,24 @@ def test_workers_end_with_the_class_centres_of_one_process(folder):
   assert _weights_that_differ(two, one) == []
 
 
+def test_a_worker_without_room_for_its_centres_ends_all_in_one_line(folder):
+  _finished(folder, 1)  # For its data.
+  params = (
+    *_CENTRES,
+    "LoopOptions.on_disk_full = 'stop'",
+    "EMBEDDING_SIZE = 4096",
+  )
+  command = _command(folder, folder / "no_room_for_centres", *params, mode="train")
+  of_16_kb = ["bash", "-c", 'ulimit -f 16; exec "$@"', "-", *command]
+  done = _run_workers([command, of_16_kb])
+  for _, errors, status in done:
+    assert status == 2, errors
+    assert "Traceback" not in errors
+  line = done[0][1].splitlines()[-1]
+  assert "can't be written: " in line and "0000000006.npy: File too large" in line
+  assert not list((folder / "no_room_for_centres" / "checkpoints").glob("*centres*"))
+
+
 def test_a_worker_that_has_no_room_to_mine_ends_all_in_one_line(folder):
   _finished(folder, 1)  # For its data.
   command = _command(folder, folder / "no_room", *_MINING, mode="train")

@@ -213,7 +213,7 @@ def test_sizes_are_those_of_the_labels():
 
 
 def test_sizes_that_were_not_given_are_reported():
-  with pytest.raises(UserError, match="set TrainingClasses.sizes"):
+  with pytest.raises(UserError, match=r"set TrainingClasses.sizes"):
     _table().sizes_of(tf.constant([0]))
 
 

@@ -11,6 +11,7 @@ Shapes: C classes, n of them in a file, m moments, k centres of a class, D dimen
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 from absl import logging
 
-from trainer.errors import UserError
+from trainer.errors import UserError, short_reason
 from trainer.losses.class_centres import ClassCentres
 from trainer.runtime import filesystem
 
@@ -94,14 +95,25 @@ def write_rows(folder: str, rows: Sequence[Rows]) -> None:
   paths = [os.path.join(folder, each.name) for each in rows]
   try:
     for path, each in zip(paths, rows):
-      with filesystem.replacing(path) as staged, open(staged, "wb") as file:
-        np.lib.format.write_array(file, each.values, allow_pickle=False)
+      with filesystem.replacing(path) as staged:
+        filesystem.write_parts(staged, _npy_parts(each.values))
       filesystem.replace_file(_facts_path(path), json.dumps(facts(path)))
   except OSError as error:
     _remove(paths)  # So that there is room for the error.
     for path in paths:
-      filesystem.replace_file(_facts_path(path), json.dumps({"error": str(error)}))
+      filesystem.replace_file(
+        _facts_path(path),
+        json.dumps({"error": f"{error.filename}: {short_reason(error)}"}),
+      )
     raise
+
+
+def _npy_parts(values: np.ndarray) -> list[Any]:
+  """Returns header and data of a file of NumPy; its own writer hides a full disk."""
+  header = io.BytesIO()
+  description = np.lib.format.header_data_from_array_1_0(values)
+  np.lib.format.write_array_header_1_0(header, description)
+  return [header.getvalue(), np.ascontiguousarray(values).data]
 
 
 def collect_facts(
