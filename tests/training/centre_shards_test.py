@@ -117,38 +117,57 @@ def _checkpoints(step, folder, **options):
   )
 
 
-def _train(strategy, folder, batches, rate=0.3):
-  """Restores what is there, takes the steps, saves; returns what it has then."""
+def _train(strategy, folder, batches, rate):
+  """Restores what is there, takes the steps, saves; returns rows and weights."""
   with strategy.scope():
     step = _make_step(rate)
     checkpoints = _checkpoints(step, folder)
     first = checkpoints.restore() or 0
-    restored = _rows(step)
-    if batches:
-      parity.trained(strategy, lambda: step, batches)
-      checkpoints.save(first + len(batches))
-      checkpoints.wait()
-      assert checkpoints.failure is None
-    weights = [variable.numpy() for variable in step.trainable_variables]
-  return restored, _rows(step), weights
+    parity.trained(strategy, lambda: step, batches)
+    checkpoints.save(first + len(batches))
+    checkpoints.wait()
+    assert checkpoints.failure is None
+    return [_rows(step), *(each.numpy() for each in step.trainable_variables)]
+
+
+def _save_random(strategy, folder, number):
+  """Restores what is there, and saves random rows as step `number`; returns them."""
+  with strategy.scope():
+    step = _make_step(0.3)
+    checkpoints = _checkpoints(step, folder)
+    checkpoints.restore()
+    [table] = step.loss.tables
+    random = np.random.default_rng(number)
+    rows = random.normal(size=_rows(step).shape).astype(np.float32)
+    table.assign_rows(lambda first, last: rows[first:last])
+    checkpoints.save(number)
+    checkpoints.wait()
+  assert checkpoints.failure is None
+  return rows
+
+
+def _restored(strategy, folder):
+  with strategy.scope():
+    step = _make_step(0.3)
+    _checkpoints(step, folder).restore()
+    return _rows(step)
 
 
 @pytest.mark.resume
 @pytest.mark.parametrize("rate", [1.0, 0.3])
 def test_a_resumed_training_ends_bit_for_bit(mirrored, tmp_path, rate):
   run = functools.partial(_train, mirrored(2), rate=rate)
-  _, *whole = run(tmp_path / "whole", _batches())
+  whole = run(tmp_path / "whole", _batches())
   run(tmp_path / "parts", _batches()[:4])
-  _, *parts = run(tmp_path / "parts", _batches()[4:])
-  for one, other in zip(tf.nest.flatten(whole), tf.nest.flatten(parts)):
+  parts = run(tmp_path / "parts", _batches()[4:])
+  for one, other in zip(whole, parts):
     np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 8])
 def test_rows_of_four_replicas_are_restored_on_others(mirrored, tmp_path, num_replicas):
-  _, saved, _ = _train(mirrored(4), tmp_path, _batches()[:3])
-  restored, *_ = _train(mirrored(num_replicas), tmp_path, [])
-  np.testing.assert_array_equal(restored, saved)
+  saved = _save_random(mirrored(4), tmp_path, 3)
+  np.testing.assert_array_equal(_restored(mirrored(num_replicas), tmp_path), saved)
 
 
 def _shards(folder):
@@ -160,8 +179,8 @@ def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
   mirrored, tmp_path, harm, caplog
 ):
   strategy = mirrored(2)
-  _, older, _ = _train(strategy, tmp_path, _batches()[:2])
-  _train(strategy, tmp_path, _batches()[2:4])
+  older = _save_random(strategy, tmp_path, 2)
+  _save_random(strategy, tmp_path, 4)
   shard = _shards(tmp_path)[-1]
   assert shard.name.startswith("ckpt-4.")
   if harm == "remove":
@@ -172,13 +191,12 @@ def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-  restored, *_ = _train(strategy, tmp_path, [])
-  np.testing.assert_array_equal(restored, older)
+  np.testing.assert_array_equal(_restored(strategy, tmp_path), older)
 
 
 def test_a_save_that_fails_leaves_no_rows_and_the_older_checkpoint(mirrored, tmp_path):
   strategy = mirrored(2)
-  _, older, _ = _train(strategy, tmp_path, _batches()[:2])
+  older = _save_random(strategy, tmp_path, 2)
   with strategy.scope():
     step = _make_step(0.3)
     checkpoints = _checkpoints(step, tmp_path)
@@ -192,8 +210,7 @@ def test_a_save_that_fails_leaves_no_rows_and_the_older_checkpoint(mirrored, tmp
   left = (tmp_path / "checkpoints").glob("ckpt-4*")
   assert [path.name for path in left] == [name]
   (tmp_path / "checkpoints" / name).rmdir()
-  restored, *_ = _train(strategy, tmp_path, [])
-  np.testing.assert_array_equal(restored, older)
+  np.testing.assert_array_equal(_restored(strategy, tmp_path), older)
 
 
 def test_rows_of_one_replica_that_are_not_finite_are_not_saved(mirrored, tmp_path):
@@ -241,8 +258,8 @@ def test_a_step_that_a_loss_scale_skips_leaves_the_centres(scale, is_applied):
 
 
 def test_only_kept_checkpoints_have_shards(mirrored, tmp_path):
-  for first in range(0, 6, 2):
-    _train(mirrored(2), tmp_path, _batches()[first : first + 2])
+  for step in (2, 4, 6):
+    _save_random(mirrored(2), tmp_path, step)
   steps = {path.name.split(".")[0] for path in _shards(tmp_path)}
   assert steps == {"ckpt-4", "ckpt-6"}
   assert not list((tmp_path / "checkpoints").glob("*.npy.*"))
@@ -251,18 +268,18 @@ def test_only_kept_checkpoints_have_shards(mirrored, tmp_path):
 def test_files_of_a_killed_process_are_removed_before_the_step_is_saved_again(
   mirrored, tmp_path
 ):
-  _train(mirrored(2), tmp_path, _batches()[:2])
+  _save_random(mirrored(2), tmp_path, 2)
   folder = tmp_path / "checkpoints"
   left = [path.name.replace("ckpt-2", "ckpt-4") for path in _shards(tmp_path)]
   for name in [*left, *(f"{name}.json" for name in left)]:
     (folder / name).write_text('{"bytes": 1, "sha256": "0"}')
-  _train(mirrored(2), tmp_path, _batches()[2:4])
+  _save_random(mirrored(2), tmp_path, 4)
   assert checkpoint_files.fault(str(folder), 4) is None
   assert not list(folder.glob("*.npy.json"))
 
 
 def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):
-  _train(mirrored(2), tmp_path, _batches()[:2])
+  _save_random(mirrored(2), tmp_path, 2)
   for shard in _shards(tmp_path):
     shard.unlink()
   encoder = Encoder(backbone=Perceptron(hidden_units=()), embedding_size=6)

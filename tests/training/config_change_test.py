@@ -143,6 +143,6 @@ def test_paths_of_variables_are_those_of_the_files(tmp_path, name):
   if isinstance(optimizer, MultiOptimizer):
     optimizer.divide(encoder.backbone_variables)
   optimizer.build(encoder.trainable_variables)
-  checkpoint = tf.train.Checkpoint(encoder=encoder, training=TrainingState(optimizer))
+  checkpoint = tf.train.Checkpoint(encoder=encoder, optimizer=optimizer)
   path = checkpoint.write(str(tmp_path / "all"))
   assert checkpoint_lib.variable_paths(checkpoint) == checkpoint_lib.saved_paths(path)

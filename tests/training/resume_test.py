@@ -16,7 +16,7 @@ from trainer.losses.softmax import LearnedTemperature
 from trainer.models.backbones import ConvNet, Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import optimizers
-from trainer.training.checkpoint import Checkpoints
+from trainer.training.checkpoint import Checkpoints, TrainingState
 from trainer.training.optimizers import MultiOptimizer
 from trainer.training.options import StepOptions
 from trainer.training.step import TrainStep
@@ -100,10 +100,9 @@ def _checkpoints(step, folder):
   return _Written(
     model_dir=str(folder),
     encoder=step.encoder,
-    loss=step.loss,
-    optimizer=step.optimizer,
-    averages=step.averages,
-    cross_batch_memory=step.cross_batch_memory,
+    training=TrainingState(
+      step.optimizer, step.loss, step.averages, step.cross_batch_memory
+    ),
   )
 
 
