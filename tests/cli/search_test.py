@@ -75,6 +75,12 @@ def _image(folder, item):
   return str(path)
 
 
+def test_class_centres_of_a_checkpoint_without_them_are_refused(folder, capsys):
+  params = ["embed.content = 'class_centres'"]
+  assert _task(folder, "embed", params=params) == 2
+  assert "has no class centres" in capsys.readouterr().err
+
+
 def test_an_image_finds_its_own_record_first(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   [result] = _results(folder, capsys, f"--query={_image(folder, 7)}")

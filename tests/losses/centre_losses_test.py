@@ -26,6 +26,7 @@ from trainer.losses import centre_products
 from trainer.losses import class_centres as class_centres_lib
 from trainer.losses.centre_losses import ArcOptions, ClassCentreLoss
 from trainer.losses.loss_terms import Anchors
+from trainer.losses.metric_accumulators import summarize
 from trainer.losses.objectives import global_negatives, local_negatives
 
 
@@ -326,3 +327,41 @@ def test_ada_face_moves_its_mean_and_deviation_to_those_of_the_batch():
   np.testing.assert_allclose(
     [each.numpy() for each in loss.variables], [deviation, mean]
   )
+
+
+@pytest.mark.parametrize("centres_per_class", [1, 2])
+def test_statistics_are_those_of_the_cosines_with_the_centres(centres_per_class):
+  random = np.random.default_rng(0)
+  table = class_centres(20, 4, centres_per_class)
+  labels = np.append(random.integers(20, size=99), -1).astype(np.int32)
+  embeddings = random.normal(size=(100, 4)).astype(np.float32)
+  weights = (labels >= 0).astype(np.float32)
+  anchors = Anchors(*map(tf.constant, (embeddings, labels, weights)))
+  pairs = global_negatives(anchors, OneReplica())
+  rows = [table.read(pairs.candidates.labels, tf.constant(0), OneReplica())]
+  loss = losses.NormFaceLoss(centres=table, scale=16.0)
+  found = summarize(
+    tf.nest.map_structure(
+      lambda value: value.numpy(),
+      dict(loss.replica_loss(pairs, rows, OneReplica()).statistics),
+    )
+  )
+  centres = table.gather_centres()
+  norms = np.linalg.norm(centres, axis=2)
+  unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
+  cosines = np.einsum("nd,ckd->nck", unit, centres / norms[:, :, None]).max(2)[:99]
+  own = cosines[np.arange(99), labels[:99]]
+  cosines[np.arange(99), labels[:99]] = -np.inf
+  nearest = cosines.max(1)
+  expected = {
+    "own_cosine": own.mean(),
+    "own_cosine_std": own.std(),
+    "own_cosine_p05": np.sort(own)[5],
+    "own_cosine_p50": np.sort(own)[49],
+    "own_cosine_p95": np.sort(own)[93],
+    "nearest_other_cosine": nearest.mean(),
+    "accuracy": (own > nearest).mean(),
+    "norm": norms[labels[:99]].mean(),
+  }
+  for name, value in expected.items():
+    np.testing.assert_allclose(found[f"centres/{name}"], value, atol=1e-5)

@@ -15,6 +15,7 @@ from trainer.data.images import VectorDecoder
 from trainer.data.sources.arrays import NumpySource
 from trainer.data.sources.source import Item
 from trainer.errors import UserError
+from trainer.losses import InfoNCELoss
 from trainer.mining import corpus
 from trainer.mining.mined_examples import ExampleMining
 from trainer.mining.miner import Miner, corpus_fingerprint
@@ -228,3 +229,23 @@ def test_embeddings_that_are_not_finite_are_told(dataset):
   miner = Miner(num_class_neighbours=1)
   with pytest.raises(UserError, match="embeddings are not finite"):
     miner.mine(miner.embedder(encoder, dataset), dataset, 0)
+
+
+def test_neighbours_by_centres_need_a_loss_with_centres(dataset):
+  step = types.SimpleNamespace(encoder=_identity(), loss=InfoNCELoss(temperature=0.1))
+  miner = Miner(num_class_neighbours=1, class_vectors="centres")
+  with pytest.raises(UserError, match="needs a loss with class centres"):
+    miner.make_mine_fn(step, dataset)
+
+
+def test_examples_are_mined_beside_neighbours_by_centres(dataset):
+  centres = np.eye(5, _SIZE)[:, None] + 0.1
+  miner = Miner(
+    examples=ExampleMining(window=RankWindow(first=1, last=60)),
+    num_class_neighbours=1,
+    class_vectors="centres",
+  )
+  embedder = miner.embedder(_identity(), dataset)
+  found = miner.mine(embedder, dataset, 7, centres).arrays
+  np.testing.assert_array_equal(found["anchors"], _mine(dataset).arrays["anchors"])
+  assert (found["class_neighbours"][dataset.train_classes] >= 0).all()

@@ -27,8 +27,11 @@ from trainer.retrieval.ground_truth import RecordItems
 from trainer.retrieval.ranking import check_finite
 from trainer.run import Run, watching
 from trainer.runtime.progress import Progress
+from trainer.training.checkpoint_files import SavedCentres, saved_centres
 
 _DTYPES = ("float32", "float16")
+_CONTENTS = ("records", "class_centres")
+_CENTRES_AT_ONCE = 65_536
 
 
 def main(run: Run) -> None:
@@ -42,7 +45,7 @@ def main(run: Run) -> None:
     index = workers.run_on_all(lambda: embedding.open(trained))
     workers.check_equal(index.fingerprint())
     step = trained.restore(run.model_dir)
-    folder = embedding.folder or os.path.join(run.model_dir, "embeddings")
+    folder = embedding.folder or os.path.join(run.model_dir, embedding.default_folder)
     source = {
       "records": os.path.abspath(embedding.records or trained.dataset.folder),
       "model_dir": os.path.abspath(run.model_dir),
@@ -50,7 +53,15 @@ def main(run: Run) -> None:
       **embedding_store.encoder_provenance(trained.encoder, run.config.values, step),
       **index.fingerprint(),
     }
-    embedding.write(trained, index, folder, source)
+    if embedding.content == "class_centres":
+      source["content"] = embedding.content
+      workers.run_on_chief(
+        lambda: embedding.write_centres(
+          trained, saved_centres(run.model_dir, step), folder, source
+        )
+      )
+    else:
+      embedding.write(trained, index, folder, source)
 
 
 @gin.configurable("embed")
@@ -63,12 +74,16 @@ class Embedding:
       `evaluate.dataset`, training classes included.
     source: raw data, such as an image folder or a list, that is first ingested into
       `records`; None for existing records.
-    folder: of the embeddings; None for `embeddings` in the run's folder.
+    folder: of the embeddings; None for `embeddings`, or `class_centres`, in the run's
+      folder.
     global_batch_size: records embedded at once, over all replicas.
     dtype: "float32", or "float16", which takes half the space.
+    content: "records"; or "class_centres" of the loss, at norm 1, of the classes of
+      `evaluate.dataset` that are trained. A search in them finds classes.
 
   Raises:
-    UserError: the dtype is unknown, or there is a source without a folder of records.
+    UserError: a choice is unknown, there is a source without a folder of records, or
+      there are records with class centres.
   """
 
   records: Optional[str] = None
@@ -76,13 +91,24 @@ class Embedding:
   folder: Optional[str] = None
   global_batch_size: int = 256
   dtype: str = "float32"
+  content: str = "records"
 
   def __post_init__(self):
     check_choice("embed.dtype", self.dtype, _DTYPES)
+    check_choice("embed.content", self.content, _CONTENTS)
+    if self.content == "class_centres" and self.records is not None:
+      raise UserError(
+        "embed.content='class_centres' embeds no records; remove embed.records."
+      )
     if self.source is not None and self.records is None:
       raise UserError(
         "embed.source needs embed.records, the folder for the ingested records."
       )
+
+  @property
+  def default_folder(self) -> str:
+    """Name of the folder in the run's folder."""
+    return "embeddings" if self.content == "records" else "class_centres"
 
   def ingest(self) -> None:
     """Converts raw data to records, if there is a source."""
@@ -113,6 +139,41 @@ class Embedding:
         lambda: stack.enter_context(locked_embeddings(folder))
       )
       self._write(trained, index, folder, source)
+
+  def write_centres(
+    self, trained: Evaluation, centres: SavedCentres, folder: str, source: dict
+  ) -> None:
+    """Writes the class centres of a checkpoint, unless they exist; on the chief.
+
+    Args:
+      trained: its dataset has the classes.
+      centres: of the checkpoint.
+      folder: of the embeddings.
+      source: provenance of the embeddings.
+
+    Raises:
+      UserError: a class has no centre, a value is not finite, the folder cannot be
+        written to, or another process embeds into it.
+    """
+    names = trained.dataset.index.class_names
+    classes = np.sort(trained.dataset.train_classes)
+    size = trained.encoder.embedding_size
+    k = centres.rows.shape[1] // size
+    shape = (len(classes) * k, size)
+    with locked_embeddings(folder):
+      writer = EmbeddingWriter(
+        folder, shape=shape, dtype=self.dtype, source=source, rows_per_batch=k
+      )
+      for first in range(writer.num_done // k, len(classes), _CENTRES_AT_ONCE):
+        hashes = names.hashes[classes[first : first + _CENTRES_AT_ONCE]]
+        rows = centres.read(hashes).reshape(-1, size)
+        norms = np.linalg.norm(rows, axis=1, keepdims=True)
+        writer.append(_in_dtype(rows / np.where(norms > 0, norms, 1), self.dtype))
+      if not writer.is_finished:
+        suffixes = [""] if k == 1 else [f"/{number}" for number in range(k)]
+        keys = (names[int(each)] + suffix for each in classes for suffix in suffixes)
+        writer.finish(np.repeat(classes, k), keys, names)
+    logging.info("%d class centres of %d dimensions: %s", *shape, folder)
 
   def _write(
     self, trained: Evaluation, index: RecordIndex, folder: str, source: dict

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Optional
 
 import gin
+import numpy as np
 from absl import logging
 
 from trainer.cli.evaluate import Evaluation
@@ -30,6 +31,7 @@ from trainer.mining import round
 from trainer.mining.miner import Miner, corpus_fingerprint
 from trainer.mining.round import MiningRound, OtherDataError
 from trainer.run import Run, watching
+from trainer.training.checkpoint_files import saved_centres
 from trainer.training.run_folder import check_writable
 
 _MINING, _MINER = "train.mining", "train.mining.miner"
@@ -98,7 +100,9 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     if step >= num_steps:
       break  # A round of the last checkpoint would not be used.
     try:
-      mined = miner.mine(embedder, dataset, step)
+      mined = miner.mine(
+        embedder, dataset, step, _centres(run, miner, evaluation, step)
+      )
     except TooFewExamplesError as error:
       if not round.round_steps(run.model_dir):
         raise
@@ -114,6 +118,19 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     )
     folder = round.round_path(run.model_dir, step)
     logging.info("Step %d: %s: %s.", step, mined.summary(), os.path.basename(folder))
+
+
+def _centres(
+  run: Run, miner: Miner, evaluation: Evaluation, step: int
+) -> Optional[np.ndarray]:
+  """Reads the class centres of a checkpoint, [C, k, D], if the miner needs them."""
+  if not miner.uses_centres:
+    return None
+  dataset = evaluation.dataset
+  classes = np.sort(dataset.train_classes)
+  hashes = dataset.index.class_names.hashes[classes]
+  centres = saved_centres(run.model_dir, step).read(hashes)
+  return centres.reshape(len(classes), -1, evaluation.encoder.embedding_size)
 
 
 def _newest_complete(model_dir: str, fingerprint: Mapping[str, str]) -> int:

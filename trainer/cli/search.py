@@ -149,7 +149,13 @@ def _draw(
   trained: Evaluation,
   path: str,
 ) -> None:
-  """Writes a PNG with one row per query: the query first, then its neighbours."""
+  """Writes a PNG with one row per query: the query first, then its neighbours.
+
+  Raises:
+    UserError: the embeddings are class centres, or the encoder's inputs are no images.
+  """
+  if stored.source.get("content") == "class_centres":
+    raise UserError("Class centres have no pictures; remove --picture.")
   index = RecordIndex.open(str(stored.source.get("records")))
   embedding_store.check_same_records(stored.source, index)
   decoder = trained.dataset.decoder

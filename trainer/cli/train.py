@@ -13,6 +13,7 @@ from typing import Callable, NamedTuple, Optional
 import gin
 import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from trainer.config import run_config
 from trainer.data.dataset import Dataset
@@ -22,9 +23,11 @@ from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
 from trainer.losses.class_centres import TrainingClasses
+from trainer.mining.miner import class_means
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import ChangeRound, Rounds
 from trainer.models.dropout import set_seed
+from trainer.retrieval.embedder import Embedder
 from trainer.run import Run, watching
 from trainer.runtime import shutdown
 from trainer.runtime.watchdog import Watchdog
@@ -39,6 +42,7 @@ from trainer.training.run_folder import check_disk, open_run_folder
 from trainer.training.step import TrainStep
 
 _NUM_SEEDS = 2**32
+_EMBEDDED_AT_ONCE = 256
 
 
 @gin.configurable("train")
@@ -182,10 +186,7 @@ def _build(
   # One more than are kept: the oldest is removed after the newest is written.
   num_bytes = checkpoints.num_bytes * (loop.num_checkpoints_kept + 1)
   workers.run_on_chief(lambda: check_disk(run.model_dir, num_bytes=num_bytes))
-  first_step = workers.run_on_all(checkpoints.restore) or 0
-  workers.check_equal(
-    {f"the step of the newest checkpoint in {run.model_dir}": first_step}
-  )
+  first_step = _restore(run, parts, checkpoints) or 0
   # Save after restoring, so that a refused change does not stay in the folder.
   workers.run_on_chief(lambda: run_config.save_config(run.config, run.model_dir))
   rounds = _make_rounds(run, parts, sampler, checkpoints)
@@ -269,6 +270,33 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
   )
 
 
+def _restore(run: Run, parts: TrainConfig, checkpoints: Checkpoints) -> Optional[int]:
+  """Restores the newest checkpoint on all workers, and returns its step, if any.
+
+  Centres of classes that the checkpoint did not have start at the mean embedding of
+  their examples, if that is configured.
+  """
+  workers = current_workers()
+  step = workers.run_on_all(checkpoints.restore)
+  workers.check_equal({f"the step of the newest checkpoint in {run.model_dir}": step})
+  numbers = checkpoints.new_classes
+  tables = [each for each in parts.step.loss.tables if each.new_classes == "mean"]
+  if len(numbers) and tables:
+    dataset = parts.dataset
+    embedder = Embedder(
+      parts.step.encoder,
+      dataset.index,
+      dataset.decoder,
+      global_batch_size=_EMBEDDED_AT_ONCE,
+      replacements=dataset.replacements,
+    )
+    means = class_means(embedder, dataset, tables[0].labels[numbers])
+    for table in tables:
+      table.assign_centres(numbers, means)
+    logging.info("%d new classes start at the means of their embeddings.", len(numbers))
+  return step
+
+
 def _make_rounds(
   run: Run, parts: TrainConfig, plain: PKSampler, checkpoints: Checkpoints
 ) -> Optional[Rounds]:
@@ -297,9 +325,7 @@ def _make_policy(
   def restore() -> None:
     checkpoints.wait()
     workers.wait()  # Until the chief has written the checkpoint that all restore.
-    workers.check_equal(
-      {"the step gone back to": workers.run_on_all(checkpoints.restore)}
-    )
+    _restore(run, parts, checkpoints)
 
   return NonfinitePolicy(
     options=parts.loop,

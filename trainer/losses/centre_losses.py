@@ -29,6 +29,7 @@ from trainer.losses.loss_terms import (
   LossOutput,
   MiningBatch,
   ReplicaLoss,
+  WeightedMean,
 )
 
 # Cosines are clipped here before the arc cosine, whose slope is infinite at 1. The
@@ -145,7 +146,7 @@ class ClassCentreLoss(InBatchLoss):
       tf.reduce_sum(weights * tf.gather(terms, positions)),
       tf.reduce_sum(weights),
       {
-        **centre_statistics(cosines.own, cosines.nearest_other, pairs),
+        **centre_statistics(cosines.own, cosines.nearest_other, rows[0], pairs),
         "mining/active_fraction": metric_accumulators.weighted_mean(
           tf.cast(is_active, tf.float32), weights > 0.0
         ),
@@ -208,29 +209,61 @@ def centre_examples(name: str, pairs: MiningBatch) -> CentreExamples:
 
 
 def centre_statistics(
-  own: tf.Tensor, nearest_other: tf.Tensor, pairs: MiningBatch
+  own: tf.Tensor, nearest_other: tf.Tensor, rows: CentreRows, pairs: MiningBatch
 ) -> Mapping[str, Any]:
-  """Computes statistics of this replica's examples.
+  """Computes the statistics of a loss against class centres.
 
   Args:
     own: [N] float32, cosines with the own class.
     nearest_other: [N] float32, largest cosine with another class; −∞ if there is none.
+    rows: the centres that this replica has read.
     pairs: of the step.
+
+  Returns:
+    This replica's sums. Quantiles are of the global batch, and equal on all replicas.
   """
+  own, nearest_other = tf.stop_gradient(own), tf.stop_gradient(nearest_other)
+  is_valid = pairs.candidates.is_valid[: own.shape[0]]
   is_counted = pairs.anchors.weights > 0.0
-  own, nearest = (
-    tf.gather(tf.stop_gradient(each), pairs.candidates.positions)
-    for each in (own, nearest_other)
-  )
+  of_anchors = tf.gather(own, pairs.candidates.positions)
+  nearest = tf.gather(nearest_other, pairs.candidates.positions)
   has_other = is_counted & (nearest > -float("inf"))
-  is_correct = tf.cast(own > nearest, tf.float32)
+  is_correct = tf.cast(of_anchors > nearest, tf.float32)
+  weighted_mean = metric_accumulators.weighted_mean
   return {
-    "centres/own_cosine": metric_accumulators.moments(own, is_counted),
-    "centres/nearest_other_cosine": metric_accumulators.weighted_mean(
-      nearest, has_other
-    ),
-    "centres/accuracy": metric_accumulators.weighted_mean(is_correct, has_other),
+    "centres/own_cosine": metric_accumulators.moments(of_anchors, is_counted),
+    **{
+      f"centres/own_cosine_p{percent:02}": quantile
+      for percent, quantile in _quantiles(own, is_valid).items()
+    },
+    "centres/nearest_other_cosine": weighted_mean(nearest, has_other),
+    "centres/accuracy": weighted_mean(is_correct, has_other),
+    "centres/norm": weighted_mean(_norms_of_own(rows), rows.columns >= 0),
   }
+
+
+def _quantiles(values: tf.Tensor, is_counted: tf.Tensor) -> dict[int, WeightedMean]:
+  """Returns quantiles of the values [N] that count, by percent."""
+  ordered = tf.sort(tf.where(is_counted, values, float("inf")))
+  count = tf.reduce_sum(tf.cast(is_counted, tf.int32))
+  has_any = (count > 0)[None]
+  last = tf.cast(tf.maximum(count - 1, 0), tf.float32)
+  return {
+    percent: metric_accumulators.weighted_mean(
+      tf.gather(ordered, [tf.cast(tf.round(last * percent / 100), tf.int32)]), has_any
+    )
+    for percent in metric_accumulators.QUANTILES
+  }
+
+
+def _norms_of_own(rows: CentreRows) -> tf.Tensor:
+  """Returns the mean norm of the k centres of each example's class, [N].
+
+  The value of classes of other replicas is that of another class.
+  """
+  k = rows.centres_per_class
+  columns = tf.maximum(rows.columns, 0)[:, None] * k + tf.range(k)
+  return tf.reduce_mean(tf.norm(tf.gather(rows.vectors, columns), axis=2), 1)
 
 
 @gin.register

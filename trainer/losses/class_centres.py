@@ -18,13 +18,13 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from trainer.distribute.collectives import Collectives
+from trainer.distribute.collectives import Collectives, current_collectives
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError
+from trainer.errors import UserError, check_choice
 
 # Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
 _ROWS_PER_TILE = 2048
-# Classes whose initial values are drawn together.
+# Classes whose values are drawn or gathered together.
 _BLOCK = 4096
 
 
@@ -132,6 +132,8 @@ class ClassCentres:
     num_classes: C, to be compared with the data; None to use the data's.
     is_corrected: whether drawn classes are weighted, see above. Partial FC does not.
     seed: of initial values and samples.
+    new_classes: where the centres of classes start that a resumed training adds:
+      "mean" of the embeddings of their examples, or "random".
 
   Raises:
     UserError: an argument is out of its range.
@@ -146,7 +148,9 @@ class ClassCentres:
     num_classes: Optional[int] = None,
     is_corrected: bool = False,
     seed: int = 0,
+    new_classes: str = "mean",
   ):
+    check_choice("ClassCentres.new_classes", new_classes, ("mean", "random"))
     if not 0 < sampling_rate <= 1:
       raise UserError(
         f"ClassCentres.sampling_rate={sampling_rate} must be in (0, 1]; 1 compares "
@@ -157,6 +161,7 @@ class ClassCentres:
         f"ClassCentres.centres_per_class={centres_per_class} must be at least 1."
       )
     self.centres_per_class = centres_per_class
+    self.new_classes = new_classes
     self._optimizer = optimizer
     self._sampling_rate = sampling_rate
     self._given_num_classes = num_classes
@@ -186,10 +191,10 @@ class ClassCentres:
         f"ClassCentres needs at least 2 classes, and the training data has "
         f"{num_classes}."
       )
-    self._labels = np.asarray(labels, np.int32)
+    self.labels = np.asarray(labels, np.int32)
     self.num_classes = num_classes
     self.name_hashes = np.asarray(
-      self._labels if name_hashes is None else name_hashes, np.uint64
+      self.labels if name_hashes is None else name_hashes, np.uint64
     )
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     self.classes_per_replica = -(-num_classes // num_replicas)
@@ -322,8 +327,8 @@ class ClassCentres:
   def _numbers_of(self, labels: tf.Tensor) -> tf.Tensor:
     """Returns the place of each label among the classes; −1 for padding, [N] int32."""
     numbers = labels
-    if self._labels[-1] != self.num_classes - 1:
-      numbers = tf.searchsorted(tf.constant(self._labels), labels)
+    if self.labels[-1] != self.num_classes - 1:
+      numbers = tf.searchsorted(tf.constant(self.labels), labels)
     return tf.where(labels >= 0, numbers, -1)
 
   def _sample(
@@ -425,6 +430,47 @@ class ClassCentres:
         values = np.zeros(table.shape, np.float32)
         values[: last - first] = rows[:, number]
         table.assign(values)
+
+  def assign_centres(self, numbers: np.ndarray, centres: np.ndarray) -> None:
+    """Sets centres of some classes; their moments stay.
+
+    Several centres of a class start near the given one, a tenth of their current values
+    away, so that they can become different.
+
+    Args:
+      numbers: [n] places among the classes, ascending.
+      centres: [n, D].
+    """
+    k = self.centres_per_class
+    for first, last, (table, *_) in self._local_tables():
+      begin, end = np.searchsorted(numbers, [first, last])
+      values = table.numpy()
+      rows = numbers[begin:end] - first
+      assigned = np.tile(centres[begin:end], [1, k])
+      values[rows] = assigned if k == 1 else assigned + 0.1 * values[rows]
+      table.assign(values)
+
+  def gather_centres(self) -> np.ndarray:
+    """Returns the centres of all classes, [C, k, D] float32, on every worker."""
+    strategy = tf.distribute.get_strategy()
+
+    def tile_of_replica(first: tf.Tensor) -> tf.Tensor:
+      rows = tf.minimum(first + tf.range(_BLOCK), self.classes_per_replica - 1)
+      table = _of_this_replica(self._tables[0])
+      return current_collectives().gather(table.sparse_read(rows)[None])
+
+    @tf.function(autograph=False)
+    def tile(first: tf.Tensor) -> tf.Tensor:
+      return strategy.run(tile_of_replica, (first,))
+
+    parts = []
+    for first in range(0, self.classes_per_replica, _BLOCK):
+      size = min(_BLOCK, self.classes_per_replica - first)
+      found = strategy.experimental_local_results(tile(tf.constant(first)))[0]
+      parts.append(found.numpy()[:, :size])
+    centres = np.concatenate(parts, 1)  # [R, ⌈C/R⌉, k·D]
+    shape = (-1, self.centres_per_class, self._embedding_size)
+    return centres.reshape(shape)[: self.num_classes]
 
   def check_row_shape(self, shape: Sequence[int]) -> None:
     """Checks that saved rows are those of such a table.

@@ -167,7 +167,7 @@ class ProxyAnchorLoss(ClassCentreLoss):
     found = tf.stop_gradient(tf.stack([own, nearest]))
     gathered = tf.reshape(collectives.gather(found), [-1, 2, own.shape[0]])
     own, nearest = tf.reduce_sum(gathered[:, 0], 0), tf.reduce_max(gathered[:, 1], 0)
-    return ReplicaLoss(value, centre_statistics(own, nearest, pairs))
+    return ReplicaLoss(value, centre_statistics(own, nearest, rows[0], pairs))
 
 
 def _num_classes(examples: CentreExamples) -> tf.Tensor:

@@ -19,7 +19,7 @@ import tensorflow as tf
 from trainer.data import permutation
 from trainer.data.dataset import Dataset
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError, check_at_least
+from trainer.errors import UserError, check_at_least, check_choice
 from trainer.mining import corpus, corpus_search
 from trainer.mining.corpus import CorpusItems
 from trainer.mining.corpus_search import NearestItems, check_kind
@@ -29,6 +29,7 @@ from trainer.retrieval.ground_truth import RecordItems
 from trainer.retrieval.ranking import check_finite
 from trainer.training.step import TrainStep
 
+_CLASS_VECTORS = ("means", "centres")
 _ITEMS = 1  # Purpose of a hash.
 _NUM_NAMES = 100
 
@@ -65,9 +66,11 @@ class Miner:
       "auto": exact or flat up to 50,000 items, then IVF-PQ.
     global_batch_size: records embedded at once, over all replicas.
     seed: random seed for drawing records and positives.
+    class_vectors: what represents a class in the search for near classes: "means" of
+      embeddings, or "centres" of the loss. With centres alone nothing is embedded.
 
   Raises:
-    UserError: there is nothing to mine, a number is too small, or the kind is unknown.
+    UserError: there is nothing to mine, a number is too small, or a choice is unknown.
   """
 
   examples: Optional[ExampleMining] = None
@@ -76,9 +79,11 @@ class Miner:
   index_kind: str = "auto"
   global_batch_size: int = 256
   seed: int = 0
+  class_vectors: str = "means"
 
   def __post_init__(self):
     check_kind(self.index_kind)
+    check_choice("Miner.class_vectors", self.class_vectors, _CLASS_VECTORS)
     if self.examples is None and self.num_class_neighbours < 1:
       raise UserError(
         "Miner has nothing to mine: set Miner.examples = @ExampleMining(), or "
@@ -122,14 +127,32 @@ class Miner:
       A function from the number of completed steps to a round.
     """
     embedder = self.embedder(step.encoder, dataset)
+    tables = step.loss.tables
+    if self.class_vectors == "centres" and not tables:
+      raise UserError(
+        "Miner.class_vectors='centres' needs a loss with class centres, and "
+        f"{type(step.loss).__name__} has none; set 'means'."
+      )
 
     def mine(num_steps: int) -> RoundContent:
+      centres = tables[0].gather_centres() if self.uses_centres else None
       with step.weights_for_evaluation():
-        return self.mine(embedder, dataset, num_steps)
+        return self.mine(embedder, dataset, num_steps, centres)
 
     return mine
 
-  def mine(self, embedder: Embedder, dataset: Dataset, step: int) -> RoundContent:
+  @property
+  def uses_centres(self) -> bool:
+    """Whether neighbours of classes are found by the centres of the loss."""
+    return self.class_vectors == "centres" and self.num_class_neighbours > 0
+
+  def mine(
+    self,
+    embedder: Embedder,
+    dataset: Dataset,
+    step: int,
+    centres: Optional[np.ndarray] = None,
+  ) -> RoundContent:
     """Mines with the current encoder; must be called on all workers.
 
     Memory: the embeddings of all items, 4·D bytes each, and the needs documented in the
@@ -139,17 +162,40 @@ class Miner:
       embedder: of the encoder.
       dataset: its training classes are mined.
       step: number of steps the encoder was trained.
+      centres: [C, k, D], of the loss, of the training classes in ascending order; None
+        if they are not used.
 
     Raises:
       UserError: an embedding is not finite, or nothing is found.
     """
+    of_centres = {}
+    if centres is not None:
+      of_centres["class_neighbours"] = self._class_neighbours(
+        _directions(centres), np.sort(dataset.train_classes), dataset
+      )
+    if self.examples is None and centres is not None:
+      counts = {"items": 0, "classes": len(centres)}
+      metadata = {"num_dimensions": centres.shape[2], "counts": counts}
+      return RoundContent(of_centres, metadata)
     key = int(permutation.mix(self.seed, _ITEMS, step)[0])
     items = corpus.draw_items(
       dataset.index.member_table, dataset.train_classes, self.records_per_class, key
     )
     embeddings = _embedded(embedder, items.record_numbers)
     check_finite(embeddings)
-    return self._mine_embedded(embeddings, items, dataset)
+    found = self._mine_embedded(embeddings, items, dataset)
+    return found._replace(arrays={**found.arrays, **of_centres})
+
+  def _class_neighbours(
+    self, vectors: np.ndarray, class_ids: np.ndarray, dataset: Dataset
+  ) -> np.ndarray:
+    return corpus_search.find_class_neighbours(
+      vectors,
+      class_ids,
+      num_classes=dataset.index.num_classes,
+      num_neighbours=self.num_class_neighbours,
+      kind=self.index_kind,
+    )
 
   def _mine_embedded(
     self, embeddings: np.ndarray, items: CorpusItems, dataset: Dataset
@@ -178,15 +224,19 @@ class Miner:
         distances=mined.distances,
         suspected_mislabelled=list(RecordItems(index, suspected).names()),
       )
-    if self.num_class_neighbours:
-      arrays["class_neighbours"] = corpus_search.find_class_neighbours(
-        corpus_search.class_centroids(embeddings, items),
-        items.class_ids,
-        num_classes=index.num_classes,
-        num_neighbours=self.num_class_neighbours,
-        kind=self.index_kind,
+    if self.num_class_neighbours and not self.uses_centres:
+      arrays["class_neighbours"] = self._class_neighbours(
+        corpus_search.class_centroids(embeddings, items), items.class_ids, dataset
       )
     return RoundContent(arrays, metadata)
+
+
+def _directions(centres: np.ndarray) -> np.ndarray:
+  """Returns the mean direction of each class's centres, [C, D] of [C, k, D]."""
+  norms = np.linalg.norm(centres, axis=2, keepdims=True)
+  means = (centres / np.where(norms > 0, norms, 1)).mean(1, dtype=np.float64)
+  norms = np.linalg.norm(means, axis=1, keepdims=True)
+  return means / np.where(norms > 0, norms, 1)
 
 
 def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
@@ -198,6 +248,30 @@ def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
     start = number * len(rows)
     embeddings[start : start + len(rows)] = rows[: len(embeddings) - start]
   return embeddings
+
+
+def class_means(
+  embedder: Embedder, dataset: Dataset, classes: np.ndarray
+) -> np.ndarray:
+  """Embeds all records of some classes, and returns their means.
+
+  Args:
+    embedder: of the encoder; called on all workers.
+    dataset: of the records.
+    classes: [n] int32 ids, ascending.
+
+  Returns:
+    [n, D] float32 of norm 1; 0 where the mean is 0.
+
+  Raises:
+    UserError: an embedding is not finite.
+  """
+  items = corpus.draw_items(dataset.index.member_table, classes, None, 0)
+  embeddings = _embedded(embedder, items.record_numbers)
+  check_finite(embeddings)
+  means = corpus_search.class_centroids(embeddings, items)
+  norms = np.linalg.norm(means, axis=1, keepdims=True)
+  return (means / np.where(norms > 0, norms, 1)).astype(np.float32)
 
 
 def corpus_fingerprint(dataset: Dataset) -> dict[str, str]:

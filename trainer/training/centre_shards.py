@@ -195,11 +195,11 @@ def restore_rows(
   tables: Sequence[ClassCentres],
   *,
   allows_other_classes: bool = False,
-) -> None:
+) -> np.ndarray:
   """Assigns the saved rows of each replica of this worker.
 
   Classes are known by their names. Rows of classes that are no longer in the data are
-  left out, and new classes start with their initial values.
+  left out, and new classes get their initial values.
 
   Args:
     folder: of the checkpoints.
@@ -207,32 +207,113 @@ def restore_rows(
     tables: their variables exist.
     allows_other_classes: whether the data may have other classes than the checkpoint.
 
+  Returns:
+    [n] int64, places of the new classes among those of the data.
+
   Raises:
     UserError: the checkpoint has other tables, or other classes and may not.
+  """
+  saved = saved_rows(folder, files)
+  if len(saved) != len(tables):
+    raise UserError(
+      f"the checkpoint has {len(saved)} tables of class centres, and the loss of this "
+      f"configuration has {len(tables)}; take another --model_dir."
+    )
+  new = np.empty(0, np.int64)
+  if not tables:
+    return new
+  hashes = saved_classes(folder, files)
+  sources = saved_numbers(hashes, tables[0].name_hashes)
+  if not np.array_equal(hashes, tables[0].name_hashes):
+    new = np.flatnonzero(sources < 0)
+    _report_other_classes(sources, len(hashes), allows_other_classes)
+  for rows, table in zip(saved, tables):
+    table.assign_rows(_Reader(rows, sources, table).read)
+  return new
+
+
+def saved_classes(folder: str, files: Mapping[str, Any]) -> np.ndarray:
+  """Returns the hashes of the names of the classes of a checkpoint, [C] uint64.
+
+  Args:
+    folder: of the checkpoints.
+    files: names of the files of a valid checkpoint that has class centres.
+  """
+  [name] = [name for name in files if _CLASSES.fullmatch(name)]
+  return np.load(os.path.join(folder, name), allow_pickle=False)
+
+
+def saved_rows(folder: str, files: Mapping[str, Any]) -> list[SavedRows]:
+  """Returns the rows of each table in a checkpoint.
+
+  Args:
+    folder: of the checkpoints.
+    files: names of the files of a valid checkpoint.
   """
   ranges: dict[int, list[tuple[int, int, str]]] = {}
   for match in filter(None, map(_ROWS.fullmatch, files)):
     ranges.setdefault(int(match[2]), []).append(
-      (int(match[3]), int(match[4]), match[0])
+      (int(match[3]), int(match[4]), os.path.join(folder, match[0]))
     )
-  if len(ranges) != len(tables):
-    raise UserError(
-      f"the checkpoint has {len(ranges)} tables of class centres, and the loss of this "
-      f"configuration has {len(tables)}; take another --model_dir."
-    )
-  if not tables:
-    return
-  [name] = [name for name in files if _CLASSES.fullmatch(name)]
-  saved = np.load(os.path.join(folder, name), allow_pickle=False)
-  sources = _saved_numbers(saved, tables[0].name_hashes)
-  if not np.array_equal(saved, tables[0].name_hashes):
-    _report_other_classes(sources, len(saved), allows_other_classes)
-  for number, table in enumerate(tables):
-    table.assign_rows(_Reader(folder, sorted(ranges[number]), sources, table).read)
+  return [SavedRows(sorted(ranges[number])) for number in sorted(ranges)]
 
 
-def _saved_numbers(saved: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-  """Returns each wanted class's number among the saved ones, [C]; −1 if it is new."""
+class SavedRows:
+  """The rows of one table in a checkpoint, memory-mapped.
+
+  Attributes:
+    shape: (1 + m, k·D), of a row.
+
+  Args:
+    ranges: first and last class, exclusive, and path of each file, ascending.
+
+  Raises:
+    UserError: a file is not an array.
+  """
+
+  def __init__(self, ranges: Sequence[tuple[int, int, str]]):
+    self._ranges = [(first, last, _mapped(path)) for first, last, path in ranges]
+    self.shape = self._ranges[0][2].shape[1:]
+
+  def read(self, numbers: np.ndarray) -> np.ndarray:
+    """Returns [n, 1 + m, k·D] float32.
+
+    Args:
+      numbers: [n] of classes among the saved ones.
+
+    Raises:
+      UserError: no file has some of these classes.
+    """
+    rows = np.empty([len(numbers), *self.shape], np.float32)
+    is_read = np.zeros(len(numbers), bool)
+    for first, last, saved in self._ranges:
+      is_here = (numbers >= first) & (numbers < last)
+      rows[is_here] = saved[numbers[is_here] - first]
+      is_read |= is_here
+    if not is_read.all():
+      raise UserError(
+        f"the checkpoint has no centre of class {numbers[~is_read][0]}; remove it."
+      )
+    return rows
+
+
+def _mapped(path: str) -> np.ndarray:
+  try:
+    return np.load(path, mmap_mode="r", allow_pickle=False)
+  except Exception as error:  # Python's parser of the header raises many types.
+    raise UserError(f"{path} is not an array: {short_reason(error)}.") from error
+
+
+def saved_numbers(saved: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+  """Returns each wanted class's number among the saved ones; −1 if it is new.
+
+  Args:
+    saved: [C] uint64, hashes of names.
+    wanted: [n] uint64.
+
+  Returns:
+    [n] int64.
+  """
   order = np.argsort(saved, kind="stable")
   places = np.minimum(np.searchsorted(saved, wanted, sorter=order), len(saved) - 1)
   found = order[places]
@@ -253,7 +334,7 @@ def _report_other_classes(
       f"{len(sources) - num_kept} new ones."
     )
   logging.warning(
-    "%s: their centres are kept, %d are dropped, %d new ones start at random.",
+    "%s: their centres are kept, %d are dropped, %d are new.",
     text,
     num_saved - num_kept,
     len(sources) - num_kept,
@@ -261,24 +342,16 @@ def _report_other_classes(
 
 
 class _Reader:
-  """Reads rows of consecutive classes from the files of one table.
+  """Reads rows of the classes of a table, and starts those that are new.
 
   Args:
-    folder: of the checkpoints.
-    ranges: first and last saved class, exclusive, and name of each file, ascending.
+    saved: rows of the checkpoint.
     sources: [C] int64, number of each class among the saved ones; −1 if new.
     table: gives the rows of new classes.
   """
 
-  def __init__(
-    self,
-    folder: str,
-    ranges: Sequence[tuple[int, int, str]],
-    sources: np.ndarray,
-    table: ClassCentres,
-  ):
-    self._folder = folder
-    self._ranges = ranges
+  def __init__(self, saved: SavedRows, sources: np.ndarray, table: ClassCentres):
+    self._saved = saved
     self._sources = sources
     self._table = table
 
@@ -286,30 +359,15 @@ class _Reader:
     """Returns [last − first, 1 + m, k·D] float32.
 
     Raises:
-      UserError: no file has some of these classes.
+      UserError: no file has some of these classes, or they have another shape.
     """
+    self._table.check_row_shape(self._saved.shape)
     sources = self._sources[first:last]
-    is_read = sources < 0
-    rows: Optional[np.ndarray] = None
-    for begin, end, name in self._ranges:
-      is_here = (sources >= begin) & (sources < end)
-      if is_here.any():
-        path = os.path.join(self._folder, name)
-        saved = np.load(path, mmap_mode="r", allow_pickle=False)
-        self._table.check_row_shape(saved.shape[1:])
-        if rows is None:
-          rows = np.empty([last - first, *saved.shape[1:]], np.float32)
-        rows[is_here] = saved[sources[is_here] - begin]
-        is_read |= is_here
-    if not is_read.all():
-      missing = sources[~is_read][0]
-      raise UserError(
-        f"{self._folder} has no centre of class {missing}; remove the checkpoint."
-      )
-    if rows is None:
-      return self._table.initial_rows(first, last)
-    if (sources < 0).any():
-      rows[sources < 0] = self._table.initial_rows(first, last)[sources < 0]
+    is_saved = sources >= 0
+    if is_saved.all():
+      return self._saved.read(sources)
+    rows = self._table.initial_rows(first, last)
+    rows[is_saved] = self._saved.read(sources[is_saved])
     return rows
 
 

@@ -222,6 +222,8 @@ class Checkpoints:
     failure: why the last checkpoint could not be written; None if it could.
     saved_step: step of the newest checkpoint written or restored; None if there is
       none.
+    new_classes: [n] places of the classes that had no centres in the checkpoint
+      restored.
 
   Args:
     model_dir: folder of the run.
@@ -246,6 +248,7 @@ class Checkpoints:
     self.notes: dict[str, int] = {}
     self.failure: Optional[str] = None
     self.saved_step: Optional[int] = None
+    self.new_classes = np.empty(0, np.int64)
     self._encoder = encoder
     self._training = training
     self._tables = training.tables if training else ()
@@ -364,7 +367,7 @@ class Checkpoints:
       for name, variable in hyperparameters(optimizer).items()
     }
     self._read(path)
-    centre_shards.restore_rows(
+    self.new_classes = centre_shards.restore_rows(
       self._folder,
       checkpoint_files.shard_facts(self._folder, step),
       self._tables,

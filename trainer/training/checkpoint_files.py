@@ -12,10 +12,14 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
+import numpy as np
+
+from trainer.errors import UserError
 from trainer.runtime import filesystem
 from trainer.training import centre_shards
+from trainer.training.centre_shards import SavedRows
 
 FOLDER = "checkpoints"
 _LIST = "checkpoint"
@@ -121,6 +125,59 @@ def shard_facts(folder: str, step: int) -> dict[str, Any]:
 def notes(folder: str, step: int) -> dict[str, int]:
   """Returns the notes of a valid checkpoint."""
   return {k: int(v) for k, v in _read_manifest(folder, step)["notes"].items()}
+
+
+class SavedCentres(NamedTuple):
+  """The class centres of a checkpoint; those of the first table, if there are several.
+
+  Attributes:
+    name_hashes: [C] uint64, of the names of the classes.
+    rows: of the table.
+  """
+
+  name_hashes: np.ndarray
+  rows: SavedRows
+
+  def read(self, name_hashes: np.ndarray) -> np.ndarray:
+    """Returns the centres of classes, [n, k·D] float32.
+
+    Args:
+      name_hashes: [n] uint64.
+
+    Raises:
+      UserError: the checkpoint has no centres of some of them.
+    """
+    numbers = centre_shards.saved_numbers(self.name_hashes, name_hashes)
+    num_missing = int((numbers < 0).sum())
+    if num_missing:
+      raise UserError(
+        f"the checkpoint has no centres of {num_missing} of {len(numbers)} classes of "
+        "the data; train with these classes first."
+      )
+    return self.rows.read(numbers)[:, 0]
+
+
+def saved_centres(model_dir: str, step: int) -> SavedCentres:
+  """Opens the class centres of a checkpoint.
+
+  Args:
+    model_dir: folder of the run.
+    step: of one of its checkpoints.
+
+  Raises:
+    UserError: the checkpoint has no class centres, or they are damaged.
+  """
+  folder = os.path.join(model_dir, FOLDER)
+  problem = fault(folder, step)
+  if problem is not None:
+    raise UserError(f"{problem}; take another checkpoint.")
+  files = shard_facts(folder, step)
+  if not files:
+    raise UserError(
+      f"{prefix(folder, step)} has no class centres; train with a loss that has them."
+    )
+  rows = centre_shards.saved_rows(folder, files)
+  return SavedCentres(centre_shards.saved_classes(folder, files), rows[0])
 
 
 def prune(folder: str, num_kept: int) -> None:

@@ -37,6 +37,7 @@ class Outcome(NamedTuple):
     statistics: of the first step, by name.
     gradient_scales: the largest value of each gradient before the examples' gradients
       cancel each other; empty if not measured.
+    centres: class centres and their moments after the last step, an array of each.
   """
 
   loss: list[np.ndarray]
@@ -44,6 +45,7 @@ class Outcome(NamedTuple):
   weights: list[np.ndarray]
   statistics: dict[str, np.ndarray]
   gradient_scales: Sequence[float] = ()
+  centres: Sequence[np.ndarray] = ()
 
 
 def expected(
@@ -164,19 +166,23 @@ def errors(got: Outcome, wanted: Outcome) -> dict[str, float]:
     wanted: outcome of one replica.
 
   Returns:
-    By quantity; infinite if the structure differs from the expected one.
+    By quantity, also "centres" if there are any; infinite if the structure differs from
+    the expected one.
   """
   if got.statistics.keys() != wanted.statistics.keys():
     return dict.fromkeys(QUANTITIES, float("inf"))
   names = sorted(wanted.statistics)
   statistics = ([each.statistics[name] for name in names] for each in (got, wanted))
   largest = max(np.abs(weight).max() for weight in wanted.weights)
-  return {
+  found = {
     "loss": _error(got.loss, wanted.loss),
     "gradients": _error(got.gradients, wanted.gradients, wanted.gradient_scales),
     "weights": _error(got.weights, wanted.weights, [largest] * len(wanted.weights)),
     "statistics": _error(*statistics),
   }
+  if wanted.centres:
+    found["centres"] = _error(got.centres, wanted.centres)
+  return found
 
 
 def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
@@ -186,9 +192,10 @@ def table(rows: Sequence[tuple[str, Mapping[str, float]]]) -> str:
     rows: name and errors by quantity of each.
   """
   width = max(len(name) for name, _ in rows) + 2
-  lines = [" " * width + "".join(f"{name:>12}" for name in QUANTITIES)]
+  quantities = dict.fromkeys(quantity for _, found in rows for quantity in found)
+  lines = [" " * width + "".join(f"{name:>12}" for name in quantities)]
   for name, found in rows:
-    cells = "".join(f"{found[quantity]:12.1e}" for quantity in QUANTITIES)
+    cells = "".join(f"{error:12.1e}" for error in found.values())
     lines.append(f"{name:<{width}}{cells}  {'ok' if is_equal(found) else 'FAILS'}")
   return "\n".join(lines)
 
@@ -205,7 +212,17 @@ def _outcome(step: TrainStep, results: list) -> Outcome:
     gradients,
     [variable.numpy() for variable in step.trainable_variables],
     {name: np.array(value) for name, value in summarize(statistics).items()},
+    centres=_centres(step),
   )
+
+
+def _centres(step: TrainStep) -> list[np.ndarray]:
+  """Returns class centres and moments of each table of the loss, [C, k·D] each."""
+  tables = [
+    np.concatenate([rows for _, rows in table.local_rows()])
+    for table in step.loss.tables
+  ]
+  return [table[:, number] for table in tables for number in range(table.shape[1])]
 
 
 def _error(got, wanted, scales=()) -> float:
