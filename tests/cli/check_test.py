@@ -103,6 +103,7 @@ _NOT_COMPILED = (
 )
 
 
+@pytest.mark.thorough
 def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   done = check(
     "PKSampler.classes_per_batch = 6",
@@ -125,6 +126,7 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
     ],
   ),
 )
+@pytest.mark.thorough
 def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reason):
   size = ("PKSampler.classes_per_batch = 4", "PKSampler.samples_per_class = 15")
   done = check(*size, *params)

@@ -183,3 +183,28 @@ def test_neighbours_of_classes_are_those_of_their_centres(folder, process):
 def test_centres_of_vectors_pass_the_check_of_replicas(folder, capsys):
   assert _task(folder, "check", "--num_virtual_replicas=2") == 0
   assert "4 replicas" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  "param, message",
+  [
+    ("ClassCentres.num_classes = 7", "num_classes=7, and the training data has 24"),
+    ("ARC_MARGIN = -0.1", "angle_margin=-0.1"),
+    ("ARC_SCALE = 0.0", "scale=0.0 is not above 0"),
+    ("CENTRE_SAMPLING_RATE = 0.0", r"sampling_rate=0.0 must be in (0, 1]"),
+    ("CENTRE_SAMPLING_RATE = 1.5", r"sampling_rate=1.5 must be in (0, 1]"),
+    ("CENTRE_SAMPLING_RATE = 0.5", "fewer than the 20 classes of a batch"),
+    ("TrainStep.objective_fn = @local_negatives", "shared by all replicas"),
+    ("HashSplit.evaluation_fraction = 0.1", "another config"),
+    ("ClassCentres.new_classes = 'zero'", "new_classes='zero'"),
+    ("embed.content = 'classes'", "embed.content='classes'"),
+  ],
+)
+def test_bad_input_is_one_line_and_status_2(folder, capsys, param, message):
+  mode = "embed" if param.startswith("embed") else "train"
+  name = "run" if message == "another config" else "bad"
+  capsys.readouterr()
+  assert _task(folder, mode, run=name, params=[param]) == 2
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last.startswith("error: ")
+  assert message in last

@@ -79,6 +79,7 @@ def test_the_best_encoder_is_kept_and_can_be_evaluated(folder, stopped):
   assert latest["eval/recall_at_1"] == best["eval/recall_at_1"]
 
 
+@pytest.mark.thorough
 def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
   before = _history(stopped)
   assert _task(stopped, folder / "data", "EarlyStopping.patience = 1") == 0
@@ -95,6 +96,7 @@ def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, s
   assert _without_time(_history(killed)) == _without_time(_history(stopped))
 
 
+@pytest.mark.thorough
 def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopped):
   killed = folder / "killed"
   shutil.copytree(stopped, killed)
@@ -187,6 +189,7 @@ def _flags(model_dir, data, *params):
   return [*flags, *(f"--gin_param={param}" for param in params)]
 
 
+@pytest.mark.thorough
 def test_a_process_beside_the_training_measures_its_checkpoints(folder, tmp_path):
   params = ("NUM_STEPS = 20", *_PARAMS[1:3], _PARAMS[-1])
   flags = _flags(tmp_path, folder / "data", *params)

@@ -91,7 +91,7 @@ def test_it_leaves_what_can_be_read_without_the_package(folder):
 
 @pytest.mark.parity
 @pytest.mark.parametrize(
-  "num_replicas", [pytest.param(2, marks=pytest.mark.thorough), 4]
+  "num_replicas", [2, pytest.param(4, marks=pytest.mark.thorough)]
 )
 def test_the_same_losses_are_logged_on_any_number_of_replicas(folder, num_replicas):
   one, many = (_rows(_finished(folder, num)[0]) for num in (1, num_replicas))

@@ -95,3 +95,29 @@ def killed_while_saving(runs: Runs) -> Outcome:
     lost += max(0, _logged_step(model_dir) - runs_lib.newest_step(model_dir))
   status, seconds = runs.start("killed-saving").wait()
   return Outcome(EQUAL, ended_as(status, model_dir, runs.finished(1)), seconds, lost)
+
+
+@row
+def killed_while_saving_class_centres(runs: Runs) -> Outcome:
+  """SIGKILL, twice; while class centres of 2 replicas are written."""
+  runs = runs.with_centres()
+  flags = ("--num_virtual_replicas=2",)
+  model_dir = runs.folder / "killed-centres"
+  checkpoints = model_dir / "checkpoints"
+  lost = 0
+  for number in range(2):
+    running = runs.start("killed-centres", flags=flags)
+    first = runs_lib.newest_step(model_dir)
+    running.wait_until(lambda f=first: runs_lib.newest_step(model_dir) > f)
+    # The first time as soon as a file is there, the second when its facts are, too.
+    looked_for = ("ckpt-{}.centres-*", "ckpt-{}.centres-*.json")[number]
+    running.wait_until(
+      lambda pattern=looked_for: any(
+        checkpoints.glob(pattern.format(runs_lib.newest_step(model_dir) + 4))
+      )
+    )
+    running.tell(signal.SIGKILL)
+    running.wait()
+    lost += max(0, _logged_step(model_dir) - runs_lib.newest_step(model_dir))
+  status, seconds = runs.start("killed-centres", flags=flags).wait()
+  return Outcome(EQUAL, ended_as(status, model_dir, runs.finished(2)), seconds, lost)

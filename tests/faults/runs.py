@@ -16,6 +16,7 @@ from tests.faults import processes
 from tests.faults.processes import ROOT, Running
 
 NUM_STEPS = 40
+_CENTRES = ROOT / "configs" / "runs" / "digits_class_centres.gin"
 _DIGITS = ROOT / "configs" / "runs" / "digits.gin"
 # Small, and with every state that must come back: moments, moving averages of batch
 # normalisation, averaged weights. Mining statistics take long to compile.
@@ -58,11 +59,19 @@ class Runs:
     for old, new in _SMOOTH.items():
       assert old in content
       content = content.replace(old, new)
+    gin_file = self.folder / "smooth.gin"
+    gin_file.write_text(content)
+    return self._others(gin_file, "ConvNet.normalization = 'none'", "NUM_STEPS = 80")
+
+  def with_centres(self):
+    """Starts runs of a loss against class centres, of which a step reads some."""
+    params = ("CENTRE_SAMPLING_RATE = 0.7", "RowSGD.momentum = 0.9")
+    return self._others(_CENTRES, *params)
+
+  def _others(self, gin_file, *params):
     others = copy.copy(self)
-    others._gin_file = self.folder / "smooth.gin"
-    others._gin_file.write_text(content)
-    others._params = (*_SMALL, "ConvNet.normalization = 'none'", "NUM_STEPS = 80")
-    others._finished = {}
+    others._gin_file, others._finished = gin_file, {}
+    others._params = (*_SMALL, *params)
     return others
 
   def start(
@@ -125,7 +134,11 @@ def values(model_dir, step=None) -> dict[str, np.ndarray]:
   step = newest_step(model_dir) if step is None else step
   reader = tf.train.load_checkpoint(f"{model_dir}/checkpoints/ckpt-{step}")
   names = reader.get_variable_to_shape_map()
-  return {n: reader.get_tensor(n) for n in names if "OBJECT_GRAPH" not in n}
+  shards = pathlib.Path(model_dir, "checkpoints").glob(f"ckpt-{step}.*.npy")
+  return {
+    **{n: reader.get_tensor(n) for n in names if "OBJECT_GRAPH" not in n},
+    **{path.name.split(".")[1]: np.load(path) for path in shards},
+  }
 
 
 def differences(model_dir, whole) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pathlib
@@ -141,6 +142,7 @@ def test_failure_of_one_task_ends_the_others_and_is_the_jobs(fake, tmp_path):
   assert _calls(tmp_path, "one") == ["none 0 0", "none 1 0"]
 
 
+@pytest.mark.thorough
 def test_only_the_element_of_an_array_that_asks_is_queued_again(fake, tmp_path):
   environment = {**fake, "NAME": "array", "FIRST": "0 3", "ELEMENT": "2"}
   done = _submit(environment, "--array=3", "--wait", "--sweep", SWEEP)
@@ -148,6 +150,7 @@ def test_only_the_element_of_an_array_that_asks_is_queued_again(fake, tmp_path):
   assert _calls(tmp_path, "array") == ["0 0 0", "1 0 0", "2 0 0", "2 0 1"]
 
 
+@pytest.mark.thorough
 def test_job_that_the_user_cancels_is_not_queued_again(fake, tmp_path):
   environment = {**fake, "NAME": "cancel", "FIRST": "hang"}
   job = _submit(environment, DIGITS, f"--model_dir={tmp_path}/run").stdout.strip()
@@ -192,14 +195,17 @@ def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path)
   assert steps == list(range(10, 601, 10))
 
 
+_thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
+
+
 @pytest.mark.parametrize(
   ("flags", "words"),
   [
     (("--partition=nope", DIGITS), "nvalid partition"),
-    (("--nodes=5", DIGITS), "Slurm refuses: Requested node configuration"),
+    _thorough(("--nodes=5", DIGITS), "Slurm refuses: Requested node configuration"),
     ((DIGITS, "--gin_param=MARGN = 1"), "nothing uses MARGN"),
-    ((DIGITS, "--gin_parm=A.b = 1"), "gin_parm"),
-    (("--sweep", DIGITS), "nothing is swept"),
+    _thorough((DIGITS, "--gin_parm=A.b = 1"), "gin_parm"),
+    _thorough(("--sweep", DIGITS), "nothing is swept"),
   ],
 )
 def test_what_slurm_or_the_task_would_refuse_is_not_submitted(

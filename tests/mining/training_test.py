@@ -90,6 +90,7 @@ def test_gone_on_with_from_before_a_round_it_ends_as_one_that_went_on(runs):
 
 
 @pytest.mark.resume
+@pytest.mark.thorough
 def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
   miner = runs.start("beside", *_HARD, mode="mine")
   model_dir = runs.folder / "beside"

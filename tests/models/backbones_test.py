@@ -77,6 +77,7 @@ def test_features_are_those_of_keras_with_the_published_file(name, tmp_path):
   np.testing.assert_allclose(got, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.thorough
 def test_images_of_a_published_efficientnet_get_mean_zero_and_deviation_one(tmp_path):
   network = _network("EfficientNetB0")
   [layer] = _normalizations(network)
@@ -90,6 +91,7 @@ def test_images_of_a_published_efficientnet_get_mean_zero_and_deviation_one(tmp_
 
 
 @pytest.mark.parametrize("mean, variance", [(0.0, 1.0), (_MEAN, _DEVIATION**2)])
+@pytest.mark.thorough
 def test_an_efficientnet_of_own_constants_keeps_them(mean, variance, tmp_path):
   network = _with_distinct_weights(_network("EfficientNetB0"))
   [layer] = _normalizations(network)
@@ -125,12 +127,12 @@ def files(tmp_path_factory):
 @pytest.mark.parametrize(
   ("file", "is_synchronized"),
   [
-    ("w.h5", False),
+    pytest.param("w.h5", False, marks=pytest.mark.thorough),
     pytest.param("w.weights.h5", False, marks=pytest.mark.thorough),
     ("w.weights.h5", True),
-    ("checkpoint", True),
-    ("model.keras", False),
-    ("model.h5", False),
+    pytest.param("checkpoint", True, marks=pytest.mark.thorough),
+    pytest.param("model.keras", False, marks=pytest.mark.thorough),
+    pytest.param("model.h5", False, marks=pytest.mark.thorough),
     ("folder", False),
   ],
 )

@@ -93,6 +93,7 @@ os._exit(status)
   reason="tensorflow-io has no release for this TensorFlow",
 )
 @pytest.mark.skipif(_FOLDER_VARIABLE in os.environ, reason="this is it")
+@pytest.mark.thorough
 def test_all_of_this_file_holds_by_s3s_protocol():
   with _s3_server() as variables:
     done = subprocess.run(

@@ -94,6 +94,7 @@ def test_trials_that_break_a_constraint_do_not_count(sweep, folder):
   assert all(trial.params["MARGIN"] > 0.2 for trial in _trials(folder, _State.COMPLETE))
 
 
+@pytest.mark.thorough
 def test_trial_of_a_killed_sweep_is_taken_up_where_it_was(sweep, folder, sweep_file):
   text = _TPE.format(1)
   process = command_test._start(folder, sweep_file(text), STEP_S="0.5")
@@ -286,6 +287,7 @@ def test_worker_takes_over_the_run_of_a_killed_one_in_postgresql(
   assert sorted(states) == [_State.COMPLETE] * 3 + [_State.FAIL]
 
 
+@pytest.mark.thorough
 def test_two_sweeps_share_a_study_in_a_database(folder, sweep_file):
   path = sweep_file(_TPE.format(6))
   storage = f"--storage=sqlite:///{folder}/study.db"

@@ -69,6 +69,7 @@ def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
   assert "compiler accepts the whole replica step" not in out
 
 
+@pytest.mark.thorough
 def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
   status, out, _ = run(
     _DIGITS,

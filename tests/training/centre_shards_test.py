@@ -79,7 +79,7 @@ def _rows(step):
 
 
 _KINDS = [(1.0, "adam", 1), (1.0, "sgd", 3), (0.3, "sgd", 1), (0.3, "adam", 2)]
-_NORMAL = [(2, 1.0, "sgd", 3), (4, 0.3, "adam", 2), (8, 0.3, "sgd", 1)]
+_NORMAL = [(2, 1.0, "sgd", 3), (4, 0.3, "adam", 2)]
 
 
 @pytest.mark.parity
@@ -154,7 +154,7 @@ def _restored(strategy, folder):
 
 
 @pytest.mark.resume
-@pytest.mark.parametrize("rate", [1.0, 0.3])
+@pytest.mark.parametrize("rate", thorough_except([0.3], [1.0, 0.3]))
 def test_a_resumed_training_ends_bit_for_bit(mirrored, tmp_path, rate):
   run = functools.partial(_train, mirrored(2), rate=rate)
   whole = run(tmp_path / "whole", _batches())

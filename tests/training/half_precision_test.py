@@ -126,7 +126,7 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
 @pytest.mark.parametrize(
   ("precision", "num_replicas"),
   thorough_except(
-    [("mixed_bfloat16", 2), ("mixed_float16", 2)],
+    [("mixed_float16", 2)],
     [(precision, num) for precision in _PRECISIONS for num in (2, 4)],
   ),
 )

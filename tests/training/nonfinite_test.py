@@ -185,7 +185,7 @@ _VARIANCE_OVERFLOWS = ("batch", 1e25, "moving_variance:0 is not finite", 2)
 @pytest.mark.parametrize(
   ("normalization", "scale", "expected", "num_replicas"),
   thorough_except(
-    [_LAYER_OVERFLOWS, _VARIANCE_OVERFLOWS],
+    [_VARIANCE_OVERFLOWS],
     [
       _LAYER_OVERFLOWS,
       ("synchronized_batch", 3e38, "the output of layer synchronized_batch_norm", 1),
@@ -214,7 +214,7 @@ def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
 @pytest.mark.parametrize(
   "options",
   thorough_except(
-    [{"num_micro_batches": 3}, {"compiled": "step"}],
+    [{"compiled": "step"}],
     [{"num_micro_batches": 3}, {"compiled": "encoder"}, {"compiled": "step"}],
   ),
 )
