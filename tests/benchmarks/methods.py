@@ -1,11 +1,13 @@
-"""Ways to mine compared: equal time on this machine, classes never seen, several seeds.
+"""Methods compared: equal time on this machine, classes never seen, several seeds.
 
   python -m tests.benchmarks.methods [--data=glyphs,fashion_mnist] [--seconds=30]
     [--num_seeds=3] [--folder=runs/methods] [--only=batch_all,...] [--picture=FILE]
 
-The data must be there, as for the runs of the same names. Each run trains for so many
-seconds, counted from its first logged row (so that compiling doesn't count, and mining
-rounds do), is then told to stop, and evaluated. What is done already is not done again.
+The data must be there, as for the runs of the same names. `exchanged_glyphs` are glyphs
+of which 10 % of the training labels are exchanged at random; they are made. Each run
+trains for so many seconds, counted from its first logged row (so that compiling doesn't
+count, and mining rounds do), is then told to stop, and evaluated. What is done already
+is not done again.
 Nothing else should run meanwhile.
 """
 
@@ -21,6 +23,11 @@ import time
 
 import numpy as np
 from absl import app, flags
+
+from trainer.cli.ingest import ingest
+from trainer.data.dataset import Dataset, HashSplit
+from trainer.data.images import ImageDecoder
+from trainer.data.sources.arrays import NumpySource
 
 _DATA = flags.DEFINE_list("data", "glyphs,fashion_mnist", "Which data.")
 _ONLY = flags.DEFINE_list("only", [], "Which ways; all where none is named.")
@@ -60,8 +67,10 @@ _BATCHES = {
     "PKSampler.classes_per_batch = 6\nPKSampler.samples_per_class = 20\n"
   ),
 }
-_RECORDS_PER_CLASS = {"glyphs": 4, "fashion_mnist": 2_000}
-_NUM_GROUPS = {"glyphs": 16, "fashion_mnist": 15}
+_BATCHES["exchanged_glyphs"] = _BATCHES["glyphs"]
+_RECORDS_PER_CLASS = {"glyphs": 4, "exchanged_glyphs": 4, "fashion_mnist": 2_000}
+_NUM_GROUPS = {"glyphs": 16, "exchanged_glyphs": 16, "fashion_mnist": 15}
+_EVALUATION_FRACTION, _EXCHANGED_SHARE = 0.129, 0.1  # The first as in glyphs.gin.
 _BANK = """
 TrainStep.cross_batch_memory = @CrossBatchMemory()
 CrossBatchMemory.size = 8_192
@@ -80,6 +89,17 @@ MinedTripletSampler.groups_per_batch = {num_groups}
 MinedTripletSampler.negatives_per_group = 6
 Miner.records_per_class = {records_per_class}
 """
+# Small networks from random weights need a smaller scale and margin than the papers'.
+_CENTRES = """
+ARC_SCALE = 16.0
+ARC_MARGIN = 0.2
+CENTRE_LEARNING_RATE = 1.0
+"""
+_SUB_CENTRES = _CENTRES + "ClassCentres.centres_per_class = 3\n"
+_FILTER = """
+ArcFaceLoss.class_filter = @ClassFilter()
+ClassFilter.above = 0.5
+"""
 # The loss, and what is added to the base.
 _WAYS = {
   "batch_all": ("batch_all", ""),
@@ -93,6 +113,11 @@ _WAYS = {
   "info_nce + memory bank": ("info_nce", _BANK),
   "batch_all + hard classes": ("batch_all", _HARD_CLASSES),
   "batch_all + offline": ("batch_all", _GROUPS),
+  "arc_face": ("arc_face", _CENTRES),
+  "arc_face, 3 centres": ("arc_face", _SUB_CENTRES),
+  "arc_face, filter": ("arc_face", _CENTRES + _FILTER),
+  "arc_face + batch_hard": ("arc_face_and_batch_hard", _CENTRES),
+  "proxy_anchor": ("proxy_anchor", ""),
 }
 # Batches of Fashion-MNIST have all its classes.
 _NOT_POSSIBLE = {("fashion_mnist", "batch_all + hard classes")}
@@ -103,6 +128,8 @@ def main(_):
   for data in _DATA.value:
     results = pathlib.Path(_FOLDER.value) / f"{data}.jsonl"
     results.parent.mkdir(parents=True, exist_ok=True)
+    if data == "exchanged_glyphs":
+      _exchange_labels()
     done = {(row["way"], row["seed"]) for row in _rows(results)}
     for seed in range(1, _NUM_SEEDS.value + 1):
       for way in ways:
@@ -121,6 +148,29 @@ def main(_):
     )
 
 
+def _exchange_labels():
+  """Ingests glyphs with some training labels exchanged, unless it is done."""
+  folder, arrays = _ROOT / "data" / "exchanged_glyphs", _ROOT / "data" / "glyphs_arrays"
+  if (folder / "index").exists():
+    return
+  dataset = Dataset(
+    folder=str(_ROOT / "data" / "glyphs"),
+    split=HashSplit(evaluation_fraction=_EVALUATION_FRACTION),
+    decoder=ImageDecoder(height=32, width=32, channels=1),
+  )
+  labels = np.load(arrays / "labels.npy")
+  training = {dataset.index.class_names[int(each)] for each in dataset.train_classes}
+  rows = np.flatnonzero([str(label) in training for label in labels])
+  exchanged = np.random.default_rng(0).permutation(rows)
+  exchanged = exchanged[: int(_EXCHANGED_SHARE * len(rows))]
+  labels[exchanged] = np.roll(labels[exchanged], 1)
+  np.save(arrays / "exchanged_labels.npy", labels)
+  source = NumpySource(
+    inputs=str(arrays / "images.npy"), labels=str(arrays / "exchanged_labels.npy")
+  )
+  ingest(source=source, folder=str(folder))
+
+
 def _rows(path):
   lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
   return [json.loads(line) for line in lines]
@@ -133,7 +183,8 @@ def _run(data, way, seed):
   config = folder.with_suffix(".gin")
   loss, more = _WAYS[way]
   config.write_text(
-    _BASE.format(root=_ROOT, data=data, loss=loss, seed=seed)
+    _BASE.format(root=_ROOT, data=data.removeprefix("exchanged_"), loss=loss, seed=seed)
+    + f"DATA_DIR = 'data/{data}'\n"
     + _BATCHES[data]
     + more.format(
       root=_ROOT,

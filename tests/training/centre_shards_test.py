@@ -21,6 +21,7 @@ from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.training import centre_shards, checkpoint_files, parity
 from trainer.training.checkpoint import Checkpoints, TrainingState
+from trainer.training.options import StepOptions
 from trainer.training.row_optimizers import RowAdam, RowSGD
 from trainer.training.step import TrainStep
 
@@ -32,7 +33,12 @@ _OPTIMIZERS = {
 
 
 def _make_step(
-  rate=1.0, optimizer="adam", centres_per_class=1, names=range(37), encoder=None
+  rate=1.0,
+  optimizer="adam",
+  centres_per_class=1,
+  names=range(37),
+  encoder=None,
+  options=StepOptions(),  # noqa: B008  It is frozen.
 ):
   tf.keras.utils.set_random_seed(1)
   step = TrainStep(
@@ -48,6 +54,7 @@ def _make_step(
     objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.Adam(0.01),
     mining_statistics=None,
+    options=options,
   )
   hashes = np.array([1 + 7 * name for name in names], np.uint64)
   labels = np.arange(len(names))
@@ -334,3 +341,42 @@ def test_a_number_of_classes_that_is_not_the_data_s_is_refused():
   centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), num_classes=5)
   with pytest.raises(UserError, match="num_classes=5, and the training data has 6"):
     centres.create_variables(4, TrainingClasses(range(6)))
+
+
+def _never_seen(strategy, step, batch):
+  """The share of classes that were in no batch before this one."""
+  with strategy.scope():
+    outcome = parity.trained(strategy, lambda: step, [batch])
+  return outcome.statistics["centres/never_seen"]
+
+
+@pytest.mark.parametrize("num_replicas", [1, 4])
+def test_share_of_classes_never_seen_is_counted_and_restored(
+  mirrored, tmp_path, num_replicas
+):
+  batches = _batches()
+  seen = np.unique(np.concatenate([batches[0].labels, batches[1].labels]))
+  seen = seen[seen != PADDING_LABEL]
+  strategy, other = mirrored(2), mirrored(num_replicas)
+  with strategy.scope():
+    step = _make_step(0.3)
+    assert _never_seen(strategy, step, batches[0]) == 1
+    _never_seen(strategy, step, batches[1])
+    checkpoints = _checkpoints(step, tmp_path)
+    checkpoints.save(2)
+    checkpoints.wait()
+  with other.scope():
+    step = _make_step(0.3)
+    _checkpoints(step, tmp_path).restore()
+  expected = 1 - len(seen) / _NUM_CLASSES
+  np.testing.assert_allclose(_never_seen(other, step, batches[2]), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  "options", [StepOptions(num_micro_batches=3), StepOptions(compiled="step")]
+)
+def test_gradient_cache_and_compilation_change_nothing(options):
+  wanted = parity.expected(_make_step, _batches(), 1)
+  found = parity.expected(lambda: _make_step(options=options), _batches(), 1)
+  errors = parity.errors(found, wanted)
+  assert parity.is_equal(errors), parity.table([("centres", errors)])

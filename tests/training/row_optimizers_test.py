@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
-from trainer.losses.class_centres import ClassCentres, TrainingClasses
+from trainer.losses.class_centres import ClassCentres, RowUpdate, TrainingClasses
 from trainer.training.row_optimizers import RowAdam, RowSGD
 
 _NUM_CLASSES, _NUM_DIMENSIONS = 30, 4
@@ -62,7 +62,9 @@ def test_ten_steps_over_all_rows_equal_those_of_keras(name):
   for step in range(10):
     rows = _read(table, step)
     gradient = random.normal(size=dense.shape).astype(np.float32)
-    table.update(rows.indices, tf.constant(gradient), tf.constant(step))
+    table.update(
+      RowUpdate(rows.indices, tf.constant(gradient), rows.own_rows), tf.constant(step)
+    )
     # Keras has no SGD with a decay that is part of the gradient.
     decay = 0.1 * dense if name == "decay" else 0.0
     optimizer.apply_gradients([(gradient + decay, dense)])
@@ -79,7 +81,9 @@ def test_rows_that_are_not_read_keep_value_and_moments(name):
     rows = _read(table, step)
     read = rows.indices.numpy()[rows.is_used.numpy()]
     gradient = random.normal(size=rows.vectors.shape).astype(np.float32)
-    table.update(rows.indices, tf.constant(gradient), tf.constant(step))
+    table.update(
+      RowUpdate(rows.indices, tf.constant(gradient), rows.own_rows), tf.constant(step)
+    )
     is_read = np.isin(np.arange(_NUM_CLASSES), read)
     is_ever_left |= ~is_read
     for old, new in zip(before, _values(table)):
@@ -97,7 +101,9 @@ def test_update_of_some_rows_is_that_of_a_dense_optimizer_of_those_rows(name):
     values, *moments = _values(table)
     rows = _read(table, step)
     gradient = random.normal(size=rows.vectors.shape).astype(np.float32)
-    table.update(rows.indices, tf.constant(gradient), tf.constant(step))
+    table.update(
+      RowUpdate(rows.indices, tf.constant(gradient), rows.own_rows), tf.constant(step)
+    )
     is_used = rows.is_used.numpy()
     read = rows.indices.numpy()[is_used]
     expected, changed = optimizer.update(

@@ -239,6 +239,7 @@ def centre_statistics(
     "centres/nearest_other_cosine": weighted_mean(nearest, has_other),
     "centres/accuracy": weighted_mean(is_correct, has_other),
     "centres/norm": weighted_mean(_norms_of_own(rows), rows.columns >= 0),
+    "centres/never_seen": rows.never_seen,
   }
 
 

@@ -21,6 +21,7 @@ import tensorflow as tf
 from trainer.distribute.collectives import Collectives, current_collectives
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError, check_choice
+from trainer.losses.loss_terms import WeightedMean
 
 # Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
 _ROWS_PER_TILE = 2048
@@ -50,6 +51,9 @@ class CentreRows(NamedTuple):
       replica has it, or for padding.
     centres_per_class: k.
     log_weights: [S] float32, added to the logits of other classes; None for 0.
+    own_rows: [N] int32, row of each example's class in the replica's table; the number
+      of rows if another replica has it, or for padding.
+    never_seen: the classes of this replica that were in no batch before, and all.
   """
 
   vectors: tf.Tensor
@@ -58,6 +62,22 @@ class CentreRows(NamedTuple):
   columns: tf.Tensor
   centres_per_class: int
   log_weights: Optional[tf.Tensor] = None
+  own_rows: Optional[tf.Tensor] = None
+  never_seen: Optional[WeightedMean] = None
+
+
+class RowUpdate(NamedTuple):
+  """An update of the rows read in a step.
+
+  Attributes:
+    indices: as in `CentreRows`.
+    gradients: [S·k, D], to the vectors.
+    own_rows: as in `CentreRows`.
+  """
+
+  indices: Optional[tf.Tensor]
+  gradients: tf.Tensor
+  own_rows: tf.Tensor
 
 
 class TrainingClasses(NamedTuple):
@@ -203,14 +223,11 @@ class ClassCentres:
     size = self._num_rows + (0 if self._reads_all else 1)
     width = self.centres_per_class * embedding_size
     self._tables = [
-      tf.Variable(
-        tf.zeros([size, width]),
-        trainable=False,
-        synchronization=tf.VariableSynchronization.ON_READ,
-        aggregation=tf.VariableAggregation.NONE,
-      )
+      _of_each_replica(tf.zeros([size, width]))
       for _ in range(1 + self._optimizer.num_moments)
     ]
+    # Examples without a row here refer to one more.
+    self._is_seen = _of_each_replica(tf.zeros([self._num_rows + 1], tf.bool))
     self._embedding_size = embedding_size
     self.assign_rows(self.initial_rows)
 
@@ -272,15 +289,15 @@ class ClassCentres:
     numbers = self._numbers_of(labels)
     table = _of_this_replica(self._tables[0])
     log_weights = None
+    own_rows = numbers - first
+    is_mine = (numbers >= 0) & (own_rows >= 0) & (own_rows < self.classes_per_replica)
     if self._reads_all:
       places = tf.range(self._num_rows)
       is_used = (places < self.classes_per_replica) & (
         first + places < self.num_classes
       )
-      columns = numbers - first
-      is_mine = (numbers >= 0) & (columns >= 0) & (columns < self.classes_per_replica)
       vectors, indices = tf.convert_to_tensor(table), None
-      columns = tf.where(is_mine, columns, -1)
+      columns = tf.where(is_mine, own_rows, -1)
     else:
       indices, is_used, columns, log_weights = self._sample(numbers, first, step)
       vectors = table.sparse_read(indices)
@@ -291,23 +308,33 @@ class ClassCentres:
       columns,
       self.centres_per_class,
       log_weights,
+      tf.where(is_mine, own_rows, self._num_rows),
+      self._never_seen(first),
     )
 
+  def _never_seen(self, first: tf.Tensor) -> WeightedMean:
+    count = tf.clip_by_value(self.num_classes - first, 0, self.classes_per_replica)
+    is_seen = tf.convert_to_tensor(_of_this_replica(self._is_seen))[:-1]
+    count = tf.cast(count, tf.float32)
+    return WeightedMean(count - tf.reduce_sum(tf.cast(is_seen, tf.float32)), count)
+
   def update(
-    self,
-    indices: Optional[tf.Tensor],
-    gradients: tf.Tensor,
-    step: tf.Tensor,
-    is_applied: Optional[tf.Tensor] = None,
+    self, rows: RowUpdate, step: tf.Tensor, is_applied: Optional[tf.Tensor] = None
   ) -> None:
     """Updates this replica's rows.
 
     Args:
-      indices: from the rows read.
-      gradients: [S·k, D], to their vectors.
+      rows: which, and their gradients.
       step: [] integer, number of steps done before.
       is_applied: [] bool, false to leave rows and moments as they are; None for true.
     """
+    indices, gradients, own_rows = rows
+    seen = tf.ones_like(own_rows, tf.bool)
+    if is_applied is not None:
+      seen &= is_applied
+    is_seen = _of_this_replica(self._is_seen)
+    seen |= is_seen.sparse_read(own_rows)
+    is_seen.scatter_update(tf.IndexedSlices(seen, own_rows))
     tables = [_of_this_replica(each) for each in self._tables]
     if indices is None:
       before = [tf.convert_to_tensor(each) for each in tables]
@@ -414,6 +441,20 @@ class ClassCentres:
       for first, last, tables in self._local_tables()
     ]
 
+  def local_seen(self) -> list[tuple[int, np.ndarray]]:
+    """Copies whether classes were in a batch: like `local_rows`, but [n] bool."""
+    return [
+      (first, is_seen.numpy()[: last - first])
+      for first, last, is_seen in self._of_local_replicas(self._is_seen)
+    ]
+
+  def assign_seen(self, read_fn: Callable[[int, int], np.ndarray]) -> None:
+    """Sets whether classes were in a batch: like `assign_rows`, but [n] bool."""
+    for first, last, is_seen in self._of_local_replicas(self._is_seen):
+      values = np.zeros(is_seen.shape, bool)
+      values[: last - first] = read_fn(first, last)
+      is_seen.assign(values)
+
   def assign_rows(self, read_fn: Callable[[int, int], np.ndarray]) -> None:
     """Sets the rows of this worker's replicas.
 
@@ -454,20 +495,16 @@ class ClassCentres:
     """Returns the centres of all classes, [C, k, D] float32, on every worker."""
     strategy = tf.distribute.get_strategy()
 
-    def tile_of_replica(first: tf.Tensor) -> tf.Tensor:
+    def on_replica(first: tf.Tensor) -> tf.Tensor:
       rows = tf.minimum(first + tf.range(_BLOCK), self.classes_per_replica - 1)
       table = _of_this_replica(self._tables[0])
       return current_collectives().gather(table.sparse_read(rows)[None])
 
-    @tf.function(autograph=False)
-    def tile(first: tf.Tensor) -> tf.Tensor:
-      return strategy.run(tile_of_replica, (first,))
-
+    gather = tf.function(lambda first: strategy.run(on_replica, (first,)))
     parts = []
     for first in range(0, self.classes_per_replica, _BLOCK):
-      size = min(_BLOCK, self.classes_per_replica - first)
-      found = strategy.experimental_local_results(tile(tf.constant(first)))[0]
-      parts.append(found.numpy()[:, :size])
+      block = strategy.experimental_local_results(gather(tf.constant(first)))[0]
+      parts.append(block.numpy()[:, : self.classes_per_replica - first])
     centres = np.concatenate(parts, 1)  # [R, ⌈C/R⌉, k·D]
     shape = (-1, self.centres_per_class, self._embedding_size)
     return centres.reshape(shape)[: self.num_classes]
@@ -491,13 +528,22 @@ class ClassCentres:
 
   def _local_tables(self) -> Iterator[tuple[int, int, list[tf.Variable]]]:
     """Yields first and last class and the variables of this worker's replicas."""
-    replicas = [getattr(each, "values", (each,)) for each in self._tables]
-    first_replica = current_workers().index * len(replicas[0])
-    for number, tables in enumerate(zip(*replicas), first_replica):
+    of_replicas = map(self._of_local_replicas, self._tables)
+    for of_replica in zip(*of_replicas):
+      first, last, _ = of_replica[0]
+      yield first, last, [table for _, _, table in of_replica]
+
+  def _of_local_replicas(
+    self, variable: tf.Variable
+  ) -> Iterator[tuple[int, int, tf.Variable]]:
+    """Yields first and last class and the variable of this worker's replicas."""
+    values = getattr(variable, "values", (variable,))
+    first_replica = current_workers().index * len(values)
+    for number, value in enumerate(values, first_replica):
       first = number * self.classes_per_replica
       last = min(first + self.classes_per_replica, self.num_classes)
       if first < last:
-        yield first, last, list(tables)
+        yield first, last, value
 
   def initial_rows(self, first: int, last: int) -> np.ndarray:
     """Returns rows of classes before the first step, [n, 1 + m, k·D] float32.
@@ -530,6 +576,16 @@ def _part_of(draws: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
   """Returns integers in 0…length−1, int64, from random uint32."""
   products = tf.cast(draws, tf.int64) * lengths
   return tf.bitwise.right_shift(products, tf.constant(32, tf.int64))
+
+
+def _of_each_replica(initial_value: tf.Tensor) -> tf.Variable:
+  """Creates a variable of which each replica has its own value."""
+  return tf.Variable(
+    initial_value,
+    trainable=False,
+    synchronization=tf.VariableSynchronization.ON_READ,
+    aggregation=tf.VariableAggregation.NONE,
+  )
 
 
 def _of_this_replica(variable: tf.Variable) -> tf.Variable:

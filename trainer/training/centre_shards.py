@@ -18,7 +18,7 @@ import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 import numpy as np
 from absl import logging
@@ -27,7 +27,12 @@ from trainer.errors import UserError, short_reason
 from trainer.losses.class_centres import ClassCentres
 from trainer.runtime import filesystem
 
-_ROWS = re.compile(r"ckpt-(\d{1,18})\.centres-(\d{1,3})-(\d{10})-(\d{10})\.npy")
+# Rows of a table, and which of its classes were in a batch.
+_ROWS = re.compile(
+  r"ckpt-(?P<step>\d{1,18})\.(?P<kind>centres|seen)-(?P<table>\d{1,3})"
+  r"-(?P<first>\d{10})-(?P<last>\d{10})\.npy"
+)
+_KINDS = ("centres", "seen")
 _CLASSES = re.compile(r"ckpt-(\d{1,18})\.classes\.npy")
 _WAIT_S, _DEADLINE_S, _DEADLINE_OF_END_S = 0.05, 600.0, 10.0
 
@@ -37,7 +42,8 @@ class Rows(NamedTuple):
 
   Attributes:
     name: of their file.
-    values: [n, 1 + m, k·D] float32, centres and moments.
+    values: [n, 1 + m, k·D] float32, centres and moments; [n] bool, whether a class was
+      in a batch; or [C] uint64, hashes of the names of all classes.
   """
 
   name: str
@@ -57,9 +63,10 @@ def shard_names(step: int, tables: Sequence[ClassCentres]) -> list[str]:
     tables: their variables exist.
   """
   names = [
-    _name(step, number, first, last)
+    _name(step, kind, number, first, last)
     for number, table in enumerate(tables)
     for first, last in table.ranges
+    for kind in _KINDS
   ]
   return [*names, f"ckpt-{step}.classes.npy"] if tables else []
 
@@ -73,9 +80,10 @@ def copy_rows(step: int, tables: Sequence[ClassCentres], is_chief: bool) -> list
     is_chief: whether this worker also writes the names of the classes.
   """
   rows = [
-    Rows(_name(step, number, first, first + len(values)), values)
+    Rows(_name(step, kind, number, first, first + len(values)), values)
     for number, table in enumerate(tables)
-    for first, values in table.local_rows()
+    for kind, parts in zip(_KINDS, (table.local_rows(), table.local_seen()))
+    for first, values in parts
   ]
   if tables and is_chief:
     rows.append(Rows(f"ckpt-{step}.classes.npy", tables[0].name_hashes))
@@ -162,7 +170,7 @@ def remove_unpublished(folder: str, published: Sequence[int]) -> None:
   if not os.path.isdir(folder):
     return
   for name in os.listdir(folder):
-    match = re.match(r"ckpt-(\d{1,18})\.(centres-|classes)", name)
+    match = re.match(r"ckpt-(\d{1,18})\.(centres-|seen-|classes)", name)
     is_left = match and int(match[1]) not in published
     if is_left or (match and name.endswith(".json")):
       os.remove(os.path.join(folder, name))
@@ -178,7 +186,7 @@ def remove_step(folder: str, step: int) -> None:
     step: not published.
   """
   if os.path.isdir(folder):
-    pattern = re.compile(rf"ckpt-{step}\.(centres-|classes)")
+    pattern = re.compile(rf"ckpt-{step}\.(centres-|seen-|classes)")
     names = filter(pattern.match, os.listdir(folder))
     _remove([os.path.join(folder, name) for name in names])
 
@@ -213,7 +221,7 @@ def restore_rows(
   Raises:
     UserError: the checkpoint has other tables, or other classes and may not.
   """
-  saved = saved_rows(folder, files)
+  saved, seen = (saved_rows(folder, files, kind) for kind in _KINDS)
   if len(saved) != len(tables):
     raise UserError(
       f"the checkpoint has {len(saved)} tables of class centres, and the loss of this "
@@ -227,9 +235,15 @@ def restore_rows(
   if not np.array_equal(hashes, tables[0].name_hashes):
     new = np.flatnonzero(sources < 0)
     _report_other_classes(sources, len(hashes), allows_other_classes)
-  for rows, table in zip(saved, tables):
-    table.assign_rows(_Reader(rows, sources, table).read)
+  for rows, is_seen, table in zip(saved, seen, tables):
+    table.check_row_shape(rows.shape)
+    table.assign_rows(_Reader(rows, sources, table.initial_rows).read)
+    table.assign_seen(_Reader(is_seen, sources, _initially_seen).read)
   return new
+
+
+def _initially_seen(first: int, last: int) -> np.ndarray:
+  return np.zeros(last - first, bool)
 
 
 def saved_classes(folder: str, files: Mapping[str, Any]) -> np.ndarray:
@@ -243,18 +257,21 @@ def saved_classes(folder: str, files: Mapping[str, Any]) -> np.ndarray:
   return np.load(os.path.join(folder, name), allow_pickle=False)
 
 
-def saved_rows(folder: str, files: Mapping[str, Any]) -> list[SavedRows]:
+def saved_rows(
+  folder: str, files: Mapping[str, Any], kind: str = "centres"
+) -> list[SavedRows]:
   """Returns the rows of each table in a checkpoint.
 
   Args:
     folder: of the checkpoints.
     files: names of the files of a valid checkpoint.
+    kind: "centres", or "seen".
   """
   ranges: dict[int, list[tuple[int, int, str]]] = {}
   for match in filter(None, map(_ROWS.fullmatch, files)):
-    ranges.setdefault(int(match[2]), []).append(
-      (int(match[3]), int(match[4]), os.path.join(folder, match[0]))
-    )
+    if match["kind"] == kind:
+      place = (int(match["first"]), int(match["last"]), os.path.join(folder, match[0]))
+      ranges.setdefault(int(match["table"]), []).append(place)
   return [SavedRows(sorted(ranges[number])) for number in sorted(ranges)]
 
 
@@ -262,7 +279,7 @@ class SavedRows:
   """The rows of one table in a checkpoint, memory-mapped.
 
   Attributes:
-    shape: (1 + m, k·D), of a row.
+    shape: (1 + m, k·D), of a row; () for whether classes were seen.
 
   Args:
     ranges: first and last class, exclusive, and path of each file, ascending.
@@ -276,7 +293,7 @@ class SavedRows:
     self.shape = self._ranges[0][2].shape[1:]
 
   def read(self, numbers: np.ndarray) -> np.ndarray:
-    """Returns [n, 1 + m, k·D] float32.
+    """Returns [n, 1 + m, k·D] float32, or [n] bool.
 
     Args:
       numbers: [n] of classes among the saved ones.
@@ -284,7 +301,7 @@ class SavedRows:
     Raises:
       UserError: no file has some of these classes.
     """
-    rows = np.empty([len(numbers), *self.shape], np.float32)
+    rows = np.empty([len(numbers), *self.shape], self._ranges[0][2].dtype)
     is_read = np.zeros(len(numbers), bool)
     for first, last, saved in self._ranges:
       is_here = (numbers >= first) & (numbers < last)
@@ -347,32 +364,36 @@ class _Reader:
   Args:
     saved: rows of the checkpoint.
     sources: [C] int64, number of each class among the saved ones; −1 if new.
-    table: gives the rows of new classes.
+    initial_fn: gives the rows of new classes, from the first and the last, exclusive.
   """
 
-  def __init__(self, saved: SavedRows, sources: np.ndarray, table: ClassCentres):
+  def __init__(
+    self,
+    saved: SavedRows,
+    sources: np.ndarray,
+    initial_fn: Callable[[int, int], np.ndarray],
+  ):
     self._saved = saved
     self._sources = sources
-    self._table = table
+    self._initial_fn = initial_fn
 
   def read(self, first: int, last: int) -> np.ndarray:
-    """Returns [last − first, 1 + m, k·D] float32.
+    """Returns [last − first, 1 + m, k·D] float32, or [last − first] bool.
 
     Raises:
-      UserError: no file has some of these classes, or they have another shape.
+      UserError: no file has some of these classes.
     """
-    self._table.check_row_shape(self._saved.shape)
     sources = self._sources[first:last]
     is_saved = sources >= 0
     if is_saved.all():
       return self._saved.read(sources)
-    rows = self._table.initial_rows(first, last)
+    rows = self._initial_fn(first, last)
     rows[is_saved] = self._saved.read(sources[is_saved])
     return rows
 
 
-def _name(step: int, table: int, first: int, last: int) -> str:
-  return f"ckpt-{step}.centres-{table}-{first:010}-{last:010}.npy"
+def _name(step: int, kind: str, table: int, first: int, last: int) -> str:
+  return f"ckpt-{step}.{kind}-{table}-{first:010}-{last:010}.npy"
 
 
 def _facts_path(path: str) -> str:

@@ -192,7 +192,9 @@ def prune(folder: str, num_kept: int) -> None:
   kept = steps(folder)[:num_kept]
   for step in steps(folder)[num_kept:]:
     _remove(f"{prefix(folder, step)}.json")
-  endings = re.compile(r"ckpt-(\d+)\.(index|data-\d+-of-\d+|(centres-|classes).*)")
+  endings = re.compile(
+    r"ckpt-(\d+)\.(index|data-\d+-of-\d+|(centres-|seen-|classes).*)"
+  )
   for name in os.listdir(folder):
     match = endings.fullmatch(name)
     if match and int(match[1]) not in kept and int(match[1]) < max(kept):

@@ -213,9 +213,9 @@ class StepRerun:
     for weight, gradient in zip(self._step.trainable_variables, gradients):
       message = f"the gradient to {weight.name} is not finite"
       checks.append(_Check(message, _num_bad(gradient)))
-    for number, (_, gradient) in enumerate(result.update.rows):
+    for number, rows in enumerate(result.update.rows):
       message = f"the gradient to the class centres of table {number} is not finite"
-      checks.append(_Check(message, _num_bad(tf.linalg.global_norm([gradient]))))
+      checks.append(_Check(message, _num_bad(tf.linalg.global_norm([rows.gradients]))))
     checks.append(
       _Check(
         "the gradient is so large that its squared norm is not finite",

@@ -16,7 +16,7 @@ from trainer.distribute.collectives import (
   current_collectives,
 )
 from trainer.errors import UserError
-from trainer.losses.class_centres import CentreRows, TrainingClasses
+from trainer.losses.class_centres import CentreRows, RowUpdate, TrainingClasses
 from trainer.losses.cross_batch_memory import CrossBatchMemory, Entries
 from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.loss_terms import Anchors, MiningBatch, ReplicaLoss, WeightedMean
@@ -38,14 +38,14 @@ class Update(NamedTuple):
   Attributes:
     gradients: of the global loss, to each trainable variable.
     entries: of the global batch, for the cross-batch memory; None without one.
-    rows: of each table of class centres, indices and gradients of this replica's rows.
+    rows: of each table of class centres, the update of this replica's rows.
     active: nonzero terms and all terms of the loss, for a curriculum.
   """
 
   gradients: list[tf.Tensor]
   entries: Optional[Entries] = None
   active: WeightedMean = WeightedMean(0.0, 0.0)
-  rows: Sequence[tuple[Optional[tf.Tensor], tf.Tensor]] = ()
+  rows: Sequence[RowUpdate] = ()
 
 
 class StepResult(NamedTuple):
@@ -239,7 +239,10 @@ class TrainStep:
       gradients,
       entries,
       WeightedMean(*active_of_all),
-      [(each.indices, gradient) for each, gradient in zip(rows, to_rows)],
+      [
+        RowUpdate(each.indices, gradient, each.own_rows)
+        for each, gradient in zip(rows, to_rows)
+      ],
     )
     is_finite = tf.equal(num_bad, 0.0) & self._is_applicable(gradients)
     return StepResult(update, loss.statistics, is_finite)
@@ -268,8 +271,8 @@ class TrainStep:
     is_applied = None
     if update.rows and gradients_lib.has_loss_scale(self.optimizer):
       is_applied = _are_finite(update.gradients)  # Otherwise it skips the update too.
-    for table, (indices, gradients) in zip(self.loss.tables, update.rows):
-      table.update(indices, gradients, self.optimizer.iterations - 1, is_applied)
+    for table, rows in zip(self.loss.tables, update.rows):
+      table.update(rows, self.optimizer.iterations - 1, is_applied)
     for part in self._advancing:
       part.advance(tf.cast(self.optimizer.iterations, tf.int32), update.active)
 
