@@ -18,10 +18,10 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from tests.benchmarks import measure
+from tests.benchmarks import measure, references
 from trainer.distribute.collectives import OneReplica
 from trainer.losses.centre_losses import ArcFaceLoss
-from trainer.losses.class_centres import ClassCentres, TrainingClasses
+from trainer.losses.class_centres import ClassCentres, RowUpdate, TrainingClasses
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.objectives import global_negatives
 from trainer.training import centre_shards
@@ -61,7 +61,7 @@ def _step(centres, num_dimensions=_NUM_DIMENSIONS):
       tape.watch(rows.vectors)
       value = loss.replica_loss(pairs, [rows], alone).value
     to_embeddings, to_rows = tape.gradient(value, [embeddings, rows.vectors])
-    centres.update(rows.indices, to_rows, step)
+    centres.update(RowUpdate(rows.indices, to_rows, rows.own_rows), step)
     return value, to_embeddings
 
   return run
@@ -138,7 +138,7 @@ def large():
 
 
 def peers():
-  """Beside a dense head in Keras, at 100,000 classes."""
+  """Beside a dense head in Keras and PyTorch Metric Learning, at 100,000 classes."""
   num_classes = 100_000
   embeddings, labels = _batch(num_classes)
   head = tf.Variable(tf.random.stateless_normal([_NUM_DIMENSIONS, num_classes], (0, 3)))
@@ -166,6 +166,13 @@ def peers():
     "rate 1.0": _step(_table(num_classes, 1.0)),
     "rate 0.1": _step(_table(num_classes, 0.1)),
   }
+  reference = references.pml_arc_face(
+    labels.numpy().astype(np.int64), embeddings.numpy(), num_classes, _SCALE
+  )
+  if reference is None:
+    print("\nPyTorch Metric Learning is not installed.")
+  else:
+    runs["PyTorch ML"] = reference
   measure.show("100,000 classes", measure.compare(runs, 5), "dense head")
 
 

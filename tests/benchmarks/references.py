@@ -80,3 +80,25 @@ def pml_batch_all(labels, vectors, margin):
     return loss.detach()
 
   return run
+
+
+def pml_arc_face(labels, vectors, num_classes, scale):
+  """A step of PyTorch Metric Learning with SGD; None where it is not installed."""
+  try:
+    import torch
+    from pytorch_metric_learning import losses
+  except ImportError:
+    return None
+  loss_fn = losses.ArcFaceLoss(num_classes, vectors.shape[1], margin=28.6, scale=scale)
+  optimizer = torch.optim.SGD(loss_fn.parameters(), lr=0.1, momentum=0.9)
+  labels = torch.tensor(labels)
+
+  def run():
+    embeddings = torch.tensor(vectors, requires_grad=True)
+    optimizer.zero_grad()
+    loss = loss_fn(embeddings, labels)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+  return run
