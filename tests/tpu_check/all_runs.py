@@ -28,7 +28,7 @@ def main(topology_name: str = "v5e:2x2") -> None:
   for path in sorted(pathlib.Path("configs/runs").glob("*.gin")):
     run_config.load([str(path)], needed=("train",))
     try:
-      run = replica_program.build_run_step()
+      run = replica_program.build_run_step(topology.num_replicas)
     except UserError as error:
       print(f"| {path.name} | {error} |")
       continue

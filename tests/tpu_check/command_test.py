@@ -36,6 +36,10 @@ def run(compiler_python, capsys, monkeypatch):
         "configs/runs/fashion_mnist.gin",
         ["PKSampler.classes_per_batch = 4", "TrainStep.mining_statistics = None"],
       ),
+      (
+        "configs/runs/digits_class_centres.gin",
+        ["ClassCentres.num_classes = 1_000_000", "CENTRE_SAMPLING_RATE = 0.1"],
+      ),
     ],
   ),
 )
@@ -93,6 +97,10 @@ def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
     ([_DIGITS, "--topology=v5e-8"], "such as v5e:2x4"),
     (["--topology=v5e:2x2"], "one run file is needed; got 0"),
     ([_DIGITS, "--topolgy=v5e:2x2"], "topolgy"),
+    (
+      ["configs/runs/digits_class_centres.gin", "--topology=v5e:2x2"],
+      "ClassCentres.num_classes is not set",
+    ),
     (["nowhere.gin", "--topology=v5e:2x2"], "nowhere.gin"),
     (
       [_DIGITS, "--topology=v5e:2x2", "--gin_param=PKSampler.classes_per_batch = 6"],

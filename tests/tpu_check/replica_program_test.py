@@ -16,7 +16,8 @@ from tests.distribute.parity_test import LOSSES
 from tests.thorough import thorough_except
 from trainer.data.pipeline import PADDING_LABEL, Batch
 from trainer.distribute.collectives import OneReplica
-from trainer.losses import InfoNCELoss, LearnedTemperature, tiled_loss
+from trainer.losses import ArcFaceLoss, InfoNCELoss, LearnedTemperature, tiled_loss
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.losses.cross_batch_memory import CrossBatchMemory
 from trainer.losses.loss_terms import Anchors, Candidates
 from trainer.losses.objectives import global_negatives
@@ -26,6 +27,7 @@ from trainer.tpu_check import replica_program
 from trainer.training import optimizers
 from trainer.training.optimizers import MultiOptimizer
 from trainer.training.options import StepOptions
+from trainer.training.row_optimizers import RowSGD
 from trainer.training.step import TrainStep
 
 _NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 8, 3, (6, 6, 1)
@@ -100,6 +102,12 @@ def test_replicas_that_do_not_speak_are_seen_to_differ(compiler):
 
 
 _NUM_REPLICAS_LOSSES, _NUM_EXAMPLES, _INPUT_SIZE = 4, 6, 10
+_BATCH = Batch(
+  tf.TensorSpec([_NUM_EXAMPLES, _INPUT_SIZE]),
+  tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
+  tf.TensorSpec([_NUM_EXAMPLES]),
+  tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
+)
 STEPS = LOSSES
 
 
@@ -113,13 +121,7 @@ def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
     mining_statistics=mining_statistics,
   )
   step.create_variables((_INPUT_SIZE,))
-  batch = Batch(
-    tf.TensorSpec([_NUM_EXAMPLES, _INPUT_SIZE]),
-    tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
-    tf.TensorSpec([_NUM_EXAMPLES]),
-    tf.TensorSpec([_NUM_EXAMPLES], tf.int32),
-  )
-  return replica_program.export_program(step, batch, num_replicas).hlo
+  return replica_program.export_program(step, _BATCH, num_replicas).hlo
 
 
 @pytest.mark.parametrize("num_candidates", [1024, 65_536])
@@ -148,6 +150,24 @@ _ONE_OF_EACH = list({name.split("-")[0]: name for name in STEPS}.values())
 @pytest.mark.parametrize("name", thorough_except(_ONE_OF_EACH, STEPS))
 def test_the_step_of_every_loss_lowers(name):
   assert b"all-reduce" in lowered(STEPS[name], _NUM_REPLICAS_LOSSES, None)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_step_with_class_centres_lowers(rate):
+  table = ClassCentres(optimizer=RowSGD(learning_rate=0.1), sampling_rate=rate)
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=6),
+    loss=ArcFaceLoss(centres=table),
+    objective_fn=global_negatives,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+    mining_statistics=None,
+  )
+  step.create_variables((_INPUT_SIZE,))
+  table.create_variables(6, TrainingClasses(range(10)), _NUM_REPLICAS_LOSSES)
+  assert table.classes_per_replica == 3
+  program = replica_program.export_program(step, _BATCH, _NUM_REPLICAS_LOSSES)
+  assert b"all-reduce" in program.hlo
+  assert [3, 6] in [[*each.shape] for each in program.variables] or rate < 1
 
 
 _OPTIMIZERS = {

@@ -67,13 +67,7 @@ class CentreRows(NamedTuple):
 
 
 class RowUpdate(NamedTuple):
-  """An update of the rows read in a step.
-
-  Attributes:
-    indices: as in `CentreRows`.
-    gradients: [S·k, D], to the vectors.
-    own_rows: as in `CentreRows`.
-  """
+  """Indices and own rows of `CentreRows`, and the gradients [S·k, D] to its vectors."""
 
   indices: Optional[tf.Tensor]
   gradients: tf.Tensor
@@ -184,26 +178,32 @@ class ClassCentres:
     self.new_classes = new_classes
     self._optimizer = optimizer
     self._sampling_rate = sampling_rate
-    self._given_num_classes = num_classes
+    self.given_num_classes = num_classes
     self._is_corrected = is_corrected
     self._seed = seed
     self._tables: list[tf.Variable] = []
 
-  def create_variables(self, embedding_size: int, classes: TrainingClasses) -> None:
+  def create_variables(
+    self,
+    embedding_size: int,
+    classes: TrainingClasses,
+    num_replicas: Optional[int] = None,
+  ) -> None:
     """Creates the rows of each replica.
 
     Args:
       embedding_size: D.
       classes: C of them.
+      num_replicas: R; None for the replicas of the strategy.
 
     Raises:
       UserError: the number of classes is not the configured one, or below 2.
     """
     labels, self._class_sizes, name_hashes = classes
     num_classes = len(labels)
-    if self._given_num_classes not in (None, num_classes):
+    if self.given_num_classes not in (None, num_classes):
       raise UserError(
-        f"ClassCentres.num_classes={self._given_num_classes}, and the training data "
+        f"ClassCentres.num_classes={self.given_num_classes}, and the training data "
         f"has {num_classes} classes; set {num_classes}, or leave it out."
       )
     if num_classes < 2:
@@ -216,7 +216,7 @@ class ClassCentres:
     self.name_hashes = np.asarray(
       self.labels if name_hashes is None else name_hashes, np.uint64
     )
-    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    num_replicas = num_replicas or tf.distribute.get_strategy().num_replicas_in_sync
     self.classes_per_replica = -(-num_classes // num_replicas)
     self._num_rows = padded(self.classes_per_replica)
     # Unused places of a sample refer to one more row.

@@ -339,7 +339,7 @@ def check(topology: Topology, *, compiler_python: str, is_fitting: bool) -> bool
     UserError: the run's parts do not fit each other or the replicas.
   """
   compiler = Compiler(compiler_python)
-  run = replica_program.build_run_step()
+  run = replica_program.build_run_step(topology.num_replicas)
   if topology.tpu is not None:
     checks.check_tpu_limits(run.step)
   print(devices_text(topology))

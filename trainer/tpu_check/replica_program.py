@@ -17,6 +17,7 @@ from trainer.data.index_arrays import MemberTable
 from trainer.data.pipeline import Batch
 from trainer.distribute.collectives import XlaCollectives, using
 from trainer.errors import UserError
+from trainer.losses.class_centres import TrainingClasses
 from trainer.losses.tiled_loss import for_accelerator
 from trainer.training.checks import check_batch
 from trainer.training.step import TrainStep
@@ -88,22 +89,31 @@ class RunStep(NamedTuple):
     )
 
 
-def build_run_step() -> RunStep:
+def build_run_step(num_replicas: int) -> RunStep:
   """Returns the step of the current gin config.
 
+  Args:
+    num_replicas: R, over which class centres are divided.
+
   Raises:
-    UserError: the parts do not fit each other, or the sampler needs the data.
+    UserError: the parts do not fit each other, the sampler needs the data, or the
+      number of classes of class centres is not set.
   """
   decoder = _decoder()
   # Pass by position: gin also builds arguments that are passed by name.
   parts = make_parts(_DeclaredDataset(decoder))
-  if parts.step.loss.tables:
-    raise UserError(
-      f"{type(parts.step.loss).__name__} has class centres, whose rows a replica reads "
-      "from its own part of a table; this check does not compile that."
-    )
   shape = _sampler_shape(parts)
-  parts.create_variables()
+  parts.create_variables(has_centres=False)
+  for table in parts.step.loss.tables:
+    if table.given_num_classes is None:
+      raise UserError(
+        "ClassCentres.num_classes is not set, and this check does not read the data; "
+        "set the number of training classes."
+      )
+    labels = np.arange(table.given_num_classes)
+    classes = TrainingClasses(labels, np.full(len(labels), _NUM_SAMPLES))
+    size = parts.step.encoder.embedding_size
+    table.create_variables(size, classes, num_replicas)
   return RunStep(parts.step, tuple(decoder.shape), *shape)
 
 
