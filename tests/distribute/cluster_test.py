@@ -1,4 +1,4 @@
-"""How workers meet: all come, somebody is missing, somebody is another."""
+"""Handshake of workers: complete, with a missing worker, with a different worker."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from trainer.errors import StalledError, UserError
 
 
 def free_addresses(num):
-  """Addresses of this machine that nobody listens on."""
+  """Returns addresses of this machine on which no process listens."""
   sockets = [socket.create_server(("", 0)) for _ in range(num)]
   ports = [each.getsockname()[1] for each in sockets]
   for each in sockets:
@@ -31,7 +31,7 @@ def free_addresses(num):
 
 
 def _meet(addresses, fingerprints, *, indexes=None, timeout_s=20.0):
-  """What comes of each worker: None or its error."""
+  """Returns the error of each worker, or None."""
   indexes = range(len(addresses)) if indexes is None else indexes
 
   def one(index, fingerprint):
@@ -45,17 +45,17 @@ def _meet(addresses, fingerprints, *, indexes=None, timeout_s=20.0):
     return list(pool.map(one, indexes, fingerprints))
 
 
-def test_workers_that_are_alike_meet():
+def test_identical_workers_form_a_cluster():
   assert _meet(free_addresses(3), [{"x": "1"}] * 3) == [None] * 3
 
 
-def test_their_ports_are_free_afterwards():
+def test_ports_are_released_after_the_handshake():
   addresses = free_addresses(2)
   for _ in range(2):
     assert _meet(addresses, [{}, {}]) == [None, None]
 
 
-def test_what_differs_is_named_on_every_worker():
+def test_every_worker_reports_the_facts_that_differ():
   fingerprints = [
     {"train.margin": "0.2"},
     {"train.margin": "0.2"},
@@ -67,11 +67,11 @@ def test_what_differs_is_named_on_every_worker():
   assert [str(error) for error in errors] == [expected] * 3
 
 
-def test_a_fact_that_one_worker_lacks_is_a_difference():
+def test_missing_fact_on_one_worker_is_a_difference():
   assert "numpy is nothing on worker 0, 2 on 1" in differences([{}, {"numpy": "2"}])
 
 
-def test_a_worker_that_does_not_come_is_named_to_those_who_did():
+def test_missing_worker_is_reported_to_the_other_workers():
   addresses = free_addresses(3)
   errors = _meet(addresses, [{}, {}], indexes=[0, 2], timeout_s=1.0)
   assert all(isinstance(error, StalledError) for error in errors)
@@ -79,7 +79,7 @@ def test_a_worker_that_does_not_come_is_named_to_those_who_did():
   assert [str(error) for error in errors] == [expected] * 2
 
 
-def test_a_chief_that_does_not_come_is_named():
+def test_missing_chief_is_reported():
   [error] = _meet(free_addresses(2), [{}], indexes=[1], timeout_s=0.5)
   assert isinstance(error, StalledError)
   assert "worker 0" in str(error)
@@ -95,7 +95,7 @@ def _connect(address):
       assert time.monotonic() < deadline
 
 
-def test_a_worker_that_is_there_twice_is_refused():
+def test_duplicate_worker_is_refused():
   addresses = free_addresses(3)
   greeting = {"index": 1, "addresses": addresses, "fingerprint": {}}
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -118,7 +118,7 @@ def test_workers_of_different_clusters_are_refused():
   assert "was started with the cluster" in str(error)
 
 
-def test_something_else_that_knocks_is_passed_over():
+def test_connections_of_other_programs_are_ignored():
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
     chief = pool.submit(wait_for_workers, Cluster(addresses, 0), {}, timeout_s=20.0)
@@ -145,7 +145,7 @@ _STRANGERS = (
 )
 
 
-def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
+def test_messages_that_are_not_from_a_worker_are_ignored(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 5.0)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -157,7 +157,7 @@ def test_messages_that_are_not_from_a_worker_are_passed_over(monkeypatch):
     assert chief.exception() is None
 
 
-def test_a_number_that_no_worker_has_is_refused():
+def test_worker_index_out_of_range_is_refused():
   addresses = free_addresses(2)
   greeting = {"index": 2, "addresses": addresses, "fingerprint": {}}
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -169,7 +169,7 @@ def test_a_number_that_no_worker_has_is_refused():
   assert "it is worker 2 of 2" in str(error)
 
 
-def test_a_line_without_end_is_given_up(monkeypatch):
+def test_unterminated_line_is_abandoned(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._MAX_MESSAGE_BYTES", 1000)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -180,7 +180,7 @@ def test_a_line_without_end_is_given_up(monkeypatch):
     assert chief.exception() is None
 
 
-def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
+def test_slow_sender_is_abandoned(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 0.3)
   addresses = free_addresses(2)
   is_over = threading.Event()
@@ -205,7 +205,7 @@ def test_one_that_sends_a_byte_at_a_time_is_given_up(monkeypatch):
 @pytest.mark.parametrize(
   "answer", [b"[]", b"{}", b'{"error": 1, "is_user_error": true}']
 )
-def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
+def test_worker_retries_after_an_answer_not_from_a_chief(answer):
   addresses = free_addresses(2)
   server = socket.create_server(("127.0.0.1", int(addresses[0].split(":")[1])))
   with server, concurrent.futures.ThreadPoolExecutor() as pool:
@@ -217,7 +217,7 @@ def test_an_answer_that_is_not_from_a_chief_is_asked_again(answer):
     assert worker.exception() is None
 
 
-def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
+def test_silent_connection_does_not_block_the_workers(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._MESSAGE_TIMEOUT_S", 0.2)
   addresses = free_addresses(2)
   with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -229,7 +229,7 @@ def test_a_silent_connection_does_not_hold_up_the_workers(monkeypatch):
     assert chief.exception() is None
 
 
-def test_a_port_in_use_is_named(monkeypatch):
+def test_port_in_use_is_reported(monkeypatch):
   monkeypatch.setattr("trainer.distribute.cluster._PORT_TIMEOUT_S", 0.0)
   with socket.create_server(("", 0)) as taken:
     address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -258,17 +258,17 @@ def _hostnames(nodes):
   return ["node9", "node10"]
 
 
-def test_without_a_word_there_is_no_cluster():
+def test_no_cluster_without_environment_variables():
   assert find_cluster({}) is None
   assert find_cluster({"SLURM_STEP_NUM_TASKS": "1"}) is None
 
 
-def test_workers_are_numbered_as_tf_config_lists_them():
+def test_worker_indices_follow_the_order_of_tf_config():
   environment = _tf_config({"worker": ["a:1", "b:2"]}, index=1)
   assert find_cluster(environment) == Cluster(("a:1", "b:2"), 1)
 
 
-def test_a_chief_comes_before_the_workers():
+def test_chief_has_index_zero():
   cluster = {"worker": ["b:2", "c:3"], "chief": ["a:1"]}
   assert find_cluster(_tf_config(cluster, "worker", 1)).address == "c:3"
   assert find_cluster(_tf_config(cluster, "chief")).index == 0
@@ -295,12 +295,12 @@ def test_a_chief_comes_before_the_workers():
     (_tf_config({"worker": ["a:1"]}, kind="evaluator"), "has a 'evaluator'"),
   ],
 )
-def test_a_tf_config_that_does_not_fit_is_refused(environment, message):
+def test_invalid_tf_config_is_refused(environment, message):
   with pytest.raises(UserError, match=message):
     find_cluster(environment)
 
 
-def test_slurm_tasks_are_numbered_node_by_node_as_slurm_orders_them():
+def test_slurm_tasks_are_numbered_by_node_in_the_order_of_slurm():
   cluster = from_slurm(_SLURM, _hostnames)
   assert cluster.index == 2
   assert [address.split(":")[0] for address in cluster.addresses] == [
@@ -311,7 +311,7 @@ def test_slurm_tasks_are_numbered_node_by_node_as_slurm_orders_them():
   assert len({address.split(":")[1] for address in cluster.addresses}) == 3
 
 
-def test_slurm_jobs_side_by_side_have_other_ports():
+def test_concurrent_slurm_jobs_use_different_ports():
   one, other = (
     from_slurm({**_SLURM, "SLURM_JOB_ID": job}, _hostnames) for job in ("7", "8")
   )
@@ -326,18 +326,18 @@ def test_slurm_jobs_side_by_side_have_other_ports():
     ({"SLURM_STEP_TASKS_PER_NODE": "1(x3)"}, "--distribution=block"),
   ],
 )
-def test_slurm_tasks_of_another_layout_are_refused(changed, message):
+def test_unsupported_layout_of_slurm_tasks_is_refused(changed, message):
   with pytest.raises(UserError, match=message):
     from_slurm({**_SLURM, **changed}, _hostnames)
 
 
-def test_a_slurm_variable_that_is_missing_is_named():
+def test_missing_slurm_variable_is_named():
   environment = {k: v for k, v in _SLURM.items() if k != "SLURM_LOCALID"}
   with pytest.raises(UserError, match="SLURM_LOCALID is not set; start the task with"):
     from_slurm(environment, _hostnames)
 
 
-def test_a_machine_without_slurm_says_so(monkeypatch):
+def test_missing_slurm_is_reported(monkeypatch):
   monkeypatch.setenv("PATH", "")
   with pytest.raises(UserError, match="scontrol show hostnames"):
     find_cluster(_SLURM)

@@ -1,4 +1,4 @@
-"""Collectives: values and gradients, against sums worked out by hand."""
+"""Values and gradients of collectives, against sums computed by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.run import Hardware
 
 
 def _on_replicas(strategy, function):
-  """What a replica function returns on each replica."""
+  """Returns the result of a replica function on each replica."""
   results = tf.function(lambda: strategy.run(function))()
   return [
     tf.nest.map_structure(lambda v: v.numpy(), each)
@@ -50,7 +50,7 @@ def test_gather_stacks_rows_in_the_order_of_the_replicas(mirrored):
 
 
 def test_gather_sums_the_gradients_of_all_replicas(mirrored):
-  # Replica r weighs by w·(1 + r), so that rows get 3·w, each its own part of w.
+  # Replica r has the weights w·(1 + r); each row receives 3 times its part of w.
   weights = 3 * np.arange(8.0).reshape(4, 2)
   for replica, (_, gradient) in enumerate(_on_replicas(mirrored(2), _gathered)):
     np.testing.assert_allclose(gradient, weights[2 * replica : 2 * replica + 2])
@@ -97,7 +97,7 @@ def test_sum_adds_over_replicas_and_so_does_its_gradient(mirrored):
   assert _on_replicas(mirrored(2), summed) == [(10.0, 3.0), (20.0, 3.0)]
 
 
-def test_one_replica_moves_nothing():
+def test_collectives_of_one_replica_are_the_identity():
   rows = tf.ones([2, 3])
   assert OneReplica().gather(rows) is rows
   assert OneReplica().sum(rows) is rows
@@ -115,7 +115,7 @@ def test_virtual_replicas_are_mirrored():
     (Hardware("auto", 64), "before TensorFlow uses a device"),
   ],
 )
-def test_hardware_that_is_not_there_is_refused(hardware, message):
+def test_missing_hardware_is_refused(hardware, message):
   if hardware.strategy == "mirrored" and tf.config.list_physical_devices("GPU"):
     pytest.skip("this machine has a GPU")
   with pytest.raises(UserError, match=message):
@@ -134,7 +134,7 @@ def _step_and_result(make_collectives, **options):
   return [v.numpy() for v in step.trainable_variables], summarize(statistics)
 
 
-def test_one_replica_trains_as_without_them():
+def test_one_replica_trains_like_a_model_without_collectives():
   weights, statistics = _step_and_result(lambda: XlaCollectives(1))
   expected_weights, expected_statistics = _step_and_result(OneReplica)
   assert statistics == pytest.approx(expected_statistics, rel=1e-5)
@@ -151,7 +151,7 @@ def test_a_step_of_four_replicas_lowers_to_all_reduces(options):
     lambda *batch: step(Batch(*batch), XlaCollectives(4)), jit_compile=True
   )
   text = update.experimental_get_compiler_ir(*specs)(stage="hlo")
-  # Embeddings, labels and weights are gathered; the count and gradients summed.
+  # Embeddings, labels and weights are gathered; count and gradients are summed.
   num_gradients = len(step.trainable_variables)
   gathered = re.findall(r"\[24(?:,6)?\]\S* all-reduce\(", text)
   assert len(re.findall(r" all-reduce\(", text)) >= 5 + num_gradients
@@ -160,7 +160,7 @@ def test_a_step_of_four_replicas_lowers_to_all_reduces(options):
 
 
 def test_rows_are_placed_by_the_number_of_the_replica():
-  # One replica stands for each of four: its sums bring nothing from others.
+  # A single replica plays each of four: its sums add nothing from the others.
   class Alone(XlaCollectives):
     replica_id = tf.constant(2)
 

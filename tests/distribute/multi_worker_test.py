@@ -1,4 +1,4 @@
-"""Several processes on loopback train from one command line as one process does."""
+"""Processes on loopback train from one command line like a single process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from trainer.retrieval.embedding_store import EmbeddingFolder
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
-# A smooth loss, because a rounding error can tip a triplet over the margin, and SGD,
-# because Adam divides gradients that are rounding errors by their own size.
+# A smooth loss, because a rounding error can move a triplet across the margin, and SGD,
+# because Adam normalizes gradients that consist of rounding errors.
 _REPLACED = {
   "batch_all.gin": "supervised_contrastive.gin",
   "adam.gin": "sgd.gin",
@@ -33,7 +33,7 @@ _PARAMS = (
   "LoopOptions.steps_per_loop = 2",
   "LoopOptions.checkpoint_every_steps = 4",
   "PKSampler.classes_per_batch = 6",
-  "TrainStep.mining_statistics = None",  # They take long to compile.
+  "TrainStep.mining_statistics = None",  # Slow to compile.
 )
 _MINING = (
   "train.mining = @OfflineMining()",
@@ -90,7 +90,7 @@ def _own_process(command, environment, folder):
 
 
 def _run_workers(commands, folders=None):
-  """Runs a process for each command, and gives each its output and exit status.
+  """Runs a process for each command and returns its output and exit status.
 
   Args:
     commands: one for each worker.
@@ -126,7 +126,7 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def _finished(folder, num_workers, *params, mode="train_and_evaluate"):
-  """The folder of a run of so many workers, and what each of them printed."""
+  """Returns the folder of a run of `num_workers` and the output of each worker."""
   model_dir = folder / f"of_{num_workers}_with_{len(params)}"
   done = _run_workers([_command(folder, model_dir, *params, mode=mode)] * num_workers)
   assert [status for *_, status in done] == [0] * num_workers, done
@@ -153,14 +153,14 @@ def _rows(model_dir):
 @pytest.mark.parametrize(
   "num_workers", [2, pytest.param(3, marks=pytest.mark.thorough)]
 )
-def test_workers_end_with_the_weights_of_one_process(folder, num_workers):
+def test_workers_train_the_weights_of_one_process(folder, num_workers):
   one, many = (_finished(folder, num)[0] for num in (1, num_workers))
-  assert _weights_that_differ(many, one) == []
+  assert _different_weights(many, one) == []
 
 
 @pytest.mark.parity
 @pytest.mark.thorough
-def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
+def test_workers_with_mining_train_the_weights_of_one_process(folder):
   one, two = (_finished(folder, num, *_MINING)[0] for num in (1, 2))
   for step in (2, 4):
     mined = [MiningRound(str(each), step, {}).arrays for each in (one, two)]
@@ -168,31 +168,31 @@ def test_workers_that_mine_end_with_the_weights_of_one_process(folder):
       *((each["class_neighbours"], each["negatives"]) for each in mined)
     )
     np.testing.assert_array_equal(*neighbours)
-    # Two neighbours may be equally near, to a rounding error.
+    # Two neighbours may have equal distances up to rounding.
     assert np.mean(np.equal(*examples)) > 0.99
   assert [row.get("mining/round_step") for row in _rows(two)] == [None, 2.0, 4.0]
-  assert _weights_that_differ(two, one) == []
+  assert _different_weights(two, one) == []
 
 
 def _centres(model_dir):
-  """Centres and moments of all classes at the last step."""
+  """Returns centres and moments of all classes at the last step."""
   shards = sorted((model_dir / "checkpoints").glob("ckpt-6.centres-0-*.npy"))
   return len(shards), np.concatenate([np.load(shard) for shard in shards])
 
 
 @pytest.mark.parity
-def test_workers_end_with_the_class_centres_of_one_process(folder):
-  _finished(folder, 1)  # For its data.
+def test_workers_train_the_class_centres_of_one_process(folder):
+  _finished(folder, 1)  # Creates the records.
   one, two = (_finished(folder, num, *_CENTRES, mode="train")[0] for num in (1, 2))
   (num_of_one, expected), (num_of_two, centres) = _centres(one), _centres(two)
   assert (num_of_one, num_of_two) == (1, 2)
   np.testing.assert_allclose(centres, expected, atol=1e-5 * np.abs(expected).max())
-  assert _weights_that_differ(two, one) == []
+  assert _different_weights(two, one) == []
 
 
 @pytest.mark.thorough
-def test_a_worker_without_room_for_its_centres_ends_all_in_one_line(folder):
-  _finished(folder, 1)  # For its data.
+def test_full_disk_on_one_worker_stops_all_when_centres_are_saved(folder):
+  _finished(folder, 1)  # Creates the records.
   params = (
     *_CENTRES,
     "LoopOptions.on_disk_full = 'stop'",
@@ -209,8 +209,8 @@ def test_a_worker_without_room_for_its_centres_ends_all_in_one_line(folder):
   assert not list((folder / "no_room_for_centres" / "checkpoints").glob("*centres*"))
 
 
-def test_a_worker_that_has_no_room_to_mine_ends_all_in_one_line(folder):
-  _finished(folder, 1)  # For its data.
+def test_full_disk_on_one_worker_stops_all_during_mining(folder):
+  _finished(folder, 1)  # Creates the records.
   command = _command(folder, folder / "no_room", *_MINING, mode="train")
   of_16_kb = ["bash", "-c", 'ulimit -f 16; exec "$@"', "-", *command]
   for _, errors, status in _run_workers([command, of_16_kb]):
@@ -220,8 +220,8 @@ def test_a_worker_that_has_no_room_to_mine_ends_all_in_one_line(folder):
     assert errors.splitlines()[-1].startswith("error: worker 1: ")
 
 
-def _weights_that_differ(got, expected):
-  """Names of weights that one run lacks, or that differ by more than 1e-5."""
+def _different_weights(got, expected):
+  """Returns names of weights missing in one run or different by more than 1e-5."""
   got, expected = _weights(got), _weights(expected)
   return sorted(got.keys() ^ expected.keys()) + [
     name
@@ -238,7 +238,7 @@ def _measured(model_dir):
 
 
 @pytest.mark.parametrize("num_workers", thorough_except([2], [2, 3]))
-def test_workers_log_and_measure_what_one_process_does(folder, num_workers):
+def test_workers_log_and_evaluate_the_same_metrics_as_one_process(folder, num_workers):
   one, many = (_finished(folder, num)[0] for num in (1, num_workers))
   timed = ("time", "train/images_per_second", "train/seconds_per_step")
   assert [row["step"] for row in _rows(many)] == [2, 4, 6]
@@ -248,7 +248,7 @@ def test_workers_log_and_measure_what_one_process_does(folder, num_workers):
   assert _measured(many) == pytest.approx(_measured(one), abs=2e-3)
 
 
-def test_the_chief_alone_writes(folder):
+def test_only_the_chief_writes(folder):
   model_dir, done = _finished(folder, 2)
   assert len(list(model_dir.glob("*tfevents*"))) == 1
   kept = sorted(path.name for path in (model_dir / "checkpoints").glob("*.index"))
@@ -258,7 +258,7 @@ def test_the_chief_alone_writes(folder):
   assert [out for out, _, _ in done[1:]] == [""]
 
 
-def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
+def test_user_error_on_one_worker_stops_all_in_one_line(folder):
   _finished(folder, 1)
   commands = [
     _command(folder, folder / f"own_{index}", mode="train") for index in range(2)
@@ -275,8 +275,8 @@ def test_a_mistake_on_one_worker_alone_ends_all_in_one_line(folder):
 
 
 @pytest.fixture(scope="module")
-def own_folders(folder):
-  """Folders for workers: with weights, with other weights and with damaged ones."""
+def worker_folders(folder):
+  """Folders of workers: with weights, with other weights and with damaged weights."""
   folders = {name: folder / name for name in ("whole", "other", "damaged")}
   for each in folders.values():
     each.mkdir()
@@ -293,8 +293,8 @@ _OTHER = ("train", "other", "the workers differ: SHA-256 of the initial", "check
 
 
 def _with_weights(folder, model_dir, mode):
-  """A command that loads the weights of the folder in which it runs."""
-  _finished(folder, 1)  # For its data.
+  """Returns a command that loads the weights of its working directory."""
+  _finished(folder, 1)  # Creates the records.
   return _command(
     folder,
     model_dir,
@@ -319,12 +319,12 @@ def _with_weights(folder, model_dir, mode):
     [_DAMAGED, ("evaluate", *_DAMAGED[1:]), _OTHER],
   ),
 )
-def test_weights_that_are_damaged_or_others_on_one_worker_end_all_in_one_line(
-  folder, own_folders, mode, second, message, unwritten
+def test_bad_initial_weights_on_one_worker_stop_all_in_one_line(
+  folder, worker_folders, mode, second, message, unwritten
 ):
   model_dir = folder / f"never_{mode}_{second}"
   command = _with_weights(folder, model_dir, mode)
-  folders = [own_folders["whole"], own_folders[second]]
+  folders = [worker_folders["whole"], worker_folders[second]]
   for _, errors, status in _run_workers([command] * 2, folders):
     assert status == 2, errors
     assert "Traceback" not in errors
@@ -333,7 +333,7 @@ def test_weights_that_are_damaged_or_others_on_one_worker_end_all_in_one_line(
   assert not (model_dir / unwritten).exists()
 
 
-def test_workers_of_different_configurations_are_refused(folder):
+def test_workers_with_different_configurations_are_refused(folder):
   _finished(folder, 1)
   model_dir = folder / "refused"
   commands = [
@@ -348,7 +348,7 @@ def test_workers_of_different_configurations_are_refused(folder):
 
 
 @pytest.mark.thorough
-def test_workers_embed_what_one_process_embeds(folder, tmp_path):
+def test_workers_compute_the_embeddings_of_one_process(folder, tmp_path):
   for num_workers in (1, 2):
     param = f"embed.folder = '{tmp_path / str(num_workers)}'"
     command = _command(folder, _finished(folder, 2)[0], param, mode="embed")

@@ -1,6 +1,6 @@
 """Prints every combination of the parity test: -m tests.distribute.parity_table.
 
-A table for each loss as soon as it is known, 24 rows each; then how many rows failed.
+One table of 24 rows per loss, printed when complete; then the number of failed rows.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""N replicas train as one: every loss, mined across replicas and on each alone.
+"""N replicas train like one: every loss, mined across replicas and on each alone.
 
-Each loss goes through six of the combinations, in which any two choices meet; one loss
-through all with Adam too. Half of all combinations took eight minutes, and all are
-printed by python -m tests.distribute.parity_table. SGD clips, and a last example of
-padding makes the replicas' counts unequal.
+Each loss is tested with six of the combinations, which contain every pair of options.
+One loss is tested with all of them. Half of all combinations took eight minutes;
+python -m tests.distribute.parity_table prints all. SGD clips gradients, and a last
+example of padding makes the counts of the replicas unequal.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _OPTIMIZERS = {
   "adam": lambda: tf.keras.optimizers.Adam(1e-3),
 }
 _THOROUGH = "InfoNCELoss-learned"
-# The others are not compiled by XLA, and have only the statistics of the loss itself:
-# each replica's device would compile its own.
+# The other losses are not compiled by XLA and have only their own statistics:
+# compilation is per replica device.
 _QUIET = {"mining_statistics": None}
 _SHALLOW = {**_QUIET, "hidden_units": ()}
 _OBJECTIVES = {"gathered": global_negatives, "alone": local_negatives}
@@ -56,7 +56,7 @@ _LEARNING = {
 }
 _CHOICES = (("gathered", "alone"), ("plain", "streaming"), (1, 2, 4), ("sgd", "adam"))
 ALL = list(itertools.product(*_CHOICES))
-# The case of each class that is not thorough, and the loss of which all pairs are not.
+# The case per class that is not thorough, and the loss whose cases all are not.
 _SHORT = ("gathered", "streaming", 2, "sgd")
 _KEPT = "BatchHardTripletLoss-0.7"
 _PAIRS = [
@@ -81,7 +81,7 @@ def _batches(num_steps=3):
   batches = []
   for step in range(num_steps):
     inputs = centres[labels] + rng.normal(size=(len(labels), _INPUT_SIZE))
-    # Every other step has the same images in another order.
+    # Every other step has the same images in a different order.
     numbers = rng.permutation(len(labels)) + step % 2 * len(labels)
     numbers = np.where(labels == PADDING_LABEL, PADDING_RECORD, numbers)
     rows = (labels, weights, numbers.astype(np.int32))
@@ -123,13 +123,13 @@ def _options(loss):
 
 @functools.cache
 def _expected(loss, num_parts, optimizer):
-  """What one replica comes to, with the whole batch or the mean over so many parts."""
+  """Returns results of one replica: the whole batch, or the mean over `num_parts`."""
   objective = "gathered" if num_parts == 1 else "alone"
   make_step = _maker(LOSSES[loss], objective, optimizer, **_options(loss))
   return parity.expected(make_step, _batches(), num_parts)
 
 
-def test_the_table_has_every_public_loss_and_every_learned_temperature():
+def test_table_has_every_public_loss_and_every_learned_temperature():
   public = {
     each
     for name, each in vars(losses).items()
@@ -141,14 +141,14 @@ def test_the_table_has_every_public_loss_and_every_learned_temperature():
   assert len(_LEARNING) >= 3
 
 
-def test_any_two_choices_meet_in_some_combination():
+def test_every_pair_of_options_occurs_in_some_combination():
   for one, other in itertools.combinations(range(len(_CHOICES)), 2):
     met = {(case[one], case[other]) for case in _PAIRS}
     assert met == set(itertools.product(_CHOICES[one], _CHOICES[other]))
 
 
 def _cases():
-  """(loss, objective, form, replicas, optimizer): more of one loss than of others."""
+  """Returns (loss, objective, form, replicas, optimizer); one loss has all of them."""
   more = [(*case[:-1], "adam") for case in ALL if case[-1] == "sgd"]
   for loss in sorted(LOSSES):
     cases = {*_PAIRS, *more} if loss == _THOROUGH else _PAIRS
@@ -160,8 +160,8 @@ def _cases():
 
 
 def errors_of(mirrored, loss, objective, form, num_replicas, optimizer):
-  """The errors of one case, by quantity."""
-  # What is expected has neither replicas nor tiles.
+  """Returns the errors of one case, by quantity."""
+  # The expected results have neither replicas nor tiles.
   wanted = _expected(loss, 1 if objective == "gathered" else num_replicas, optimizer)
   more = {} if form == "plain" else {"rows_per_tile": 4}
   make_loss = functools.partial(LOSSES[loss], **more)
@@ -173,7 +173,7 @@ def errors_of(mirrored, loss, objective, form, num_replicas, optimizer):
 @pytest.mark.parametrize(
   ("loss", "objective", "form", "num_replicas", "optimizer"), _cases()
 )
-def test_replicas_come_to_what_one_does(
+def test_replicas_compute_the_results_of_one_replica(
   mirrored, loss, objective, form, num_replicas, optimizer
 ):
   found = errors_of(mirrored, loss, objective, form, num_replicas, optimizer)
@@ -181,7 +181,7 @@ def test_replicas_come_to_what_one_does(
 
 
 def test_gathering_and_not_gathering_differ():
-  # The table would pass for a gather that does nothing, if they didn't.
+  # Otherwise the table would accept a gather without effect.
   one = _expected("BatchHardTripletLoss-0.7", 1, "sgd")
   other = _expected("BatchHardTripletLoss-0.7", 2, "sgd")
   found = parity.errors(other, one)
@@ -189,7 +189,7 @@ def test_gathering_and_not_gathering_differ():
 
 
 @pytest.mark.parametrize("quantity", parity.QUANTITIES)
-def test_an_error_in_any_quantity_is_found(quantity):
+def test_error_in_any_quantity_is_detected(quantity):
   one = _expected("BatchHardTripletLoss-0.7", 1, "sgd")
   value = getattr(one, quantity)
   wrong = (
@@ -202,7 +202,7 @@ def test_an_error_in_any_quantity_is_found(quantity):
   assert "FAILS" in parity.table([("wrong", found)])
 
 
-def test_a_number_that_is_none_is_not_equal():
+def test_nan_is_not_equal():
   assert not parity.is_equal({"loss": float("nan")})
 
 
@@ -224,7 +224,7 @@ def test_dropout_is_the_same_on_any_number_of_replicas(mirrored, num_replicas):
   ("num_micro_batches", "num_replicas"),
   thorough_except([(3, 1), (12, 2)], [(3, 1), (3, 2), (12, 1), (12, 2)]),
 )
-def test_micro_batches_with_dropout_come_to_the_plain_step(
+def test_micro_batches_with_dropout_equal_the_plain_step(
   mirrored, num_micro_batches, num_replicas
 ):
   make_loss, options = LOSSES["InfoNCELoss-learned"], {"dropout_rate": 0.3, **_QUIET}

@@ -1,4 +1,4 @@
-"""Iterators over replica batches are let go without a wait."""
+"""Strategies of each kind of hardware, and the iterators over replica batches."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONG_S = 30.0
 
 
 class _Deleted:
-  """An iterator whose end takes as long as a thread has not been allowed to end."""
+  """An iterator whose destructor blocks until an event is set."""
 
   def __init__(self, may_end, ended_in):
     self._may_end = may_end
@@ -38,7 +38,7 @@ class _Deleted:
 
 
 class _Strategy:
-  """Gives such iterators."""
+  """A strategy whose datasets have such iterators."""
 
   def __init__(self):
     self.may_end, self.ended_in = threading.Event(), []
@@ -47,7 +47,7 @@ class _Strategy:
     return _Deleted(self.may_end, self.ended_in)
 
 
-def test_the_iterator_ends_in_another_thread_and_nobody_waits():
+def test_iterator_is_destroyed_in_a_background_thread():
   strategy = _Strategy()
   batches = ReplicaBatches(strategy, None)
   assert isinstance(batches.iterator, _Deleted)
@@ -72,7 +72,7 @@ def test_replicas_get_their_batches_in_turn(mirrored):
 
 @pytest.fixture
 def calls(monkeypatch):
-  """The calls by which a TPU is set up, in their order, without one."""
+  """Records the calls that set up a TPU, in order, without a TPU."""
   calls = []
 
   def record(name):
@@ -102,7 +102,7 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
   "hardware", [Hardware("tpu"), Hardware("tpu", tpu="local"), Hardware(tpu="local")]
 )
-def test_an_attached_tpu_is_initialised_before_its_strategy(calls, hardware):
+def test_attached_tpu_is_initialized_before_its_strategy(calls, hardware):
   assert make_strategy(hardware).num_replicas_in_sync == 8
   assert calls == [
     ("resolver", "local"),
@@ -111,13 +111,13 @@ def test_an_attached_tpu_is_initialised_before_its_strategy(calls, hardware):
   ]
 
 
-def test_a_tpu_of_several_hosts_is_refused(calls, monkeypatch):
+def test_multi_host_tpu_is_refused(calls, monkeypatch):
   monkeypatch.setattr(tf.distribute.TPUStrategy.extended, "num_hosts", 4)
   with pytest.raises(UserError, match=r"has 4 hosts, .* use a TPU with one host"):
     make_strategy(Hardware("tpu"))
 
 
-def test_a_tpu_of_another_machine_is_refused(calls):
+def test_remote_tpu_is_refused(calls):
   with pytest.raises(UserError, match="--tpu=pod is another machine"):
     make_strategy(Hardware("auto", tpu="pod"))
   assert calls == []
@@ -131,7 +131,7 @@ def test_a_tpu_of_another_machine_is_refused(calls):
     tf.errors.NotFoundError(None, None, "TPUs not found in the cluster."),
   ],
 )
-def test_a_tpu_that_is_not_there_is_said(monkeypatch, error):
+def test_missing_tpu_is_reported(monkeypatch, error):
   def fail(*_, **__):
     raise error
 
@@ -149,7 +149,7 @@ def test_multi_worker_without_a_cluster_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["multi_worker", "auto"])
-def test_workers_that_do_not_come_are_named_in_time(monkeypatch, strategy):
+def test_missing_workers_are_named_before_the_deadline(monkeypatch, strategy):
   addresses = free_addresses(2)
   content = {"cluster": {"worker": addresses}, "task": {"type": "worker", "index": 0}}
   monkeypatch.setenv("TF_CONFIG", json.dumps(content))
@@ -157,19 +157,19 @@ def test_workers_that_do_not_come_are_named_in_time(monkeypatch, strategy):
     make_strategy(Hardware(strategy, worker_timeout_s=0.2))
 
 
-def test_one_worker_in_tf_config_is_a_run_of_one_process(monkeypatch):
+def test_tf_config_with_one_worker_is_a_single_process_run(monkeypatch):
   content = {"cluster": {"worker": ["a:1"]}, "task": {"type": "worker", "index": 0}}
   monkeypatch.setenv("TF_CONFIG", json.dumps(content))
   assert make_strategy(Hardware("auto")).num_replicas_in_sync == 1
 
 
 @pytest.mark.parametrize("strategy", ["cpu", "multi_worker", "tpu"])
-def test_virtual_replicas_of_what_divides_no_cpu_are_refused(strategy):
+def test_virtual_replicas_of_other_strategies_are_refused(strategy):
   with pytest.raises(UserError, match="use --strategy=mirrored"):
     make_strategy(Hardware(strategy, 2))
 
 
-def test_an_unknown_strategy_is_refused_with_what_there_is():
+def test_unknown_strategy_is_refused_with_the_choices():
   with pytest.raises(UserError, match="auto, cpu, mirrored, multi_worker, tpu"):
     make_strategy(Hardware("horovod"))
 

@@ -1,4 +1,4 @@
-"""What is said of a worker that is lost."""
+"""Errors and signals exchanged between workers, and lost workers."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def _lose(monkeypatch, *addresses):
     raise tf.errors.UnavailableError(None, None, text)
 
 
-def test_a_lost_worker_is_named_in_one_line(monkeypatch):
+def test_lost_worker_is_named_in_one_line(monkeypatch):
   with pytest.raises(StalledError, match=r"lost worker 1 \(b:2\): Coll") as caught:
     _lose(monkeypatch, "a:1", "b:2")
   assert "\n" not in str(caught.value)
 
 
-def test_a_process_that_is_alone_has_lost_nobody(monkeypatch):
+def test_single_process_reports_no_lost_worker(monkeypatch):
   with pytest.raises(tf.errors.UnavailableError):
     _lose(monkeypatch, "a:1")
 
@@ -54,23 +54,23 @@ def _two_workers(index, told_by_other):
   return workers
 
 
-def test_workers_that_all_made_theirs_go_on():
+def test_workers_continue_if_all_succeeded():
   assert _two_workers(1, "null").run_on_all(lambda: 5) == 5
 
 
-def test_a_mistake_is_raised_where_it_was_made_and_elsewhere():
+def test_user_error_is_raised_on_its_worker_and_on_the_others():
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
     _two_workers(1, '["UserError", "no such file"]').run_on_all(lambda: 5)
   with pytest.raises(UserError, match=r"^worker 0: no such file$"):
     _two_workers(0, "null").run_on_all(_fail(UserError("no such file")))
 
 
-def test_a_mistake_of_all_workers_is_nobodys_own():
+def test_user_error_of_all_workers_names_no_worker():
   with pytest.raises(UserError, match=r"^no$"):
     _two_workers(0, '["UserError", "no"]').run_on_all(_fail(UserError("no")))
 
 
-def test_a_mistake_is_of_its_kind_on_all_workers():
+def test_user_error_has_the_same_class_on_all_workers():
   told = '["TooFewExamplesError", "few"]'
   with pytest.raises(TooFewExamplesError, match=r"^worker 0: few$"):
     _two_workers(1, told).run_on_all(lambda: 5)
@@ -78,7 +78,7 @@ def test_a_mistake_is_of_its_kind_on_all_workers():
     _two_workers(0, told).run_on_all(_fail(TooFewExamplesError("few")))
 
 
-def test_another_error_of_the_chief_ends_the_others_in_one_line():
+def test_internal_error_of_the_chief_stops_the_others_in_one_line():
   with pytest.raises(ZeroDivisionError):
     _two_workers(0, "null").run_on_chief(_fail(ZeroDivisionError("by zero")))
   with pytest.raises(WorkerFailedError, match="worker 0: ZeroDivisionError: by zero"):
@@ -87,25 +87,25 @@ def test_another_error_of_the_chief_ends_the_others_in_one_line():
     )
 
 
-def test_a_worker_that_is_told_to_stop_takes_the_others_along():
+def test_stop_request_to_one_worker_stops_all():
   with pytest.raises(PreemptedError, match="worker 0: SIGTERM: stopped"):
     _two_workers(1, '["PreemptedError", "SIGTERM: stopped"]').run_on_all(lambda: 5)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped"):
     _two_workers(0, "null").run_on_all(_fail(PreemptedError("SIGTERM: stopped")))
 
 
-def test_a_signal_breaks_nothing_off_and_is_told_where_all_meet(monkeypatch):
+def test_signal_interrupts_nothing_and_is_exchanged_at_the_next_sync(monkeypatch):
   told = shutdown.Preemption(30.0)
   monkeypatch.setattr(shutdown, "_current", told)
   told.coordinate_with(1)
   told._handle(signal.SIGTERM, None)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped with nothing new"):
     _two_workers(0, "null").run_on_all(lambda: 5)
-  with told.saving(lambda: "the newest"):  # The loop itself tells the others.
+  with told.saving(lambda: "the newest"):  # The loop exchanges its flags itself.
     assert _two_workers(0, "null").run_on_all(lambda: 5) == 5
 
 
-def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored):
+def test_rehearsal_runs_without_the_strategy_and_reports_user_errors(mirrored):
   seen = []
   with mirrored(2).scope():
     _two_workers(1, "null").dry_run(lambda: seen.append(tf.distribute.has_strategy()))
@@ -117,13 +117,13 @@ def test_a_rehearsal_is_without_the_strategy_and_its_mistakes_are_told(mirrored)
   assert seen == [False]
 
 
-def test_a_worker_that_is_alone_rehearses_nothing():
+def test_single_worker_skips_the_rehearsal():
   made = []
   Workers().dry_run(lambda: made.append(1))
   assert made == []
 
 
-def test_the_workers_of_a_strategy_are_made_once(mirrored):
+def test_workers_of_a_strategy_are_created_once(mirrored):
   with mirrored(2).scope():
     assert current_workers() is current_workers()
     assert current_workers().num_local_replicas == 2
