@@ -1,4 +1,4 @@
-"""Actions: the progress line, and the warning of collapse."""
+"""Callbacks: progress lines, collapse warnings and the metrics file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Terminal(io.StringIO):
     return True
 
 
-def test_progress_is_a_line_a_report_in_a_log(caplog):
+def test_progress_is_one_line_per_report_in_a_log(caplog):
   with caplog.at_level("INFO", logger="absl"):
     ShowProgress()(StepReport(40, 100, _METRICS))
   assert caplog.messages == [
@@ -36,7 +36,7 @@ def test_progress_is_a_line_a_report_in_a_log(caplog):
   ]
 
 
-def test_progress_without_an_update_says_so(caplog):
+def test_progress_without_an_update_is_reported(caplog):
   metrics = {name: v for name, v in _METRICS.items() if name.startswith("train/")}
   del metrics["train/loss"]
   with caplog.at_level("INFO", logger="absl"):
@@ -54,13 +54,13 @@ def test_progress_is_in_place_on_a_terminal(monkeypatch):
   assert terminal.getvalue().endswith("0:00 left\n")
 
 
-def test_hours_are_told_as_hours(caplog):
+def test_long_durations_are_printed_in_hours(caplog):
   with caplog.at_level("INFO", logger="absl"):
     ShowProgress()(StepReport(0, 3600, _METRICS))
   assert caplog.messages[0].endswith("2:00:00 left")
 
 
-def test_collapse_is_said_once_with_what_to_try(caplog):
+def test_collapse_is_reported_once_with_remedies(caplog):
   warn = WarnOfCollapse()
   healthy = {"mining/duplicate_fraction": 0.0, "mining/embedding_spread": 0.9}
   for step, spread in ((10, 0.9), (20, 1e-4), (30, 1e-5)):
@@ -71,7 +71,7 @@ def test_collapse_is_said_once_with_what_to_try(caplog):
   assert "JitteredLoss" in record.getMessage()
 
 
-def test_rows_come_back_as_they_were_written(tmp_path):
+def test_rows_are_read_as_they_were_written(tmp_path):
   file = MetricsFile(str(tmp_path))
   file.append(10, {"train/loss": 0.5})
   file.append(20, {"train/loss": 0.25})
@@ -90,7 +90,7 @@ def test_rows_after_the_resumed_step_are_dropped(tmp_path):
   assert [row["step"] for row in file.rows()] == [10, 20, 30]
 
 
-def test_a_torn_last_line_is_passed_over(tmp_path):
+def test_incomplete_last_line_is_skipped(tmp_path):
   file = MetricsFile(str(tmp_path))
   file.append(10, {})
   with open(tmp_path / "metrics.jsonl", "a", encoding="utf-8") as torn:
@@ -98,13 +98,13 @@ def test_a_torn_last_line_is_passed_over(tmp_path):
   assert [row["step"] for row in file.rows()] == [10]
 
 
-def test_a_run_that_has_not_begun_has_no_rows(tmp_path):
+def test_run_without_a_history_file_has_no_rows(tmp_path):
   assert list(MetricsFile(str(tmp_path)).rows()) == []
 
 
 @pytest.fixture
 def no_larger_files():
-  """Makes files end at so many bytes, as on a full disk."""
+  """Limits the size of files, as on a full disk."""
   before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
   def limit(num_bytes):
@@ -114,7 +114,7 @@ def no_larger_files():
   resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_rows_that_find_no_room_are_kept_and_written_later(tmp_path, no_larger_files):
+def test_rows_are_kept_on_a_full_disk_and_written_later(tmp_path, no_larger_files):
   file = MetricsFile(str(tmp_path))
   file.append(10, {"train/loss": 0.5})
   size = (tmp_path / "metrics.jsonl").stat().st_size

@@ -1,4 +1,4 @@
-"""Class centres in training: equal on any number of replicas, saved and resumed."""
+"""Class centres in training: equal on any number of replicas, saved and restored."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _batches(num_steps=_NUM_STEPS):
 
 
 def _rows(step):
-  """Centres and moments of all classes of this process."""
+  """Returns centres and moments of all classes of this process."""
   [table] = step.loss.tables
   return np.concatenate([values for _, values in table.local_rows()])
 
@@ -94,7 +94,7 @@ _NORMAL = [(2, 1.0, "sgd", 3), (4, 0.3, "adam", 2)]
   ("num_replicas", "rate", "optimizer", "centres_per_class"),
   thorough_except(_NORMAL, [(r, *kind) for kind in _KINDS for r in (2, 4, 8)]),
 )
-def test_replicas_train_centres_as_one_does(
+def test_replicas_train_the_centres_of_one_replica(
   mirrored, num_replicas, rate, optimizer, centres_per_class
 ):
   steps = []
@@ -125,7 +125,7 @@ def _checkpoints(step, folder, **options):
 
 
 def _train(strategy, folder, batches, rate):
-  """Restores what is there, takes the steps, saves; returns rows and weights."""
+  """Restores a checkpoint if any, trains, saves; returns rows and weights."""
   with strategy.scope():
     step = _make_step(rate)
     checkpoints = _checkpoints(step, folder)
@@ -138,7 +138,7 @@ def _train(strategy, folder, batches, rate):
 
 
 def _save_random(strategy, folder, number):
-  """Restores what is there, and saves random rows as step `number`; returns them."""
+  """Restores a checkpoint if any, saves random rows as step `number`; returns them."""
   with strategy.scope():
     step = _make_step(0.3)
     checkpoints = _checkpoints(step, folder)
@@ -162,7 +162,7 @@ def _restored(strategy, folder):
 
 @pytest.mark.resume
 @pytest.mark.parametrize("rate", thorough_except([0.3], [1.0, 0.3]))
-def test_a_resumed_training_ends_bit_for_bit(mirrored, tmp_path, rate):
+def test_resumed_training_is_bit_identical(mirrored, tmp_path, rate):
   run = functools.partial(_train, mirrored(2), rate=rate)
   whole = run(tmp_path / "whole", _batches())
   run(tmp_path / "parts", _batches()[:4])
@@ -182,7 +182,7 @@ def _shards(folder):
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
-def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
+def test_damaged_shard_is_detected_and_the_older_checkpoint_restored(
   mirrored, tmp_path, harm, caplog
 ):
   strategy = mirrored(2)
@@ -201,14 +201,14 @@ def test_a_damaged_shard_is_found_and_the_older_checkpoint_used(
   np.testing.assert_array_equal(_restored(strategy, tmp_path), older)
 
 
-def test_a_save_that_fails_leaves_no_rows_and_the_older_checkpoint(mirrored, tmp_path):
+def test_failed_save_leaves_no_rows_and_keeps_the_older_checkpoint(mirrored, tmp_path):
   strategy = mirrored(2)
   older = _save_random(strategy, tmp_path, 2)
   with strategy.scope():
     step = _make_step(0.3)
     checkpoints = _checkpoints(step, tmp_path)
     checkpoints.restore()
-    # A folder in the place of the second replica's file.
+    # A folder at the path of the second replica's file.
     name = _shards(tmp_path)[1].name.replace("ckpt-2", "ckpt-4")
     (tmp_path / "checkpoints" / name).mkdir()
     checkpoints.save(4)
@@ -220,7 +220,7 @@ def test_a_save_that_fails_leaves_no_rows_and_the_older_checkpoint(mirrored, tmp
   np.testing.assert_array_equal(_restored(strategy, tmp_path), older)
 
 
-def test_rows_of_one_replica_that_are_not_finite_are_not_saved(mirrored, tmp_path):
+def test_nonfinite_rows_of_one_replica_are_not_saved(mirrored, tmp_path):
   with mirrored(2).scope():
     step = _make_step()
     [table] = step.loss.tables
@@ -232,7 +232,7 @@ def test_rows_of_one_replica_that_are_not_finite_are_not_saved(mirrored, tmp_pat
   assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
+def test_chief_does_not_wait_for_an_exited_worker(tmp_path, monkeypatch):
   monkeypatch.setattr(centre_shards, "_DEADLINE_OF_END_S", 0.1)
   is_ending = threading.Event()
   is_ending.set()
@@ -240,7 +240,7 @@ def test_a_worker_that_has_ended_is_not_waited_for(tmp_path, monkeypatch):
     centre_shards.collect_facts(str(tmp_path), ["rows.npy"], is_ending)
 
 
-def test_a_worker_without_room_informs_the_chief(tmp_path):
+def test_worker_with_a_full_disk_informs_the_chief(tmp_path):
   (tmp_path / "two.npy").mkdir()
   rows = [centre_shards.Rows(name, np.ones(3)) for name in ("one.npy", "two.npy")]
   with pytest.raises(OSError):
@@ -251,7 +251,7 @@ def test_a_worker_without_room_informs_the_chief(tmp_path):
 
 
 @pytest.mark.parametrize(("scale", "is_applied"), [(2.0**40, False), (1.0, True)])
-def test_a_step_that_a_loss_scale_skips_leaves_the_centres(scale, is_applied):
+def test_step_skipped_by_the_loss_scale_leaves_the_centres(scale, is_applied):
   encoder = Encoder(
     backbone=Perceptron(hidden_units=(7,)), embedding_size=6, precision="mixed_float16"
   )
@@ -285,7 +285,7 @@ def test_files_of_a_killed_process_are_removed_before_the_step_is_saved_again(
   assert not list(folder.glob("*.npy.json"))
 
 
-def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):
+def test_encoder_is_restored_without_the_centres(mirrored, tmp_path):
   _save_random(mirrored(2), tmp_path, 2)
   for shard in _shards(tmp_path):
     shard.unlink()
@@ -295,7 +295,7 @@ def test_an_encoder_is_read_without_the_centres(mirrored, tmp_path):
 
 
 def _saved(folder, names):
-  """Saves centres of classes with these names, and returns their rows."""
+  """Saves centres of classes with these names and returns their rows."""
   step = _make_step(names=names)
   checkpoints = _checkpoints(step, folder)
   checkpoints.save(1)
@@ -303,7 +303,7 @@ def _saved(folder, names):
   return _rows(step)
 
 
-def test_other_classes_are_refused_without_the_flag(tmp_path):
+def test_different_classes_are_refused_without_the_flag(tmp_path):
   _saved(tmp_path, names=range(37))
   other = _checkpoints(_make_step(names=range(7, 37)), tmp_path)
   with pytest.raises(UserError, match=r"centres of 37 classes, and .* has 30, of"):
@@ -313,7 +313,7 @@ def test_other_classes_are_refused_without_the_flag(tmp_path):
 @pytest.mark.parametrize(
   "names", [range(7, 37), range(36, -1, -1), [40, 3, 41, 0], range(50, 60)]
 )
-def test_centres_of_the_classes_that_stayed_are_kept(tmp_path, names):
+def test_centres_of_common_classes_are_kept(tmp_path, names):
   saved = _saved(tmp_path, names=range(37))
   step = _make_step(names=names)
   new = _rows(step)
@@ -322,7 +322,7 @@ def test_centres_of_the_classes_that_stayed_are_kept(tmp_path, names):
   np.testing.assert_array_equal(_rows(step), expected)
 
 
-def test_other_moments_are_refused(tmp_path):
+def test_moments_of_another_optimizer_are_refused(tmp_path):
   checkpoints = _checkpoints(_make_step(), tmp_path)
   checkpoints.save(1)
   checkpoints.wait()
@@ -330,28 +330,28 @@ def test_other_moments_are_refused(tmp_path):
     _checkpoints(_make_step(optimizer="sgd"), tmp_path).restore()
 
 
-def test_a_sample_smaller_than_the_batch_is_refused():
+def test_sample_smaller_than_the_batch_is_refused():
   centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), sampling_rate=0.1)
   centres.check_batch(10, 100)
   with pytest.raises(UserError, match=r"0.1 of 100 classes is 10, fewer than the 11"):
     centres.check_batch(11, 100)
 
 
-def test_a_number_of_classes_that_is_not_the_data_s_is_refused():
+def test_number_of_classes_other_than_that_of_the_data_is_refused():
   centres = ClassCentres(optimizer=RowSGD(learning_rate=0.1), num_classes=5)
   with pytest.raises(UserError, match="num_classes=5, and the training data has 6"):
     centres.create_variables(4, TrainingClasses(range(6)))
 
 
 def _never_seen(strategy, step, batch):
-  """The share of classes that were in no batch before this one."""
+  """Returns the fraction of classes that were in no batch before this one."""
   with strategy.scope():
     outcome = parity.trained(strategy, lambda: step, [batch])
   return outcome.statistics["centres/never_seen"]
 
 
 @pytest.mark.parametrize("num_replicas", [1, 4])
-def test_share_of_classes_never_seen_is_counted_and_restored(
+def test_fraction_of_classes_never_seen_is_counted_and_restored(
   mirrored, tmp_path, num_replicas
 ):
   batches = _batches()
@@ -375,7 +375,7 @@ def test_share_of_classes_never_seen_is_counted_and_restored(
 @pytest.mark.parametrize(
   "options", [StepOptions(num_micro_batches=3), StepOptions(compiled="step")]
 )
-def test_gradient_cache_and_compilation_change_nothing(options):
+def test_gradient_cache_and_compilation_do_not_change_the_results(options):
   wanted = parity.expected(_make_step, _batches(), 1)
   found = parity.expected(lambda: _make_step(options=options), _batches(), 1)
   errors = parity.errors(found, wanted)

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, how many stay, what is refused."""
+"""Checkpoints: restored values, retention, damage and refused checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _encoder(embedding_size=3):
 
 
 class _Written(Checkpoints):
-  """Waits for each checkpoint to be written."""
+  """Checkpoints that wait until each save is written."""
 
   def save(self, step):
     super().save(step)
@@ -44,12 +44,12 @@ def _checkpoints(tmp_path, encoder, **options):
   )
 
 
-def test_a_run_without_checkpoint_has_nothing_to_restore(tmp_path):
+def test_run_without_a_checkpoint_restores_nothing(tmp_path):
   assert _checkpoints(tmp_path, _encoder()).restore() is None
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_value_that_is_not_finite_is_never_written(tmp_path, bad):
+def test_nonfinite_values_are_never_saved(tmp_path, bad):
   encoder = _encoder()
   checkpoints = _checkpoints(tmp_path, encoder)
   checkpoints.save(6)
@@ -63,14 +63,14 @@ def test_a_value_that_is_not_finite_is_never_written(tmp_path, bad):
 
 
 @pytest.mark.resume
-def test_both_counters_of_an_optimizer_per_part_are_the_step_after_a_resume(tmp_path):
+def test_step_counters_of_both_optimizers_are_restored(tmp_path):
   encoder = _encoder()
   optimizer = MultiOptimizer(
     backbone=tf.keras.optimizers.SGD(0.1), head=tf.keras.optimizers.SGD(0.1)
   )
   optimizer.divide(encoder.backbone_variables)
   optimizer.build(encoder.trainable_variables)
-  optimizer.head.iterations.assign(7)  # As runs left it that had skipped batches.
+  optimizer.head.iterations.assign(7)  # The state after a run with skipped batches.
   checkpoints = _Written(
     model_dir=str(tmp_path), encoder=encoder, training=TrainingState(optimizer)
   )
@@ -80,7 +80,7 @@ def test_both_counters_of_an_optimizer_per_part_are_the_step_after_a_resume(tmp_
 
 
 @pytest.mark.resume
-def test_weights_come_back_bit_for_bit(tmp_path):
+def test_weights_are_restored_bit_for_bit(tmp_path):
   saved, restored = _encoder(), _encoder()
   _checkpoints(tmp_path, saved).save(7)
   assert _checkpoints(tmp_path, restored).restore() == 7
@@ -88,14 +88,14 @@ def test_weights_come_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(got.numpy(), expected.numpy())
 
 
-def test_an_encoder_comes_back_without_its_optimizer(tmp_path):
+def test_encoder_is_restored_without_its_optimizer(tmp_path):
   saved, restored = _encoder(), _encoder()
   _checkpoints(tmp_path, saved).save(7)
   assert Checkpoints(model_dir=str(tmp_path), encoder=restored).restore() == 7
   np.testing.assert_array_equal(restored.variables[0], saved.variables[0])
 
 
-def test_what_a_layer_keeps_of_its_weights_is_made_of_the_restored_ones(tmp_path):
+def test_values_cached_by_a_layer_follow_the_restored_weights(tmp_path):
   def normalizing(mean, variance):
     layer = tf.keras.layers.Normalization()
     encoder = Encoder(backbone=tf.keras.Sequential([layer]), embedding_size=3)
@@ -111,7 +111,7 @@ def test_what_a_layer_keeps_of_its_weights_is_made_of_the_restored_ones(tmp_path
   np.testing.assert_array_equal(restored(inputs), saved(inputs))
 
 
-def test_restoring_makes_no_variable_for_which_workers_would_wait(tmp_path, mirrored):
+def test_restoring_creates_no_synchronized_variable(tmp_path, mirrored):
   made = []
 
   def note(next_creator, **options):
@@ -126,7 +126,7 @@ def test_restoring_makes_no_variable_for_which_workers_would_wait(tmp_path, mirr
   assert made[num_before:] == []
 
 
-def test_only_the_newest_stay(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
   checkpoints = _checkpoints(tmp_path, _encoder(), num_kept=2)
   for step in (1, 2, 3):
     checkpoints.save(step)
@@ -134,20 +134,18 @@ def test_only_the_newest_stay(tmp_path):
   assert kept == ["ckpt-2.index", "ckpt-3.index"]
 
 
-def test_a_checkpoint_of_another_encoder_is_refused(tmp_path):
+def test_checkpoint_of_another_encoder_is_refused(tmp_path):
   _checkpoints(tmp_path, _encoder()).save(1)
   with pytest.raises(UserError, match="does not fit this configuration"):
     _checkpoints(tmp_path, _encoder(embedding_size=9)).restore()
 
 
-def test_too_little_disk_is_said_before_the_run(tmp_path):
+def test_insufficient_disk_space_is_reported_before_the_run(tmp_path):
   with pytest.raises(UserError, match="MB free and the checkpoints need"):
     run_folder.check_disk(str(tmp_path), num_bytes=10**18)
 
 
-def test_a_resume_needs_no_room_for_the_checkpoints_that_are_there(
-  tmp_path, monkeypatch
-):
+def test_resuming_needs_no_space_for_existing_checkpoints(tmp_path, monkeypatch):
   _checkpoints(tmp_path, _encoder(embedding_size=4000)).save(1)
   monkeypatch.setattr(
     "shutil.disk_usage", lambda _: types.SimpleNamespace(free=1_000_000)
@@ -158,7 +156,7 @@ def test_a_resume_needs_no_room_for_the_checkpoints_that_are_there(
     run_folder.check_disk(str(tmp_path), num_bytes=there + 1_100_000)
 
 
-def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
+def test_size_of_a_checkpoint_is_estimated(tmp_path):
   checkpoints = _checkpoints(tmp_path, _encoder(embedding_size=4000))
   checkpoints.save(1)
   data = next((tmp_path / "checkpoints").glob("*.data*")).stat().st_size
@@ -166,7 +164,7 @@ def test_the_size_of_a_checkpoint_is_foreseen(tmp_path):
 
 
 def _two_saved(tmp_path):
-  """An encoder whose checkpoints 3 and 6 are there; what it was at 3."""
+  """Returns an encoder with checkpoints at steps 3 and 6, and its values at 3."""
   encoder = _encoder()
   checkpoints = _checkpoints(tmp_path, encoder, num_kept=2)
   checkpoints.save(3)
@@ -182,7 +180,7 @@ def _flipped(content):
 
 @pytest.mark.parametrize("damage", [lambda c: b"", lambda c: c[:100], _flipped])
 @pytest.mark.parametrize("name", ["ckpt-6.data-00000-of-00001", "ckpt-6.index"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+def test_damaged_checkpoint_is_named_and_the_previous_one_restored(
   tmp_path, caplog, name, damage
 ):
   before = _two_saved(tmp_path)
@@ -208,7 +206,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
     (b"\x80\x04\x95", "damaged (UnicodeDecodeError"),
   ],
 )
-def test_a_damaged_manifest_is_named_and_the_one_before_taken(
+def test_checkpoint_with_a_damaged_manifest_is_named_and_skipped(
   tmp_path, caplog, content, words
 ):
   _two_saved(tmp_path)
@@ -217,14 +215,14 @@ def test_a_damaged_manifest_is_named_and_the_one_before_taken(
   assert words in caplog.messages[0]
 
 
-def test_a_file_that_is_missing_is_named_and_the_one_before_taken(tmp_path, caplog):
+def test_checkpoint_with_a_missing_file_is_named_and_skipped(tmp_path, caplog):
   _two_saved(tmp_path)
   (tmp_path / "checkpoints" / "ckpt-6.index").unlink()
   assert _checkpoints(tmp_path, _encoder()).restore() == 3
   assert "ckpt-6.index is missing" in caplog.messages[0]
 
 
-def test_a_run_is_not_begun_again_over_checkpoints_that_are_all_damaged(tmp_path):
+def test_run_does_not_restart_if_all_checkpoints_are_damaged(tmp_path):
   _two_saved(tmp_path)
   for path in (tmp_path / "checkpoints").glob("*.index"):
     path.write_bytes(b"")
@@ -232,7 +230,7 @@ def test_a_run_is_not_begun_again_over_checkpoints_that_are_all_damaged(tmp_path
     _checkpoints(tmp_path, _encoder()).restore()
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_goes(tmp_path):
+def test_partial_checkpoint_of_a_killed_process_is_ignored_and_removed(tmp_path):
   folder = tmp_path / "checkpoints"
   (folder / "staging").mkdir(parents=True)
   for name in ("staging/ckpt-4.index", "ckpt-4.data-00000-of-00001", "ckpt-4.index"):
@@ -245,13 +243,13 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_goes(tmp_path):
   assert names == ["checkpoint", *files]
 
 
-def test_tensorflow_finds_the_newest_by_itself(tmp_path):
+def test_tensorflow_finds_the_newest_checkpoint(tmp_path):
   _two_saved(tmp_path)
   newest = tf.train.latest_checkpoint(str(tmp_path / "checkpoints"))
   assert newest.endswith("ckpt-6")
 
 
-def test_a_checkpoint_that_claims_more_than_it_has_takes_no_memory(tmp_path):
+def test_checkpoint_with_a_forged_size_allocates_no_memory(tmp_path):
   folder = tmp_path / "checkpoints"
   _checkpoints(tmp_path, _encoder()).save(3)
   staging_dir = pathlib.Path(checkpoint_files.create_staging_dir(str(folder)))
@@ -269,7 +267,7 @@ def test_a_checkpoint_that_claims_more_than_it_has_takes_no_memory(tmp_path):
     _checkpoints(tmp_path, _encoder()).restore()
 
 
-def test_values_are_those_of_the_moment_of_saving(tmp_path):
+def test_saved_values_are_those_at_the_time_of_the_call(tmp_path):
   encoder = _encoder()
   checkpoints = _checkpoints(tmp_path, encoder)
   expected = [variable.numpy().copy() for variable in encoder.variables]

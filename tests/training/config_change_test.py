@@ -1,4 +1,4 @@
-"""Resuming with another configuration: what changes at once, and what is refused."""
+"""Resuming with another configuration: immediate changes and refused changes."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ if sys.version_info < (3, 12):
 
 
 def _trained(optimizer, checkpoints_of, tmp_path, num_steps):
-  """The encoder after steps of a given gradient, from the newest checkpoint on."""
+  """Returns the encoder trained with a fixed gradient from the newest checkpoint."""
   tf.keras.utils.set_random_seed(1)
   encoder = Encoder(backbone=Perceptron(hidden_units=(5,)), embedding_size=3)
   encoder.create_variables((4,))
@@ -96,9 +96,7 @@ _KINDS = [
 
 @pytest.mark.resume
 @pytest.mark.parametrize("name", thorough_except(_KINDS, _OPTIMIZERS))
-def test_the_rate_of_the_configuration_is_used_from_the_first_resumed_step(
-  tmp_path, caplog, name
-):
+def test_new_learning_rate_applies_from_the_first_resumed_step(tmp_path, caplog, name):
   make = _OPTIMIZERS[name]
   _trained(make(1e-4), False, tmp_path / "slow", 3)
   changed = make(1e-2)
@@ -106,7 +104,7 @@ def test_the_rate_of_the_configuration_is_used_from_the_first_resumed_step(
     fast = _trained(changed, True, tmp_path / "slow", 1)
   _trained(make(1e-4), False, tmp_path / "same", 3)
   slow = _trained(make(1e-4), True, tmp_path / "same", 1)
-  assert fast > 20 * slow  # The rate is 100 times.
+  assert fast > 20 * slow  # The rate is 100 times as large.
   assert float(changed.learning_rate) == pytest.approx(1e-2)
   for hyperparameter, variable in optimizers.hyperparameters(changed).items():
     reference = optimizers.hyperparameters(make(1e-2))
@@ -116,27 +114,27 @@ def test_the_rate_of_the_configuration_is_used_from_the_first_resumed_step(
     assert "of this configuration is used after step 3" in caplog.text
 
 
-def test_a_constant_rate_becomes_a_schedule_and_back(tmp_path):
+def test_constant_rate_and_schedule_replace_each_other(tmp_path):
   _trained(_adam(1e-4), False, tmp_path, 2)
   cosine = _adam(Cosine(peak=1e-2, num_steps=6))
   _trained(cosine, True, tmp_path, 1)
   assert float(cosine.learning_rate) == pytest.approx(
     7.5e-3
-  )  # Of the step after 2 of 6.
+  )  # The rate of the third of 6 steps.
   constant = _adam(3e-4)
   _trained(constant, True, tmp_path, 1)
   assert float(constant.learning_rate) == pytest.approx(3e-4)
   assert int(constant.iterations) == 4
 
 
-def test_another_optimizer_is_refused_by_its_part(tmp_path):
+def test_other_optimizer_is_refused_naming_its_part(tmp_path):
   _trained(_adam(1e-3), False, tmp_path, 2)
   with pytest.raises(UserError, match=r"differs in optimizer \(it has \d+ other"):
     _trained(optimizers.sgd(learning_rate=1e-3), True, tmp_path, 1)
 
 
 @pytest.mark.parametrize("name", _OPTIMIZERS)
-def test_paths_of_variables_are_those_of_the_files(tmp_path, name):
+def test_variable_paths_match_the_checkpoint_files(tmp_path, name):
   encoder = Encoder(backbone=Perceptron(hidden_units=(5,)), embedding_size=3)
   encoder.create_variables((4,))
   optimizer = _OPTIMIZERS[name](0.1)

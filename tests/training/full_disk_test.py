@@ -1,8 +1,8 @@
-"""Every file that a run writes, on a disk that is really full.
+"""Every file that a run writes, on a full disk.
 
-`CONTINUES` has what a training writes while it goes on: the run continues, warns, and
-writes the file once there is room. `REFUSES` has what a mode is run for: it is refused
-in one line, and what was there before is as it was.
+`CONTINUES` lists files written during training: the run continues, warns, and writes
+the file once there is space. `REFUSES` lists the results of a mode: the mode fails in
+one line and leaves existing files unchanged.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _REPORTS = [StepReport(step, 3, {"train/loss": 1.0 / step}) for step in (1, 2, 3
 
 
 class _MountedDisk:
-  """A file system of its own, of 400 kB, that is filled to the last byte."""
+  """A mounted file system of 400 kB, filled to the last byte."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -75,7 +75,7 @@ class _MountedDisk:
 
 
 class _LimitedDisk:
-  """A folder in which no file may grow, by the limit of this process."""
+  """A folder in which the file size limit of this process stops all writes."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -129,7 +129,7 @@ def _events(folder):
 
 
 def _steps_of_events(path):
-  """The steps in a file, as far as a reader gets."""
+  """Returns the readable steps of an event file."""
   try:
     for record in tf.data.TFRecordDataset(str(path)):
       event = tf.compat.v1.Event.FromString(record.numpy())
@@ -212,7 +212,7 @@ def _text(path):
 
 
 @pytest.mark.parametrize("name", CONTINUES)
-def test_a_training_continues_and_writes_the_file_once_there_is_room(name, disk):
+def test_training_continues_and_writes_the_file_once_there_is_space(name, disk):
   write, found_fn, expected = CONTINUES[name](disk.folder)
   write(_REPORTS[0])
   with disk.full():
@@ -224,7 +224,7 @@ def test_a_training_continues_and_writes_the_file_once_there_is_room(name, disk)
 @pytest.mark.parametrize(
   "name", ["metrics.jsonl", "eval/history.jsonl", "events", "operative_config.gin"]
 )
-def test_a_file_whose_first_row_finds_no_room_is_written_at_the_end(name, disk):
+def test_file_whose_first_row_fails_is_written_at_the_end(name, disk):
   write, found_fn, expected = CONTINUES[name](disk.folder)
   with disk.full():
     for report in _REPORTS:
@@ -234,7 +234,7 @@ def test_a_file_whose_first_row_finds_no_room_is_written_at_the_end(name, disk):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "operative_config.gin"])
-def test_a_run_that_ends_without_a_file_is_told(name, disk):
+def test_finish_raises_if_a_file_could_not_be_written(name, disk):
   write, _, _ = CONTINUES[name](disk.folder)
   with disk.full():
     write(_REPORTS[0])
@@ -344,7 +344,7 @@ REFUSES = {
 
 
 def _contents(folder):
-  """What every file holds, without what a later call resumes from."""
+  """Returns the contents of all files, without the state used to resume."""
   paths = sorted(path for path in pathlib.Path(folder).rglob("*") if path.is_file())
   return {
     str(path.relative_to(folder)): path.read_bytes()
@@ -354,7 +354,7 @@ def _contents(folder):
 
 
 @pytest.mark.parametrize("name", REFUSES)
-def test_what_can_not_be_written_is_refused_and_the_old_one_stays(name, disk):
+def test_failed_write_raises_and_keeps_the_old_file(name, disk):
   REFUSES[name](disk.folder, 1)
   before = _contents(disk.folder)
   with disk.full():
@@ -369,7 +369,7 @@ def test_what_can_not_be_written_is_refused_and_the_old_one_stays(name, disk):
   assert after == before
 
 
-def test_a_table_is_csv_as_before(tmp_path):
+def test_sweep_table_is_written_as_csv(tmp_path):
   path = str(tmp_path / "sweep.csv")
   sweep_results.write_csv([], SweepOptions(), path)
   with open(path, encoding="utf-8", newline="") as file:
@@ -391,13 +391,13 @@ def test_a_table_is_csv_as_before(tmp_path):
     (OSError("no number"), False),
   ],
 )
-def test_a_full_disk_is_told_from_other_errors(error, expected):
+def test_full_disk_is_distinguished_from_other_errors(error, expected):
   full = errors.out_of_space(error)
   assert (full is not None) == expected
   assert not expected or "free some disk space" in str(full)
 
 
-def test_a_damaged_row_is_named_and_a_torn_one_is_skipped(tmp_path):
+def test_damaged_row_is_named_and_an_incomplete_one_skipped(tmp_path):
   path = tmp_path / "metrics.jsonl"
   path.write_text(json.dumps({"step": 1}) + "\n" + '{"step": 2')
   assert [row["step"] for row in MetricsFile(str(tmp_path)).rows()] == [1]

@@ -1,7 +1,7 @@
-"""Half precision: how far its gradients are from those of single precision.
+"""Half precision: deviation of its gradients from those of single precision.
 
-The network is smooth: where a rectifier or a maximum tips over, the rounding of one
-number sends a gradient elsewhere, and no bound follows from the precision.
+The network is smooth: at a kink of a rectifier or maximum, the rounding of one number
+redirects a gradient, and the precision implies no bound.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trainer.training.step import TrainStep
 
 _EPSILONS = {"mixed_bfloat16": 2.0**-7, "mixed_float16": 2.0**-10}
 _PRECISIONS = sorted(_EPSILONS)
-# In each of two layers those of kernel, sum, bias and tanh, and of their gradients.
+# Per layer, of two: kernel, sum, bias and tanh, and their gradients.
 _NUM_ROUNDINGS = 16
 _SHAPE = (8, 8, 1)
 
@@ -59,7 +59,7 @@ def _step(precision, *, temperature=0.5, loss_scale=256.0, num_micro_batches=1):
 
 
 def _error(got, expected):
-  """Length of the difference over that of what is expected, of all gradients as one."""
+  """Relative L2 error of all gradients, concatenated."""
   got, expected = (
     np.concatenate([np.ravel(g) for g in each]) for each in (got, expected)
   )
@@ -73,21 +73,19 @@ def _gradients(precision, **options):
 
 
 def _bound(precision):
-  """Roundings of which none knows of the others, as they add up."""
+  """Returns the accumulated error of independent roundings."""
   return _EPSILONS[precision] * np.sqrt(_NUM_ROUNDINGS)
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3])
 @pytest.mark.parametrize("precision", _PRECISIONS)
-def test_gradients_are_those_of_single_precision_but_for_the_roundings(
-  precision, num_micro_batches
-):
+def test_gradients_equal_single_precision_up_to_rounding(precision, num_micro_batches):
   got = _gradients(precision, num_micro_batches=num_micro_batches)
   error = _error(got, _gradients("float32"))
   assert _EPSILONS[precision] / 10 < error < _bound(precision)
 
 
-def test_gradients_too_small_for_float16_are_there_with_the_loss_scaled():
+def test_loss_scaling_keeps_gradients_too_small_for_float16():
   small = {"temperature": 1e5}
   expected = _gradients("float32", **small)
   assert max(np.abs(each).max() for each in expected) < 1e-5
@@ -99,7 +97,7 @@ def test_gradients_too_small_for_float16_are_there_with_the_loss_scaled():
 
 
 @pytest.mark.parametrize("precision", _PRECISIONS)
-def test_what_follows_the_backbone_is_in_single_precision(precision):
+def test_layers_after_the_backbone_use_single_precision(precision):
   step, batch = _step(precision), _batch()
   encoder = step.encoder
   features = encoder._backbone(batch.inputs)
@@ -120,9 +118,9 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
   np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-# Which sums are taken in half precision, and so how many roundings there are, is the
-# processor's matter: replicas differ from one replica as two results differ that are
-# each as far from single precision as that one is.
+# The processor decides which sums are computed in half precision, and so how many
+# roundings there are. Replicas differ from one replica like two results that each
+# deviate from single precision by the same bound.
 @pytest.mark.parametrize(
   ("precision", "num_replicas"),
   thorough_except(
@@ -130,7 +128,9 @@ def test_what_follows_the_backbone_is_in_single_precision(precision):
     [(precision, num) for precision in _PRECISIONS for num in (2, 4)],
   ),
 )
-def test_replicas_train_as_one_of_the_same_precision(mirrored, precision, num_replicas):
+def test_replicas_train_like_one_of_the_same_precision(
+  mirrored, precision, num_replicas
+):
   steps = [lambda: _step(precision), [_batch()]]
   wanted = parity.expected(*steps, 1)
   got = parity.trained(mirrored(num_replicas), *steps)
@@ -141,7 +141,7 @@ def test_replicas_train_as_one_of_the_same_precision(mirrored, precision, num_re
   assert _error(got.gradients, wanted.gradients) < limit
   found = parity.errors(got, wanted)
   assert found["loss"] <= parity.TOLERANCE
-  # A step of SGD is 0.02 of the gradient.
+  # The learning rate of SGD is 0.02.
   length = np.linalg.norm([np.linalg.norm(gradient) for gradient in wanted.gradients])
   largest = max(np.abs(weight).max() for weight in wanted.weights)
   assert found["weights"] < 0.02 * limit * length / largest

@@ -1,4 +1,4 @@
-"""The outer loop: where it stops, what it reports, which options it refuses."""
+"""The outer loop: its stops, reports and refused options."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NO_FLAGS = HostFlags(False, False)
 
 
 class _CountingInner:
-  """Stands for the devices: counts steps into the optimizer, up to one that is bad."""
+  """A fake inner loop: counts steps in the optimizer, up to a bad one."""
 
   def __init__(self, optimizer, bad_step, flags):
     self.calls = []
@@ -49,8 +49,8 @@ class _CountingInner:
     )
 
 
-class _NotedCheckpoints:
-  """Stands for the disk: notes what is saved."""
+class _RecordingCheckpoints:
+  """Fake checkpoints: record the saved steps."""
 
   def __init__(self, failure):
     self.failure = failure
@@ -69,7 +69,7 @@ class _NotedCheckpoints:
 
 
 class _Policy:
-  """Passes over what is not finite, and notes it."""
+  """A policy that skips nonfinite steps and records them."""
 
   def __init__(self, optimizer):
     self.passed_over = []
@@ -84,7 +84,7 @@ class _Policy:
 
 
 class _Parts:
-  """A loop and what it is made of."""
+  """A loop and its parts."""
 
   def __init__(
     self, *, first_step=0, bad_step=-1, flags=_NO_FLAGS, failure=None, **options
@@ -93,7 +93,7 @@ class _Parts:
     optimizer.iterations.assign(first_step)
     self.reports = []
     self.inner = _CountingInner(optimizer, bad_step, flags)
-    self.checkpoints = _NotedCheckpoints(failure)
+    self.checkpoints = _RecordingCheckpoints(failure)
     self.policy = _Policy(optimizer)
     self.loop = Loop(
       inner=self.inner,
@@ -120,20 +120,20 @@ def _run_loop(**options):
 _OPTIONS = {"num_steps": 10, "steps_per_loop": 4, "checkpoint_every_steps": 8}
 
 
-def test_loops_end_on_multiples_of_their_length_and_at_the_last_step():
+def test_loops_end_at_multiples_of_their_length_and_at_the_last_step():
   calls, reports = _run_loop(first_step=0)
   assert calls == [4, 4, 2]
   assert [report.step for report in reports] == [4, 8, 10]
 
 
-def test_a_resumed_loop_ends_on_the_same_steps():
+def test_resumed_loop_ends_at_the_same_steps():
   calls, reports = _run_loop(first_step=6)
   assert calls == [2, 2]
   assert [report.step for report in reports] == [8, 10]
 
 
 @pytest.mark.parametrize("error", [UserError("a mistake"), MemoryError("a fault")])
-def test_what_is_being_saved_is_waited_for_before_an_error_ends_the_run(error):
+def test_pending_save_is_finished_before_an_error_ends_the_run(error):
   parts = _Parts()
 
   def save_and_fail(report):
@@ -146,11 +146,11 @@ def test_what_is_being_saved_is_waited_for_before_an_error_ends_the_run(error):
   assert parts.checkpoints.waited_for == [4]
 
 
-def test_a_finished_run_does_nothing():
+def test_finished_run_does_nothing():
   assert _run_loop(first_step=10) == ([], [])
 
 
-def test_reports_have_loss_rate_and_speed():
+def test_reports_include_loss_learning_rate_and_speed():
   _, [report, *_] = _run_loop(first_step=0)
   assert report.metrics["train/loss"] == 1.0
   assert report.metrics["train/learning_rate"] == 0.5
@@ -167,12 +167,12 @@ def test_reports_have_loss_rate_and_speed():
     ({"on_nonfinite": "no"}, "on_nonfinite='no' is none of stop, skip, restore"),
   ],
 )
-def test_options_that_do_not_fit_are_refused(changed, message):
+def test_invalid_options_are_refused(changed, message):
   with pytest.raises(UserError, match=message):
     LoopOptions(**{**_OPTIONS, **changed})
 
 
-def test_a_loop_that_is_told_to_stop_saves_after_the_call_and_says_so():
+def test_stop_request_saves_a_checkpoint_and_is_reported():
   parts = _Parts(flags=HostFlags(True, False))
   with pytest.raises(PreemptedError, match="stopped after step 4; the newest is noted"):
     parts.loop.run()
@@ -181,7 +181,7 @@ def test_a_loop_that_is_told_to_stop_saves_after_the_call_and_says_so():
   assert [report.step for report in parts.reports] == [4]
 
 
-def test_a_full_disk_stops_the_loop_only_where_it_should():
+def test_full_disk_stops_the_loop_at_once_or_at_the_end():
   full = {"flags": HostFlags(False, True), "failure": "no space"}
   parts = _Parts(**full, on_disk_full="stop")
   with pytest.raises(UserError, match="no space; the newest is noted"):
@@ -189,11 +189,11 @@ def test_a_full_disk_stops_the_loop_only_where_it_should():
   assert parts.inner.calls == [4]
   parts = _Parts(**full)
   with pytest.raises(UserError, match="no space; the newest is noted"):
-    parts.loop.run()  # All is trained, and what was trained is not on the disk.
+    parts.loop.run()  # The training finishes, but its last checkpoint is not on disk.
   assert parts.inner.calls == [4, 4, 2]
 
 
-def test_a_batch_that_is_passed_over_counts_as_a_step():
+def test_skipped_batch_counts_as_a_step():
   parts = _Parts(bad_step=5)
   parts.loop.run()
   assert parts.inner.calls == [4, 1, 2, 2]
@@ -206,7 +206,7 @@ _NUM_STEPS, _SIZE, _BAD_STEP = 4, 6, 2
 
 
 class _Statistics(tf.keras.layers.Layer):
-  """Counts calls and sums up inputs in variables of every kind that replicas have."""
+  """Counts calls and sums inputs in every kind of replicated variable."""
 
   def __init__(self):
     super().__init__()
@@ -244,7 +244,7 @@ def _step(backbone=None):
 
 
 def _images(bad_replica, bad_value):
-  """[steps, replicas, B, 4, 4, 1], one number of one replica of one step spoilt."""
+  """[steps, replicas, B, 4, 4, 1]; one value of one replica at one step is replaced."""
   images = np.random.default_rng(0).random((_NUM_STEPS, 2, _SIZE, 4, 4, 1), np.float32)
   images[_BAD_STEP, bad_replica, 3, 0, 0, 0] = bad_value
   return images
@@ -278,8 +278,8 @@ def _values(step):
   return [variable.numpy() for part in parts for variable in part.variables]
 
 
-# The last two overflow inside: the convolution's outputs, or the variance alone, whose
-# reciprocal root is 0, so that embeddings, loss and gradients are finite.
+# The last two overflow internally: convolution outputs, or only the variance.
+# Its reciprocal root is 0, so embeddings, loss and gradients stay finite.
 @pytest.mark.parametrize(
   ("bad_replica", "bad_value", "normalization"),
   thorough_except(
@@ -294,7 +294,7 @@ def _values(step):
     ],
   ),
 )
-def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
+def test_nonfinite_update_on_one_replica_is_applied_on_none(
   mirrored, bad_replica, bad_value, normalization
 ):
   strategy = mirrored(2)
@@ -316,7 +316,7 @@ def test_an_update_that_is_not_finite_on_one_replica_is_made_on_none(
 
 
 @pytest.mark.parametrize("num_replicas", thorough_except([2], [1, 2]))
-def test_statistics_of_a_layer_of_ones_own_are_restored(mirrored, num_replicas):
+def test_statistics_of_a_custom_layer_are_restored(mirrored, num_replicas):
   strategy = mirrored(num_replicas)
   images = _images(0, 1e38)[:, :num_replicas]
   with strategy.scope():
@@ -334,13 +334,13 @@ def test_statistics_of_a_layer_of_ones_own_are_restored(mirrored, num_replicas):
   assert all(0 < value < 1e3 for values in before for value in values)
 
 
-def test_flags_of_a_host_come_back_over_all_replicas(mirrored):
+def test_host_flags_are_combined_over_all_replicas(mirrored):
   strategy = mirrored(2)
   with strategy.scope():
     loop = _loop(strategy, _step(), _images(0, 0.0), flags=HostFlags(True, False))
     done = loop.run(1)
     assert done.host_flags == HostFlags(True, False)
-    # Other batches are taken, from their first on, and nothing is traced again.
+    # The new batches are used from their first on, without retracing.
     dataset = _dataset(_images(0, 0.0))
     loop.set_batches(ReplicaBatches(strategy, dataset))
     assert loop.run(_NUM_STEPS).num_steps == _NUM_STEPS

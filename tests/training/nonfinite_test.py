@@ -1,4 +1,4 @@
-"""What is said of a step that is not finite: inputs, weights, layer, loss, gradient."""
+"""Diagnosis of nonfinite steps: inputs, weights, layer, loss and gradient."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class _SteepLoss(SupervisedContrastiveLoss):
 
 @pytest.fixture
 def diagnose(tmp_path):
-  """What is said of step 2 of a training, made with some part that is broken."""
+  """Returns the diagnosis of step 2 of a training with one broken part."""
 
   def call(
     backbone=None, loss=SupervisedContrastiveLoss, decoder=ImageDecoder, **spoil
@@ -101,7 +101,7 @@ def diagnose(tmp_path):
   return call
 
 
-def test_records_are_named_and_all_of_them_written(diagnose, tmp_path):
+def test_bad_records_are_named_and_all_are_written(diagnose, tmp_path):
   said = diagnose(decoder=_NaNDecoder)
   told = json.loads((tmp_path / "nonfinite-2.json").read_text())
   assert told["step"] == 2
@@ -110,41 +110,41 @@ def test_records_are_named_and_all_of_them_written(diagnose, tmp_path):
   assert f"the batch has {told['keys'][0]}, " in said and "(12 records; all in " in said
 
 
-def test_inputs_are_named_by_their_rows(diagnose):
+def test_bad_inputs_are_named_by_their_rows(diagnose):
   said = diagnose(decoder=_NaNDecoder)
   assert said.startswith("the inputs of rows [11] of the batch are not finite")
 
 
-def test_weights_are_named(diagnose):
+def test_bad_weights_are_named(diagnose):
   assert "the weights of " in diagnose(is_spoilt=True)
 
 
-def test_the_first_layer_is_named(diagnose):
+def test_first_nonfinite_layer_is_named(diagnose):
   backbone = tf.keras.Sequential([_Overflow(name="wild"), tf.keras.layers.Flatten()])
   assert diagnose(backbone=backbone).startswith(
     "the output of layer wild is not finite"
   )
 
 
-def test_the_loss_is_named_with_its_value(diagnose):
+def test_nonfinite_loss_is_reported_with_its_value(diagnose):
   assert diagnose(loss=_BrokenLoss).startswith("the loss, _BrokenLoss, is inf")
 
 
-def test_weights_whose_gradient_it_is_are_named(diagnose):
+def test_weights_with_a_nonfinite_gradient_are_named(diagnose):
   said = diagnose(loss=_SteepLoss)
   assert said.startswith("the gradient to ") and "kernel" in said.split(";")[0]
 
 
-def test_what_is_finite_when_computed_again_is_said_to_be(diagnose):
+def test_step_that_is_finite_when_recomputed_is_reported(diagnose):
   assert diagnose().startswith("all values are finite when")
 
 
-def test_a_gradient_whose_square_overflows_is_named(diagnose):
+def test_gradient_whose_square_overflows_is_named(diagnose):
   said = diagnose(loss=_LargeLoss)
   assert said.startswith("the gradient is so large that its squared norm is not finite")
 
 
-def test_a_batch_that_can_not_be_read_again_is_said_with_the_reason(diagnose):
+def test_batch_that_cannot_be_reread_is_reported_with_the_reason(diagnose):
   class Broken(ImageDecoder):
     def __call__(self, records):
       raise AttributeError("no such part")
@@ -198,7 +198,7 @@ _VARIANCE_OVERFLOWS = ("batch", 1e25, "moving_variance:0 is not finite", 2)
     ],
   ),
 )
-def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
+def test_internal_overflow_is_diagnosed_without_changing_the_state(
   mirrored, num_replicas, normalization, scale, expected
 ):
   strategy = mirrored(num_replicas)
@@ -218,7 +218,7 @@ def test_an_overflow_inside_is_found_on_every_replica_and_leaves_nothing(
     [{"num_micro_batches": 3}, {"compiled": "encoder"}, {"compiled": "step"}],
   ),
 )
-def test_layers_are_named_where_they_are_looped_over_or_compiled(options):
+def test_layers_in_loops_and_compiled_functions_are_named(options):
   step = _step(ConvNet(filters=(2,), normalization="batch"), **options)
   step.compute_update(_batch(1.0), OneReplica())
   step.forward_state[0].assign([0.25, 0.5])
@@ -228,14 +228,14 @@ def test_layers_are_named_where_they_are_looped_over_or_compiled(options):
   np.testing.assert_array_equal(step.forward_state[0], [0.25, 0.5])
 
 
-def test_a_damaged_moving_average_is_named():
+def test_damaged_moving_average_is_named():
   step = _step(ConvNet(filters=(2,), normalization="batch"))
   step.forward_state[1].assign([1.0, np.inf])
   said = StepRerun(step).describe(_batch(1.0))
   assert "moving_variance:0 was not finite before the step" in said
 
 
-def test_layers_that_are_operations_compute_the_same_after_a_diagnosis():
+def test_diagnosis_does_not_change_operation_layers():
   inputs = tf.keras.Input((6, 6, 1))
   outputs = tf.keras.layers.Flatten()(tf.nn.relu6(inputs * 2.0 + 3.0) / 6.0)
   step = _step(tf.keras.Model(inputs, outputs))
@@ -245,7 +245,7 @@ def test_layers_that_are_operations_compute_the_same_after_a_diagnosis():
 
 
 class _Parts:
-  """A policy, and what it changes; going back restores step 4."""
+  """A policy and the state that it changes; a restore returns to step 4."""
 
   def __init__(self, optimizer=None, **options):
     self.optimizer = optimizer or tf.keras.optimizers.SGD(0.1)
@@ -270,7 +270,7 @@ class _Parts:
     set_step(self.optimizer, 4)
 
 
-def test_it_stops_and_says_what_where_and_what_is_saved():
+def test_stop_policy_reports_cause_step_and_checkpoint():
   parts = _Parts()
   expected = "step 7: layer x of 7; the update is not applied; the newest checkpoint is"
   with pytest.raises(NotFiniteError, match=expected):
@@ -278,7 +278,7 @@ def test_it_stops_and_says_what_where_and_what_is_saved():
   assert parts.policy.metrics() == {}
 
 
-def test_a_batch_that_is_skipped_counts_as_a_step():
+def test_skipped_batch_counts_as_a_step():
   parts = _Parts(on_nonfinite="skip")
   parts.policy.handle_nonfinite(7)
   assert int(parts.optimizer.iterations) == 8
@@ -286,7 +286,7 @@ def test_a_batch_that_is_skipped_counts_as_a_step():
   assert parts.policy.metrics() == {"train/nonfinite_steps": 1.0}
 
 
-def test_going_back_restores_and_goes_on_past_the_batch():
+def test_restore_policy_continues_after_the_bad_batch():
   parts = _Parts(on_nonfinite="restore")
   for step in (7, 8):
     parts.policy.handle_nonfinite(step)
@@ -296,7 +296,7 @@ def test_going_back_restores_and_goes_on_past_the_batch():
 
 
 @pytest.mark.parametrize("policy", ["skip", "restore"])
-def test_every_part_of_an_optimizer_continues_at_the_same_step_and_rate(policy):
+def test_all_optimizers_continue_at_the_same_step_and_rate(policy):
   schedule = Cosine(peak=0.1, num_steps=20)
   per_part = MultiOptimizer(
     backbone=tf.keras.optimizers.SGD(schedule), head=tf.keras.optimizers.SGD(schedule)
@@ -313,7 +313,7 @@ def test_every_part_of_an_optimizer_continues_at_the_same_step_and_rate(policy):
 
 
 @pytest.mark.parametrize("policy", ["skip", "restore"])
-def test_it_stops_where_it_was_too_often(policy):
+def test_run_stops_after_too_many_nonfinite_steps(policy):
   parts = _Parts(on_nonfinite=policy, max_nonfinite_steps=1)
   parts.policy.handle_nonfinite(7)
   with pytest.raises(NotFiniteError, match="1 batches were skipped before"):

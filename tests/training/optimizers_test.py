@@ -1,4 +1,4 @@
-"""Optimizers, schedules, averages and rates of parts, against their definitions."""
+"""Optimizers, schedules, weight averages and per-part rates, by their definitions."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ def _lamb_by_definition(rate, decay, num_steps=4):
   return variables
 
 
-def test_lamb_is_its_definition():
+def test_lamb_equals_its_definition():
   expected = _lamb_by_definition(0.01, 0.1)
   got = _run(optimizers.lamb(learning_rate=0.01, weight_decay_rate=0.1))
   for one, other in zip(got, expected):
     np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
-def test_lamb_is_that_of_tensorflow_addons():
+def test_lamb_equals_tensorflow_addons():
   if sys.version_info >= (3, 12):
     with pytest.raises(ImportError):
       import tensorflow_addons  # noqa: F401
@@ -121,19 +121,19 @@ def _rates(schedule, steps):
   return [float(schedule(step)) for step in steps]
 
 
-def test_the_rate_warms_up_and_falls_along_a_cosine():
+def test_rate_warms_up_and_decays_along_a_cosine():
   schedule = learning_rates.Cosine(peak=2.0, num_steps=14, warmup_steps=4, end=1.0)
   steps = (0, 1, 3, 4, 9, 14, 99)
   assert _rates(schedule, steps) == pytest.approx([0.5, 1, 2, 2, 1.5, 1, 1])
 
 
-def test_the_rate_falls_in_steps():
+def test_rate_decays_in_steps():
   schedule = learning_rates.Steps(peak=1.0, at_steps=(5, 8), factor=0.5, warmup_steps=2)
   steps = (0, 1, 4, 5, 7, 8, 20)
   assert _rates(schedule, steps) == pytest.approx([0.5, 1, 1, 0.5, 0.5, 0.25, 0.25])
 
 
-def test_the_rate_without_warm_up_is_constant():
+def test_rate_without_warmup_is_constant():
   assert _rates(learning_rates.Constant(peak=0.3), (0, 9)) == pytest.approx([0.3, 0.3])
 
 
@@ -147,7 +147,7 @@ def test_optimizers_follow_a_schedule():
   np.testing.assert_allclose(variable, [-1.1], rtol=1e-6)
 
 
-def test_the_rate_grows_with_the_batch():
+def test_rate_scales_with_the_batch_size():
   rate = learning_rates.scaled_to_batch(
     rate=0.1, reference_batch_size=256, classes_per_batch=64, samples_per_class=8
   )
@@ -166,7 +166,7 @@ def test_the_rate_grows_with_the_batch():
     (lambda: AveragedWeights([], decay=1.0), "must be between 0 and 1"),
   ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
@@ -202,7 +202,7 @@ def test_averages_follow_the_weights_as_defined():
   np.testing.assert_allclose(averages.averages[0], [expected], rtol=1e-6)
 
 
-def test_averages_stand_in_for_the_weights_and_leave_again():
+def test_averages_replace_the_weights_temporarily():
   weight = tf.Variable([0.0])
   averages = AveragedWeights([weight], decay=0.9)
   weight.assign([5.0])
@@ -211,7 +211,7 @@ def test_averages_stand_in_for_the_weights_and_leave_again():
   assert weight.numpy() == 5.0
 
 
-def test_an_encoder_is_restored_with_the_averages_of_its_weights(tmp_path):
+def test_encoder_is_restored_with_its_averaged_weights(tmp_path):
   trained, read = _encoder(), _encoder()
   averages = AveragedWeights(trained.trainable_variables, decay=0.9)
   expected = [average.numpy() for average in averages.averages]
@@ -228,7 +228,7 @@ def test_an_encoder_is_restored_with_the_averages_of_its_weights(tmp_path):
     np.testing.assert_array_equal(got.numpy(), wanted)
 
 
-def test_a_frozen_backbone_is_not_trained():
+def test_frozen_backbone_is_not_trained():
   encoder = _encoder(is_backbone_frozen=True)
   assert len(encoder.trainable_variables) == 2
   assert encoder.backbone_variables == []
@@ -246,14 +246,14 @@ _HAS_ADDONS = sys.version_info < (3, 12)
 
 
 @pytest.mark.parametrize("name", _MAKERS)
-def test_without_addons_one_line_says_what_to_do(monkeypatch, name):
+def test_missing_addons_is_reported_in_one_line(monkeypatch, name):
   monkeypatch.setitem(sys.modules, "tensorflow_addons", None)
   with pytest.raises(UserError, match=f"^{name} needs TensorFlow Addons.*use lamb or"):
     _MAKERS[name]()
 
 
 @pytest.mark.parametrize("make", ["novograd", "rectified_adam"])
-def test_a_rate_of_nothing_is_refused(make):
+def test_zero_learning_rate_is_refused(make):
   with pytest.raises(UserError, match=f"{make}.learning_rate=0"):
     getattr(optimizers, make)(learning_rate=0.0)
 
@@ -268,7 +268,7 @@ if _HAS_ADDONS:
 
   @pytest.mark.parity
   @pytest.mark.parametrize("name", thorough_except([*_MAKERS][:1], _MAKERS))
-  def test_two_replicas_train_as_one(mirrored, name):
+  def test_two_replicas_train_like_one(mirrored, name):
     make_step = functools.partial(_make_step, name)
     wanted = parity.expected(make_step, _batches(), 1)
     found = parity.errors(parity.trained(mirrored(2), make_step, _batches()), wanted)
@@ -285,7 +285,7 @@ if _HAS_ADDONS:
       optimizer.apply_gradients([(gradient, variable)], skip_gradients_aggregation=True)
 
   @pytest.mark.parametrize("name", _MAKERS)
-  def test_a_resumed_training_has_every_bit_of_one_that_went_on(tmp_path, name):
+  def test_resumed_training_is_bit_identical(tmp_path, name):
     def parts():
       tf.keras.utils.set_random_seed(1)
       encoder = Encoder(backbone=Perceptron(hidden_units=()), embedding_size=2)

@@ -1,4 +1,4 @@
-"""2·N steps are N steps, a checkpoint, and N steps more: bit for bit, on 2 replicas."""
+"""2·N steps equal N steps, a checkpoint and N more steps: bit for bit, 2 replicas."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _CASES = {
   },
   "per part": {"optimizer": _per_part},
 }
-# Each state of the others, in two runs.
+# Together these two have every state of the other cases.
 _TOGETHER = {
   "all of single precision": {
     **_CASES["averages"],
@@ -110,7 +110,7 @@ def _batch(number, replica):
   rng = np.random.default_rng([number, replica])
   labels = np.repeat(np.arange(2, dtype=np.int32), 3) + 2 * replica
   images = rng.random((6, *_SHAPE)) + labels[:, None, None, None]
-  numbers = tf.range(6) + 6 * replica  # The same images again.
+  numbers = tf.range(6) + 6 * replica  # Each epoch repeats the images.
   rows = (tf.constant(labels), tf.ones([6]), numbers)
   return Batch(tf.constant(images, tf.float32), *rows)
 
@@ -143,7 +143,7 @@ def _tensors(folder):
 
 @pytest.mark.resume
 @pytest.mark.parametrize("case", thorough_except([*_TOGETHER][:1], _CASES))
-def test_a_resumed_training_has_every_bit_of_one_that_went_on(mirrored, tmp_path, case):
+def test_resumed_training_is_bit_identical(mirrored, tmp_path, case):
   strategy = mirrored(2)
   with strategy.scope():
     whole, resumed = (_make_step(**_CASES[case]) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Optimizers of rows against Keras' dense ones, and what happens to rows not read."""
+"""Row optimizers against the dense ones of Keras, and the state of unread rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _table(optimizer, **arguments):
 
 
 def _values(table):
-  """Centres and moments of all classes."""
+  """Returns centres and moments of all classes."""
   return [each.numpy()[:_NUM_CLASSES] for each in table._tables]
 
 
@@ -54,7 +54,7 @@ def _read(table, step, labels=(3, 7, 7, -1)):
 
 
 @pytest.mark.parametrize("name", _PAIRS)
-def test_ten_steps_over_all_rows_equal_those_of_keras(name):
+def test_ten_steps_on_all_rows_equal_keras(name):
   row_optimizer, make = _PAIRS[name]
   table, optimizer = _table(row_optimizer), make()
   dense = tf.Variable(_values(table)[0])
@@ -65,14 +65,14 @@ def test_ten_steps_over_all_rows_equal_those_of_keras(name):
     table.update(
       RowUpdate(rows.indices, tf.constant(gradient), rows.own_rows), tf.constant(step)
     )
-    # Keras has no SGD with a decay that is part of the gradient.
+    # Keras has no SGD with a weight decay that is part of the gradient.
     decay = 0.1 * dense if name == "decay" else 0.0
     optimizer.apply_gradients([(gradient + decay, dense)])
   np.testing.assert_allclose(_values(table)[0], dense.numpy(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["momentum", "decay", "AdamW"])
-def test_rows_that_are_not_read_keep_value_and_moments(name):
+def test_unread_rows_keep_their_values_and_moments(name):
   table = _table(_PAIRS[name][0], sampling_rate=0.2)
   random = np.random.default_rng(0)
   is_ever_left = np.zeros(_NUM_CLASSES, bool)
@@ -93,7 +93,7 @@ def test_rows_that_are_not_read_keep_value_and_moments(name):
 
 
 @pytest.mark.parametrize("name", _PAIRS)
-def test_update_of_some_rows_is_that_of_a_dense_optimizer_of_those_rows(name):
+def test_update_of_some_rows_equals_a_dense_update_of_those_rows(name):
   optimizer = _PAIRS[name][0]
   table = _table(optimizer, sampling_rate=0.2)
   random = np.random.default_rng(0)
@@ -126,7 +126,7 @@ def test_update_of_some_rows_is_that_of_a_dense_optimizer_of_those_rows(name):
     (RowAdam, {"weight_decay": -0.1}, "weight_decay=-0.1"),
   ],
 )
-def test_argument_out_of_its_range_is_reported_in_one_line(
+def test_argument_out_of_range_is_reported_in_one_line(
   optimizer_class, arguments, message
 ):
   with pytest.raises(UserError, match=message) as raised:

@@ -49,7 +49,7 @@ def _step(*, normalization="none", precision="float32", optimizer=None, **option
     loss=SupervisedContrastiveLoss(temperature=0.2),
     objective_fn=global_negatives,
     optimizer=optimizer or tf.keras.optimizers.SGD(0.02),
-    mining_statistics=None,  # They take long to compile.
+    mining_statistics=None,  # Slow to compile.
     options=StepOptions(**options),
   )
   step.create_variables((8, 8, 1))
@@ -57,7 +57,7 @@ def _step(*, normalization="none", precision="float32", optimizer=None, **option
 
 
 def _loss_of_steps(step, num_steps=5, strategy=None):
-  """The loss of each step, on one replica or those of a strategy."""
+  """Returns the loss of each step, on one replica or those of a strategy."""
 
   def on_replica(batch):
     collectives = current_collectives() if strategy else OneReplica()
@@ -77,41 +77,41 @@ def _loss_of_steps(step, num_steps=5, strategy=None):
 
 
 @pytest.mark.parametrize("compiled", ["encoder", "step"])
-def test_compiled_steps_train_as_others(compiled):
+def test_compiled_steps_equal_uncompiled_steps(compiled):
   expected = _loss_of_steps(_step())
   assert _loss_of_steps(_step(compiled=compiled)) == pytest.approx(expected, rel=1e-5)
   assert expected[-1] < expected[0]
 
 
-def test_an_encoder_is_compiled_on_several_replicas_too(mirrored):
+def test_encoder_is_compiled_on_several_replicas(mirrored):
   with mirrored(2).scope():
     steps = [_step(compiled=compiled) for compiled in ("nothing", "encoder")]
   expected, got = (_loss_of_steps(step, strategy=mirrored(2)) for step in steps)
   assert got == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_step_compiled_whole_is_refused_on_several_replicas(mirrored):
+def test_fully_compiled_step_is_refused_on_several_replicas(mirrored):
   with mirrored(2).scope(), pytest.raises(UserError, match="or one replica"):
     _step(compiled="step")
 
 
-def test_a_compiled_encoder_in_which_replicas_speak_is_refused(mirrored):
+def test_compiled_encoder_with_collectives_is_refused(mirrored):
   options = {"normalization": "synchronized_batch", "compiled": "encoder"}
   with mirrored(2).scope(), pytest.raises(UserError, match="use 'nothing', or one"):
     _step(**options)
   _step(**options)
 
 
-def test_float16_scales_the_loss_so_that_small_gradients_are_not_lost(mirrored):
+def test_float16_loss_scaling_keeps_small_gradients(mirrored):
   with mirrored(2).scope():
     step = _step(precision="mixed_float16")
   assert float(step.optimizer.loss_scale) > 1000
-  # The first scale is too large, and halved until the gradients are finite.
+  # The initial scale is too large and is halved until the gradients are finite.
   losses = _loss_of_steps(step, num_steps=12, strategy=mirrored(2))
   assert losses[-1] < losses[0]
 
 
-def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
+def test_overflowing_gradient_is_skipped_and_the_scale_shrinks():
   step = _step(precision="mixed_float16")
   before = [v.numpy() for v in step.trainable_variables]
   scale = float(step.optimizer.loss_scale)
@@ -125,7 +125,7 @@ def test_a_gradient_that_overflows_is_left_out_and_the_scale_shrinks():
 
 
 def _steep_zero(embeddings, gradient):
-  """A loss of 0 whose gradient is given, however the loss is scaled."""
+  """A loss of 0 with a given gradient at every loss scale."""
 
   @tf.custom_gradient
   def nought(embeddings):
@@ -150,11 +150,11 @@ class _SteepLoss(SupervisedContrastiveLoss):
     ("mixed_float16", 1.0, np.inf, False),
     ("mixed_float16", 1.0, 1.0, True),
     ("float32", None, np.inf, False),
-    ("float32", None, 1e22, False),  # Its square overflows in moments and in norms.
+    ("float32", None, 1e22, False),  # The square overflows in moments and norms.
     ("float32", None, 1e15, True),
   ],
 )
-def test_gradients_that_no_scale_makes_finite_are_no_update(
+def test_gradients_nonfinite_at_every_scale_make_no_update(
   precision, scale, gradient, is_finite
 ):
   step = _step(precision=precision)
@@ -165,7 +165,7 @@ def test_gradients_that_no_scale_makes_finite_are_no_update(
   assert bool(step.compute_update(_batch(), OneReplica()).is_finite) == is_finite
 
 
-def test_clipping_is_of_the_gradients_of_all_replicas_together(mirrored):
+def test_clipping_applies_to_the_gradients_of_all_replicas(mirrored):
   def moved(strategy):
     with strategy.scope():
       optimizer = tf.keras.optimizers.SGD(1.0, global_clipnorm=1e-2)
@@ -180,7 +180,7 @@ def test_clipping_is_of_the_gradients_of_all_replicas_together(mirrored):
   np.testing.assert_allclose(clipped, moved(mirrored(1)), rtol=1e-3, atol=1e-6)
 
 
-def test_evaluation_has_the_averages():
+def test_evaluation_uses_the_averages():
   step = _step(averaging_decay=0.9)
   initial = step.trainable_variables[0].numpy()
   _loss_of_steps(step)
@@ -191,7 +191,7 @@ def test_evaluation_has_the_averages():
   np.testing.assert_array_equal(step.trainable_variables[0].numpy(), trained)
 
 
-def test_averages_are_the_same_on_two_replicas(mirrored):
+def test_averages_are_equal_on_two_replicas(mirrored):
   averages = []
   for number in (1, 2):
     with mirrored(number).scope():
@@ -202,17 +202,17 @@ def test_averages_are_the_same_on_two_replicas(mirrored):
   np.testing.assert_allclose(*averages, rtol=1e-4, atol=1e-6)
 
 
-def test_micro_batches_say_what_batch_normalisation_makes_of_them(caplog):
+def test_micro_batches_with_batch_normalization_are_warned_of(caplog):
   _step(normalization="batch", num_micro_batches=2)
   assert "mean and variance of each micro-batch" in caplog.text
 
 
-def test_micro_batches_and_synchronised_normalisation_are_refused():
+def test_micro_batches_with_synchronized_normalization_are_refused():
   with pytest.raises(UserError, match="exclude each other"):
     _step(normalization="synchronized_batch", num_micro_batches=2)
 
 
-def test_a_layer_that_draws_other_numbers_the_second_time_is_refused():
+def test_nondeterministic_layer_is_refused():
   backbone = Perceptron(hidden_units=())
   backbone.noise = tf.keras.layers.GaussianNoise(0.1)
   with pytest.raises(UserError, match="GaussianNoise would draw other numbers"):
@@ -242,12 +242,12 @@ def test_micro_batches_that_do_not_divide_the_batch_are_refused():
     ),
   ],
 )
-def test_options_that_do_not_fit_are_refused(options, message):
+def test_invalid_options_are_refused(options, message):
   with pytest.raises(UserError, match=message):
     _step(**options)
 
 
-def test_a_gradient_is_as_large_as_its_examples_before_they_cancel():
+def test_gradient_magnitude_is_measured_before_cancellation():
   step, batch = _step(), _batch()
   weights = step.trainable_variables
   with tf.GradientTape() as tape:
@@ -272,7 +272,9 @@ _NUM_REPLICAS, _NUM_GATHERED = 2, 24 * 6  # Embeddings of the global batch.
 
 def _graph_and_step(strategy, objective, num_micro_batches):
   make_step = _maker(
-    LOSSES["SupervisedContrastiveLoss-learned"],  # Its terms have no loop.
+    LOSSES[
+      "SupervisedContrastiveLoss-learned"
+    ],  # Its terms are computed without a loop.
     objective,
     "sgd",
     num_micro_batches=num_micro_batches,
@@ -288,7 +290,7 @@ def _graph_and_step(strategy, objective, num_micro_batches):
 
 
 def _sizes_of_sums(graph):
-  """How many numbers each sum over replicas has, and how often there is one."""
+  """Returns the sizes of the all-reduces and how often each size occurs."""
   operations = [each for each in graph.get_operations() if "Reduce" in each.type]
   sums = [each for each in operations if each.type.startswith("Collective")]
   sizes = collections.Counter(each.outputs[0].shape.num_elements() for each in sums)
@@ -296,30 +298,30 @@ def _sizes_of_sums(graph):
 
 
 def _num_weights_and_more(step):
-  """With the gradients, in the same sum, travel three numbers.
+  """Returns the number of weights and of the three values reduced with them.
 
-  Whether a replica's are not finite, and the two that are its active fraction.
+  Those are a flag for nonfinite gradients and the two sums of the active fraction.
   """
   return sum(v.shape.num_elements() for v in step.trainable_variables) + 3
 
 
 @pytest.mark.parametrize("num_micro_batches", [1, 3, 12])
-def test_gradients_travel_once_a_step_whatever_the_micro_batches(
+def test_gradients_are_reduced_once_per_step_with_any_micro_batches(
   mirrored, num_micro_batches
 ):
   graph, step = _graph_and_step(mirrored(2), "gathered", num_micro_batches)
   num_sent = _num_weights_and_more(step)
-  # The count; the gradient to the gathered embeddings; the gradients to the weights.
+  # Count; gradient of the gathered embeddings; gradients of the weights.
   assert _sizes_of_sums(graph) == {1: 1, _NUM_GATHERED: 1, num_sent: 1}
   operations = [each.type for each in graph.get_operations()]
-  # The text has what is in functions and loops too, where there must be none.
+  # The text includes functions and loops, which must have no collectives.
   num_outside = sum(each.startswith("Collective") for each in operations)
   assert str(graph.as_graph_def()).count('op: "Collective') == num_outside > 0
   has_loop = any(each.endswith("While") for each in operations)
   assert has_loop == (num_micro_batches > 1)
 
 
-def test_without_a_gather_the_gradients_alone_travel(mirrored):
+def test_without_a_gather_only_gradients_are_reduced(mirrored):
   graph, step = _graph_and_step(mirrored(2), "alone", 3)
   num_sent = _num_weights_and_more(step)
   assert _sizes_of_sums(graph) == {num_sent: 1}
@@ -336,21 +338,21 @@ def _step_of_tpu_limits(precision):
   )
 
 
-def test_a_scaled_loss_is_refused_on_a_tpu_by_the_binding_that_asks_for_it():
+def test_loss_scaling_is_refused_on_a_tpu_naming_its_binding():
   with pytest.raises(UserError, match=r"Encoder\.precision='mixed_float16'"):
     checks.check_tpu_limits(_step_of_tpu_limits("mixed_float16"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
-def test_what_a_tpu_computes_is_not_refused(precision):
+def test_supported_steps_are_accepted_on_a_tpu(precision):
   assert checks.check_tpu_limits(_step_of_tpu_limits(precision)) is None
 
 
-def test_nothing_is_refused_where_there_is_no_tpu():
+def test_unsupported_steps_are_accepted_without_a_tpu():
   assert checks.check_tpu_limits_if_on_tpu(_step_of_tpu_limits("mixed_float16")) is None
 
 
-def test_few_frames_lie_between_the_step_and_the_terms_of_an_anchor(monkeypatch):
+def test_call_stack_from_step_to_loss_terms_is_shallow(monkeypatch):
   frames, folder = [], os.path.dirname(trainer.__file__)
   anchor_terms = BatchAllTripletLoss.anchor_terms
 
