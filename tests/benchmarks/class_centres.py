@@ -121,10 +121,10 @@ def large():
     start = time.perf_counter()
     rows = centre_shards.copy_rows(1, [centres], is_chief=True)
     copied = time.perf_counter() - start
-    centre_shards.write_rows(folder, rows)
+    centre_shards.write_rows(folder, rows, "save")
     written = time.perf_counter() - start
     names = centre_shards.shard_names(1, [centres])
-    files = centre_shards.collect_facts(folder, names)
+    files = centre_shards.collect_facts(folder, names, "save")
     start = time.perf_counter()
     centre_shards.restore_rows(folder, files, [centres])
     restored = time.perf_counter() - start

@@ -90,11 +90,12 @@ MinedTripletSampler.negatives_per_group = 6
 Miner.records_per_class = {records_per_class}
 """
 # Small networks from random weights need a smaller scale and margin than the papers'.
-_CENTRES = """
+_RANDOM_CENTRES = """
 ARC_SCALE = 16.0
 ARC_MARGIN = 0.2
-CENTRE_LEARNING_RATE = 1.0
 """
+_MEANS = "ClassCentres.initial_centres = 'means'\n"
+_CENTRES = _RANDOM_CENTRES + _MEANS
 _SUB_CENTRES = _CENTRES + "ClassCentres.centres_per_class = 3\n"
 _FILTER = """
 ArcFaceLoss.class_filter = @ClassFilter()
@@ -114,10 +115,11 @@ _WAYS = {
   "batch_all + hard classes": ("batch_all", _HARD_CLASSES),
   "batch_all + offline": ("batch_all", _GROUPS),
   "arc_face": ("arc_face", _CENTRES),
+  "arc_face, random centres": ("arc_face", _RANDOM_CENTRES),
   "arc_face, 3 centres": ("arc_face", _SUB_CENTRES),
   "arc_face, filter": ("arc_face", _CENTRES + _FILTER),
   "arc_face + batch_hard": ("arc_face_and_batch_hard", _CENTRES),
-  "proxy_anchor": ("proxy_anchor", ""),
+  "proxy_anchor": ("proxy_anchor", _MEANS),
 }
 # Batches of Fashion-MNIST have all its classes.
 _NOT_POSSIBLE = {("fashion_mnist", "batch_all + hard classes")}

@@ -133,7 +133,7 @@ def test_new_classes_start_at_the_means_of_their_embeddings(folder, caplog):
   after = _embedded(folder, "class_centres", *options["params"], **_of(options))
   assert len(before.keys) < len(after.keys)
   num_new = len(after.keys) - len(before.keys)
-  assert f"{num_new} new classes start at the means" in caplog.text
+  assert f"{num_new} classes start at the means" in caplog.text
   means = _means(_embedded(folder, "records", *options["params"], **_of(options)))
   kept = dict(zip(before.keys, before.embeddings))
   for name, centre in zip(after.keys, after.embeddings):
@@ -189,7 +189,7 @@ def test_centres_of_vectors_pass_the_check_of_replicas(folder, capsys):
   "param, message",
   [
     ("ClassCentres.num_classes = 7", "num_classes=7, and the training data has 24"),
-    ("ARC_MARGIN = -0.1", "angle_margin=-0.1"),
+    ("ARC_MARGIN = -0.1", "ArcFaceLoss.margin=-0.1 is not an angle"),
     ("ARC_SCALE = 0.0", "scale=0.0 is not above 0"),
     ("CENTRE_SAMPLING_RATE = 0.0", r"sampling_rate=0.0 must be in (0, 1]"),
     ("CENTRE_SAMPLING_RATE = 1.5", r"sampling_rate=1.5 must be in (0, 1]"),
@@ -197,6 +197,7 @@ def test_centres_of_vectors_pass_the_check_of_replicas(folder, capsys):
     ("TrainStep.objective_fn = @local_negatives", "shared by all replicas"),
     ("HashSplit.evaluation_fraction = 0.1", "another config"),
     ("ClassCentres.new_classes = 'zero'", "new_classes='zero'"),
+    ("ClassCentres.initial_centres = 'zero'", "initial_centres='zero'"),
     ("embed.content = 'classes'", "embed.content='classes'"),
   ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pathlib
+import types
 
 import numpy as np
 import pytest
@@ -27,7 +28,15 @@ from trainer.losses import class_centres as class_centres_lib
 from trainer.losses.centre_losses import ArcOptions, ClassCentreLoss
 from trainer.losses.loss_terms import Anchors
 from trainer.losses.metric_accumulators import summarize
-from trainer.losses.objectives import global_negatives, local_negatives
+from trainer.losses.objectives import (
+  WithinGroups,
+  global_negatives,
+  local_negatives,
+)
+from trainer.models.backbones import Perceptron
+from trainer.models.encoder import Encoder
+from trainer.training import checks
+from trainer.training.step import TrainStep
 
 
 def _are_same(got, expected, tolerance=1e-5):
@@ -219,6 +228,25 @@ def test_local_negatives_are_refused():
     _loss_of(local_negatives, np.zeros(6, np.int32))
 
 
+def test_groups_of_which_the_first_alone_is_compared_are_refused():
+  objective = WithinGroups()
+  objective.check_groups((1, 1), "sampler")
+  with pytest.raises(UserError, match="only the first of each group"):
+    _loss_of(objective, np.arange(6, dtype=np.int32) // 2)
+
+
+def test_ada_face_refuses_an_encoder_whose_embeddings_have_norm_1():
+  step = TrainStep(
+    encoder=Encoder(backbone=Perceptron(hidden_units=()), embedding_size=3),
+    loss=losses.AdaFaceLoss(centres=class_centres(5, 3)),
+    objective_fn=global_negatives,
+    optimizer=tf.keras.optimizers.SGD(0.1),
+  )
+  sampler = types.SimpleNamespace(shape=(4, 1))
+  with pytest.raises(UserError, match=r"set Encoder\.is_normalized = False"):
+    checks.check_batch(sampler, step, 2)
+
+
 def test_several_labels_of_an_example_are_refused():
   with pytest.raises(UserError, match="one label of an example"):
     _loss_of(global_negatives, np.ones([6, 4], bool))
@@ -227,9 +255,9 @@ def test_several_labels_of_an_example_are_refused():
 @pytest.mark.parametrize(
   ("loss_class", "arguments", "message"),
   [
-    (losses.ArcFaceLoss, {"margin": -0.1}, "angle_margin=-0.1"),
-    (losses.ArcFaceLoss, {"margin": 3.2}, "angle_margin=3.2"),
-    (losses.CosFaceLoss, {"margin": -0.1}, "cosine_margin=-0.1"),
+    (losses.ArcFaceLoss, {"margin": -0.1}, "ArcFaceLoss.margin=-0.1"),
+    (losses.ArcFaceLoss, {"margin": 3.2}, "ArcFaceLoss.margin=3.2"),
+    (losses.CosFaceLoss, {"margin": -0.1}, "CosFaceLoss.margin=-0.1"),
     (losses.CombinedMarginLoss, {"angle_factor": 0.5}, "angle_factor=0.5"),
     (
       losses.CombinedMarginLoss,
@@ -249,10 +277,12 @@ def test_several_labels_of_an_example_are_refused():
     (losses.AdaFaceLoss, {"update_rate": 0.0}, "update_rate=0.0"),
     (losses.DynamicMarginLoss, {"factor": -0.1}, "factor=-0.1"),
     (losses.DynamicMarginLoss, {"power": -1.0}, "power=-1.0"),
+    (losses.DynamicMarginLoss, {"power": float("nan")}, "power=nan"),
     (losses.DynamicMarginLoss, {"offset": 3.1}, "sum of factor and offset below"),
     (losses.SoftTripleLoss, {"softness": 0.0}, "softness=0.0"),
     (losses.SoftTripleLoss, {"regularization": -0.1}, "regularization=-0.1"),
     (losses.SoftTripleLoss, {"margin": -0.1}, "margin=-0.1"),
+    (losses.SoftTripleLoss, {"margin": float("nan")}, "margin=nan"),
     (losses.ProxyAnchorLoss, {"margin": -0.1}, "ProxyAnchorLoss.margin=-0.1"),
     (losses.ProxyAnchorLoss, {"scale": 0.0}, "ProxyAnchorLoss.scale=0.0"),
     (losses.pml_norm_face, {"temperature": 0.0}, "pml_norm_face.temperature=0.0"),

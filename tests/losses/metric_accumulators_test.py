@@ -56,6 +56,15 @@ def test_quantiles_are_right_to_half_a_bin(scale):
     assert summary[f"a_p{percent:02}"] == pytest.approx(expected, rel=0.022)
 
 
+def test_suffix_stands_before_the_name_of_a_loss():
+  moments = metric_accumulators.Moments(2.0, 6.0, 2.0)
+  found = metric_accumulators.summarize({"centres/own_cosine/ArcFaceLoss": moments})
+  assert set(found) == {
+    "centres/own_cosine/ArcFaceLoss",
+    "centres/own_cosine_std/ArcFaceLoss",
+  }
+
+
 def test_a_number_that_crosses_into_a_bin_hardly_moves_the_sums():
   near = [_histogram([2.0**3 * (1 + delta)]).counts for delta in (-1e-6, 1e-6)]
   np.testing.assert_allclose(*near, atol=1e-4)

@@ -163,7 +163,9 @@ def test_step_with_class_centres_lowers(rate):
     mining_statistics=None,
   )
   step.create_variables((_INPUT_SIZE,))
-  table.create_variables(6, TrainingClasses(range(10)), _NUM_REPLICAS_LOSSES)
+  table.create_variables(
+    6, TrainingClasses(range(10)), num_replicas=_NUM_REPLICAS_LOSSES
+  )
   assert table.classes_per_replica == 3
   program = replica_program.export_program(step, _BATCH, _NUM_REPLICAS_LOSSES)
   assert b"all-reduce" in program.hlo

@@ -237,17 +237,28 @@ def test_chief_does_not_wait_for_an_exited_worker(tmp_path, monkeypatch):
   is_ending = threading.Event()
   is_ending.set()
   with pytest.raises(OSError, match=r"rows.npy was not written by its worker"):
-    centre_shards.collect_facts(str(tmp_path), ["rows.npy"], is_ending)
+    centre_shards.collect_facts(str(tmp_path), ["rows.npy"], "save", is_ending)
 
 
 def test_worker_with_a_full_disk_informs_the_chief(tmp_path):
   (tmp_path / "two.npy").mkdir()
   rows = [centre_shards.Rows(name, np.ones(3)) for name in ("one.npy", "two.npy")]
   with pytest.raises(OSError):
-    centre_shards.write_rows(str(tmp_path), rows)
+    centre_shards.write_rows(str(tmp_path), rows, "save")
   with pytest.raises(OSError, match=r"two.npy"):
-    centre_shards.collect_facts(str(tmp_path), ["one.npy", "two.npy"])
+    centre_shards.collect_facts(str(tmp_path), ["one.npy", "two.npy"], "save")
   assert not (tmp_path / "one.npy").exists()
+
+
+def test_files_of_another_save_are_not_published(tmp_path, monkeypatch):
+  monkeypatch.setattr(centre_shards, "_DEADLINE_S", 0.1)
+  rows = [centre_shards.Rows("rows.npy", np.ones(3))]
+  centre_shards.write_rows(str(tmp_path), rows, "an earlier save")
+  with pytest.raises(OSError, match=r"rows\.npy was not written by its worker"):
+    centre_shards.collect_facts(str(tmp_path), ["rows.npy"], "save")
+  centre_shards.write_rows(str(tmp_path), rows, "save")
+  found = centre_shards.collect_facts(str(tmp_path), ["rows.npy"], "save")
+  assert found == {"rows.npy": centre_shards.facts(str(tmp_path / "rows.npy"))}
 
 
 @pytest.mark.parametrize(("scale", "is_applied"), [(2.0**40, False), (1.0, True)])

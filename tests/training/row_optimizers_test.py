@@ -124,6 +124,9 @@ def test_update_of_some_rows_equals_a_dense_update_of_those_rows(name):
     (RowAdam, {"beta_1": 1.0}, "RowAdam.beta_1=1.0"),
     (RowAdam, {"beta_2": -0.1}, "beta_2=-0.1"),
     (RowAdam, {"weight_decay": -0.1}, "weight_decay=-0.1"),
+    (RowAdam, {"weight_decay": float("nan")}, "weight_decay=nan"),
+    (RowSGD, {"weight_decay": float("nan")}, "weight_decay=nan"),
+    (RowAdam, {"epsilon": 0.0}, "epsilon=0.0"),
   ],
 )
 def test_argument_out_of_range_is_reported_in_one_line(

@@ -54,6 +54,7 @@ def main(run: Run) -> None:
       **index.fingerprint(),
     }
     if embedding.content == "class_centres":
+      _check_newest(trained)
       source["content"] = embedding.content
       workers.run_on_chief(
         lambda: embedding.write_centres(
@@ -217,6 +218,14 @@ class Embedding:
 
     workers.run_on_chief(finish)
     logging.info("%d embeddings of %d dimensions: %s", *shape, folder)
+
+
+def _check_newest(trained: Evaluation) -> None:
+  if trained.checkpoint != "newest":
+    raise UserError(
+      f"evaluate.checkpoint={trained.checkpoint!r} has no class centres, because only "
+      "the encoder is kept; set 'newest'."
+    )
 
 
 def _in_dtype(rows: np.ndarray, dtype: str) -> np.ndarray:

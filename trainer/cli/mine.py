@@ -31,7 +31,8 @@ from trainer.mining import round
 from trainer.mining.miner import Miner, corpus_fingerprint
 from trainer.mining.round import MiningRound, OtherDataError
 from trainer.run import Run, watching
-from trainer.training.checkpoint_files import saved_centres
+from trainer.training import checkpoint_files
+from trainer.training.checkpoint_files import FOLDER, saved_centres
 from trainer.training.run_folder import check_writable
 
 _MINING, _MINER = "train.mining", "train.mining.miner"
@@ -100,9 +101,14 @@ def _follow(run: Run, options: MineOptions, evaluation: Evaluation) -> None:
     if step >= num_steps:
       break  # A round of the last checkpoint would not be used.
     try:
-      mined = miner.mine(
-        embedder, dataset, step, _centres(run, miner, evaluation, step)
-      )
+      centres = _centres(run, miner, evaluation, step)
+    except UserError:
+      if step in checkpoint_files.steps(os.path.join(run.model_dir, FOLDER)):
+        raise
+      logging.info("The checkpoint of step %d was removed while it was read.", step)
+      continue
+    try:
+      mined = miner.mine(embedder, dataset, step, centres)
     except TooFewExamplesError as error:
       if not round.round_steps(run.model_dir):
         raise

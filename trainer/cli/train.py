@@ -22,7 +22,7 @@ from trainer.data.samplers import BatchSampler, PKSampler
 from trainer.distribute.strategy import ReplicaBatches, make_strategy
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError
-from trainer.losses.class_centres import TrainingClasses
+from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.mining.miner import class_means
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import ChangeRound, Rounds
@@ -42,7 +42,7 @@ from trainer.training.run_folder import check_disk, open_run_folder
 from trainer.training.step import TrainStep
 
 _NUM_SEEDS = 2**32
-_EMBEDDED_AT_ONCE = 256
+_EMBEDDED_AT_ONCE, _CLASSES_AT_ONCE = 256, 8192
 
 
 @gin.configurable("train")
@@ -273,28 +273,42 @@ def _make_checkpoints(run: Run, parts: TrainConfig) -> Checkpoints:
 def _restore(run: Run, parts: TrainConfig, checkpoints: Checkpoints) -> Optional[int]:
   """Restores the newest checkpoint on all workers, and returns its step, if any.
 
-  Centres of classes that the checkpoint did not have start at the mean embedding of
-  their examples, if that is configured.
+  Centres of classes that the checkpoint does not have start at the means of their
+  embeddings, if that is configured.
   """
   workers = current_workers()
   step = workers.run_on_all(checkpoints.restore)
   workers.check_equal({f"the step of the newest checkpoint in {run.model_dir}": step})
-  numbers = checkpoints.new_classes
-  tables = [each for each in parts.step.loss.tables if each.new_classes == "mean"]
-  if len(numbers) and tables:
-    dataset = parts.dataset
-    embedder = Embedder(
-      parts.step.encoder,
-      dataset.index,
-      dataset.decoder,
-      global_batch_size=_EMBEDDED_AT_ONCE,
-      replacements=dataset.replacements,
-    )
-    means = class_means(embedder, dataset, tables[0].labels[numbers])
-    for table in tables:
-      table.assign_centres(numbers, means)
-    logging.info("%d new classes start at the means of their embeddings.", len(numbers))
+  for table in parts.step.loss.tables:
+    if step is None and table.initial_centres == "means":
+      _start_at_means(parts, table, table.labels)
+    elif len(checkpoints.new_classes) and table.new_classes == "means":
+      _start_at_means(parts, table, table.labels[checkpoints.new_classes])
   return step
+
+
+def _start_at_means(
+  parts: TrainConfig, table: ClassCentres, labels: np.ndarray
+) -> None:
+  """Sets the centres of classes to the means of their embeddings."""
+  dataset = parts.dataset
+  embedder = Embedder(
+    parts.step.encoder,
+    dataset.index,
+    dataset.decoder,
+    global_batch_size=_EMBEDDED_AT_ONCE,
+    replacements=dataset.replacements,
+  )
+  num_started = 0
+  for first in range(0, len(labels), _CLASSES_AT_ONCE):
+    means = class_means(embedder, dataset, labels[first : first + _CLASSES_AT_ONCE])
+    table.assign_centres(means.class_ids, means.vectors)
+    num_started += len(means.class_ids)
+  logging.info(
+    "The centres of %d classes start at the means of their embeddings%s.",
+    num_started,
+    f", {len(labels) - num_started} at random" if num_started < len(labels) else "",
+  )
 
 
 def _make_rounds(

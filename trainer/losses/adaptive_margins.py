@@ -90,6 +90,11 @@ class AdaFaceLoss(ClassCentreLoss):
       )
     )
 
+  @property
+  def needs_norms(self) -> bool:
+    """Always: the norm of an embedding stands for the quality of its example."""
+    return True
+
   def own_cosines(self, cosines: tf.Tensor, examples: CentreExamples) -> tf.Tensor:
     """Returns the cosines with margins by norm; see the base class."""
     norms = tf.clip_by_value(tf.stop_gradient(examples.norms), _MIN_NORM, _MAX_NORM)
@@ -153,7 +158,8 @@ class DynamicMarginLoss(CombinedMarginLoss):
     arc: ArcOptions = _ARC,
     class_filter: Optional[ClassFilter] = None,
   ):
-    if min(factor, power, offset) < 0 or not factor + offset < math.pi:
+    are_valid = all(0 <= each < math.inf for each in (factor, power, offset))
+    if not are_valid or not factor + offset < math.pi:
       raise UserError(
         f"DynamicMarginLoss has factor={factor}, power={power} and offset={offset}; "
         "needed are numbers of at least 0, and a sum of factor and offset below π."

@@ -183,7 +183,8 @@ def centre_examples(name: str, pairs: MiningBatch) -> CentreExamples:
     pairs: of a step.
 
   Raises:
-    UserError: each replica mines alone, or examples have several labels.
+    UserError: each replica mines alone, examples have several labels, or not all are
+      compared.
   """
   if not pairs.is_global:
     raise UserError(
@@ -191,6 +192,11 @@ def centre_examples(name: str, pairs: MiningBatch) -> CentreExamples:
       "TrainStep.objective_fn = @global_negatives."
     )
   candidates = pairs.candidates
+  if candidates.is_compared is not None:
+    raise UserError(
+      f"{name} compares all examples with class centres, and WithinGroups only the "
+      "first of each group; set TrainStep.objective_fn = @global_negatives."
+    )
   if candidates.labels.dtype == tf.bool:
     raise UserError(f"{name} supports one label of an example, not several.")
   # A cross-batch memory has further labels.
@@ -382,6 +388,11 @@ class ArcFaceLoss(CombinedMarginLoss):
     arc: ArcOptions = _ARC,
     class_filter: Optional[ClassFilter] = None,
   ):
+    if not 0 <= margin < math.pi:
+      raise UserError(
+        f"{type(self).__name__}.margin={margin} is not an angle from 0 to π; give "
+        "radians such as 0.5."
+      )
     super().__init__(
       centres=centres,
       angle_margin=margin,
@@ -406,6 +417,10 @@ class CosFaceLoss(CombinedMarginLoss):
     scale: float = 64.0,
     class_filter: Optional[ClassFilter] = None,
   ):
+    if not 0 <= margin < math.inf:
+      raise UserError(
+        f"{type(self).__name__}.margin={margin} must be at least 0, such as 0.35."
+      )
     super().__init__(
       centres=centres,
       cosine_margin=margin,

@@ -20,12 +20,13 @@ import tensorflow as tf
 
 from trainer.distribute.collectives import Collectives, current_collectives
 from trainer.distribute.workers import current_workers
-from trainer.errors import UserError, check_choice
+from trainer.errors import UserError, check_at_least, check_choice
+from trainer.losses.centre_values import draw_classes, initial_centres
 from trainer.losses.loss_terms import WeightedMean
 
 # Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
 _ROWS_PER_TILE = 2048
-# Classes whose values are drawn or gathered together.
+# Classes whose values are gathered together.
 _BLOCK = 4096
 
 
@@ -146,8 +147,10 @@ class ClassCentres:
     num_classes: C, to be compared with the data; None to use the data's.
     is_corrected: whether drawn classes are weighted, see above. Partial FC does not.
     seed: of initial values and samples.
+    initial_centres: where the centres start: "random"; or "means" of the embeddings of
+      up to 32 examples of each class, which takes the time to embed them.
     new_classes: where the centres of classes start that a resumed training adds:
-      "mean" of the embeddings of their examples, or "random".
+      "means" or "random".
 
   Raises:
     UserError: an argument is out of its range.
@@ -162,19 +165,22 @@ class ClassCentres:
     num_classes: Optional[int] = None,
     is_corrected: bool = False,
     seed: int = 0,
-    new_classes: str = "mean",
+    initial_centres: str = "random",
+    new_classes: str = "means",
   ):
-    check_choice("ClassCentres.new_classes", new_classes, ("mean", "random"))
+    for name, start in (
+      ("initial_centres", initial_centres),
+      ("new_classes", new_classes),
+    ):
+      check_choice(f"ClassCentres.{name}", start, ("means", "random"))
     if not 0 < sampling_rate <= 1:
       raise UserError(
         f"ClassCentres.sampling_rate={sampling_rate} must be in (0, 1]; 1 compares "
         "with all classes."
       )
-    if centres_per_class < 1:
-      raise UserError(
-        f"ClassCentres.centres_per_class={centres_per_class} must be at least 1."
-      )
+    check_at_least("ClassCentres.centres_per_class", centres_per_class, 1)
     self.centres_per_class = centres_per_class
+    self.initial_centres = initial_centres
     self.new_classes = new_classes
     self._optimizer = optimizer
     self._sampling_rate = sampling_rate
@@ -187,7 +193,9 @@ class ClassCentres:
     self,
     embedding_size: int,
     classes: TrainingClasses,
+    *,
     num_replicas: Optional[int] = None,
+    number: int = 0,
   ) -> None:
     """Creates the rows of each replica.
 
@@ -195,6 +203,7 @@ class ClassCentres:
       embedding_size: D.
       classes: C of them.
       num_replicas: R; None for the replicas of the strategy.
+      number: of this table among those of the loss, so that they differ.
 
     Raises:
       UserError: the number of classes is not the configured one, or below 2.
@@ -211,6 +220,11 @@ class ClassCentres:
         f"ClassCentres needs at least 2 classes, and the training data has "
         f"{num_classes}."
       )
+    self._table_seed = self._seed + number
+    # Made here, so that functions share them.
+    self._all_labels = tf.constant(labels, tf.int32)
+    if self._class_sizes is not None:
+      self._class_sizes = tf.constant(self._class_sizes, tf.float32)
     self.labels = np.asarray(labels, np.int32)
     self.num_classes = num_classes
     self.name_hashes = np.asarray(
@@ -272,8 +286,8 @@ class ClassCentres:
         "class size needs; set TrainingClasses.sizes."
       )
     numbers = self._numbers_of(labels)
-    sizes = tf.constant(self._class_sizes, tf.float32)
-    return tf.where(numbers >= 0, tf.gather(sizes, tf.maximum(numbers, 0)), 1.0)
+    sizes = tf.gather(self._class_sizes, tf.maximum(numbers, 0))
+    return tf.where(numbers >= 0, sizes, 1.0)
 
   def read(
     self, labels: tf.Tensor, step: tf.Tensor, collectives: Collectives
@@ -355,14 +369,20 @@ class ClassCentres:
     """Returns the place of each label among the classes; −1 for padding, [N] int32."""
     numbers = labels
     if self.labels[-1] != self.num_classes - 1:
-      numbers = tf.searchsorted(tf.constant(self.labels), labels)
+      numbers = tf.searchsorted(self._all_labels, labels)
     return tf.where(labels >= 0, numbers, -1)
 
   def _sample(
     self, numbers: tf.Tensor, first: tf.Tensor, step: tf.Tensor
   ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor, Optional[tf.Tensor]]:
     """Draws one class of each interval, and adds the classes of the batch."""
-    drawn, lengths = self._drawn_classes(first, step)
+    drawn, lengths = draw_classes(
+      first,
+      self.classes_per_replica,
+      math.ceil(self._sampling_rate * self.num_classes),
+      self.num_classes,
+      tf.stack([self._table_seed, tf.cast(step, tf.int32)]),
+    )
     of_batch = tf.sort(numbers)
     is_new = tf.concat([[True], of_batch[1:] != of_batch[:-1]], 0)
     places = tf.searchsorted(of_batch, drawn)
@@ -382,37 +402,6 @@ class ClassCentres:
       num_others = indices.shape[0] - drawn.shape[0]
       log_weights = tf.pad(tf.math.log(lengths), [[0, num_others]])
     return indices, is_used, columns, log_weights
-
-  def _drawn_classes(
-    self, first: tf.Tensor, step: tf.Tensor
-  ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Draws classes from the intervals that contain classes of this replica.
-
-    Returns:
-      [n] int32, classes, some of them of other replicas; [n] float32, lengths of their
-      intervals.
-    """
-    num_intervals = math.ceil(self._sampling_rate * self.num_classes)
-    num_before = (self.classes_per_replica - 1) * num_intervals
-    size = min(num_intervals, -(-num_before // self.num_classes) + 2)
-    seed = tf.stack([self._seed, tf.cast(step, tf.int32)])
-    # These bits are the same on all devices; floats would differ with XLA.
-    draws = tf.random.stateless_uniform(
-      [num_intervals + 1], seed, None, None, tf.uint32, alg="philox"
-    )
-    num_classes = tf.constant(self.num_classes, tf.int64)
-    # Intervals have unequal lengths if their number does not divide C. They begin at a
-    # random class, so that each class is drawn with equal frequency.
-    offset = _part_of(draws[-1], num_classes)
-    start = (tf.cast(first, tf.int64) - offset) % num_classes
-    start = start * num_intervals // num_classes
-    intervals = (start + tf.range(size, dtype=tf.int64)) % num_intervals
-    begins = intervals * num_classes // num_intervals
-    lengths = (intervals + 1) * num_classes // num_intervals - begins
-    places = _part_of(tf.gather(draws, intervals), lengths)
-    classes = (begins + places + offset) % num_classes
-    classes = tf.ensure_shape(tf.cast(classes, tf.int32), [size])
-    return classes, tf.cast(lengths, tf.float32)
 
   @property
   def ranges(self) -> list[tuple[int, int]]:
@@ -472,24 +461,30 @@ class ClassCentres:
         values[: last - first] = rows[:, number]
         table.assign(values)
 
-  def assign_centres(self, numbers: np.ndarray, centres: np.ndarray) -> None:
+  def assign_centres(self, labels: np.ndarray, centres: np.ndarray) -> None:
     """Sets centres of some classes; their moments stay.
 
     Several centres of a class start near the given one, a tenth of their current values
     away, so that they can become different.
 
     Args:
-      numbers: [n] places among the classes, ascending.
+      labels: [n] int32, of classes, ascending.
       centres: [n, D].
+
+    Raises:
+      ValueError: there are not as many centres as labels.
     """
+    if len(centres) != len(labels):
+      raise ValueError(f"there are {len(labels)} labels and {len(centres)} centres")
     k = self.centres_per_class
+    numbers = np.searchsorted(self.labels, labels)
     for first, last, (table, *_) in self._local_tables():
       begin, end = np.searchsorted(numbers, [first, last])
-      values = table.numpy()
-      rows = numbers[begin:end] - first
-      assigned = np.tile(centres[begin:end], [1, k])
-      values[rows] = assigned if k == 1 else assigned + 0.1 * values[rows]
-      table.assign(values)
+      rows = tf.constant(numbers[begin:end] - first, tf.int32)
+      values = tf.tile(tf.constant(centres[begin:end], tf.float32), [1, k])
+      if k > 1:
+        values += 0.1 * table.sparse_read(rows)
+      table.scatter_update(tf.IndexedSlices(values, rows))
 
   def gather_centres(self) -> np.ndarray:
     """Returns the centres of all classes, [C, k, D] float32, on every worker."""
@@ -552,30 +547,11 @@ class ClassCentres:
       first: first class.
       last: last class, exclusive.
     """
-    values = self._initial_values(first, last)
+    values = initial_centres(
+      first, last, self.centres_per_class, self._embedding_size, self._table_seed
+    )
     moments = [np.zeros_like(values)] * self._optimizer.num_moments
     return np.stack([values, *moments], 1)
-
-  def _initial_values(self, first: int, last: int) -> np.ndarray:
-    """Returns the initial values of the given classes, [n, k·D] float32."""
-    parts = []
-    width = self.centres_per_class * self._embedding_size
-    for block in range(first // _BLOCK, -(-last // _BLOCK)):
-      values = tf.random.stateless_normal(
-        [_BLOCK, width],
-        [self._seed, block],
-        stddev=self._embedding_size**-0.5,
-        alg="philox",
-      )
-      begin = block * _BLOCK
-      parts.append(values[max(first - begin, 0) : last - begin].numpy())
-    return np.concatenate(parts)
-
-
-def _part_of(draws: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
-  """Returns integers in 0…length−1, int64, from random uint32."""
-  products = tf.cast(draws, tf.int64) * lengths
-  return tf.bitwise.right_shift(products, tf.constant(32, tf.int64))
 
 
 def _of_each_replica(initial_value: tf.Tensor) -> tf.Variable:

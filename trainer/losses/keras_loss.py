@@ -83,6 +83,11 @@ class InBatchLoss(KerasSerializable, tf.Module, tf.keras.losses.Loss):
     raise NotImplementedError
 
   @property
+  def needs_norms(self) -> bool:
+    """Whether the norms of the embeddings must differ."""
+    return False
+
+  @property
   def tables(self) -> list[ClassCentres]:
     """Tables of class centres of which rows are read in each step; none here."""
     return []

@@ -117,10 +117,17 @@ def summarize(statistics: Mapping[str, Any]) -> dict[str, float]:
     Statistics with a count of 0 are left out.
   """
   return {
-    name + suffix: float(value)
+    _with_suffix(name, suffix): float(value)
     for name, statistic in statistics.items()
     for suffix, value in _metrics(statistic)
   }
+
+
+def _with_suffix(name: str, suffix: str) -> str:
+  """Adds the suffix, before the name of a loss if there is one: group/metric/Loss."""
+  group, metric, *loss = name.split("/", 2) if "/" in name else ("", name)
+  parts = [group, metric + suffix, *loss] if group else [metric + suffix]
+  return "/".join(parts)
 
 
 def _metrics(statistic: Any) -> Iterator[tuple[str, float]]:

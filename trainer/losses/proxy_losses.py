@@ -67,7 +67,8 @@ class SoftTripleLoss(ClassCentreLoss):
     margin: float = 0.01,
   ):
     super().__init__(centres=centres, scale=scale)
-    if not 0 < softness < math.inf or not 0 <= regularization < math.inf or margin < 0:
+    are_valid = 0 <= regularization < math.inf and 0 <= margin < math.inf
+    if not 0 < softness < math.inf or not are_valid:
       raise UserError(
         f"SoftTripleLoss has softness={softness}, regularization={regularization} and "
         f"margin={margin}; needed are above 0, at least 0 and at least 0."

@@ -77,6 +77,11 @@ class SumOfLosses(InBatchLoss):
     return any(loss.needs_positives for loss in self._losses)
 
   @property
+  def needs_norms(self) -> bool:
+    """Whether one of the losses needs embeddings of different norms."""
+    return any(loss.needs_norms for loss in self._losses)
+
+  @property
   def comparison(self) -> PairwiseMetric:
     """That of the loss which mining statistics analyse."""
     return self._mined.comparison

@@ -32,6 +32,7 @@ from trainer.training.step import TrainStep
 _CLASS_VECTORS = ("means", "centres")
 _ITEMS = 1  # Purpose of a hash.
 _NUM_NAMES = 100
+_RECORDS_PER_MEAN = 32
 
 
 class RoundContent(NamedTuple):
@@ -250,28 +251,44 @@ def _embedded(embedder: Embedder, record_numbers: np.ndarray) -> np.ndarray:
   return embeddings
 
 
+class ClassMeans(NamedTuple):
+  """Mean embeddings of some classes.
+
+  Attributes:
+    class_ids: [n] int32, ascending.
+    vectors: [n, D] float32 of norm 1.
+  """
+
+  class_ids: np.ndarray
+  vectors: np.ndarray
+
+
 def class_means(
   embedder: Embedder, dataset: Dataset, classes: np.ndarray
-) -> np.ndarray:
-  """Embeds all records of some classes, and returns their means.
+) -> ClassMeans:
+  """Embeds up to 32 records of each of some classes, and returns their means.
 
   Args:
     embedder: of the encoder; called on all workers.
     dataset: of the records.
-    classes: [n] int32 ids, ascending.
+    classes: int32 ids.
 
   Returns:
-    [n, D] float32 of norm 1; 0 where the mean is 0.
+    The means, without classes that have no record or a mean of 0.
 
   Raises:
     UserError: an embedding is not finite.
   """
-  items = corpus.draw_items(dataset.index.member_table, classes, None, 0)
+  items = corpus.draw_items(
+    dataset.index.member_table, classes, _RECORDS_PER_MEAN, key=0
+  )
   embeddings = _embedded(embedder, items.record_numbers)
   check_finite(embeddings)
   means = corpus_search.class_centroids(embeddings, items)
-  norms = np.linalg.norm(means, axis=1, keepdims=True)
-  return (means / np.where(norms > 0, norms, 1)).astype(np.float32)
+  norms = np.linalg.norm(means, axis=1)
+  has_direction = norms > 0
+  vectors = means[has_direction] / norms[has_direction, None]
+  return ClassMeans(items.class_ids[has_direction], vectors.astype(np.float32))
 
 
 def corpus_fingerprint(dataset: Dataset) -> dict[str, str]:

@@ -245,7 +245,7 @@ class Encoder(tf.keras.Model):
     self._pooling_name = pooling
     self._pooling = make_pooling(pooling)
     self._projection = tf.keras.layers.Dense(embedding_size, name="projection")
-    self._is_normalized = is_normalized
+    self.is_normalized = is_normalized
 
   def call(self, inputs, training=None):
     """Maps [B, ...] float32 inputs to [B, D] float32 embeddings."""
@@ -253,7 +253,7 @@ class Encoder(tf.keras.Model):
     check_features(features, num_examples=inputs.shape[0], pooling=self._pooling_name)
     features = tf.cast(features, tf.float32)
     embeddings = self._projection(self._pooling(features))
-    if self._is_normalized:
+    if self.is_normalized:
       embeddings = tf.math.l2_normalize(embeddings, axis=-1)
     return embeddings
 

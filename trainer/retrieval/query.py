@@ -184,7 +184,7 @@ def search(
 
 
 def _load_queries(name: str, stored: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
-  if os.path.exists(name):
+  if os.path.isfile(name):
     if name.lower().endswith(".npy"):
       vectors = np.atleast_2d(_vectors(name))
       return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]

@@ -113,7 +113,7 @@ def build_run_step(num_replicas: int) -> RunStep:
     labels = np.arange(table.given_num_classes)
     classes = TrainingClasses(labels, np.full(len(labels), _NUM_SAMPLES))
     size = parts.step.encoder.embedding_size
-    table.create_variables(size, classes, num_replicas)
+    table.create_variables(size, classes, num_replicas=num_replicas)
   return RunStep(parts.step, tuple(decoder.shape), *shape)
 
 

@@ -33,6 +33,7 @@ _ROWS = re.compile(
   r"-(?P<first>\d{10})-(?P<last>\d{10})\.npy"
 )
 _KINDS = ("centres", "seen")
+_TOKEN = "save"
 _CLASSES = re.compile(r"ckpt-(\d{1,18})\.classes\.npy")
 _WAIT_S, _DEADLINE_S, _DEADLINE_OF_END_S = 0.05, 600.0, 10.0
 
@@ -90,12 +91,13 @@ def copy_rows(step: int, tables: Sequence[ClassCentres], is_chief: bool) -> list
   return rows
 
 
-def write_rows(folder: str, rows: Sequence[Rows]) -> None:
+def write_rows(folder: str, rows: Sequence[Rows], token: str) -> None:
   """Writes each file, and then its size and hash beside it.
 
   Args:
     folder: of the checkpoints; it exists.
     rows: of this worker.
+    token: of this save, so that files of another one are not taken for its own.
 
   Raises:
     OSError: a file cannot be written. An error file beside it informs the chief.
@@ -105,13 +107,17 @@ def write_rows(folder: str, rows: Sequence[Rows]) -> None:
     for path, each in zip(paths, rows):
       with filesystem.replacing(path) as staged:
         filesystem.write_parts(staged, _npy_parts(each.values))
-      filesystem.replace_file(_facts_path(path), json.dumps(facts(path)))
+      filesystem.replace_file(
+        _facts_path(path), json.dumps({**facts(path), _TOKEN: token})
+      )
   except OSError as error:
     _remove(paths)  # So that there is room for the error.
     for path in paths:
       filesystem.replace_file(
         _facts_path(path),
-        json.dumps({"error": f"{error.filename}: {short_reason(error)}"}),
+        json.dumps(
+          {"error": f"{error.filename}: {short_reason(error)}", _TOKEN: token}
+        ),
       )
     raise
 
@@ -125,13 +131,17 @@ def _npy_parts(values: np.ndarray) -> list[Any]:
 
 
 def collect_facts(
-  folder: str, names: Sequence[str], is_ending: Optional[threading.Event] = None
+  folder: str,
+  names: Sequence[str],
+  token: str,
+  is_ending: Optional[threading.Event] = None,
 ) -> dict[str, Any]:
   """Waits for the files of all workers, and returns their sizes and hashes by name.
 
   Args:
     folder: of the checkpoints.
     names: of all files.
+    token: of this save.
     is_ending: set when the run fails; files are then awaited for seconds only.
 
   Raises:
@@ -141,18 +151,27 @@ def collect_facts(
   start = time.monotonic()
   for name in names:
     path = _facts_path(os.path.join(folder, name))
-    while not os.path.exists(path):
+    while (read := _read_facts(path, token)) is None:
       is_short = is_ending is not None and is_ending.is_set()
       deadline_s = _DEADLINE_OF_END_S if is_short else _DEADLINE_S
       if time.monotonic() - start > deadline_s:
         raise OSError(f"{name} was not written by its worker in {deadline_s:.0f} s")
       time.sleep(_WAIT_S)
-    with open(path, encoding="utf-8") as file:
-      found[name] = json.load(file)
-    if "error" in found[name]:
-      raise OSError(found[name]["error"])
+    found[name] = read
+    if "error" in read:
+      raise OSError(read["error"])
   _remove([_facts_path(os.path.join(folder, name)) for name in names])
   return found
+
+
+def _read_facts(path: str, token: str) -> Optional[dict[str, Any]]:
+  """Returns the facts of a save; None until its worker has written them."""
+  try:
+    with open(path, encoding="utf-8") as file:
+      read = json.load(file)
+  except (FileNotFoundError, ValueError):
+    return None
+  return read if read.pop(_TOKEN, None) == token else None
 
 
 def facts(path: str) -> dict[str, Any]:
@@ -343,19 +362,17 @@ def _report_other_classes(
   num_kept = int((sources >= 0).sum())
   text = (
     f"the checkpoint has centres of {num_saved} classes, and the training data has "
-    f"{len(sources)}, of which {num_kept} are among them"
+    f"{len(sources)}: {num_kept} are kept, {num_saved - num_kept} dropped and "
+    f"{len(sources) - num_kept} new"
   )
+  if num_kept == num_saved == len(sources):
+    text = f"the checkpoint has the centres of the {num_kept} classes in another order"
   if not is_allowed:
     raise UserError(
-      f"{text}; --allow_config_change keeps their centres and starts "
-      f"{len(sources) - num_kept} new ones."
+      f"{text}; to train with these classes, set --allow_config_change, and repeat it "
+      "until the next checkpoint is saved."
     )
-  logging.warning(
-    "%s: their centres are kept, %d are dropped, %d are new.",
-    text,
-    num_saved - num_kept,
-    len(sources) - num_kept,
-  )
+  logging.warning("%s.", text)
 
 
 class _Reader:

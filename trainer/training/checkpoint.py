@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import threading
 from collections.abc import Sequence
 from typing import Any, Callable, NamedTuple, Optional
@@ -294,8 +295,9 @@ class Checkpoints:
       self._background.wait()  # Two copies of the rows may not fit into memory.
     rows = centre_shards.copy_rows(step, self._tables, self._is_chief)
     bad = not_finite({**values, **{each.name: each.values for each in rows}})
+    token = ""
     if self._tables:  # The rows of each worker are its own.
-      bad = sorted({name for names in _exchange(bad) for name in names})
+      bad, token = _exchange(bad)
     if bad:
       raise NotFiniteError(
         f"step {step}: {', '.join(bad[:_NUM_SHOWN])} ({len(bad)} in all) not finite "
@@ -303,9 +305,9 @@ class Checkpoints:
       )
     if self._is_chief:
       notes = dict(self.notes)
-      self._background.start(lambda: self._write(values, rows, step, notes))
+      self._background.start(lambda: self._write(values, rows, step, notes, token))
     elif rows:
-      self._background.start(lambda: self._write_rows(rows, step))
+      self._background.start(lambda: self._write_rows(rows, step, token))
     else:
       self.saved_step = step
 
@@ -478,14 +480,15 @@ class Checkpoints:
     rows: Sequence[centre_shards.Rows],
     step: int,
     notes: dict[str, int],
+    token: str,
   ) -> None:
     """Writes to a staging folder and publishes; records a failure."""
     try:
       folder = checkpoint_files.create_staging_dir(self._folder)
       write_snapshot(values, checkpoint_files.prefix(folder, step))
-      centre_shards.write_rows(self._folder, rows)
+      centre_shards.write_rows(self._folder, rows, token)
       names = centre_shards.shard_names(step, self._tables)
-      shards = centre_shards.collect_facts(self._folder, names, self._is_ending)
+      shards = centre_shards.collect_facts(self._folder, names, token, self._is_ending)
       checkpoint_files.publish(self._folder, step, notes, shards)
       self.saved_step, self.failure = step, None
       checkpoint_files.prune(self._folder, self._num_kept)
@@ -494,11 +497,13 @@ class Checkpoints:
       centre_shards.remove_step(self._folder, step)
       self._fail(step, error)
 
-  def _write_rows(self, rows: Sequence[centre_shards.Rows], step: int) -> None:
+  def _write_rows(
+    self, rows: Sequence[centre_shards.Rows], step: int, token: str
+  ) -> None:
     """Writes this worker's rows of class centres; the chief publishes them."""
     try:
       os.makedirs(self._folder, exist_ok=True)
-      centre_shards.write_rows(self._folder, rows)
+      centre_shards.write_rows(self._folder, rows, token)
       self.saved_step, self.failure = step, None
     except OSError as error:
       self._fail(step, error)
@@ -519,9 +524,11 @@ class Checkpoints:
     return f"the newest checkpoint is of step {self.saved_step}"
 
 
-def _exchange(names: Sequence[str]) -> list[list[str]]:
-  """Returns the names of all workers."""
-  return [json.loads(text) for text in current_workers().exchange(json.dumps(names))]
+def _exchange(names: Sequence[str]) -> tuple[list[str], str]:
+  """Returns the names of all workers, sorted, and a random token of the chief."""
+  own = json.dumps([list(names), secrets.token_hex(8)])
+  of_workers = [json.loads(text) for text in current_workers().exchange(own)]
+  return sorted({name for each, _ in of_workers for name in each}), of_workers[0][1]
 
 
 def _words_of(shape: Optional[Sequence[int]]) -> str:

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from trainer.data.samplers import BatchSampler, PKSampler
 from trainer.errors import UserError
-from trainer.losses.objectives import WithinGroups
+from trainer.losses.objectives import WithinGroups, mines_across_replicas
 from trainer.training import gradients
 from trainer.training.step import TrainStep
 
@@ -32,6 +32,7 @@ def check_batch(sampler: PKSampler, step: TrainStep, num_replicas: int) -> None:
       f"replicas; try {multiple}."
     )
   check_groups(sampler, step, "train.sampler_fn")
+  _check_centres(step)
   if step.loss.needs_positives and num_samples < 2:
     raise UserError(
       f"PKSampler.samples_per_class={num_samples} leaves "
@@ -39,6 +40,22 @@ def check_batch(sampler: PKSampler, step: TrainStep, num_replicas: int) -> None:
     )
   size = num_classes * num_samples // num_replicas
   gradients.check_micro_batch_size(step.options.num_micro_batches, size)
+
+
+def _check_centres(step: TrainStep) -> None:
+  """Raises if a loss against class centres has another objective or encoder."""
+  name = type(step.loss).__name__
+  is_whole = not isinstance(step.objective_fn, WithinGroups)
+  if step.loss.tables and not (mines_across_replicas(step.objective_fn) and is_whole):
+    raise UserError(
+      f"{name} has class centres that are shared by all replicas, and compares all "
+      "examples with them; set TrainStep.objective_fn = @global_negatives."
+    )
+  if step.loss.needs_norms and getattr(step.encoder, "is_normalized", False):
+    raise UserError(
+      f"{name} reads the quality of an example from the norm of its embedding, and all "
+      "norms are 1; set Encoder.is_normalized = False."
+    )
 
 
 def check_groups(sampler: BatchSampler, step: TrainStep, sampler_name: str) -> None:
@@ -69,8 +86,13 @@ def check_tpu_limits(step: TrainStep) -> None:
     step: to train on a TPU.
 
   Raises:
-    UserError: its encoder computes in mixed_float16.
+    UserError: its encoder computes in mixed_float16, or its loss has class centres.
   """
+  if step.loss.tables:
+    raise UserError(
+      f"{type(step.loss).__name__} has class centres, which are not trained on TPUs; "
+      "use GPUs, or a loss of pairs such as @InfoNCELoss()."
+    )
   if isinstance(step.optimizer, tf.keras.mixed_precision.LossScaleOptimizer):
     raise UserError(
       "Encoder.precision='mixed_float16' needs a loss scale, which TensorFlow "

@@ -9,6 +9,7 @@ Shapes: n rows, D dimensions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import gin
@@ -38,7 +39,7 @@ class RowSGD:
     momentum: float = 0.9,
     weight_decay: float = 0.0,
   ):
-    if not 0 <= momentum < 1 or weight_decay < 0:
+    if not 0 <= momentum < 1 or not 0 <= weight_decay < math.inf:
       raise UserError(
         f"RowSGD.momentum={momentum} must be in [0, 1) and weight_decay={weight_decay} "
         "at least 0."
@@ -64,13 +65,15 @@ class RowSGD:
 
 @gin.register
 class RowAdam:
-  """w ← w − η·(m̂ / (√v̂ + ε) + λ·w): Adam, or AdamW with a weight decay.
+  """Adam, or AdamW with a weight decay, as in Keras.
+
+  w ← w − η·(m̂ / (√v̂ + ε̂) + λ·w), where ε̂ = ε / √(1 − β₂^t) at step t.
 
   Args:
     learning_rate: η > 0, or a schedule.
     beta_1: decay of m, the mean of the gradients.
     beta_2: decay of v, the mean of the squared gradients.
-    epsilon: ε.
+    epsilon: ε > 0.
     weight_decay: λ >= 0.
 
   Raises:
@@ -88,10 +91,11 @@ class RowAdam:
     epsilon: float = 1e-7,
     weight_decay: float = 0.0,
   ):
-    if not (0 <= beta_1 < 1 and 0 <= beta_2 < 1) or weight_decay < 0:
+    are_decays = 0 <= beta_1 < 1 and 0 <= beta_2 < 1
+    if not are_decays or not 0 < epsilon < math.inf or not 0 <= weight_decay < math.inf:
       raise UserError(
-        f"RowAdam.beta_1={beta_1} and beta_2={beta_2} must be in [0, 1) and "
-        f"weight_decay={weight_decay} at least 0."
+        f"RowAdam.beta_1={beta_1} and beta_2={beta_2} must be in [0, 1), "
+        f"epsilon={epsilon} above 0 and weight_decay={weight_decay} at least 0."
       )
     self._rate_fn = as_schedule("RowAdam", learning_rate)
     self._beta_1 = beta_1

@@ -147,8 +147,8 @@ class TrainStep:
     if self.cross_batch_memory is not None:
       self.cross_batch_memory.create_variables(self.encoder.embedding_size)
     if classes is not None:
-      for table in self.loss.tables:
-        table.create_variables(self.encoder.embedding_size, classes)
+      for number, table in enumerate(self.loss.tables):
+        table.create_variables(self.encoder.embedding_size, classes, number=number)
     if self.options.averaging_decay is not None:
       self.averages = AveragedWeights(weights, decay=self.options.averaging_decay)
 
