@@ -115,9 +115,9 @@ _WAYS = {
   "batch_all + hard classes": ("batch_all", _HARD_CLASSES),
   "batch_all + offline": ("batch_all", _GROUPS),
   "arc_face": ("arc_face", _CENTRES),
-  "arc_face, random centres": ("arc_face", _RANDOM_CENTRES),
-  "arc_face, 3 centres": ("arc_face", _SUB_CENTRES),
-  "arc_face, filter": ("arc_face", _CENTRES + _FILTER),
+  "arc_face from random": ("arc_face", _RANDOM_CENTRES),
+  "arc_face 3 centres": ("arc_face", _SUB_CENTRES),
+  "arc_face filter": ("arc_face", _CENTRES + _FILTER),
   "arc_face + batch_hard": ("arc_face_and_batch_hard", _CENTRES),
   "proxy_anchor": ("proxy_anchor", _MEANS),
 }
