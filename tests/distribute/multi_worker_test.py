@@ -59,6 +59,7 @@ _CENTRES = (
   "ClassCentres.sampling_rate = 1.0",
   "RowSGD.learning_rate = 0.1",
 )
+_SAMPLED = ("ClassCentres.sampling_rate = 0.7",)
 _TIMEOUT_S = 300
 
 
@@ -181,9 +182,12 @@ def _centres(model_dir):
 
 
 @pytest.mark.parity
-def test_workers_train_the_class_centres_of_one_process(folder):
+@pytest.mark.parametrize("changes", thorough_except([()], [(), _SAMPLED]))
+def test_workers_train_the_class_centres_of_one_process(folder, changes):
   _finished(folder, 1)  # Creates the records.
-  one, two = (_finished(folder, num, *_CENTRES, mode="train")[0] for num in (1, 2))
+  one, two = (
+    _finished(folder, num, *_CENTRES, *changes, mode="train")[0] for num in (1, 2)
+  )
   (num_of_one, expected), (num_of_two, centres) = _centres(one), _centres(two)
   assert (num_of_one, num_of_two) == (1, 2)
   np.testing.assert_allclose(centres, expected, atol=1e-5 * np.abs(expected).max())

@@ -54,7 +54,7 @@ class CentreRows(NamedTuple):
     log_weights: [S] float32, added to the logits of other classes; None for 0.
     own_rows: [N] int32, row of each example's class in the replica's table; the number
       of rows if another replica has it, or for padding.
-    never_seen: the classes of this replica that were in no batch before, and all.
+    never_seen: number of this replica's classes that were in no batch, and of all.
   """
 
   vectors: tf.Tensor
@@ -120,8 +120,8 @@ class RowOptimizer(Protocol):
 class ClassCentres:
   """A table of class centres, of which each replica holds a part.
 
-  Centres start at random with norms of about 1, so that a learning rate of 0.1 turns
-  them by about a tenth of the gradient to the unit vector.
+  Centres start at random with norms of about 1. Only their direction counts; the larger
+  the norm, the less a step turns them.
 
   This is not a `tf.Module`, because TensorFlow would save its variables as if they were
   equal on all replicas. `trainer.training.checkpoint` saves the rows.

@@ -120,7 +120,8 @@ class ProxyAnchorLoss(ClassCentreLoss):
       + 1/|P| Σ_{p∈P} log(1 + Σ_{x not of p} e^{α(c(x, p) + δ)})
 
   P are the centres read on all replicas, P₊ those of the batch's classes. An example of
-  weight w counts as w examples.
+  weight w counts as w examples, and with `ClassCentres.is_corrected` a drawn centre as
+  many as its interval has.
 
   Source: Kim et al. 2020, https://arxiv.org/abs/2003.13911.
 

@@ -1,7 +1,4 @@
-"""The weighted sum of several losses on one batch.
-
-Shapes: none; see the losses.
-"""
+"""The weighted sum of several losses on one batch."""
 
 from __future__ import annotations
 
