@@ -93,6 +93,9 @@ def rates():
   measure.show("1,000,000 classes (goal: 1.30 x products)", costs, "products")
   share = costs["rate 0.1"].seconds / costs["rate 1.0"].seconds
   print(f"  rate 0.1 takes {share:.2f} of the time of rate 1.0 (goal: 0.20)")
+  print(
+    f"  and {costs['rate 0.1'].megabytes:.0f} MB above rows and moments (goal: 300)"
+  )
 
 
 def growth():
@@ -133,7 +136,9 @@ def large():
     f"restored in {restored:.1f} s; {centres.num_bytes / 1e9:.1f} GB"
   )
   print(
-    f"  peak {measure.peak_megabytes():,.0f} MB; a save is {copied / seconds:.1f} steps"
+    f"  peak {measure.peak_megabytes():,.0f} MB; a save stops the training for "
+    f"{copied / seconds:.1f} steps, and writes during the next "
+    f"{(written - copied) / seconds:.1f}"
   )
 
 
