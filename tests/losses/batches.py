@@ -1,4 +1,4 @@
-"""Batches to test losses with, and what a loss makes of them."""
+"""Batches for tests of losses, and their evaluation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from trainer.losses.loss_terms import Anchors, Candidates
 
-# Few sizes: a loss is compiled for each.
+# Few sizes: each size compiles a loss.
 LABELS = {
   "unbalanced": [3, 1, 3, 3, 1, 0, 7, 0, 3, 1, 3, 0],
   "balanced": [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5],
@@ -19,7 +19,7 @@ LABELS = {
 
 
 def random_batch(name, num_dimensions=5):
-  """Embeddings of unequal norms, [B, D] float32, and labels [B] int32."""
+  """Returns embeddings of unequal norms, [B, D] float32, and labels [B] int32."""
   labels = np.array(LABELS[name], np.int32)
   random = np.random.default_rng(len(name))
   embeddings = random.normal(size=(len(labels), num_dimensions))
@@ -27,7 +27,7 @@ def random_batch(name, num_dimensions=5):
 
 
 def arguments(embeddings, labels, weights=None, rows=None, **given):
-  """Anchors and candidates of one device; with `rows`, those anchors alone.
+  """Returns anchors and candidates of one device; `rows` selects anchors.
 
   `is_relevant` and `is_compared` are [B, B], of all anchors; None for none.
   """
@@ -48,7 +48,7 @@ def arguments(embeddings, labels, weights=None, rows=None, **given):
 
 
 def evaluate(loss, embeddings, labels, *options, **named_options):
-  """Total, count and the total's gradient to the embeddings, as float32 arrays."""
+  """Returns total, count and gradient to the embeddings, as float32 arrays."""
   embeddings = tf.convert_to_tensor(embeddings)
   with tf.GradientTape() as tape:
     tape.watch(embeddings)

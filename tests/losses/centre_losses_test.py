@@ -1,4 +1,4 @@
-"""What is true of every loss against class centres, row by row of the table."""
+"""Properties of every loss against class centres, for each row of the table."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from trainer.training.step import TrainStep
 
 
 def _are_same(got, expected, tolerance=1e-5):
-  """Whether arrays agree, relative to their largest entries."""
+  """Returns whether arrays agree, relative to their largest entries."""
   return len(got) == len(expected) and all(
     np.allclose(one, other, rtol=0, atol=tolerance * (np.abs(other).max() + 1e-3))
     for one, other in zip(got, expected)
@@ -62,21 +62,21 @@ def test_table_has_every_public_loss_against_centres():
 
 
 @each_row
-def test_value_is_that_of_the_definition(row):
+def test_value_equals_the_definition(row):
   batch = CentreBatch(row.centres_per_class)
   value, _, _ = evaluate(row.make, batch)
   np.testing.assert_allclose(value, expected_value(row.oracle, batch), rtol=1e-5)
 
 
 @each_row
-def test_gradients_are_finite_differences_of_the_definition(row):
+def test_gradients_equal_finite_differences_of_the_definition(row):
   batch = CentreBatch(row.centres_per_class)
   _, *gradients = evaluate(row.make, batch)
   assert _are_same(gradients, expected_gradients(row.oracle, batch))
 
 
 @each_row
-def test_two_classes_give_the_value_of_the_definition(row):
+def test_value_for_two_classes_equals_the_definition(row):
   batch = CentreBatch(row.centres_per_class, num_classes=2)
   value, *gradients = evaluate(row.make, batch)
   np.testing.assert_allclose(value, expected_value(row.oracle, batch), rtol=1e-5)
@@ -85,7 +85,7 @@ def test_two_classes_give_the_value_of_the_definition(row):
 
 @each_kind
 @pytest.mark.parametrize("label", [-1, 2])
-def test_padding_changes_nothing(row, label):
+def test_padding_does_not_change_the_loss(row, label):
   batch = CentreBatch(row.centres_per_class)
   value, to_embeddings, to_centres = evaluate(row.make, batch)
   padded = copy.deepcopy(batch)
@@ -101,7 +101,7 @@ def test_padding_changes_nothing(row, label):
 
 
 @each_kind
-def test_batch_of_padding_alone_leaves_the_regularizer(row):
+def test_batch_of_padding_has_only_the_regularizer(row):
   batch = CentreBatch(row.centres_per_class)
   batch.embeddings[:], batch.labels[:], batch.weights[:] = np.nan, -1, 0
   value, to_embeddings, to_centres = evaluate(row.make, batch)
@@ -127,7 +127,7 @@ def test_order_of_the_batch_does_not_matter(row):
 @pytest.mark.parametrize("sign", [1, -1])
 def test_embedding_parallel_to_its_centre_is_finite(row, sign):
   batch = CentreBatch(row.centres_per_class)
-  # All centres of the class, so that no other is nearer.
+  # All centres of the class, so that it is the nearest.
   batch.centres[1] = batch.centres[1, :1]
   batch.embeddings[0] = 3 * sign * batch.centres[1, 0]
   found = evaluate(row.make, batch)
@@ -205,7 +205,7 @@ def _loss_of(objective_fn, labels):
 
 
 @pytest.mark.parametrize("loss_class", [losses.ArcFaceLoss, losses.ProxyAnchorLoss])
-def test_cross_batch_memory_changes_nothing(loss_class):
+def test_cross_batch_memory_does_not_change_the_loss(loss_class):
   table = class_centres(5, 3)
   loss = loss_class(centres=table)
   labels = tf.constant([1, 0, 4])
@@ -290,9 +290,7 @@ def test_several_labels_of_an_example_are_refused():
     (losses.insightface_combined, {"cosine_margin": 0.4}, "set the other to 0"),
   ],
 )
-def test_argument_out_of_its_range_is_reported_in_one_line(
-  loss_class, arguments, message
-):
+def test_argument_out_of_range_is_reported_in_one_line(loss_class, arguments, message):
   with pytest.raises(UserError, match=message) as raised:
     loss_class(centres=class_centres(5, 3), **arguments)
   assert "\n" not in str(raised.value)
@@ -336,7 +334,7 @@ _PML = {
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", _PML)
-def test_preset_has_the_values_of_pytorch_metric_learning(name):
+def test_preset_equals_pytorch_metric_learning(name):
   batch = CentreBatch()
   batch.embeddings, batch.labels = _RECORDED["embeddings"], _RECORDED["labels"]
   batch.centres = _RECORDED[f"{name}/centres"]
@@ -347,7 +345,7 @@ def test_preset_has_the_values_of_pytorch_metric_learning(name):
   assert _are_same(gradients, expected)
 
 
-def test_ada_face_moves_its_mean_and_deviation_to_those_of_the_batch():
+def test_ada_face_updates_its_moving_mean_and_deviation():
   batch = CentreBatch()
   table = class_centres(5, 3)
   loss = losses.AdaFaceLoss(centres=table, update_rate=0.5)
@@ -360,7 +358,7 @@ def test_ada_face_moves_its_mean_and_deviation_to_those_of_the_batch():
 
 
 @pytest.mark.parametrize("centres_per_class", [1, 2])
-def test_statistics_are_those_of_the_cosines_with_the_centres(centres_per_class):
+def test_statistics_describe_the_cosines_with_the_centres(centres_per_class):
   random = np.random.default_rng(0)
   table = class_centres(20, 4, centres_per_class)
   labels = np.append(random.integers(20, size=99), -1).astype(np.int32)

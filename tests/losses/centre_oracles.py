@@ -143,7 +143,7 @@ def soft_triple(delta, scale, softness, regularization):
 
 
 def proxy_anchor(alpha, delta):
-  """An example of weight w counts as w examples."""
+  """Returns the loss; an example of weight w counts as w examples."""
 
   def loss(embeddings, centres, labels, weights, at):
     counted = np.flatnonzero(weights)

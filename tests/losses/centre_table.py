@@ -1,4 +1,4 @@
-"""Every loss against class centres with its oracle, and how both are evaluated."""
+"""Every loss against class centres with its oracle, and evaluation of both."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ class Row:
 
 
 class CentreBatch:
-  """A batch and centres, which may be changed; C = 5, k centres of a class, D = 3."""
+  """A mutable batch and centres; C = 5 classes with k centres each, D = 3."""
 
   def __init__(self, centres_per_class=1, num_classes=5):
     random = np.random.default_rng(num_classes)
     self.embeddings = random.normal(size=(6, 3)).astype(np.float32)
     shape = (num_classes, centres_per_class, 3)
     self.centres = random.normal(size=shape).astype(np.float32)
-    # An example about opposite to all centres of its class.
+    # An example nearly opposite to all centres of its class.
     self.centres[0] = self.centres[0, :1] + 0.1 * self.centres[0]
     self.embeddings[1] = 0.1 * self.embeddings[1] - self.centres[0, 0]
-    # A class with one example, and classes without any.
+    # A class with one example, and empty classes.
     self.labels = np.array([1, 0, 1, 3 % num_classes, 1, 1], np.int32)
     self.weights = np.array([1, 0.5, 1, 2, 1.5, 1], np.float32)
 
 
 def class_centres(num_classes, num_dimensions, centres_per_class=1, **arguments):
-  """A table on this device; its values are given to `evaluate`."""
+  """Returns a table on this device; `evaluate` assigns its values."""
   optimizer = RowSGD(learning_rate=0.1)
   table = ClassCentres(
     optimizer=optimizer, centres_per_class=centres_per_class, **arguments
@@ -67,7 +67,7 @@ def class_centres(num_classes, num_dimensions, centres_per_class=1, **arguments)
 
 
 def evaluate(make, batch):
-  """Value, and gradients to embeddings and centres, as float32 arrays."""
+  """Returns value and gradients to embeddings and centres, as float32 arrays."""
   num_classes, centres_per_class, num_dimensions = batch.centres.shape
   table = class_centres(num_classes, num_dimensions, centres_per_class)
   loss = make(table)
@@ -89,7 +89,7 @@ def evaluate(make, batch):
 
 
 def expected_value(oracle, batch, embeddings=None, centres=None):
-  """The oracle's value; of moved points, what is held constant is of the batch's."""
+  """Returns the value of the oracle; stopped gradients keep the batch's values."""
   at = np.float64(batch.embeddings), np.float64(batch.centres)
   embeddings = at[0] if embeddings is None else embeddings
   centres = at[1] if centres is None else centres
@@ -97,7 +97,7 @@ def expected_value(oracle, batch, embeddings=None, centres=None):
 
 
 def expected_gradients(oracle, batch, step=1e-6):
-  """Central differences of the oracle to embeddings and centres."""
+  """Returns central differences of the oracle by embeddings and centres."""
   points = [np.float64(batch.embeddings), np.float64(batch.centres)]
   gradients = []
   for number, point in enumerate(points):
@@ -131,7 +131,7 @@ def _row(loss_class, oracle, /, *, centres_per_class=1, **arguments):
 
 
 def _arc_rows():
-  """ArcFace with each way to treat angles near π, and each gradient."""
+  """Returns rows of ArcFace: each treatment of angles near π, and each gradient."""
   for beyond_pi in ("linear", "none", "easy"):
     for gradient in ("exact", "straight_through"):
       own = oracles.angle_margin(
@@ -278,7 +278,7 @@ ROWS = [
 
 
 def _first_of_each_kind():
-  """One row of each loss, and one with several centres of a class."""
+  """Returns one row per loss, and one with several centres per class."""
   table = class_centres(5, 3), class_centres(5, 3, 2)
   kinds = {}
   for row in ROWS:

@@ -1,4 +1,4 @@
-"""Tables of class centres: initial values, samples, and what a sample estimates."""
+"""Tables of class centres: initial values, samples and estimates from samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SCALE = 5.0
 
 
 class _ReplicaNumber(OneReplica):
-  """The collectives of a replica that communicates with none."""
+  """Collectives of a replica without communication."""
 
   def __init__(self, replica_id):
     self.replica_id = replica_id
@@ -32,7 +32,7 @@ def _table(num_classes=23, labels=None, **arguments):
 
 
 def _classes(table, labels, step, replica_id=0):
-  """Classes that a replica reads, and the class of each example that it has."""
+  """Returns the classes read by a replica and the class of each of its examples."""
   rows = table.read(
     tf.constant(labels, tf.int32), tf.constant(step), _ReplicaNumber(replica_id)
   )
@@ -57,7 +57,7 @@ def _of_all_replicas(mirrored, num_replicas, labels, step, **arguments):
 
 @pytest.mark.parametrize("rate", [1.0, 0.6, 0.2])
 @pytest.mark.parametrize("num_classes", [2, 23, 40])
-def test_replicas_together_read_the_same_classes_as_one(mirrored, rate, num_classes):
+def test_replicas_read_the_classes_of_one_replica(mirrored, rate, num_classes):
   random = np.random.default_rng(0)
   arguments = {"sampling_rate": rate, "num_classes": num_classes}
   for step in range(3):
@@ -70,7 +70,7 @@ def test_replicas_together_read_the_same_classes_as_one(mirrored, rate, num_clas
       np.testing.assert_array_equal(found[1], labels)
 
 
-def test_sample_depends_on_seed_and_step_alone():
+def test_sample_depends_only_on_seed_and_step():
   one, other = (_table(200, sampling_rate=0.1, seed=3) for _ in range(2))
   labels = [5, 6, 5]
   first = _classes(one, labels, 7)[0]
@@ -81,7 +81,7 @@ def test_sample_depends_on_seed_and_step_alone():
   assert set(first) != set(_classes(different, labels, 7)[0])
 
 
-def test_sample_is_the_same_if_xla_compiles_it():
+def test_sample_is_the_same_under_xla():
   table = _table(200, sampling_rate=0.1)
 
   def indices(step):
@@ -99,7 +99,7 @@ def test_sample_has_each_class_of_the_batch_and_one_of_each_interval():
   for step in range(20):
     classes, _ = _classes(table, [5, 150, 5, 199, -1], step)
     assert {5, 150, 199} <= set(classes)
-    # Drawn classes that are in the batch are read once.
+    # Sampled classes of the batch are read once.
     assert 20 <= len(classes) <= 23
     assert (classes >= 0).all()
     assert (classes < 200).all()
@@ -128,7 +128,7 @@ def test_each_class_outside_of_the_batch_is_drawn_with_equal_frequency(rate):
 
 
 def _mean_sums(is_corrected, num_steps=6000):
-  """Mean over steps of each example's sum over others; and all exponentials."""
+  """Returns mean sums over other classes per example, and all exponentials."""
   num_classes, labels = 11, [4, 9, 4]
   table = _table(num_classes, sampling_rate=0.35, is_corrected=is_corrected)
   random = np.random.default_rng(0)
@@ -199,20 +199,20 @@ def test_initial_values_are_the_same_on_any_number_of_replicas(mirrored):
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_labels_need_not_be_numbered_without_gaps(rate):
+def test_labels_may_have_gaps(rate):
   table = _table(labels=[3, 10, 11, 2_000_000], sampling_rate=rate)
   _, own = _classes(table, [2_000_000, 3, -1, 11], 0)
   np.testing.assert_array_equal(own, [3, 0, -1, 2])
 
 
-def test_sizes_are_those_of_the_labels():
+def test_class_sizes_are_counted_from_the_labels():
   table = ClassCentres(optimizer=RowSGD(learning_rate=0.1))
   table.create_variables(3, TrainingClasses([3, 10, 12], [5, 700, 1]))
   sizes = table.sizes_of(tf.constant([12, 3, -1, 10]))
   np.testing.assert_array_equal(sizes, [1, 5, 1, 700])
 
 
-def test_sizes_that_were_not_given_are_reported():
+def test_missing_class_sizes_are_reported():
   with pytest.raises(UserError, match=r"set TrainingClasses.sizes"):
     _table().sizes_of(tf.constant([0]))
 
@@ -227,7 +227,7 @@ def test_sizes_that_were_not_given_are_reported():
     ({"num_classes": 7}, "num_classes=7, and the training data has 5 classes; set 5"),
   ],
 )
-def test_argument_out_of_its_range_is_reported_in_one_line(arguments, message):
+def test_argument_out_of_range_is_reported_in_one_line(arguments, message):
   with pytest.raises(UserError, match=message) as raised:
     table = ClassCentres(optimizer=RowSGD(learning_rate=0.1), **arguments)
     table.create_variables(3, TrainingClasses(range(5)))

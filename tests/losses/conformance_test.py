@@ -1,4 +1,4 @@
-"""What is true of every loss, row by row of the table."""
+"""Properties of every loss, for each row of the table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.losses.tiled_loss import TiledPairLoss
 
 
 def _are_same(one, other, tolerance=1e-5):
-  """Whether total, count and gradient agree, relative to their largest entries."""
+  """Returns whether total, count and gradient agree, relative to their maxima."""
   pairs = [(np.asarray(value), np.asarray(wanted)) for value, wanted in zip(one, other)]
   return all(
     np.allclose(value, wanted, rtol=0, atol=tolerance * np.abs(wanted).max() + 1e-6)
@@ -22,7 +22,7 @@ def _are_same(one, other, tolerance=1e-5):
 
 
 def _related(name="unbalanced"):
-  """Embeddings, labels and which examples share one."""
+  """Returns embeddings, labels and which examples share a label."""
   embeddings, labels = batches.random_batch(name)
   return embeddings, labels, np.array(oracles.relevance(labels))
 
@@ -39,7 +39,7 @@ def test_table_has_every_public_loss():
 
 @each_loss
 @pytest.mark.parametrize("batch", batches.LABELS)
-def test_total_and_count_are_those_of_the_definition(row, batch):
+def test_total_and_count_equal_the_definition(row, batch):
   embeddings, labels, related = _related(batch)
   total, count, gradient = batches.evaluate(row.make(), embeddings, labels)
   expected = definition.total_and_count(row, embeddings, related)
@@ -48,14 +48,14 @@ def test_total_and_count_are_those_of_the_definition(row, batch):
 
 
 @each_loss
-def test_gradient_is_the_finite_difference_of_the_definition(row):
+def test_gradient_equals_finite_differences_of_the_definition(row):
   embeddings, labels, related = _related()
   _, _, gradient = batches.evaluate(row.make(), embeddings, labels)
   assert _are_same([gradient], [definition.gradient(row, embeddings, related)], 1e-4)
 
 
 @each_loss_class
-def test_large_batch_is_compiled_to_the_sum_of_its_small_parts(row):
+def test_compiled_large_batch_equals_the_sum_of_its_parts(row):
   random = np.random.default_rng(4)
   embeddings = random.normal(size=(260, 5)).astype(np.float32)
   labels = random.integers(0, 60, 260).astype(np.int32)
@@ -70,21 +70,21 @@ def test_large_batch_is_compiled_to_the_sum_of_its_small_parts(row):
 
 
 @each_loss
-def test_several_labels_an_example_give_what_the_definition_does(row):
+def test_loss_of_several_labels_per_example_equals_the_definition(row):
   embeddings, _ = batches.random_batch("unbalanced")
   several = np.random.default_rng(3).random((12, 8)) < 0.2
   assert _is_as_defined(row, embeddings, several, np.array(oracles.relevance(several)))
 
 
 @each_loss
-def test_given_relevance_gives_what_the_definition_does(row):
+def test_loss_of_given_relevance_equals_the_definition(row):
   embeddings, labels = batches.random_batch("unbalanced")
   given = np.random.default_rng(4).random((12, 12)) < 0.3
   assert _is_as_defined(row, embeddings, labels, given, is_relevant=given)
 
 
 @each_loss
-def test_what_is_not_compared_is_as_if_it_were_not_there(row):
+def test_excluded_pairs_do_not_change_the_loss(row):
   embeddings, labels = batches.random_batch("unbalanced")
   groups = np.arange(12) // 4
   apart = groups[:, None] == groups[None, :]
@@ -99,7 +99,7 @@ def test_what_is_not_compared_is_as_if_it_were_not_there(row):
 
 
 def _is_as_defined(row, embeddings, labels, related, **options):
-  """Value and gradient, in one piece and in tiles, with weights and padding."""
+  """Checks value and gradient, whole and tiled, with weights and padding."""
   weights = np.linspace(0.5, 2, 12).astype(np.float32)
   weights[[2, 9]] = 0
   expected = definition.total_and_count(row, embeddings, related, weights)
@@ -137,7 +137,7 @@ def test_tiles_add_up_to_the_whole(row):
 def test_fixed_candidates_are_candidates_without_a_gradient(row, rows_per_tile):
   embeddings, labels = batches.random_batch("unbalanced")
   weights = np.ones(len(labels), np.float32)
-  weights[[2, 9]] = 0  # One of the batch, one of those that are fixed.
+  weights[[2, 9]] = 0  # One in the batch, one among the fixed candidates.
   num_fresh = 7
   whole = row.make(), embeddings, labels, weights, range(num_fresh)
   *expected, gradient = batches.evaluate(*whole)
@@ -166,7 +166,7 @@ def test_statistics_of_tiles_add_up_to_those_of_the_whole(row):
 
 
 @each_loss
-def test_padding_rows_change_nothing(row):
+def test_padding_rows_do_not_change_the_loss(row):
   embeddings, labels = batches.random_batch("unbalanced")
   weights = np.r_[np.ones(5), np.zeros(7)].astype(np.float32)
   total, count, gradient = batches.evaluate(row.make(), embeddings, labels, weights)
@@ -177,7 +177,7 @@ def test_padding_rows_change_nothing(row):
 
 @each_loss
 @pytest.mark.parametrize("rows_per_tile", [None, 4])
-def test_padding_may_hold_anything(row, rows_per_tile):
+def test_padding_may_contain_any_values(row, rows_per_tile):
   embeddings, labels = batches.random_batch("unbalanced")
   weights = np.ones(len(labels), np.float32)
   weights[[2, 7]] = 0
@@ -189,7 +189,7 @@ def test_padding_may_hold_anything(row, rows_per_tile):
 
 
 @each_loss
-def test_embedding_of_zero_has_a_gradient_of_ordinary_size(row):
+def test_zero_embedding_has_a_bounded_gradient(row):
   embeddings, labels = batches.random_batch("unbalanced")
   _, _, ordinary = batches.evaluate(row.make(), embeddings, labels)
   embeddings = embeddings.copy()
@@ -199,7 +199,7 @@ def test_embedding_of_zero_has_a_gradient_of_ordinary_size(row):
 
 
 @each_loss
-def test_terms_are_weighted_with_their_anchor(row):
+def test_terms_have_the_weight_of_their_anchor(row):
   embeddings, labels, related = _related()
   weights = np.linspace(0.5, 2, len(labels)).astype(np.float32)
   total, count, _ = batches.evaluate(row.make(), embeddings, labels, weights)
@@ -237,7 +237,7 @@ def test_collapsed_batch_has_finite_gradients(row, value):
 
 
 @each_loss
-def test_batch_of_padding_alone_is_zero(row):
+def test_loss_of_a_batch_of_padding_is_zero(row):
   embeddings, labels = batches.random_batch("balanced")
   weights = np.zeros(len(labels), np.float32)
   total, count, gradient = batches.evaluate(row.make(), embeddings, labels, weights)
@@ -257,7 +257,7 @@ def test_half_precision_embeddings_are_mined_in_float32(row, dtype):
 
 
 @each_loss
-def test_xla_compiles_it_to_the_same_values(row):
+def test_loss_compiled_by_xla_is_the_same(row):
   embeddings, labels = batches.random_batch("unbalanced")
   loss = row.make()
   anchors, candidates = batches.arguments(embeddings, labels)
@@ -276,7 +276,7 @@ def test_xla_compiles_it_to_the_same_values(row):
 
 
 @each_loss
-def test_share_of_active_terms_is_that_of_the_definition(row):
+def test_active_fraction_equals_the_definition(row):
   embeddings, labels, related = _related()
   terms = row.make()(*batches.arguments(embeddings, labels))
   active = terms.statistics["mining/active_fraction"]

@@ -1,4 +1,4 @@
-"""The memory bank: what is in it, what a loss sees of it, alike on any replicas."""
+"""Cross-batch memory: its entries, their use in losses, and equality of replicas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-import trainer.gin_registrations  # noqa: F401  Registers what a run file names.
+import trainer.gin_registrations  # noqa: F401  Registers parts of run files.
 from tests.distribute.parity_test import LOSSES, _batches, _maker
 from tests.losses.table import ROWS
 from tests.thorough import thorough_except
@@ -34,14 +34,14 @@ _SIZE, _WARM_UP, _BATCH = 11, 1, 6
 _NUM_STEPS, _NUM_RECORDS, _NUM_DIMENSIONS = 4, 14, 5
 
 
-def _bank(size=_SIZE, warm_up_steps=_WARM_UP):
+def _cross_batch_memory(size=_SIZE, warm_up_steps=_WARM_UP):
   bank = CrossBatchMemory(size=size, warm_up_steps=warm_up_steps)
   bank.create_variables(_NUM_DIMENSIONS)
   return bank
 
 
 def _steps():
-  """Embeddings, labels, record numbers and reality of the examples of each step."""
+  """Yields embeddings, labels, record numbers and validity of each step's examples."""
   rng = np.random.default_rng(5)
   classes = rng.integers(0, 4, _NUM_RECORDS)
   for step in range(_NUM_STEPS):
@@ -58,11 +58,11 @@ def _steps():
     )
 
 
-def _reminded(loss, bank, step, embeddings, labels, numbers, is_real):
-  """What a loss returns with the bank, its gradient, and what the bank then gets."""
+def _evaluate_with_memory(loss, bank, step, embeddings, labels, numbers, is_real):
+  """Returns loss terms and gradient with the memory, and the new entries."""
   added = []
 
-  def reminded(anchors, candidates):
+  def loss_with_memory(anchors, candidates):
     extended = bank.extend(
       MiningBatch(anchors, candidates, is_global=True),
       tf.constant(numbers),
@@ -73,11 +73,11 @@ def _reminded(loss, bank, step, embeddings, labels, numbers, is_real):
     output = loss(anchors, extended.candidates)
     return output._replace(statistics={**output.statistics, **extended.statistics})
 
-  return *_evaluate(reminded, embeddings, labels, is_real), added[0]
+  return *_evaluate(loss_with_memory, embeddings, labels, is_real), added[0]
 
 
 def _evaluate(loss, embeddings, labels, is_real, num_anchors=None):
-  """The loss of the first examples, against all; and the gradient to those."""
+  """Returns the loss of the first examples against all, and its gradient to them."""
   weights = is_real.astype(np.float32)[:num_anchors]
   fresh = tf.constant(embeddings[:num_anchors])
   with tf.GradientTape() as tape:
@@ -95,14 +95,14 @@ def _evaluate(loss, embeddings, labels, is_real, num_anchors=None):
   return terms, gradient.numpy()
 
 
-class _Memory:
-  """The bank by its definition: a list, of which only the newest stay."""
+class _ReferenceMemory:
+  """The memory by its definition: a list that keeps the newest entries."""
 
   def __init__(self):
     self.entries = []
 
   def others(self, step, numbers):
-    """Embeddings and labels of what is neither a copy nor too early."""
+    """Returns entries that are no copies; none before the warmup ends."""
     if step < _WARM_UP:
       return []
     return [each for each in self.entries if each and each[2] not in numbers]
@@ -126,11 +126,11 @@ class _Memory:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_a_loss_sees_the_batch_and_what_the_bank_has_beside_it(row):
-  bank, memory = _bank(), _Memory()
+def test_loss_compares_the_batch_with_batch_and_memory(row):
+  bank, memory = _cross_batch_memory(), _ReferenceMemory()
   for step, rows in enumerate(_steps()):
     embeddings, labels, numbers, is_real = rows
-    terms, gradient, added = _reminded(row.make(), bank, step, *rows)
+    terms, gradient, added = _evaluate_with_memory(row.make(), bank, step, *rows)
     others = memory.others(step, numbers)
     whole = (
       np.stack([*embeddings, *(each[0] for each in others)]),
@@ -152,7 +152,7 @@ def test_a_loss_sees_the_batch_and_what_the_bank_has_beside_it(row):
     assert len(others) > 0 or step == 0
 
 
-def test_jitter_moves_the_batch_and_neither_what_the_bank_has_nor_what_it_gets():
+def test_jitter_changes_the_batch_but_not_the_memory():
   seen = []
 
   def remember(anchors, candidates):
@@ -160,10 +160,13 @@ def test_jitter_moves_the_batch_and_neither_what_the_bank_has_nor_what_it_gets()
     return ROWS[0].make()(anchors, candidates)
 
   remember.comparison, remember.margin = euclidean, None
-  bank, first, second = _bank(warm_up_steps=0), *itertools.islice(_steps(), 2)
+  bank, first, second = (
+    _cross_batch_memory(warm_up_steps=0),
+    *itertools.islice(_steps(), 2),
+  )
   jittered = JitteredLoss(loss=remember, scale=0.1)
   for step, rows in enumerate((first, second)):
-    *_, added = _reminded(jittered, bank, step, *rows)
+    *_, added = _evaluate_with_memory(jittered, bank, step, *rows)
     np.testing.assert_array_equal(added.embeddings, rows[0])
     bank.add(added)
   moves = np.linalg.norm(seen[1].embeddings - second[0], axis=1)
@@ -172,8 +175,8 @@ def test_jitter_moves_the_batch_and_neither_what_the_bank_has_nor_what_it_gets()
 
 
 @pytest.mark.parametrize("size", [1, 4, 9, 40])
-def test_the_newest_stay_in_order(size):
-  bank, numbers = _bank(size), []
+def test_memory_keeps_the_newest_entries_in_order(size):
+  bank, numbers = _cross_batch_memory(size), []
   for batch in np.split(np.arange(30, dtype=np.int32), [5, 10, 15, 20, 25]):
     embeddings = np.tile(batch[:, None].astype(np.float32), (1, _NUM_DIMENSIONS))
     bank.add(Entries(embeddings, batch, batch, batch))
@@ -215,7 +218,7 @@ def _step_maker(objective, cross_batch_memory, **options):
   ("objective", "num_replicas", "num_micro_batches"),
   thorough_except([("gathered", 2, 1), ("alone", 2, 3)], _PARITY),
 )
-def test_replicas_with_a_bank_train_as_one(
+def test_replicas_with_a_memory_train_like_one(
   mirrored, objective, num_replicas, num_micro_batches
 ):
   batches = _batches(4)
@@ -226,14 +229,14 @@ def test_replicas_with_a_bank_train_as_one(
   assert parity.is_equal(found), parity.table([(objective, found)])
 
 
-def test_a_compiled_step_with_a_bank_is_the_plain_one():
+def test_compiled_step_with_a_memory_equals_the_uncompiled_one():
   wanted = parity.expected(_step_maker("gathered", True), _batches(4), 1)
   make_step = _step_maker("gathered", True, compiled="step")
   found = parity.errors(parity.expected(make_step, _batches(4), 1), wanted)
   assert parity.is_equal(found), parity.table([("compiled", found)])
 
 
-def test_a_bank_changes_what_is_learned_once_it_is_warm():
+def test_memory_changes_the_loss_after_warmup():
   with_bank, without = (
     parity.expected(_step_maker("gathered", is_there), _batches(4), 1)
     for is_there in (True, False)
@@ -242,7 +245,7 @@ def test_a_bank_changes_what_is_learned_once_it_is_warm():
   assert all(np.abs(np.subtract(with_bank.loss, without.loss))[1:] > 1e-3)
 
 
-def test_replicas_have_the_same_bank_in_the_order_of_the_global_batch(mirrored):
+def test_memory_has_the_order_of_the_global_batch_on_all_replicas(mirrored):
   strategy, batches = mirrored(2), _batches(3)
   made = []
 
@@ -270,7 +273,7 @@ def _checkpoints(step, folder):
   return checkpoints
 
 
-def test_a_bank_of_two_replicas_goes_on_on_one(mirrored, tmp_path):
+def test_memory_of_two_replicas_is_restored_on_one(mirrored, tmp_path):
   made = []
 
   def make_step():
@@ -296,12 +299,12 @@ def test_a_bank_of_two_replicas_goes_on_on_one(mirrored, tmp_path):
     (9, 7, "its memory has 9 entries of 6, and .* has 7 entries of 6"),
   ],
 )
-def test_a_checkpoint_with_another_bank_says_what_differs(
+def test_checkpoint_with_a_different_memory_is_refused_with_the_difference(
   tmp_path, saved, restored, message
 ):
   def checkpoints(size):
     step = _step_maker("gathered", False)()
-    step.cross_batch_memory = size and _bank(size)
+    step.cross_batch_memory = size and _cross_batch_memory(size)
     if size:
       step.cross_batch_memory.create_variables(6)
     return _checkpoints(step, tmp_path)
@@ -313,7 +316,7 @@ def test_a_checkpoint_with_another_bank_says_what_differs(
     checkpoints(restored).restore()
 
 
-def test_the_run_file_with_a_bank_trains():
+def test_run_file_with_a_memory_trains():
   small = [
     "BANK_SIZE = 9",
     "ConvNet.filters = (2,)",
@@ -334,22 +337,26 @@ def test_the_run_file_with_a_bank_trains():
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, -1)])
-def test_numbers_that_make_no_bank_are_refused(numbers):
+def test_invalid_sizes_are_refused(numbers):
   size, warm_up_steps = numbers
   with pytest.raises(UserError, match="must be at least"):
     CrossBatchMemory(size=size, warm_up_steps=warm_up_steps)
 
 
-def test_an_objective_that_says_what_is_positive_is_refused():
+def test_objective_with_given_relevance_is_refused():
   embeddings, labels, numbers, is_real = next(_steps())
   anchors = Anchors(embeddings, labels, is_real.astype(np.float32))
   pairs = WithinGroups()(anchors, OneReplica())
   with pytest.raises(UserError, match="by labels, and WithinGroups by groups"):
-    _bank().extend(pairs, tf.constant(numbers), tf.constant(0), OneReplica())
+    _cross_batch_memory().extend(
+      pairs, tf.constant(numbers), tf.constant(0), OneReplica()
+    )
 
 
 def test_several_labels_of_an_example_are_refused():
   several = np.ones((_BATCH, 3), bool)
   embeddings, _, numbers, is_real = next(_steps())
   with pytest.raises(UserError, match="keeps one label of an example"):
-    _reminded(ROWS[0].make(), _bank(), 0, embeddings, several, numbers, is_real)
+    _evaluate_with_memory(
+      ROWS[0].make(), _cross_batch_memory(), 0, embeddings, several, numbers, is_real
+    )

@@ -1,4 +1,4 @@
-"""From all triplets to the hardest: by the step, or by what is still active."""
+"""Curricula from all triplets to the hardest: by step or by active fraction."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ def _progress(pace, progress=0.0, step=0, active=(0.0, 0.0)):
 @pytest.mark.parametrize(
   ("step", "wanted"), [(0, 0.0), (10, 0.0), (15, 0.25), (30, 1.0), (99, 1.0)]
 )
-def test_linear_pace_goes_by_the_step(step, wanted):
+def test_linear_pace_depends_on_the_step(step, wanted):
   assert _progress(LinearPace(first_step=10, last_step=30), step=step) == wanted
 
 
 @pytest.mark.parametrize(
   ("active", "wanted"),
   [
-    ((1.0, 100.0), 0.6),  # Starvation: on.
-    ((95.0, 100.0), 0.4),  # Nothing is learned: back.
+    ((1.0, 100.0), 0.6),  # Too few active: harder.
+    ((95.0, 100.0), 0.4),  # Nearly all active: easier.
     ((50.0, 100.0), 0.5),
-    ((0.0, 0.0), 0.5),  # There was nothing to go by.
+    ((0.0, 0.0), 0.5),  # Without terms: unchanged.
   ],
 )
-def test_active_pace_goes_by_the_active_share(active, wanted):
+def test_active_pace_depends_on_the_active_fraction(active, wanted):
   pace = AdaptivePace(lowest=0.1, highest=0.9, change=0.1)
   assert _progress(pace, 0.5, active=active) == pytest.approx(wanted)
 
@@ -71,7 +71,7 @@ def test_active_pace_stays_between_begin_and_end(active):
     (1.0, TripletLoss(margin=0.7, **_HARDEST)),
   ],
 )
-def test_its_ends_are_all_triplets_and_the_hardest(hardness, other):
+def test_curriculum_starts_at_batch_all_and_ends_at_batch_hard(hardness, other):
   embeddings, labels = batches.random_batch("unbalanced")
   loss = CurriculumTripletLoss(margin=0.7, hardness=hardness)
   got = batches.evaluate(loss, embeddings, labels)
@@ -111,9 +111,9 @@ def _step(pace, wrap=lambda loss: loss, **options):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("num_replicas", thorough_except([2], [2, 4]))
-def test_replicas_go_through_it_as_one_does(mirrored, num_replicas):
+def test_replicas_train_with_a_curriculum_like_one(mirrored, num_replicas):
   def make_step():
-    # What counts lies between the two shares, in some of the steps.
+    # In some steps the fraction lies between the two thresholds.
     return _step(AdaptivePace(lowest=0.3, highest=0.5, change=0.3))
 
   wanted = parity.expected(make_step, _batches(), num_replicas)
@@ -127,7 +127,7 @@ def _jittered(loss):
 
 
 @pytest.mark.parametrize("wrap", thorough_except([_jittered], [lambda x: x, _jittered]))
-def test_a_step_takes_it_on_and_logs_where_it_is(wrap):
+def test_step_advances_and_logs_the_curriculum(wrap):
   step = _step(
     LinearPace(first_step=0, last_step=2),
     wrap,
@@ -143,7 +143,7 @@ def test_a_step_takes_it_on_and_logs_where_it_is(wrap):
   )
 
 
-def test_what_is_proposed_and_not_made_takes_it_nowhere():
+def test_unapplied_updates_do_not_advance_the_curriculum():
   step = _step(LinearPace(first_step=0, last_step=2))
   batch = tf.nest.map_structure(tf.constant, _batches(1)[0])
   for _ in range(3):
@@ -151,7 +151,7 @@ def test_what_is_proposed_and_not_made_takes_it_nowhere():
   assert summarize(statistics)["curriculum/hardness"] == 0.0
 
 
-def test_where_it_is_comes_with_the_checkpoint(tmp_path):
+def test_curriculum_is_saved_in_checkpoints(tmp_path):
   step, other = (_step(LinearPace(first_step=0, last_step=8)) for _ in range(2))
   for batch in _batches(3):
     step(tf.nest.map_structure(tf.constant, batch), parity.OneReplica())
@@ -186,13 +186,13 @@ def test_values_out_of_range_are_refused(arguments, message):
     (lambda: AdaptivePace(change=0.0), r"change=0\.0"),
   ],
 )
-def test_a_pace_that_is_none_is_refused(make, message):
+def test_invalid_pace_is_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
 
 @pytest.mark.thorough
-def test_it_leaves_a_collapse_by_itself():
+def test_curriculum_recovers_from_a_collapse():
   def train(loss, num_steps):
     step = TrainStep(
       encoder=encoder,
@@ -216,14 +216,14 @@ def test_it_leaves_a_collapse_by_itself():
   assert train(hardest, 400) < 0.05
   assert train(hardest, 300) < 0.05
   loss = CurriculumTripletLoss(margin=0.5, pace=AdaptivePace(change=0.01))
-  for _ in range(101):  # As hard as it can be.
+  for _ in range(101):  # The hardest triplets only.
     loss.advance(tf.constant(0), WeightedMean(tf.constant(0.0), tf.constant(1.0)))
   assert float(loss.parameters()[0]) == 1.0
   assert train(loss, 300) > 0.2
 
 
 def _clouds(rng):
-  """32 examples of 8 of 64 classes, not far from each other in 20 dimensions."""
+  """Returns 32 examples of 8 of 64 overlapping classes in 20 dimensions."""
   centres = np.random.default_rng(0).normal(size=(64, 20))
   labels = np.repeat(rng.permutation(64)[:8], 4).astype(np.int32)
   inputs = centres[labels] + rng.normal(size=(32, 20))

@@ -1,4 +1,4 @@
-"""What the oracles of a row of the table make of a batch."""
+"""Evaluates the oracles of a row of the table on a batch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _COUNT = {
 
 
 def sums(row, embeddings, is_relevant, weights=None, *, at=None, unit=1.0):
-  """Total, number of active terms and of terms, of [B, D] float64 embeddings."""
+  """Returns total, active terms and all terms of [B, D] float64 embeddings."""
   weights = np.ones(len(embeddings)) if weights is None else weights
   terms = row.terms_of(unit)
   return oracles.loss_terms(row.compare, terms, embeddings, is_relevant, weights, at)
 
 
 def total_and_count(row, embeddings, is_relevant, weights=None, *, unit=1.0):
-  """What a loss returns."""
+  """Returns total and count, as a loss does."""
   weights = np.ones(len(embeddings)) if weights is None else weights
   values = sums(row, np.float64(embeddings), is_relevant, weights, unit=unit)
   return values[0], _COUNT[row.reduction](values, weights)

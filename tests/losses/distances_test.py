@@ -39,7 +39,7 @@ def _vectors(num, seed, norm=1.0):
 
 @_each_function
 @pytest.mark.parametrize("norm", [1e-4, 1.0, 1e4])
-def test_each_entry_is_the_distance_of_a_row_to_a_column(distance_fn, oracle, norm):
+def test_entries_are_distances_between_rows_and_columns(distance_fn, oracle, norm):
   anchors, candidates = _vectors(3, 0, norm), _vectors(5, 1, norm)
   expected = [
     [oracle(np.float64(a), np.float64(c)) for c in candidates] for a in anchors
@@ -50,7 +50,7 @@ def test_each_entry_is_the_distance_of_a_row_to_a_column(distance_fn, oracle, no
 
 
 @_each_function
-def test_gradient_is_the_finite_difference(distance_fn, oracle):
+def test_gradient_equals_finite_differences(distance_fn, oracle):
   anchors, candidates = _vectors(3, 0), _vectors(4, 1)
   slopes = np.random.default_rng(2).normal(size=(3, 4))
   variables = [tf.constant(anchors), tf.constant(candidates)]
@@ -92,7 +92,7 @@ def test_duplicates_have_distance_zero_and_gradient_zero(distance_fn):
 
 
 @pytest.mark.parametrize("num_dimensions", [8, 128, 2048])
-def test_error_of_a_squared_distance_is_below_what_counts_as_duplicate(num_dimensions):
+def test_error_of_a_squared_distance_is_below_the_duplicate_threshold(num_dimensions):
   random = np.random.default_rng(num_dimensions)
   anchors = random.normal(size=(64, num_dimensions)).astype(np.float32)
   near = anchors + random.normal(size=anchors.shape, scale=1e-2).astype(np.float32)
@@ -103,7 +103,7 @@ def test_error_of_a_squared_distance_is_below_what_counts_as_duplicate(num_dimen
 
 
 def _moved_unit_vectors(distance, num=256, num_dimensions=128):
-  """Unit vectors, others at that distance, and the distances of what was rounded."""
+  """Returns unit vectors, others at a distance, and distances after rounding."""
   random = np.random.default_rng(0)
   points = random.normal(size=(num, num_dimensions))
   moves = random.normal(size=points.shape)
@@ -132,7 +132,7 @@ def _moved_unit_vectors(distance, num=256, num_dimensions=128):
     ("exact_squared_euclidean", 1e-4, 6e-7),
   ],
 )
-def test_small_distance_is_right_to_the_stated_error(
+def test_error_of_a_small_distance_is_within_the_stated_bound(
   form, distance, bound, record_property
 ):
   anchors, moved, expected = _moved_unit_vectors(distance)
@@ -144,7 +144,7 @@ def test_small_distance_is_right_to_the_stated_error(
 
 
 @pytest.mark.parametrize("distance", [1e-3, 1e-4])
-def test_gram_form_takes_smaller_distances_for_duplicates(distance):
+def test_gram_form_treats_smaller_distances_as_duplicates(distance):
   anchors, moved, _ = _moved_unit_vectors(distance)
   assert not np.diag(distances.euclidean(anchors, moved)).any()
 

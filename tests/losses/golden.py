@@ -17,13 +17,13 @@ _ULP = 2.0**-23
 
 
 def keys(kind):
-  """The keys of a kind: batch_all, batch_hard, tfa_hard or tfa_semihard."""
+  """Returns the keys of a kind: batch_all, batch_hard, tfa_hard or tfa_semihard."""
   names = (name[: -len("/loss")] for name in VECTORS if name.endswith("/loss"))
   return sorted(name for name in names if name.split("/")[1] == kind)
 
 
 def value_and_gradient(loss_fn, key):
-  """What `loss_fn(labels, embeddings, margin, squared=)` gives, and its gradient."""
+  """Returns `loss_fn(labels, embeddings, margin, squared=)` and its gradient."""
   case, _, margin, squared = key.split("/")
   embeddings = tf.constant(VECTORS[f"{case}/embeddings"])
   labels = tf.constant(VECTORS[f"{case}/labels"])
@@ -37,12 +37,12 @@ def value_and_gradient(loss_fn, key):
 
 
 def assert_value_equals(value, name):
-  """Within 1e-5 relative."""
+  """Asserts a relative error of at most 1e-5."""
   np.testing.assert_allclose(value, VECTORS[name], rtol=_TOLERANCE, atol=0)
 
 
 def assert_gradient_equals(gradient, key):
-  """Within 1e-5 of its largest entry, and the rounding of the recorded one.
+  """Asserts an error within 1e-5 of the largest entry, plus recorded rounding.
 
   The recorded gradients are of the Gram form, which adds up 2 s x and −2 s y apart, for
   slopes s whose sizes add up to at most 2; the difference 2 s (x − y) is what is left.

@@ -21,7 +21,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 
 def _model(loss, rate=0.0, **options):
-  """A network whose first embeddings are its inputs."""
+  """Returns a network whose initial embeddings are its inputs."""
   model = tf.keras.Sequential(
     [tf.keras.layers.Dense(5, use_bias=False, kernel_initializer="identity")]
   )
@@ -44,14 +44,14 @@ def _fit(loss, labels=_LABELS, *, size=12, inputs=_EMBEDDINGS, weights=None, **o
 
 
 def _mean(row, rows=slice(None), weights=None, embeddings=_EMBEDDINGS):
-  """The loss of those rows by its definition."""
+  """Returns the loss of some rows by its definition."""
   related = np.array(oracles.relevance(_LABELS[rows]))
   total, count = definition.total_and_count(row, embeddings[rows], related, weights)
   return total / count if count else 0.0
 
 
 def _slope(row, rows=slice(None)):
-  """Its gradient to the kernel, of those rows."""
+  """Returns the gradient of some rows to the kernel."""
   related = np.array(oracles.relevance(_LABELS[rows]))
   _, count = definition.total_and_count(row, _EMBEDDINGS[rows], related)
   gradient = definition.gradient(row, _EMBEDDINGS[rows], related)
@@ -67,13 +67,13 @@ def _batch_hard(labels, embeddings):
 
 
 @each_loss
-def test_every_loss_gives_the_value_of_its_definition_to_keras(row):
+def test_keras_value_of_every_loss_equals_its_definition(row):
   labels = np.float32(_LABELS)[:, None]
   np.testing.assert_allclose(row.make()(labels, _EMBEDDINGS), _mean(row), rtol=2e-5)
 
 
 @each_loss
-def test_every_loss_is_the_same_after_its_configuration_was_saved(row):
+def test_every_loss_is_restored_from_its_config(row):
   loss = row.make()
   again = type(loss).from_config(loss.get_config())
   np.testing.assert_array_equal(again(_LABELS, _EMBEDDINGS), loss(_LABELS, _EMBEDDINGS))
@@ -96,7 +96,7 @@ def test_replicas_train_with_the_mean_of_their_losses(loss, num_replicas, mirror
   np.testing.assert_allclose(change, slope, atol=1e-4 * np.abs(slope).max())
 
 
-def test_last_batch_may_leave_a_replica_without_examples(mirrored):
+def test_last_batch_may_be_empty_on_a_replica(mirrored):
   with mirrored(2).scope():
     model = _model(_HARD.make(), rate=1.0)
   model.fit(_EMBEDDINGS[:9], _LABELS[:9], batch_size=8, verbose=0)
@@ -113,13 +113,13 @@ def test_last_batch_may_leave_a_replica_without_examples(mirrored):
   [_HARD.make(), pytest.param(_batch_hard, marks=pytest.mark.thorough)],
   ids=["object", "function"],
 )
-def test_last_batch_of_another_size_counts_by_its_size(loss, options):
+def test_last_batch_is_weighted_by_its_size(loss, options):
   expected = (8 * _mean(_HARD, slice(8)) + 4 * _mean(_HARD, slice(8, 12))) / 12
   got = _fit(loss, np.float32(_LABELS), size=8, **options)
   np.testing.assert_allclose(got, expected, rtol=2e-5)
 
 
-def test_validation_has_the_loss_of_its_own_data():
+def test_validation_loss_is_that_of_the_validation_data():
   model = _model(_HARD.make())
   data = _EMBEDDINGS[:7], _LABELS[:7]
   history = model.fit(*data, validation_data=(_EMBEDDINGS, _LABELS), verbose=0)
@@ -184,7 +184,7 @@ _WITH_PARTS = {
   ],
   ids=["keras", "saved_model", "h5_wrapped", "h5", *_WITH_PARTS],
 )
-def test_saved_model_goes_on_with_its_loss(name, loss, tmp_path):
+def test_saved_model_continues_training_with_its_loss(name, loss, tmp_path):
   model = _model(loss, rate=0.1)
   model.fit(_EMBEDDINGS, _LABELS, verbose=0)
   model.save(tmp_path / name)
@@ -196,10 +196,10 @@ def test_saved_model_goes_on_with_its_loss(name, loss, tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["one_hot", "multi_hot"])
-def test_labels_in_another_encoding_are_read_by_the_wrapper(encoding):
+def test_wrapper_reads_labels_in_other_encodings(encoding):
   labels = np.eye(8, dtype=np.float32)[_LABELS]
   if encoding == "multi_hot":
-    labels[0, 1] = 1  # Now it shares a label with others, too.
+    labels[0, 1] = 1  # Shares a second label with others.
   loss = losses.KerasLoss(_HARD.make(), label_encoding=encoding)
   related = labels @ labels.T > 0
   total, count = definition.total_and_count(_HARD, _EMBEDDINGS, related)
@@ -213,7 +213,7 @@ def test_labels_in_another_encoding_are_read_by_the_wrapper(encoding):
     (_batch_hard, "one_hot", "give one of this"),
   ],
 )
-def test_wrapper_of_something_else_is_refused(loss, encoding, message):
+def test_wrapper_of_a_non_loss_is_refused(loss, encoding, message):
   with pytest.raises(UserError, match=message):
     losses.KerasLoss(loss, label_encoding=encoding)
 
@@ -233,14 +233,14 @@ def test_wrapper_of_something_else_is_refused(loss, encoding, message):
     ),
   ],
 )
-def test_loss_that_only_a_training_of_this_package_changes_is_refused(loss, message):
+def test_loss_with_trainable_state_is_refused(loss, message):
   assert type(loss).from_config(loss.get_config()).get_config() == loss.get_config()
   for each in (loss, losses.JitteredLoss(loss=loss)):
     with pytest.raises(UserError, match=message):
       each(_LABELS, _EMBEDDINGS)
 
 
-def test_pair_of_loss_and_fraction_is_refused_as_a_loss():
+def test_tuple_of_loss_and_fraction_is_refused():
   def loss_fn(labels, embeddings):
     return losses.batch_all_triplet_loss(labels, embeddings, margin=0.7)
 
@@ -249,7 +249,7 @@ def test_pair_of_loss_and_fraction_is_refused_as_a_loss():
 
 
 @pytest.mark.parametrize("loss", [_batch_all, ROWS[0].make()])
-def test_unsound_labels_end_fit_in_a_graph_and_are_not_finite_in_xla(loss):
+def test_invalid_labels_raise_in_a_graph_and_give_nan_in_xla(loss):
   labels = _LABELS + np.float32(0.5)
   with pytest.raises(tf.errors.InvalidArgumentError, match="must be whole numbers"):
     _fit(loss, labels)
@@ -257,7 +257,7 @@ def test_unsound_labels_end_fit_in_a_graph_and_are_not_finite_in_xla(loss):
 
 
 @pytest.mark.parametrize("form", [np.float32, tf.constant, tf.Variable, np.array])
-def test_margin_may_be_any_kind_of_number(form):
+def test_margin_may_be_of_any_numeric_type(form):
   margin = form(np.float32(0.7))
   for got in (
     losses.batch_hard_triplet_loss(_LABELS, _EMBEDDINGS, margin),
@@ -271,10 +271,10 @@ def test_margin_may_be_any_kind_of_number(form):
   [row for row in ROWS if "margin" in row.make().get_config()],
   ids=lambda r: r.name,
 )
-def test_margin_of_a_variable_is_that_of_each_call(row):
+def test_variable_margin_is_read_at_each_call(row):
   config = row.make().get_config()
   if config["margin"] == "soft" or "hardness" in config:
-    return  # No number, or changed by a pace.
+    return  # Not numeric, or changed by a curriculum.
   margin = tf.Variable(0.123)
   loss = type(row.make()).from_config({**config, "margin": margin})
   value_fn = tf.function(lambda: loss(_LABELS, _EMBEDDINGS))
@@ -284,7 +284,7 @@ def test_margin_of_a_variable_is_that_of_each_call(row):
     np.testing.assert_allclose(value_fn(), fixed(_LABELS, _EMBEDDINGS), rtol=1e-6)
 
 
-def test_margin_of_a_graph_is_that_of_each_call():
+def test_tensor_margin_is_read_at_each_call():
   value_fn = tf.function(
     lambda margin: losses.batch_all_triplet_loss(_LABELS, _EMBEDDINGS, margin)[0]
   )
@@ -306,7 +306,7 @@ def test_margin_of_a_graph_is_that_of_each_call():
     (np.array([0.2, 0.3]), r"has shape \(2,\)"),
   ],
 )
-def test_margin_that_is_no_finite_number_above_0_is_refused(margin, message):
+def test_margin_that_is_not_positive_and_finite_is_refused(margin, message):
   for make in (losses.BatchHardTripletLoss, losses.ContrastiveLoss):
     with pytest.raises(UserError, match=message):
       make(margin=margin)

@@ -1,4 +1,4 @@
-"""Labels in every form that callers have them."""
+"""Labels of every supported type and encoding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _FORMS = {
 
 
 @pytest.mark.parametrize("form", _FORMS)
-def test_classes_are_told_apart_in_every_form(form):
+def test_every_label_type_distinguishes_classes(form):
   values = _read(_FORMS[form])
   assert values.dtype in (tf.int32, tf.int64)
   np.testing.assert_array_equal(_same_classes(values), _same_classes(_CLASSES))
@@ -55,7 +55,7 @@ def test_classes_are_told_apart_in_every_form(form):
   ],
   ids=["half", "nan", "inf", "float32_beyond_2_24", "float16_beyond_2_11"],
 )
-def test_floats_that_are_no_classes_are_refused(labels):
+def test_non_integer_floats_are_refused(labels):
   with pytest.raises(UserError, match="must be whole numbers below"):
     _read(labels)
 
@@ -67,7 +67,7 @@ def test_one_hot_labels_are_the_classes(kind):
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int64, bool])
-def test_multi_hot_labels_stay_as_they_are(kind):
+def test_multi_hot_labels_are_unchanged(kind):
   several = np.random.default_rng(0).random((5, 3)) < 0.5
   np.testing.assert_array_equal(_read(several.astype(kind), "multi_hot"), several)
 
@@ -98,7 +98,7 @@ _SMOOTH = np.full((5, 4), 0.1, np.float32)
     (_CLASSES, "sparse", "is unknown"),
   ],
 )
-def test_labels_that_do_not_fit_the_encoding_are_refused(labels, encoding, message):
+def test_labels_of_another_encoding_are_refused(labels, encoding, message):
   with pytest.raises(UserError, match=message):
     _read(labels, encoding)
 

@@ -16,7 +16,7 @@ from trainer.losses.loss_terms import (
 
 
 def _columns(lists):
-  """The positives of each anchor, as sets."""
+  """Returns the positives of each anchor, as sets."""
   rows = [set() for _ in lists.sizes]
   for k in range(int(max(lists.sizes))):
     places, is_positive = lists.places(tf.constant(k))
@@ -49,13 +49,13 @@ def test_padding_is_in_no_list():
   ]
 
 
-def test_anchors_that_are_some_of_the_candidates_have_their_own_lists():
+def test_each_subset_of_anchors_has_its_own_lists():
   embeddings, labels = batches.random_batch("unbalanced")
   arguments = batches.arguments(embeddings, labels, rows=[4, 9, 2])
   assert _columns(positive_lists(*arguments)) == _expected(*arguments)
 
 
-def test_several_labels_an_example_have_lists_too():
+def test_lists_support_several_labels_per_example():
   labels = np.random.default_rng(0).random((9, 4)) < 0.4
   arguments = batches.arguments(np.zeros((9, 2), np.float32), labels)
   assert positive_lists(*arguments) is None
@@ -92,7 +92,7 @@ def test_examples_that_share_a_label_are_positives():
   )
 
 
-def test_given_relevance_goes_before_labels():
+def test_given_relevance_overrides_labels():
   anchors, candidates = batches.arguments(_EMBEDDINGS, np.array([1, 1, 2]))
   given = np.array([[0, 0, 1], [0, 0, 0], [1, 0, 0]], bool)
   pairs = pair_masks(anchors, candidates._replace(is_relevant=tf.constant(given)))
@@ -100,7 +100,7 @@ def test_given_relevance_goes_before_labels():
   assert pairs.is_negative.numpy()[0, 1]
 
 
-def test_labels_beyond_float32_are_told_apart():
+def test_integer_labels_beyond_float32_precision_are_distinguished():
   labels = np.array([2**31 - 1, 2**31 - 2, 2**31 - 1], np.int32)
   pairs = pair_masks(*batches.arguments(_EMBEDDINGS, labels))
   np.testing.assert_array_equal(pairs.is_positive.numpy()[0], [False, False, True])
@@ -109,12 +109,12 @@ def test_labels_beyond_float32_are_told_apart():
 @pytest.mark.parametrize(
   "labels", [np.zeros((3, 1), int), np.eye(3, dtype=np.float32), np.zeros(3)]
 )
-def test_labels_of_another_kind_are_refused(labels):
+def test_labels_of_different_types_are_refused(labels):
   with pytest.raises(UserError, match="one integer for each embedding"):
     check_labels(tf.constant(labels), 3)
 
 
-def test_another_number_of_labels_is_refused():
+def test_different_number_of_labels_is_refused():
   with pytest.raises(UserError, match="2 labels were given for 3 embeddings"):
     check_labels(tf.constant([1, 2]), 3)
 
@@ -131,7 +131,7 @@ def test_another_number_of_labels_is_refused():
     (1, {"labels": tf.ones([3, 2], tf.bool)}, "of different kinds"),
   ],
 )
-def test_what_would_broadcast_to_nonsense_is_refused(part, changed, message):
+def test_shapes_that_would_broadcast_are_refused(part, changed, message):
   batch = list(batches.arguments(_EMBEDDINGS, np.array([1, 1, 2])))
   check_batch(*batch)
   batch[part] = batch[part]._replace(**changed)

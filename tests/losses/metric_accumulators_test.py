@@ -1,4 +1,4 @@
-"""Sums that become metrics, against NumPy on the numbers themselves."""
+"""Accumulated sums and their metrics, against NumPy on the values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _numbers(seed=0):
   return np.random.default_rng(seed).gamma(2, 3, 6).astype(np.float32)
 
 
-def test_ratio_is_the_mean_of_what_counts():
+def test_ratio_is_the_weighted_mean():
   numbers = _numbers()
   summary = _summary(
     metric_accumulators.weighted_mean(tf.constant(numbers), tf.constant(_COUNTED))
@@ -48,7 +48,7 @@ def _histogram(numbers):
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1.0, 1e5])
-def test_quantiles_are_right_to_half_a_bin(scale):
+def test_error_of_quantiles_is_at_most_half_a_bin(scale):
   numbers = scale * np.random.default_rng(1).gamma(2, 1, 5000)
   summary = _summary(_histogram(numbers))
   for percent in metric_accumulators.QUANTILES:
@@ -65,12 +65,12 @@ def test_suffix_stands_before_the_name_of_a_loss():
   }
 
 
-def test_a_number_that_crosses_into_a_bin_hardly_moves_the_sums():
+def test_crossing_a_bin_edge_barely_changes_the_sums():
   near = [_histogram([2.0**3 * (1 + delta)]).counts for delta in (-1e-6, 1e-6)]
   np.testing.assert_allclose(*near, atol=1e-4)
 
 
-def test_numbers_beyond_the_histogram_are_in_its_last_bins():
+def test_values_outside_the_histogram_are_in_its_last_bins():
   counts = _histogram([0.0, 1e-30, 1e30]).counts.numpy()
   assert (counts[0], counts[-1]) == (2, 1)
 
@@ -101,14 +101,14 @@ def test_equal_vectors_have_spread_zero_and_rank_one():
   assert (summary["a_spread"], summary["a_rank"]) == (0, 1)
 
 
-def test_vectors_that_do_not_count_change_nothing():
+def test_vectors_of_weight_zero_are_ignored():
   vectors = np.random.default_rng(3).normal(size=(6, 2))
   assert _summary(_covariance(vectors, _COUNTED)) == pytest.approx(
     _summary(_covariance(vectors[_COUNTED]))
   )
 
 
-def test_summary_divides_what_was_added_up():
+def test_summary_divides_the_accumulated_sums():
   assert metric_accumulators.summarize(
     {"a": WeightedMean(np.float32(6), np.float32(4))}
   ) == {"a": 1.5}
@@ -123,5 +123,5 @@ def test_summary_divides_what_was_added_up():
     _covariance(np.zeros((3, 2)), np.zeros(3, bool)),
   ],
 )
-def test_statistic_of_nothing_is_left_out(nothing):
+def test_statistic_without_values_is_omitted(nothing):
   assert _summary(nothing) == {}

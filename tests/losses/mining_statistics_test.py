@@ -1,4 +1,4 @@
-"""Collapse: detected, never left by a loss of distances, and left with jitter."""
+"""Mining statistics, and collapse: its detection and the recovery by jitter."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def _random(seed=0):
     (np.outer(_random()[:, 0], np.ones(5)), "on one line"),
   ],
 )
-def test_collapse_is_told_in_words(embeddings, words):
+def test_collapse_is_described(embeddings, words):
   assert re.search(words, describe_collapse(_metrics(embeddings)))
 
 
-def test_embeddings_apart_are_no_collapse():
+def test_spread_embeddings_are_not_a_collapse():
   assert describe_collapse(_metrics(_random())) is None
 
 
-def test_two_classes_well_apart_are_no_collapse():
+def test_two_separated_classes_are_not_a_collapse():
   labels = np.arange(24, dtype=np.int32) % 2
   apart = np.where(labels[:, None] == 0, 1.0, -1.0) * np.ones(5) + 1e-3 * _random()
   arguments = batches.arguments(np.float32(apart), labels)
@@ -60,12 +60,12 @@ def test_two_classes_well_apart_are_no_collapse():
   assert describe_collapse(metrics) is None
 
 
-def test_without_mining_statistics_nothing_is_told():
+def test_collapse_is_not_detected_without_mining_statistics():
   assert describe_collapse({"train/loss": 1.0}) is None
 
 
 def _trained(loss, num_steps=60):
-  """Embeddings of a linear encoder that starts by giving all inputs the same."""
+  """Returns embeddings of a linear encoder that starts collapsed."""
   inputs = tf.constant(_random(1) + 2.0 * _random(2)[_LABELS], tf.float32)
   weights = tf.Variable(tf.zeros([5, 5]))
   optimizer = tf.keras.optimizers.SGD(0.5)
@@ -86,20 +86,20 @@ def _trained(loss, num_steps=60):
 
 
 @pytest.mark.parametrize("name", _PLAIN)
-def test_collapsed_encoder_stays_as_it_is(name):
+def test_collapsed_encoder_stays_collapsed(name):
   embeddings = _trained(_PLAIN[name]).numpy()
   assert (embeddings == embeddings[0]).all()
 
 
 @pytest.mark.parametrize("name", _PLAIN)
-def test_jitter_leaves_collapse(name):
+def test_jitter_recovers_from_collapse(name):
   embeddings = _trained(losses.JitteredLoss(loss=_PLAIN[name], scale=0.01))
   metrics = _metrics(embeddings)
   assert describe_collapse(metrics) is None
   assert metrics["mining/hard_fraction"] < 0.3
 
 
-def test_jitter_of_parts_of_the_batch_is_that_of_the_whole():
+def test_jitter_of_slices_equals_that_of_the_whole_batch():
   embeddings, labels = batches.random_batch("unbalanced")
   loss = losses.JitteredLoss(loss=_PLAIN["batch_all"])
   whole = batches.evaluate(loss, embeddings, labels)
@@ -111,7 +111,7 @@ def test_jitter_of_parts_of_the_batch_is_that_of_the_whole():
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_jitter_keeps_what_the_step_asks_of_a_loss():
+def test_jittered_loss_has_the_interface_of_a_loss():
   loss = losses.JitteredLoss(loss=_PLAIN["batch_all"])
   assert (loss.margin, loss.needs_positives) == (0.5, True)
   assert loss.comparison is _PLAIN["batch_all"].comparison
@@ -142,7 +142,7 @@ def _batch(num=37, seed=0):
 
 
 def _rows(embeddings, labels):
-  """Of each example, its distances to positives and to negatives."""
+  """Yields distances to positives and to negatives for each example."""
   for a in range(len(labels)):
     distances = np.linalg.norm(embeddings - embeddings[a], axis=1)
     others = np.arange(len(labels)) != a
@@ -150,7 +150,7 @@ def _rows(embeddings, labels):
     yield distances[same & others], distances[~same]
 
 
-def test_shares_of_triplets_are_those_of_a_loop():
+def test_triplet_fractions_equal_those_of_a_loop():
   embeddings, labels = _batch()
   pairs = [(p, n) for ps, ns in _rows(embeddings, labels) for p in ps for n in ns]
   summary = _summary(embeddings, labels)
@@ -163,7 +163,7 @@ def test_shares_of_triplets_are_those_of_a_loop():
     assert summary[f"mining/{name}_fraction"] == pytest.approx(np.mean(is_kind))
 
 
-def test_hardest_distances_and_violations_are_those_of_a_loop():
+def test_hardest_distances_and_violations_equal_those_of_a_loop():
   embeddings, labels = _batch()
   rows = [(ps, ns) for ps, ns in _rows(embeddings, labels) if len(ps)]
   summary = _summary(embeddings, labels)
@@ -193,7 +193,7 @@ def test_duplicates_and_lone_anchors_are_counted():
   assert summary["mining/anchors_without_positive"] == pytest.approx(2 / 4)
 
 
-def test_padding_changes_nothing():
+def test_padding_does_not_change_the_statistics():
   embeddings, labels = _batch()
   weights = np.ones(len(labels) + 3, np.float32)
   weights[5], weights[-2:] = 0, 0
@@ -220,14 +220,14 @@ def test_parts_of_a_batch_add_up_to_the_whole(num_replicas, statistics):
   assert summarize(added) == pytest.approx(whole, rel=1e-5)
 
 
-def test_sample_is_every_so_many_of_the_batch():
+def test_sample_takes_rows_at_a_regular_interval():
   embeddings, labels = _batch(40)
   got = _summary(embeddings, labels, statistics=_EIGHT)
   nearest = [ns.min() for _, ns in list(_rows(embeddings, labels))[::5]]
   assert got["mining/hardest_negative_distance"] == pytest.approx(np.mean(nearest))
 
 
-def test_triplets_are_told_by_the_comparison_of_the_loss():
+def test_triplets_are_classified_by_the_distance_of_the_loss():
   embeddings, labels = _batch()
   unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
   loss = losses.BatchAllTripletLoss(margin=0.3, distance="cosine")
@@ -237,14 +237,14 @@ def test_triplets_are_told_by_the_comparison_of_the_loss():
   assert 1 - summary["mining/easy_fraction"] == pytest.approx(np.mean(violated))
 
 
-def test_loss_without_margin_has_no_share_of_semi_hard_triplets():
+def test_loss_without_margin_has_no_semi_hard_fraction():
   summary = _summary(*_batch(), loss=losses.InfoNCELoss(temperature=0.1))
   assert "mining/hard_fraction" in summary
   assert "mining/semi_hard_fraction" not in summary
 
 
 @pytest.mark.parametrize("is_traced", [False, True])
-def test_statistics_are_computed_in_one_of_so_many_steps(is_traced):
+def test_statistics_are_computed_every_n_steps(is_traced):
   statistics = losses.MiningStatistics(every_steps=3)
   arguments = batches.arguments(*batches.random_batch("unbalanced"))
   step = tf.Variable(0)

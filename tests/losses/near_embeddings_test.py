@@ -1,4 +1,4 @@
-"""Losses of embeddings that lie near each other, against float64 differences.
+"""Losses of nearly equal embeddings, against float64 differences.
 
 Shapes: B examples, D dimensions.
 """
@@ -15,13 +15,13 @@ from trainer import losses
 from trainer.losses import distances
 
 _ROWS = [row for row in ROWS if row.make().comparison.uses_norms]
-# Those that don't depend on the vectors' directions.
+# Distances that do not normalize the vectors.
 _TRANSLATABLE = [r for r in _ROWS if r.compare is not oracles.normalized_euclidean]
 _TOLERANCE = 1e-5
 
 
 def _collapsed(spread, num_dimensions=5, labels="unbalanced", seed=0):
-  """[B, D] float32 unit vectors around one point, and labels [B]."""
+  """Returns [B, D] float32 unit vectors around one point, and labels [B]."""
   labels = np.array(batches.LABELS[labels], np.int32)
   random = np.random.default_rng(seed)
   vectors = random.normal(size=num_dimensions)
@@ -32,7 +32,7 @@ def _collapsed(spread, num_dimensions=5, labels="unbalanced", seed=0):
 
 
 def _far(spread, num_dimensions=5):
-  """The same, around a point that is a thousand times as far as they spread."""
+  """Returns vectors around a point at a thousand times their spread, and labels."""
   random = np.random.default_rng(1)
   labels = np.array(batches.LABELS["unbalanced"], np.int32)
   vectors = random.normal(size=(len(labels), num_dimensions))
@@ -40,7 +40,7 @@ def _far(spread, num_dimensions=5):
 
 
 def _slopes_of_all(compared, labels, margin):
-  """Mean over the triplets above 0: the loss, and its slope by each distance."""
+  """Returns the mean over active triplets and its derivative by each distance."""
   slopes, costs = np.zeros_like(compared), []
   for a, p in np.ndindex(*compared.shape):
     if labels[a] != labels[p] or a == p:
@@ -55,7 +55,7 @@ def _slopes_of_all(compared, labels, margin):
 
 
 def _slopes_of_hardest(compared, labels, margin):
-  """Mean over the anchors: the loss, and its slope by each distance."""
+  """Returns the mean over anchors and its derivative by each distance."""
   slopes, total = np.zeros_like(compared), 0.0
   for a, row in enumerate(compared):
     is_same = labels == labels[a]
@@ -91,7 +91,7 @@ def _value_and_gradient(slopes_fn, embeddings, labels, margin, squared):
     (losses.batch_hard_triplet_loss, _slopes_of_hardest),
   ],
 )
-def test_gradient_of_a_collapsed_batch_is_that_of_differences(
+def test_gradient_of_a_collapsed_batch_equals_that_of_differences(
   loss_fn, slopes_fn, make, spread, margin, squared
 ):
   embeddings, labels = make(spread)
@@ -150,7 +150,7 @@ def test_a_collapsed_batch_that_is_compiled_has_the_gradient_of_differences(squa
 
 @pytest.mark.parametrize("row", _ROWS, ids=[row.name for row in _ROWS])
 @pytest.mark.parametrize("rows_per_tile", [None, 5])
-def test_padding_changes_nothing_in_a_collapsed_batch(row, rows_per_tile):
+def test_padding_does_not_change_a_collapsed_batch(row, rows_per_tile):
   embeddings, labels = _collapsed(1e-3)
   weights = np.ones(len(labels), np.float32)
   weights[[0, 5, 6, 11]] = 0
@@ -193,7 +193,7 @@ def test_fixed_candidates_near_the_batch_are_compared_by_differences(
 
   def of_first(compared, labels, margin):
     few = np.array(compared)
-    few[num_fresh:] = np.inf  # What costs nothing: a negative that is infinitely far.
+    few[num_fresh:] = np.inf  # Negatives at infinite distance do not contribute.
     with np.errstate(invalid="ignore"):
       return _slopes_of_all(few, labels, margin)
 
@@ -205,7 +205,7 @@ def test_fixed_candidates_near_the_batch_are_compared_by_differences(
 
 
 @pytest.mark.parametrize("row", _TRANSLATABLE, ids=[row.name for row in _TRANSLATABLE])
-def test_integers_far_from_zero_give_bit_for_bit_what_they_give_around_it(row):
+def test_loss_of_integers_is_bit_identical_far_from_zero(row):
   random = np.random.default_rng(5)
   labels = np.array(batches.LABELS["unbalanced"], np.int32)
   embeddings = random.integers(-2, 3, (12, 5)).astype(np.float32)
@@ -217,9 +217,7 @@ def test_integers_far_from_zero_give_bit_for_bit_what_they_give_around_it(row):
 
 @pytest.mark.parametrize("spread", [1e-3, 1e-5])
 @pytest.mark.parametrize("squared", [False, True])
-def test_pairwise_distances_of_a_collapsed_batch_are_those_of_differences(
-  spread, squared
-):
+def test_pairwise_distances_of_a_collapsed_batch_equal_differences(spread, squared):
   embeddings, _ = _collapsed(spread, num_dimensions=32)
   differences = embeddings[:, None].astype(np.float64) - embeddings[None]
   wanted = np.sum(differences**2, axis=2)
@@ -239,7 +237,7 @@ def test_offset_is_about_the_mean_and_on_a_grid_as_coarse_as_the_spread(dtype):
   np.testing.assert_array_equal(offset * 512 % 1, 0)
 
 
-def test_offset_looks_at_vectors_that_count_alone():
+def test_offset_ignores_vectors_of_weight_zero():
   vectors = np.float32([[5, 5], [0, 0], [5.5, 5], [0, 0]])
   counted = np.array([True, False, True, False])
   offset = distances.common_offset(vectors, tf.constant(counted)).numpy()

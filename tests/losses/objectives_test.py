@@ -1,4 +1,4 @@
-"""Groups that a list names: only they are compared, on any number of replicas."""
+"""Comparison within groups, on any number of replicas."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _embeddings(num_rows):
 
 
 def _loss_of(loss, objective, embeddings, weights=None):
-  """The loss where all labels are alike: that the list alone decides."""
+  """Returns the loss with equal labels, so that only the groups matter."""
   num_rows = len(embeddings)
   weights = np.ones(num_rows, np.float32) if weights is None else weights
   anchors = Anchors(
@@ -43,7 +43,7 @@ def _loss_of(loss, objective, embeddings, weights=None):
 
 
 def _hinges(embeddings, num_positives, num_negatives):
-  """max(d_ap − d_an + margin, 0) of each triplet of each group: lists of numbers."""
+  """Returns max(d_ap − d_an + margin, 0) per triplet, in one list per group."""
   groups = embeddings.reshape(-1, 1 + num_positives + num_negatives, 4)
   for anchor, *others in np.float64(groups):
     distances = [np.linalg.norm(anchor - other) for other in others]
@@ -55,7 +55,7 @@ def _hinges(embeddings, num_positives, num_negatives):
 
 
 @pytest.mark.parametrize(("num_positives", "num_negatives"), [(1, 1), (2, 3)])
-def test_batch_all_is_the_mean_over_the_active_triplets_of_the_list(
+def test_batch_all_is_the_mean_over_active_triplets_of_the_groups(
   num_positives, num_negatives
 ):
   embeddings = _embeddings(6 * (1 + num_positives + num_negatives))
@@ -65,7 +65,7 @@ def test_batch_all_is_the_mean_over_the_active_triplets_of_the_list(
   np.testing.assert_allclose(got, terms[terms > 0].mean(), rtol=1e-5)
 
 
-def test_batch_hard_takes_the_hardest_triplet_of_each_group():
+def test_batch_hard_uses_the_hardest_triplet_per_group():
   embeddings = _embeddings(36)
   objective = WithinGroups(num_positives=2, num_negatives=3)
   got = _loss_of(BatchHardTripletLoss(margin=_MARGIN), objective, embeddings)
@@ -73,7 +73,7 @@ def test_batch_hard_takes_the_hardest_triplet_of_each_group():
   np.testing.assert_allclose(got, np.mean(hardest), rtol=1e-5)
 
 
-def test_a_group_of_padding_changes_nothing():
+def test_group_of_padding_does_not_change_the_loss():
   embeddings, loss = _embeddings(9), BatchAllTripletLoss(margin=_MARGIN)
   padded = np.concatenate([embeddings, np.full((3, 4), np.nan, np.float32)])
   weights = np.repeat(np.float32([1, 0]), [9, 3])
@@ -118,7 +118,7 @@ _LOSSES = {
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("loss", "num_replicas"), [("batch_all", 2), ("info_nce", 4)])
-def test_replicas_come_to_what_one_does(mirrored, loss, num_replicas):
+def test_replicas_compute_the_results_of_one_replica(mirrored, loss, num_replicas):
   make_step = functools.partial(_step, _LOSSES[loss])
   wanted = parity.expected(make_step, _batches(), num_replicas)
   found = parity.errors(
@@ -131,7 +131,7 @@ def test_replicas_come_to_what_one_does(mirrored, loss, num_replicas):
   ("group", "message"),
   [(None, "draws classes"), ((1, 6), "1 positives and 2 negatives .* have 1 and 6")],
 )
-def test_batches_of_other_groups_are_refused(group, message):
+def test_samplers_with_other_groups_are_refused(group, message):
   with pytest.raises(UserError, match=message):
     WithinGroups(num_negatives=2).check_groups(group, "train.sampler_fn")
 

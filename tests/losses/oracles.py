@@ -1,4 +1,4 @@
-"""Losses from their definitions: plain loops in float64, which import nothing of ours.
+"""Losses from their definitions: plain loops in float64, independent of the package.
 
 A term function is given the compared values of one anchor to its positives and to its
 negatives (distances or similarities), and the same values `at` the point where a
@@ -34,7 +34,7 @@ def cosine_similarity(x, y):
 
 
 def relevance(labels):
-  """Which of all examples share a label, for [B] classes or [B, L] several labels."""
+  """Returns which examples share a label, for [B] classes or [B, L] label sets."""
   if np.ndim(labels) == 1:
     return [[one == other for other in labels] for one in labels]
   return [[bool(np.any(one & other)) for other in labels] for one in labels]
@@ -68,7 +68,7 @@ def batch_all(margin):
 
 
 def harder(margin, hardness):
-  """Triplets of the positives and negatives in the harder part of their ranges."""
+  """Returns triplets of the harder fraction of positives and negatives."""
 
   def terms(positives, negatives, at):
     if not positives or not negatives:
@@ -113,7 +113,7 @@ def semi_hard_of_anchor(p, positives, negatives):
 
 
 def chosen(penalty, positives_of, negatives_of):
-  """Triplets of `positives_of(positives)`, each with `negatives_of(p, pos, neg)`."""
+  """Returns triplets of `positives_of(...)`, each with `negatives_of(p, pos, neg)`."""
 
   def terms(positives, negatives, at):
     del at
@@ -130,7 +130,7 @@ def chosen(penalty, positives_of, negatives_of):
 
 
 def semi_hard(margin):
-  """One triplet a positive pair; without a negative, its distance counts as 0."""
+  """Returns one triplet per positive pair; a missing negative has distance 0."""
 
   def terms(positives, negatives, at):
     del at
@@ -154,7 +154,7 @@ def inside_margin(margin):
 
 
 def distance_weighted(margin, num_dimensions, nearest, farthest):
-  """All positives; negatives by the probabilities at the point."""
+  """Returns all positives, with negatives weighted by their probabilities."""
 
   def terms(positives, negatives, at):
     weights = []

@@ -12,7 +12,7 @@ def inner_product(x, y):
 
 
 def log_sum_exp(values):
-  """Log of Σ exp(value), of which no part overflows."""
+  """Returns log Σ exp(value) without overflow."""
   largest = max(values)
   return largest + math.log(sum(math.exp(value - largest) for value in values))
 

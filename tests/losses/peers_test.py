@@ -1,4 +1,4 @@
-"""Losses beside TensorFlow Addons, where both have the same.
+"""Losses compared with TensorFlow Addons, where both have them.
 
 Recorded by the version in the file, for embeddings and labels of the golden vectors:
 its losses with their default distance and reducer, after its miners where named.
@@ -23,7 +23,7 @@ def addons():
   return pytest.importorskip("tensorflow_addons").losses
 
 
-def test_contrastive_is_half_of_addons_over_all_pairs(addons):
+def test_contrastive_loss_is_half_of_addons_over_all_pairs(addons):
   embeddings, labels = batches.random_batch("unbalanced")
   one, other = np.nonzero(~np.eye(len(labels), dtype=bool))
   points = tf.constant(embeddings)
@@ -39,7 +39,7 @@ def test_contrastive_is_half_of_addons_over_all_pairs(addons):
   _assert_same_gradient(gradient / count, tape.gradient(expected, points))
 
 
-def test_n_pairs_of_two_views_is_that_of_addons(addons):
+def test_n_pairs_loss_of_two_views_equals_addons(addons):
   random = np.random.default_rng(0)
   views = [tf.constant(random.normal(size=(6, 5)), tf.float32) for _ in range(2)]
   labels = tf.range(6)
@@ -55,7 +55,7 @@ def test_n_pairs_of_two_views_is_that_of_addons(addons):
 
 
 def _first_against_second(views, labels):
-  """Anchors of the first view; of the candidates only the second view's count."""
+  """Returns anchors of the first view and candidates of the second view."""
   num = len(labels)
   candidates = Candidates(
     embeddings=tf.concat(views, 0),
@@ -73,7 +73,7 @@ def _assert_same_gradient(got, expected):
 
 _RECORDED = np.load(pathlib.Path(__file__).parents[1] / "golden" / "pml_losses.npz")
 _CASES = ("pk_4x4x8", "unit_norm", "unbalanced", "lone_anchor", "large_labels")
-# What it was: TripletMarginLoss(margin) alone, after BatchHardMiner(), and after
+# Recorded: TripletMarginLoss(margin) alone, after BatchHardMiner(), and after
 # TripletMarginMiner(margin, "semihard"); NTXentLoss(0.5); SupConLoss(0.5);
 # CircleLoss(0.4, 16); MultiSimilarityLoss(2, 10, 0.5) after MultiSimilarityMiner(0.1).
 _LOSSES = {
@@ -96,7 +96,7 @@ _LOSSES = {
 
 @pytest.mark.golden
 @pytest.mark.parametrize("name", _LOSSES)
-def test_value_and_gradient_are_those_recorded(name):
+def test_value_and_gradient_equal_the_recorded_ones(name):
   for case in _CASES:
     total, count, gradient = batches.evaluate(
       _LOSSES[name],

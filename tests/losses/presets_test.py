@@ -1,4 +1,4 @@
-"""Presets against their references, and the config file of each loss."""
+"""Presets against their references, and config files of losses."""
 
 from __future__ import annotations
 

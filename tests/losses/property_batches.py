@@ -1,4 +1,4 @@
-"""Random batches of every kind that a loss may meet.
+"""Random batches of every supported kind.
 
 Shapes: B examples, D dimensions, L labels an example may have.
 """
@@ -16,7 +16,7 @@ from tests.losses import oracles
 
 _NUM_DIMENSIONS = 5
 _NUM_LABELS = 8
-# A loss is compiled for each size, and with a constant of its own for each scale.
+# Each size compiles a loss, and each scale has its own constant.
 _SIZES = (1, 5, 12)
 _SCALES = (1e-4, 1.0, 1e4)
 _LABELS = (-(2**31), 1 - 2**31, -1, 0, 2**24, 2**24 + 1, 2**31 - 2, 2**31 - 1)
@@ -26,7 +26,7 @@ HALVES = ("float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-  """What a loss is given, and what its definition needs.
+  """Inputs of a loss and of its definition.
 
   Attributes:
     embeddings: [B, D] float32, float16 or bfloat16.
@@ -44,18 +44,18 @@ class Batch:
 
   @property
   def rounded(self):
-    """[B, D] float32, the embeddings as they are."""
+    """[B, D] float32, the embeddings without rounding."""
     return tf.cast(self.embeddings, tf.float32)
 
   @property
   def related(self):
-    """[B, B], which examples are positives of which."""
+    """[B, B] bool, whether the column is a positive of the row."""
     return oracles.relevance(self.labels) if self.given is None else self.given
 
 
 @strategies.composite
 def batches_for(draw, row, dtypes=("float32", *HALVES)):
-  """Batches for a row of the table."""
+  """Returns a strategy of batches for a row of the table."""
   kind = draw(_one_of("classes", "one_class", "all_distinct", "several", "given"))
   size = _SIZES[-1] if kind in ("several", "given") else draw(_one_of(*_SIZES))
   scale = 1.0 if kind in ("several", "given") or size < 12 else draw(_one_of(*_SCALES))
@@ -93,7 +93,7 @@ def _labels(kind, size):
 
 
 def _norms(row, size, scale):
-  """Norms from 1e-4 to 1e4; near the scale where a constant has its unit."""
+  """Returns norms from 1e-4 to 1e4; near the scale if a constant has a unit."""
   is_without_unit = row.unit(10.0) == 1.0
   exponents = strategies.floats(*((-4, 4) if is_without_unit else (-0.3, 0.3)))
   factor = 1.0 if is_without_unit else scale
@@ -102,7 +102,7 @@ def _norms(row, size, scale):
 
 @strategies.composite
 def _embeddings(draw, size, norms, dtypes):
-  """Vectors of those norms; in half of the batches some are there twice."""
+  """Returns vectors of these norms; half of the batches contain duplicates."""
   random = np.random.default_rng(draw(strategies.integers(0, 2**32 - 1)))
   vectors = random.normal(size=(size, _NUM_DIMENSIONS))
   vectors *= (draw(norms) / np.linalg.norm(vectors, axis=1))[:, None]

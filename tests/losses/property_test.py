@@ -22,7 +22,7 @@ from tests.losses.property_batches import HALVES, batches_for
 from tests.losses.table import each_loss, each_loss_class
 
 _MOVE = 1e-6
-# Of a difference: below a move, lest both its ends be beside the same tie.
+# Step of a difference: smaller than a move, so that no tie lies within it.
 _STEP = 1e-7
 _LARGEST_HALF = 65504.0
 _ULPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7}
@@ -39,7 +39,7 @@ _settings = hypothesis.settings(
 @each_loss
 @_settings
 @hypothesis.given(data=strategies.data())
-def test_random_batch_has_the_value_and_slope_of_the_definition(row, data):
+def test_value_and_slope_of_a_random_batch_equal_the_definition(row, data):
   batch = data.draw(batches_for(row))
   total, count, gradient = _evaluated(row, batch, batch.rounded)
   direction = _moves(batch, 1)
@@ -53,9 +53,9 @@ def test_random_batch_has_the_value_and_slope_of_the_definition(row, data):
   if jump[0] > 1e-2 * abs(values[0]):
     hypothesis.event("jump")
   parts = np.float64(gradient) * direction
-  # Rounding of a sum of so many terms where all of them are nearly 0.
+  # Rounding of a sum of many terms near 0.
   floor = 1e-6 * batch.weights.sum() * len(batch.weights) * min(1.0, batch.unit)
-  # The slope's last part is what differences of float64 round away.
+  # The last summand is the rounding error of float64 differences.
   sizes = [*np.abs(values[:2]), 10 * np.abs(parts).sum() + 1e-3 * abs(values[0])]
   errors = np.abs([total - values[0], count - values[1], parts.sum() - values[2]])
   tolerances = 1e-5 * np.array(sizes) + 10 * jump + floor
@@ -89,13 +89,13 @@ def _evaluated(row, batch, embeddings):
 
 
 def _moves(batch, seed):
-  """A move of each coordinate, [B, D], in units of its vector's norm."""
+  """Returns a random move, [B, D], in units of each vector's norm."""
   norms = np.linalg.norm(np.float64(batch.rounded), axis=1, keepdims=True)
   return norms * np.random.default_rng(seed).uniform(-1, 1, batch.rounded.shape)
 
 
 def _defined(row, batch, points, direction):
-  """Total, count, and slope of the total along a direction."""
+  """Returns total, count, and slope of the total along a direction."""
   arguments = (batch.related, batch.weights)
   return np.array(
     [

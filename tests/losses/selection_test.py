@@ -42,12 +42,12 @@ def test_negatives_are_chosen_by_distance_and_ties_share(name, positive, expecte
 
 
 @pytest.mark.parametrize("name", POSITIVES)
-def test_anchor_without_a_positive_chooses_none(name):
+def test_anchor_without_a_positive_selects_none(name):
   assert not POSITIVES[name](_DISTANCES, _NONE).numpy().any()
 
 
 @pytest.mark.parametrize("name", NEGATIVES)
-def test_anchor_without_a_negative_chooses_none(name):
+def test_anchor_without_a_negative_selects_none(name):
   assert not NEGATIVES[name](_DISTANCES, _NONE, tf.constant([[1.0]])).numpy().any()
 
 
@@ -63,6 +63,6 @@ def test_distance_weighted_negatives_are_probabilities_in_high_dimensions():
     ({"num_dimensions": 8, "nearest": 1.5}, "nearest=1.5 and farthest=1.4"),
   ],
 )
-def test_impossible_distances_of_the_sphere_are_refused(arguments, message):
+def test_distances_beyond_the_unit_sphere_are_refused(arguments, message):
   with pytest.raises(UserError, match=message):
     DistanceWeightedNegatives(**arguments)

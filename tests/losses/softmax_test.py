@@ -22,7 +22,7 @@ _IS_MEMBER = tf.constant(
 )
 
 
-def test_log_of_the_sum_is_over_members_alone():
+def test_log_sum_exp_is_over_members_only():
   expected = [np.logaddexp(1, 2), np.logaddexp(-900, -901), LOG_ZERO]
   np.testing.assert_allclose(log_sum_exp(_VALUES, _IS_MEMBER), expected, rtol=1e-6)
 
@@ -36,11 +36,11 @@ def test_gradient_is_the_softmax_of_members_and_zero_without_one():
   np.testing.assert_allclose(tape.gradient(value, _VALUES), expected, rtol=1e-5)
 
 
-def test_members_are_counted_by_anchor():
+def test_members_are_counted_per_anchor():
   np.testing.assert_array_equal(num_members(_IS_MEMBER), [2, 2, 0])
 
 
-def test_learned_temperature_starts_where_it_is_told():
+def test_learned_temperature_starts_at_the_initial_value():
   np.testing.assert_allclose(temperature_value(LearnedTemperature(initial=0.07)), 0.07)
 
 
@@ -110,12 +110,10 @@ def test_temperature_not_above_zero_is_refused_softmax(loss_class):
 
 @pytest.mark.parametrize("name", batches.LABELS)
 @pytest.mark.parametrize("temperature", [0.5, 1e-3])
-def test_going_through_the_positives_gives_what_all_pairs_give(
-  monkeypatch, name, temperature
-):
+def test_loop_over_positives_equals_all_pairs(monkeypatch, name, temperature):
   embeddings, labels = batches.random_batch(name)
   weights = np.ones(len(labels), np.float32)
-  weights[-1] = len(labels) == 1  # Or else padding.
+  weights[-1] = len(labels) == 1  # Padding, unless it is the only example.
   by_way = {}
   for way, least in (("lists", 0), ("pairs", 10**9)):
     monkeypatch.setattr(softmax, "_MIN_PAIRS_OF_LISTS", least)

@@ -1,4 +1,4 @@
-"""The weighted sum of losses: value, gradients, statistics and replicas."""
+"""Weighted sums of losses: value, gradients, statistics and replicas."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _batch_hard(**arguments):
 
 
 def _evaluate(loss, objective_fn=global_negatives):
-  """The replica's loss, and gradients to embeddings and centres."""
+  """Returns the loss of the replica and gradients to embeddings and centres."""
   random = np.random.default_rng(0)
   labels = tf.constant([0, 0, 1, 1, 3, 3, 4, -1])
   weights = tf.constant([1.0] * 7 + [0.0])
@@ -59,7 +59,7 @@ def _parts():
   ]
 
 
-def test_value_and_gradients_are_the_weighted_sum_of_each_alone():
+def test_value_and_gradients_are_weighted_sums():
   parts, weights = _parts(), [0.5, 2.0, 3.0]
   found, gradients = _evaluate(losses.SumOfLosses(losses=parts, weights=weights))
   alone = [_evaluate(part) for part in parts]
@@ -71,7 +71,7 @@ def test_value_and_gradients_are_the_weighted_sum_of_each_alone():
     np.testing.assert_allclose(gradient, wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_both_losses_are_logged_by_their_class():
+def test_both_losses_are_logged_under_their_class_names():
   parts = _parts()
   statistics = _evaluate(losses.SumOfLosses(losses=parts))[0].statistics
   for part in parts:
@@ -136,7 +136,7 @@ def test_example_of_the_page_builds_a_sum():
   assert len(loss.tables) == 1
 
 
-def test_variables_of_each_loss_are_found():
+def test_variables_of_each_loss_are_tracked():
   temperature = losses.LearnedTemperature(initial=0.5)
   parts = [
     losses.InfoNCELoss(temperature=temperature),
@@ -170,7 +170,7 @@ def _softmax_and_pairs(table_fn):
   ]
 
 
-def _beside_the_softmax(table_fn):
+def _with_softmax(table_fn):
   return [
     losses.AdaFaceLoss(centres=table_fn(1), scale=8.0, update_rate=0.5),
     losses.ProxyAnchorLoss(centres=table_fn(1), scale=4.0),
@@ -179,7 +179,7 @@ def _beside_the_softmax(table_fn):
 
 
 def _step(make_losses, rate, tables):
-  """A step whose tables are added to a list."""
+  """Returns a step whose centre tables are appended to a list."""
 
   def table(centres_per_class):
     tables.append(
@@ -187,7 +187,7 @@ def _step(make_losses, rate, tables):
         optimizer=RowAdam(learning_rate=0.01),
         sampling_rate=rate,
         centres_per_class=centres_per_class,
-        is_corrected=make_losses is _beside_the_softmax,
+        is_corrected=make_losses is _with_softmax,
       )
     )
     return tables[-1]
@@ -205,7 +205,7 @@ def _step(make_losses, rate, tables):
 
 
 def _centres(table):
-  """The rows of all classes, from all replicas."""
+  """Returns the rows of all classes, from all replicas."""
   parts = getattr(table._tables[0], "values", [table._tables[0]])
   rows = [part.numpy()[: table.classes_per_replica] for part in parts]
   return np.concatenate(rows)[:_NUM_CLASSES]
@@ -215,11 +215,13 @@ def _centres(table):
 @pytest.mark.parametrize(
   ("make_losses", "rate", "num_replicas"),
   thorough_except(
-    [(_softmax_and_pairs, 0.4, 4), (_beside_the_softmax, 1.0, 2)],
-    itertools.product((_softmax_and_pairs, _beside_the_softmax), (1.0, 0.4), (2, 4)),
+    [(_softmax_and_pairs, 0.4, 4), (_with_softmax, 1.0, 2)],
+    itertools.product((_softmax_and_pairs, _with_softmax), (1.0, 0.4), (2, 4)),
   ),
 )
-def test_replicas_come_to_what_one_does(mirrored, make_losses, rate, num_replicas):
+def test_replicas_compute_the_results_of_one_replica(
+  mirrored, make_losses, rate, num_replicas
+):
   alone, divided = [], []
   make_step = functools.partial(_step, make_losses, rate)
   expected = parity.expected(functools.partial(make_step, alone), _batches(), 1)
@@ -262,9 +264,7 @@ def _paced():
     (lambda: [_batch_hard()], [float("inf")], "number of at least 0"),
   ],
 )
-def test_argument_out_of_its_range_is_reported_in_one_line(
-  make_losses, weights, message
-):
+def test_argument_out_of_range_is_reported_in_one_line(make_losses, weights, message):
   with pytest.raises(UserError, match=message) as raised:
     losses.SumOfLosses(losses=make_losses(), weights=weights)
   assert "\n" not in str(raised.value)

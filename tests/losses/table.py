@@ -1,4 +1,4 @@
-"""Every public loss with its oracle: the rows that the conformance tests go through."""
+"""Every public loss with its oracle: the rows of the conformance tests."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ class Row:
 
   @property
   def terms(self):
-    """Oracle of an anchor's terms."""
+    """Oracle of the terms of an anchor."""
     return self.terms_of(1.0)
 
   def unit(self, norm):
-    """What the constant is multiplied with where embeddings have such norms."""
+    """Factor of the constant for embeddings of a norm."""
     return norm ** _DEGREES.get(self.compare, 0)
 
 
-# Powers of the embeddings' norm by which what is compared grows, where a constant has
-# to grow with it.
+# Powers of the norm by which distances or similarities grow, if a constant must grow
+# with them.
 _DEGREES = {oracles.euclidean: 1, oracles.squared_euclidean: 2}
-# Arguments in units of what is compared.
+# Arguments in units of the distance or similarity.
 _CONSTANTS = ("margin", "temperature")
 
 
@@ -58,7 +58,7 @@ def _row(loss_class, compare, terms_of, reduction, /, **arguments):
     [loss_class.__name__, *(_text(value) for value in arguments.values())]
   )
 
-  @functools.cache  # Each new loss is compiled anew.
+  @functools.cache  # Avoids a new compilation.
   def make(unit=1.0, **more):
     scaled = {
       key: unit * value if key in _CONSTANTS and value != "soft" else value

@@ -16,13 +16,13 @@ _POSITIVE = tf.constant([[1.0], [2.0]])
 _NEGATIVE = tf.constant([[0.5, 1.25, 3.0], [2.0, 2.25, 2.75]])
 
 
-def test_hinge_costs_what_the_margin_lacks():
+def test_hinge_is_the_missing_margin():
   cost, derivative = triplet_sums.hinge(0.5)(_POSITIVE, _NEGATIVE)
   np.testing.assert_allclose(cost, [[1.0, 0.25, 0], [0.5, 0.25, 0]])
   np.testing.assert_array_equal(derivative, [[1, 1, 0], [1, 1, 0]])
 
 
-def test_semi_hard_hinge_leaves_out_negatives_nearer_than_the_positive():
+def test_semi_hard_hinge_excludes_negatives_nearer_than_the_positive():
   cost, derivative = triplet_sums.hinge_of_semi_hard(0.5)(_POSITIVE, _NEGATIVE)
   np.testing.assert_allclose(cost, [[0, 0.25, 0], [0, 0.25, 0]])
   np.testing.assert_array_equal(derivative, [[0, 1, 0], [0, 1, 0]])
@@ -36,7 +36,7 @@ def test_semi_hard_hinge_leaves_out_negatives_nearer_than_the_positive():
     triplet_sums.soft_margin,
   ],
 )
-def test_derivative_is_that_by_the_positive(penalty):
+def test_derivative_is_with_respect_to_the_positive_distance(penalty):
   positive = tf.broadcast_to(_POSITIVE, _NEGATIVE.shape)
   with tf.GradientTape() as tape:
     tape.watch(positive)
@@ -45,7 +45,7 @@ def test_derivative_is_that_by_the_positive(penalty):
 
 
 def _random_pairs(seed, num_kinds=3):
-  """Distances, some of them tied, and pairs that are positive, negative or neither."""
+  """Returns distances with ties; pairs are positive, negative or neither."""
   random = np.random.default_rng(seed)
   distances = np.round(random.gamma(2, 0.5, (12, 40)), 1 if seed % 2 else 6)
   kinds = random.integers(0, num_kinds, distances.shape)
@@ -63,7 +63,7 @@ def _evaluate(distances, pairs, margin=0.25):
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("num_kinds", [1, 2, 3])
-def test_sums_counts_and_slopes_are_those_of_the_loop(seed, num_kinds):
+def test_sums_counts_and_slopes_equal_those_of_the_loop(seed, num_kinds):
   distances, pairs = _random_pairs(seed, num_kinds)
   got = _evaluate(distances, pairs._replace(lists=None))
   expected = _evaluate(distances, pairs)
@@ -81,7 +81,7 @@ def test_small_hinges_are_not_lost_in_large_distances():
   assert num_active.numpy() == 2
 
 
-def test_batch_all_is_the_same_by_sorting_whole_and_in_tiles(
+def test_batch_all_is_the_same_sorted_whole_and_tiled(
   monkeypatch,
 ):
   embeddings, labels = batches.random_batch("unbalanced")
@@ -98,7 +98,7 @@ def test_batch_all_is_the_same_by_sorting_whole_and_in_tiles(
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_large_class_takes_the_sorted_form(monkeypatch):
+def test_large_class_uses_the_sorted_form(monkeypatch):
   calls, plain = [], triplet_sums.sorted_sums_and_slope
 
   def counted(*arguments):

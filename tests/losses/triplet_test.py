@@ -21,7 +21,7 @@ def _pairs(positive, negative):
   )
 
 
-def test_farthest_positive_is_the_largest_distance_to_one():
+def test_farthest_positive_is_the_largest_positive_distance():
   is_positive = tf.constant([[False, True, False, True], [True, False, False, True]])
   np.testing.assert_array_equal(farthest_positive(_DISTANCES, is_positive), [4, 2])
 
@@ -31,7 +31,7 @@ def test_anchor_without_a_positive_has_farthest_positive_zero():
   np.testing.assert_array_equal(farthest_positive(_DISTANCES, is_positive), [0, 0])
 
 
-def test_nearest_negative_is_the_smallest_distance_to_one():
+def test_nearest_negative_is_the_smallest_negative_distance():
   pairs = _pairs([[0, 1, 0, 0], [1, 0, 0, 0]], [[0, 0, 1, 1], [0, 0, 1, 1]])
   np.testing.assert_array_equal(nearest_negative(_DISTANCES, pairs), [4, 1])
 
@@ -71,7 +71,7 @@ def test_column_of_labels_is_refused(loss_class):
     loss_class(margin=0.2)(*batches.arguments(embeddings, labels[:, None]))
 
 
-def test_embedding_without_negative_has_the_margin_for_batch_hard_loss():
+def test_batch_hard_loss_without_negatives_equals_the_margin():
   embeddings, labels = batches.random_batch("one_class")
   total, count, gradient = batches.evaluate(
     losses.BatchHardTripletLoss(margin=0.25), embeddings, labels
@@ -90,7 +90,7 @@ def _addons(labels, embeddings, margin, squared):
   return _mean(_semi_hard(margin, distance), embeddings, labels)
 
 
-@functools.cache  # Each new loss is compiled anew.
+@functools.cache  # Avoids a new compilation.
 def _semi_hard(margin, distance):
   return losses.SemiHardTripletLoss(margin=margin, distance=distance)
 
@@ -118,7 +118,7 @@ _CHOSEN_OF_ALL = losses.TripletLoss(
 
 
 @pytest.mark.parametrize("batch", batches.LABELS)
-def test_all_positives_with_all_negatives_is_batch_all(batch):
+def test_all_positives_and_all_negatives_equal_batch_all(batch):
   embeddings, labels = batches.random_batch(batch)
   np.testing.assert_allclose(
     _mean(_CHOSEN_OF_ALL, embeddings, labels),
