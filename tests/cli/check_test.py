@@ -1,4 +1,4 @@
-"""Mode `check`: what it prints, and how it ends."""
+"""Mode `check`: output and exit status."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from trainer.run import Hardware, Run
 
 _REPOSITORY = pathlib.Path(__file__).parents[2]
 _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
-# Each replica normalises by its own batch: then N replicas don't train as one.
+# Each replica normalizes by its own batch, so N replicas differ from one.
 _BATCH_NORM = "ConvNet.normalization = 'batch'"
-_NO_STATISTICS = "TrainStep.mining_statistics = None"  # They take long to compile.
+_NO_STATISTICS = "TrainStep.mining_statistics = None"  # Slow to compile.
 _BANK = (
   "TrainStep.cross_batch_memory = @CrossBatchMemory()",
   "CrossBatchMemory.size = 100",
@@ -28,7 +28,7 @@ _BANK = (
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
-  """Runs a mode on the digits."""
+  """Runs a mode on digits."""
   folder = tmp_path_factory.mktemp("check")
 
   def run(*params, flags=(), path=_REPOSITORY, mode="check"):
@@ -52,7 +52,7 @@ def _verdicts(done):
 
 
 @pytest.mark.parity
-def test_a_run_that_any_number_of_replicas_trains_alike_passes(check):
+def test_run_that_is_equal_on_all_numbers_of_replicas_passes(check):
   done = check()
   assert done.returncode == 0, done.stdout + done.stderr
   assert _verdicts(done) == {1: "ok", 2: "ok", 4: "ok"}
@@ -79,9 +79,7 @@ functional.features = @ConvNet()
 
 @pytest.mark.parity
 @pytest.mark.thorough
-def test_a_model_that_has_its_weights_from_gin_is_alike_on_all_replicas(
-  check, tmp_path
-):
+def test_model_built_by_gin_is_equal_on_all_replicas(check, tmp_path):
   (tmp_path / "own_module.py").write_text(_OWN_MODULE)
   (tmp_path / "own.gin").write_text(_OWN_CONFIG)
   flags = [f"--gin_file={tmp_path / 'own.gin'}", "--allow_gin_import=own_module"]
@@ -89,7 +87,7 @@ def test_a_model_that_has_its_weights_from_gin_is_alike_on_all_replicas(
   assert _verdicts(done) == {1: "ok", 2: "ok", 4: "ok"}, done.stdout + done.stderr
 
 
-def test_a_run_in_which_replicas_differ_fails_with_status_one(check):
+def test_run_that_differs_between_replicas_fails_with_status_one(check):
   done = check(_BATCH_NORM, _NO_STATISTICS)
   assert done.returncode == 1
   assert _verdicts(done) == {1: "ok", 2: "FAILS", 4: "FAILS"}
@@ -104,7 +102,7 @@ _NOT_COMPILED = (
 
 
 @pytest.mark.thorough
-def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
+def test_replica_counts_that_do_not_divide_the_classes_are_skipped(check):
   done = check(
     "PKSampler.classes_per_batch = 6",
     "StepOptions.num_micro_batches = 4",
@@ -127,7 +125,7 @@ def test_replicas_that_do_not_divide_the_classes_are_left_out(check):
   ),
 )
 @pytest.mark.thorough
-def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reason):
+def test_replica_counts_that_a_step_does_not_support_are_skipped(check, params, reason):
   size = ("PKSampler.classes_per_batch = 4", "PKSampler.samples_per_class = 15")
   done = check(*size, *params)
   assert done.returncode == 0, done.stdout + done.stderr
@@ -145,7 +143,7 @@ def test_replicas_that_a_step_can_not_train_on_are_left_out(check, params, reaso
     (Hardware(tpu="pod"), "--tpu=pod"),
   ],
 )
-def test_other_devices_than_the_cpu_are_refused(hardware, flag):
+def test_devices_other_than_the_cpu_are_refused(hardware, flag):
   with pytest.raises(
     UserError, match=f"virtual replicas on the CPU; got {flag}: remove"
   ):

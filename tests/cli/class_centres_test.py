@@ -76,7 +76,7 @@ def _means(records):
   return {name: mean / np.linalg.norm(mean) for name, mean in means.items()}
 
 
-def test_centres_are_embedded_at_norm_1_by_the_names_of_their_classes(folder):
+def test_centres_are_exported_at_norm_1_with_class_names(folder):
   centres = _embedded(folder, "class_centres")
   saved = _saved_rows(folder, _NUM_STEPS)
   expected = saved / np.linalg.norm(saved, axis=1, keepdims=True)
@@ -90,7 +90,7 @@ def test_centres_are_embedded_at_norm_1_by_the_names_of_their_classes(folder):
   assert min(cosines) > 0.7
 
 
-def test_a_search_in_centres_finds_the_class_of_a_vector(folder, capsys):
+def test_search_among_centres_finds_the_class_of_a_vector(folder, capsys):
   centres = folder / "run" / "searched"
   params = [f"embed.folder = '{centres}'", "embed.content = 'class_centres'"]
   assert _task(folder, "embed", params=params) == 0
@@ -150,7 +150,7 @@ def _neighbours(folder, run, step):
 
 
 @pytest.mark.parametrize("process", ["training", "its own"])
-def test_neighbours_of_classes_are_those_of_their_centres(folder, process):
+def test_neighbours_of_classes_are_the_nearest_centres(folder, process):
   run = process.replace(" ", "-")
   shutil.copytree(folder / "run", folder / run)
   params = [
@@ -180,7 +180,7 @@ def test_neighbours_of_classes_are_those_of_their_centres(folder, process):
   assert (found[others] == -1).all()
 
 
-def test_centres_of_vectors_pass_the_check_of_replicas(folder, capsys):
+def test_class_centres_pass_the_replica_check(folder, capsys):
   assert _task(folder, "check", "--num_virtual_replicas=2") == 0
   assert "4 replicas" in capsys.readouterr().out
 
@@ -201,7 +201,7 @@ def test_centres_of_vectors_pass_the_check_of_replicas(folder, capsys):
     ("embed.content = 'classes'", "embed.content='classes'"),
   ],
 )
-def test_bad_input_is_one_line_and_status_2(folder, capsys, param, message):
+def test_bad_input_exits_with_one_line_and_status_2(folder, capsys, param, message):
   mode = "embed" if param.startswith("embed") else "train"
   name = "run" if message == "another config" else "bad"
   capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Evaluation while training: the best is kept, patience ends it, and it resumes."""
+"""Evaluation during training: best checkpoint, early stopping and resuming."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _PARAMS = (
   "train_and_evaluate.early_stopping = @EarlyStopping()",
   "EarlyStopping.every_steps = 10",
   "EarlyStopping.metric = 'eval/recall_at_1'",
-  "TrainStep.mining_statistics = None",  # They take long to compile.
+  "TrainStep.mining_statistics = None",  # Slow to compile.
 )
 
 
@@ -53,13 +53,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(folder):
-  """A run that lost patience."""
+  """The folder of a run that stopped early."""
   model_dir = folder / "stopped"
   assert _task(model_dir, folder / "data", "EarlyStopping.patience = 1") == 0
   return model_dir
 
 
-def test_a_run_ends_after_the_first_evaluation_that_is_no_better(stopped):
+def test_run_ends_after_the_first_evaluation_without_improvement(stopped):
   values = [row["eval/recall_at_1"] for row in _history(stopped)]
   assert len(values) < 6
   assert values[-1] <= max(values[:-1])
@@ -80,14 +80,14 @@ def test_the_best_encoder_is_kept_and_can_be_evaluated(folder, stopped):
 
 
 @pytest.mark.thorough
-def test_a_run_that_lost_patience_does_not_go_on(folder, stopped):
+def test_run_that_stopped_early_does_not_continue(folder, stopped):
   before = _history(stopped)
   assert _task(stopped, folder / "data", "EarlyStopping.patience = 1") == 0
   assert _history(stopped) == before
 
 
 @pytest.mark.thorough
-def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, stopped):
+def test_evaluation_killed_after_its_checkpoint_is_repeated(folder, stopped):
   killed = folder / "killed_later"
   shutil.copytree(stopped, killed)
   rows = (killed / "eval" / "history.jsonl").read_text().splitlines(keepends=True)
@@ -97,10 +97,10 @@ def test_an_evaluation_that_was_killed_after_its_checkpoint_is_made_up(folder, s
 
 
 @pytest.mark.thorough
-def test_evaluations_that_a_killed_run_did_not_save_are_made_again(folder, stopped):
+def test_unsaved_evaluations_of_a_killed_run_are_repeated(folder, stopped):
   killed = folder / "killed"
   shutil.copytree(stopped, killed)
-  # As if it had been killed after its second evaluation, before the second checkpoint.
+  # The state after a kill between the second evaluation and the second checkpoint.
   for path in (killed / "checkpoints").glob("ckpt-*"):
     if not path.name.startswith("ckpt-10."):
       path.unlink()
@@ -131,7 +131,7 @@ def _fill(encoder, value):
     variable.assign(tf.fill(variable.shape, np.float32(value)))
 
 
-def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
+def test_patience_counts_from_the_best_across_a_resume(tmp_path, encoder):
   evaluations = _evaluations(tmp_path, encoder, 0)
   for step, value in ((5, 0.1), (10, 0.5), (15, 0.5)):
     _fill(encoder, step)
@@ -145,7 +145,7 @@ def test_patience_is_counted_from_the_best_across_a_resume(tmp_path, encoder):
   assert all(np.all(variable == 10.0) for variable in encoder.variables)
 
 
-def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
+def test_evaluations_after_the_resumed_step_are_discarded(tmp_path, encoder):
   evaluations = _evaluations(tmp_path, encoder, 0)
   for step, value in ((5, 0.1), (10, 0.9)):
     _fill(encoder, step)
@@ -155,24 +155,24 @@ def test_what_came_after_the_resumed_step_is_forgotten(tmp_path, encoder):
   best = Checkpoints(model_dir=str(tmp_path / "best"), encoder=encoder)
   assert best.restore() == 5
   assert all(np.all(variable == 5.0) for variable in encoder.variables)
-  # On another path the best comes at an earlier step than the forgotten one.
+  # The new best has an earlier step than the discarded one.
   _fill(encoder, 7)
   resumed.add(7, {"eval/map": 0.5})
   assert best.restore() == 7
 
 
-def test_a_best_encoder_that_is_gone_is_not_counted_on(tmp_path, encoder):
+def test_missing_best_encoder_resets_the_tracker(tmp_path, encoder):
   _evaluations(tmp_path, encoder, 0).add(5, {"eval/map": 0.9})
   shutil.rmtree(tmp_path / "best")
   assert _evaluations(tmp_path, encoder, 5).tracker == BestTracker()
 
 
 _OPTIONS = LoopOptions(num_steps=60, steps_per_loop=4, checkpoint_every_steps=8)
-# Between two checkpoints, though where the host looks in.
+# Between two checkpoints, at the end of a loop.
 _BETWEEN = 12
 
 
-def test_a_metric_that_is_not_measured_is_refused_with_the_nearest():
+def test_unknown_metric_is_refused_with_the_nearest_name():
   early_stopping = EarlyStopping(every_steps=8, metric="eval/map_at_q")
   with pytest.raises(UserError, match="did you mean 'eval/map_at_r'"):
     early_stopping.check(_OPTIONS, ["eval/map_at_r", "eval/mrr"])
@@ -190,11 +190,11 @@ def _flags(model_dir, data, *params):
 
 
 @pytest.mark.thorough
-def test_a_process_beside_the_training_measures_its_checkpoints(folder, tmp_path):
+def test_separate_process_evaluates_the_checkpoints(folder, tmp_path):
   params = ("NUM_STEPS = 20", *_PARAMS[1:3], _PARAMS[-1])
   flags = _flags(tmp_path, folder / "data", *params)
   assert task.main(["trainer", "--mode=ingest", *flags]) == 0
-  # It waits for a run that has not begun.
+  # Waits for a run that has not started.
   command = [sys.executable, "-m", "trainer.task", "--mode=follow", *flags]
   with subprocess.Popen([*command, "--gin_param=follow.poll_s = 0.2"]) as following:
     assert task.main(["trainer", "--mode=train", *flags]) == 0
@@ -205,7 +205,7 @@ def test_a_process_beside_the_training_measures_its_checkpoints(folder, tmp_path
   assert (tmp_path / "best" / "checkpoints" / f"ckpt-{best}.index").exists()
 
 
-def test_following_a_run_that_never_begins_ends_with_a_word(folder, tmp_path, capsys):
+def test_following_a_run_that_never_starts_times_out(folder, tmp_path, capsys):
   flags = _flags(tmp_path, folder / "data", "follow.timeout_s = 0.5")
   assert task.main(["trainer", "--mode=ingest", *flags]) == 0
   assert task.main(["trainer", "--mode=follow", *flags]) == 2

@@ -1,4 +1,4 @@
-"""Embeddings on disk: complete, resumable, refused where they don't fit."""
+"""Embeddings on disk: completeness, resuming and refused inputs."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_half_precision_takes_half_the_space(trained, tmp_path):
   np.testing.assert_allclose(found.embeddings, _expected(trained), atol=1e-3)
 
 
-def test_a_folder_of_raw_data_is_ingested_first(trained, tmp_path):
+def test_raw_data_is_ingested_first(trained, tmp_path):
   records = str(tmp_path / "records")
   embedding = Embedding(records=records, source=DigitsSource())
   embedding.ingest()
@@ -90,12 +90,12 @@ def _writer(folder, **options):
   return EmbeddingWriter(str(folder), **{**arguments, **options})
 
 
-def test_rows_that_were_noted_are_not_embedded_again(tmp_path):
+def test_saved_rows_are_not_embedded_again(tmp_path):
   rows = np.random.default_rng(1).normal(size=(30_000, 2)).astype(np.float32)
   writer = _writer(tmp_path)
   for start in range(0, 12_000, 1_000):
     writer.append(rows[start : start + 1_000])
-  del writer  # Killed: nothing was finished.
+  del writer  # A kill: `finish` was not called.
   writer = _writer(tmp_path)
   assert writer.num_done == 9_000
   for start in range(9_000, 30_000, 1_000):
@@ -113,13 +113,13 @@ def test_rows_that_were_noted_are_not_embedded_again(tmp_path):
     {"rows_per_batch": 999},
   ],
 )
-def test_rows_of_something_else_are_not_gone_on_with(tmp_path, options):
+def test_rows_of_other_embeddings_are_not_resumed(tmp_path, options):
   _writer(tmp_path).append(np.zeros([10_000, 2]))
   assert _writer(tmp_path).num_done > 0
   assert _writer(tmp_path, **options).num_done == 0
 
 
-def test_half_written_embeddings_are_none(tmp_path):
+def test_partial_embeddings_are_not_opened(tmp_path):
   _writer(tmp_path).append(np.zeros([10_000, 2]))
   with pytest.raises(UserError, match="no embeddings; run --mode=embed"):
     EmbeddingFolder(str(tmp_path))
@@ -130,7 +130,7 @@ class _Killed(BaseException):
 
 
 def _dies_after(monkeypatch, name, num_calls):
-  """Lets a method of the writer end everything at a call."""
+  """Makes a method of the writer raise at its n-th call."""
   method = getattr(EmbeddingWriter, name)
   left = [num_calls]
 
@@ -145,7 +145,7 @@ def _dies_after(monkeypatch, name, num_calls):
 
 @pytest.fixture
 def appended(monkeypatch):
-  """A list that grows with each batch that is written."""
+  """A list that receives each written batch."""
   calls = []
   append = EmbeddingWriter.append
   monkeypatch.setattr(
@@ -154,15 +154,14 @@ def appended(monkeypatch):
   return calls
 
 
-# 1797 = 3 · 512 + 261. Killed before its last batch; with all of them, before and after
-# the manifest.
+# 1797 = 3 · 512 + 261. Killed before the last batch, before the manifest and after it.
 @pytest.mark.parametrize(
   ("method", "num_calls", "num_left"),
   thorough_except(
     [("append", 3, 1)], [("append", 3, 1), ("finish", 0, 0), ("_publish", 0, 0)]
   ),
 )
-def test_what_a_killed_embedding_noted_is_not_embedded_again(
+def test_rows_saved_before_a_kill_are_not_embedded_again(
   trained, tmp_path, monkeypatch, appended, method, num_calls, num_left
 ):
   monkeypatch.setattr(embedding_store, "_ROWS_PER_NOTE", 1)
@@ -176,7 +175,7 @@ def test_what_a_killed_embedding_noted_is_not_embedded_again(
   assert len(appended) == num_left
 
 
-def test_embeddings_that_are_there_are_not_made_again(trained, tmp_path, appended):
+def test_existing_embeddings_are_not_recomputed(trained, tmp_path, appended):
   _embed(trained, tmp_path)
   assert len(appended) == 4
   _embed(trained, tmp_path)
@@ -189,7 +188,7 @@ def test_embeddings_that_are_there_are_not_made_again(trained, tmp_path, appende
   np.testing.assert_allclose(found.embeddings, _expected(trained), atol=1e-6)
 
 
-def test_who_reads_embeddings_keeps_them_while_others_take_their_place(tmp_path):
+def test_open_embeddings_stay_readable_while_they_are_replaced(tmp_path):
   def write(value, **options):
     writer = _writer(tmp_path, shape=(3, 2), source={"value": value}, **options)
     writer.append(np.full([3, 2], value))
@@ -205,7 +204,7 @@ def test_who_reads_embeddings_keeps_them_while_others_take_their_place(tmp_path)
   assert not (tmp_path / "staging").exists()
 
 
-def test_what_half_precision_can_not_hold_is_counted_and_refused(trained, tmp_path):
+def test_values_beyond_half_precision_are_counted_and_refused(trained, tmp_path):
   class Large(tf.keras.Model):
     embedding_size = 4
 
@@ -219,14 +218,14 @@ def test_what_half_precision_can_not_hold_is_counted_and_refused(trained, tmp_pa
     _embed(large, tmp_path, dtype="float16")
 
 
-def test_a_folder_that_can_not_be_written_to_is_told(tmp_path):
+def test_unwritable_folder_is_reported(tmp_path):
   (tmp_path / "file").write_text("no folder")
   with pytest.raises(UserError, match="can't be written: Not a directory"):
     _writer(tmp_path / "file" / "embeddings")
 
 
 @pytest.mark.parametrize("num_written", [None, 0])
-def test_where_the_chief_can_not_write_the_other_workers_end(
+def test_workers_stop_if_the_chief_cannot_write(
   trained, tmp_path, monkeypatch, num_written
 ):
   told = ["null", "null", "[0, false]"] if num_written is not None else []
@@ -240,7 +239,7 @@ def test_where_the_chief_can_not_write_the_other_workers_end(
   assert not told
 
 
-def test_keys_that_are_numbers_are_names_all_the_same(tmp_path):
+def test_integer_keys_are_read_as_text(tmp_path):
   feature = tf.train.Feature(int64_list=tf.train.Int64List(value=[17]))
   example = tf.train.Example(features=tf.train.Features(feature={"key": feature}))
 
@@ -267,13 +266,13 @@ def written(tmp_path):
 
 
 @pytest.mark.parametrize("label", [-1, 1])
-def test_labels_of_no_class_are_refused(written, label):
+def test_labels_without_a_class_are_refused(written, label):
   np.save(written / "labels.npy", np.full(3, label, np.int32))
   with pytest.raises(UserError, match=r"labels\.npy has labels outside 0 to 0"):
     EmbeddingFolder(str(written))
 
 
-def test_keys_that_lie_outside_their_text_are_refused(written):
+def test_key_offsets_outside_the_text_are_refused(written):
   starts = np.load(written / "keys_starts.npy")
   starts[-1] += 1_000
   np.save(written / "keys_starts.npy", starts)
@@ -283,7 +282,7 @@ def test_keys_that_lie_outside_their_text_are_refused(written):
     EmbeddingFolder(str(written))
 
 
-def test_an_encoder_is_known_again_on_any_number_of_replicas(mirrored):
+def test_encoder_hash_is_the_same_on_any_number_of_replicas(mirrored):
   def told(num_replicas, kernel):
     with mirrored(num_replicas).scope():
       encoder = Encoder(backbone=Perceptron(hidden_units=(3,)), embedding_size=2)
@@ -297,25 +296,25 @@ def test_an_encoder_is_known_again_on_any_number_of_replicas(mirrored):
   assert told(1, 0.1) != told(1, 0.2)
 
 
-def test_arrays_that_do_not_fit_their_manifest_are_refused(written):
+def test_arrays_that_contradict_their_manifest_are_refused(written):
   np.save(written / "labels.npy", np.zeros(5, np.int32))
   with pytest.raises(UserError, match=r"3 embeddings .* 5 labels"):
     EmbeddingFolder(str(written))
 
 
-def test_a_pickle_among_the_arrays_is_not_opened(written):
+def test_pickled_array_is_not_opened(written):
   np.save(written / "labels.npy", np.array([{}], object), allow_pickle=True)
   with pytest.raises(UserError, match=r"labels\.npy is missing or damaged"):
     EmbeddingFolder(str(written))
 
 
-def test_a_manifest_that_is_no_manifest_is_refused(tmp_path):
+def test_invalid_manifest_is_refused(tmp_path):
   (tmp_path / "manifest.json").write_text(json.dumps([1]))
   with pytest.raises(UserError, match="no embeddings"):
     EmbeddingFolder(str(tmp_path))
 
 
-def test_embeddings_that_are_not_finite_are_counted_and_refused(trained, tmp_path):
+def test_nonfinite_embeddings_are_counted_and_refused(trained, tmp_path):
   class Broken(tf.keras.Model):
     embedding_size = 4
 
@@ -331,6 +330,6 @@ def test_embeddings_that_are_not_finite_are_counted_and_refused(trained, tmp_pat
   ("options", "words"),
   [({"dtype": "int8"}, "int8"), ({"source": DigitsSource()}, r"embed\.records")],
 )
-def test_options_that_do_not_fit_are_refused(options, words):
+def test_invalid_options_are_refused(options, words):
   with pytest.raises(UserError, match=words):
     Embedding(**options)

@@ -1,4 +1,4 @@
-"""What is exported answers as the encoder does, with TensorFlow and nothing else."""
+"""Exported models equal the encoder and need only TensorFlow."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _wanted(encoder, pixels):
 
 
 @pytest.mark.parametrize("name", ["serving_default", "serving_default_fixed"])
-def test_tensors_get_the_embeddings_of_the_encoder(encoder, folder, name):
+def test_exported_model_embeds_tensors_like_the_encoder(encoder, folder, name):
   pixels = _pixels()
   model = tf.saved_model.load(str(folder / "saved_model"))
   inputs = tf.constant(pixels, tf.float32) / 255.0
@@ -64,7 +64,7 @@ def test_tensors_get_the_embeddings_of_the_encoder(encoder, folder, name):
 
 
 @pytest.mark.parametrize("name", ["images", "images_fixed"])
-def test_image_files_get_the_embeddings_of_their_pixels(encoder, folder, name):
+def test_exported_model_embeds_image_files_like_their_pixels(encoder, folder, name):
   pixels = _pixels()
   files = tf.stack([tf.io.encode_png(image) for image in pixels])
   model = tf.saved_model.load(str(folder / "saved_model"))
@@ -72,7 +72,7 @@ def test_image_files_get_the_embeddings_of_their_pixels(encoder, folder, name):
   np.testing.assert_allclose(got, _wanted(encoder, pixels), atol=1e-6)
 
 
-def test_shapes_are_fixed_where_that_was_asked_for(folder):
+def test_shapes_are_fixed_on_request(folder):
   signatures = tf.saved_model.load(str(folder / "saved_model")).signatures
   shapes = {
     name: signatures[name].structured_outputs["embeddings"].shape.as_list()
@@ -85,15 +85,15 @@ def test_shapes_are_fixed_where_that_was_asked_for(folder):
   }
 
 
-def test_the_script_beside_it_needs_only_tensorflow(encoder, folder, tmp_path):
+def test_exported_script_needs_only_tensorflow(encoder, folder, tmp_path):
   pixels = _pixels()
   paths = [str(tmp_path / f"{n}.png") for n in range(len(pixels))]
   for path, image in zip(paths, pixels):
     tf.io.write_file(path, tf.io.encode_png(image))
   (tmp_path / "no image.png").write_bytes(b"text")
   asked = [*paths, str(tmp_path / "no image.png"), str(tmp_path / "missing.png")]
-  # The package can't be imported: -I drops the folder and the environment, and
-  # what is installed is hidden.
+  # The package can't be imported: -I ignores the folder and the environment, and
+  # the installed package is hidden.
   program = (
     "import sys; sys.modules['trainer'] = None; sys.modules['tf_keras'] = None\n"
     f"sys.argv = {['embed_images.py', *asked]!r}\n"
@@ -111,7 +111,7 @@ def test_the_script_beside_it_needs_only_tensorflow(encoder, folder, tmp_path):
   assert all(answer["error"] for answer in answers[3:])
 
 
-def test_tensorflow_lite_answers_too(encoder, folder, tmp_path):
+def test_tensorflow_lite_model_equals_the_encoder(encoder, folder, tmp_path):
   path = saved_model.save_lite(str(folder / "saved_model"), str(tmp_path))
   runner = tf.lite.Interpreter(model_path=path).get_signature_runner()
   pixels = _pixels(1)
@@ -133,7 +133,7 @@ def _task(model_dir, data, *params, mode="export"):
   return task.main(["trainer", *arguments, *(f"--gin_param={p}" for p in params)])
 
 
-def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
+def test_model_card_has_the_hash_of_each_file(tmp_path, capsys):
   data = tmp_path / "data"
   assert _task(tmp_path / "unused", data, mode="ingest") == 0
   run = tmp_path / "run"
@@ -156,7 +156,7 @@ def test_the_mode_leaves_a_card_with_the_hash_of_each_file(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-  """A run's folder and that of its records; both kinds of models are exported."""
+  """A folder with a run, its records and both kinds of exported models."""
   folder = tmp_path_factory.mktemp("exported")
   assert _task(folder / "unused", folder / "data", mode="ingest") == 0
   Checkpoints(model_dir=str(folder / "run"), encoder=_encoder()).save(3)
@@ -183,7 +183,7 @@ def _content(folder):
     ],
   ),
 )
-def test_a_model_that_does_not_stand_the_trial_replaces_nothing(
+def test_export_that_fails_its_check_replaces_nothing(
   exported, monkeypatch, capsys, spoilt, words
 ):
   before = _content(exported / "run" / "export")
@@ -200,7 +200,7 @@ def _longer(encoder):
   return lambda inputs, training: encoder(inputs, training=training) * (1.0 + 1e-4)
 
 
-def test_what_the_next_export_does_not_make_does_not_stay(exported):
+def test_files_of_the_previous_export_are_removed(exported):
   assert (exported / "run" / "export" / "encoder.tflite").exists()
   assert _task(exported / "run", exported / "data") == 0
   names = {path.name for path in (exported / "run" / "export").iterdir()}
@@ -213,7 +213,7 @@ def test_too_large_an_error_is_refused(error):
     check_error("x", error, 1e-6)
 
 
-def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path, capsys):
+def test_run_without_a_checkpoint_is_refused(tmp_path, capsys):
   assert _task(tmp_path / "unused", tmp_path / "data", mode="ingest") == 0
   assert _task(tmp_path / "empty", tmp_path / "data") == 2
   assert "has no checkpoint; run --mode=train first" in capsys.readouterr().err
@@ -223,6 +223,6 @@ def test_a_run_without_a_checkpoint_has_nothing_to_export(tmp_path, capsys):
   ("options", "words"),
   [({"formats": ("onnx",)}, "'onnx'"), ({"fixed_batch_size": 0}, "fixed_batch_size")],
 )
-def test_what_can_not_be_exported_is_refused(options, words):
+def test_unsupported_exports_are_refused(options, words):
   with pytest.raises(UserError, match=words):
     Export(**options)

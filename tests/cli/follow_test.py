@@ -1,4 +1,4 @@
-"""A process that follows a run: what it waits for, and what it refuses."""
+"""A process that follows a run: its waits and refusals."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _place(model_dir, step):
 
 
 class _Restores:
-  """Restores what it is told to, or raises it; each time something happens before."""
+  """Calls an action, then returns or raises the given result, per restore."""
 
   def __init__(self, *outcomes):
     self._outcomes = list(outcomes)
@@ -34,7 +34,7 @@ def _restore_newer(restores, model_dir, step=0):
   return follow.restore_newer(restores, str(model_dir), step, _OPTIONS)
 
 
-def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(tmp_path):
+def test_checkpoint_removed_while_it_is_read_is_skipped(tmp_path):
   _place(tmp_path, 10)
 
   def prune():
@@ -45,13 +45,13 @@ def test_a_checkpoint_that_goes_while_it_is_read_is_passed_over(tmp_path):
   assert _restore_newer(_Restores(gone, (lambda: None, 20)), tmp_path) == 20
 
 
-def test_a_checkpoint_that_stays_and_can_not_be_read_is_a_mistake(tmp_path):
+def test_unreadable_checkpoint_is_a_user_error(tmp_path):
   _place(tmp_path, 10)
   with pytest.raises(UserError, match="of another encoder"):
     _restore_newer(_Restores((lambda: None, UserError("of another encoder"))), tmp_path)
 
 
-def test_where_only_an_older_one_is_whole_a_newer_one_is_waited_for(tmp_path):
+def test_newer_checkpoint_is_awaited_if_only_an_older_one_is_valid(tmp_path):
   _place(tmp_path, 10)
   _place(tmp_path, 20)
   restores = _Restores(
@@ -60,7 +60,7 @@ def test_where_only_an_older_one_is_whole_a_newer_one_is_waited_for(tmp_path):
   assert _restore_newer(restores, tmp_path, step=10) == 30
 
 
-def test_a_training_that_began_anew_is_told_in_one_line(tmp_path):
+def test_restarted_training_is_reported_in_one_line(tmp_path):
   _place(tmp_path, 10)
   with pytest.raises(
     UserError, match=r"is of step 10, but one of step 20 was read before"
@@ -68,7 +68,7 @@ def test_a_training_that_began_anew_is_told_in_one_line(tmp_path):
     _restore_newer(_Restores(), tmp_path, step=20)
 
 
-# What a run evaluates, and mines for, without a training.
+# A config with evaluation and mining, but without training.
 _ALONE = """
 evaluate.dataset = @Dataset()
 Dataset.folder = '{data}'
@@ -90,7 +90,9 @@ Miner.num_class_neighbours = 2
     ("mine", "train.mining is not set, so the training uses no rounds"),
   ],
 )
-def test_what_follows_no_training_is_told_in_one_line(tmp_path, capsys, mode, words):
+def test_following_without_a_training_config_is_reported_in_one_line(
+  tmp_path, capsys, mode, words
+):
   config = tmp_path / "alone.gin"
   config.write_text(_ALONE.format(data=tmp_path / "data"))
   flags = [f"--gin_file={config}", f"--model_dir={tmp_path / 'run'}"]
@@ -111,7 +113,7 @@ _SELECTION = (
     (("evaluate.checkpoint = 'best'",), "follows the newest checkpoints"),
   ],
 )
-def test_what_can_not_be_followed_is_told_in_one_line(tmp_path, capsys, params, words):
+def test_unsupported_configs_are_reported_in_one_line(tmp_path, capsys, params, words):
   flags = ["--gin_file=configs/runs/digits.gin", f"--model_dir={tmp_path / 'run'}"]
   params = (f"DATA_DIR = '{tmp_path / 'data'}'", *params)
   flags += [f"--gin_param={param}" for param in params]

@@ -1,4 +1,4 @@
-"""Ingest: what it writes, what it leaves alone, and what a failure leaves."""
+"""Ingest: written files, unchanged files and the state after failures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_digits_need_no_files(tmp_path):
   assert (index.num_records, index.num_classes) == (1797, 10)
 
 
-def test_a_finished_ingest_is_left_as_it_is(idx_folder):
+def test_finished_ingest_is_not_repeated(idx_folder):
   target = idx_folder / "records"
   for _ in range(2):
     ingest(source=_idx_source(idx_folder), folder=str(target))
@@ -112,7 +112,7 @@ def test_records_of_another_source_are_not_overwritten(idx_folder):
     ingest(source=DigitsSource(), folder=target)
 
 
-def test_an_interrupted_ingest_is_not_taken_for_whole(idx_folder):
+def test_interrupted_ingest_is_not_complete(idx_folder):
   target = str(idx_folder / "records")
   items = list(_idx_source(idx_folder).items())
   broken = [*items[:7], items[7]._replace(image=b"")]
@@ -134,7 +134,7 @@ def test_a_summary_is_logged(image_folder, caplog):
   assert "5 records of 2 classes, 2 (b) to 3 (Käse Brot) per class" in caplog.text
 
 
-def test_the_source_is_another_when_only_its_bytes_differ(idx_folder):
+def test_source_with_different_bytes_is_a_different_source(idx_folder):
   target = str(idx_folder / "records")
   ingest(source=_idx_source(idx_folder), folder=target)
   _write_idx(idx_folder / "images", np.zeros((12, 5, 4), np.uint8))
@@ -143,7 +143,7 @@ def test_the_source_is_another_when_only_its_bytes_differ(idx_folder):
 
 
 @pytest.mark.parametrize("name", ["records-00001.tfrecord", "index/labels.npy"])
-def test_what_is_lost_of_a_finished_ingest_is_made_again(idx_folder, name):
+def test_missing_files_of_a_finished_ingest_are_restored(idx_folder, name):
   target = idx_folder / "records"
   ingest(source=_idx_source(idx_folder), folder=str(target), records_per_shard=5)
   before = (target / name).read_bytes()
@@ -172,14 +172,14 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("option", [{"unreadable": "leave_out"}, {"max_pixels": 99}])
-def test_what_is_left_out_by_other_rules_is_another_ingest(idx_folder, option):
+def test_different_exclusion_rules_are_a_different_ingest(idx_folder, option):
   target = str(idx_folder / "records")
   ingest(source=_idx_source(idx_folder), folder=target)
   with pytest.raises(UserError, match="records of another source"):
     ingest(source=_idx_source(idx_folder), folder=target, **option)
 
 
-# One red pixel, by hand: TensorFlow writes neither of the two.
+# One red pixel, by hand: TensorFlow can write neither format.
 def _bmp(image):
   height, width, _ = image.shape
   rows = image[::-1, :, ::-1].reshape(height, -1)
@@ -223,7 +223,7 @@ def test_png_and_jpeg_are_kept_and_other_formats_become_png(image_folder, ending
 
 @pytest.mark.parametrize("ending", _ENCODE)
 @pytest.mark.parametrize("share", [0, 0.5, 0.95])
-def test_an_image_cut_short_is_named(image_folder, ending, share):
+def test_truncated_image_is_named(image_folder, ending, share):
   rng = np.random.default_rng(5)
   content = _ENCODE[ending](rng.integers(0, 256, (40, 40, 3)).astype(np.uint8))
   path = image_folder / "b" / f"9.{ending}"
@@ -248,7 +248,7 @@ if limit:
 try:
   ingest(source=DigitsSource(), folder=sys.argv[1])
 except UserError as error:
-  print(str(error).splitlines()[0])  # Gin adds a second, as the command line knows.
+  print(str(error).splitlines()[0])  # Gin appends a second line.
 """
 
 _KILLED = """
@@ -257,18 +257,18 @@ from trainer.data import ingestion
 from trainer.data.sources.source import DigitsSource
 def items():
   for number, item in enumerate(DigitsSource().items()):
-    if number == 1000:  # Some are taken ahead of those that are written.
+    if number == 1000:  # Some items are read ahead of the writes.
       os.kill(os.getpid(), signal.SIGKILL)
     yield item
 ingestion.write_records(items(), sys.argv[1], records_per_shard=8, fingerprint={})
 """
 
 
-# The shards of the digits have 360 kB: the first size is full at once, in the second
-# only the index has no space.
+# The shards of the digits have 360 kB: the first size is too small for them, the second
+# only for the index.
 @pytest.fixture(params=[100, 368])
 def small_disk(request, tmp_path):
-  """A folder with too little room, and the limit that makes it so without a mount."""
+  """A folder with too little space; without a mount, a file size limit."""
   mount = ["mount", "-t", "tmpfs", "-o", f"size={request.param}k", "none", tmp_path]
   if subprocess.run(mount, capture_output=True).returncode != 0:
     yield tmp_path, "20000"
@@ -295,7 +295,7 @@ def test_a_killed_ingest_leaves_no_index_and_the_next_one_succeeds(idx_folder):
   ]
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(small_disk):
+def test_full_disk_is_reported_in_one_line_and_leaves_no_files(small_disk):
   folder, limit = small_disk
   command = [sys.executable, "-c", _INGEST_DIGITS, str(folder / "records"), limit]
   done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Embed, index and search from the command line, on digits and an untrained encoder."""
+"""Embed, index and search from the command line: digits and an untrained encoder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 
 def _save(folder, step, seed=1):
-  """Saves an encoder of random weights, the same ones for a seed."""
+  """Saves an encoder with random weights of a seed."""
   tf.keras.utils.set_random_seed(seed)
   encoder = Encoder(
     backbone=ConvNet(filters=(32, 64)), embedding_size=64, pooling="generalized_mean"
@@ -92,7 +92,7 @@ def test_an_image_finds_its_own_record_first(folder, capsys):
   assert distances == sorted(distances)
 
 
-def test_a_key_finds_others_than_itself(folder, capsys):
+def test_key_is_not_its_own_neighbour(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   [result] = _results(folder, capsys, f"--query={kept.keys[7]}")
   squares = np.sum((kept.embeddings - kept.embeddings[7]) ** 2, axis=1)
@@ -116,7 +116,7 @@ def test_an_image_of_another_format_is_converted_as_at_ingest(folder, capsys):
   assert tf.io.read_file(pictures[0]) == tf.io.read_file(pictures[1])
 
 
-def test_vectors_are_answered_one_by_one_and_bad_ones_told(folder, capsys):
+def test_vectors_are_searched_one_by_one_and_bad_ones_reported(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   vectors = np.array(kept.embeddings[:3])
   vectors[1, 5] = np.nan
@@ -127,7 +127,7 @@ def test_vectors_are_answered_one_by_one_and_bad_ones_told(folder, capsys):
   assert "not finite" in results[1]["error"]
 
 
-def test_what_can_not_be_answered_holds_up_nothing_else(folder, capsys):
+def test_failed_queries_do_not_affect_other_queries(folder, capsys):
   (folder / "text.png").write_bytes(b"no image")
   np.save(folder / "short.npy", np.zeros([1, 5], np.float32))
   queries = [_image(folder, 3), "no such key"]
@@ -139,7 +139,7 @@ def test_what_can_not_be_answered_holds_up_nothing_else(folder, capsys):
     assert word in result["error"]
 
 
-def test_an_index_answers_as_exact_search_does(folder, capsys):
+def test_index_returns_the_results_of_exact_search(folder, capsys):
   assert _task(folder, "index", params=["index.kind = 'flat'"]) == 0
   query = f"--query={_image(folder, 11)}"
   index = [f"search.index = '{folder / 'run' / 'index'}'"]
@@ -151,7 +151,7 @@ def test_an_index_answers_as_exact_search_does(folder, capsys):
   assert manifest["source"]["step"] == 3
 
 
-def test_the_table_and_the_picture_show_what_was_found(folder, capsys):
+def test_table_and_picture_show_the_results(folder, capsys):
   picture = folder / "found.png"
   queries = (f"--query={_image(folder, 2)}", f"--picture={picture}")
   assert _task(folder, "search", *queries, params=["search.num_neighbours = 4"]) == 0
@@ -159,13 +159,11 @@ def test_the_table_and_the_picture_show_what_was_found(folder, capsys):
   assert lines[0].endswith("2.png")
   assert [line.split()[0] for line in lines[1:5]] == ["1", "2", "3", "4"]
   pixels = tf.io.decode_png(picture.read_bytes())
-  # The query and four found, each 48 pixels high and wide, with gaps.
+  # The query and four neighbours, each 48 by 48 pixels, with gaps.
   assert pixels.shape == (2 + 50, 2 + 5 * 50 + 10, 1)
 
 
-def test_files_without_a_vector_to_ask_by_are_told_and_the_others_answered(
-  folder, capsys
-):
+def test_query_files_without_a_vector_are_reported(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   (folder / "folder.png").mkdir()
   (folder / "nothing.npy").write_bytes(b"")
@@ -183,13 +181,13 @@ def test_files_without_a_vector_to_ask_by_are_told_and_the_others_answered(
   assert len(good["hits"]) == 10
 
 
-def test_a_file_of_no_vectors_alone_is_no_success(folder, capsys):
+def test_query_file_without_rows_fails(folder, capsys):
   np.save(folder / "none.npy", np.zeros([0, 64], np.float32))
   [result] = _results(folder, capsys, f"--query={folder / 'none.npy'}", status=2)
   assert "(0, 64)" in result["error"]
 
 
-def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
+def test_queries_are_searched_in_one_batch_and_keys_are_excluded(folder):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   vectors = str(folder / "two.npy")
   np.save(vectors, np.array(kept.embeddings[:2]))
@@ -211,7 +209,7 @@ def test_all_queries_are_searched_at_once_and_keys_leave_themselves_out(folder):
   assert found[1].items()[1:] == found[2].items()[:3]
 
 
-def test_a_key_has_no_more_neighbours_than_there_are_other_items(folder, capsys):
+def test_k_of_a_key_query_is_limited_to_the_other_items(folder, capsys):
   kept = EmbeddingFolder(str(folder / "run" / "embeddings"))
   params = ["search.num_neighbours = 1797"]
   queries = f"--query={kept.keys[7]}"
@@ -254,7 +252,7 @@ def test_an_index_of_other_embeddings_is_refused(folder, tmp_path, capsys):
   assert "indexes other embeddings" in capsys.readouterr().err
 
 
-def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
+def test_pictures_of_changed_records_are_refused(folder):
   index = RecordIndex.open(str(folder / "data"))
   embedding_store.check_same_records(index.fingerprint(), index)
   with pytest.raises(
@@ -272,13 +270,13 @@ def test_pictures_of_records_that_are_others_now_are_not_drawn(folder):
     (("--query=x",), ("search.embeddings = '/nowhere'",), "run --mode=embed first"),
   ],
 )
-def test_mistakes_are_told_in_one_line(folder, capsys, flags, params, words):
+def test_user_errors_are_reported_in_one_line(folder, capsys, flags, params, words):
   assert _task(folder, "search", *flags, params=params) == 2
   [line] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error")]
   assert words in line
 
 
-def test_more_neighbours_than_there_are_items_have_no_answer(folder, capsys):
+def test_k_above_the_gallery_size_is_refused(folder, capsys):
   params = ["search.num_neighbours = 2000"]
   [result] = _results(
     folder, capsys, f"--query={_image(folder, 3)}", params=params, status=2
@@ -298,10 +296,8 @@ with locked_folder(sys.argv[1], "writing into"):
 @pytest.mark.parametrize(
   ("mode", "name"), [("embed", "embeddings"), ("index", "index"), ("export", "export")]
 )
-def test_a_second_process_that_writes_into_a_folder_is_refused(
-  folder, mode, name, tmp_path, capsys
-):
-  """Before it touches what the first one has staged."""
+def test_second_writer_of_a_folder_is_refused(folder, mode, name, tmp_path, capsys):
+  """It is refused before it touches staged files of the first writer."""
   target = tmp_path / name
   staged = target / "staging" / "half done"
   staged.parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""The main job from the command line: what it prints, leaves, resumes and refuses."""
+"""Mode train_and_evaluate: output, files, resuming and refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DIGITS = str(_REPOSITORY / "configs" / "runs" / "digits.gin")
 # Short, with several loops and checkpoints.
 _SHORT = ("NUM_STEPS = 12", "LoopOptions.steps_per_loop = 2")
 _SHORT += ("LoopOptions.checkpoint_every_steps = 4",)
-# Statistics take long to compile: one run has them.
+# Mining statistics are slow to compile: one run has them.
 _PLAIN = (*_SHORT, "TrainStep.mining_statistics = None")
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path_factory):
 
 @functools.cache
 def _finished(folder, num_replicas):
-  """A run that went through, on so many virtual replicas."""
+  """Returns the folder of a finished run on `num_replicas` virtual replicas."""
   model_dir = folder / f"on_{num_replicas}"
   flag = f"--num_virtual_replicas={num_replicas}"
   params = _SHORT if num_replicas == 2 else _PLAIN
@@ -60,7 +60,7 @@ def _finished(folder, num_replicas):
 
 
 @pytest.mark.main_job
-def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(folder):
+def test_run_prints_a_table_and_the_paths_of_its_files(folder):
   _, done = _finished(folder, 2)
   head, *_ = done.stdout.splitlines()
   assert head.split() == ["before", "training", "after", "training"]
@@ -75,7 +75,7 @@ def test_it_ends_with_a_table_and_the_paths_of_what_it_wrote(folder):
 
 
 @pytest.mark.main_job
-def test_it_leaves_what_can_be_read_without_the_package(folder):
+def test_run_leaves_files_readable_without_the_package(folder):
   model_dir, _ = _finished(folder, 2)
   names = {path.name for path in model_dir.iterdir()}
   assert {"config.gin", "operative_config.gin", "report.html"} <= names
@@ -97,8 +97,8 @@ def test_the_same_losses_are_logged_on_any_number_of_replicas(folder, num_replic
   one, many = (_rows(_finished(folder, num)[0]) for num in (1, num_replicas))
   first = min(one)
   assert many[first]["train/loss"] == pytest.approx(one[first]["train/loss"], rel=1e-5)
-  # Later a triplet that stands on the margin counts as active on one side of a rounding
-  # error and not on the other: the mean over the active ones jumps, and weights follow.
+  # In later steps rounding errors move a triplet across the margin: the mean over
+  # active triplets jumps, and the weights diverge.
   for step in one:
     assert many[step]["train/loss"] == pytest.approx(one[step]["train/loss"], rel=1e-2)
 
@@ -119,7 +119,7 @@ def test_evaluate_measures_the_newest_checkpoint(folder):
 
 
 @pytest.mark.main_job
-def test_another_configuration_in_the_same_folder_is_refused_and_named(folder):
+def test_different_config_in_the_same_folder_is_refused_with_the_difference(folder):
   model_dir, _ = _finished(folder, 2)
   done = _run(folder, model_dir, mode="train", params=(*_SHORT, "MARGIN = 0.7"))
   assert done.returncode == 2
@@ -128,8 +128,8 @@ def test_another_configuration_in_the_same_folder_is_refused_and_named(folder):
 
 
 @pytest.mark.resume
-def test_an_allowed_change_of_the_rate_is_logged_and_used_at_once(folder):
-  _finished(folder, 1)  # The records are there.
+def test_allowed_change_of_the_rate_is_logged_and_applied(folder):
+  _finished(folder, 1)  # Creates the records.
   model_dir = folder / "changed"
   assert _run(folder, model_dir, mode="train", params=_PLAIN).returncode == 0
   params = (*_PLAIN, "NUM_STEPS = 16", "LEARNING_RATE = 0.05")
@@ -143,8 +143,8 @@ def test_an_allowed_change_of_the_rate_is_logged_and_used_at_once(folder):
   assert changed in (model_dir / "log.txt").read_text() + done.stderr
 
 
-def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_is(folder):
-  _finished(folder, 1)  # The records are there.
+def test_refused_config_change_leaves_the_folder_unchanged(folder):
+  _finished(folder, 1)  # Creates the records.
   model_dir = folder / "unchanged"
   assert _run(folder, model_dir, mode="train", params=_PLAIN).returncode == 0
   config = (model_dir / "config.gin").read_text()
@@ -169,15 +169,15 @@ def test_a_change_that_cannot_be_made_leaves_the_folder_as_it_is(folder):
     (("PKSampler.classes_per_batch = 8",), (), "exceeds the 6 available classes"),
   ],
 )
-def test_a_mistake_is_one_line_and_status_two(folder, params, flags, message):
-  _finished(folder, 1)  # The records are there.
+def test_user_error_exits_with_one_line_and_status_2(folder, params, flags, message):
+  _finished(folder, 1)  # Creates the records.
   done = _run(folder, folder / "refused", *flags, params=(*_SHORT, *params))
   assert done.returncode == 2
   assert message in done.stderr.splitlines()[-1]
   assert "Traceback" not in done.stderr
 
 
-def test_a_model_dir_that_cannot_be_written_is_refused(folder):
+def test_unwritable_model_dir_is_refused(folder):
   _finished(folder, 1)
   (folder / "a_file").write_text("")
   done = _run(folder, folder / "a_file", mode="train")
@@ -192,7 +192,7 @@ def test_evaluate_without_a_checkpoint_is_refused(folder):
   assert "has no checkpoint" in done.stderr.splitlines()[-1]
 
 
-def test_a_record_damaged_after_ingest_is_named(folder, tmp_path):
+def test_record_damaged_after_ingest_is_named(folder, tmp_path):
   assert _run(tmp_path, tmp_path / "run", mode="ingest").returncode == 0
   path = tmp_path / "digits" / "records-00000.tfrecord"
   times = path.stat().st_atime_ns, path.stat().st_mtime_ns
@@ -200,7 +200,7 @@ def test_a_record_damaged_after_ingest_is_named(folder, tmp_path):
   for position in range(3000, len(content), 3000):
     content[position] ^= 1
   path.write_bytes(content)
-  os.utime(path, ns=times)  # As of a disk that fails; a change by hand is seen before.
+  os.utime(path, ns=times)  # Like a disk error: no new modification time.
   done = _run(tmp_path, tmp_path / "run", mode="train")
   assert done.returncode == 2
   assert "records-00000.tfrecord: record" in done.stderr.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""How a training's parts are made: the same weights from the same seed."""
+"""Initial weights of a training: equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sequential():
 @gin.register
 def subclassed():
   model = Subclassed()
-  model(tf.zeros([1, *_SHAPE]))  # Has its variables before it is an encoder's.
+  model(tf.zeros([1, *_SHAPE]))  # Creates the variables before the encoder exists.
   return model
 
 
@@ -89,7 +89,7 @@ def _config(backbone, seed="1"):
 
 
 def _variables(num_drawn=0):
-  """Those of the encoder, after as many numbers were drawn as a process may draw."""
+  """Returns the encoder's variables, created after other random numbers were drawn."""
   tf.random.normal([num_drawn])
   np.random.rand(num_drawn)
   parts = train.make_parts(_DATASET)
@@ -110,7 +110,7 @@ def _are_equal(got, wanted):
 @pytest.mark.parametrize(
   "backbone", ["functional", "sequential", "subclassed", "application"]
 )
-def test_a_backbone_that_gin_builds_begins_with_the_weights_of_the_seed(
+def test_backbone_built_by_gin_has_the_initial_weights_of_the_seed(
   backbone, num_replicas, mirrored
 ):
   _config(backbone, seed=1)
@@ -126,7 +126,7 @@ def test_a_backbone_that_gin_builds_begins_with_the_weights_of_the_seed(
   assert any(np.any(one != other) for one, other in zip(others, wanted))
 
 
-def test_no_two_layers_begin_alike_although_one_is_built_before():
+def test_layers_built_at_different_times_have_different_weights():
   _config("functional")
   kernel, _, projection, _ = _values(_variables())
   num = projection.size
@@ -135,7 +135,7 @@ def test_no_two_layers_begin_alike_although_one_is_built_before():
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_loaded_weights_stay_as_loaded_on_every_replica(
+def test_loaded_weights_are_unchanged_on_every_replica(
   num_replicas, mirrored, tmp_path
 ):
   model = functional()
@@ -152,7 +152,7 @@ def test_loaded_weights_stay_as_loaded_on_every_replica(
       assert _are_equal(_values(local), model.get_weights())
 
 
-def test_a_model_from_before_the_seed_is_refused(mirrored):
+def test_model_built_before_the_seed_is_set_is_refused(mirrored):
   _MADE_BEFORE.append(functional())
   _config("made_before")
   with mirrored(2).scope(), pytest.raises(UserError, match="create the model in the"):
@@ -160,13 +160,13 @@ def test_a_model_from_before_the_seed_is_refused(mirrored):
 
 
 @pytest.mark.parametrize("seed", ["-1", "1.5", "'1'", "4294967296"])
-def test_a_seed_that_is_none_is_refused(seed):
+def test_invalid_seed_is_refused(seed):
   _config("functional", seed=seed)
   with pytest.raises(UserError, match=r"train\.seed=.* must be an integer in \[0, 4"):
     train.make_parts(_DATASET)
 
 
-def test_the_hash_of_the_weights_tells_whether_workers_began_alike():
+def test_hash_of_the_weights_detects_different_initial_weights():
   _config("functional", seed=1)
   one, same = (train.make_parts(_DATASET) for _ in range(2))
   for parts in (one, same):

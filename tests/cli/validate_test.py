@@ -1,4 +1,4 @@
-"""Mode `validate`: what it reports, and what it refuses."""
+"""Mode `validate`: reports and refusals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _sampler(index, classes):
   )
 
 
-def test_good_data_are_reported(tmp_path, caplog):
+def test_valid_data_is_reported(tmp_path, caplog):
   caplog.set_level("INFO", logger="absl")
   report = validate(
     _run(tmp_path), dataset=_dataset(tmp_path / "data"), sampler_fn=_sampler
@@ -87,7 +87,7 @@ def _with_a_small_class(folder):
   )
 
 
-def test_classes_smaller_than_a_batch_takes_are_an_error_if_strict(tmp_path):
+def test_too_small_classes_are_an_error_if_strict(tmp_path):
   dataset = _with_a_small_class(tmp_path / "data")
   with pytest.raises(
     UserError, match=r"1 classes have fewer than 3 .*: b ü \(2\)\. Add"
@@ -97,7 +97,7 @@ def test_classes_smaller_than_a_batch_takes_are_an_error_if_strict(tmp_path):
   assert report["small_classes"]["sizes"] == {"b ü": 2}
 
 
-def test_classes_that_are_too_small_are_reported_if_tolerant(tmp_path, caplog):
+def test_too_small_classes_are_reported_if_tolerant(tmp_path, caplog):
   dataset = _with_a_small_class(tmp_path / "data")
   report = validate(_run(tmp_path), dataset=dataset, min_members=4, is_strict=False)
   assert report["small_classes"]["num_classes"] == 2
@@ -105,7 +105,7 @@ def test_classes_that_are_too_small_are_reported_if_tolerant(tmp_path, caplog):
   assert "2 classes have fewer than 4 records: b ü (2), c (3)." in caplog.text
 
 
-def test_a_sample_reaches_from_the_first_record_to_the_last(tmp_path):
+def test_sample_spans_all_records(tmp_path):
   dataset = _dataset(tmp_path / "data", bad=(0, 39))
   report = validate(_run(tmp_path), dataset=dataset, num_records=5, is_strict=False)
   assert report["num_records_checked"] == 5
@@ -116,7 +116,7 @@ def test_a_sample_reaches_from_the_first_record_to_the_last(tmp_path):
   ("name", "message"),
   [("labels", "labels from 0 to 99"), ("member_records", "do not match its labels")],
 )
-def test_an_index_that_contradicts_itself_is_refused(tmp_path, name, message):
+def test_inconsistent_index_is_refused(tmp_path, name, message):
   _dataset(tmp_path / "data")
   path = tmp_path / "data" / "index" / f"{name}.npy"
   array = np.load(path)
@@ -131,7 +131,7 @@ def test_an_index_that_contradicts_itself_is_refused(tmp_path, name, message):
     validate(_run(tmp_path), dataset=dataset)
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
+def test_unwritable_folder_is_named(tmp_path):
   (tmp_path / "run").write_text("mine")
   with pytest.raises(UserError, match=r"validation\.json can't be written"):
     validate(_run(tmp_path), dataset=_dataset(tmp_path / "data"))
@@ -155,7 +155,7 @@ def test_draws_are_counted():
   assert drawn.num_repeats_in_a_batch == 4
 
 
-def test_classes_that_never_come_are_counted():
+def test_classes_never_drawn_are_counted():
   table = members_from_labels(np.repeat(np.arange(9), 3).astype(np.int32), 9)
   sampler = PKSampler(table, classes_per_batch=2, samples_per_class=2, seed=0)
   drawn = statistics.draw_statistics(sampler, table, np.arange(9), 2)
