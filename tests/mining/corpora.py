@@ -1,4 +1,4 @@
-"""Small corpora of embeddings, and a round that is made by hand."""
+"""Small corpora of embeddings, and a hand-made mining round."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Corpus:
 
 
 def distances(embeddings):
-  """[N, N] float64, by the definition."""
+  """Returns [N, N] float64 distances by the definition."""
   difference = embeddings[:, None].astype(np.float64) - embeddings[None]
   return np.sqrt((difference**2).sum(-1))
 
@@ -48,7 +48,7 @@ def distances(embeddings):
 def write_round(
   model_dir, step, fingerprint=None, num_records=60, num_classes=9, **arrays
 ):
-  """Writes a round, and opens it."""
+  """Writes a round and opens it."""
   fingerprint = FINGERPRINT if fingerprint is None else fingerprint
   round.write_round(
     str(model_dir),
@@ -62,7 +62,7 @@ def write_round(
 
 
 def example_arrays(num_anchors=20, num_positives=3, num_negatives=5, seed=0):
-  """Lists of record numbers, some of them shorter than others."""
+  """Returns lists of record numbers of unequal lengths."""
   rng = np.random.default_rng(seed)
 
   def lists(width, first):

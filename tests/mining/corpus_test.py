@@ -1,4 +1,4 @@
-"""What is mined among, and the means of classes and who is near them."""
+"""The mining corpus, class means and their neighbours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.mining.corpus_search import NearestItems, empty_neighbours
 _SIZES = (4, 9, 1, 0, 7, 30)
 
 
-def test_all_records_of_the_classes_are_items_in_their_order():
+def test_corpus_has_all_records_of_the_classes_in_order():
   corpus = Corpus(_SIZES)
   items = corpus.items(np.array([5, 0, 3, 2], np.int32))
   expected = np.flatnonzero(np.isin(corpus.labels, [0, 2, 5]))
@@ -29,7 +29,7 @@ def test_all_records_of_the_classes_are_items_in_their_order():
   assert items.largest_class == 30
 
 
-def test_some_records_of_each_class_are_drawn_others_for_another_key():
+def test_sampled_records_per_class_depend_on_the_key():
   corpus = Corpus(_SIZES)
   one, other = (corpus.items(records_per_class=6, key=key) for key in (1, 2))
   for items in (one, other):
@@ -42,7 +42,7 @@ def test_some_records_of_each_class_are_drawn_others_for_another_key():
   np.testing.assert_array_equal(one.by_class, again.by_class)
 
 
-def test_the_mean_of_a_class_does_not_depend_on_how_many_are_added_at_once(monkeypatch):
+def test_class_mean_does_not_depend_on_the_chunk_size(monkeypatch):
   corpus = Corpus(_SIZES)
   items = corpus.items()
   rows = corpus.embeddings[items.record_numbers]
@@ -70,7 +70,7 @@ def test_neighbours_of_classes_are_the_nearest_means(num_neighbours, kind):
 
 
 @pytest.mark.parametrize("kind", ["exact", "flat"])
-def test_classes_of_a_collapsed_space_have_their_nearest_means(kind):
+def test_neighbours_of_classes_are_exact_in_a_collapsed_space(kind):
   corpus = Corpus(_SIZES)
   items = corpus.items()
   rows = 0.3 + 1e-4 * np.random.default_rng(2).normal(size=(len(items.labels), 16))
@@ -91,7 +91,7 @@ def test_classes_of_a_collapsed_space_have_their_nearest_means(kind):
 
 @pytest.mark.parametrize("kind", ["exact", "flat", "ivf_flat", "ivf_pq", "hnsw"])
 @pytest.mark.parametrize("case", ["collapsed to 0.0001", "scattered by 0.0001"])
-def test_items_that_are_near_each_other_are_found_at_their_true_distances(kind, case):
+def test_close_items_are_found_at_their_true_distances(kind, case):
   embeddings = near_embeddings.CASES[case]
   asking = np.arange(0, len(embeddings), 3)
   room = empty_neighbours(len(asking), 20)

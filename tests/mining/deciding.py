@@ -1,4 +1,4 @@
-"""What decides on rounds of known samplers, for tests of it."""
+"""Decisions on mining rounds with constant samplers, for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.mining.rounds import Rounds
 
 
 class Constant:
-  """A sampler that draws one number, so that it is known again."""
+  """A sampler that draws one number, which identifies it."""
 
   def __init__(self, number, shape=(3, 4)):
     self._number = number
@@ -25,7 +25,7 @@ class Constant:
     return np.full((len(steps), *self.shape), self._number)
 
 
-# Nine classes of twelve records, of which five are trained on.
+# Nine classes of twelve records; five are training classes.
 INDEX = types.SimpleNamespace(
   fingerprint=lambda: {"the number of records": 60},
   num_records=60,

@@ -1,4 +1,4 @@
-"""What a process beside the training does with one checkpoint after the other."""
+"""Mode `mine`: a separate process that mines each checkpoint of a training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
 
 
 class _Miner:
-  """Finds nothing hard in some steps."""
+  """A miner without hard examples at some steps."""
 
   def __init__(self, *bare_steps):
     self._bare_steps = bare_steps
@@ -49,21 +49,25 @@ def _mine(folder, monkeypatch, *bare_steps):
   return round.round_steps(str(folder))
 
 
-def test_each_checkpoint_before_the_last_is_mined_once(tmp_path, monkeypatch):
+def test_every_checkpoint_but_the_last_is_mined_once(tmp_path, monkeypatch):
   assert _mine(tmp_path, monkeypatch) == [30, 20, 10]
 
 
-def test_where_nothing_is_hard_the_next_is_mined(tmp_path, monkeypatch, caplog):
+def test_next_checkpoint_is_mined_if_no_hard_examples_are_found(
+  tmp_path, monkeypatch, caplog
+):
   assert _mine(tmp_path, monkeypatch, 20) == [30, 10]
   assert "nothing is hard in step 20. The previous round" in caplog.text
 
 
-def test_where_nothing_is_hard_at_first_it_ends(tmp_path, monkeypatch):
+def test_miner_stops_if_the_first_checkpoint_has_no_hard_examples(
+  tmp_path, monkeypatch
+):
   with pytest.raises(TooFewExamplesError, match="in step 10"):
     _mine(tmp_path, monkeypatch, 10)
 
 
-def test_a_round_that_was_damaged_is_made_again(tmp_path, monkeypatch, caplog):
+def test_damaged_round_is_mined_again(tmp_path, monkeypatch, caplog):
   _mine(tmp_path, monkeypatch)
   path = tmp_path / "mining" / "round-00000030" / "anchors.npy"
   whole = path.read_bytes()
@@ -83,7 +87,7 @@ with lease.holding_lease(sys.argv[1], "mining into"):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeypatch):
+def test_second_process_is_refused_while_the_first_runs(tmp_path, monkeypatch):
   (tmp_path / "mining").mkdir()
   other = subprocess.Popen(
     [sys.executable, "-c", _OTHER, str(tmp_path / "mining")],
@@ -103,7 +107,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, monkeyp
     other.kill()
 
 
-def test_a_folder_that_cannot_be_written_to_is_told_in_one_line(tmp_path, monkeypatch):
+def test_unwritable_folder_is_reported_in_one_line(tmp_path, monkeypatch):
   (tmp_path / "run").write_text("no folder")
   with pytest.raises(UserError, match=r"--model_dir=.*run can't be written to: "):
     _mine(tmp_path / "run", monkeypatch)

@@ -1,4 +1,4 @@
-"""Mined examples against loops written from the definition."""
+"""Mined examples against loops from the definition."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _mine(corpus, window, kind="exact", items=None, **options):
 
 
 def _other_labels(corpus, anchor, by_distance):
-  """What may be a negative of an anchor, nearest first."""
+  """Returns the valid negatives of an anchor, nearest first."""
   return [
     item
     for item in by_distance
@@ -46,7 +46,7 @@ def _other_labels(corpus, anchor, by_distance):
 
 def _lists(mined):
   def kept(row):
-    assert (row[: (row >= 0).sum()] >= 0).all()  # What is missing is at the end.
+    assert (row[: (row >= 0).sum()] >= 0).all()  # Missing entries are at the end.
     return row[row >= 0].tolist()
 
   return {
@@ -59,7 +59,7 @@ def _lists(mined):
 
 @pytest.mark.parametrize("kind", ["exact", "flat"])
 @pytest.mark.parametrize(("first", "last"), [(1, 4), (3, 9), (2, 40)])
-def test_a_rank_window_has_those_ranks_of_other_labels(first, last, kind):
+def test_rank_window_contains_those_ranks_of_other_labels(first, last, kind):
   corpus = Corpus(_SIZES, num_copies=6)
   mined = _lists(_mine(corpus, RankWindow(first=first, last=last), kind))
   matrix = distances(corpus.embeddings)
@@ -71,7 +71,7 @@ def test_a_rank_window_has_those_ranks_of_other_labels(first, last, kind):
     if sizes[corpus.labels[anchor]] == 1:
       assert anchor not in mined
     else:
-      # Copies are equally near, in either order.
+      # Copies have equal distances, in either order.
       got = matrix[anchor][mined[anchor][1]]
       np.testing.assert_allclose(got, matrix[anchor][expected], rtol=1e-4)
       assert set(mined[anchor][1]) <= set(others)
@@ -85,7 +85,7 @@ def test_a_margin_window_is_between_the_farthest_positive_and_the_margin():
   result = _mine(corpus, window, **options)
   mined, matrix = _lists(result), distances(corpus.embeddings)
   num_without = 0
-  # The positives of all, also of those left out: a window that all negatives are in.
+  # Positives of all anchors, including excluded ones: the window has all negatives.
   every = _lists(_mine(corpus, RankWindow(first=1, last=50), **options))
   for anchor, (positives, _) in every.items():
     nearest = max(matrix[anchor][p] for p in positives)
@@ -107,7 +107,7 @@ def _positives_of(corpus, anchor):
 
 
 @pytest.mark.parametrize("choice", ["hardest", "easiest", "random"])
-def test_positives_are_of_the_anchors_class_and_no_copies_of_it(choice):
+def test_positives_have_the_class_of_the_anchor_and_are_not_copies(choice):
   corpus = Corpus(_SIZES, num_copies=8, seed=2)
   matrix = distances(corpus.embeddings)
   positives = Positives(num_positives=3, choice=choice)
@@ -119,13 +119,13 @@ def test_positives_are_of_the_anchors_class_and_no_copies_of_it(choice):
     assert len(set(got)) == len(got) == len(in_order)
     assert set(got) <= set(allowed)
     if choice != "random":
-      # Copies are equally far, in either order.
+      # Copies have equal distances, in either order.
       np.testing.assert_allclose(
         matrix[anchor][got], matrix[anchor][in_order], rtol=1e-5
       )
 
 
-def test_random_positives_are_all_of_a_class_in_turn():
+def test_random_positives_cycle_through_the_class():
   corpus = Corpus((12, 12))
   got = [
     _mine(corpus, RankWindow(first=1, last=2), items=corpus.items(key=key)).positives
@@ -137,7 +137,7 @@ def test_random_positives_are_all_of_a_class_in_turn():
   assert counts.max() < 130
 
 
-def _doubted(corpus, q, share):
+def _suspected_labels(corpus, q, share):
   matrix = distances(corpus.embeddings)
   found = []
   for item in range(len(corpus.labels)):
@@ -151,12 +151,12 @@ def _doubted(corpus, q, share):
   return found
 
 
-def test_what_is_probably_mislabelled_is_named_and_left_out():
+def test_suspected_label_errors_are_named_and_excluded():
   corpus = Corpus((20, 20, 20), spread=0.3, seed=4)
   for item in np.flatnonzero(corpus.labels == 1)[:2]:
     corpus.labels[item] = 0
   corpus.table = members_from_labels(corpus.labels, 3)
-  expected = _doubted(corpus, 5, 0.8)
+  expected = _suspected_labels(corpus, 5, 0.8)
   assert len(expected) >= 2
   mined = _mine(
     corpus,
@@ -172,14 +172,14 @@ def test_what_is_probably_mislabelled_is_named_and_left_out():
 def test_anchors_whose_neighbours_are_all_of_their_label_are_searched_again():
   corpus = Corpus((30, 12), spread=0.01, seed=1)
   mined = _mine(corpus, RankWindow(first=1, last=3))
-  # 6 neighbours are of the own class; of 24, those of the smaller class reach out.
+  # 6 neighbours have the anchor's class; 24 exceed the smaller class.
   assert mined.counts["anchors_searched_again"] == 42
   assert mined.counts["anchors_without_negative"] == 30
   assert corpus.labels[mined.anchors].tolist() == [1] * 12
   assert (corpus.labels[mined.negatives] == 0).all()
 
 
-def test_where_no_anchor_has_a_negative_it_is_told_in_one_line():
+def test_missing_negatives_are_reported_in_one_line():
   corpus = Corpus((40, 40), spread=0.01)
   with pytest.raises(
     UserError, match=r"none of 80 anchors has a negative among its 24"
@@ -187,13 +187,13 @@ def test_where_no_anchor_has_a_negative_it_is_told_in_one_line():
     _mine(corpus, RankWindow(first=1, last=3))
 
 
-def test_where_no_anchor_has_a_positive_it_is_told_in_one_line():
+def test_missing_positives_are_reported_in_one_line():
   corpus = Corpus((1, 1, 1))
   with pytest.raises(UserError, match="none of 3 items has a positive"):
     _mine(corpus, RankWindow(first=1, last=1))
 
 
-def test_a_part_of_the_classes_is_mined_among_itself():
+def test_subset_of_classes_is_mined_separately():
   corpus = Corpus(_SIZES)
   items = corpus.items(np.array([0, 3, 4], np.int32), records_per_class=5)
   assert np.bincount(items.labels).tolist() == [5, 0, 0, 5, 5]
@@ -203,7 +203,7 @@ def test_a_part_of_the_classes_is_mined_among_itself():
   assert (labels != items.labels[mined.anchors][:, None]).all()
 
 
-def test_a_full_temporary_disk_is_told_in_one_line(tmp_path, monkeypatch):
+def test_full_temporary_disk_is_reported_in_one_line(tmp_path, monkeypatch):
   def full(descriptor, offset, num_bytes):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -214,7 +214,7 @@ def test_a_full_temporary_disk_is_told_in_one_line(tmp_path, monkeypatch):
     pass
 
 
-def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
+def test_disk_space_is_reserved_before_use(tmp_path, monkeypatch):
   file = (tmp_path / "neighbours").open("w+b")
   monkeypatch.setattr(tempfile, "TemporaryFile", lambda: file)
   with neighbours_on_disk(1000, 50) as found:
@@ -222,7 +222,7 @@ def test_room_on_the_disk_is_claimed_before_it_is_used(tmp_path, monkeypatch):
     assert os.fstat(file.fileno()).st_blocks * 512 >= 8 * 1000 * 50
 
 
-def test_a_search_by_codes_is_the_same_in_parts(monkeypatch):
+def test_search_by_codes_is_the_same_in_chunks(monkeypatch):
   nearest = NearestItems(Corpus((90,) * 8, seed=5).embeddings, "ivf_pq")
   items = np.arange(720)
   whole = nearest.search(items, 20, empty_neighbours(720, 20))
@@ -244,7 +244,7 @@ def test_a_search_by_codes_has_true_distances():
   assert (np.diff(np.where(is_there, found.distances, 1e9), axis=1) >= 0).all()
 
 
-def test_a_search_by_codes_finds_nearly_all_that_is_nearest():
+def test_search_by_codes_has_high_recall():
   corpus = Corpus((90,) * 8, seed=5)
   nearest = NearestItems(corpus.embeddings, "ivf_pq")
   found = nearest.search(np.arange(720), 20, empty_neighbours(720, 20))
@@ -255,7 +255,7 @@ def test_a_search_by_codes_finds_nearly_all_that_is_nearest():
   assert np.mean(shares) > 0.98
 
 
-def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
+def test_small_corpora_use_exact_faiss_search_on_one_cpu(mirrored):
   embeddings = Corpus((4, 4)).embeddings
   assert NearestItems(embeddings, "auto").kind == "flat"
   with mirrored(2).scope():
@@ -278,6 +278,6 @@ def test_few_items_are_all_compared_on_one_processor_by_faiss(mirrored):
     ),
   ],
 )
-def test_what_can_not_be_mined_is_refused(make, message):
+def test_invalid_options_are_refused(make, message):
   with pytest.raises(UserError, match=re.escape(message)):
     make()

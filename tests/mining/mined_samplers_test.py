@@ -1,4 +1,4 @@
-"""Samplers of a round: pure, of static shape, and with what they should have."""
+"""Samplers of a mining round: pure functions, static shapes and contents."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def examples(tmp_path):
   return write_round(tmp_path, 40, **example_arrays())
 
 
-def test_a_group_has_its_anchor_its_positives_and_its_negatives(examples):
+def test_group_has_its_anchor_positives_and_negatives(examples):
   sampler = _groups(examples)
   assert sampler.shape == (6, 7)
   drawn = sampler.batches(_STEPS)
@@ -65,7 +65,7 @@ def test_a_group_has_its_anchor_its_positives_and_its_negatives(examples):
       assert len(set(got)) == min(len(got), len(listed))
 
 
-def test_each_anchor_comes_once_an_epoch_and_each_of_its_records_in_turn(examples):
+def test_each_anchor_is_drawn_once_per_epoch_with_records_in_turn(examples):
   drawn = _groups(examples, groups_per_batch=4).batches(np.arange(5 * 60))
   anchors = drawn[:, :, 0]
   assert all(len(set(batch)) == 4 for batch in anchors)
@@ -77,7 +77,7 @@ def test_each_anchor_comes_once_an_epoch_and_each_of_its_records_in_turn(example
     assert counts.max() - counts.min() <= 1
 
 
-def test_another_round_or_seed_gives_other_batches(tmp_path, examples):
+def test_batches_depend_on_round_and_seed(tmp_path, examples):
   other = write_round(tmp_path, 80, **example_arrays())
   one = _groups(examples).batches(_STEPS)
   assert (one != _groups(other).batches(_STEPS)).any()
@@ -113,7 +113,7 @@ def _hard(tmp_path, neighbours, sizes, classes=None, step=40, **options):
 
 
 def _expected_classes(base, neighbours, allowed, *, num_hard, num_seeds, num_drawn):
-  """By a loop: nearest first over seeds, then what the stream has left."""
+  """Loops over the seeds, nearest classes first, then over the class stream."""
   seeds = list(base[:num_seeds])
   hoods = {seed: [seed] for seed in seeds}
   taken = set(seeds)
@@ -130,7 +130,7 @@ def _expected_classes(base, neighbours, allowed, *, num_hard, num_seeds, num_dra
 
 @pytest.mark.parametrize("is_part", [False, True])
 @pytest.mark.parametrize("weights", [None, SizeWeights(power=0.5)])
-def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
+def test_fraction_of_the_classes_comes_from_neighbourhoods(tmp_path, is_part, weights):
   rng = np.random.default_rng(3)
   neighbours = _neighbours(30, 6)
   neighbours[rng.random(neighbours.shape) < 0.1] = -1
@@ -144,7 +144,7 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
   assert drawn.shape == (200, 10, 3)
   for batch, plain_batch in zip(drawn, base):
     rows, base_classes = index.labels[batch], index.labels[plain_batch][:, 0]
-    for seed in (0, 1):  # What the stream gives has the members that it says.
+    for seed in (0, 1):  # Classes of the stream come with their members.
       same = batch[rows[:, 0] == base_classes[seed]]
       np.testing.assert_array_equal(same, plain_batch[[seed]])
     assert (rows == rows[:, :1]).all()
@@ -154,15 +154,15 @@ def test_a_share_of_the_classes_are_neighbourhoods(tmp_path, is_part, weights):
     )
 
 
-def test_no_share_of_hard_classes_is_the_plain_sampler(tmp_path):
+def test_hard_fraction_zero_equals_the_plain_sampler(tmp_path):
   sizes = [5] * 20
   index, sampler = _hard(tmp_path, _neighbours(20, 4), sizes, hard_fraction=0.0)
   plain = PKSampler(index, classes_per_batch=10, samples_per_class=3, seed=1)
   np.testing.assert_array_equal(sampler.batches(_STEPS), plain.batches(_STEPS))
 
 
-def test_where_all_are_hard_and_overlap_the_batch_still_has_all_its_classes(tmp_path):
-  # All have the same neighbours: most of a batch is drawn by the stream.
+def test_batch_has_all_its_classes_if_neighbourhoods_overlap(tmp_path):
+  # All have the same neighbours: the stream fills most of a batch.
   neighbours = np.tile(np.array([0, 1, 2], np.int32), (20, 1))
   index, sampler = _hard(tmp_path, neighbours, [4] * 20, hard_fraction=1.0)
   classes = index.labels[sampler.batches(_STEPS)][:, :, 0]
@@ -170,7 +170,7 @@ def test_where_all_are_hard_and_overlap_the_batch_still_has_all_its_classes(tmp_
   assert all({0, 1, 2} <= set(batch) for batch in classes)
 
 
-def test_all_members_of_a_class_come(tmp_path):
+def test_all_members_of_a_class_are_drawn(tmp_path):
   index, sampler = _hard(tmp_path, _neighbours(15, 5), [7] * 15)
   counts = np.bincount(sampler.batches(_STEPS).ravel(), minlength=len(index.labels))
   assert counts.min() > 0
@@ -189,7 +189,7 @@ def test_steps_drawn_together_are_those_drawn_alone(tmp_path):
 
 
 class _Numbers:
-  """Records that say nothing but their number."""
+  """Records that contain only their number."""
 
   labels = np.zeros(200, np.int32)
 
@@ -197,7 +197,7 @@ class _Numbers:
     return [str(number).encode() for number in numbers]
 
 
-def test_workers_read_the_rows_of_the_batch_between_them(tmp_path):
+def test_workers_read_disjoint_rows_of_the_batch(tmp_path):
   for sampler in _both(tmp_path):
     batches = Batches(_Numbers(), sampler, lambda rows: tf.strings.to_number(rows))
     parts = [
@@ -209,14 +209,14 @@ def test_workers_read_the_rows_of_the_batch_between_them(tmp_path):
       np.testing.assert_array_equal(rows, sampler.batch(step).ravel())
 
 
-def test_groups_are_compared_within_where_they_are_as_large(examples):
+def test_within_groups_accepts_groups_of_the_same_size(examples):
   group = _groups(examples).group
   WithinGroups(num_positives=2, num_negatives=4).check_groups(group, "a sampler")
   with pytest.raises(UserError, match=r"of OfflineMining\.sampler_fn have 2 and 4"):
     WithinGroups().check_groups(group, "OfflineMining.sampler_fn")
 
 
-def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, examples):
+def test_triplet_list_of_a_round_follows_the_documented_recipe(tmp_path, examples):
   page = (pathlib.Path(mining.__file__).parent / "README.md").read_text()
   [recipe] = [each for each in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
   folder = round.round_path(str(tmp_path), 40)
@@ -236,12 +236,12 @@ def test_the_list_of_a_rounds_triplets_is_made_as_the_page_says(tmp_path, exampl
     ({"negatives_per_group": 0}, "negatives_per_group=0 must each"),
   ],
 )
-def test_groups_that_can_not_be_are_refused(examples, options, message):
+def test_invalid_groups_are_refused(examples, options, message):
   with pytest.raises(UserError, match=message):
     _groups(examples, **options)
 
 
-def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
+def test_round_without_the_required_arrays_is_refused(tmp_path, examples):
   with pytest.raises(UserError, match="no neighbours of classes; set"):
     neighbouring_class_sampler(
       _Index([3] * 9),
@@ -263,6 +263,6 @@ def test_a_round_without_what_a_sampler_needs_is_refused(tmp_path, examples):
     ({"classes_per_batch": 31}, "classes_per_batch=31 exceeds the 30 available"),
   ],
 )
-def test_hard_classes_that_can_not_be_are_refused(tmp_path, options, message):
+def test_invalid_hard_classes_are_refused(tmp_path, options, message):
   with pytest.raises(UserError, match=message):
     _hard(tmp_path, _neighbours(30, 4), [3] * 30, **options)

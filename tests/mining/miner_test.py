@@ -1,4 +1,4 @@
-"""The miner, from records to a round: what it embeds, what it takes for a copy."""
+"""The miner, from records to a round: embedded records and detected copies."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def dataset(tmp_path_factory):
 
 
 def _identity():
-  """An encoder whose embeddings are known."""
+  """Returns an encoder with known embeddings."""
   inputs = tf.keras.Input([_SIZE])
   return tf.keras.Model(inputs, tf.keras.layers.Activation("linear")(inputs))
 
@@ -68,7 +68,7 @@ def _vectors(dataset):
   return dataset.decoder(tf.constant(records)).numpy()
 
 
-def test_records_have_the_same_hash_where_what_is_decoded_is_alike(dataset):
+def test_records_with_equal_decoded_inputs_have_the_same_hash(dataset):
   found = corpus.content_hashes(
     dataset.index, np.arange(_NUM_RECORDS), features=dataset.decoder.features
   )
@@ -78,7 +78,7 @@ def test_records_have_the_same_hash_where_what_is_decoded_is_alike(dataset):
   np.testing.assert_array_equal(found[:, None] == found[None], is_alike)
 
 
-def test_a_round_has_records_of_the_training_classes_and_no_copies(dataset):
+def test_round_has_only_records_of_the_training_classes_and_no_copies(dataset):
   arrays = _mine(dataset, num_class_neighbours=2).arrays
   labels, vectors = dataset.index.labels, _vectors(dataset)
   is_training = np.isin(labels, dataset.train_classes)
@@ -107,7 +107,7 @@ def test_a_round_has_records_of_the_training_classes_and_no_copies(dataset):
 
 
 def _of_items(folder, bad_records="refuse"):
-  """Records with a number each, which isn't decoded; the last may have no vector."""
+  """Writes records with an undecoded number each; the last may have no vector."""
   vectors, labels = _data()
   items = [
     Item(str(n), str(label), features={"vector": vector, "number": n})
@@ -124,17 +124,17 @@ def _of_items(folder, bad_records="refuse"):
   )
 
 
-def test_copies_are_known_by_what_is_decoded_whatever_else_records_have(tmp_path):
+def test_copies_are_detected_by_decoded_inputs_only(tmp_path):
   mined = _mine(_of_items(tmp_path))
   num_copies = np.isin(_COPIES, np.flatnonzero(_data()[1] != 3)).all(axis=1).sum()
   assert num_copies > 0
   assert mined.metadata["counts"]["with_copy_of_another_label"] == 2 * num_copies
 
 
-def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
+def test_bad_record_is_mined_as_its_replacement(tmp_path, caplog):
   dataset = _of_items(tmp_path, "replace")
   bad = _NUM_RECORDS - 1
-  instead = bad % _NUM_CLASSES  # The first of its class is the next after the last.
+  instead = bad % _NUM_CLASSES  # The next of its class, cyclically, is the first.
   arrays = _mine(dataset).arrays
   lists = [
     np.r_[anchor, row] for anchor, row in zip(arrays["anchors"], arrays["negatives"])
@@ -156,7 +156,7 @@ def test_a_bad_record_is_mined_as_what_takes_its_place(tmp_path, caplog):
     _mine(refusing)
 
 
-def test_replicas_mine_the_same(dataset, mirrored):
+def test_replicas_mine_the_same_examples(dataset, mirrored):
   one = _mine(dataset, num_class_neighbours=2).arrays
   with mirrored(2).scope():
     two = _mine(dataset, num_class_neighbours=2).arrays
@@ -165,7 +165,7 @@ def test_replicas_mine_the_same(dataset, mirrored):
     np.testing.assert_array_equal(two[name], array, err_msg=name)
 
 
-def test_a_sample_is_another_each_round(dataset):
+def test_sample_differs_between_rounds(dataset):
   rounds = [_mine(dataset, step, records_per_class=5) for step in (7, 8, 7)]
   used = [set(each.arrays["anchors"]) for each in rounds]
   assert [len(each) for each in used] == [25, 25, 25]
@@ -173,7 +173,7 @@ def test_a_sample_is_another_each_round(dataset):
   assert rounds[0].metadata["counts"]["items"] == 25
 
 
-def test_what_is_suspected_is_named_by_its_key(dataset):
+def test_suspected_records_are_named_by_key(dataset):
   examples = ExampleMining(
     window=RankWindow(first=1, last=5),
     mislabelled=MislabelledFilter(num_neighbours=1, min_fraction=1.0),
@@ -188,7 +188,7 @@ def test_what_is_suspected_is_named_by_its_key(dataset):
   assert set(metadata["suspected_mislabelled"]) < keys
 
 
-def test_other_training_classes_are_other_data(dataset):
+def test_training_classes_are_part_of_the_data_fingerprint(dataset):
   same = corpus_fingerprint(dataset)
   other = type(dataset)(
     folder=dataset.folder,
@@ -211,19 +211,19 @@ def test_other_training_classes_are_other_data(dataset):
     ({"index_kind": "best"}, "index_kind='best' must be one of auto"),
   ],
 )
-def test_a_miner_that_can_not_be_is_refused(dataset, options, message):
+def test_invalid_miner_is_refused(dataset, options, message):
   with pytest.raises(UserError, match=message):
     _mine(dataset, **options)
 
 
-def test_a_decoder_that_does_not_say_what_it_reads_is_refused_before_mining():
+def test_decoder_without_declared_features_is_refused_before_mining():
   dataset = types.SimpleNamespace(decoder=types.SimpleNamespace(shape=(3,)))
   Miner(num_class_neighbours=1).check(dataset)
   with pytest.raises(UserError, match="needs an attribute `features`"):
     Miner(examples=object()).check(dataset)
 
 
-def test_embeddings_that_are_not_finite_are_told(dataset):
+def test_nonfinite_embeddings_are_reported(dataset):
   inputs = tf.keras.Input([_SIZE])
   encoder = tf.keras.Model(inputs, tf.keras.layers.Lambda(lambda x: x / 0.0)(inputs))
   miner = Miner(num_class_neighbours=1)
@@ -238,7 +238,7 @@ def test_neighbours_by_centres_need_a_loss_with_centres(dataset):
     miner.make_mine_fn(step, dataset)
 
 
-def test_examples_are_mined_beside_neighbours_by_centres(dataset):
+def test_examples_are_mined_together_with_neighbours_by_centres(dataset):
   centres = np.eye(5, _SIZE)[:, None] + 0.1
   miner = Miner(
     examples=ExampleMining(window=RankWindow(first=1, last=60)),

@@ -1,4 +1,4 @@
-"""The sampler that goes over from one round to the next."""
+"""The sampler that switches from one mining round to the next."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import gin
 import numpy as np
 import pytest
 
-import trainer.gin_registrations  # noqa: F401  Registers what configs name.
+import trainer.gin_registrations  # noqa: F401  Registers parts of configs.
 from tests.mining.deciding import (
   DATASET,
   Constant,
@@ -27,7 +27,7 @@ from trainer.mining.miner import Miner
 from trainer.mining.offline_mining import OfflineMining, PiecewiseSampler
 
 
-def test_steps_of_several_rounds_are_drawn_together():
+def test_one_call_may_draw_steps_of_several_rounds():
   sampler = PiecewiseSampler(Constant(0))
   sampler.use_from(4, Constant(1, (6, 2)))
   drawn = sampler.batches(np.array([9, 0, 3, 4]))
@@ -35,7 +35,7 @@ def test_steps_of_several_rounds_are_drawn_together():
   assert drawn[:, 2, 1].tolist() == [1, 0, 0, 1]
 
 
-def test_the_sampler_that_holds_and_the_one_before_are_kept():
+def test_current_and_previous_samplers_are_kept():
   sampler, held = PiecewiseSampler(Constant(0)), []
   for number in (1, 2, 3):
     held.append(Constant(number))
@@ -58,7 +58,7 @@ _SIZES = (
 @pytest.mark.parametrize(
   ("name", "params"), [("groups", _SIZES), ("neighbouring_classes", ())]
 )
-def test_a_fragment_of_mining_makes_a_miner_and_a_sampler(name, params):
+def test_mining_fragment_builds_a_miner_and_a_sampler(name, params):
   files = [_CONFIGS / "runs" / "digits.gin", _CONFIGS / "mining" / f"{name}.gin"]
   loaded = run_config.load(
     [str(file) for file in files], ["MINING_STEPS = 100", *params], needed=("train",)
@@ -70,7 +70,7 @@ def test_a_fragment_of_mining_makes_a_miner_and_a_sampler(name, params):
   assert loaded.values["train.mining.every_steps"] == "100"
 
 
-def test_every_fragment_of_mining_is_tested():
+def test_every_mining_fragment_is_tested():
   names = {path.stem for path in (_CONFIGS / "mining").glob("*.gin")}
   assert names == {"groups", "neighbouring_classes"}
 
@@ -84,17 +84,17 @@ def test_every_fragment_of_mining_is_tested():
     ({"when_too_few": "go"}, "'go' must be one of keep, stop"),
   ],
 )
-def test_options_that_do_not_fit_are_refused(tmp_path, options, message):
+def test_invalid_options_are_refused(tmp_path, options, message):
   with pytest.raises(UserError, match=message):
     make_rounds(tmp_path, **options)
 
 
-def test_rounds_between_two_looks_of_the_host_are_refused():
+def test_rounds_between_two_loop_ends_are_refused():
   with pytest.raises(UserError, match=r"every_steps=10 must be a multiple of .*=4"):
     OfflineMining(sampler_fn=of_step, every_steps=10).check(4)
 
 
-def test_batches_of_another_size_are_refused(tmp_path):
+def test_different_batch_size_is_refused(tmp_path):
   def larger(index, mining_round, *, classes):
     return Constant(1, (2, 7))
 
@@ -151,7 +151,7 @@ def test_groups_that_do_not_divide_are_refused(tmp_path, mirrored):
     ),
   ],
 )
-def test_what_rounds_can_never_have_is_refused_before_there_is_one(
+def test_impossible_requirements_are_refused_before_mining(
   options, num_replicas, message
 ):
   options = OfflineMining(**{"sampler_fn": groups_of(3), "every_steps": 10, **options})
@@ -160,7 +160,7 @@ def test_what_rounds_can_never_have_is_refused_before_there_is_one(
 
 
 @pytest.mark.parametrize("miner", [None, Miner(examples=object())])
-def test_what_fits_is_not_refused(miner):
+def test_valid_options_are_accepted(miner):
   options = OfflineMining(sampler_fn=groups_of(6), every_steps=10, miner=miner)
   options.dry_run(DATASET, (8, 3), 2)
   with pytest.raises(UserError, match=r"6 groups .* do not split over 4 replicas"):

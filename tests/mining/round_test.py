@@ -1,4 +1,4 @@
-"""Rounds on disk: whole or not seen, and nothing in them taken on trust."""
+"""Mining rounds on disk: atomic writes and validated reads."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _open(folder, step=40, fingerprint=FINGERPRINT):
   return MiningRound(str(folder), step, fingerprint)
 
 
-def test_a_round_comes_back_as_it_was_written(tmp_path):
+def test_round_is_read_as_it_was_written(tmp_path):
   arrays = example_arrays()
   neighbours = np.full((9, 2), -1)
   write_round(tmp_path, 40, **arrays, class_neighbours=neighbours)
@@ -37,7 +37,7 @@ def test_a_round_comes_back_as_it_was_written(tmp_path):
     np.testing.assert_array_equal(found.arrays[name], array)
 
 
-def test_rounds_are_listed_newest_first_and_what_is_aside_is_not(tmp_path):
+def test_rounds_are_listed_newest_first_without_set_aside_ones(tmp_path):
   assert round.round_steps(str(tmp_path)) == []
   for step in (40, 1_200_000_000, 400):
     write_round(tmp_path, step, **example_arrays())
@@ -48,7 +48,7 @@ def test_rounds_are_listed_newest_first_and_what_is_aside_is_not(tmp_path):
   assert round.round_steps(str(tmp_path)) == [1_200_000_000, 40]
 
 
-def test_a_round_that_can_not_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+def test_failed_write_keeps_the_old_round(tmp_path, monkeypatch):
   write_round(tmp_path, 40, **example_arrays())
 
   def full(*_, **__):
@@ -67,7 +67,7 @@ def _write_for_ever(folder):
     write_round(folder, step % 3, **example_arrays(num_anchors=20, seed=step))
 
 
-def test_a_process_that_is_killed_while_it_writes_leaves_whole_rounds(tmp_path):
+def test_killed_writer_leaves_only_complete_rounds(tmp_path):
   context = multiprocessing.get_context("fork")
   num_seen = 0
   for number in range(8):
@@ -87,7 +87,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_whole_rounds(tmp_path):
 
 
 def _replace_and_die(folder, call_name, num_calls):
-  """Replaces the round, and is killed at one of the calls of a function of `os`."""
+  """Replaces the round; the process is killed at a call of a function of `os`."""
   calls, call = itertools.count(), getattr(os, call_name)
 
   def call_or_die(*arguments, **options):
@@ -103,9 +103,7 @@ def _replace_and_die(folder, call_name, num_calls):
   ("call_name", "num_calls", "seed"),
   [("replace", 0, 0), ("replace", 1, 0), ("unlink", 1, 1), ("rmdir", 0, 1)],
 )
-def test_a_round_survives_its_replacement_being_killed(
-  tmp_path, call_name, num_calls, seed
-):
+def test_round_survives_a_killed_replacement(tmp_path, call_name, num_calls, seed):
   write_round(tmp_path, 40, **example_arrays())
   context = multiprocessing.get_context("fork")
   arguments = (tmp_path, call_name, num_calls)
@@ -192,14 +190,14 @@ def _claim_another_shape(folder):
     ),
   ],
 )
-def test_a_round_that_was_harmed_is_refused_in_one_line(tmp_path, harm, message):
+def test_damaged_round_is_refused_in_one_line(tmp_path, harm, message):
   write_round(tmp_path, 40, **example_arrays())
   harm(tmp_path / "mining" / "round-00000040")
   with pytest.raises(UserError, match=message):
     _open(tmp_path)
 
 
-def test_an_array_that_would_be_unpickled_is_not_opened(tmp_path):
+def test_pickled_array_is_not_opened(tmp_path):
   write_round(tmp_path, 40, **example_arrays())
   folder = tmp_path / "mining" / "round-00000040"
   np.save(folder / "anchors.npy", np.array([print], object), allow_pickle=True)

@@ -1,4 +1,4 @@
-"""Which round holds from which step: decided once, honoured, pruned."""
+"""The round used from each step: decided once, kept on resume, pruned."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.mining.miner import RoundContent
 from trainer.mining.round import RoundLog
 
 
-def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path):
+def test_batches_are_plain_before_the_first_round_then_from_the_newest(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.resume(0, 50)
   assert rounds.metrics(0) == {}
@@ -43,7 +43,7 @@ def test_batches_are_plain_until_the_first_round_and_then_of_the_newest(tmp_path
   assert RoundLog(str(tmp_path)).decisions() == {10: 10, 20: 20}
 
 
-def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
+def test_decisions_after_the_checkpoint_are_kept(tmp_path):
   rounds = make_rounds(tmp_path)
   rounds.resume(0, 50)
   write_rounds(tmp_path, 8)
@@ -58,7 +58,7 @@ def test_what_was_decided_after_the_checkpoint_is_honoured(tmp_path):
   assert drawn(again, 29, 30) == [8, 18]
 
 
-def test_that_there_was_no_round_is_said_and_honoured_too(tmp_path, caplog):
+def test_decision_without_a_round_is_logged_and_kept(tmp_path, caplog):
   rounds = make_rounds(tmp_path)
   rounds.resume(0, 50)
   assert not rounds.decide(10)
@@ -70,13 +70,13 @@ def test_that_there_was_no_round_is_said_and_honoured_too(tmp_path, caplog):
   assert again.decide(20)
 
 
-def test_a_run_that_was_killed_before_it_mined_mines_when_it_goes_on(tmp_path):
+def test_run_killed_before_mining_mines_on_resume(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.resume(10, 50)
   assert drawn(rounds, 10) == [10]
 
 
-def test_a_round_that_does_not_fit_is_mined_anew_when_the_run_goes_on(tmp_path):
+def test_unsuitable_round_is_mined_again_on_resume(tmp_path):
   def few(index, mining_round, *, classes):
     if len(mining_round.arrays["anchors"]) < 20:
       raise UserError("too few anchors")
@@ -102,7 +102,7 @@ def _mined_well(step):
   )
 
 
-def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
+def test_batches_are_unchanged_if_too_few_examples_are_hard(tmp_path, caplog):
   options = {"miner": _mined_well, "sampler_fn": groups_of(3)}
   rounds = make_rounds(tmp_path, **options)
   assert not rounds.decide(10)
@@ -121,7 +121,7 @@ def test_where_too_little_is_hard_batches_stay_as_they_are(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("step", [10, 20])
-def test_where_that_is_wanted_too_few_examples_are_an_error(tmp_path, step):
+def test_too_few_examples_are_an_error_on_request(tmp_path, step):
   options = {"sampler_fn": groups_of(3), "when_too_few": "stop"}
   rounds = make_rounds(tmp_path, miner=_mined_well, **options)
   with pytest.raises(TooFewExamplesError):
@@ -129,7 +129,7 @@ def test_where_that_is_wanted_too_few_examples_are_an_error(tmp_path, step):
   assert RoundLog(str(tmp_path)).decisions() == {}
 
 
-def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path):
+def test_rounds_without_checkpoints_are_set_aside(tmp_path):
   for _ in range(2):
     rounds = make_rounds(tmp_path, miner=mined_round)
     rounds.resume(0, 50)
@@ -139,23 +139,23 @@ def test_rounds_of_a_training_whose_checkpoints_are_gone_are_set_aside(tmp_path)
   assert (tmp_path / "mining_before" / "round-00000010" / "anchors.npy").exists()
 
 
-def test_so_are_rounds_made_beside_it_of_which_none_was_taken(tmp_path):
+def test_unused_rounds_of_a_separate_process_are_set_aside(tmp_path):
   write_rounds(tmp_path, 5)
   make_rounds(tmp_path).resume(0, 50)
   assert round.round_steps(str(tmp_path)) == []
   assert (tmp_path / "mining_before" / "round-00000005" / "anchors.npy").exists()
 
 
-def test_where_no_step_is_left_nothing_is_mined(tmp_path):
+def test_finished_run_is_not_mined(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.resume(30, 30)
   assert round.round_steps(str(tmp_path)) == []
-  # A training that is made longer goes on as one that was as long from the start.
+  # An extended training equals one of that length from the start.
   rounds.resume(30, 40)
   assert round.round_steps(str(tmp_path)) == [30]
 
 
-def test_where_all_rounds_are_gone_batches_are_plain_and_stay_so(tmp_path):
+def test_batches_stay_plain_after_all_rounds_are_removed(tmp_path):
   write_rounds(tmp_path, 8)
   rounds = make_rounds(tmp_path)
   rounds.decide(10)
@@ -167,7 +167,7 @@ def test_where_all_rounds_are_gone_batches_are_plain_and_stay_so(tmp_path):
   assert rounds.metrics(25) == again.metrics(25) == {}
 
 
-def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
+def test_missing_round_in_use_is_reported_in_one_line(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   rounds.decide(10)
   shutil.rmtree(round.round_path(str(tmp_path), 10))
@@ -177,24 +177,24 @@ def test_a_round_that_is_held_and_gone_is_told_in_one_line(tmp_path):
     make_rounds(tmp_path, miner=mined_round).resume(14, 50)
 
 
-def test_rounds_go_that_no_checkpoint_comes_back_to(tmp_path):
+def test_rounds_needed_by_no_checkpoint_are_removed(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round, oldest_step=25)
   for step in (10, 20, 30):
     rounds.decide(step)
-  # Step 25, to which a run may come back, has the round of step 20.
+  # A run may resume at step 25, which uses the round of step 20.
   assert round.round_steps(str(tmp_path)) == [30, 20]
   make_rounds(tmp_path, miner=mined_round, oldest_step=30).decide(40)
   assert round.round_steps(str(tmp_path)) == [40, 30]
 
 
-def test_rounds_stay_while_there_is_no_checkpoint(tmp_path):
+def test_rounds_are_kept_while_no_checkpoint_exists(tmp_path):
   rounds = make_rounds(tmp_path, miner=mined_round)
   for step in (10, 20, 30):
     rounds.decide(step)
   assert round.round_steps(str(tmp_path)) == [30, 20, 10]
 
 
-def test_a_round_that_can_not_be_removed_is_a_warning(tmp_path, monkeypatch, caplog):
+def test_failed_removal_of_a_round_is_a_warning(tmp_path, monkeypatch, caplog):
   def fail(folder, ignore_errors=False):
     if not ignore_errors:
       raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), folder)
@@ -226,7 +226,7 @@ def test_the_round_log_is_plain_text(tmp_path):
   assert rows == [{"step": 10, "round": None}, {"step": 20, "round": 15}]
 
 
-def test_of_rounds_beside_a_damaged_one_is_passed_over(tmp_path, caplog):
+def test_damaged_round_of_a_separate_process_is_skipped(tmp_path, caplog):
   write_rounds(tmp_path, 5, 8, 14)
   harm(tmp_path, 8)
   rounds = make_rounds(tmp_path)
@@ -235,7 +235,7 @@ def test_of_rounds_beside_a_damaged_one_is_passed_over(tmp_path, caplog):
   assert "round-00000008/anchors.npy is damaged" in caplog.text
 
 
-def test_one_that_was_damaged_and_is_made_anew_is_taken(tmp_path):
+def test_repaired_round_is_used(tmp_path):
   write_rounds(tmp_path, 5, 8)
   harm(tmp_path, 8)
   rounds = make_rounds(tmp_path)
@@ -245,13 +245,13 @@ def test_one_that_was_damaged_and_is_made_anew_is_taken(tmp_path):
   assert drawn(rounds, 10, 20) == [5, 8]
 
 
-def test_a_round_beside_of_other_data_is_refused(tmp_path):
+def test_round_of_other_data_is_refused(tmp_path):
   write_round(tmp_path, 8, {"the number of records": "61"}, **example_arrays())
   with pytest.raises(UserError, match="mined from other data: the number of records"):
     make_rounds(tmp_path).decide(10)
 
 
-def test_a_round_beside_that_is_still_to_come_stays(tmp_path):
+def test_round_of_a_future_step_is_kept(tmp_path):
   write_rounds(tmp_path, 5, 8, 34)
   make_rounds(tmp_path, oldest_step=10).decide(10)
   assert round.round_steps(str(tmp_path)) == [34, 8]
@@ -261,7 +261,7 @@ def test_a_round_beside_that_is_still_to_come_stays(tmp_path):
   ("written", "message"),
   [((8,), "the newest mining round is of step 8"), ((), "there is no mining round")],
 )
-def test_a_round_that_is_too_old_ends_the_run_in_one_line(tmp_path, written, message):
+def test_too_old_round_ends_the_run_in_one_line(tmp_path, written, message):
   write_rounds(tmp_path, *written)
   rounds = make_rounds(tmp_path, max_age_steps=15)
   rounds.decide(10)
@@ -270,7 +270,7 @@ def test_a_round_that_is_too_old_ends_the_run_in_one_line(tmp_path, written, mes
     rounds.decide(30)
 
 
-def test_a_round_kept_for_want_of_another_may_get_too_old(tmp_path):
+def test_round_reused_without_a_successor_can_become_too_old(tmp_path):
   def mined_once(step):
     if step > 10:
       raise TooFewExamplesError("nothing is hard.")
@@ -283,7 +283,7 @@ def test_a_round_kept_for_want_of_another_may_get_too_old(tmp_path):
     rounds.decide(30)
 
 
-def test_a_round_that_comes_in_time_is_waited_for(tmp_path, monkeypatch):
+def test_run_waits_for_a_round_within_the_deadline(tmp_path, monkeypatch):
   rounds = make_rounds(tmp_path, max_age_steps=5, max_wait_s=60)
   monkeypatch.setattr("time.sleep", lambda _: write_rounds(tmp_path, 6))
   assert rounds.decide(10)

@@ -1,4 +1,4 @@
-"""Trainings that draw from rounds: killed, gone on with, and mined for from beside."""
+"""Trainings with mining: killed, resumed and mined by a separate process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.faults import runs as runs_lib
 from tests.faults.runs import Runs
 from trainer.mining.round import RoundLog
 
-# All are kept, to go back to one.
+# All checkpoints are kept, to resume from an earlier one.
 _SHORT = ("NUM_STEPS = 28", "LoopOptions.num_checkpoints_kept = 10")
 _MINING = (
   *_SHORT,
@@ -68,11 +68,11 @@ def _forget_checkpoints_after(model_dir, step):
 
 
 @pytest.mark.resume
-def test_gone_on_with_from_before_a_round_it_ends_as_one_that_went_on(runs):
+def test_run_resumed_before_a_round_ends_like_an_uninterrupted_run(runs):
   params, flags = (*_GROUPS, *_HERE), ("--num_virtual_replicas=2",)
   _finished(runs.start("whole", *params, flags=flags))
   whole, killed = runs.folder / "whole", runs.folder / "killed"
-  # As if killed while it made the second round.
+  # The state after a kill during the second round.
   shutil.copytree(whole, killed)
   _forget_checkpoints_after(killed, 8)
   (killed / "mining" / "round-00000020").rename(killed / "mining" / "staging")
@@ -91,7 +91,7 @@ def test_gone_on_with_from_before_a_round_it_ends_as_one_that_went_on(runs):
 
 @pytest.mark.resume
 @pytest.mark.thorough
-def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
+def test_rounds_of_a_separate_process_are_reused_on_resume(runs):
   miner = runs.start("beside", *_HARD, mode="mine")
   model_dir = runs.folder / "beside"
   _finished(runs.start("beside", *_HARD))
@@ -99,7 +99,7 @@ def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
   decisions = RoundLog(str(model_dir)).decisions()
   assert list(decisions) == [10, 20]
   assert all(0 <= step - decisions[step] <= 8 for step in decisions)
-  # Meanwhile there are newer rounds, which are not taken where others were.
+  # Newer rounds exist now; the recorded decisions still apply.
   again = runs.folder / "again"
   shutil.copytree(model_dir, again)
   _forget_checkpoints_after(again, 8)
@@ -107,7 +107,7 @@ def test_a_process_beside_mines_and_what_was_taken_is_taken_again(runs):
   assert runs_lib.differences(again, model_dir) == []
 
 
-def test_mining_here_and_beside_at_once_is_refused(runs):
+def test_mining_in_training_and_in_a_separate_process_is_refused(runs):
   running = runs.start("both", *_GROUPS, *_HERE, *_BESIDE, mode="mine")
   assert running.wait()[0] == 2
   assert "train.mining.miner mines inside the training" in running.last_line()
