@@ -1,4 +1,4 @@
-"""Whole sweeps with a task that only pretends, and one with the real one."""
+"""Whole sweeps with a fake task, and one with the real task."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _table(folder, name="mine"):
 
 
 def _calls(folder, mode="train_and_evaluate"):
-  """Number of calls of the task, by the run's folder."""
+  """Returns the number of calls of the task per run folder."""
   found = {}
   for path in sorted((folder / "runs" / "points").glob("*/calls.txt")):
     calls = [line for line in path.read_text().splitlines() if line.startswith(mode)]
@@ -38,7 +38,7 @@ def _calls(folder, mode="train_and_evaluate"):
   return found
 
 
-def test_table_has_the_best_first_and_the_seeds_together(sweep, folder, capsys):
+def test_table_is_sorted_by_score_and_groups_the_seeds(sweep, folder, capsys):
   text = "choice/MARGIN = (0.2, 0.4, 0.3)\nsweep.seeds = (1, 2)"
   assert sweep(text, "--num_parallel=2") == 0
   head, best, *_ = capsys.readouterr().out.splitlines()
@@ -63,7 +63,7 @@ def test_page_has_a_link_to_each_report_and_needs_no_network(sweep, folder):
   assert not re.search("https?:", page)
 
 
-def test_second_call_and_second_sweep_run_nothing_twice(sweep, folder):
+def test_finished_points_are_not_run_again(sweep, folder):
   assert sweep(_TWO) == 0
   assert sweep(_TWO) == 0
   assert sweep("choice/MARGIN = (0.2, 0.3)", name="other") == 0
@@ -73,7 +73,7 @@ def test_second_call_and_second_sweep_run_nothing_twice(sweep, folder):
   assert {row["state"] for row in _table(folder, "other")} == {"finished"}
 
 
-def test_run_whose_folder_was_removed_is_made_again(sweep, folder):
+def test_run_with_a_removed_folder_is_repeated(sweep, folder):
   assert sweep(_TWO) == 0
   gone, kept = sorted((folder / "runs" / "points").glob("*/"))
   shutil.rmtree(gone)
@@ -82,12 +82,14 @@ def test_run_whose_folder_was_removed_is_made_again(sweep, folder):
   assert {row["state"] for row in _table(folder)} == {"finished"}
 
 
-def test_data_are_ingested_once_before_the_runs(sweep, folder):
+def test_data_is_ingested_once_before_the_runs(sweep, folder):
   assert sweep("choice/MARGIN = (0.1, 0.2, 0.3)", "--num_parallel=3") == 0
   assert sum(_calls(folder, "ingest").values()) == 1
 
 
-def test_crashed_run_is_marked_and_the_others_go_on(sweep, folder, capsys, monkeypatch):
+def test_crashed_run_is_marked_and_the_others_continue(
+  sweep, folder, capsys, monkeypatch
+):
   monkeypatch.setenv("CRASH_ABOVE", "0.2")
   assert sweep("choice/MARGIN = (0.3, 0.1, 0.2)") == 1
   states = {row["MARGIN"]: row for row in _table(folder)}
@@ -99,7 +101,7 @@ def test_crashed_run_is_marked_and_the_others_go_on(sweep, folder, capsys, monke
   assert "too much for me" in page.read_text()
 
 
-def test_failed_run_is_tried_again_only_when_asked_to(sweep, folder, monkeypatch):
+def test_failed_run_is_retried_only_on_request(sweep, folder, monkeypatch):
   monkeypatch.setenv("CRASH_ABOVE", "0.1")
   assert sweep(_TWO) == 1
   monkeypatch.delenv("CRASH_ABOVE")
@@ -110,20 +112,22 @@ def test_failed_run_is_tried_again_only_when_asked_to(sweep, folder, monkeypatch
 
 
 @pytest.mark.parametrize("status", ["3", "4"])
-def test_run_that_asks_for_it_is_started_again(sweep, folder, monkeypatch, status):
+def test_preempted_run_is_restarted(sweep, folder, monkeypatch, status):
   monkeypatch.setenv("EXIT_STATUS", status)
   assert sweep("choice/MARGIN = (0.1,)") == 0
   assert list(_calls(folder).values()) == [2]
 
 
 @pytest.mark.parametrize("status", ["2", "5"])
-def test_run_that_would_fail_again_is_not(sweep, folder, monkeypatch, status):
+def test_run_with_a_permanent_failure_is_not_restarted(
+  sweep, folder, monkeypatch, status
+):
   monkeypatch.setenv("EXIT_STATUS", status)
   assert sweep("choice/MARGIN = (0.1,)") == 1
   assert list(_calls(folder).values()) == [1]
 
 
-def test_each_device_has_a_run_at_a_time(sweep, folder, monkeypatch):
+def test_each_device_has_one_run_at_a_time(sweep, folder, monkeypatch):
   monkeypatch.setenv("STEP_S", "0.05")
   assert sweep("choice/MARGIN = (0.1, 0.2, 0.3, 0.4)", "--devices=5,7") == 0
   lines = [
@@ -135,7 +139,7 @@ def test_each_device_has_a_run_at_a_time(sweep, folder, monkeypatch):
 
 
 def _start(folder, path, *flags, **environment):
-  """A sweep as a process of its own; its runs take the fake task."""
+  """Starts a sweep as a separate process; its runs use the fake task."""
   program = "import sys; sys.path[0] = sys.argv.pop(1); "
   program += "from trainer.sweep import __main__ as command; "
   program += "sys.exit(command.main(sys.argv))"
@@ -165,7 +169,7 @@ def _num_steps(folder):
   ("number", "status"),
   thorough_except([(signal.SIGTERM, 3)], [(signal.SIGINT, 130), (signal.SIGTERM, 3)]),
 )
-def test_stopped_sweep_ends_its_run_and_goes_on_where_it_was(
+def test_stopped_sweep_stops_its_run_and_resumes_it(
   sweep, folder, sweep_file, number, status
 ):
   path = sweep_file(_TWO)
@@ -184,7 +188,7 @@ def test_stopped_sweep_ends_its_run_and_goes_on_where_it_was(
   assert sorted(_calls(folder).values()) == [1, 2]
 
 
-def test_two_sweeps_at_once_share_the_points(folder, sweep_file):
+def test_concurrent_sweeps_share_the_points(folder, sweep_file):
   path = sweep_file("choice/MARGIN = (0.1, 0.2, 0.3, 0.4)")
   both = [_start(folder, path, STEP_S="0.1") for _ in range(2)]
   for process in both:
@@ -194,8 +198,8 @@ def test_two_sweeps_at_once_share_the_points(folder, sweep_file):
   assert {row["state"] for row in _table(folder)} == {"finished"}
 
 
-def test_sweep_waits_for_a_run_that_another_makes_and_takes_it_over(folder, sweep_file):
-  """The other ends without a result: no point is missing where the status is 0."""
+def test_sweep_waits_for_a_run_of_another_sweep_and_takes_it_over(folder, sweep_file):
+  """The other sweep ends without a result; status 0 means no point is missing."""
   path = sweep_file(_TWO)
   read = spec.read_spec(path)
   point = points.listed(read, points.PointBuilder(read))[0]
@@ -235,7 +239,7 @@ def test_polling_a_run_never_takes_its_lock_from_a_worker(folder, sweep_file):
   assert lost == 0
 
 
-def test_a_damaged_file_of_a_run_is_told_and_not_a_traceback(
+def test_damaged_file_of_a_run_is_reported_without_a_traceback(
   sweep, folder, monkeypatch, capsys
 ):
   monkeypatch.setenv("CRASH_ABOVE", "0.15")
@@ -251,7 +255,7 @@ def test_a_damaged_file_of_a_run_is_told_and_not_a_traceback(
 
 
 @pytest.mark.thorough
-def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):
+def test_run_of_a_killed_sweep_finishes(folder, sweep_file):
   path = sweep_file("choice/MARGIN = (0.1,)")
   process = _start(folder, path, STEP_S="0.5")
   _wait_for(lambda: _num_steps(folder) >= 1)
@@ -276,19 +280,17 @@ def test_run_whose_sweep_was_killed_is_left_to_end(folder, sweep_file):
     (_TWO, ("second.gin",), ["one sweep file is needed, 2 given"]),
   ],
 )
-def test_mistake_is_one_line_before_anything_starts(refusal, text, flags, words):
+def test_user_error_is_one_line_before_anything_starts(refusal, text, flags, words):
   line = refusal(text, *flags)
   assert all(word in line for word in words)
 
 
-def test_sweep_file_that_is_not_there_is_refused(folder, capsys):
+def test_missing_sweep_file_is_refused(folder, capsys):
   assert __main__.main(["sweep", "nowhere.gin"]) == 2
   assert "nowhere.gin" in capsys.readouterr().err
 
 
-def test_folder_of_another_sweep_is_refused_and_what_differs_named(
-  sweep, folder, capsys
-):
+def test_folder_of_another_sweep_is_refused_with_the_difference(sweep, folder, capsys):
   assert sweep(_TWO) == 0
   assert sweep("choice/MARGIN = (0.1, 0.9)") == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
@@ -307,7 +309,7 @@ def test_logged_metric_that_never_appears_stops_the_sweep_at_its_first_row(
   assert len(_calls(folder, "train")) == 1
 
 
-def test_sweep_by_a_logged_metric_takes_its_last_value(sweep, folder):
+def test_sweep_by_a_logged_metric_uses_its_last_value(sweep, folder):
   text = f"{_TWO}\nsweep.metric = 'train/loss'\nsweep.goal = 'minimize'\n"
   assert sweep(text + "sweep.mode = 'train'") == 0
   rows = _table(folder)
@@ -315,7 +317,7 @@ def test_sweep_by_a_logged_metric_takes_its_last_value(sweep, folder):
   assert float(rows[0]["train/loss"]) == pytest.approx(1 / (5 * 0.2))
 
 
-def test_dry_run_lists_the_points_and_makes_nothing(sweep, folder, capsys):
+def test_dry_run_lists_the_points_and_runs_nothing(sweep, folder, capsys):
   assert sweep(_TWO, "--dry_run") == 0
   lines = capsys.readouterr().out.splitlines()
   assert lines[0] == "2 runs: 2 waiting"
@@ -328,8 +330,8 @@ def test_help_names_every_flag():
   assert all(f"--{name} " in text for name in __main__.define_flags())
 
 
-def test_real_run_is_made_and_measured(tmp_path, sweep_file):
-  quick = "TrainStep.mining_statistics = None"  # They take long to compile.
+def test_real_run_is_trained_and_evaluated(tmp_path, sweep_file):
+  quick = "TrainStep.mining_statistics = None"  # Slow to compile.
   path = sweep_file(
     f"choice/MARGIN = (0.1,)\nDATA_DIR = '{tmp_path}/digits'\nSEED = 3\n{quick}"
   )

@@ -32,7 +32,7 @@ def sweep_file(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-  """A working folder in which the fake task is run in place of the real one."""
+  """A working folder in which the fake task replaces the real one."""
   fake = tmp_path / "work" / "trainer"
   fake.mkdir(parents=True)
   (fake / "__init__.py").write_text("")

@@ -12,7 +12,7 @@ from trainer.sweep.sweep_results import RunRow, SweepRow
 
 
 def row(settings, *values, note=""):
-  """A row with a run per seed.
+  """Returns a row with a run per seed.
 
   Args:
     settings: as written in gin, by name.
@@ -34,7 +34,7 @@ def row(settings, *values, note=""):
 
 
 def write_page(rows, path, *, name="mine", metric="eval/map_at_r"):
-  """Writes the page of rows, which are given best first."""
+  """Writes the page of rows, sorted best first."""
   options = SweepOptions(metric=metric, seeds=(1, 2))
   spec = types.SimpleNamespace(name=name, options=options)
   sweep_page.write_sweep_page(rows, spec, str(path))

@@ -1,4 +1,4 @@
-"""Stands for `trainer.task` where a sweep runs it: quick, and fails as it is told.
+"""A fast replacement of `trainer.task` in sweeps, which fails on request.
 
 It makes a step every STEP_S seconds, logs loss 1 / (step x margin) and measures the
 margin as MAP@R. EXIT_STATUS ends it at step 2, once; CRASH_ABOVE is a margin that

@@ -18,7 +18,7 @@ def _points(path):
   return points.listed(read, points.PointBuilder(read))
 
 
-def test_point_has_the_hash_of_the_run_that_it_stands_for(sweep_file, tmp_path):
+def test_point_has_the_hash_of_its_run(sweep_file, tmp_path):
   point = _points(sweep_file("choice/MARGIN = (0.7,)"))[0]
   run = run_config.read(
     [sweep_file("", name="run")], ["MARGIN = 0.7"], needed=("train", "evaluate")
@@ -34,7 +34,7 @@ def test_text_of_a_point_is_a_run_file_of_the_same_config(sweep_file, tmp_path):
   assert again.hash == point.config.hash
 
 
-def test_what_another_loss_needs_is_left_out_and_equal_points_are_one(sweep_file):
+def test_unused_settings_are_omitted_and_equal_points_merged(sweep_file):
   found = _points(sweep_file(_TWO_LOSSES))
   losses = [point.config.values["train.step.loss"] for point in found]
   assert losses == ["@BatchAllTripletLoss()"] * 2 + ["@BatchHardTripletLoss()"]
@@ -43,7 +43,7 @@ def test_what_another_loss_needs_is_left_out_and_equal_points_are_one(sweep_file
   assert found[2].config.values["train.step.loss.margin"] == "0.2"
 
 
-def test_seeds_come_one_after_the_other(sweep_file):
+def test_points_are_ordered_by_seed(sweep_file):
   found = _points(sweep_file("choice/MARGIN = (0.1, 0.2)\nsweep.seeds = (7, 8)"))
   assert [(p.settings["MARGIN"], p.seed) for p in found] == [
     ("0.1", 7),
@@ -54,7 +54,7 @@ def test_seeds_come_one_after_the_other(sweep_file):
   assert found[0].config.values["train.seed"] == "7"
 
 
-def test_constraint_leaves_points_out(sweep_file):
+def test_constraint_excludes_points(sweep_file):
   found = _points(
     sweep_file(
       "choice/PKSampler.classes_per_batch = (2, 4)\n"
@@ -66,7 +66,7 @@ def test_constraint_leaves_points_out(sweep_file):
   assert [list(point.settings.values()) for point in found] == [["2", "16"], ["4", "8"]]
 
 
-def test_random_search_draws_different_points_and_the_same_again(sweep_file):
+def test_random_search_draws_distinct_points_reproducibly(sweep_file):
   text = "log_range/LEARNING_RATE = (1e-4, 1e-2)\nchoice/MARGIN = (0.1, 0.2)\n"
   text += "sweep.method = 'random'\nsweep.num_trials = 20"
   first, second = (_points(sweep_file(text)) for _ in range(2))
@@ -109,7 +109,7 @@ def test_mistake_in_a_sweep_file_is_refused(sweep_file, text, words):
   assert all(word in str(caught.value) for word in words)
 
 
-def test_wrong_name_in_the_last_of_a_hundred_points_is_found(sweep_file):
+def test_wrong_name_in_the_last_of_a_hundred_points_is_detected(sweep_file):
   margins = ", ".join(f"{i / 1000}" for i in range(1, 97))
   with pytest.raises(UserError, match="MARGN"):
     _points(sweep_file(f"choice/MARGIN = ({margins}, %MARGN)"))

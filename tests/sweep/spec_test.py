@@ -30,7 +30,7 @@ def test_condition_is_arithmetic_over_gin_names(text, expected):
   assert Constraint(text, VALUES).holds(VALUES) is expected
 
 
-def test_part_is_compared_by_its_name():
+def test_parts_are_compared_by_name():
   values = {"TrainStep.loss": Reference((), "TripletLoss", True)}
   constraint = Constraint("TrainStep.loss == 'TripletLoss'", values)
   assert constraint.holds(values)
@@ -49,7 +49,7 @@ def test_part_is_compared_by_its_name():
     ("P / 0", ["division by zero"]),
   ],
 )
-def test_what_is_no_condition_is_refused(text, words):
+def test_invalid_condition_is_refused(text, words):
   with pytest.raises(UserError) as caught:
     Constraint(text, VALUES)
   assert "sweep.constraints" in str(caught.value)
@@ -68,13 +68,13 @@ def test_grid_of_a_range_is_evenly_spaced_with_both_ends():
   assert _read("range", (0.0, 1.0, 5)).grid() == [0.0, 0.25, 0.5, 0.75, 1.0]
 
 
-def test_grid_of_a_log_range_has_one_ratio():
+def test_grid_of_a_log_range_has_a_constant_ratio():
   assert _read("log_range", (1e-4, 1e-1, 4)).grid() == pytest.approx(
     [1e-4, 1e-3, 1e-2, 1e-1]
   )
 
 
-def test_whole_ends_give_whole_numbers_each_once():
+def test_integer_bounds_give_distinct_integers():
   assert _read("range", (1, 3, 5)).grid() == [1, 2, 3]
   assert _read("log_range", (1, 64, 4)).grid() == [1, 4, 16, 64]
 
@@ -121,7 +121,7 @@ def test_samples_of_a_choice_are_its_values():
     ("log_range", (0.0, 1.0), ["low above 0"]),
   ],
 )
-def test_domain_that_cannot_be_is_refused_with_its_place(kind, value, words):
+def test_invalid_domain_is_refused_with_its_location(kind, value, words):
   with pytest.raises(UserError) as caught:
     _read(kind, value)
   assert str(caught.value).startswith("mine.gin:3: ")

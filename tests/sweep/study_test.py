@@ -1,4 +1,4 @@
-"""Sweeps in a study of Optuna, with a task that only pretends."""
+"""Sweeps in a study of Optuna, with a fake task."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _State = optuna.trial.TrialState
 
 
 def _trials(folder, state=None, storage=None):
-  """The trials of the only study, of one state or all."""
+  """Returns the trials of the only study, of one state or all."""
   if storage is None:
     journal = folder / "runs" / "sweeps" / "mine" / "study.journal"
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(journal)))
@@ -36,9 +36,7 @@ def _trials(folder, state=None, storage=None):
   return [trial for trial in trials if state in (None, trial.state)]
 
 
-def test_study_finds_the_better_margins_and_makes_as_many_trials_as_asked(
-  sweep, folder
-):
+def test_study_finds_better_margins_in_the_requested_number_of_trials(sweep, folder):
   assert sweep(_TPE.format(16), "--num_parallel=2") == 0
   values = [trial.value for trial in _trials(folder, _State.COMPLETE)]
   assert len(values) == 16
@@ -60,7 +58,7 @@ def test_value_of_a_trial_is_the_mean_over_its_seeds(sweep, folder):
   assert len(_trials(folder, _State.COMPLETE)) == 2
 
 
-def test_choice_of_parts_is_handed_to_gin(sweep, folder):
+def test_choice_of_parts_is_passed_to_gin(sweep, folder):
   text = "choice/TrainStep.loss = (@BatchAllTripletLoss(), @BatchHardTripletLoss())\n"
   text += "BatchHardTripletLoss.margin = %MARGIN\n"
   assert sweep(text + _TPE.format(4)) == 0
@@ -95,7 +93,7 @@ def test_trials_that_break_a_constraint_do_not_count(sweep, folder):
 
 
 @pytest.mark.thorough
-def test_trial_of_a_killed_sweep_is_taken_up_where_it_was(sweep, folder, sweep_file):
+def test_trial_of_a_killed_sweep_is_resumed(sweep, folder, sweep_file):
   text = _TPE.format(1)
   process = command_test._start(folder, sweep_file(text), STEP_S="0.5")
   command_test._wait_for(lambda: command_test._num_steps(folder) >= 2)
@@ -107,7 +105,7 @@ def test_trial_of_a_killed_sweep_is_taken_up_where_it_was(sweep, folder, sweep_f
   assert command_test._num_steps(folder) == 5
 
 
-def test_a_trial_that_ends_while_another_sweep_looks_is_not_made_again(
+def test_trial_that_finishes_during_a_check_is_not_repeated(
   folder, sweep_file, monkeypatch
 ):
   read = spec.read_spec(sweep_file(_TPE.format(2)))
@@ -125,7 +123,7 @@ def test_a_trial_that_ends_while_another_sweep_looks_is_not_made_again(
   assert [each.state for each in _trials(folder)] == [_State.COMPLETE, _State.RUNNING]
 
 
-def test_resumed_study_makes_the_trials_of_one_without_interruption(
+def test_resumed_study_runs_the_trials_of_an_uninterrupted_one(
   sweep, folder, monkeypatch
 ):
   assert sweep(_TPE.format(4)) == 0
@@ -137,7 +135,7 @@ def test_resumed_study_makes_the_trials_of_one_without_interruption(
   assert len({repr(params) for params in resumed}) == 13
 
 
-def test_failed_trial_is_tried_again_only_when_asked_to(sweep, folder, monkeypatch):
+def test_failed_trial_is_retried_only_on_request(sweep, folder, monkeypatch):
   monkeypatch.setenv("CRASH_ABOVE", "0.1")
   assert sweep(_TPE.format(3)) == 1
   monkeypatch.delenv("CRASH_ABOVE")
@@ -162,7 +160,7 @@ def test_grid_in_a_database_has_the_parameters_of_each_point(sweep, folder):
 
 
 def _study(folder, sweep_file, machine="", storage=None):
-  """A worker of a grid of three points; machines share a database and no disk."""
+  """Starts a worker of a grid of three points; workers share only a database."""
   read = spec.read_spec(sweep_file("choice/MARGIN = (0.1, 0.2, 0.3)"))
   builder = PointBuilder(read)
   sweep_dir = str(folder / machine / "sweep")
@@ -170,7 +168,7 @@ def _study(folder, sweep_file, machine="", storage=None):
   return SweepStudy(read, builder, sweep_dir, listed=listed, storage=storage)
 
 
-def test_workers_without_a_shared_disk_make_each_point_once(folder, sweep_file):
+def test_workers_without_a_shared_disk_run_each_point_once(folder, sweep_file):
   storage = f"sqlite:///{folder}/study.db"
   one, other = (_study(folder, sweep_file, m, storage) for m in ("one", "other"))
   taken = [one.take(), other.take()]
@@ -181,9 +179,7 @@ def test_workers_without_a_shared_disk_make_each_point_once(folder, sweep_file):
   assert other.is_over()
 
 
-def test_worker_waits_for_the_trial_of_another_and_takes_it_when_that_one_dies(
-  folder, sweep_file
-):
+def test_worker_takes_over_the_trial_of_a_dead_worker(folder, sweep_file):
   one, other = (_study(folder, sweep_file) for _ in range(2))
   first = one.take()
   for _ in range(2):
@@ -197,7 +193,7 @@ def test_worker_waits_for_the_trial_of_another_and_takes_it_when_that_one_dies(
   assert other.is_over()
 
 
-def test_trial_whose_metric_is_not_a_number_is_not_made_for_ever(folder, sweep_file):
+def test_trial_with_a_nan_metric_is_not_repeated(folder, sweep_file):
   study = _study(folder, sweep_file)
   for _ in range(3):
     study.finish(study.take(), Ending.DONE, float("nan"))
@@ -305,7 +301,9 @@ def test_two_sweeps_share_a_study_in_a_database(folder, sweep_file):
     (_THREE, ("--storage=nowhere://me:secret@x/y",), ["nowhere://***@x/y can't be"]),
   ],
 )
-def test_mistake_is_refused_before_anything_starts(sweep, capsys, text, flags, words):
+def test_user_error_is_refused_before_anything_starts(
+  sweep, capsys, text, flags, words
+):
   assert sweep(text, *flags) == 2
   line = capsys.readouterr().err.strip().splitlines()[-1]
   assert all(word in line for word in words)

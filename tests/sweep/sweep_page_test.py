@@ -1,4 +1,4 @@
-"""The page of a sweep: its rows, lines and labels, and that all text is escaped."""
+"""The page of a sweep: rows, lines, labels and escaped text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def text_of(tmp_path):
 
 
 def _points(text):
-  """Height of each line at each axis, the best line last."""
+  """Returns the height of each line at each axis, the best line last."""
   lines = re.findall(r'<polyline [^>]* points="([^"]*)"', text)
   return [[float(point.split(",")[1]) for point in line.split()] for line in lines]
 
@@ -37,7 +37,7 @@ def test_leaderboard_has_means_spreads_and_seeds_of_finished_rows(text_of):
   assert 'aria-label="0.7500, 0.2500"' in lines[0]
 
 
-def test_line_of_a_row_passes_its_values_on_all_axes_and_names_them(text_of):
+def test_line_of_a_row_crosses_all_axes_at_its_values(text_of):
   rows = [row({"a": "1e-3", "b": "x"}, 0.5), row({"a": "0.003", "b": "y"}, 0.25)]
   text = text_of([*rows, row({"a": "0.002", "b": "x"}, 0.0)])
   assert _points(text) == [[137, 188.5, 240], [34, 85.5, 137], [240, 188.5, 34]]
@@ -49,7 +49,7 @@ def test_line_of_a_row_passes_its_values_on_all_axes_and_names_them(text_of):
   ]
 
 
-def test_equal_numbers_in_two_spellings_are_at_one_place(text_of):
+def test_equal_numbers_in_two_notations_share_a_position(text_of):
   text = text_of([row({"a": "0.1"}, 0.5), row({"a": "0.10"}, 0.25)])
   assert [line[0] for line in _points(text)] == [240, 240]
 
@@ -81,7 +81,7 @@ def test_names_values_and_errors_are_escaped(text_of):
   assert text.count("&lt;script&gt;alert(&#34;ü&#34;)&lt;/script&gt;") >= 8
 
 
-def test_page_requests_nothing_and_is_the_same_for_the_same_rows(text_of):
+def test_page_is_self_contained_and_deterministic(text_of):
   rows = [row({"a": "1"}, 0.5, 0.25), row({"a": "2"}, 0.25)]
   text = text_of(rows)
   assert not re.search(r"https?:|@import|url\(|\bsrc=", text)

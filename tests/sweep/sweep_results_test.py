@@ -13,7 +13,7 @@ def row(value, **settings):
   return SweepRow({name: str(v) for name, v in settings.items()}, [run])
 
 
-def test_name_that_explains_all_has_nearly_the_whole_share():
+def test_sole_influential_setting_has_nearly_all_importance():
   rows = [row(float(a), a=a, b=b) for a in range(5) for b in range(5)]
   shares = sweep_results.importances(rows)
   assert list(shares) == ["a", "b"]
@@ -21,7 +21,7 @@ def test_name_that_explains_all_has_nearly_the_whole_share():
   assert shares["b"] < 0.03
 
 
-def test_shares_of_an_addition_are_those_of_its_terms():
+def test_importances_of_a_sum_are_those_of_its_terms():
   # 3a + b: variances 9 : 1, which the forest underestimates for the smaller term.
   rows = [row(3.0 * a + b, a=a, b=f"'{b}'") for a in range(6) for b in range(6)]
   shares = sweep_results.importances(rows)
@@ -29,12 +29,12 @@ def test_shares_of_an_addition_are_those_of_its_terms():
   assert shares["b"] == pytest.approx(0.1, abs=0.05)
 
 
-def test_interaction_of_two_names_is_attributed_to_neither():
+def test_interaction_is_attributed_to_neither_setting():
   rows = [row(float((a < 3) != (b < 3)), a=a, b=b) for a in range(6) for b in range(6)]
   assert sum(sweep_results.importances(rows).values()) < 0.5
 
 
-def test_name_that_explains_nothing_has_a_small_share_in_a_random_search():
+def test_irrelevant_setting_has_a_small_importance_in_a_random_search():
   generator = random.Random(0)
   rows = []
   for _ in range(40):
@@ -45,7 +45,7 @@ def test_name_that_explains_nothing_has_a_small_share_in_a_random_search():
   assert shares["b"] < 0.05
 
 
-def test_setting_that_a_row_does_not_use_is_a_value_of_its_own():
+def test_unused_setting_is_a_separate_value():
   rows = [row(1.0, loss="@A()", margin=m) for m in (0.1, 0.2)]
   rows += [row(0.0, loss="@B()"), row(0.1, loss="@B()", other=1)]
   assert set(sweep_results.importances(rows)) == {"loss", "margin", "other"}
@@ -56,6 +56,6 @@ def test_importances_are_the_same_in_each_call():
   assert sweep_results.importances(rows) == sweep_results.importances(rows)
 
 
-def test_settings_that_do_not_differ_have_no_importances():
+def test_constant_settings_have_no_importance():
   assert sweep_results.importances([row(1.0, a=1), row(1.0, a=2)]) == {}
   assert sweep_results.importances([row(1.0, a=1)]) == {}
