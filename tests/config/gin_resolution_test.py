@@ -89,20 +89,20 @@ REFUSALS = {
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_mistake_is_refused_in_one_line_with_its_place(lint, name):
+def test_user_error_is_refused_in_one_line_with_its_location(lint, name):
   text, *parts = REFUSALS[name]
   message = lint(GOOD + text)
   assert all(part in message for part in parts), message
 
 
-def test_a_name_from_before_the_first_release_is_refused_with_the_new_one(lint):
+def test_pre_release_name_is_refused_with_the_new_name(lint):
   message = lint(GOOD + "PKSchedule.samples_per_class = 4")
   assert "no part is called 'PKSchedule'; it was renamed to 'PKSampler'" in message
   message = lint(GOOD + "ToyLoss.memory_bank = 4")
   assert "no parameter 'memory_bank'; it was renamed to 'cross_batch_memory'" in message
 
 
-def test_every_new_name_of_the_table_of_old_names_is_there():
+def test_every_new_name_in_the_renaming_table_exists():
   names = gin_resolution.registered_names()
   parts = {name.rsplit(".", 1)[-1] for name in names}
   parameters = {p for n in names for p in gin_resolution.known_part(n, "").parameters}
@@ -130,7 +130,7 @@ def test_missing_parameter_names_the_flag_that_sets_it(lint):
   assert "--gin_param='ToyLoss.margin=...'" in message
 
 
-def test_position_argument_of_an_uncalled_part_is_the_callers(tmp_path):
+def test_positional_arguments_of_an_uncalled_part_come_from_the_caller(tmp_path):
   (tmp_path / "run.gin").write_text(GOOD + "toy_train.data = @ToyPipeline")
   read = run_config.read([str(tmp_path / "run.gin")], roots=toy_parts.ROOTS)
   assert read.values["toy_train.data"] == "@ToyPipeline"
@@ -144,7 +144,7 @@ def test_import_of_the_package_is_followed(tmp_path):
 
 @pytest.fixture
 def overrides(tmp_path, caplog):
-  """Writes files and reads some; returns the margin, and level and text of each log."""
+  """Writes files, reads some; returns the margin, and level and text of each log."""
 
   def read(files, *names):
     for name, text in files.items():
@@ -162,7 +162,7 @@ def overrides(tmp_path, caplog):
 _BASE = {"base.gin": GOOD}
 
 
-def test_override_of_an_include_is_logged_for_debugging_with_both_places(overrides):
+def test_override_of_an_include_is_logged_for_debugging_with_both_locations(overrides):
   run = "include 'base.gin'\ntoy.ToyLoss.margin = 0.7\n"
   margin, [(level, line)] = overrides({**_BASE, "run.gin": run})
   assert margin == "0.7"
@@ -220,7 +220,7 @@ _CONFLICTS = {
 
 
 @pytest.mark.parametrize("name", _CONFLICTS)
-def test_files_that_disagree_are_warned_of_with_both_places(overrides, name):
+def test_conflicting_files_are_warned_of_with_both_locations(overrides, name):
   files, expected, message = _CONFLICTS[name]
   margin, logged = overrides({**_BASE, **files})
   assert margin == expected
@@ -244,7 +244,7 @@ def test_override_by_flag_is_no_warning(tmp_path, caplog):
   assert caplog.messages == []
 
 
-def test_import_of_another_package_is_followed_where_it_is_allowed(tmp_path):
+def test_import_of_another_package_is_followed_if_allowed(tmp_path):
   (tmp_path / "run.gin").write_text("import tests.config.toy_parts\n" + GOOD)
   run_file, roots = [str(tmp_path / "run.gin")], toy_parts.ROOTS
   assert run_config.read(run_file, roots=roots, allowed_imports=["tests.config"])
@@ -256,7 +256,7 @@ def _load(*params):
   return run_config.load([], params, roots=toy_parts.ROOTS)
 
 
-def test_scoped_twins_get_their_own_bindings():
+def test_scoped_parts_have_separate_bindings():
   read = _load(
     "toy_train.loss = None",
     "toy_train.data = @train/ToyPipeline()",
@@ -312,7 +312,7 @@ def test_references_inside_containers_are_followed(container):
   assert "2" in read.values.values()
 
 
-def test_tuple_and_list_and_single_element_are_told_apart():
+def test_tuple_list_and_single_element_are_distinguished():
   texts = ["(1,)", "[1]", "1", "(1, 2)", "{}", "()"]
   values = [
     _load("toy_train.loss = None", f"toy_train.actions = {text}").hash for text in texts

@@ -22,7 +22,7 @@ def _refusal(*args):
   return str(refusal.value)
 
 
-def test_include_is_found_beside_the_file_that_names_it(folder):
+def test_include_is_found_next_to_the_including_file(folder):
   (folder / "models" / "m.gin").write_text("M.x = 1\n")
   (folder / "runs" / "r.gin").write_text("include '../models/m.gin'\nR.y = 2\n")
   read = gin_statements.read_statements([str(folder / "runs" / "r.gin")], [])
@@ -59,7 +59,7 @@ def test_missing_file_is_refused_with_the_nearest(folder):
   assert "'digits.gin'?" in message
 
 
-def test_missing_include_is_refused_with_its_place(folder):
+def test_missing_include_is_refused_with_its_location(folder):
   (folder / "r.gin").write_text("R.y = 2\ninclude 'nowhere/m.gin'\n")
   message = _refusal(["../r.gin"], [])
   assert "r.gin:2: include 'nowhere/m.gin'" in message
@@ -71,7 +71,7 @@ def test_cycle_of_includes_is_refused(folder):
   assert "a.gin includes itself" in _refusal(["../a.gin"], [])
 
 
-def test_file_that_is_no_text_is_refused(folder):
+def test_binary_file_is_refused(folder):
   (folder / "r.gin").write_bytes(b"\xff\xfe\x00")
   assert "cannot read the gin file" in _refusal(["../r.gin"], [])
 

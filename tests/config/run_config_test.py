@@ -53,7 +53,7 @@ def test_loading_replaces_what_gin_held(run_file):
   assert "OtherToyLoss" not in gin.config_str()
 
 
-def test_reading_leaves_gin_as_it_is(run_file):
+def test_reading_does_not_change_gin(run_file):
   _read(files=[run_file])
   assert gin.config_str().strip() == ""
 
@@ -71,7 +71,7 @@ def test_order_comments_and_macros_do_not_change_the_hash(run_file):
 @pytest.mark.parametrize(
   "param", ["MARGIN = 0.6", "toy_train.steps = 20.0", "ToyLoss.squared = True"]
 )
-def test_another_value_changes_the_hash(run_file, param):
+def test_different_value_changes_the_hash(run_file, param):
   assert _read(param, files=[run_file]).hash != _read(files=[run_file]).hash
 
 
@@ -90,13 +90,13 @@ def test_each_line_of_the_text_names_its_origin(run_file):
   assert "steps = 20" not in text
 
 
-def test_binds_tells_whether_a_root_is_configured(run_file):
+def test_binds_returns_whether_a_root_is_configured(run_file):
   read = _read(files=[run_file])
   assert read.binds("toy_train")
   assert not read.binds("toy_evaluate")
 
 
-def test_diff_tells_each_value_before_and_now(run_file):
+def test_diff_lists_old_and_new_values(run_file):
   before = _read(files=[run_file])
   now = _read("MARGIN = 0.6", "toy_train.data = None", files=[run_file])
   assert run_config.diff(before.values, now.values) == [
@@ -106,7 +106,7 @@ def test_diff_tells_each_value_before_and_now(run_file):
   assert run_config.diff(now.values, now.values) == []
 
 
-def test_a_needed_root_must_have_all_it_requires(run_file):
+def test_required_root_must_have_all_required_parameters(run_file):
   with pytest.raises(errors.UserError, match=r"toy_evaluate\.data must be set"):
     run_config.read([str(run_file)], roots=toy_parts.ROOTS, needed=["toy_evaluate"])
 
@@ -135,12 +135,12 @@ def test_operative_config_has_the_defaults_that_were_used(tmp_path):
   assert "toy_train.steps = 10" in text
 
 
-def test_folder_without_config_takes_any(tmp_path):
+def test_folder_without_config_accepts_any(tmp_path):
   run_config.check_same_config(_load(), str(tmp_path / "new"))
   assert not (tmp_path / "new").exists()
 
 
-def test_folder_with_another_config_is_refused_with_what_differs(tmp_path):
+def test_folder_with_another_config_is_refused_with_the_difference(tmp_path):
   run_config.save_config(_load(), str(tmp_path))
   with pytest.raises(errors.UserError) as refusal:
     run_config.check_same_config(_load("ToyLoss.margin = 0.6"), str(tmp_path))
@@ -149,7 +149,7 @@ def test_folder_with_another_config_is_refused_with_what_differs(tmp_path):
   assert "--allow_config_change" in message
 
 
-def test_long_difference_is_cut(tmp_path):
+def test_long_difference_is_truncated(tmp_path):
   run_config.save_config(_load(), str(tmp_path))
   many = _load(
     f"toy_train.actions = [{'@OtherToyLoss(), ' * 9}]", "OtherToyLoss.scale=2"
@@ -158,7 +158,7 @@ def test_long_difference_is_cut(tmp_path):
     run_config.check_same_config(many, str(tmp_path))
 
 
-def test_another_config_goes_on_where_that_is_allowed_and_is_logged(tmp_path, caplog):
+def test_allowed_config_change_is_logged(tmp_path, caplog):
   run_config.save_config(_load(), str(tmp_path))
   changed = _load("ToyLoss.margin = 0.6")
   with caplog.at_level("INFO", logger="absl"):
@@ -170,12 +170,12 @@ def test_another_config_goes_on_where_that_is_allowed_and_is_logged(tmp_path, ca
 
 
 def _config(**values):
-  """A config with these values, the path's dots written as two underscores."""
+  """Returns a config with these values; two underscores stand for a dot."""
   paths = {path.replace("__", "."): value for path, value in values.items()}
   return types.SimpleNamespace(training_values=paths, hash="", text="")
 
 
-def test_a_first_value_that_a_checkpoint_has_replaced_cannot_change(tmp_path):
+def test_initial_value_replaced_by_a_checkpoint_cannot_change(tmp_path):
   folder = str(tmp_path)
   run_config.save_config(_config(train__step__loss__temperature__initial="0.1"), folder)
   changed = _config(train__step__loss__temperature__initial="0.2")

@@ -1,4 +1,4 @@
-"""Small parts and roots, in place of the real ones, for the tests of the config."""
+"""Toy parts and roots for the tests of the config."""
 
 from __future__ import annotations
 
