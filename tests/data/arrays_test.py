@@ -1,4 +1,4 @@
-"""Sources of arrays: images and vectors come back, and what does not fit is refused."""
+"""Sources of arrays: images and vectors are read, mismatched arrays refused."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _KINDS = ("npy", "npz", "hdf5")
 
 @pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("channels", [(), (1,), (3,)])
-def test_arrays_of_images_come_back_bit_for_bit(tmp_path, kind, channels):
+def test_image_arrays_are_read_bit_for_bit(tmp_path, kind, channels):
   images = np.random.default_rng(0).integers(0, 256, (4, 5, 6, *channels))
   images = images.astype(np.uint8)
   source = _write_arrays(tmp_path, kind, images, np.array([1, 0, 1, 2]))
@@ -56,7 +56,7 @@ def test_arrays_of_vectors_become_a_feature(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_other_arrays_have_another_fingerprint(tmp_path, kind):
+def test_different_arrays_have_different_fingerprints(tmp_path, kind):
   vectors, labels = np.ones((4, 2), np.float32), np.arange(4)
   before = _write_arrays(tmp_path, kind, vectors, labels).fingerprint()
   assert _write_arrays(tmp_path, kind, 2 * vectors, labels).fingerprint() != before
@@ -73,13 +73,13 @@ def test_other_arrays_have_another_fingerprint(tmp_path, kind):
     (np.zeros((4, 2, 2)), np.zeros(4, np.int64), "images must be uint8"),
   ],
 )
-def test_arrays_that_do_not_fit_are_refused(tmp_path, kind, inputs, labels, message):
+def test_mismatched_arrays_are_refused(tmp_path, kind, inputs, labels, message):
   with pytest.raises(UserError, match=message):
     list(_write_arrays(tmp_path, kind, inputs, labels).loaders())
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_a_truncated_file_of_arrays_is_named(tmp_path, kind):
+def test_truncated_array_file_is_named(tmp_path, kind):
   source = _write_arrays(tmp_path, kind, np.ones((400, 20)), np.arange(400))
   for path in tmp_path.iterdir():
     path.write_bytes(path.read_bytes()[:1000])
@@ -88,7 +88,7 @@ def test_a_truncated_file_of_arrays_is_named(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_a_missing_file_of_arrays_is_named(tmp_path, kind):
+def test_missing_array_file_is_named(tmp_path, kind):
   source = _write_arrays(tmp_path, kind, np.ones((4, 2)), np.arange(4))
   for path in tmp_path.iterdir():
     path.unlink()
@@ -96,21 +96,21 @@ def test_a_missing_file_of_arrays_is_named(tmp_path, kind):
     source.fingerprint()
 
 
-def test_an_array_that_is_not_in_the_file_is_named(tmp_path):
+def test_missing_array_is_named(tmp_path):
   np.savez(tmp_path / "a.npz", x=np.zeros((2, 2)))
   path = tmp_path / "a.npz"
   with pytest.raises(UserError, match="has no array 'y'; it has x"):
     list(NumpySource(inputs=f"{path}:x", labels=f"{path}:y").loaders())
 
 
-def test_a_data_set_that_is_not_in_the_file_is_named(tmp_path):
+def test_missing_hdf5_data_set_is_named(tmp_path):
   _write_arrays(tmp_path, "hdf5", np.zeros((2, 2)), np.arange(2))
   source = Hdf5Source(path=str(tmp_path / "both.h5"), inputs="x", labels="z")
   with pytest.raises(UserError, match="has no data set 'z'; it has x, y"):
     list(source.loaders())
 
 
-def test_labels_of_arrays_get_their_names(tmp_path):
+def test_labels_of_arrays_have_their_class_names(tmp_path):
   _write_arrays(tmp_path, "npy", np.zeros((3, 2)), np.array([0, 1, 2]))
   names = {name: str(tmp_path / f"{name}.npy") for name in ("inputs", "labels")}
   with pytest.raises(UserError, match="has label 2, but class_names has only 2"):
@@ -142,14 +142,14 @@ def test_images_without_pixels_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["npy", "hdf5"])
-def test_labels_that_are_no_utf8_are_refused(tmp_path, kind):
+def test_labels_that_are_not_utf8_are_refused(tmp_path, kind):
   labels = np.array([b"a", b"\xff\xfe"])
   source = _write_arrays(tmp_path, kind, np.ones((2, 2), np.float32), labels)
   with pytest.raises(UserError, match=r"has a label .*that is not UTF-8"):
     list(source.items())
 
 
-def test_a_group_of_hdf5_is_no_data_set(tmp_path):
+def test_hdf5_group_is_not_a_data_set(tmp_path):
   with h5py.File(tmp_path / "a.h5", "w") as file:
     file.create_group("x")
     file["y"] = np.arange(3)
@@ -158,7 +158,7 @@ def test_a_group_of_hdf5_is_no_data_set(tmp_path):
 
 
 @pytest.mark.parametrize("kind", _KINDS)
-def test_arrays_know_how_many_items_they_have(tmp_path, kind):
+def test_items_of_arrays_are_counted(tmp_path, kind):
   source = _write_arrays(tmp_path, kind, np.zeros((5, 2), np.float32), np.arange(5))
   assert source.num_items() == len(list(source.items())) == 5
 
@@ -185,7 +185,7 @@ def _two_datasets(folder, inputs, labels, **attributes):
     ),
   ],
 )
-def test_values_that_float32_lacks_are_refused(tmp_path, kind, row, message):
+def test_values_beyond_float32_are_refused(tmp_path, kind, row, message):
   vectors = np.ones((4, 2), row.dtype)
   vectors[2] = row
   source = _write_arrays(tmp_path, kind, vectors, np.arange(4))
@@ -197,7 +197,7 @@ def test_values_that_float32_lacks_are_refused(tmp_path, kind, row, message):
 
 @pytest.mark.parametrize("kind", _KINDS)
 @pytest.mark.parametrize("dtype", [">f4", "<f8", ">i2", "<u8", "<f2"])
-def test_vectors_of_every_type_and_byte_order_come_back(tmp_path, kind, dtype):
+def test_vectors_of_every_type_and_byte_order_are_read(tmp_path, kind, dtype):
   vectors = np.arange(8).reshape(4, 2).astype(dtype)
   items = list(_write_arrays(tmp_path, kind, vectors, np.arange(4)).items())
   found = np.stack([item.features["vector"] for item in items])
@@ -227,7 +227,7 @@ def test_arrays_of_python_objects_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("num_bytes", [40, 400])
-def test_a_damaged_head_of_an_array_is_named(tmp_path, num_bytes):
+def test_damaged_array_header_is_named(tmp_path, num_bytes):
   path = tmp_path / "x.npy"
   np.save(path, np.ones((50, 2)))
   content = path.read_bytes()
@@ -237,7 +237,7 @@ def test_a_damaged_head_of_an_array_is_named(tmp_path, num_bytes):
       list(NumpySource(inputs=str(path), labels=str(path)).loaders())
 
 
-def test_an_array_that_declares_more_than_memory_is_named(tmp_path):
+def test_array_larger_than_memory_is_named(tmp_path):
   file = io.BytesIO()
   np.lib.format.write_array_header_1_0(
     file, {"descr": "<f8", "fortran_order": False, "shape": (1 << 50, 2)}
@@ -261,7 +261,7 @@ def test_ragged_rows_of_hdf5_are_refused(tmp_path):
     list(source.loaders())
 
 
-def test_missing_values_by_netcdfs_convention_are_refused(tmp_path):
+def test_netcdf_missing_values_are_refused(tmp_path):
   vectors = np.array([[1, 2], [3, -999], [5, 6]], np.float32)
   source = _two_datasets(
     tmp_path, vectors, [0, 1, -1], x_FillValue=-999.0, ymissing_value=-1
@@ -274,7 +274,7 @@ def test_missing_values_by_netcdfs_convention_are_refused(tmp_path):
     third()
 
 
-def test_labels_that_were_never_written_are_refused(tmp_path):
+def test_unwritten_labels_are_refused(tmp_path):
   with h5py.File(tmp_path / "a.h5", "w") as file:
     file["x"] = np.ones((3, 2), np.float32)
     file.create_dataset("y", 3, dtype=h5py.string_dtype())[:2] = ["a", "b"]
@@ -283,7 +283,7 @@ def test_labels_that_were_never_written_are_refused(tmp_path):
     list(source.items())
 
 
-def test_data_sets_whose_values_are_in_other_files_are_refused(tmp_path):
+def test_external_data_sets_are_refused(tmp_path):
   layout = h5py.VirtualLayout(shape=(3, 2), dtype="f4")
   layout[:] = h5py.VirtualSource(str(tmp_path / "gone.h5"), "x", shape=(3, 2))
   with h5py.File(tmp_path / "a.h5", "w") as file:
@@ -294,7 +294,7 @@ def test_data_sets_whose_values_are_in_other_files_are_refused(tmp_path):
     list(source.loaders())
 
 
-def test_hdf5_is_read_in_parts_in_order(tmp_path):
+def test_hdf5_is_read_in_ordered_chunks(tmp_path):
   vectors = np.arange(3 << 19, dtype=np.float32).reshape(-1, 1 << 10)
   labels = [f"c{n % 7}" for n in range(len(vectors))]
   source = _two_datasets(tmp_path, vectors, labels)

@@ -1,4 +1,4 @@
-"""Augmentation: what each change does, and that it depends on the row alone."""
+"""Augmentations, and their dependence on the row only."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _random(num_rows=8, seed=1, step=5, first_row=0, num_local_rows=None):
 
 
 @pytest.mark.parametrize("change", _CHANGES, ids=lambda c: type(c).__name__)
-def test_a_change_keeps_the_shape_and_differs_between_images(change):
+def test_augmentation_keeps_the_shape_and_differs_between_images(change):
   same = tf.repeat(_images(1), 8, axis=0)
   changed = change(same, _random()).numpy()
   assert changed.shape == same.shape
@@ -62,7 +62,7 @@ def test_a_change_keeps_the_shape_and_differs_between_images(change):
 
 
 @pytest.mark.parametrize("change", _CHANGES, ids=lambda c: type(c).__name__)
-def test_a_row_is_changed_the_same_way_whoever_computes_it(change):
+def test_augmentation_of_a_row_does_not_depend_on_the_batch(change):
   images = _images()
   whole = change(images, _random()).numpy()
   part = change(images[3:5], _random(first_row=3, num_local_rows=2)).numpy()
@@ -71,19 +71,19 @@ def test_a_row_is_changed_the_same_way_whoever_computes_it(change):
 
 @pytest.mark.parametrize("change", _CHANGES, ids=lambda c: type(c).__name__)
 @pytest.mark.parametrize("other", [{"seed": 2}, {"step": 6}])
-def test_another_seed_or_step_is_another_change(change, other):
+def test_augmentation_depends_on_seed_and_step(change, other):
   first, second = change(_images(), _random()), change(_images(), _random(**other))
   assert (first.numpy() != second.numpy()).any()
 
 
-def test_two_changes_of_a_kind_do_not_draw_alike():
+def test_two_augmentations_of_a_class_draw_independently():
   random = _random(num_rows=1000)
   first, second = random.uniform(1)[0], random.uniform(1)[0]
   assert abs(np.corrcoef(first, second)[0, 1]) < 0.15
   assert abs(float(tf.reduce_mean(first)) - 0.5) < 0.05
 
 
-def test_flip_turns_half_of_the_images():
+def test_flip_mirrors_half_of_the_images():
   images = _images(200)
   changed = Flip()(images, _random(num_rows=200)).numpy()
   is_flipped = (changed == images.numpy()[:, :, ::-1]).all(axis=(1, 2, 3))
@@ -92,7 +92,7 @@ def test_flip_turns_half_of_the_images():
   assert 70 < is_flipped.sum() < 130
 
 
-def test_shift_moves_whole_pixels_and_fills_with_black():
+def test_shift_moves_by_whole_pixels_and_fills_with_black():
   images = 0.1 + 0.9 * _images(30)
   changed = Shift(pixels=2)(images, _random(num_rows=30)).numpy()
   padded = np.pad(images.numpy(), ((0, 0), (2, 2), (2, 2), (0, 0)))
@@ -118,7 +118,7 @@ def test_blur_keeps_the_mean_of_a_flat_image_and_smooths_others():
   assert (blurred.std(axis=(1, 2)) <= images.numpy().std(axis=(1, 2)) + 1e-6).all()
 
 
-def test_blur_is_that_of_a_gaussian():
+def test_blur_equals_a_gaussian_filter():
   image = np.zeros((1, 21, 21, 1), np.float32)
   image[0, 10, 10] = 1
   random = _random(1)
@@ -130,7 +130,7 @@ def test_blur_is_that_of_a_gaussian():
   np.testing.assert_allclose(blurred[0, 5:16, 5:16, 0], expected, atol=1e-6)
 
 
-def test_rotation_by_zero_and_crop_of_all_change_nothing():
+def test_zero_rotation_and_full_crop_are_the_identity():
   images = _images()
   np.testing.assert_allclose(
     Rotation(degrees=1e-5)(images, _random()), images, atol=1e-4
@@ -145,7 +145,7 @@ def test_rotation_by_a_right_angle_is_exact():
   (angle,) = random.uniform(1, -np.pi, np.pi)
   change = Rotation(degrees=180)
   turned = change(images, _random(4)).numpy()
-  # Turned back by the same angle, the middle is as before up to interpolation.
+  # Rotated back by the same angle, the centre is restored up to interpolation.
   assert abs(float(angle[0])) > 0.01
   np.testing.assert_allclose(turned[:, 4, 4], images.numpy()[:, 4, 4], atol=1e-5)
 
@@ -167,7 +167,7 @@ def test_cutout_makes_a_square_grey():
   assert num_grey.min() > 0
 
 
-def test_colour_of_no_strength_changes_nothing():
+def test_colour_jitter_of_strength_zero_is_the_identity():
   np.testing.assert_allclose(Colour()(_images(), _random()), _images(), atol=1e-6)
 
 
@@ -193,7 +193,7 @@ def test_values_stay_between_zero_and_one():
     ),
   ],
 )
-def test_strengths_that_are_not_possible_are_refused(make, message):
+def test_invalid_strengths_are_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
@@ -231,7 +231,7 @@ def test_augmented_batches_are_the_same_on_any_number_of_workers(index):
   np.testing.assert_array_equal(np.concatenate(workers, axis=1), whole)
 
 
-def test_augmented_batches_go_on_where_a_run_resumes(index):
+def test_augmented_batches_are_the_same_after_a_resume(index):
   whole = _inputs(index, Shard(0, 1, 1))
   resumed = _inputs(index, Shard(0, 1, 1), first_step=1)
   np.testing.assert_array_equal(resumed[:2], whole[1:])

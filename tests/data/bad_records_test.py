@@ -1,4 +1,4 @@
-"""Bad records: replaced by others of their class where wanted, and always named."""
+"""Bad records: replaced by others of their class on request, and always named."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path):
 
 
 def _trust(folder):
-  """Has the manifest take the shard as it is: the damage came before the copy."""
+  """Updates the manifest to the shard, as if it was damaged before ingest."""
   from trainer.data import manifest
 
   description = manifest.read(str(folder / "index"))
@@ -74,7 +74,7 @@ def _numbers(folder, bad_records):
   return np.stack(drawn), np.stack(numbers), np.stack(labels), dataset.index
 
 
-def test_bad_records_are_replaced_by_the_next_of_their_class(folder, caplog):
+def test_bad_records_are_replaced_by_the_next_record_of_their_class(folder, caplog):
   drawn, numbers, labels, index = _numbers(folder, "replace")
   assert _UNDECODABLE in drawn and _CORRUPT in drawn
   expected = np.where(drawn == _UNDECODABLE, _UNDECODABLE + 3, drawn)
@@ -86,7 +86,7 @@ def test_bad_records_are_replaced_by_the_next_of_their_class(folder, caplog):
   assert "(bad records so far: 2)" in caplog.text
 
 
-def test_a_bad_record_is_refused_as_it_stands(folder):
+def test_bad_record_is_refused_by_default(folder):
   with pytest.raises(UserError, match=r"records-00000\.tfrecord: record [49] "):
     _numbers(folder, "refuse")
 
@@ -102,7 +102,7 @@ def test_a_class_without_any_good_record_is_refused(tmp_path):
     replacements.replace(np.array([0, 1]))
 
 
-def test_good_records_are_left_and_tried_once(folder, monkeypatch):
+def test_good_records_are_unchanged_and_decoded_once(folder, monkeypatch):
   index = RecordIndex.open(str(folder))
   replacements = Replacements(index, _DECODER)
   numbers = np.array([0, 1, 2, 1])
@@ -119,7 +119,7 @@ def test_the_reason_names_file_and_record(folder):
   assert "record 9 has corrupt data" in record_error(index, _DECODER, _CORRUPT)
 
 
-def test_a_choice_that_is_not_known_is_refused(folder):
+def test_unknown_choice_is_refused(folder):
   with pytest.raises(UserError, match=r"bad_records='skip' must be one of refuse"):
     Dataset(
       folder=str(folder),
@@ -129,11 +129,13 @@ def test_a_choice_that_is_not_known_is_refused(folder):
     )
 
 
-def test_a_decoder_of_tensors_still_takes_many_at_once():
+def test_tensor_decoder_still_decodes_batches():
   file = encode_png(np.full((4, 4), 51, np.uint8))
   feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[file]))
   example = tf.train.Example(features=tf.train.Features(feature={"image": feature}))
-  many = tf.constant([example.SerializeToString()] * 131)  # A prime: a loop of one.
+  many = tf.constant(
+    [example.SerializeToString()] * 131
+  )  # A prime: decoded one by one.
   np.testing.assert_allclose(_DECODER(many), np.full((131, 4, 4, 1), 0.2), atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""From items to records: images are checked by their head, decoded, resized."""
+"""From items to records: images are checked by header, decoded and resized."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _encoded_image(item, **options):
 
 
 @pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
-def test_the_head_says_format_and_size(format_name):
+def test_header_has_format_and_size(format_name):
   file = _encoded(format_name, _image())
   assert image_formats.read_image_head(file) == image_formats.ImageHead(
     format_name, 40, 60
@@ -60,7 +60,7 @@ def test_the_head_says_format_and_size(format_name):
 
 
 @pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0"}])
-def test_the_head_of_each_kind_of_webp_says_the_size(options):
+def test_header_of_each_webp_variant_has_the_size(options):
   from PIL import Image
 
   file = io.BytesIO()
@@ -71,7 +71,7 @@ def test_the_head_of_each_kind_of_webp_says_the_size(options):
 
 
 @pytest.mark.parametrize("format_name", ["png", "jpeg", "gif", "bmp", "webp"])
-def test_a_head_cut_anywhere_is_no_failure(format_name):
+def test_truncated_header_raises_no_exception(format_name):
   file = _encoded(format_name, _image())
   for length in range(64):
     head = image_formats.read_image_head(file[:length])
@@ -83,7 +83,7 @@ def test_a_decompression_bomb_is_refused_by_its_declared_size():
     ExampleEncoder(max_pixels=100_000_000)(Item("boom", "a", _bomb()))
 
 
-def test_an_image_of_no_bytes_is_named():
+def test_empty_image_is_named():
   with pytest.raises(
     UserError, match=r"empty can't be decoded as an image \(0 bytes\)"
   ):
@@ -97,13 +97,13 @@ def test_webp_is_kept_as_png_with_the_same_pixels():
   np.testing.assert_array_equal(tf.io.decode_png(kept), image)
 
 
-def test_a_webp_cut_short_is_named():
+def test_truncated_webp_is_named():
   file = _encoded("webp", _image())
   with pytest.raises(UserError, match="w can't be decoded as an image"):
     ExampleEncoder(max_pixels=10_000)(Item("w", "a", file[: len(file) // 2]))
 
 
-def test_images_are_made_smaller_keeping_their_proportions():
+def test_images_are_downsized_with_their_aspect_ratio():
   kept = _encoded_image(
     Item("i", "a", encode_png(_image())), resize=Resize(longest_side=30)
   )
@@ -112,13 +112,13 @@ def test_images_are_made_smaller_keeping_their_proportions():
   np.testing.assert_allclose(tf.io.decode_png(kept), expected, atol=0.51)
 
 
-def test_images_can_be_kept_as_jpeg():
+def test_images_can_be_stored_as_jpeg():
   resize = Resize(longest_side=30, jpeg_quality=90)
   kept = _encoded_image(Item("i", "a", encode_png(_image())), resize=resize)
   assert image_formats.read_image_head(kept) == image_formats.ImageHead("jpeg", 20, 30)
 
 
-def test_images_that_are_small_enough_are_kept_byte_for_byte():
+def test_small_images_are_kept_byte_for_byte():
   file = encode_png(_image())
   assert _encoded_image(Item("i", "a", file), resize=Resize(longest_side=60)) == file
 
@@ -134,7 +134,7 @@ def test_images_that_are_small_enough_are_kept_byte_for_byte():
     (Item("k", "a", features={"x": np.array([1j])}), "'x' of type complex128"),
   ],
 )
-def test_what_makes_no_record_is_refused(item, message):
+def test_items_that_make_no_record_are_refused(item, message):
   with pytest.raises(UserError, match=message):
     ExampleEncoder(max_pixels=10_000)(item)
 
@@ -142,24 +142,24 @@ def test_what_makes_no_record_is_refused(item, message):
 @pytest.mark.parametrize(
   "options", [{"longest_side": 0}, {"longest_side": 9, "jpeg_quality": 0}]
 )
-def test_sizes_that_are_not_possible_are_refused(options):
+def test_invalid_sizes_are_refused(options):
   with pytest.raises(UserError, match="must be"):
     Resize(**options)
 
 
 @pytest.mark.parametrize("shape", [(3,), (4, 4, 2), (2, 4, 4, 3)])
-def test_arrays_that_are_no_images_are_refused(shape):
+def test_arrays_that_are_not_images_are_refused(shape):
   with pytest.raises(UserError, match="can't be stored; it must be uint8"):
     encode_png(np.zeros(shape, np.uint8))
 
 
-def test_an_integer_beyond_those_of_records_is_named():
+def test_integer_beyond_int64_is_named():
   item = Item("k", "a", features={"x": 2**63})
   with pytest.raises(UserError, match="k has 9223372036854775808 in the feature 'x'"):
     ExampleEncoder(max_pixels=10)(item)
 
 
-def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
+def test_size_is_found_despite_junk_between_jpeg_segments():
   file = _encoded("jpeg", _image())
   start = 4 + int.from_bytes(file[4:6], "big")
   odd = file[:start] + b"\0" + file[start:]
@@ -172,7 +172,7 @@ def test_junk_between_the_segments_of_a_jpeg_hides_no_size():
 @pytest.mark.parametrize(
   "file", [b"\xff\xd8\xff\xd9" + b"\0" * 40, b"BM" + b"\xff" * 40]
 )
-def test_an_image_whose_size_is_not_found_is_refused(file):
+def test_image_of_unknown_size_is_refused(file):
   with pytest.raises(
     UserError, match=r"odd can't be decoded as an image .* its size can't be read"
   ):
@@ -217,7 +217,7 @@ def test_a_feature_keeps_values_and_type(value, kept):
     (np.array([b"a", None], object), "a feature 'x' of type object"),
   ],
 )
-def test_a_feature_that_a_record_would_change_is_refused(value, message):
+def test_lossy_feature_is_refused(value, message):
   with pytest.raises(UserError, match=message):
     _feature(value)
 

@@ -1,4 +1,4 @@
-"""Hostile files in a short form; `python -m tests.fuzz` is the long one."""
+"""Short fuzz test of hostile files; `python -m tests.fuzz` is the long one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 
-def test_hostile_files_are_refused_in_one_line_or_read_right():
+def test_hostile_files_are_refused_in_one_line_or_read_correctly():
   command = [sys.executable, "-m", "tests.fuzz", "--num_examples=40"]
   done = subprocess.run(command, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -18,7 +18,7 @@ def test_hostile_files_are_refused_in_one_line_or_read_right():
   assert num_refused >= 6 and num_read >= 1
 
 
-def test_a_check_that_is_missing_is_found():
+def test_missing_check_is_detected():
   program = (
     "from trainer.data.records import RecordIndex\n"
     "RecordIndex._check = lambda self, numbers: None\n"

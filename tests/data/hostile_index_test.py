@@ -1,4 +1,4 @@
-"""Indexes of others: nothing leaves the folder, and no memory is taken on trust."""
+"""Untrusted indexes: no read outside the folder, no unvalidated allocation."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_a_manifest_whose_shard_is_outside_its_folder_is_refused(folder, name):
 
 
 @pytest.mark.parametrize("count", [-1, 2**63, 1.5, "5", None, True])
-def test_a_manifest_with_a_count_that_is_none_is_refused(folder, count):
+def test_manifest_with_an_invalid_count_is_refused(folder, count):
   _change_manifest(folder, lambda content: content.update(num_classes=count))
   with pytest.raises(UserError, match=r"manifest\.json is damaged .* is not a count"):
     RecordIndex.open(str(folder))
 
 
-def test_a_manifest_of_lists_in_lists_is_refused(folder):
+def test_deeply_nested_manifest_is_refused(folder):
   (folder / "index" / "manifest.json").write_text("[" * 100_000)
   with pytest.raises(UserError, match=r"manifest\.json is damaged"):
     RecordIndex.open(str(folder))
@@ -68,9 +68,7 @@ def test_a_manifest_of_lists_in_lists_is_refused(folder):
     ("labels", 3),
   ],
 )
-def test_a_record_outside_its_shard_is_refused_before_memory_is_taken(
-  folder, name, value
-):
+def test_record_outside_its_shard_is_refused_before_allocation(folder, name, value):
   path = folder / "index" / f"{name}.npy"
   array = np.load(path)
   array[7] = value
@@ -81,7 +79,7 @@ def test_a_record_outside_its_shard_is_refused_before_memory_is_taken(
     index.read([6, 7, 8])
 
 
-def test_a_record_that_is_not_there_is_refused(folder):
+def test_record_number_out_of_range_is_refused(folder):
   index = RecordIndex.open(str(folder))
   for number in (-1, _NUM_RECORDS):
     with pytest.raises(UserError, match="is damaged"):
@@ -89,7 +87,7 @@ def test_a_record_that_is_not_there_is_refused(folder):
 
 
 @pytest.mark.parametrize("name", ["member_starts", "name_starts"])
-def test_parts_of_an_array_that_go_back_are_refused(folder, name):
+def test_decreasing_offsets_are_refused(folder, name):
   path = folder / "index" / f"{name}.npy"
   array = np.load(path)
   array[1] = array[-1] + 1
@@ -100,7 +98,7 @@ def test_parts_of_an_array_that_go_back_are_refused(folder, name):
     RecordIndex.open(str(folder))
 
 
-def test_a_class_name_that_is_no_utf8_is_refused(folder):
+def test_class_name_that_is_not_utf8_is_refused(folder):
   path = folder / "index" / "name_text.npy"
   array = np.load(path)
   array[:] = 0xFF
@@ -109,7 +107,7 @@ def test_a_class_name_that_is_no_utf8_is_refused(folder):
     list(RecordIndex.open(str(folder)).class_names)
 
 
-def test_an_array_of_pickles_is_refused(folder):
+def test_pickled_array_is_refused(folder):
   path = folder / "index" / "labels.npy"
   np.save(path, np.array([{}] * _NUM_RECORDS, object), allow_pickle=True)
   with pytest.raises(UserError, match=r"labels\.npy of the index is damaged"):

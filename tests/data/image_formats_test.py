@@ -1,4 +1,4 @@
-"""Image formats: recognised, converted at ingest, decoded as Pillow shows them."""
+"""Image formats: recognition, conversion at ingest and decoding, against Pillow."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _WRITTEN = [each.name for each in image_formats.FORMATS if each.name != "HEIC"]
 
 
 @pytest.mark.parametrize("name", _WRITTEN)
-def test_a_format_is_recognised_by_what_pillow_writes(name):
+def test_formats_written_by_pillow_are_recognised(name):
   file = _encoded(Image.fromarray(_pixels()), _PILLOW_NAMES.get(name, name))
   found = image_formats.detect_format(file[: image_formats.HEAD_BYTES])
   assert found is not None and found.name == name
@@ -53,12 +53,12 @@ def test_a_format_is_recognised_by_what_pillow_writes(name):
     (b"", None),
   ],
 )
-def test_contents_of_other_files_are_no_images(head, name):
+def test_other_files_are_not_recognised_as_images(head, name):
   found = image_formats.detect_format(head)
   assert (found and found.name) == name
 
 
-def test_endings_are_compared_without_case():
+def test_file_extensions_are_case_insensitive():
   assert image_formats.has_image_ending("UPPER.JPG")
   assert image_formats.has_image_ending("a.b.heic")
   assert not image_formats.has_image_ending("Thumbs.db")
@@ -67,7 +67,7 @@ def test_endings_are_compared_without_case():
 
 
 def _smooth(height=24, width=40):
-  """Colours that JPEG hardly changes, and that differ in every corner."""
+  """Returns smooth colours with little JPEG error and four different corners."""
   rows, columns = np.mgrid[:height, :width]
   red, green = rows * 255 // height, columns * 255 // width
   return np.stack([red, green, (red + green) // 3], -1).astype(np.uint8)
@@ -92,7 +92,7 @@ def _xmp(orientation):
 
 
 def _upright(file, channels, background=None):
-  """What Pillow shows: the oracle."""
+  """Returns the pixels of Pillow, the oracle."""
   with Image.open(io.BytesIO(file)) as opened:
     image = ImageOps.exif_transpose(opened)
   if image.mode.startswith("I"):
@@ -125,7 +125,7 @@ def _ingested(file, **options):
 
 
 def _levels_off(kept, file, channels, **options):
-  """The largest difference to Pillow's pixels, in levels of a byte."""
+  """Returns the largest difference to the pixels of Pillow, in 8-bit levels."""
   expected = _upright(file, channels, **options)
   got = _decoded(kept, expected.shape, **options)
   return np.abs(got - expected.astype(float)).max()
@@ -150,7 +150,7 @@ def _two_pictures(kind, **options):
 
 
 def _rle_bmp():
-  """Two pixels of one colour, compressed by run length."""
+  """Returns two pixels of one colour, run-length encoded."""
   head = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 8, 1, 4, 0, 0, 1, 0)
   palette, pixels = bytes([10, 200, 90, 0]), bytes([2, 0, 0, 1])
   first = 14 + len(head) + len(palette)
@@ -202,13 +202,13 @@ _KINDS = {
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("kind", _KINDS)
-def test_what_ingest_takes_decodes_to_the_pixels_of_pillow(kind, channels):
+def test_ingested_images_decode_to_the_pixels_of_pillow(kind, channels):
   file, levels = _KINDS[kind]
   assert _levels_off(_ingested(file), file, channels) <= levels
 
 
 @pytest.mark.parametrize("kind", ["PNG with alpha", "JPEG of CMYK", "BMP of a palette"])
-def test_the_plain_decoder_of_tensorflow_would_fail_here(kind):
+def test_decoder_of_tensorflow_fails_on_these_images(kind):
   file, levels = _KINDS[kind]
   with pytest.raises((AssertionError, tf.errors.InvalidArgumentError)):
     image = tf.io.decode_image(file, channels=1, expand_animations=False)
@@ -251,7 +251,7 @@ def test_the_orientation_is_found_behind_other_segments(before):
 
 
 @pytest.mark.parametrize("num_files", [7, None])
-def test_files_of_all_orientations_in_a_batch_keep_their_places(num_files):
+def test_batch_of_all_orientations_keeps_its_order(num_files):
   files = [_JPEG[:2] + _segment(0xE1, _exif(k)) + _JPEG[2:] for k in range(1, 9)]
   files = [_KINDS["PNG"][0], *files, _KINDS["BMP of a palette"][0], _JPEG]
   files = [file for file in files if _upright(file, 3).shape == (24, 40, 3)]
@@ -265,7 +265,7 @@ def test_files_of_all_orientations_in_a_batch_keep_their_places(num_files):
 
 
 @pytest.mark.parametrize("kind", ["XMP", "PNG", "PNG written by a tool"])
-def test_orientations_beside_jpeg_s_exif_are_kept_at_ingest(kind):
+def test_orientations_outside_jpeg_exif_are_kept_at_ingest(kind):
   exif = Image.Exif()
   exif[0x0112] = 6
   text = PngImagePlugin.PngInfo()
@@ -294,14 +294,14 @@ def test_orientations_beside_jpeg_s_exif_are_kept_at_ingest(kind):
     b"Exif\0\0" + bytes(40),
   ],
 )
-def test_a_damaged_orientation_is_upright(exif):
+def test_image_with_a_damaged_orientation_is_not_rotated(exif):
   file = _JPEG[:2] + _segment(0xE1, exif) + _JPEG[2:]
   np.testing.assert_array_equal(
     _decoded(file, (24, 40, 3)), _decoded(_JPEG, (24, 40, 3))
   )
 
 
-def test_a_segment_that_goes_beyond_the_file_ends_the_search():
+def test_segment_beyond_the_file_ends_the_search():
   file = _JPEG[:2] + b"\xff\xe1\xff\xff" + bytes(3)
   assert orientation.read_orientations(
     tf.constant([file, b"", b"\xff\xd8\xff"])
@@ -332,7 +332,7 @@ def test_transparent_pixels_show_the_background(kind, channels):
 
 
 @pytest.mark.parametrize("background", ["whiteish", "", 7])
-def test_a_background_that_is_no_colour_is_refused(background):
+def test_invalid_background_colour_is_refused(background):
   with pytest.raises(UserError, match=r"background=.* is not a colour"):
     ImageDecoder(height=1, width=1, channels=3, background=background)
 
@@ -355,7 +355,7 @@ def test_resizing_at_ingest_keeps_colours_alpha_and_orientation(kind):
 
 
 @pytest.mark.parametrize("kind", ["BMP of 1 bit", "compressed BMP", "WebP"])
-def test_a_record_that_no_ingest_has_converted_is_refused_in_training(kind):
+def test_unconverted_record_is_refused_in_training(kind):
   message = (
     "an image is WebP, or a BMP that is compressed or does not have 8, 24 or 32 bits"
   )
@@ -367,7 +367,7 @@ def test_a_record_that_no_ingest_has_converted_is_refused_in_training(kind):
 @pytest.mark.parametrize(
   "kind", ["BMP", "BMP of a palette", "BMP of grey", "GIF", "JPEG of CMYK"]
 )
-def test_records_in_place_decode_as_those_that_ingest_wrote(kind, channels):
+def test_records_in_place_decode_like_ingested_records(kind, channels):
   file, levels = _KINDS[kind]
   assert _levels_off(file, file, channels) <= levels
 
@@ -396,14 +396,14 @@ _HEIC = b"\0\0\0\x18ftypheic\0\0\0\0heicmif1" + bytes(40)
     (_JPEG[:300], r"picture can't be decoded as an image \(300 bytes\)"),
   ],
 )
-def test_what_is_not_decoded_is_refused_at_ingest_in_one_line(file, message):
+def test_unsupported_images_are_refused_at_ingest_in_one_line(file, message):
   with pytest.raises(UserError, match=message) as caught:
     _ingested(file)
   assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("orientation_of_file", range(2, 9))
-def test_a_turned_image_is_resized_as_its_upright_copy(orientation_of_file):
+def test_rotated_image_is_resized_like_its_upright_copy(orientation_of_file):
   exif = _segment(0xE1, _exif(orientation_of_file))
   file = _JPEG[:2] + exif + _JPEG[2:]
   held = tf.io.decode_jpeg(_JPEG)

@@ -1,4 +1,4 @@
-"""Lists as spreadsheets, pandas and labelling tools write them, read or refused."""
+"""Lists written by spreadsheets, pandas and labelling tools, read or refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _image(value):
 
 @pytest.fixture
 def images(tmp_path):
-  """Three images in a folder beside the list."""
+  """Three images in a folder next to the list."""
   (tmp_path / "im").mkdir()
   for number in range(3):
     (tmp_path / "im" / f"{number}.png").write_bytes(_image(number))
@@ -57,7 +57,7 @@ def _ingested(folder, text, *, unreadable="refuse", **options):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
-def test_each_separator_encoding_and_line_end_gives_the_rows(
+def test_every_separator_encoding_and_line_end_is_read(
   images, separator, line_end, encoding
 ):
   rows = [("path", "label", "text"), *((*row, "é日") for row in _ROWS)]
@@ -74,14 +74,14 @@ def test_an_unexpected_separator_is_logged(images, caplog):
 
 
 @pytest.mark.parametrize("name", ["list.tsv", "list.TSV", "list.tab"])
-def test_commas_in_cells_of_a_tsv_stay(images, name, caplog):
+def test_commas_in_cells_of_a_tsv_are_kept(images, name, caplog):
   text = "path\tlabel\ttext\nim/0.png\ta\tx, y\n"
   [item] = _items(images, text, name=name)
   assert item.features == {"text": "x, y"}
   assert not caplog.text
 
 
-def test_the_separator_that_excel_names_is_used(images):
+def test_excel_separator_line_is_used(images):
   text = "sep=;\r\npath;label\r\nim/0.png;a\r\nim/1.png\r\n"
   source = ManifestSource(path=_write(images, text))
   assert source.num_items() == 2
@@ -89,12 +89,12 @@ def test_the_separator_that_excel_names_is_used(images):
     source.check()
 
 
-def test_utf16_without_its_mark_is_refused_by_name(images):
+def test_utf16_without_a_byte_order_mark_is_refused(images):
   with pytest.raises(UserError, match="zero bytes, as UTF-16 without"):
     _items(images, "path,label\nim/0.png,a\n", encoding="utf-16-le")
 
 
-def test_a_text_cut_in_the_middle_of_a_letter_is_refused(images):
+def test_text_truncated_within_a_character_is_refused(images):
   text = "path\tlabel\nim/0.png\ta\n".encode("utf-16")[:-1]
   (images / "list.tsv").write_bytes(text)
   with pytest.raises(UserError, match="is not UTF-16"):
@@ -107,7 +107,7 @@ def test_an_empty_list_is_refused(images, content):
     _items(images, content)
 
 
-def test_a_missing_first_row_is_named(images):
+def test_missing_header_row_is_reported(images):
   with pytest.raises(UserError, match=r"must name the columns; it has 'im/0.png', 'a'"):
     _items(images, "im/0.png,a\nim/1.png,b\n")
 
@@ -117,13 +117,13 @@ def test_two_columns_of_one_name_are_refused(images):
     _items(images, "path,label,x, x\nim/0.png,a,1,2\n")
 
 
-def test_rows_of_separators_alone_are_no_rows(images):
+def test_rows_with_only_separators_are_skipped(images):
   text = "path,label\nim/0.png,a\n,\n\nim/1.png,b\n,\n"
   assert _names(_items(images, text)) == _ROWS
   assert ManifestSource(path=_write(images, text)).num_items() == 2
 
 
-def test_columns_without_a_name_are_left_out_with_a_warning(images, caplog):
+def test_unnamed_columns_are_skipped_with_a_warning(images, caplog):
   text = ",path,label,\n0,im/0.png,a,\n1,im/1.png,b,\n"
   items = _items(images, text)
   assert _names(items) == _ROWS
@@ -131,13 +131,13 @@ def test_columns_without_a_name_are_left_out_with_a_warning(images, caplog):
   assert "2 columns without a name are skipped" in caplog.text
 
 
-def test_blanks_after_separators_are_no_part_of_cells(images, caplog):
+def test_spaces_after_separators_are_stripped(images, caplog):
   [item] = _items(images, 'path, label, text\nim/0.png, "a, b", t\n')
   assert (item.label, item.features) == ("a, b", {"text": "t"})
   assert "blanks after separators are removed" in caplog.text
 
 
-def test_blanks_around_labels_and_paths_make_no_class(images, caplog):
+def test_spaces_around_labels_and_paths_are_stripped(images, caplog):
   text = "path,label,text\nim/0.png ,a, x \n im/1.png,b \nim/2.png,b,\n"
   text = text.replace("b \n", "b ,\n")
   items = _items(images, text)
@@ -156,7 +156,7 @@ def test_absolute_paths_inside_the_folder_are_read(images, folder):
   assert items[1].image == _image(1)
 
 
-def test_absolute_paths_by_a_link_to_the_folder_are_read(images):
+def test_absolute_paths_through_a_link_to_the_folder_are_read(images):
   (images / "link").symlink_to(images / "im")
   text = f"path,label\n{(images / 'im').resolve()}/0.png,a\n"
   [item] = _items(images, text, folder=str(images / "link"))
@@ -183,7 +183,7 @@ def test_a_path_outside_the_folder_is_never_read(images, path):
     _items(images, text)
 
 
-def test_paths_of_a_store_are_read_where_the_folder_is_on_it(images):
+def test_remote_paths_are_read_if_the_folder_is_remote(images):
   tf.io.gfile.makedirs("ram://bucket/im")
   with tf.io.gfile.GFile("ram://bucket/im/0.png", "wb") as file:
     file.write(_image(7))
@@ -196,7 +196,7 @@ def test_paths_of_a_store_are_read_where_the_folder_is_on_it(images):
     loaders[1]()
 
 
-def test_backslashes_are_slashes_where_there_is_no_such_file(images, caplog):
+def test_backslashes_are_read_as_slashes_if_no_such_file_exists(images, caplog):
   (images / "im\\2.png").write_bytes(_image(9))
   items = _items(images, "path,label\nim\\0.png,a\nim\\2.png,b\n")
   assert _names(items) == [("im/0.png", "a"), ("im\\2.png", "b")]
@@ -218,7 +218,7 @@ def test_a_column_named_like_a_feature_of_each_record_is_kept(images, name, capl
   assert f"column '{name}' becomes the feature '{name}_column_'" in caplog.text
 
 
-def test_a_number_that_is_missing_is_no_feature(images, caplog):
+def test_missing_number_gives_no_feature(images, caplog):
   text = "path,label,price,n\nim/0.png,a,1.5,2.0\nim/1.png,b,, 3 \nim/2.png,b,nan,\n"
   items = _items(images, text, number_columns={"price": "float", "n": "int"})
   assert [item.features for item in items] == [{"price": 1.5, "n": 2}, {"n": 3}, {}]
@@ -227,12 +227,12 @@ def test_a_number_that_is_missing_is_no_feature(images, caplog):
 
 
 @pytest.mark.parametrize("text", ["1.5", "1_000", "1,5", "x", "1e3", "nan"])
-def test_a_cell_that_is_no_integer_is_refused(images, text):
+def test_non_integer_cell_is_refused(images, text):
   with pytest.raises(UserError, match=r"line 2 has .* which is not of type int"):
     _items(images, f"path;label;n\nim/0.png;a;{text}\n", number_columns={"n": "int"})
 
 
-def test_a_path_that_comes_twice_is_warned_of(images, caplog):
+def test_duplicate_path_is_warned_of(images, caplog):
   _ingested(images, "path,label\nim/0.png,a\n./im/0.png,a\nim/0.png,b\nim/1.png,b\n")
   message = "2 records have the key of an earlier one, 1 of them in another class"
   assert f"{message}: im/0.png (a, b); im/0.png" in caplog.text
@@ -247,7 +247,7 @@ def test_a_path_that_comes_twice_is_warned_of(images, caplog):
   ("first", "second"),
   [("1", "1.0"), ("007", "7"), ("Cat", "cat"), ("a b", "a  b"), ("é", "e\u0301")],
 )
-def test_classes_that_differ_in_spelling_alone_are_warned_of(
+def test_classes_that_differ_only_in_spelling_are_warned_of(
   images, first, second, caplog
 ):
   index = _ingested(images, f"path,label\nim/0.png,{first}\nim/1.png,{second}\n")
@@ -273,7 +273,7 @@ def test_a_class_named_as_a_missing_value_is_warned_of(images, caplog):
 _BAD_ROWS = "im/gone.png,a,1\n../out.png,a,1\nim/0.png,,1\nim/0.png,a\nim/0.png,a,x\n"
 
 
-def test_bad_rows_and_missing_images_are_left_out(images, caplog):
+def test_bad_rows_and_missing_images_are_skipped(images, caplog):
   text = f"path,label,n\nim/0.png,a,1\n{_BAD_ROWS}im/1.png,b,1\n"
   index = _ingested(images, text, unreadable="leave_out", number_columns={"n": "int"})
   assert list(record_names(index, np.arange(2))) == ["im/0.png", "im/1.png"]
@@ -306,13 +306,13 @@ def _named_records(folder, keys):
     ("t.csv", "anchor,positive,negative\na\\0,./a/2, a/1 \n,,\n", "utf-8-sig"),
   ],
 )
-def test_triplets_are_read_as_tools_write_them(tmp_path, name, text, encoding):
+def test_triplets_of_other_tools_are_read(tmp_path, name, text, encoding):
   index = _named_records(tmp_path, ["a/0", "a/1", "a/2"])
   path = _write(tmp_path, text, name, encoding)
   np.testing.assert_array_equal(read_triplets(path, index, is_strict=True), [[0, 2, 1]])
 
 
-def test_an_array_of_triplets_is_known_by_its_ending_in_capitals(tmp_path):
+def test_triplet_array_with_an_upper_case_extension_is_recognised(tmp_path):
   index = _named_records(tmp_path, ["a/0", "a/1", "a/2"])
   with open(tmp_path / "t.NPY", "wb") as file:
     np.save(file, np.array([[0, 2, 1]]))
@@ -320,20 +320,20 @@ def test_an_array_of_triplets_is_known_by_its_ending_in_capitals(tmp_path):
   np.testing.assert_array_equal(triplets, [[0, 2, 1]])
 
 
-def test_a_key_as_it_is_comes_before_its_plain_spelling(tmp_path):
+def test_exact_key_takes_precedence_over_its_normalised_form(tmp_path):
   index = _named_records(tmp_path, ["a\\0", "a/1", "a/0"])
   path = _write(tmp_path, "anchor,positive,negative\na\\0,a/0,a/1\n")
   np.testing.assert_array_equal(read_triplets(path, index, is_strict=True), [[0, 2, 1]])
 
 
-def test_a_plain_spelling_of_two_records_is_refused(tmp_path):
+def test_ambiguous_normalised_key_is_refused(tmp_path):
   index = _named_records(tmp_path, ["a/0", "a/1", "a/0"])
   path = _write(tmp_path, "anchor,positive,negative\na\\0,a\\0,a/1\n")
   with pytest.raises(UserError, match=r"'a/0' of .* belongs to two records"):
     read_triplets(path, index, is_strict=True)
 
 
-def test_quotes_that_one_separator_alone_explains_are_read(tmp_path):
+def test_quotes_that_fit_only_one_separator_are_read(tmp_path):
   path = _write(tmp_path, '"a","b;c"\n"1","2"\n')
   table = CsvFile(path, ["b;c"])
   assert table.columns == ["a", "b;c"]

@@ -1,4 +1,4 @@
-"""Sizes that images declare, in the graph: as the heads say; bombs are refused."""
+"""Image sizes from headers, computed in the graph; refused decompression bombs."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ _FILES = {
 }
 
 
-def test_sizes_are_those_that_the_heads_say():
+def test_sizes_are_read_from_the_headers():
   heads = [image_formats.read_image_head(file) for file in _FILES.values()]
   expected = [0 if head is None else head.width * head.height for head in heads]
   sizes = images.read_declared_size(tf.constant(list(_FILES.values()))).num_pixels
@@ -84,7 +84,7 @@ def test_sizes_are_those_that_the_heads_say():
   assert sorted(set(expected)) == [0, 16_000 * 16_001, _WIDTH * _HEIGHT]
 
 
-def test_a_jpeg_that_has_no_size_is_an_error():
+def test_jpeg_without_a_size_is_an_error():
   with pytest.raises(tf.errors.InvalidArgumentError, match="Invalid JPEG"):
     images.read_declared_size(tf.constant([b"\xff\xd8\xff" + bytes(40)]))
 
@@ -130,14 +130,14 @@ def _batches(folder, bad_records):
     return list(batches.dataset(Shard(0, 1, 1), num_steps=1))
 
 
-def test_a_bomb_in_a_record_is_refused_by_its_name(folder):
+def test_decompression_bomb_in_a_record_is_refused_by_name(folder):
   with pytest.raises(
     UserError, match=r"a\.tfrecord: record 4 can't be decoded: .*max_pixels"
   ):
     _batches(folder, "refuse")
 
 
-def test_a_bomb_in_a_record_is_replaced_and_counted(folder, caplog):
+def test_decompression_bomb_in_a_record_is_replaced_and_counted(folder, caplog):
   [batch] = _batches(folder, "replace")
   values = np.round(batch.inputs[:, 0, 0, 0].numpy() * 255).astype(int)
   assert sorted(values) == [0, 1, 3, 6, 7, 7, 9, 10]
@@ -145,20 +145,20 @@ def test_a_bomb_in_a_record_is_replaced_and_counted(folder, caplog):
   assert "(bad records so far: 1)" in caplog.text
 
 
-def test_how_many_pixels_are_too_many_can_be_said(folder):
+def test_pixel_limit_is_configurable(folder):
   index = index_records(str(folder), label_feature="label")
   small = ImageDecoder(height=4, width=4, channels=1, max_pixels=15)
   assert "more pixels than the 15 allowed" in record_error(index, small, 0)
   assert record_error(index, ImageDecoder(height=4, width=4, channels=1), 0) is None
 
 
-def test_a_limit_below_one_pixel_is_refused():
+def test_pixel_limit_below_one_is_refused():
   with pytest.raises(UserError, match=r"max_pixels=0 must be at least 1"):
     ImageDecoder(height=4, width=4, channels=1, max_pixels=0)
 
 
 @pytest.mark.parametrize("num_files", [1, 15, 16, 17, 97])
-def test_batches_of_any_size_are_decoded_as_file_by_file(num_files):
+def test_batches_of_any_size_equal_single_decoding(num_files):
   pictures = np.random.default_rng(num_files).integers(
     0, 256, (num_files, 5, 4, 3), np.uint8
   )

@@ -1,4 +1,4 @@
-"""Indexing TFRecords as they are: right, incremental, and exact about damage."""
+"""Indexing TFRecords in place: correct, incremental, with exact damage reports."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _labelled(labels, first=0):
 
 @pytest.fixture
 def folder(tmp_path):
-  """Three shards of a user's own, with labels in a feature of the user's own."""
+  """Three shards of a user, with labels in a custom feature."""
   rng = np.random.default_rng(0)
   for shard in range(3):
     labels = [b"class %d" % n for n in rng.integers(0, 5, 20 + shard)]
@@ -58,7 +58,7 @@ def _feature(record, name):
   return (feature.bytes_list.value or feature.int64_list.value)[0]
 
 
-def test_shards_are_indexed_as_they_are(folder):
+def test_shards_are_indexed_in_place(folder):
   before = {path: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord")}
   index = index_records(str(folder), label_feature="y")
   records = index.read(np.arange(index.num_records))
@@ -70,7 +70,7 @@ def test_shards_are_indexed_as_they_are(folder):
   assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
-def test_a_pattern_names_the_shards(folder):
+def test_pattern_selects_the_shards(folder):
   (folder / "part 2.tfrecord").rename(folder / "other-2.rec")
   _write(folder / "other-1.rec", _labelled([b"x", b"y"]))
   index = index_records(str(folder / "other-*"), label_feature="y")
@@ -89,14 +89,14 @@ def test_the_mode_ingest_indexes_in_place(folder, caplog):
   assert "63 records of 5 classes" in caplog.text
 
 
-def test_integer_labels_name_their_classes_in_digits(tmp_path):
+def test_integer_labels_are_class_names_in_digits(tmp_path):
   _write(tmp_path / "a.tfrecord", _labelled([7, -3, 7]))
   index = index_records(str(tmp_path), label_feature="y")
   assert list(index.class_names) == ["-3", "7"]
   assert index.labels.tolist() == [1, 0, 1]
 
 
-def test_new_shards_are_added_without_reading_the_old(folder, monkeypatch):
+def test_new_shards_are_added_without_reading_old_ones(folder, monkeypatch):
   old = index_records(str(folder), label_feature="y")
   names = list(old.class_names)
   _write(folder / "a first.tfrecord", _labelled([b"class 3", b"a new", b"class 1"]))
@@ -115,13 +115,13 @@ def test_new_shards_are_added_without_reading_the_old(folder, monkeypatch):
     assert (index.labels[index.members(class_id)] == class_id).all()
 
 
-def test_an_index_that_is_whole_is_left(folder, monkeypatch):
+def test_complete_index_is_not_rebuilt(folder, monkeypatch):
   index_records(str(folder), label_feature="y")
   monkeypatch.setattr(indexing, "write_index", None)
   assert index_records(str(folder), label_feature="y").num_records == 63
 
 
-def test_a_changed_shard_is_named_and_all_is_read_anew(folder, caplog):
+def test_changed_shard_is_named_and_all_shards_are_indexed_again(folder, caplog):
   index_records(str(folder), label_feature="y")
   _write(folder / "part 1.tfrecord", _labelled([b"z"] * 9))
   assert index_records(str(folder), label_feature="y").num_records == 51
@@ -129,20 +129,20 @@ def test_a_changed_shard_is_named_and_all_is_read_anew(folder, caplog):
   assert "when it was indexed" in caplog.text
 
 
-def test_a_missing_shard_is_named_and_all_is_read_anew(folder, caplog):
+def test_missing_shard_is_named_and_all_shards_are_indexed_again(folder, caplog):
   index_records(str(folder), label_feature="y")
   (folder / "part 0.tfrecord").unlink()
   assert index_records(str(folder), label_feature="y").num_records == 43
   assert "part 0.tfrecord is in the index but can't be read" in caplog.text
 
 
-def test_a_copy_with_another_time_is_the_same(folder):
+def test_copy_with_another_modification_time_is_unchanged(folder):
   index_records(str(folder), label_feature="y")
   os.utime(folder / "part 1.tfrecord", (1, 1))
   assert RecordIndex.open(str(folder)).num_records == 63
 
 
-def test_other_bytes_of_the_same_size_are_noticed(folder):
+def test_changed_bytes_of_the_same_size_are_detected(folder):
   _write(folder / "part 1.tfrecord", [_example(y=b"aa"), _example(y=b"bb")] * 500)
   index_records(str(folder), label_feature="y")
   _write(folder / "part 1.tfrecord", [_example(y=b"bb"), _example(y=b"aa")] * 500)
@@ -151,7 +151,7 @@ def test_other_bytes_of_the_same_size_are_noticed(folder):
     RecordIndex.open(str(folder))
 
 
-def test_readers_of_the_old_index_go_on(folder):
+def test_readers_of_the_old_index_continue(folder):
   old = index_records(str(folder), label_feature="y")
   labels = np.array(old.labels)
   _write(folder / "more.tfrecord", _labelled([b"a"] * 500))
@@ -165,7 +165,7 @@ def test_an_empty_shard_has_no_records(folder):
   assert index_records(str(folder), label_feature="y").num_records == 63
 
 
-def test_a_shard_cut_short_is_named(folder):
+def test_truncated_shard_is_named(folder):
   path = folder / "part 2.tfrecord"
   path.write_bytes(path.read_bytes()[:-5])
   with pytest.raises(UserError, match=r"part 2\.tfrecord: record 21 is truncated"):
@@ -196,7 +196,7 @@ def test_a_flipped_byte_is_named(folder, position, damage):
     (b"\xff\xff", r"is not a tf\.train\.Example"),
   ],
 )
-def test_a_record_without_such_a_label_is_named(folder, record, message):
+def test_record_without_the_label_feature_is_named(folder, record, message):
   _write(folder / "part 1.tfrecord", [*_labelled([b"a", b"b"]), record])
   with pytest.raises(UserError, match=rf"part 1\.tfrecord: record 2 {message}"):
     index_records(str(folder), label_feature="y")
@@ -209,7 +209,7 @@ def test_a_first_record_without_a_label_is_named(folder):
     index_records(str(folder), label_feature="label")
 
 
-def test_a_label_that_is_no_text_is_named(folder):
+def test_non_text_label_is_named(folder):
   _write(folder / "part 1.tfrecord", [_example(y=b"\xff\xfe")])
   with pytest.raises(UserError, match=r"part 1\.tfrecord has a label .* not UTF-8"):
     index_records(str(folder), label_feature="y")
@@ -233,7 +233,7 @@ def test_a_missing_folder_is_named(tmp_path):
     index_records(str(tmp_path / "gone"), label_feature="y")
 
 
-def test_the_second_process_that_indexes_is_told(folder):
+def test_second_indexing_process_is_refused(folder):
   with (
     lease.locked_folder(str(folder), "indexing"),
     pytest.raises(UserError, match=f"process {os.getpid()} of .* is indexing"),
@@ -241,7 +241,7 @@ def test_the_second_process_that_indexes_is_told(folder):
     index_records(str(folder), label_feature="y")
 
 
-def test_the_old_index_is_there_until_the_new_one_is(folder, monkeypatch):
+def test_old_index_remains_until_the_new_one_is_complete(folder, monkeypatch):
   old = index_records(str(folder), label_feature="y").num_records
   _write(folder / "more.tfrecord", _labelled([b"a"] * 5))
   true_replace = os.replace
@@ -260,7 +260,7 @@ def test_the_old_index_is_there_until_the_new_one_is(folder, monkeypatch):
   assert index_records(str(folder), label_feature="y").num_records == old + 5
 
 
-def test_a_pattern_in_a_folder_with_brackets_names_its_own_shards(folder):
+def test_pattern_in_a_folder_with_brackets_selects_its_shards(folder):
   (folder / "set[1]").mkdir()
   (folder / "set1").mkdir()
   _write(folder / "set[1]" / "a-1", _labelled([b"x", b"y"]))
@@ -269,7 +269,7 @@ def test_a_pattern_in_a_folder_with_brackets_names_its_own_shards(folder):
   assert [shard.name for shard in index.manifest.shards] == ["a-1"]
 
 
-def test_labels_changed_where_nothing_is_sampled_are_read_again(folder, monkeypatch):
+def test_labels_changed_outside_the_sampled_bytes_are_read_again(folder, monkeypatch):
   monkeypatch.setattr("trainer.data.manifest._NUM_SAMPLES", 2)
   path = folder / "part 1.tfrecord"
   around = [_example(y=b"class 0", blob=b"x" * 5000)]
@@ -313,7 +313,7 @@ def test_a_forged_length_is_named(folder, num_bytes):
     index_records(str(folder), label_feature="y")
 
 
-def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
+def test_large_records_are_scanned_in_small_batches(folder, monkeypatch):
   expected = index_records(str(folder), label_feature="y")
   os.utime(folder / "part 1.tfrecord", (1, 1))
   monkeypatch.setattr(indexing, "_BATCH_BYTES", 100)
@@ -332,7 +332,7 @@ def test_large_records_are_scanned_a_few_at_a_time(folder, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["GZIP", "ZLIB"])
-def test_a_compressed_shard_is_told_from_a_damaged_one(tmp_path, method):
+def test_compressed_shard_is_distinguished_from_a_damaged_one(tmp_path, method):
   path = str(tmp_path / "a.tfrecord")
   options = tf.io.TFRecordOptions(compression_type=method)
   with tf.io.TFRecordWriter(path, options) as file:
@@ -353,13 +353,13 @@ def test_a_compressed_shard_is_told_from_a_damaged_one(tmp_path, method):
     ([1, 2, 2.5], r"s\.tfrecord: record 2 has a label of type float_list"),
   ],
 )
-def test_a_record_without_one_label_is_named(tmp_path, labels, message):
+def test_record_without_exactly_one_label_is_named(tmp_path, labels, message):
   _write(tmp_path / "s.tfrecord", [_example(y=label) for label in labels])
   with pytest.raises(UserError, match=message):
     index_records(str(tmp_path), label_feature="y")
 
 
-def test_labels_of_64_bits_stay_apart(tmp_path):
+def test_64_bit_labels_are_distinguished(tmp_path):
   labels = [2**63 - 1, 2**63 - 2, -(2**63), 2**53, 2**53 + 1]
   _write(tmp_path / "s.tfrecord", [_example(y=label) for label in labels])
   index = index_records(str(tmp_path), label_feature="y")

@@ -1,4 +1,4 @@
-"""The writer: goes on after a kill, keeps others out, leaves out what is wanted."""
+"""The writer: resuming after a kill, locking and exclusion of items."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _files(folder):
   return {
     path.relative_to(folder): path.read_bytes()
     for path in sorted(folder.rglob("*"))
-    if path.is_file() and path.name != "manifest.json"  # It has the times.
+    if path.is_file() and path.name != "manifest.json"  # It contains times.
   }
 
 
@@ -58,9 +58,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stop_at", [0, 49, 50, 333, 899])
-def test_an_ingest_stopped_anywhere_goes_on_to_the_same_result(
-  tmp_path, whole, stop_at
-):
+def test_interrupted_ingest_resumes_to_the_same_result(tmp_path, whole, stop_at):
   with pytest.raises(KeyboardInterrupt):
     _writer().write(_loaders([], stop_at), str(tmp_path), {"source": "a"})
   loaded: list[int] = []
@@ -70,7 +68,7 @@ def test_an_ingest_stopped_anywhere_goes_on_to_the_same_result(
 
 
 @pytest.mark.parametrize("stop_at", [1, 10, 20])
-def test_an_ingest_stopped_while_it_is_published_goes_on(
+def test_ingest_interrupted_while_publishing_resumes(
   tmp_path, whole, monkeypatch, stop_at
 ):
   moves = []
@@ -98,7 +96,7 @@ def test_an_ingest_stopped_while_it_is_published_goes_on(
   assert loaded == []
 
 
-def test_what_another_source_left_is_not_gone_on_from(tmp_path, whole):
+def test_partial_ingest_of_another_source_is_not_resumed(tmp_path, whole):
   with pytest.raises(KeyboardInterrupt):
     _writer().write(_loaders([], 333), str(tmp_path), {"source": "b"})
   loaded: list[int] = []
@@ -112,7 +110,7 @@ def test_the_result_does_not_depend_on_the_number_of_threads(tmp_path, whole):
   assert _files(tmp_path) == whole
 
 
-def test_the_second_process_is_told(tmp_path):
+def test_second_ingest_process_is_refused(tmp_path):
   with (
     lease.locked_folder(str(tmp_path), "ingesting into"),
     pytest.raises(UserError, match=f"process {os.getpid()} of .* is ingesting into"),
@@ -122,7 +120,7 @@ def test_the_second_process_is_told(tmp_path):
   assert RecordIndex.open(str(tmp_path)).num_records == _NUM_ITEMS
 
 
-def test_further_features_are_in_the_records(tmp_path):
+def test_additional_features_are_in_the_records(tmp_path):
   _writer().write(_loaders([]), str(tmp_path), {})
   [record] = RecordIndex.open(str(tmp_path)).read([7])
   features = tf.train.Example.FromString(record).features.feature
@@ -132,7 +130,7 @@ def test_further_features_are_in_the_records(tmp_path):
   assert "image" not in features
 
 
-def test_unreadable_items_are_left_out_and_named_if_wanted(tmp_path, caplog):
+def test_unreadable_items_are_skipped_and_named_on_request(tmp_path, caplog):
   items = _items()[:100]
   items[3] = Item("bad one", "class 3", image=b"no image")
   parts = _writer(leave_out_unreadable=True).write(
@@ -144,7 +142,7 @@ def test_unreadable_items_are_left_out_and_named_if_wanted(tmp_path, caplog):
   assert "bad one can't be decoded as an image" in caplog.text
 
 
-def test_duplicates_are_found_by_content_those_of_other_classes_first(tmp_path):
+def test_duplicates_are_found_by_content_across_classes_first(tmp_path):
   items = [
     Item(f"key {n}", f"class {n % 3}", features={"text": str(n % 10)})
     for n in range(12)
@@ -161,7 +159,7 @@ def test_duplicates_are_found_by_content_those_of_other_classes_first(tmp_path):
   )
 
 
-def test_a_summary_says_the_ends_of_the_sizes(tmp_path):
+def test_summary_has_the_range_of_sizes(tmp_path):
   items = [Item(str(n), "ab"[n > 1], features={"x": n}) for n in range(7)]
   written = shards.summary_of_parts(
     _writer().write(map(ItemLoader, items), str(tmp_path), {})
@@ -172,7 +170,7 @@ def test_a_summary_says_the_ends_of_the_sizes(tmp_path):
   assert '"num_records": 7' in (tmp_path / "index" / "summary.json").read_text()
 
 
-def test_vectors_are_kept_to_the_bit(tmp_path):
+def test_vectors_are_kept_bit_for_bit(tmp_path):
   vector = np.random.default_rng(0).normal(size=17).astype(np.float32)
   items = [Item(str(n), str(n % 2), features={"vector": vector * n}) for n in range(4)]
   _writer().write(map(ItemLoader, items), str(tmp_path), {})
@@ -181,7 +179,7 @@ def test_vectors_are_kept_to_the_bit(tmp_path):
   np.testing.assert_array_equal(np.float32(values.value), vector * 3)
 
 
-def test_a_file_of_the_users_own_is_not_written_over(tmp_path):
+def test_user_files_are_not_overwritten(tmp_path):
   (tmp_path / "records-00000.tfrecord").write_bytes(b"mine")
   loaded: list[int] = []
   with pytest.raises(UserError, match=r"records-00000\.tfrecord already exists"):
@@ -190,7 +188,7 @@ def test_a_file_of_the_users_own_is_not_written_over(tmp_path):
   assert loaded == []
 
 
-def test_shards_indexed_in_place_are_not_written_over(tmp_path, whole):
+def test_shards_indexed_in_place_are_not_overwritten(tmp_path, whole):
   shard = tmp_path / "records-00000.tfrecord"
   shard.write_bytes(whole[shard.relative_to(tmp_path)])
   indexing.index_records(str(tmp_path), label_feature="label")
@@ -199,7 +197,7 @@ def test_shards_indexed_in_place_are_not_written_over(tmp_path, whole):
   assert shard.read_bytes() == whole[shard.relative_to(tmp_path)]
 
 
-def test_a_later_shard_in_the_way_is_left(tmp_path):
+def test_user_file_at_a_later_shard_name_is_kept(tmp_path):
   (tmp_path / "records-00003.tfrecord").write_bytes(b"mine")
   with pytest.raises(UserError, match=r"records-00003\.tfrecord already exists"):
     _writer().write(_loaders([]), str(tmp_path), {})
@@ -212,9 +210,7 @@ def test_an_ingest_replaces_its_own_shards(tmp_path, whole):
   assert _files(tmp_path) == whole
 
 
-def test_an_ingest_killed_while_it_replaces_its_own_shards_goes_on(
-  tmp_path, whole, monkeypatch
-):
+def test_ingest_killed_while_replacing_its_shards_resumes(tmp_path, whole, monkeypatch):
   _writer().write(_loaders([]), str(tmp_path), {"source": "a"})
 
   def stop(source, target):
@@ -231,7 +227,7 @@ def test_an_ingest_killed_while_it_replaces_its_own_shards_goes_on(
   assert _files(tmp_path) == whole
 
 
-def test_folders_with_brackets_in_their_names_are_folders(tmp_path):
+def test_folders_with_brackets_in_their_names_are_supported(tmp_path):
   for number in (1, 2):
     (tmp_path / f"set[{number}]").mkdir()
     _writer().write(_loaders([]), str(tmp_path / f"set[{number}]"), {"number": number})
@@ -241,13 +237,13 @@ def test_folders_with_brackets_in_their_names_are_folders(tmp_path):
   assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_pattern_is_no_folder_to_write_into(tmp_path):
+def test_pattern_is_refused_as_an_output_folder(tmp_path):
   with pytest.raises(UserError, match="is a pattern; records are written into a"):
     _writer().write(_loaders([]), str(tmp_path / "set-*"), {})
   assert list(tmp_path.iterdir()) == []
 
 
-def test_an_index_that_was_out_of_the_way_is_put_back(tmp_path):
+def test_set_aside_index_is_restored(tmp_path):
   (tmp_path / "index.old").mkdir()
   (tmp_path / "index.old" / "labels.npy").write_bytes(b"old")
   indexing.recover_index(str(tmp_path / "index"))
@@ -255,7 +251,7 @@ def test_an_index_that_was_out_of_the_way_is_put_back(tmp_path):
   assert not (tmp_path / "index.old").exists()
 
 
-def test_a_name_that_is_no_utf8_is_shown_escaped_in_the_summary(tmp_path):
+def test_name_that_is_not_utf8_is_escaped_in_the_summary(tmp_path):
   items = [Item(f"k\udcff{n}", f"c{n % 2}", features={"x": 1}) for n in range(4)]
   _writer().write(map(ItemLoader, items), str(tmp_path), {"file": "\udcff"})
   text = (tmp_path / "index" / "summary.json").read_text()
@@ -277,7 +273,7 @@ def test_a_failure_while_publishing_leaves_no_shard(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "error", [ValueError("odd"), tf.errors.InternalError(None, None, "odd")]
 )
-def test_whatever_an_item_can_not_be_kept_for_names_it(tmp_path, error):
+def test_every_failure_of_an_item_names_it(tmp_path, error):
   class Failing(ExampleEncoder):
     def __call__(self, item):
       raise error

@@ -1,4 +1,4 @@
-"""Columns of Parquet files: each row keeps its own values, or is refused by name."""
+"""Columns of Parquet files: each row keeps its values or is refused by name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _image(number):
 
 
 def _source(folder, name="rows.parquet", *, options=None, writing=None, **columns):
-  """Twelve rows with the columns that are given beside label and image."""
+  """Returns a source of twelve rows with label, image and the given columns."""
   table = {"label": _LABELS, "image": [_image(n) for n in range(_NUM_ROWS)], **columns}
   path = folder / name
   path.parent.mkdir(exist_ok=True)
@@ -36,7 +36,7 @@ def _source(folder, name="rows.parquet", *, options=None, writing=None, **column
 
 
 def _features(source):
-  """What each record keeps beside image, label and key, as lists."""
+  """Returns features of each record other than image, label and key, as lists."""
   rows = []
   for number, item in enumerate(source.items()):
     record = ExampleEncoder(max_pixels=100)(item)
@@ -70,7 +70,7 @@ _SCALARS = {
 
 
 @pytest.mark.parametrize("name", _SCALARS)
-def test_a_null_is_left_out_and_shifts_no_row(tmp_path, name):
+def test_null_is_omitted_without_shifting_rows(tmp_path, name):
   type_, value_fn = _SCALARS[name]
   given = [None if n % 4 == 1 else value_fn(n) for n in range(_NUM_ROWS)]
   rows = _features(_source(tmp_path, x=pa.array(given, type_)))
@@ -91,7 +91,7 @@ _LISTS = {
 
 
 @pytest.mark.parametrize("name", _LISTS)
-def test_a_list_comes_whole_and_a_null_list_is_left_out(tmp_path, name):
+def test_lists_are_read_whole_and_null_lists_omitted(tmp_path, name):
   type_, value_fn = _LISTS[name]
   given = [None if n == 5 else value_fn(n) for n in range(_NUM_ROWS)]
   rows = _features(_source(tmp_path, x=pa.array(given, pa.list_(type_))))
@@ -112,14 +112,14 @@ def test_an_empty_list_keeps_the_type_of_its_column(tmp_path):
 
 
 @pytest.mark.parametrize("row_group_size", [5, 12])
-def test_vectors_of_fixed_size_come_whole(tmp_path, row_group_size):
+def test_vectors_of_fixed_size_are_read_whole(tmp_path, row_group_size):
   given = np.random.default_rng(0).normal(size=(_NUM_ROWS, 4)).astype(np.float32)
   column = pa.FixedSizeListArray.from_arrays(pa.array(given.ravel()), 4)
   source = _source(tmp_path, x=column, writing={"row_group_size": row_group_size})
   np.testing.assert_array_equal([row["x"] for row in _features(source)], given)
 
 
-def test_lists_of_lists_come_in_row_major_order(tmp_path):
+def test_nested_lists_are_flattened_in_row_major_order(tmp_path):
   given = [[[n, 1, 2], [3, 4, 5]] for n in range(_NUM_ROWS)]
   rows = _features(_source(tmp_path, x=pa.array(given)))
   assert [row["x"] for row in rows] == [[n, 1, 2, 3, 4, 5] for n in range(_NUM_ROWS)]
@@ -133,7 +133,7 @@ def test_lists_of_lists_come_in_row_major_order(tmp_path):
     ([[1, 2], [3, None]], "rows.parquet/2 has a null inside the list of column 'x'"),
   ],
 )
-def test_a_list_with_holes_is_refused_by_row_and_column(tmp_path, bad, message):
+def test_list_with_nulls_is_refused_with_row_and_column(tmp_path, bad, message):
   given = [bad if n == 2 else [[1, 2], [3, 4]] for n in range(_NUM_ROWS)]
   source = _source(tmp_path, x=pa.array(given))
   with pytest.raises(UserError, match=message):
@@ -162,7 +162,7 @@ def test_dates_times_and_decimal_numbers_become_text(tmp_path):
   assert _features(source) == [expected] * _NUM_ROWS
 
 
-def test_fields_of_a_struct_are_columns_with_dotted_names(tmp_path):
+def test_struct_fields_are_columns_with_dotted_names(tmp_path):
   images = [
     None if n == 2 else {"bytes": _image(n), "path": f"{n}.png"} for n in range(3)
   ]
@@ -194,7 +194,7 @@ def test_columns_named_like_features_of_every_record_are_renamed(tmp_path):
     pa.array([[{"a": 1}]] * 12),
   ],
 )
-def test_a_column_of_a_type_that_records_lack_is_refused(tmp_path, column):
+def test_column_of_an_unsupported_type_is_refused(tmp_path, column):
   source = _source(tmp_path, x=column)
   with pytest.raises(UserError, match=r"column 'x' is of type .*, which records can't"):
     list(source.loaders())
@@ -202,7 +202,7 @@ def test_a_column_of_a_type_that_records_lack_is_refused(tmp_path, column):
   assert len(list(kept.items())) == _NUM_ROWS
 
 
-def test_only_the_columns_that_are_named_are_kept(tmp_path):
+def test_only_the_selected_columns_are_kept(tmp_path):
   source = _source(tmp_path, a=[1] * 12, b=[2] * 12, options={"columns": ["b"]})
   assert _features(source) == [{"b": [2]}] * _NUM_ROWS
   missing = ParquetSource(pattern=str(tmp_path / "*"), columns=["c"])
@@ -224,7 +224,7 @@ def test_only_the_columns_that_are_named_are_kept(tmp_path):
     ({"x": [1e300] * 12}, r"has 1e\+300 in the feature 'x'"),
   ],
 )
-def test_a_value_that_records_would_change_is_refused(tmp_path, column, message):
+def test_lossy_value_is_refused(tmp_path, column, message):
   with pytest.raises(UserError, match=message):
     _features(_source(tmp_path, **column))
 
@@ -235,7 +235,7 @@ def test_integers_that_became_floats_are_the_same_classes(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["label", "image"])
-def test_rows_without_label_or_image_are_refused_or_left_out(tmp_path, column):
+def test_rows_without_label_or_image_are_refused_or_skipped(tmp_path, column):
   values = _LABELS if column == "label" else [_image(n) for n in range(_NUM_ROWS)]
   holed = [None if n in (1, 7) else values[n] for n in range(_NUM_ROWS)]
   source = _source(tmp_path / "in", **{column: holed})
@@ -250,7 +250,7 @@ def test_rows_without_label_or_image_are_refused_or_left_out(tmp_path, column):
     assert found["image"].bytes_list.value[0] == _image(number)
 
 
-def test_files_with_one_name_in_two_folders_have_other_keys(tmp_path):
+def test_files_of_equal_names_in_two_folders_have_different_keys(tmp_path):
   for part in ("a", "b"):
     _source(tmp_path / part)
   source = ParquetSource(pattern=str(tmp_path / "*" / "rows.parquet"))
@@ -259,7 +259,7 @@ def test_files_with_one_name_in_two_folders_have_other_keys(tmp_path):
   assert len(set(keys)) == source.num_items() == 2 * _NUM_ROWS
 
 
-def test_a_column_of_another_type_in_another_file_is_refused(tmp_path):
+def test_column_whose_type_differs_between_files_is_refused(tmp_path):
   _source(tmp_path, "a.parquet", x=[1] * 12, y=pa.nulls(12))
   _source(tmp_path, "b.parquet", x=[None] * 11 + [2.5], y=[3] * 12)
   source = ParquetSource(pattern=str(tmp_path / "*.parquet"))

@@ -1,4 +1,4 @@
-"""The pipeline: batches are what the sampler says, whole on every replica."""
+"""The pipeline: batches follow the sampler and have static shapes on every replica."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DECODER = ImageDecoder(height=4, width=3, channels=1)
 
 
 def _image(number):
-  """An image that tells its number: all its values are 5 · number."""
+  """Returns an image whose values are all 5 · number."""
   return np.full((4, 3), 5 * number, np.uint8)
 
 
@@ -48,7 +48,7 @@ def _numbers(batch):
   return np.round(batch.inputs[:, 0, 0, 0] * 51).astype(int)
 
 
-def test_batches_are_those_of_the_sampler(index):
+def test_batches_follow_the_sampler(index):
   sampler = _sampler(index)
   dataset = Batches(index, sampler, _DECODER).dataset(Shard(0, 1, 1), first_step=3)
   for step, batch in enumerate(_take(dataset, 5), start=3):
@@ -73,7 +73,7 @@ def test_replicas_together_have_the_global_batch_and_share_no_class(
   assert sum(map(len, classes)) == len(set.union(*classes)) == 4
 
 
-def test_a_worker_reads_only_its_own_part(index):
+def test_worker_reads_only_its_shard_of_the_batch(index):
   sampler = _sampler(index)
   dataset = Batches(index, sampler, _DECODER).dataset(Shard(2, 1, 4))
   for step, batch in enumerate(_take(dataset, 3)):
@@ -102,7 +102,7 @@ def test_an_image_of_another_size_and_colour_is_converted():
   np.testing.assert_allclose(got, 200 / 255, atol=0.02)
 
 
-def test_vectors_are_as_they_are():
+def test_vectors_are_unchanged():
   feature = tf.train.Feature(float_list=tf.train.FloatList(value=[1.5, -2.0]))
   features = tf.train.Features(feature={"vector": feature})
   example = tf.train.Example(features=features).SerializeToString()
@@ -134,7 +134,7 @@ def test_a_record_that_does_not_decode_is_named(index):
     lambda: VectorDecoder(size=0),
   ],
 )
-def test_sizes_that_are_not_possible_are_refused(make):
+def test_invalid_sizes_are_refused(make):
   with pytest.raises(UserError, match="at least 1"):
     make()
 
@@ -142,8 +142,10 @@ def test_sizes_that_are_not_possible_are_refused(make):
 @pytest.mark.parametrize(
   ("first_replica", "expected"), [(0, [8, 9, 9, 9]), (1, [9, 9, 9, 9])]
 )
-def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, expected):
-  index = copy.copy(index)  # Endless pipelines of other tests may still read that one.
+def test_padding_rows_read_no_additional_record(index, first_replica, expected):
+  index = copy.copy(
+    index
+  )  # Infinite pipelines of other tests may still read the original.
   sampler = SequentialSampler(np.array([8, 9]), records_per_batch=8)
   read, true_read = [], index.read
   index.read = lambda n: read.append(n.tolist()) or true_read(n)
@@ -156,7 +158,7 @@ def test_padding_rows_read_no_record_that_is_not_drawn(index, first_replica, exp
 
 
 @pytest.mark.parametrize("error", [tf.errors.UnavailableError, tf.errors.AbortedError])
-def test_failures_that_no_record_causes_pass(index, error):
+def test_failures_not_caused_by_records_propagate(index, error):
   batches = Batches(index, _sampler(index), VectorDecoder(size=2))
   with pytest.raises(error), batches.reporting_bad_records(0, 0):
     raise error(None, None, "a worker is gone")

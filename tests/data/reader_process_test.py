@@ -1,4 +1,4 @@
-"""Damaged files end the child process that reads them, and never the run."""
+"""Damaged files crash the child process that reads them, never the run."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ _NUM_ITEMS = 60
 
 
 def abort_after_one(path, name):
-  """Reads one message and dies as C++ does on an exception that nobody catches."""
+  """Reads one message and aborts, like an uncaught C++ exception."""
   yield {"first": name}, [b"\0" * 100_000]
   os.kill(os.getpid(), signal.SIGABRT)
 
 
 def run_out_of_memory(path, name):
-  """Dies as by Linux where memory is short."""
+  """Dies like a process killed by the OOM killer of Linux."""
   os.kill(os.getpid(), signal.SIGKILL)
   yield {}, []
 
 
 def take_too_much(path, name):
-  """Asks for more memory than a reader may have, and touches none of it."""
+  """Allocates more memory than the limit of a reader, without touching it."""
   bytearray(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 6 // 10)
   yield {}, []
 
 
-def loop_for_ever(path, name):
-  """Computes without end, as C libraries do on some damaged files."""
+def loop_forever(path, name):
+  """Loops forever, as C libraries do on some damaged files."""
   yield {}, []
   while True:
     pass
 
 
 def fail(path, name):
-  """Raises what no file is to blame for."""
+  """Raises an error that no file causes."""
   print("this must not get between the messages")
   yield {"pid": os.getpid()}, []
   raise ZeroDivisionError("a fault of the program")
 
 
 def many(path, name):
-  """More messages than a pipe holds."""
+  """Yields more messages than a pipe can buffer."""
   while True:
     yield {"pid": os.getpid()}, [b"\0" * 100_000]
 
@@ -67,40 +67,40 @@ def file(tmp_path):
   return str(tmp_path / "a file")
 
 
-def test_a_reader_that_aborts_is_one_line_after_what_it_sent(file):
+def test_aborted_reader_is_reported_in_one_line_after_its_messages(file):
   messages = reader_process.read(abort_after_one, file)
   assert next(messages) == ({"first": file}, [b"\0" * 100_000])
   with pytest.raises(UserError, match=r"a file can't be read: .*ended with SIGABRT"):
     next(messages)
 
 
-def test_a_reader_that_is_killed_is_no_damage(file):
+def test_killed_reader_is_not_reported_as_damage(file):
   with pytest.raises(UserError, match="its reader was killed, perhaps for lack of mem"):
     list(reader_process.read(run_out_of_memory, file))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits of Linux")
-def test_a_file_that_takes_too_much_memory_is_named(file):
+def test_file_that_needs_too_much_memory_is_named(file):
   with pytest.raises(UserError, match="a file can't be read: it takes more than half"):
     list(reader_process.read(take_too_much, file))
 
 
-def test_a_reader_that_loops_for_ever_is_ended(file, monkeypatch):
+def test_endless_reader_is_terminated(file, monkeypatch):
   monkeypatch.setattr(reader_process, "_TIMEOUT_S", 2.0)
-  messages = reader_process.read(loop_for_ever, file)
+  messages = reader_process.read(loop_forever, file)
   assert next(messages) == ({}, [])
   with pytest.raises(UserError, match=r"a file can't .* no progress for 2 s"):
     next(messages)
 
 
-def test_a_fault_of_the_program_is_not_blamed_on_the_file(file):
+def test_internal_error_is_not_attributed_to_the_file(file):
   messages = reader_process.read(fail, file)
   next(messages)
   with pytest.raises(RuntimeError, match="ZeroDivisionError: a fault of the program"):
     next(messages)
 
 
-def test_a_reader_ends_where_its_messages_are_not_wanted(file):
+def test_reader_exits_if_its_messages_are_not_consumed(file):
   messages = reader_process.read(many, file)
   header, _ = next(messages)
   messages.close()
@@ -157,7 +157,7 @@ def _zeros_inside(content):
 
 
 def _other_bytes(content):
-  """Random bytes in every page of 512; the same at every call."""
+  """Writes the same random bytes into every page of 512 at each call."""
   damaged = bytearray(content)
   rng = np.random.default_rng(0)
   for start in range(0, len(damaged), 512):
@@ -176,7 +176,7 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path, make, damage):
   assert "\n" not in str(refusal.value)
 
 
-def test_a_damaged_page_of_parquet_is_found_by_its_checksum(tmp_path):
+def test_damaged_parquet_page_is_detected_by_its_checksum(tmp_path):
   path, source = _parquet(tmp_path)
   content = path.read_bytes()
   [place] = [n for n in range(len(content)) if content.startswith(_image(33), n)]
@@ -187,7 +187,7 @@ def test_a_damaged_page_of_parquet_is_found_by_its_checksum(tmp_path):
     list(source.items())
 
 
-def test_a_remote_file_is_read_by_a_copy_that_is_removed(tmp_path):
+def test_remote_file_is_read_through_a_temporary_copy(tmp_path):
   local, _ = _parquet(tmp_path)
   remote = "ram://reader_process/a.parquet"
   filesystem.make_folder("ram://reader_process")

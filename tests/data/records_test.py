@@ -1,4 +1,4 @@
-"""Records by number: they agree with a plain pass, and damage is named."""
+"""Records by number: equal to a sequential read, with damage reported."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def _flip(path, position):
   path.write_bytes(content)
 
 
-def test_records_are_those_of_a_plain_pass(folder):
+def test_records_equal_those_of_a_sequential_read(folder):
   index = RecordIndex.open(str(folder))
   expected = _plain_pass(folder)
   assert index.num_records == len(expected) == _NUM_RECORDS
   assert index.read(np.arange(_NUM_RECORDS)) == expected
 
 
-def test_records_come_in_the_order_asked_for(folder):
+def test_records_are_read_in_the_requested_order(folder):
   numbers = [22, 0, 7, 7, 13]
   expected = _plain_pass(folder)
   records = RecordIndex.open(str(folder)).read(numbers)
@@ -82,7 +82,7 @@ def test_members_are_the_records_of_a_class(folder):
     assert index.members(class_id).tolist() == expected
 
 
-def test_frames_are_those_of_tensorflow(tmp_path):
+def test_frames_equal_those_of_tensorflow(tmp_path):
   path = tmp_path / "records"
   records = [b"", b"a", bytes(range(256)) * 5]
   with tf.io.TFRecordWriter(str(path)) as file:
@@ -112,7 +112,7 @@ def test_a_flipped_last_byte_is_named(folder):
     index.read(np.arange(_NUM_RECORDS))
 
 
-def test_records_beside_a_corrupt_one_can_be_read(folder):
+def test_other_records_of_a_corrupt_shard_are_readable(folder):
   expected = _plain_pass(folder)
   index = RecordIndex.open(str(folder))
   start = int(np.load(folder / "index" / "offsets.npy")[12])
@@ -120,7 +120,7 @@ def test_records_beside_a_corrupt_one_can_be_read(folder):
   assert index.read([11, 13]) == [expected[11], expected[13]]
 
 
-def test_a_shard_cut_short_while_it_is_read_is_named(folder):
+def test_shard_truncated_while_it_is_read_is_named(folder):
   index = RecordIndex.open(str(folder))
   path = _shard(folder, 1)
   path.write_bytes(path.read_bytes()[:-7])
@@ -130,7 +130,7 @@ def test_a_shard_cut_short_while_it_is_read_is_named(folder):
     index.read([9])
 
 
-def test_a_shard_that_goes_while_it_is_read_is_named(folder):
+def test_shard_removed_while_it_is_read_is_named(folder):
   index = RecordIndex.open(str(folder))
   _shard(folder, 3).unlink()
   with pytest.raises(UserError, match=r"records-00003\.tfrecord: record 1 can't be"):
@@ -150,7 +150,7 @@ def test_a_missing_shard_is_named_when_the_index_is_opened(folder):
     RecordIndex.open(str(folder))
 
 
-def test_an_index_array_cut_short_is_named(folder):
+def test_truncated_index_array_is_named(folder):
   path = folder / "index" / "labels.npy"
   path.write_bytes(path.read_bytes()[:-4])
   with pytest.raises(UserError, match=r"labels\.npy of the index is damaged"):
@@ -179,20 +179,20 @@ def test_a_damaged_manifest_is_named(folder):
 
 
 @pytest.mark.parametrize("name", ["", "gone", "records-00000.tfrecord"])
-def test_a_place_without_index_is_named(folder, name):
+def test_folder_without_an_index_is_named(folder, name):
   (folder / "index").rename(folder / "elsewhere")
   with pytest.raises(UserError, match="has no index; run --mode=ingest first"):
     RecordIndex.open(str(folder / name))
 
 
 @pytest.mark.parametrize("content", ["null", "[]", '{"version": 1, "shards": 3}'])
-def test_a_manifest_of_another_shape_is_named(folder, content):
+def test_manifest_of_another_structure_is_named(folder, content):
   (folder / "index" / "manifest.json").write_text(content)
   with pytest.raises(UserError, match=r"manifest\.json is damaged"):
     RecordIndex.open(str(folder))
 
 
-def test_few_shards_are_open_however_many_a_batch_has(folder, monkeypatch):
+def test_number_of_open_shards_is_bounded(folder, monkeypatch):
   monkeypatch.setattr("trainer.data.records._MAX_OPEN_SHARDS", 1)
   opened: weakref.WeakSet = weakref.WeakSet()
   num_open = []

@@ -1,4 +1,4 @@
-"""The sampler's promises, checked by counting what it draws."""
+"""Guarantees of samplers, checked by counting their draws."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def _class_of(sizes, records):
   return np.repeat(np.arange(len(sizes)), sizes)[records]
 
 
-# Numbers of classes below, at and above twice P, dividing by P and not.
+# Numbers of classes below, at and above twice P, divisible by P and not.
 @pytest.mark.parametrize("num_classes", [5, 6, 9, 10, 13, 40, 41, 97])
-def test_every_class_comes_once_in_an_epoch(num_classes):
+def test_every_class_is_drawn_once_per_epoch(num_classes):
   sizes = [7] * num_classes
   sampler = _sampler(sizes, 5, 2)
   num_steps = 4 * num_classes  # Twenty epochs.
@@ -62,7 +62,7 @@ def test_classes_of_a_batch_are_distinct(num_classes):
     assert (classes == classes[:, :1]).all()
 
 
-def test_no_member_comes_again_before_all_have_come():
+def test_no_member_repeats_before_all_are_drawn():
   sizes = [2, 4, 5, 7, 8, 9, 30]
   sampler = _sampler(sizes, 3, 4)
   streams = collections.defaultdict(list)
@@ -76,7 +76,7 @@ def test_no_member_comes_again_before_all_have_come():
     assert all(len(set(cycle)) == size for cycle in whole.tolist())
 
 
-def test_samples_of_a_class_are_distinct_where_it_has_enough():
+def test_samples_of_a_large_enough_class_are_distinct():
   sizes = [4, 5, 6, 7, 8, 50]
   sampler = _sampler(sizes, 2, 4)
   rows = np.concatenate([sampler.batch(step) for step in range(500)])
@@ -90,14 +90,14 @@ def test_small_classes_are_repeated_as_equally_often_as_possible():
     assert sorted(collections.Counter(row.tolist()).values()) == [2, 3, 3]
 
 
-def test_small_classes_are_left_out_if_wanted():
+def test_small_classes_are_excluded_on_request():
   sizes = [3, 9, 9, 9]
   sampler = _sampler(sizes, 3, 4, small_classes="leave_out")
   drawn = np.concatenate([sampler.batch(step).ravel() for step in range(50)])
   assert set(_class_of(sizes, drawn)) == {1, 2, 3}
 
 
-def test_small_classes_are_said_in_the_log(caplog):
+def test_small_classes_are_logged(caplog):
   with caplog.at_level("INFO", logger="absl"):
     _sampler([3, 9, 9], 2, 4)
   assert "1 of 3 classes have fewer than 4 records" in caplog.text
@@ -111,7 +111,7 @@ def test_batch_is_a_pure_function_of_seed_and_step():
     np.testing.assert_array_equal(other.batch(step), batches[step])
 
 
-def test_another_seed_is_another_order():
+def test_order_depends_on_the_seed():
   sizes = [20] * 30
   one = np.stack([_sampler(sizes, 5, 2, seed=1).batch(step) for step in range(20)])
   two = np.stack([_sampler(sizes, 5, 2, seed=2).batch(step) for step in range(20)])
@@ -125,7 +125,7 @@ def test_only_the_given_classes_are_drawn():
   assert set(_class_of(sizes, drawn)) == {1, 4, 7, 8}
 
 
-def test_pairs_of_classes_meet_equally_often():
+def test_pairs_of_classes_share_batches_equally_often():
   # 12 classes, P = 4: a pair shares a batch with probability 4·3 / (12·11).
   sizes, num_steps = [2] * 12, 6000
   sampler = _sampler(sizes, 4, 2)
@@ -139,7 +139,7 @@ def test_pairs_of_classes_meet_equally_often():
   assert np.abs(pairs - expected).max() < 6 * np.sqrt(expected)
 
 
-def test_ten_million_classes_need_no_memory_of_their_own():
+def test_ten_million_classes_need_no_additional_memory():
   starts = np.arange(10_000_001, dtype=np.int64)
   table = MemberTable(np.arange(10_000_000), starts)
   sampler = PKSampler(table, classes_per_batch=512, samples_per_class=1, seed=0)
@@ -156,12 +156,12 @@ def test_ten_million_classes_need_no_memory_of_their_own():
     (lambda: SequentialSampler(np.arange(3), records_per_batch=0), "at least 1"),
   ],
 )
-def test_what_cannot_be_drawn_is_refused(make, message):
+def test_invalid_options_are_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
 
-def test_sequential_sampler_goes_through_all_and_pads_the_last_batch():
+def test_sequential_sampler_covers_all_and_pads_the_last_batch():
   sampler = SequentialSampler(np.array([4, 8, 15, 16, 23]), records_per_batch=2)
   batches = [sampler.batch(step).tolist() for step in range(sampler.num_batches)]
   assert batches == [[4, 8], [15, 16], [23, -1]]
@@ -194,7 +194,7 @@ def _hard(index, **options):
   )
 
 
-def test_some_rows_are_of_hard_classes():
+def test_batch_contains_rows_of_hard_classes():
   index = _Index([4] * 20)
   sampler = _hard(index)
   assert sampler.shape == (6, 3)
@@ -205,7 +205,7 @@ def test_some_rows_are_of_hard_classes():
     assert [c in (1, 5, 7) for c in classes[:, 0]] == [True] * 2 + [False] * 4
 
 
-def test_hard_classes_of_the_other_side_are_passed_over():
+def test_hard_classes_outside_the_training_classes_are_ignored():
   index = _Index([4] * 20)
   sampler = _hard(index, classes=np.array([0, 1, 2, 3, 4, 5, 6], np.int32))
   drawn = index.labels[sampler.batches(np.arange(50))]
@@ -217,7 +217,7 @@ def test_too_few_hard_classes_are_refused():
     _hard(_Index([4] * 20), classes=np.arange(5, dtype=np.int32))
 
 
-def test_a_hard_class_that_the_data_have_not_is_named():
+def test_unknown_hard_class_is_named():
   options = {"sampler_fn": _sampler_fn, "num_hard": 1, "num_others": 1}
   with pytest.raises(UserError, match="hard_classes names clas 1: not a class"):
     HardClassSampler(_Index([3] * 4), hard_classes=["class 2", "clas 1"], **options)
@@ -227,7 +227,7 @@ def test_a_hard_class_that_the_data_have_not_is_named():
   ("pattern", "message"),
   [("(a", "is not a regular expression"), ("^a/", "has no group")],
 )
-def test_a_group_pattern_that_is_none_is_refused(pattern, message):
+def test_invalid_group_pattern_is_refused(pattern, message):
   with pytest.raises(UserError, match=message):
     _grouped(_Index([3] * 4), group_pattern=pattern)
 
@@ -238,7 +238,7 @@ def _lone(index, num_singleton_rows):
   )
 
 
-def test_lone_images_fill_rows_of_their_own():
+def test_images_alone_in_their_class_fill_separate_rows():
   index = _Index([1, 5, 1, 4, 1, 3, 1, 1, 6, 1, 1])
   sampler = _lone(index, 2)
   assert sampler.shape == (4, 3)
@@ -250,7 +250,7 @@ def test_lone_images_fill_rows_of_their_own():
   assert set(drawn.ravel()) == set(range(11))
 
 
-def test_too_few_lone_images_are_refused():
+def test_too_few_images_alone_in_their_class_are_refused():
   with pytest.raises(
     UserError, match=r"6 classes of one image, and there are 4.*most 1"
   ):
@@ -266,7 +266,7 @@ def _grouped(index, **options):
   return GroupedSampler(index, sampler_fn=_sampler_fn(3), seed=0, **options)
 
 
-def test_a_batch_is_of_one_group_and_groups_come_by_their_size():
+def test_batch_is_of_one_group_drawn_in_proportion_to_its_size():
   index = _Index([4] * 18, _NAMES)
   groups = np.array([name[0] for name in _NAMES])
   drawn = groups[index.labels[_grouped(index).batches(np.arange(60))]]
@@ -275,14 +275,14 @@ def test_a_batch_is_of_one_group_and_groups_come_by_their_size():
   assert dict(zip(names, counts)) == {"a": 30, "b": 10, "c": 20}
 
 
-def test_every_class_of_a_group_comes_equally_often():
+def test_classes_of_a_group_are_drawn_equally_often():
   index = _Index([4] * 18, _NAMES)
   drawn = index.labels[_grouped(index).batches(np.arange(60))][:, :, 0]
   np.testing.assert_array_equal(np.bincount(drawn.ravel()), np.full(18, 10))
 
 
 @pytest.mark.parametrize("make", [_grouped, _hard, lambda index: _lone(index, 1)])
-def test_steps_drawn_together_are_those_drawn_alone(make):
+def test_steps_drawn_together_equal_steps_drawn_alone(make):
   index = _Index([4] * 18 + [1] * 3, [*_NAMES, "a/x", "a/y", "a/z"])
   if make is _hard:
     index.class_names = [f"class {n}" for n in range(21)]
@@ -299,6 +299,6 @@ def test_steps_drawn_together_are_those_drawn_alone(make):
     (["a/1", "a/2", "a/3", "none"], "The class 'none' has no group by"),
   ],
 )
-def test_groups_that_make_no_batch_are_refused(names, message):
+def test_groups_too_small_for_a_batch_are_refused(names, message):
   with pytest.raises(UserError, match=message):
     _grouped(_Index([4] * 4, names))

@@ -1,4 +1,4 @@
-"""Sources: what they yield, and what they say of missing and damaged files."""
+"""Sources: their items, and errors for missing and damaged files."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _folder_items(folder):
   return list(ImageFolderSource(folder=str(folder)).items())
 
 
-def test_digits_are_scaled_from_no_ink_to_full_ink():
+def test_digits_are_scaled_to_the_full_range():
   items = list(DigitsSource().items())
   images = np.stack([tf.io.decode_png(item.image).numpy() for item in items[:200]])
   assert len(items) == 1797
@@ -71,7 +71,7 @@ def test_digits_are_scaled_from_no_ink_to_full_ink():
   assert (images.min(), images.max()) == (0, 255)
 
 
-def test_idx_images_come_back_bit_for_bit(idx_folder):
+def test_idx_images_are_read_bit_for_bit(idx_folder):
   items = list(_source(idx_folder).items())
   decoded = [tf.io.decode_png(item.image).numpy()[..., 0] for item in items]
   np.testing.assert_array_equal(decoded, _images())
@@ -79,7 +79,7 @@ def test_idx_images_come_back_bit_for_bit(idx_folder):
   assert [item.key for item in items] == [f"images/{n}" for n in range(12)]
 
 
-def test_idx_pairs_follow_each_other(idx_folder):
+def test_idx_pairs_are_concatenated(idx_folder):
   _write_idx(idx_folder / "more", _images(2))
   _write_idx(idx_folder / "more_labels", np.array([2, 0], np.uint8))
   pairs = [("images", "labels"), ("more", "more_labels")]
@@ -91,7 +91,7 @@ def test_idx_pairs_follow_each_other(idx_folder):
   ]
 
 
-def test_labels_get_their_names(idx_folder):
+def test_labels_have_their_class_names(idx_folder):
   items = list(_source(idx_folder, class_names=("shirt", "bag", "shoe")).items())
   assert [item.label for item in items[:4]] == ["shirt", "bag", "shoe", "shirt"]
 
@@ -106,13 +106,13 @@ def test_two_labels_of_one_name_are_refused(idx_folder):
     _source(idx_folder, class_names=("a", "b", "a"))
 
 
-def test_a_text_for_the_names_of_labels_is_refused(idx_folder):
+def test_string_of_label_names_is_refused(idx_folder):
   with pytest.raises(UserError, match="class_names='abc' must be a list of names"):
     _source(idx_folder, class_names="abc")
 
 
 @pytest.mark.parametrize("pairs", [(), ("images", "labels"), [("images",)]])
-def test_pairs_that_are_none_are_refused(pairs):
+def test_invalid_pairs_are_refused(pairs):
   with pytest.raises(UserError, match=r"IdxSource\.pairs=.* must be pairs"):
     IdxSource(folder="anywhere", pairs=pairs)
 
@@ -135,7 +135,7 @@ def test_a_truncated_idx_file_is_named_with_its_last_whole_record(idx_folder):
     list(_source(idx_folder).items())
 
 
-def test_an_idx_file_with_more_than_its_head_says_is_named(idx_folder):
+def test_idx_file_with_trailing_bytes_is_named(idx_folder):
   with open(idx_folder / "images", "ab") as file:
     file.write(b"more")
   with pytest.raises(UserError, match=r"images is damaged.*244 of 240 bytes"):
@@ -143,7 +143,7 @@ def test_an_idx_file_with_more_than_its_head_says_is_named(idx_folder):
 
 
 @pytest.mark.parametrize("keep", [0, 3, 10])
-def test_an_idx_file_without_its_whole_head_is_named(idx_folder, keep):
+def test_idx_file_with_a_truncated_header_is_named(idx_folder, keep):
   path = idx_folder / "images"
   path.write_bytes(path.read_bytes()[:keep])
   with pytest.raises(UserError, match="images is not an idx file"):
@@ -174,10 +174,12 @@ def test_a_truncated_gzip_is_named(idx_folder):
     list(_source(idx_folder).items())
 
 
-def test_every_flipped_byte_of_gzipped_data_is_noticed(idx_folder):
+def test_every_flipped_byte_of_gzipped_data_is_detected(idx_folder):
   path = idx_folder / "labels.gz"
   whole = path.read_bytes()
-  for position in range(10, len(whole)):  # Before, time and name of the file stand.
+  for position in range(
+    10, len(whole)
+  ):  # Earlier bytes hold time and name of the file.
     path.write_bytes(
       whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
     )
@@ -198,7 +200,7 @@ def test_image_files_are_kept_byte_for_byte(image_folder):
     assert item.image == (image_folder / item.key).read_bytes()
 
 
-def test_hidden_and_other_files_are_left_out(image_folder, caplog):
+def test_hidden_and_other_files_are_skipped(image_folder, caplog):
   for name in (".hidden.png", "Thumbs.db", "notes.txt"):
     (image_folder / "b" / name).write_bytes(b"no image")
   (image_folder / ".cache").mkdir()
@@ -221,7 +223,7 @@ def _keys_and_labels(folder, **options):
 
 @pytest.fixture
 def nested_folder(tmp_path):
-  """Two classes, one with images in folders below it, and a third with no other."""
+  """Two classes, one with images in subfolders, and a third with only those."""
   _add_images(tmp_path, "a/0.png", "b/0.JPG", "b/x/1.tiff", "b/x/y/2.png", "c/z/3.jp2")
   return tmp_path
 
@@ -233,7 +235,9 @@ def test_images_below_class_folders_are_counted(nested_folder, caplog):
   assert "(b/x/1.tiff, b/x/y/2.png, c/z/3.jp2)" in caplog.text
 
 
-def test_many_images_below_class_folders_take_one_line(nested_folder, caplog):
+def test_many_images_below_class_folders_are_reported_in_one_line(
+  nested_folder, caplog
+):
   _add_images(nested_folder, *(f"a/more/{number}.png" for number in range(20)))
   _keys_and_labels(nested_folder)
   lines = [record.message for record in caplog.records if " below " in record.message]
@@ -242,7 +246,7 @@ def test_many_images_below_class_folders_take_one_line(nested_folder, caplog):
   assert lines[0].count(".png") == 5
 
 
-def test_images_below_class_folders_can_have_their_class(nested_folder, caplog):
+def test_images_below_class_folders_may_belong_to_the_class(nested_folder, caplog):
   assert _keys_and_labels(nested_folder, subfolders="of_class") == [
     ("a/0.png", "a"),
     ("b/0.JPG", "b"),
@@ -265,7 +269,7 @@ def test_folders_below_class_folders_can_be_classes(nested_folder, caplog):
 
 
 @pytest.mark.parametrize("subfolders", ["leave_out", "of_class", "classes"])
-def test_links_to_a_folder_above_end(nested_folder, subfolders):
+def test_cyclic_links_terminate(nested_folder, subfolders):
   for name in ("b/x/up", "loop", "a/self"):
     (nested_folder / name).symlink_to(nested_folder, target_is_directory=True)
   (nested_folder / "b/x/y/b").symlink_to(nested_folder / "b")
@@ -276,7 +280,7 @@ def test_links_to_a_folder_above_end(nested_folder, subfolders):
   assert len(found) == num_files
 
 
-def test_the_treatment_of_folders_below_is_in_the_fingerprint(nested_folder):
+def test_subfolder_option_is_part_of_the_fingerprint(nested_folder):
   sources = [
     ImageFolderSource(folder=str(nested_folder), subfolders=subfolders)
     for subfolders in ("leave_out", "of_class", "classes")
@@ -286,14 +290,14 @@ def test_the_treatment_of_folders_below_is_in_the_fingerprint(nested_folder):
   assert "subfolders" not in fingerprints[0]
 
 
-def test_an_unknown_treatment_of_folders_below_is_refused():
+def test_unknown_subfolder_option_is_refused():
   with pytest.raises(UserError, match="must be one of leave_out, of_class, classes"):
     ImageFolderSource(folder="a", subfolders="all")
 
 
 @pytest.fixture
 def split_folder(tmp_path):
-  """Classes in two splits, and files beside them."""
+  """Classes in two splits, and other files."""
   _add_images(tmp_path, "train/a/0.png", "train/b/1.png", "Val/a/2.png", "Val/c/3.png")
   (tmp_path / "notes").mkdir()
   (tmp_path / "notes" / "info.json").write_text("{}")
@@ -308,7 +312,7 @@ def test_splits_above_the_class_folders_are_explained(split_folder, subfolders):
     source.fingerprint()
 
 
-def test_splits_that_are_named_are_read(split_folder, caplog):
+def test_selected_splits_are_read(split_folder, caplog):
   source = ImageFolderSource(folder=str(split_folder), splits=("train", "Val"))
   assert [(item.key, item.label, item.features) for item in source.items()] == [
     ("train/a/0.png", "a", {"split": "train"}),
@@ -327,17 +331,17 @@ def test_nested_classes_of_splits_are_named_without_the_split(split_folder):
   assert labels == {"a", "a/x", "b", "c"}
 
 
-def test_one_split_can_be_the_folder(split_folder):
+def test_folder_may_be_a_single_split(split_folder):
   found = _keys_and_labels(split_folder / "train")
   assert found == [("a/0.png", "a"), ("b/1.png", "b")]
 
 
-def test_a_split_that_is_not_there_is_named(split_folder):
+def test_missing_split_is_named(split_folder):
   with pytest.raises(UserError, match="test can't be read: No such file"):
     _keys_and_labels(split_folder, splits=("train", "test"))
 
 
-def test_splits_as_a_text_are_refused():
+def test_string_of_splits_is_refused():
   with pytest.raises(UserError, match="splits='train' must be a list of names"):
     ImageFolderSource(folder="a", splits="train")
 
@@ -348,18 +352,18 @@ def test_classes_with_names_of_splits_are_read_with_a_warning(tmp_path, caplog):
   assert "the classes are named like splits: test, train" in caplog.text
 
 
-def test_empty_splits_take_folders_with_such_names_for_classes(split_folder):
+def test_split_names_are_classes_if_splits_is_empty(split_folder):
   found = _keys_and_labels(split_folder, splits=(), subfolders="of_class")
   assert {label for _, label in found} == {"train", "Val"}
 
 
-def test_a_class_named_like_a_split_among_others_is_a_class(tmp_path, caplog):
+def test_one_folder_named_like_a_split_is_a_class(tmp_path, caplog):
   _add_images(tmp_path, "test/0.png", "a/1.png", "b/2.png")
   assert {label for _, label in _keys_and_labels(tmp_path)} == {"test", "a", "b"}
   assert not caplog.text
 
 
-def test_a_broken_link_is_left_out_where_bad_items_are(image_folder):
+def test_broken_link_is_skipped_like_other_bad_items(image_folder):
   (image_folder / "b" / "9.png").symlink_to(image_folder / "gone")
   (image_folder / "b" / "8.png").symlink_to(image_folder / "b" / "8.png")
   target = image_folder.parent / "left_out_records"
@@ -381,7 +385,7 @@ def test_a_broken_link_is_refused_before_anything_is_written(image_folder):
   assert not target.exists()
 
 
-def test_another_size_of_a_file_is_another_fingerprint(image_folder):
+def test_fingerprint_depends_on_file_sizes(image_folder):
   before = ImageFolderSource(folder=str(image_folder)).fingerprint()
   with open(image_folder / "b" / "0.png", "ab") as file:
     file.write(b"\0")
@@ -390,7 +394,7 @@ def test_another_size_of_a_file_is_another_fingerprint(image_folder):
   assert before["digest"] != after["digest"]
 
 
-def test_class_folders_without_images_are_left_out_and_named(image_folder, caplog):
+def test_class_folders_without_images_are_skipped_and_named(image_folder, caplog):
   (image_folder / "bare").mkdir()
   assert {item.label for item in _folder_items(image_folder)} == {"Käse Brot", "b"}
   assert "1 class folders have no image and are skipped (bare)" in caplog.text
@@ -431,14 +435,14 @@ def test_a_folder_named_like_an_image_is_named(image_folder):
     _folder_items(image_folder)
 
 
-def test_a_class_name_that_is_no_utf8_is_refused(image_folder):
+def test_class_name_that_is_not_utf8_is_refused(image_folder):
   folder = os.fsencode(image_folder) + b"/caf\xe9"
   os.mkdir(folder)
   with pytest.raises(UserError, match="a class name must be UTF-8"):
     _folder_items(image_folder)
 
 
-def test_sources_of_files_know_how_many_items_they_have(idx_folder):
+def test_items_of_file_sources_are_counted(idx_folder):
   assert _source(idx_folder).num_items() == 12
   (idx_folder / "labels.gz").rename(idx_folder / "labels.idx.gz")
   plain = gzip.decompress((idx_folder / "labels.idx.gz").read_bytes())
@@ -447,11 +451,11 @@ def test_sources_of_files_know_how_many_items_they_have(idx_folder):
   assert DigitsSource().num_items() == len(list(DigitsSource().loaders()))
 
 
-def test_a_folder_knows_how_many_items_it_has(image_folder):
+def test_items_of_a_folder_are_counted(image_folder):
   assert ImageFolderSource(folder=str(image_folder)).num_items() == 6
 
 
-def test_a_file_without_a_head_is_named_when_it_is_counted(idx_folder):
+def test_file_without_a_header_is_named_when_counted(idx_folder):
   (idx_folder / "labels.gz").write_bytes(gzip.compress(b"\0\0"))
   with pytest.raises(
     UserError, match=r"labels\.gz is not an idx file .* its header is incomplete"

@@ -1,4 +1,4 @@
-"""Sources of listed and packed items: what they yield, and what they refuse."""
+"""Sources of listed and packed items: their items and refused inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _image(number):
 
 @pytest.fixture
 def listed(tmp_path):
-  """Three images, and a list of them with a further column of each kind."""
+  """Three images and a list of them with an additional column of each type."""
   for number in range(3):
     (tmp_path / f"bild {number}.png").write_bytes(encode_png(_image(number)))
   (tmp_path / "list.csv").write_text(
@@ -45,7 +45,7 @@ def _manifest(folder, **options):
   return ManifestSource(path=str(folder / "list.csv"), **options)
 
 
-def test_further_columns_become_features(listed):
+def test_additional_columns_become_features(listed):
   items = list(_manifest(listed).items())
   assert [item.label for item in items] == ["a, b", "ö", "ö"]
   assert [item.key for item in items] == [f"bild {n}.png" for n in range(3)]
@@ -63,7 +63,7 @@ def test_features_of_a_manifest_are_in_the_records(listed):
   assert features["price"].float_list.value == [1.5]
 
 
-def test_a_tsv_of_texts_needs_no_images(tmp_path):
+def test_tsv_of_texts_needs_no_images(tmp_path):
   (tmp_path / "texts.tsv").write_text("label\ttext\nx\tone, two\ny\tthree\n")
   source = ManifestSource(path=str(tmp_path / "texts.tsv"), path_column=None)
   items = list(source.items())
@@ -106,12 +106,12 @@ def test_a_damaged_row_is_named(listed, row, message):
     ({"number_columns": {"year": "date"}}, "'date' must be 'int'"),
   ],
 )
-def test_columns_that_are_not_there_are_refused(listed, options, message):
+def test_missing_columns_are_refused(listed, options, message):
   with pytest.raises(UserError, match=message):
     list(_manifest(listed, **options).loaders())
 
 
-def test_a_manifest_that_is_no_text_is_named(listed):
+def test_binary_manifest_is_named(listed):
   (listed / "list.csv").write_bytes(b"path,label\n\xff,\xfe\n")
   with pytest.raises(UserError, match=r"list\.csv is not UTF-8 \(byte 11\)"):
     list(_manifest(listed, number_columns={}).loaders())
@@ -126,7 +126,7 @@ def test_a_link_to_itself_is_named(tmp_path):
     ImageFolderSource(folder=str(tmp_path)).check()
 
 
-def test_a_class_folder_that_links_to_its_parent_ends(tmp_path):
+def test_class_folder_linked_to_its_parent_terminates(tmp_path):
   for name in "ab":
     (tmp_path / name).mkdir()
     (tmp_path / name / "0.png").write_bytes(encode_png(_image(0)))
@@ -158,13 +158,13 @@ def test_rows_of_parquet_become_items(tmp_path):
   assert items[2].key == "rows.parquet/2"
 
 
-def test_a_column_that_is_not_there_is_named(tmp_path):
+def test_missing_column_is_named(tmp_path):
   source = ParquetSource(pattern=str(_parquet(tmp_path)), label_column="class")
   with pytest.raises(UserError, match="has no column 'class'; it has"):
     list(source.loaders())
 
 
-def test_a_parquet_file_cut_short_is_named(tmp_path):
+def test_truncated_parquet_file_is_named(tmp_path):
   path = _parquet(tmp_path)
   path.write_bytes(path.read_bytes()[:-20])
   with pytest.raises(UserError, match=r"rows\.parquet can't be read"):
@@ -194,7 +194,7 @@ def test_a_key_without_a_class_is_named(tmp_path):
     list(source.items())
 
 
-def test_a_reader_that_is_not_installed_is_named(tmp_path, monkeypatch):
+def test_missing_reader_package_is_named(tmp_path, monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   parquet_source = ParquetSource(pattern=str(_parquet(tmp_path)))
   with pytest.raises(UserError, match="Parquet files need pyarrow; install it: pip"):
@@ -212,7 +212,7 @@ def _records(folder):
   return str(folder / "*.tfrecord")
 
 
-def test_tfrecords_can_be_ingested_anew(tmp_path):
+def test_tfrecords_can_be_ingested(tmp_path):
   source = TfRecordSource(pattern=_records(tmp_path), features=("n", "v"))
   items = list(source.items())
   assert [item.label for item in items] == ["c0", "c1", "c0", "c1"]
@@ -232,7 +232,7 @@ def test_damage_in_a_tfrecord_is_named(tmp_path):
     list(TfRecordSource(pattern=pattern).loaders())
 
 
-def test_a_feature_that_is_not_there_is_named(tmp_path):
+def test_missing_feature_is_named(tmp_path):
   source = TfRecordSource(pattern=_records(tmp_path), image_feature="jpg")
   with pytest.raises(UserError, match="has no feature 'jpg'; it has"):
     list(source.items())
@@ -262,7 +262,7 @@ def test_a_broken_link_among_the_files_of_a_pattern_is_named(tmp_path):
     TfRecordSource(pattern=str(tmp_path / "*.tfrecord")).fingerprint()
 
 
-def test_a_label_of_a_tfrecord_that_is_no_utf8_is_named(tmp_path):
+def test_tfrecord_label_that_is_not_utf8_is_named(tmp_path):
   feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[b"\xff"]))
   example = tf.train.Example(features=tf.train.Features(feature={"label": feature}))
   with tf.io.TFRecordWriter(str(tmp_path / "a")) as file:
@@ -272,7 +272,7 @@ def test_a_label_of_a_tfrecord_that_is_no_utf8_is_named(tmp_path):
     list(source.items())
 
 
-def test_a_folder_is_no_parquet_file(tmp_path):
+def test_folder_is_refused_as_a_parquet_file(tmp_path):
   (tmp_path / "a.parquet").mkdir()
   with pytest.raises(UserError, match=r"a\.parquet can't be read: Is a directory"):
     list(ParquetSource(pattern=str(tmp_path / "*.parquet")).loaders())
@@ -282,7 +282,7 @@ def test_a_folder_is_no_parquet_file(tmp_path):
   ("pattern", "message"),
   [("(a", "is not a regular expression"), ("^a/", "has no group")],
 )
-def test_a_label_pattern_that_is_none_is_refused(pattern, message):
+def test_invalid_label_pattern_is_refused(pattern, message):
   with pytest.raises(UserError, match=rf"LmdbSource\.label_pattern=.* {message}"):
     LmdbSource(path="a", label_pattern=pattern)
 
@@ -294,25 +294,25 @@ def test_a_path_with_a_nul_is_refused(tmp_path):
     source._inside("a\0b", "line 2")
 
 
-def test_another_folder_of_the_images_is_another_fingerprint(listed):
+def test_fingerprint_depends_on_the_image_folder(listed):
   path = str(listed / "list.csv")
   there = ManifestSource(path=path, folder=str(listed / "elsewhere"))
   assert there.fingerprint() != ManifestSource(path=path).fingerprint()
 
 
-def test_a_list_knows_how_many_rows_it_has(listed):
+def test_rows_of_a_list_are_counted(listed):
   path = listed / "list.csv"
-  path.write_text(path.read_text() + "\n")  # An empty line is no row.
+  path.write_text(path.read_text() + "\n")  # An empty line is not a row.
   assert _manifest(listed).num_items() == len(list(_manifest(listed).loaders())) == 3
 
 
-def test_a_list_that_is_damaged_is_not_counted(listed):
+def test_damaged_list_is_not_counted(listed):
   path = listed / "list.csv"
   path.write_text(path.read_text() + 'a,"b')
   assert _manifest(listed).num_items() is None
 
 
-def test_parquet_knows_how_many_rows_it_has(tmp_path):
+def test_rows_of_parquet_are_counted(tmp_path):
   assert ParquetSource(pattern=str(_parquet(tmp_path))).num_items() == 3
 
 
@@ -331,7 +331,7 @@ def _tfrecords(folder, *records):
   return str(folder / "a.tfrecord")
 
 
-def test_features_of_a_tfrecord_keep_type_and_values_when_written_anew(tmp_path):
+def test_ingested_tfrecord_features_keep_type_and_values(tmp_path):
   further = {
     "none": (int, []),
     "no text": (bytes, []),
@@ -358,14 +358,14 @@ def test_features_of_a_tfrecord_keep_type_and_values_when_written_anew(tmp_path)
     ((float, [0.5]), r"a.tfrecord/0 has the label 0\.5; it must be text or an integer"),
   ],
 )
-def test_a_tfrecord_without_one_label_is_refused(tmp_path, label, message):
+def test_tfrecord_without_exactly_one_label_is_refused(tmp_path, label, message):
   pattern = _tfrecords(tmp_path, {"label": label, "x": (int, [1])})
   source = TfRecordSource(pattern=pattern, image_feature=None, features=["x"])
   with pytest.raises(UserError, match=message):
     list(source.items())
 
 
-def test_tfrecords_of_one_name_in_two_folders_have_other_keys(tmp_path):
+def test_tfrecords_of_equal_names_in_two_folders_have_different_keys(tmp_path):
   for part in ("a", "b"):
     (tmp_path / part).mkdir()
     _tfrecords(tmp_path / part, {"label": (int, [1]), "x": (int, [1])})
@@ -374,7 +374,7 @@ def test_tfrecords_of_one_name_in_two_folders_have_other_keys(tmp_path):
   assert [i.key for i in source.items()] == ["a/a.tfrecord/0", "b/a.tfrecord/0"]
 
 
-def test_a_key_of_lmdb_that_is_no_utf8_is_refused(tmp_path):
+def test_lmdb_key_that_is_not_utf8_is_refused(tmp_path):
   environment = lmdb.open(str(tmp_path / "db"), map_size=1 << 20)
   with environment.begin(write=True) as transaction:
     transaction.put(b"\xff/1", encode_png(_image(0)))
@@ -385,7 +385,7 @@ def test_a_key_of_lmdb_that_is_no_utf8_is_refused(tmp_path):
     list(LmdbSource(path=str(tmp_path / "db")).items())
 
 
-def test_an_lmdb_larger_than_a_batch_comes_whole(tmp_path):
+def test_lmdb_larger_than_a_batch_is_read_whole(tmp_path):
   environment = lmdb.open(str(tmp_path / "db"), map_size=1 << 25)
   values = {f"c{n}/{n}": bytes([n]) * (1 << 20) for n in range(9)}
   with environment.begin(write=True) as transaction:
@@ -396,7 +396,7 @@ def test_an_lmdb_larger_than_a_batch_comes_whole(tmp_path):
   assert {item.key: item.image for item in items} == values
 
 
-def test_a_file_that_is_no_lmdb_is_named(tmp_path):
+def test_file_that_is_not_an_lmdb_is_named(tmp_path):
   (tmp_path / "data.mdb").write_bytes(b"no LMDB" * 2000)
   with pytest.raises(UserError, match=r"data\.mdb can't be read as LMDB: .*"):
     list(LmdbSource(path=str(tmp_path)).items())

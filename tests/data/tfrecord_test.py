@@ -1,4 +1,4 @@
-"""A plain pass over a TFRecord file: every record once, and damage by its number."""
+"""Sequential reads of TFRecord files: every record once, damage by record number."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _forged(num_bytes):
   return length + struct.pack("<I", tfrecord.masked_crc(length)) + b"1234"
 
 
-def test_a_forged_length_is_named_in_a_plain_pass(tmp_path):
+def test_forged_length_is_named_in_a_sequential_read(tmp_path):
   (tmp_path / "a").write_bytes(tfrecord.frame_record(b"x") + _forged(2**45))
   caught = pytest.raises(tfrecord.FramingError, match="is truncated")
   with (tmp_path / "a").open("rb") as file, caught as damage:
@@ -24,7 +24,7 @@ def test_a_forged_length_is_named_in_a_plain_pass(tmp_path):
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 16, 100, 5000])
-def test_a_plain_pass_is_the_same_whatever_is_read_at_once(
+def test_sequential_read_does_not_depend_on_the_chunk_size(
   tmp_path, monkeypatch, chunk_bytes
 ):
   expected = [os.urandom(n) for n in (0, 1, 3000, 0, 16, 40)]
@@ -34,7 +34,7 @@ def test_a_plain_pass_is_the_same_whatever_is_read_at_once(
     assert list(tfrecord.iterate_records(file)) == expected
 
 
-def test_records_before_a_damaged_one_are_given_by_a_plain_pass(tmp_path):
+def test_sequential_read_yields_the_records_before_a_damaged_one(tmp_path):
   frames = [tfrecord.frame_record(bytes([n])) for n in range(5)]
   frames[3] = frames[3][:-1] + bytes([frames[3][-1] ^ 1])
   (tmp_path / "a").write_bytes(b"".join(frames))

@@ -1,4 +1,4 @@
-"""Triplets of a list: read, checked and drawn."""
+"""Listed triplets: reading, validation and sampling."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NUM_RECORDS, _NUM_CLASSES = 24, 6
 
 @pytest.fixture(scope="module")
 def index(tmp_path_factory):
-  """Record n has key "n.png" and class n % 6."""
+  """Records n with key "n.png" and class n % 6."""
   folder = str(tmp_path_factory.mktemp("records"))
   items = [
     Item(f"{n}.png", f"class {n % _NUM_CLASSES}", _IMAGE) for n in range(_NUM_RECORDS)
@@ -30,7 +30,7 @@ def index(tmp_path_factory):
 
 @pytest.fixture
 def make(index, tmp_path):
-  """Makes the sampler of a list that is given as text or as an array."""
+  """Makes the sampler of a list, given as text or as an array."""
 
   def make(content, name="list.csv", **options):
     path = tmp_path / name
@@ -45,7 +45,7 @@ def make(index, tmp_path):
 
 
 def _listed(num_triplets=10):
-  """Triplets of which no two are alike, the positive of the anchor's class."""
+  """Returns distinct triplets whose positive has the class of the anchor."""
   anchors = np.arange(num_triplets)
   return np.stack([anchors, anchors + _NUM_CLASSES, anchors + 1], axis=1)
 
@@ -59,7 +59,7 @@ def _table(triplets, delimiter=","):
 
 
 @pytest.mark.parametrize("name", ["list.csv", "list.tsv", "list.npy"])
-def test_each_triplet_comes_once_an_epoch(make, name):
+def test_each_triplet_is_drawn_once_per_epoch(make, name):
   listed = _listed()
   delimiter = "\t" if name.endswith("tsv") else ","
   content = listed if name.endswith("npy") else _table(listed, delimiter)
@@ -70,7 +70,7 @@ def test_each_triplet_comes_once_an_epoch(make, name):
     np.testing.assert_array_equal(sorted(drawn.tolist()), listed)
 
 
-def test_a_batch_is_a_function_of_seed_and_step(make):
+def test_batch_is_a_pure_function_of_seed_and_step(make):
   one, again, other = (make(_listed(), "a.npy", seed=seed) for seed in (1, 1, 2))
   whole = one.batches(np.arange(20))
   np.testing.assert_array_equal(whole, again.batches(np.arange(20)))
@@ -84,7 +84,7 @@ def test_a_list_shorter_than_a_batch_is_repeated(make):
   assert sorted(counts) == [2, 3, 3]
 
 
-def test_triplets_of_classes_that_are_not_trained_on_never_come(make, index):
+def test_triplets_outside_the_training_classes_are_never_drawn(make, index):
   sampler = make(_listed(), "a.npy", classes=np.array([0, 1, 2], np.int32))
   drawn = sampler.batches(np.arange(30))
   assert (index.labels[drawn] < 3).all()
@@ -101,7 +101,7 @@ _BAD = {
 
 @pytest.mark.parametrize("as_keys", [True, False])
 @pytest.mark.parametrize("reason", _BAD)
-def test_bad_triplets_are_counted_and_refused_or_left_out(make, reason, as_keys):
+def test_bad_triplets_are_counted_and_refused_or_skipped(make, reason, as_keys):
   listed = np.concatenate([_listed(4), [_BAD[reason]], _listed(2), [_BAD[reason]]])
   make_it = functools.partial(
     make, _table(listed) if as_keys else listed, "a.csv" if as_keys else "a.npy"
@@ -118,12 +118,14 @@ def test_bad_triplets_are_counted_and_refused_or_left_out(make, reason, as_keys)
     ([[1, 7, 2]], [3, 4], "1 triplets are of classes outside the training split"),
   ],
 )
-def test_a_list_with_nothing_to_train_on_says_why(make, listed, classes, why):
+def test_list_without_usable_triplets_is_refused_with_the_reason(
+  make, listed, classes, why
+):
   with pytest.raises(UserError, match=why):
     make(listed, "a.npy", bad_triplets="leave_out", classes=classes)
 
 
-def test_a_positive_may_be_of_another_class(make):
+def test_positive_may_have_another_class(make):
   assert make([[0, 3, 1]], "a.npy").num_triplets == 1
 
 
@@ -140,7 +142,7 @@ def test_a_positive_may_be_of_another_class(make):
     (np.array([["x"] * 3], object), "a.npy", "is not an array"),
   ],
 )
-def test_what_is_no_list_is_refused(make, content, name, message):
+def test_invalid_list_is_refused(make, content, name, message):
   with pytest.raises(UserError, match=message):
     make(content, name)
 
@@ -152,12 +154,12 @@ def test_several_arrays_are_refused(index, tmp_path):
     TripletSampler(index, file=str(path), triplets_per_batch=2, seed=1)
 
 
-def test_a_file_that_is_not_there_is_refused(index):
+def test_missing_file_is_refused(index):
   with pytest.raises(UserError, match=r"nowhere\.csv can't be read"):
     TripletSampler(index, file="nowhere.csv", triplets_per_batch=2, seed=1)
 
 
-def test_a_key_of_two_records_is_refused(tmp_path):
+def test_ambiguous_key_is_refused(tmp_path):
   items = [Item("same", str(n), _IMAGE) for n in range(3)]
   ingestion.write_records(items, str(tmp_path), records_per_shard=9, fingerprint={})
   path = tmp_path / "list.csv"
