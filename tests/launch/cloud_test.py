@@ -61,7 +61,7 @@ def test_dry_run_prints_the_golden_commands(name):
 
 @pytest.fixture
 def gcloud(tmp_path):
-  """A fake gcloud that notes its calls; TPUs are in the state STATE."""
+  """A fake gcloud that records its calls; TPUs are in the state STATE."""
   path = tmp_path / "bin" / "gcloud"
   path.parent.mkdir()
   path.write_text(
@@ -88,7 +88,7 @@ def _real(name):
 
 
 @pytest.mark.parametrize("name", ["tpu_create", "tpu_run", "tpu_logs"])
-def test_what_is_run_is_what_is_printed(name, gcloud, tmp_path):
+def test_executed_commands_equal_the_printed_ones(name, gcloud, tmp_path):
   assert _run(*_real(name), **gcloud, STATE="").returncode == 0
   assert _calls(tmp_path) == (GOLDEN / f"{name}.txt").read_text().splitlines()
 
@@ -98,7 +98,7 @@ def test_tpu_that_is_ready_is_reused(gcloud, tmp_path):
   assert _calls(tmp_path) == (GOLDEN / "tpu_create.txt").read_text().splitlines()[1:]
 
 
-def test_preempted_tpu_is_made_anew_and_a_healthy_one_left(gcloud, tmp_path):
+def test_preempted_tpu_is_recreated_and_a_healthy_one_kept(gcloud, tmp_path):
   assert _run(*_real("tpu_resume"), **gcloud, STATE="PREEMPTED").returncode == 0
   assert _calls(tmp_path) == (GOLDEN / "tpu_resume.txt").read_text().splitlines()
   (tmp_path / "calls").unlink()
@@ -108,7 +108,7 @@ def test_preempted_tpu_is_made_anew_and_a_healthy_one_left(gcloud, tmp_path):
   assert _calls(tmp_path) == []
 
 
-def test_vertex_gets_a_source_distribution_and_the_whole_config(gcloud, tmp_path):
+def test_vertex_job_has_a_source_distribution_and_the_whole_config(gcloud, tmp_path):
   done = _run(*_real("vertex"), **gcloud, STATE="", TMPDIR=str(tmp_path))
   assert done.returncode == 0, done.stderr
   copy, create = (shlex.split(call) for call in _calls(tmp_path))
@@ -140,14 +140,14 @@ def test_vertex_gets_a_source_distribution_and_the_whole_config(gcloud, tmp_path
     (("vertex.sh", RUN, "--gin_param=A.b = ';'"), "';' can't be passed on"),
   ],
 )
-def test_mistake_is_one_line(command, words):
+def test_user_error_is_one_line(command, words):
   done = _run(*command)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
   assert words in line
 
 
-def test_misspelt_name_is_refused_before_anything_is_sent(gcloud, tmp_path):
+def test_misspelt_name_is_refused_before_any_request(gcloud, tmp_path):
   done = _run(*_real("vertex"), "--gin_param=NUM_STEP = 1", **gcloud, STATE="")
   assert done.returncode == 2
   assert "NUM_STEP" in done.stderr
@@ -155,7 +155,7 @@ def test_misspelt_name_is_refused_before_anything_is_sent(gcloud, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "vertex.sh"])
-def test_machine_without_gcloud_is_told_so(script, tmp_path):
+def test_missing_gcloud_is_reported(script, tmp_path):
   for tool in ("bash", "dirname", "basename", "cat", "env", "sed"):
     os.symlink(str(shutil.which(tool)), tmp_path / tool)
   command = {"tpu_vm.sh": "tpu_logs", "vertex.sh": "vertex"}[script]

@@ -1,4 +1,4 @@
-"""The programs that draw data sets: which images they keep."""
+"""Selection of images by the programs that draw data sets."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _FOLDER = pathlib.Path(__file__).parents[2] / "launch" / "data"
 
 @pytest.fixture(autouse=True)
 def _threads_for_processes(monkeypatch):
-  # Processes find a program by its name, which a module loaded by its path has not.
+  # Processes import a program by name; a module loaded by path has none.
   threads = concurrent.futures.ThreadPoolExecutor
   monkeypatch.setattr(concurrent.futures, "ProcessPoolExecutor", threads)
 
@@ -39,7 +39,7 @@ def _box(left, bottom, right, top):
 
 
 def _write_font(path, boxes):
-  """A font whose letters are boxes; no box is a blank."""
+  """Writes a font whose letters are boxes; a missing box is a blank."""
   names = [".notdef", *(f"u{ord(letter):04X}" for letter in boxes)]
   glyphs = [_box(0, 0, 900, 900)]
   glyphs += [_box(*box) if box else TTGlyphPen(None).glyph() for box in boxes.values()]
@@ -54,11 +54,11 @@ def _write_font(path, boxes):
   builder.save(path)
 
 
-def test_glyphs_keeps_what_is_drawn_and_differs(tmp_path, monkeypatch):
+def test_glyphs_keeps_drawn_and_distinct_characters(tmp_path, monkeypatch):
   glyphs = _program("glyphs")
   monkeypatch.setattr(glyphs, "_MIN_SAMPLES", 2)
   wide, tall = (0, 0, 900, 300), (0, 0, 300, 900)
-  same = (100, 100, 500, 500)  # As one font draws what it doesn't have.
+  same = (100, 100, 500, 500)  # The placeholder of a missing character.
   fonts = [
     {"A": wide, "B": tall, "C": None, "D": same, "E": same, "F": same, "1": wide},
     {"A": (0, 0, 900, 500), "B": tall, "C": wide, "D": tall, "E": wide},
@@ -79,7 +79,7 @@ def test_glyphs_keeps_what_is_drawn_and_differs(tmp_path, monkeypatch):
   assert held_out == ["A", "A"]
 
 
-def test_emoji_keeps_what_enough_vendors_draw(tmp_path, monkeypatch, capsys):
+def test_emoji_keeps_symbols_drawn_by_enough_vendors(tmp_path, monkeypatch, capsys):
   emoji = _program("emoji")
   monkeypatch.setattr(emoji, "_MIN_SAMPLES", 2)
   for number in range(3):

@@ -1,4 +1,4 @@
-"""Debian packages of tests: installed where that may be, or the test is skipped."""
+"""Debian packages of tests: installed if possible, otherwise the test is skipped."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 def need(programs, packages):
-  """Installs the packages if a program is missing and this is Debian's root."""
+  """Installs the packages if a program is missing and the user is root on Debian."""
   with open("/tmp/retrieval-trainer-packages.lock", "w") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     missing = [name for name in programs if shutil.which(name, path=_path()) is None]
@@ -28,7 +28,7 @@ def need(programs, packages):
 
 
 def program(name):
-  """Where an installed program is."""
+  """Returns the path of an installed program."""
   return shutil.which(name, path=_path())
 
 

@@ -1,4 +1,4 @@
-"""Stands for the task on a worker: says its part, and ends as it is told.
+"""A fake task of a worker: prints its cluster index and exits as requested.
 
 FAIL_INDEX's worker ends at once with FAIL_STATUS, "killed" for a signal, FAIL_TIMES
 times; the others wait until they are told to end if somebody fails, else they are done.

@@ -1,4 +1,4 @@
-"""The manifests, against Kubernetes' published schemas and by what they say."""
+"""The manifests: contents, and validity under the published Kubernetes schemas."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _run(*flags):
 
 
 def _items(kind):
-  """The service and the job; of a JobSet, the Job that it makes."""
+  """Returns the service and the job; for a JobSet, the Job in its template."""
   done = _run(*KINDS[kind])
   assert done.returncode == 0, done.stderr
   service, job = json.loads(done.stdout)["items"]
@@ -47,12 +47,12 @@ def _items(kind):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_manifest_fits_the_published_schemas(kind, version):
+def test_manifest_matches_the_published_schemas(kind, version):
   for item in _items(kind):
     assert kubernetes_validate.validate(item, version, strict=True) == version
 
 
-def test_misspelt_field_does_not_fit_the_schema():
+def test_misspelt_field_does_not_match_the_schema():
   _, job = _items("one")
   job["spec"]["backofLimit"] = 3
   with pytest.raises(kubernetes_validate.ValidationError):
@@ -60,7 +60,7 @@ def test_misspelt_field_does_not_fit_the_schema():
 
 
 @pytest.mark.parametrize("kind", ["gpus", "jobset"])
-def test_tf_config_of_each_pod_names_all_by_the_service(kind):
+def test_tf_config_of_each_pod_has_the_service_names_of_all(kind):
   service, job = _items(kind)
   spec = job["spec"]["template"]["spec"]
   index, config = spec["containers"][0]["env"]
@@ -70,7 +70,7 @@ def test_tf_config_of_each_pod_names_all_by_the_service(kind):
     for i in range(4)
   ]
   assert [each.index for each in found] == [0, 1, 2, 3]
-  # Of an indexed Job the pods' host names are the Job's name and their number.
+  # Host names of the pods of an indexed Job are the Job's name and the pod's index.
   name = "digits-workers-0" if kind == "jobset" else "digits"
   port = service["spec"]["ports"][0]["port"]
   expected = tuple(f"{name}-{i}.digits:{port}" for i in range(4))
@@ -89,7 +89,7 @@ def _actions(job):
   }
 
 
-def test_exit_statuses_are_told_to_the_controller():
+def test_exit_statuses_are_configured_in_the_controller():
   preempted, stalled = errors.PreemptedError, errors.StalledError
   mistake, not_finite = errors.UserError, errors.NotFiniteError
   _, job = _items("gpus")
@@ -103,7 +103,7 @@ def test_exit_statuses_are_told_to_the_controller():
   assert _actions(sweep)[mistake.exit_status] == "FailIndex"
 
 
-def test_jobset_starts_all_again_unless_the_job_failed_by_its_policy():
+def test_jobset_restarts_all_unless_the_failure_policy_applies():
   job_set = json.loads(_run(*KINDS["jobset"]).stdout)["items"][1]
   assert job_set["spec"]["failurePolicy"] == {
     "maxRestarts": 20,
@@ -113,7 +113,7 @@ def test_jobset_starts_all_again_unless_the_job_failed_by_its_policy():
   assert replicated["template"]["spec"]["backoffLimit"] == 0
 
 
-def test_gpus_and_volumes_are_asked_for():
+def test_gpus_and_volumes_are_requested():
   _, job = _items("gpus")
   container = job["spec"]["template"]["spec"]["containers"][0]
   limits = {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "8"}
@@ -149,7 +149,7 @@ def test_flags_of_the_task_reach_the_command():
     ((*RUN, "--sweep", "--jobset"), "--jobset is for a run"),
   ],
 )
-def test_mistake_is_one_line(flags, words):
+def test_user_error_is_one_line(flags, words):
   done = _run(*flags)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()

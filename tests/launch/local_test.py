@@ -9,19 +9,19 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
-# What the scripts call beside Python.
+# Programs called by the scripts, besides Python.
 _TOOLS = ("bash", "env", "dirname", "basename", "cat", "cksum", "tr", "rm")
 _SCRIPTS = sorted(
   str(path.relative_to(ROOT))
   for path in (ROOT / "launch").glob("**/*.sh")
-  if path.name not in ("python.sh", "restarts.sh")  # Sourced by the others.
+  if path.name not in ("python.sh", "restarts.sh")  # Sourced by other scripts.
 )
 _VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 @pytest.fixture
 def project(tmp_path):
-  """A copy of the launch scripts, beside what they look for."""
+  """A copy of the launch scripts and of the files that they need."""
   folder = tmp_path / "project"
   shutil.copytree(ROOT / "launch", folder / "launch")
   (folder / "configs" / "runs").mkdir(parents=True)
@@ -32,7 +32,7 @@ def project(tmp_path):
 
 @pytest.fixture
 def bare(tmp_path):
-  """An environment without Python, where `bin` is the only place of programs."""
+  """An environment without Python, with programs only in `bin`."""
   (tmp_path / "bin").mkdir()
   for tool in (*_TOOLS, "touch", "sh"):
     os.symlink(str(shutil.which(tool)), tmp_path / "bin" / tool)
@@ -58,8 +58,8 @@ def _run(folder, *command, env=None):
   )
 
 
-# Stands for a Python of any wanted version: tells it as such, makes an environment of
-# itself, and tells how pip and the task are called.
+# A fake Python of any version: prints the version, creates an environment with itself,
+# and prints the calls of pip and the task.
 _FAKE_PYTHON = """
 case "$1 $2" in
   "--version ") echo "Python, a fake" ;;
@@ -82,7 +82,7 @@ def fake(bare):
 
 
 @pytest.mark.main_job
-def test_without_arguments_digits_run_on_two_virtual_replicas(project, fake):
+def test_digits_run_on_two_virtual_replicas_by_default(project, fake):
   done = _run(project, "launch/local.sh", env=fake)
   assert done.returncode == 0, done.stderr
   assert done.stdout.splitlines() == [
@@ -96,7 +96,7 @@ def test_without_arguments_digits_run_on_two_virtual_replicas(project, fake):
 
 
 @pytest.mark.main_job
-def test_second_call_starts_at_once_and_a_changed_setup_installs(project, fake):
+def test_environment_is_reused_until_the_setup_changes(project, fake):
   _run(project, "launch/local.sh", env=fake)
   second = _run(project, "launch/local.sh", env=fake)
   (project / "setup.py").write_text("changed")
@@ -107,7 +107,7 @@ def test_second_call_starts_at_once_and_a_changed_setup_installs(project, fake):
   assert "setup.py or" in third.stderr
 
 
-def test_interrupted_installation_is_made_anew(project, fake):
+def test_interrupted_installation_is_repeated(project, fake):
   first = _run(project, "launch/local.sh", env={**fake, "PIP_FAILS": "yes"})
   second = _run(project, "launch/local.sh", env=fake)
   assert first.returncode == 7
@@ -115,7 +115,7 @@ def test_interrupted_installation_is_made_anew(project, fake):
   assert second.stdout.startswith("made\ninstalled .\n--mode")
 
 
-def test_interrupted_update_is_made_anew(project, fake):
+def test_interrupted_update_is_repeated(project, fake):
   _run(project, "launch/local.sh", env=fake)
   (project / "setup.py").write_text("changed")
   _run(project, "launch/local.sh", env={**fake, "PIP_FAILS": "yes"})
@@ -130,7 +130,7 @@ def test_environment_of_a_moved_project_is_updated(project, fake, tmp_path):
   assert moved.stdout.startswith("installed .\n--mode")
 
 
-def test_sweep_adds_what_it_needs_once_and_takes_turns_with_local(project, fake):
+def test_sweep_installs_its_packages_once_despite_local_runs_between(project, fake):
   (project / "configs" / "sweeps").mkdir()
   (project / "configs" / "sweeps" / "a.gin").write_text("")
   command = ("launch/sweep.sh", "configs/sweeps/a.gin", "--num_parallel=2")
@@ -146,7 +146,7 @@ def test_sweep_adds_what_it_needs_once_and_takes_turns_with_local(project, fake)
     assert "installed" not in _run(project, *again, env=fake).stdout
 
 
-def test_python_that_the_user_names_takes_the_place_of_the_environment(project, fake):
+def test_python_given_by_the_user_replaces_the_environment(project, fake):
   named = pathlib.Path(fake["PATH"]) / "python3.11"
   done = _run(project, "launch/local.sh", env={**fake, "TRAINER_PYTHON": str(named)})
   assert done.stdout.startswith("--mode=train_and_evaluate\n")
@@ -168,9 +168,7 @@ def test_run_file_is_found_from_another_folder_and_flags_are_kept(
 
 
 @pytest.mark.parametrize(("flags", "num_runs"), [((), 1), (("--max_restarts=1",), 2)])
-def test_a_run_that_was_preempted_starts_again_where_that_is_wanted(
-  project, fake, flags, num_runs
-):
+def test_preempted_run_restarts_on_request(project, fake, flags, num_runs):
   _program(pathlib.Path(fake["PATH"]) / "sleep", "")
   env = {**fake, "TASK_STATUS": "3"}
   done = _run(project, "launch/local.sh", *flags, env=env)
@@ -180,7 +178,7 @@ def test_a_run_that_was_preempted_starts_again_where_that_is_wanted(
 
 
 @pytest.mark.parametrize("flag", ["--strategy=cpu", "--num_virtual_replicas=4"])
-def test_replicas_that_the_user_chooses_have_no_default_beside(project, fake, flag):
+def test_replicas_given_by_the_user_replace_the_default(project, fake, flag):
   done = _run(project, "launch/local.sh", flag, env=fake)
   assert "--num_virtual_replicas=2" not in done.stdout
   assert done.stdout.splitlines()[-1] == flag
@@ -189,14 +187,14 @@ def test_replicas_that_the_user_chooses_have_no_default_beside(project, fake, fl
 @pytest.mark.parametrize(
   ("visible", "is_used"), [("0", True), ("", False), ("-1", False)]
 )
-def test_gpus_take_the_place_of_virtual_replicas(project, fake, visible, is_used):
+def test_gpus_replace_virtual_replicas(project, fake, visible, is_used):
   _program(pathlib.Path(fake["PATH"]) / "nvidia-smi", "echo 'GPU 0: a fake'")
   done = _run(project, "launch/local.sh", env={**fake, "CUDA_VISIBLE_DEVICES": visible})
   assert ("installed .[cuda]" in done.stdout) is is_used
   assert ("--num_virtual_replicas=2" not in done.stdout) is is_used
 
 
-def test_run_file_that_is_not_there_is_refused_before_anything_is_made(project, fake):
+def test_missing_run_file_is_refused_before_installation(project, fake):
   done = _run(project, "launch/local.sh", "nowhere.gin", env=fake)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
@@ -205,7 +203,7 @@ def test_run_file_that_is_not_there_is_refused_before_anything_is_made(project, 
 
 
 @pytest.mark.main_job
-def test_machine_without_python_is_told_which_and_how(project, bare):
+def test_missing_python_is_reported_with_versions_and_remedy(project, bare):
   done = _run(project, "launch/local.sh", env=bare)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
@@ -213,7 +211,7 @@ def test_machine_without_python_is_told_which_and_how(project, bare):
   assert "apt-get install python3.11-venv" in line
 
 
-def test_shim_of_a_python_that_is_not_there_is_passed_over(project, bare):
+def test_shim_of_a_missing_python_is_skipped(project, bare):
   _program(pathlib.Path(bare["PATH"]) / "python3.11", "exit 127")
   real = pathlib.Path(bare["HOME"]) / f".pyenv/versions/{_VERSION}.1/bin/python"
   _program(real, f'exec "{sys.executable}" "$@"')
@@ -222,7 +220,7 @@ def test_shim_of_a_python_that_is_not_there_is_passed_over(project, bare):
 
 
 @pytest.mark.parametrize("flag", ["--pyton=3.12", "--python=3.8", "fast"])
-def test_check_refuses_a_flag_it_does_not_know(project, bare, flag):
+def test_check_refuses_an_unknown_flag(project, bare, flag):
   done = _run(project, "launch/check.sh", flag, env=bare)
   assert done.returncode == 2
   assert len(done.stderr.splitlines()) == 1
@@ -240,5 +238,5 @@ def test_ci_runs_the_check_on_both_stacks_and_nothing_else():
 
 
 @pytest.mark.parametrize("path", [*_SCRIPTS, ".ci/run"])
-def test_script_can_be_executed(path):
+def test_scripts_are_executable(path):
   assert os.access(ROOT / path, os.X_OK)

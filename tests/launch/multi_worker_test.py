@@ -1,4 +1,4 @@
-"""Workers started together, with a task that only pretends, and once with the real."""
+"""Workers started together, with a fake task and once with the real one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _program(path, text):
 
 @pytest.fixture
 def python(tmp_path):
-  """A Python that runs the fake in place of the task."""
+  """A Python that runs the fake instead of the task."""
   return _program(
     tmp_path / "python",
     f'case $1 in -m) shift 2; exec "{sys.executable}" "{FAKE}" "$@" ;;\n'
@@ -42,7 +42,7 @@ def python(tmp_path):
 
 @pytest.fixture
 def start(tmp_path, python):
-  """Starts the script; the run's folder is `run`."""
+  """Starts the script with the run folder `run`."""
 
   def call(*flags, **environment):
     return subprocess.Popen(
@@ -59,7 +59,7 @@ def start(tmp_path, python):
 
 @pytest.fixture
 def launch(start):
-  """Runs the script to its end: status, output, errors."""
+  """Runs the script; returns status, output and errors."""
 
   def call(*flags, **environment):
     process = start(*flags, **environment)
@@ -73,7 +73,7 @@ def _calls(tmp_path, index):
   return len((tmp_path / "run" / f"calls-{index}").read_text().splitlines())
 
 
-def test_each_worker_gets_its_part_of_one_cluster(launch, tmp_path):
+def test_each_worker_has_its_index_in_the_cluster(launch, tmp_path):
   status, output, errors = launch("--num_workers=3", "--gin_param=A.b = 'c d'")
   assert status == 0, errors
   said = dict(re.findall(r"^\[worker (\d)\] of (\[.+?\]) GPU", output, re.MULTILINE))
@@ -85,7 +85,7 @@ def test_each_worker_gets_its_part_of_one_cluster(launch, tmp_path):
   assert output.count("'strategy': 'multi_worker'") == 3
 
 
-def test_log_of_each_worker_is_in_a_file_too(launch, tmp_path):
+def test_log_of_each_worker_is_also_written_to_a_file(launch, tmp_path):
   launch("--num_workers=2")
   logs = sorted((tmp_path / "run" / "workers").iterdir())
   assert [path.name for path in logs] == ["worker-0.txt", "worker-1.txt"]
@@ -93,7 +93,7 @@ def test_log_of_each_worker_is_in_a_file_too(launch, tmp_path):
 
 
 @pytest.mark.parametrize("status", [1, 2, 5])
-def test_failure_of_one_ends_all_and_is_the_status(launch, tmp_path, status):
+def test_failure_of_one_worker_stops_all_and_is_the_status(launch, tmp_path, status):
   code, output, _ = launch(
     "--num_workers=3", FAIL_INDEX="1", FAIL_STATUS=str(status), FAIL_TIMES="1"
   )
@@ -103,7 +103,7 @@ def test_failure_of_one_ends_all_and_is_the_status(launch, tmp_path, status):
 
 
 @pytest.mark.parametrize("status", ["3", "4", "killed"])
-def test_preempted_stalled_or_lost_worker_starts_all_again(launch, tmp_path, status):
+def test_preempted_stalled_or_lost_worker_restarts_all(launch, tmp_path, status):
   code, _, errors = launch(
     "--num_workers=2", FAIL_INDEX="0", FAIL_STATUS=status, FAIL_TIMES="2"
   )
@@ -112,7 +112,7 @@ def test_preempted_stalled_or_lost_worker_starts_all_again(launch, tmp_path, sta
   assert "all workers will start again in 2 s, from step 0 (2 of 3" in errors
 
 
-def test_restarts_come_to_an_end(launch, tmp_path):
+def test_restarts_are_limited(launch, tmp_path):
   code, _, _ = launch(
     "--num_workers=2",
     "--max_restarts=1",
@@ -137,7 +137,7 @@ def _pids(tmp_path, num_workers):
   return [int(path.read_text().split()[-1]) for path in files]
 
 
-def test_signal_reaches_the_workers_which_are_not_started_again(start, tmp_path):
+def test_signal_is_forwarded_and_workers_are_not_restarted(start, tmp_path):
   process = start("--num_workers=2", HANG="yes")
   pids = _pids(tmp_path, 2)
   process.send_signal(signal.SIGTERM)
@@ -148,7 +148,7 @@ def test_signal_reaches_the_workers_which_are_not_started_again(start, tmp_path)
   assert [_calls(tmp_path, index) for index in range(2)] == [1, 1]
 
 
-def test_workers_end_even_when_the_script_is_killed(start, tmp_path):
+def test_workers_stop_if_the_script_is_killed(start, tmp_path):
   process = start("--num_workers=2", HANG="yes")
   pids = _pids(tmp_path, 2)
   process.kill()
@@ -160,7 +160,7 @@ def test_workers_end_even_when_the_script_is_killed(start, tmp_path):
   assert _are_alive(pids) == []
 
 
-def test_gpus_are_shared_out_one_a_worker(launch, tmp_path):
+def test_each_worker_has_one_gpu(launch, tmp_path):
   _program(tmp_path / "bin" / "nvidia-smi", "echo 'GPU 0: a fake'")
   path = f"{tmp_path}/bin:{os.environ['PATH']}"
   gpus = {"PATH": path, "CUDA_VISIBLE_DEVICES": "5,7"}
@@ -171,7 +171,7 @@ def test_gpus_are_shared_out_one_a_worker(launch, tmp_path):
   assert "3 workers on 2 GPUs" in errors
 
 
-def test_dry_run_prints_a_command_a_worker_and_starts_none(launch, tmp_path):
+def test_dry_run_prints_one_command_per_worker_and_starts_none(launch, tmp_path):
   status, output, errors = launch("--num_workers=2", "--dry_run")
   assert status == 0, errors
   assert len(output.splitlines()) == 2
@@ -190,7 +190,7 @@ def test_dry_run_prints_a_command_a_worker_and_starts_none(launch, tmp_path):
     (("--hosts=nobody.invalid",), "host nobody.invalid can't be used"),
   ],
 )
-def test_mistake_is_one_line_before_anything_starts(launch, tmp_path, flags, words):
+def test_user_error_is_one_line_before_anything_starts(launch, tmp_path, flags, words):
   debian.need(["ssh"], ["openssh-client"])
   status, output, errors = launch(*flags)
   assert status == 2
@@ -203,7 +203,7 @@ def test_mistake_is_one_line_before_anything_starts(launch, tmp_path, flags, wor
 
 @pytest.fixture
 def ssh(tmp_path):
-  """A real sshd for this user, and the folder of an `ssh` that knows the way to it."""
+  """A real sshd for this user, and the folder of an `ssh` that connects to it."""
   debian.need(["sshd", "ssh"], ["openssh-server", "openssh-client"])
   with socket.socket() as sock:
     sock.bind(("127.0.0.1", 0))
@@ -237,7 +237,7 @@ def ssh(tmp_path):
   daemon.communicate(timeout=10)
 
 
-def test_hosts_are_reached_by_ssh_and_one_failure_ends_all(launch, tmp_path, ssh):
+def test_workers_start_over_ssh_and_one_failure_stops_all(launch, tmp_path, ssh):
   hosts = f"--hosts=one,{getpass.getuser()}@two"
   path = {"PATH": f"{ssh}:{os.environ['PATH']}"}
   status, output, errors = launch(hosts, **path)
@@ -249,10 +249,10 @@ def test_hosts_are_reached_by_ssh_and_one_failure_ends_all(launch, tmp_path, ssh
   assert "[worker 0] told to end" in output
 
 
-def test_two_real_workers_train_as_one_run(tmp_path):
+def test_two_real_workers_train_one_run(tmp_path):
   short = ("NUM_STEPS = 4", "LoopOptions.steps_per_loop = 2")
   short += ("LoopOptions.checkpoint_every_steps = 4", f"DATA_DIR = '{tmp_path}/digits'")
-  short += ("TrainStep.mining_statistics = None",)  # They take long to compile.
+  short += ("TrainStep.mining_statistics = None",)  # Slow to compile.
   params = [f"--gin_param={param}" for param in short]
   params.append(f"--model_dir={tmp_path}/run")
   ingest = [sys.executable, "-m", "trainer.task", f"--gin_file={DIGITS}", *params]

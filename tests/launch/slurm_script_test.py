@@ -1,4 +1,4 @@
-"""What the Slurm script prints and refuses, without a Slurm."""
+"""Output and refusals of the Slurm script, without Slurm."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _run(*flags, **environment):
   )
 
 
-def test_dry_run_prints_what_is_asked_of_slurm():
+def test_dry_run_prints_the_slurm_request():
   options = ("--nodes=4", "--gpus_per_node=8", "--partition=gpu", "--account=me")
   done = _run("--dry_run", *options, "--time=8:00:00", "--warn_s=300", RUN)
   assert done.returncode == 0, done.stderr
@@ -44,7 +44,7 @@ def test_dry_run_prints_what_is_asked_of_slurm():
   ]
 
 
-def test_printed_script_is_sound_shell():
+def test_printed_script_is_valid_shell():
   text = _run("--dry_run", RUN, "--gin_param=A.b = 'c d'").stdout
   done = subprocess.run(
     ["shellcheck", "--severity=warning", "-"],
@@ -67,14 +67,14 @@ def test_printed_script_is_sound_shell():
     (("--sweep", "--nodes=2", RUN), "use --array=N"),
   ],
 )
-def test_mistake_is_one_line(flags, words):
+def test_user_error_is_one_line(flags, words):
   done = _run(*flags)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
   assert words in line
 
 
-def test_machine_without_slurm_is_told_so(tmp_path):
+def test_missing_slurm_is_reported(tmp_path):
   for tool in ("bash", "dirname", "basename", "cat", "env"):
     place = subprocess.run(["which", tool], capture_output=True, text=True).stdout
     os.symlink(place.strip(), tmp_path / tool)

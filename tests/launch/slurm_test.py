@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of this host: started, ended and queued again."""
+"""Jobs on a real Slurm on this host: started, stopped and requeued."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SCRIPT = str(ROOT / "launch" / "slurm.sh")
 _DAEMONS = pathlib.Path(__file__).with_name("slurm_daemons.sh")
 DIGITS = str(ROOT / "configs" / "runs" / "digits.gin")
 SWEEP = str(ROOT / "configs" / "sweeps" / "digits.gin")
-# The fake fails as told in a job's first life: FIRST is "RANK STATUS" or "hang".
+# The fake fails on request in a job's first run: FIRST is "RANK STATUS" or "hang".
 _FAKE = """#!/bin/bash
 case "$1 $2" in "-m trainer.task" | "-m trainer.sweep") ;; *) exec {python} "$@" ;; esac
 [[ " $* " != *" --dry_run "* ]] || exit 0
@@ -49,14 +49,14 @@ def _free_ports(number):
 
 @pytest.fixture(scope="module")
 def cluster():
-  """A running Slurm; its environment."""
+  """The environment of a running Slurm."""
   debian.need(
     ["slurmctld", "slurmd", "sbatch", "munged"],
     ["slurmctld", "slurmd", "slurm-client", "munge"],
   )
   if os.geteuid() != 0:
     pytest.skip("Slurm's daemons are started as root")
-  # Munge wants every user to reach its socket, so pytest's own folders won't do.
+  # The socket of Munge must be reachable by every user; folders of pytest are not.
   with tempfile.TemporaryDirectory(dir="/tmp", prefix="slurm-") as folder:
     daemons = subprocess.Popen(
       [str(_DAEMONS), folder, *_free_ports(3)],
@@ -77,7 +77,7 @@ def cluster():
 
 @pytest.fixture
 def fake(cluster, tmp_path):
-  """The environment of a Slurm on which a fake takes the task's place."""
+  """The environment of a Slurm with a fake instead of the task."""
   path = tmp_path / "python"
   path.write_text(_FAKE.format(python=sys.executable, calls=tmp_path / "calls"))
   path.chmod(0o755)
@@ -115,8 +115,8 @@ def _is_over(cluster, job):
   return bool(states) and all(state in over for state in states)
 
 
-def test_statuses_3_and_4_queue_a_job_again_and_5_fails_it(fake, tmp_path):
-  """Three jobs side by side: requeueing takes seconds."""
+def test_statuses_3_and_4_requeue_a_job_and_5_fails_it(fake, tmp_path):
+  """Runs three jobs concurrently, because requeueing takes seconds."""
   jobs = {}
   for status in ("3", "4", "5"):
     environment = {**fake, "NAME": status, "FIRST": f"0 {status}"}
@@ -131,7 +131,7 @@ def test_statuses_3_and_4_queue_a_job_again_and_5_fails_it(fake, tmp_path):
   assert _calls(tmp_path, "5") == ["none 0 0"]
 
 
-def test_failure_of_one_task_ends_the_others_and_is_the_jobs(fake, tmp_path):
+def test_failure_of_one_task_stops_the_job_with_its_status(fake, tmp_path):
   environment = {**fake, "NAME": "one", "FIRST": "1 5"}
   start = time.monotonic()
   done = _submit(
@@ -143,7 +143,7 @@ def test_failure_of_one_task_ends_the_others_and_is_the_jobs(fake, tmp_path):
 
 
 @pytest.mark.thorough
-def test_only_the_element_of_an_array_that_asks_is_queued_again(fake, tmp_path):
+def test_only_the_preempted_array_element_is_requeued(fake, tmp_path):
   environment = {**fake, "NAME": "array", "FIRST": "0 3", "ELEMENT": "2"}
   done = _submit(environment, "--array=3", "--wait", "--sweep", SWEEP)
   assert done.returncode == 0, done.stderr
@@ -151,25 +151,25 @@ def test_only_the_element_of_an_array_that_asks_is_queued_again(fake, tmp_path):
 
 
 @pytest.mark.thorough
-def test_job_that_the_user_cancels_is_not_queued_again(fake, tmp_path):
+def test_cancelled_job_is_not_requeued(fake, tmp_path):
   environment = {**fake, "NAME": "cancel", "FIRST": "hang"}
   job = _submit(environment, DIGITS, f"--model_dir={tmp_path}/run").stdout.strip()
   _wait_for(lambda: _calls(tmp_path, "cancel"))
   subprocess.run(["scancel", job], env=fake, check=True)
   _wait_for(lambda: _is_over(fake, job))
-  time.sleep(8)  # Longer than a requeued job waits.
+  time.sleep(8)  # Longer than the delay of a requeued job.
   assert _is_over(fake, job)
   assert _calls(tmp_path, "cancel") == ["none 0 0"]
 
 
 @pytest.mark.thorough
-def test_two_real_tasks_train_together_and_resume_when_warned(cluster, tmp_path):
-  """Their job is warned as before its time limit: saves, is queued again, goes on."""
+def test_two_real_tasks_resume_after_a_preemption_warning(cluster, tmp_path):
+  """The job is warned as before its time limit: it saves, is requeued and resumes."""
   short = ("NUM_STEPS = 600", "LoopOptions.steps_per_loop = 10")
   short += ("LoopOptions.checkpoint_every_steps = 10", f"DATA_DIR = '{tmp_path}/data'")
   run = tmp_path / "run"
   task = [sys.executable, "-m", "trainer.task", f"--model_dir={run}"]
-  short += ("TrainStep.mining_statistics = None",)  # They take long to compile.
+  short += ("TrainStep.mining_statistics = None",)  # Slow to compile.
   params = [f"--gin_param={param}" for param in short]
   ingest = [*task, f"--gin_file={DIGITS}", *params, "--mode=ingest"]
   subprocess.run(ingest, cwd=ROOT, check=True, capture_output=True)
@@ -208,9 +208,7 @@ _thorough = functools.partial(pytest.param, marks=pytest.mark.thorough)
     _thorough(("--sweep", DIGITS), "nothing is swept"),
   ],
 )
-def test_what_slurm_or_the_task_would_refuse_is_not_submitted(
-  cluster, tmp_path, flags, words
-):
+def test_invalid_jobs_are_not_submitted(cluster, tmp_path, flags, words):
   model_dir = () if "--sweep" in flags else (f"--model_dir={tmp_path}/run",)
   done = _submit({**cluster, "TRAINER_PYTHON": sys.executable}, *flags, *model_dir)
   assert done.returncode == 2

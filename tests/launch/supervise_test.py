@@ -1,4 +1,4 @@
-"""A command that is run again, or not, as its exit status and its progress say."""
+"""Restarts of a command by its exit status and progress."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 import pytest
 
 SCRIPT = str(pathlib.Path(__file__).parents[2] / "launch" / "supervise.sh")
-# Ends with the next of STATUSES; a "+" before it leaves a newer checkpoint first.
+# Exits with the next of STATUSES; a "+" prefix first leaves a newer checkpoint.
 _COMMAND = """#!/bin/bash
 folder=${!#}; folder=${folder#*=}
 mkdir -p "$folder/checkpoints"
@@ -32,11 +32,11 @@ exit "${status#+}"
 
 @pytest.fixture
 def start(tmp_path):
-  """Starts the script over the command, which ends with the statuses in turn."""
+  """Starts the script with the command, which exits with the statuses in turn."""
   command = tmp_path / "command"
   command.write_text(_COMMAND)
   command.chmod(0o755)
-  pause = tmp_path / "bin" / "sleep"  # Pauses are counted, and not taken.
+  pause = tmp_path / "bin" / "sleep"  # Pauses are recorded, not waited for.
   pause.parent.mkdir()
   pause.write_text(
     f'#!/bin/bash\necho "$1" >>{tmp_path}/pauses\nexec /bin/sleep 0.01\n'
@@ -48,7 +48,7 @@ def start(tmp_path):
     return subprocess.Popen(
       [SCRIPT, *flags, str(command), f"--model_dir={tmp_path}/run"],
       env={**os.environ, "STATUSES": statuses, "PATH": path},
-      # A shell in the background ignores SIGINT, and so would all that it starts.
+      # A background shell ignores SIGINT, and so would its children.
       preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
       stderr=subprocess.PIPE,
       text=True,
@@ -70,20 +70,18 @@ def _wait_for(path):
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 5, 130])
-def test_what_is_done_or_hopeless_is_run_once(start, tmp_path, status):
+def test_finished_and_failed_commands_run_once(start, tmp_path, status):
   assert start(str(status)).wait(30) == status
   assert _num_calls(tmp_path) == 1
 
 
-def test_preempted_stalled_and_killed_are_run_again_after_longer_pauses(
-  start, tmp_path
-):
+def test_preempted_stalled_and_killed_commands_restart_with_backoff(start, tmp_path):
   assert start("3 4 killed 0").wait(30) == 0
   assert _num_calls(tmp_path) == 4
   assert (tmp_path / "pauses").read_text().split() == ["1", "2", "4"]
 
 
-def test_it_gives_up_without_progress_and_says_so(start, tmp_path):
+def test_script_stops_without_progress_and_reports_it(start, tmp_path):
   process = start("3 4 3 3 3", "--max_restarts=2")
   _, errors = process.communicate(timeout=30)
   assert process.returncode == 3
@@ -100,7 +98,7 @@ def test_a_newer_checkpoint_counts_as_progress(start, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_passed_on_and_nothing_run_again(start, tmp_path, number):
+def test_signal_is_forwarded_without_a_restart(start, tmp_path, number):
   process = start("hang 0")
   _wait_for(tmp_path / "run" / "ready")
   process.send_signal(number)
@@ -108,7 +106,7 @@ def test_a_signal_is_passed_on_and_nothing_run_again(start, tmp_path, number):
   assert _num_calls(tmp_path) == 1
 
 
-def test_a_command_whose_supervisor_is_killed_is_told_to_end(start, tmp_path):
+def test_command_of_a_killed_supervisor_receives_sigterm(start, tmp_path):
   process = start("hang 0")
   ready, ended = (tmp_path / "run" / name for name in ("ready", "ended"))
   _wait_for(ready)
@@ -126,7 +124,7 @@ def test_a_command_whose_supervisor_is_killed_is_told_to_end(start, tmp_path):
     (("true",), "no --model_dir=DIR"),
   ],
 )
-def test_a_mistake_is_one_line(arguments, words):
+def test_user_error_is_one_line(arguments, words):
   done = subprocess.run([SCRIPT, *arguments], capture_output=True, text=True)
   assert done.returncode == 2
   [line] = done.stderr.splitlines()
