@@ -1,4 +1,4 @@
-"""Networks of `tf.keras.applications`: what Keras computes, from the same file."""
+"""Networks of `tf.keras.applications`, against Keras with the same weights file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _images(num_channels=3, num_images=2, size=32):
 
 
 def _network(name, weights=None, num_channels=3, **options):
-  """Keras' own; with weights="imagenet" as Keras makes it, before the download."""
+  """Returns the network of Keras; "imagenet" without the download of its weights."""
   make = getattr(tf.keras.applications, name)
   root = make.__module__.split(".applications")[0]
   downloads = sys.modules[f"{root}.utils.data_utils"]
@@ -36,7 +36,7 @@ def _network(name, weights=None, num_channels=3, **options):
 
 
 def _with_distinct_weights(network):
-  """Weights that no other order or scale of them gives the same features with."""
+  """Assigns weights whose features change with any reordering or rescaling."""
   rng = np.random.default_rng(3)
   for weight in network.weights:
     if len(weight.shape) == 1:
@@ -64,9 +64,9 @@ def _saved(network, path):
     ["EfficientNetB0", "MobileNetV3Small", "RegNetX002", "VGG16"],
   ),
 )
-def test_features_are_those_of_keras_with_the_published_file(name, tmp_path):
+def test_features_equal_keras_with_the_published_file(name, tmp_path):
   network = _with_distinct_weights(_network(name, weights="imagenet"))
-  for layer in _normalizations(network):  # What EfficientNet's files hold.
+  for layer in _normalizations(network):  # The values in EfficientNet's files.
     layer.set_weights([_MEAN, _DEVIATION, np.int64(0)])
     layer.finalize_state()
   path = _saved(network, tmp_path / "weights.h5")
@@ -78,7 +78,7 @@ def test_features_are_those_of_keras_with_the_published_file(name, tmp_path):
 
 
 @pytest.mark.thorough
-def test_images_of_a_published_efficientnet_get_mean_zero_and_deviation_one(tmp_path):
+def test_published_efficientnet_normalizes_its_images(tmp_path):
   network = _network("EfficientNetB0")
   [layer] = _normalizations(network)
   layer.set_weights([_MEAN, _DEVIATION, np.int64(0)])
@@ -92,7 +92,7 @@ def test_images_of_a_published_efficientnet_get_mean_zero_and_deviation_one(tmp_
 
 @pytest.mark.parametrize("mean, variance", [(0.0, 1.0), (_MEAN, _DEVIATION**2)])
 @pytest.mark.thorough
-def test_an_efficientnet_of_own_constants_keeps_them(mean, variance, tmp_path):
+def test_efficientnet_with_custom_constants_keeps_them(mean, variance, tmp_path):
   network = _with_distinct_weights(_network("EfficientNetB0"))
   [layer] = _normalizations(network)
   layer.set_weights([mean + np.zeros(3), variance + np.zeros(3), np.int64(0)])
@@ -103,7 +103,7 @@ def test_an_efficientnet_of_own_constants_keeps_them(mean, variance, tmp_path):
   np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_every_network_that_keras_exports_is_found():
+def test_every_exported_network_of_keras_is_available():
   names = [name for name in vars(tf.keras.applications) if name[0].isupper()]
   assert {"MobileNetV3Large", "MobileNetV3Small", "ResNet50"} <= set(names)
   for name in names:
@@ -112,7 +112,7 @@ def test_every_network_that_keras_exports_is_found():
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-  """One trained network, saved in all formats of Keras."""
+  """A trained network, saved in all formats of Keras."""
   folder = tmp_path_factory.mktemp("files")
   network = _with_distinct_weights(_network("MobileNet"))
   network.compile("adam", "mse")
@@ -136,7 +136,7 @@ def files(tmp_path_factory):
     ("folder", False),
   ],
 )
-def test_a_file_of_any_format_of_keras_gives_the_same_features(
+def test_every_weights_format_of_keras_gives_the_same_features(
   file, is_synchronized, files
 ):
   folder, wanted = files
@@ -172,13 +172,13 @@ _UNSET = (
     ],
   ),
 )
-def test_weights_unset_and_left_over_are_named(file, options, message, tmp_path):
+def test_missing_and_unused_weights_are_named(file, options, message, tmp_path):
   path = _saved(_network("MobileNet", **options), tmp_path / file)
   with pytest.raises(UserError, match=message):
     KerasApplication(name="MobileNet", weights=path)(_images())
 
 
-def test_weights_that_are_not_finite_are_refused(tmp_path):
+def test_nonfinite_weights_are_refused(tmp_path):
   network = _network("MobileNet")
   network.weights[5].assign(np.full(network.weights[5].shape, np.nan))
   path = _saved(network, tmp_path / "w.h5")
@@ -190,7 +190,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
   "content",
   thorough_except([b"no weights"], [b"", b"no weights", b"PK\x05\x06" + bytes(18)]),
 )
-def test_a_file_that_is_no_weights_is_refused_in_one_line(content, tmp_path):
+def test_invalid_weights_file_is_refused_in_one_line(content, tmp_path):
   for name in ("w.h5", "w.keras", "w"):
     path = tmp_path / name
     path.write_bytes(content)
@@ -208,12 +208,12 @@ def test_a_file_that_is_no_weights_is_refused_in_one_line(content, tmp_path):
     ("MobileNet", tf.ones([2, 11]), "can't take inputs of"),
   ],
 )
-def test_inputs_that_a_network_cannot_take_are_refused(name, inputs, message):
+def test_unsupported_input_shapes_are_refused(name, inputs, message):
   with pytest.raises(UserError, match=message):
     KerasApplication(name=name)(inputs)
 
 
-def test_a_network_that_scales_all_channels_alike_takes_grey_images(tmp_path):
+def test_network_with_uniform_channel_scaling_accepts_grey_images(tmp_path):
   network = _with_distinct_weights(_network("MobileNet", num_channels=1))
   path = _saved(network, tmp_path / "w.h5")
   images = _images(num_channels=1)

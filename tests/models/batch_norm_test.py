@@ -1,4 +1,4 @@
-"""Batch normalisation over all replicas: its moments, and a training with it."""
+"""Batch normalisation over all replicas: its moments, and training with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUM_CLASSES, _NUM_SAMPLES, _SHAPE = 4, 6, (16, 16, 1)
 
 
 def _normalized(strategy, values, layer_class=SynchronizedBatchNormalization):
-  """What the layer makes of values, the rows divided among replicas; and the layer."""
+  """Returns the layer, and its outputs for rows divided among replicas."""
   with strategy.scope():
     layer = layer_class(momentum=0.0, epsilon=1e-9, synchronized=True)
     layer.build(values.shape)
@@ -41,11 +41,11 @@ def _normalized(strategy, values, layer_class=SynchronizedBatchNormalization):
 
 
 def _far_from_zero(shape):
-  # 100² has no digit left in float32 for a variance of 0.01².
+  # Next to 100², float32 cannot represent a variance of 0.01².
   return np.random.default_rng(0).normal(100.0, 0.01, shape).astype(np.float32)
 
 
-def test_keras_own_loses_the_variance_far_from_zero(mirrored):
+def test_keras_batch_norm_loses_the_variance_far_from_zero(mirrored):
   values = _far_from_zero((8, 5))
   exact = values.astype(np.float64).var(0)
   _, layer = _normalized(mirrored(2), values, tf.keras.layers.BatchNormalization)
@@ -54,7 +54,7 @@ def test_keras_own_loses_the_variance_far_from_zero(mirrored):
 
 @pytest.mark.parametrize("num_replicas", [1, 2, 4])
 @pytest.mark.parametrize("shape", [(8, 5), (8, 3, 4, 5)])
-def test_moments_are_those_of_all_replicas_also_far_from_zero(
+def test_moments_over_all_replicas_are_exact_far_from_zero(
   mirrored, num_replicas, shape
 ):
   values = _far_from_zero(shape)
@@ -94,21 +94,21 @@ def _make_step(normalization="synchronized_batch"):
 
 @pytest.mark.parity
 @pytest.mark.parametrize("num_replicas", thorough_except([2], [2, 4]))
-def test_replicas_with_it_train_as_one(mirrored, num_replicas):
+def test_replicas_with_synchronized_batch_norm_train_like_one(mirrored, num_replicas):
   wanted = parity.expected(_make_step, list(_batches()), 1)
   got = parity.trained(mirrored(num_replicas), _make_step, list(_batches()))
   found = parity.errors(got, wanted)
   assert parity.is_equal(found), parity.table([("synchronised", found)])
 
 
-def test_replicas_that_normalise_alone_train_otherwise(mirrored):
+def test_replicas_with_local_batch_norm_train_differently(mirrored):
   steps = [lambda: _make_step("batch"), list(_batches())]
   wanted = parity.expected(*steps, 1)
   got = parity.trained(mirrored(2), *steps)
   assert parity.errors(got, wanted)["gradients"] > 1e-3
 
 
-def test_a_keras_application_has_it_where_asked():
+def test_keras_application_uses_it_on_request():
   backbone = KerasApplication(name="MobileNetV2", is_batch_norm_synchronized=True)
   backbone(tf.zeros([1, 32, 32, 3]))
   norms = [

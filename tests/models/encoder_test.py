@@ -1,4 +1,4 @@
-"""Encoders: what they accept, what they give, what they refuse."""
+"""Encoders: inputs, outputs and refusals."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _images(num_images, size, channels):
 
 
 @pytest.mark.parametrize("pooling", sorted(POOLINGS))
-def test_convnet_gives_unit_embeddings_with_every_pooling(pooling):
+def test_convnet_returns_unit_embeddings_with_every_pooling(pooling):
   encoder = Encoder(backbone=ConvNet(filters=(4, 6)), embedding_size=5, pooling=pooling)
   embeddings = encoder(_images(3, 9, 1))
   assert embeddings.shape == (3, 5)
@@ -36,12 +36,12 @@ def test_without_normalization_lengths_differ():
   assert np.ptp(norms) > 1e-3
 
 
-def test_perceptron_takes_vectors():
+def test_perceptron_accepts_vectors():
   encoder = Encoder(backbone=Perceptron(hidden_units=(7,)), embedding_size=2)
   assert encoder(tf.ones([4, 11])).shape == (4, 2)
 
 
-def test_dropout_is_for_training_only():
+def test_dropout_applies_only_in_training():
   backbone = Perceptron(hidden_units=(50,), dropout_rate=0.5)
   inputs = tf.ones([1, 4])
   np.testing.assert_array_equal(backbone(inputs), backbone(inputs))
@@ -49,9 +49,9 @@ def test_dropout_is_for_training_only():
 
 
 @pytest.mark.parametrize("power", [1.0, 3.0, 8.0])
-def test_the_gradients_of_the_generalized_mean_are_those_of_its_definition(power):
+def test_generalized_mean_has_the_gradients_of_its_definition(power):
   rng = np.random.default_rng(5)
-  # Features much alike: the two logarithms of the chain rule all but cancel.
+  # Similar features: the two logarithms of the chain rule nearly cancel.
   features = 4.0 + 0.1 * rng.normal(size=(3, 5, 5, 7))
   upstream = rng.normal(size=(3, 7))
   exact = [tf.Variable(features), tf.Variable(power, dtype=tf.float64)]
@@ -69,9 +69,9 @@ def test_the_gradients_of_the_generalized_mean_are_those_of_its_definition(power
     assert error < 1e-5, error
 
 
-def test_the_generalized_mean_of_features_near_zero_does_not_underflow():
+def test_generalized_mean_near_zero_does_not_underflow():
   pooling = GeneralizedMean(initial_power=8.0)
-  features = tf.Variable(tf.fill([1, 2, 2, 1], 1e-5))  # 1e-5^8 is no float32.
+  features = tf.Variable(tf.fill([1, 2, 2, 1], 1e-5))  # 1e-5^8 underflows in float32.
   with tf.GradientTape() as tape:
     value = pooling(features)
   to_features, to_power = tape.gradient(value, [features, pooling.power])
@@ -86,7 +86,7 @@ def test_generalized_mean_of_power_one_is_the_average():
   np.testing.assert_allclose(got, np.mean(features, axis=(1, 2)), rtol=1e-5)
 
 
-def test_keras_application_scales_images_as_it_was_trained():
+def test_keras_application_scales_images_as_in_its_training():
   encoder = Encoder(
     backbone=KerasApplication(name="MobileNetV2"), embedding_size=8, pooling="average"
   )
@@ -128,12 +128,12 @@ def test_weights_of_another_network_are_refused(tmp_path):
     ),
   ],
 )
-def test_what_cannot_be_built_is_refused(make, message):
+def test_invalid_encoders_are_refused(make, message):
   with pytest.raises(UserError, match=message):
     make()
 
 
-def test_training_changes_nothing_in_a_frozen_keras_application():
+def test_frozen_keras_application_is_not_trained():
   encoder = Encoder(
     backbone=KerasApplication(name="MobileNetV2"),
     embedding_size=4,
@@ -149,7 +149,7 @@ def test_training_changes_nothing_in_a_frozen_keras_application():
 
 
 class _LazyNorm(tf.keras.layers.Layer):
-  """Makes its layers when it is built, as layers of users do."""
+  """Creates its layers in `build`, like custom layers of users."""
 
   def build(self, input_shape):
     self.norm = tf.keras.layers.BatchNormalization()
@@ -159,7 +159,7 @@ class _LazyNorm(tf.keras.layers.Layer):
     return self.norm(inputs, training=training)
 
 
-def test_training_changes_nothing_in_frozen_layers_that_are_made_late():
+def test_frozen_layers_created_lazily_are_not_trained():
   encoder = Encoder(backbone=_LazyNorm(), embedding_size=2, is_backbone_frozen=True)
   encoder.create_variables((8, 8, 3))
   before = [variable.numpy() for variable in encoder.variables]
@@ -178,7 +178,7 @@ def _model(*outputs, inputs=None):
 
 
 class _Returning(tf.keras.layers.Layer):
-  """Gives what a function makes of its inputs."""
+  """Returns a function of its inputs."""
 
   def __init__(self, make):
     super().__init__()
@@ -188,7 +188,7 @@ class _Returning(tf.keras.layers.Layer):
     return self._make(inputs)
 
 
-def test_what_is_frozen_in_a_backbone_stays_frozen():
+def test_frozen_layers_of_a_backbone_stay_frozen():
   backbone = _model("first")
   backbone.get_layer("first").trainable = False
   encoder = Encoder(backbone=backbone, embedding_size=2, pooling="average")
@@ -198,7 +198,7 @@ def test_what_is_frozen_in_a_backbone_stays_frozen():
 
 
 @pytest.mark.parametrize("output", ["second", 1, "dict"])
-def test_a_named_output_of_the_backbone_is_taken(output):
+def test_named_output_of_the_backbone_is_used(output):
   model = _model("first", "second")
   images = _images(3, 8, 1)
   backbone = model
@@ -262,7 +262,7 @@ def test_a_backbone_without_one_tensor_of_features_is_refused(
 
 
 @pytest.mark.parametrize(("scale", "num_warnings"), [(1 / 255, 1), (255.0, 0)])
-def test_a_model_that_scales_pixels_of_8_bits_is_warned_of(scale, num_warnings, caplog):
+def test_model_that_scales_8_bit_pixels_is_warned_of(scale, num_warnings, caplog):
   layers = [tf.keras.Input([8, 8, 1]), tf.keras.layers.Rescaling(scale)]
   encoder = Encoder(backbone=tf.keras.Sequential(layers), embedding_size=2)
   encoder.create_variables((8, 8, 1))
@@ -270,7 +270,7 @@ def test_a_model_that_scales_pixels_of_8_bits_is_warned_of(scale, num_warnings, 
   assert len(warned) == num_warnings
 
 
-def test_dropout_has_other_masks_with_another_seed():
+def test_dropout_masks_depend_on_the_seed():
   encoder = Encoder(
     backbone=Perceptron(hidden_units=(50,), dropout_rate=0.5), embedding_size=4
   )
