@@ -1,4 +1,4 @@
-"""What every test gets: eight CPU devices, a quiet TensorFlow and an empty gin."""
+"""Configures every test: eight CPU devices, a quiet TensorFlow and an empty gin."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import functools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Threads of OpenMP that wait by spinning take the core of another process: t-SNE took
-# six times as long.
+# Spinning OpenMP threads occupy the cores of other processes: t-SNE took six times as
+# long.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import gin
@@ -38,13 +38,13 @@ def _mirrored(num_replicas):
 
 @pytest.fixture
 def mirrored():
-  """Makes the MirroredStrategy of so many virtual replicas, one for all tests."""
+  """Returns the MirroredStrategy of n virtual replicas, shared by all tests."""
   return _mirrored
 
 
 @pytest.fixture(autouse=True)
 def _level_of_logging():
-  """Restores the level that a command has set."""
+  """Restores the logging level after commands that set it."""
   level = logging.get_verbosity()
   yield
   logging.set_verbosity(level)
@@ -63,14 +63,14 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def pytest_sessionfinish(session):
-  """Under CI, a skip is a failure unless an accelerator is what lacks."""
+  """Under CI, a skip is a failure unless an accelerator is missing."""
   reporter = session.config.pluginmanager.get_plugin("terminalreporter")
   if reporter and session.exitstatus == pytest.ExitCode.OK and _unexcused(reporter):
     session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _unexcused(reporter):
-  """The reasons of the skips for which CI has no excuse."""
+  """Returns the reasons of skips that CI does not accept."""
   if os.environ.get("CI") != "true":
     return []
   reasons = [str(report.longrepr[-1]) for report in reporter.stats.get("skipped", [])]

@@ -1,4 +1,4 @@
-"""Hostile files by the thousand.
+"""Fuzz tests with thousands of hostile files.
 
   python -m tests.fuzz [--num_examples=2000] [--target=NAME]
 
@@ -59,7 +59,7 @@ _SHARD = b"".join(map(tfrecord.frame_record, _RECORDS))
 
 @st.composite
 def _damaged(draw, valid):
-  """A valid file with some bytes flipped, cut out, written over or put in."""
+  """A valid file with bytes flipped, removed, overwritten or inserted."""
   content = bytearray(valid)
   for _ in range(draw(st.integers(1, 3))):
     place = draw(st.integers(0, len(content)))
@@ -86,7 +86,7 @@ def _files(valid):
 
 
 def _walk(content):
-  """The records of a file whose lengths are right."""
+  """Yields the records of a file with valid lengths."""
   records, position = [], 0
   while position < len(content):
     (length,) = struct.unpack_from("<Q", content, position)
@@ -96,7 +96,7 @@ def _walk(content):
 
 
 def _shard(content):
-  """A shard of any bytes, indexed in place."""
+  """Indexes a shard of arbitrary bytes in place."""
   with tempfile.TemporaryDirectory() as folder:
     pathlib.Path(folder, "a.tfrecord").write_bytes(content)
     index = index_records(folder, label_feature="label")
@@ -108,7 +108,7 @@ def _shard(content):
 
 
 def _record(content):
-  """A record of any bytes, whose checksums are right, among those that are whole."""
+  """Reads a record of arbitrary bytes with valid checksums among valid records."""
   with tempfile.TemporaryDirectory() as folder:
     frames = [*map(tfrecord.frame_record, _RECORDS[:2]), tfrecord.frame_record(content)]
     pathlib.Path(folder, "a.tfrecord").write_bytes(b"".join(frames))
@@ -120,13 +120,13 @@ def _record(content):
 
 
 def _values(content):
-  """Any bytes, taken for an example."""
+  """Parses arbitrary bytes as an example."""
   for name, values in tfrecord.feature_values(content, "a record").items():
     assert isinstance(name, str) and values
 
 
 def _use(folder):
-  """All that an index may be asked for; what it gives must be of the shard."""
+  """Calls all methods of an index; results must come from the shard."""
   index = RecordIndex.open(folder)
   names = list(index.class_names)
   assert len(names) == index.num_classes and all(isinstance(n, str) for n in names)
@@ -138,7 +138,7 @@ def _use(folder):
 
 
 class _Index:
-  """A whole index, of which one file at a time is another."""
+  """A valid index; one file at a time is replaced."""
 
   def __init__(self, folder):
     self.folder = folder
@@ -175,7 +175,7 @@ def _json_values():
 
 @st.composite
 def _manifests(draw, valid):
-  """A manifest with one value that is another, on any level, or lists in lists."""
+  """Manifests with one replaced value at any level, or deeply nested lists."""
   content = json.loads(valid)
   if draw(st.integers(0, 20)) == 0:
     return b'{"version": 1, "shards": ' + b"[" * 100_000
@@ -186,7 +186,7 @@ def _manifests(draw, valid):
 
 @st.composite
 def _array_files(draw, files):
-  """One array of an index with any values, or of another type or shape."""
+  """Index arrays with arbitrary values, or of another type or shape."""
   name = draw(st.sampled_from(index_arrays.IndexArrays._fields)) + ".npy"
   array = np.lib.format.read_array(io.BytesIO(files[name])).copy()
   if draw(st.booleans()):
@@ -212,7 +212,7 @@ def _damaged_arrays(draw, files):
 
 
 def targets(index):
-  """What is fuzzed: by name, a function and what it is given."""
+  """Returns the fuzz targets: a function and its inputs, by name."""
   manifest = index.files["manifest.json"]
   named = st.one_of(_files(manifest), _manifests(manifest))
   return {
@@ -226,7 +226,7 @@ def targets(index):
 
 
 def run(name, function, strategy, num_examples):
-  """Runs one target, and counts what comes of it."""
+  """Runs one target and counts its outcomes."""
 
   @hypothesis.settings(
     max_examples=num_examples,
@@ -248,7 +248,7 @@ def run(name, function, strategy, num_examples):
 
 
 def _limit_memory():
-  """Has what grows by a gigabyte fail."""
+  """Limits the growth of memory to one gigabyte."""
   status = pathlib.Path("/proc/self/status").read_text()
   held = int(status.split("VmData:")[1].split()[0]) * 1024
   limit = held + _MAX_GROWTH_BYTES
@@ -264,7 +264,7 @@ def main():
   with tempfile.TemporaryDirectory() as folder:
     index = _Index(folder)
     _use(folder)
-    _record(_RECORDS[3])  # Threads and memory that TensorFlow takes once.
+    _record(_RECORDS[3])  # One-time threads and memory of TensorFlow.
     _limit_memory()
     for name, (function, strategy) in targets(index).items():
       if arguments.target not in (None, name):

@@ -1,4 +1,4 @@
-"""Nothing is unpickled, whatever lies where a file is read."""
+"""No file is ever unpickled, whatever its content."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _UNPICKLERS = {
 
 
 class _Bomb:
-  """Makes a folder where it is unpickled."""
+  """Creates a folder when it is unpickled."""
 
   def __init__(self, path):
     self._path = str(path)
@@ -43,7 +43,7 @@ class _Bomb:
 
 @pytest.fixture
 def plant(tmp_path):
-  """Puts an array that explodes in the place of a file; tells where it would."""
+  """Replaces a file by a pickled array; returns the folder that it would create."""
   crater = tmp_path / "crater"
 
   def call(path):
@@ -53,7 +53,7 @@ def plant(tmp_path):
   return call
 
 
-def test_a_planted_array_explodes_where_it_is_unpickled(plant, tmp_path):
+def test_planted_array_executes_if_unpickled(plant, tmp_path):
   crater = plant(tmp_path / "array.npy")
   assert not crater.exists()
   np.load(tmp_path / "array.npy", allow_pickle=True)
@@ -86,7 +86,7 @@ _HEADS = (b'"""', b"((((", b"{'x", b"\xff\xff")
 
 
 @pytest.mark.parametrize("head", _HEADS)
-def test_a_damaged_head_of_an_array_is_one_line(tmp_path, head):
+def test_damaged_array_header_is_reported_in_one_line(tmp_path, head):
   path = tmp_path / "array.npy"
   np.save(path, np.zeros([3, 3], np.int64))
   content = path.read_bytes()
@@ -110,7 +110,7 @@ def _embeddings(folder):
 
 
 @pytest.mark.parametrize("head", _HEADS)
-def test_damaged_heads_of_embeddings_are_one_line(tmp_path, head):
+def test_damaged_headers_of_embeddings_are_reported_in_one_line(tmp_path, head):
   for path in _embeddings(tmp_path / "embeddings"):
     good = path.read_bytes()
     path.write_bytes(good[:10] + head + good[10 + len(head) :])
@@ -148,7 +148,7 @@ def _imported(tree):
       yield node.module.split(".")[0]
 
 
-def test_the_package_has_nothing_that_unpickles_or_evaluates():
+def test_package_never_unpickles_or_evaluates():
   paths = sorted(_PACKAGE.rglob("*.py"))
   assert len(paths) > 100
   for path in paths:

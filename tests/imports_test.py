@@ -1,4 +1,4 @@
-"""The structure of the package: what may import what, and names that occur once."""
+"""The structure of the package: import layers, and unique names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Each may import those before it.
+# Each layer may import the layers before it.
 _LAYERS = (
   *("errors", "runtime", "config", "run", "data", "distribute", "models", "losses"),
   *("training", "retrieval", "mining", "report", "serving", "cli"),
@@ -17,7 +17,7 @@ _LAYERS = (
 
 
 def _modules():
-  """Name of each module to its syntax tree."""
+  """Returns the syntax tree of each module, by name."""
   modules = {}
   for path in sorted((ROOT / "trainer").rglob("*.py")):
     name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -26,7 +26,7 @@ def _modules():
 
 
 def _imported(tree, modules):
-  """Names of the package's modules that a module imports, anywhere in it."""
+  """Returns modules of the package imported anywhere in a module."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Import):
       yield from (alias.name for alias in node.names if alias.name in modules)
@@ -52,7 +52,7 @@ def test_imports_point_down():
   assert not upward
 
 
-def test_no_modules_import_each_other_in_a_circle():
+def test_no_import_cycle_exists():
   modules = _modules()
   waiting = {
     name: {each for each in _imported(tree, modules) if each != name}

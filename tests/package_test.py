@@ -20,7 +20,7 @@ _PACKAGED = ("setup.py", "pyproject.toml", "LICENSE", "trainer", "tests", "confi
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-  """The wheel, built in a copy, so that nothing is left beside the sources."""
+  """The wheel, built in a copy to keep the source folder clean."""
   source = tmp_path_factory.mktemp("source")
   ignore = shutil.ignore_patterns("__pycache__")
   for name in _PACKAGED:
@@ -38,13 +38,13 @@ def wheel(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def metadata(wheel):
-  """What the wheel says of itself."""
+  """The metadata of the wheel."""
   [name] = [name for name in wheel.namelist() if name.endswith("/METADATA")]
   return email.message_from_bytes(wheel.read(name))
 
 
 def _requirements(metadata, python, machine="x86_64", platform="linux", extra=""):
-  """Names and versions that such a machine installs."""
+  """Returns names and versions that such a machine installs."""
   lines = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
   environment = {
     "python_version": python,
@@ -60,7 +60,7 @@ def _requirements(metadata, python, machine="x86_64", platform="linux", extra=""
 
 
 @pytest.mark.main_job
-def test_wheel_holds_every_module_and_what_pages_are_made_of_and_no_more(wheel):
+def test_wheel_contains_exactly_the_modules_and_page_templates(wheel):
   files = {
     path.relative_to(ROOT).as_posix()
     for pattern in ("*.py", "*.html", "*.css", "*.js")
@@ -72,9 +72,7 @@ def test_wheel_holds_every_module_and_what_pages_are_made_of_and_no_more(wheel):
 
 
 @pytest.mark.main_job
-def test_wheel_works_from_another_folder_with_a_run_file_given_by_its_path(
-  wheel, tmp_path
-):
+def test_wheel_runs_a_run_file_from_another_folder(wheel, tmp_path):
   wheel.extractall(tmp_path / "installed")
   shutil.copytree(ROOT / "configs", tmp_path / "mine")
   (tmp_path / "elsewhere").mkdir()
@@ -100,13 +98,13 @@ def test_wheel_has_the_name_and_version_of_the_package(metadata):
   assert metadata["Version"] == trainer.__version__
 
 
-def test_python_is_bounded_by_what_the_stacks_run_on(metadata):
+def test_python_versions_are_those_of_the_supported_stacks(metadata):
   bounds = set(metadata["Requires-Python"].split(","))
   assert bounds == {">=3.9", "<3.14"}
 
 
 @pytest.mark.parametrize("python", ["3.9", "3.10", "3.11"])
-def test_older_python_gets_the_full_stack(metadata, python):
+def test_older_python_installs_the_full_stack(metadata, python):
   required = _requirements(metadata, python)
   assert required["tensorflow"] == "==2.15.*"
   assert required["tensorflow-addons"] == "==0.23.*"
@@ -116,7 +114,7 @@ def test_older_python_gets_the_full_stack(metadata, python):
 
 
 @pytest.mark.parametrize("python", ["3.12", "3.13"])
-def test_newer_python_gets_current_tensorflow_with_keras_2(metadata, python):
+def test_newer_python_installs_current_tensorflow_with_keras_2(metadata, python):
   required = _requirements(metadata, python)
   assert required["tensorflow"] == required["tf-keras"] == "<2.22,>=2.19"
   assert "tensorboard" in required
@@ -140,16 +138,16 @@ def test_package_without_wheels_for_a_platform_is_not_required_there(
 
 
 @pytest.mark.parametrize("python", ["3.9", "3.11", "3.12", "3.13"])
-def test_every_python_has_the_templates_of_pages(metadata, python):
+def test_every_python_installs_the_template_engine(metadata, python):
   assert "jinja2" in _requirements(metadata, python)
 
 
 @pytest.mark.parametrize("python", ["3.9", "3.11", "3.12", "3.13"])
-def test_every_python_reads_parquet_lmdb_and_hdf5(metadata, python):
+def test_every_python_installs_readers_of_parquet_lmdb_and_hdf5(metadata, python):
   assert {"pyarrow", "lmdb", "h5py"} <= set(_requirements(metadata, python))
 
 
-def test_what_a_training_job_does_not_need_is_an_extra(metadata):
+def test_packages_not_needed_for_training_are_extras(metadata):
   assert set(metadata.get_all("Provides-Extra")) == {
     "benchmarks",
     "cuda",

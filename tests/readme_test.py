@@ -1,4 +1,4 @@
-"""What the README tells people to type exists."""
+"""Commands, links and paths of the README exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.config import run_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 _BLOCK = re.compile(r"^```bash\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What the project ships; other paths are the reader's own.
+# Folders of the project; other paths belong to the reader.
 _SHIPPED = re.compile(r"(\./)?(launch|configs|trainer|\.ci)/.+")
 _TASK_FLAGS = [name for group in task.define_flags().values() for name in group]
 _FLAGS = {
@@ -26,14 +26,14 @@ _FLAGS = {
 
 
 def commands(text):
-  """The commands of all bash blocks, as lists of words; comments are left out."""
+  """Returns the commands of all bash blocks, as lists of words, without comments."""
   lines = "".join(_BLOCK.findall(text)).replace("\\\n", " ").splitlines()
   words = [shlex.split(line, comments=True) for line in lines]
   return [command for command in words if command]
 
 
 def problems(command):
-  """What in a command stands for nothing, in words."""
+  """Returns descriptions of nonexistent parts of a command."""
   shipped = [word.rpartition("=")[2] for word in command]
   missing = [
     f"no file {word}"
@@ -73,13 +73,13 @@ def test_readme_shows_both_main_commands(readme, script):
   assert script in [command[0] for command in commands(readme)]
 
 
-def test_every_link_of_the_readme_to_a_file_leads_somewhere(readme):
+def test_every_file_link_of_the_readme_resolves(readme):
   links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", readme)]
   ours = [link for link in links if link and "://" not in link]
   assert [link for link in ours if not (ROOT / link).exists()] == []
 
 
-def test_words_in_backquotes_that_look_like_our_paths_exist(readme):
+def test_paths_in_backquotes_exist(readme):
   prose = _BLOCK.sub("", readme)
   paths = [word for word in re.findall(r"`([^`\s]+)`", prose) if "*" not in word]
   ours = [path for path in paths if _SHIPPED.fullmatch(path)]
@@ -96,17 +96,17 @@ def test_words_in_backquotes_that_look_like_our_paths_exist(readme):
     ("python -m trainer.task --gin_file=configs/x.gin", "no file configs/x.gin"),
   ],
 )
-def test_command_that_does_not_exist_is_found(text, problem):
+def test_nonexistent_command_is_detected(text, problem):
   [command] = commands(f"Do:\n\n```bash\n{text}\n```\n")
   assert problems(command) == [problem]
 
 
-def test_command_that_exists_passes():
+def test_existing_command_passes():
   text = "./launch/local.sh configs/runs/digits.gin --num_virtual_replicas=4"
   assert problems(shlex.split(text)) == []
 
 
-def test_the_run_file_for_ones_own_data_is_whole(readme, tmp_path):
+def test_run_file_template_for_user_data_is_complete(readme, tmp_path):
   [block] = re.findall(r"^```gin\n(# my_run\.gin\n.*?)^```", readme, re.M | re.DOTALL)
   run_file = tmp_path / "my_run.gin"
   run_file.write_text(block.replace("/path/to/", f"{ROOT}/"), encoding="utf-8")

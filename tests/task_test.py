@@ -14,7 +14,7 @@ DIGITS = os.path.join(os.path.dirname(__file__), "..", "configs", "runs", "digit
 
 @pytest.fixture
 def refusal(capsys, tmp_path):
-  """Runs the command line and returns its one line of error, and the exit status."""
+  """Runs the command line; returns its one line of error and the exit status."""
 
   def run(*flags: str) -> str:
     assert task.main(["trainer.task", *flags]) == 2
@@ -79,12 +79,12 @@ def test_module_run_as_a_program_exits_with_the_status():
     ),
   ],
 )
-def test_flag_that_does_not_fit_is_refused(refusal, flags, words):
+def test_invalid_flag_is_refused(refusal, flags, words):
   line = refusal(*flags)
   assert all(word in line for word in words)
 
 
-def test_gin_file_that_is_not_there_is_refused_with_the_nearest(refusal, tmp_path):
+def test_missing_gin_file_is_refused_with_the_nearest(refusal, tmp_path):
   line = refusal(*_train(tmp_path, DIGITS.replace("digits", "digit")))
   assert "digit.gin" in line
   assert "did you mean 'digits.gin'?" in line
@@ -101,13 +101,13 @@ def test_gin_file_that_is_not_there_is_refused_with_the_nearest(refusal, tmp_pat
     ("LoopOptions.num_steps = (", ["invalid gin syntax"]),
   ],
 )
-def test_gin_param_that_does_not_fit_is_refused(refusal, tmp_path, param, words):
+def test_invalid_gin_param_is_refused(refusal, tmp_path, param, words):
   line = refusal(*_train(tmp_path), f"--gin_param={param}")
   assert all(word in line for word in words)
   assert not os.path.exists(tmp_path / "run")
 
 
-def test_value_that_a_part_refuses_is_told_without_gins_trail(
+def test_invalid_value_is_reported_without_the_gin_trace(
   refusal, tmp_path, monkeypatch
 ):
   monkeypatch.setattr(
@@ -117,7 +117,7 @@ def test_value_that_a_part_refuses_is_told_without_gins_trail(
   assert line == "error: LoopOptions.steps_per_loop=0 must be at least 1."
 
 
-def test_interruption_by_the_user_is_no_traceback(monkeypatch, capsys):
+def test_keyboard_interrupt_prints_no_traceback(monkeypatch, capsys):
   def interrupt(values):
     raise KeyboardInterrupt
 

@@ -9,7 +9,7 @@ import pytest
 
 
 def thorough_except(kept: Collection[Any], rows: Iterable[Any]) -> list[Any]:
-  """Returns the rows for `pytest.mark.parametrize`, all thorough but those kept.
+  """Returns rows for `pytest.mark.parametrize`, thorough unless they are in `kept`.
 
   Args:
     kept: some of the rows, at least one of each kind.
