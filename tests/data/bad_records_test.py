@@ -133,9 +133,7 @@ def test_tensor_decoder_still_decodes_batches():
   file = encode_png(np.full((4, 4), 51, np.uint8))
   feature = tf.train.Feature(bytes_list=tf.train.BytesList(value=[file]))
   example = tf.train.Example(features=tf.train.Features(feature={"image": feature}))
-  many = tf.constant(
-    [example.SerializeToString()] * 131
-  )  # A prime: decoded one by one.
+  many = tf.constant([example.SerializeToString()] * 131)  # A prime: a scalar loop.
   np.testing.assert_allclose(_DECODER(many), np.full((131, 4, 4, 1), 0.2), atol=1e-6)
 
 

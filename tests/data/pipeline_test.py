@@ -143,9 +143,7 @@ def test_invalid_sizes_are_refused(make):
   ("first_replica", "expected"), [(0, [8, 9, 9, 9]), (1, [9, 9, 9, 9])]
 )
 def test_padding_rows_read_no_additional_record(index, first_replica, expected):
-  index = copy.copy(
-    index
-  )  # Infinite pipelines of other tests may still read the original.
+  index = copy.copy(index)  # Infinite pipelines of other tests may read the original.
   sampler = SequentialSampler(np.array([8, 9]), records_per_batch=8)
   read, true_read = [], index.read
   index.read = lambda n: read.append(n.tolist()) or true_read(n)

@@ -177,9 +177,7 @@ def test_a_truncated_gzip_is_named(idx_folder):
 def test_every_flipped_byte_of_gzipped_data_is_detected(idx_folder):
   path = idx_folder / "labels.gz"
   whole = path.read_bytes()
-  for position in range(
-    10, len(whole)
-  ):  # Earlier bytes hold time and name of the file.
+  for position in range(10, len(whole)):  # Earlier bytes are time and name.
     path.write_bytes(
       whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
     )
