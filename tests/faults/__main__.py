@@ -1,4 +1,4 @@
-"""python -m tests.faults [--only=NAME] [--soak=100]: the fault table, done for real.
+"""python -m tests.faults [--only=NAME] [--soak=100]: the fault table, with real faults.
 
 --soak kills runs so many times at random moments, ten times a run, on one and on two
 replicas in turn, and tells how many ended equal.
@@ -45,7 +45,7 @@ def _print_rows(runs, only):
 def _outcome(row_fn, runs):
   try:
     return row_fn(runs)
-  except Exception as error:  # One row that breaks must not hide the others.
+  except Exception as error:  # A failing row must not hide the others.
     words = " ".join(str(error).split())
     return table.Outcome("", f"{type(error).__name__}: {words}", 0.0)
 

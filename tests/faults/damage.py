@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, a disk that is full, files from elsewhere."""
+"""Damaged checkpoints, full disks and untrusted files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.faults.table import Outcome, row
 
 
 def _copy_cut_short(runs: Runs, name):
-  """A run that was killed right after the last checkpoint but one was replaced."""
+  """Returns a run killed right after its last checkpoint but one was replaced."""
   whole = runs.finished(1)
   model_dir = runs.folder / name
   shutil.copytree(whole, model_dir)
@@ -24,7 +24,7 @@ def _copy_cut_short(runs: Runs, name):
 
 
 def _damaged(runs: Runs, name, damage):
-  """Status, words and time of a run whose newest checkpoint was damaged at its end."""
+  """Returns the outcome of resuming a run with a damaged newest checkpoint."""
   model_dir = _copy_cut_short(runs, name)
   folder = model_dir / "checkpoints"
   damage(folder)
@@ -63,7 +63,7 @@ def checkpoint_cut_short(runs: Runs) -> Outcome:
 
 @contextlib.contextmanager
 def _small_disk(folder):
-  """A disk of 200 kB at the folder; only root can."""
+  """Mounts a disk of 200 kB at the folder; requires root."""
   folder.mkdir()
   mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)]
   subprocess.run(mount, check=True)
@@ -81,7 +81,7 @@ def _fill(folder):
 
 
 def _on_full_disk(runs: Runs, name, policy):
-  """A run in a folder whose disk is filled once its first checkpoints are there."""
+  """Runs in a folder whose disk is filled after the first checkpoints."""
   model_dir = runs.folder / name
   with _small_disk(model_dir):
     running = runs.start(name, f"LoopOptions.on_disk_full = '{policy}'")
@@ -138,7 +138,7 @@ def full_disk_where_it_stops(runs: Runs) -> Outcome:
 
 
 class _Bomb:
-  """Leaves a file where it is unpickled."""
+  """Creates a file when it is unpickled."""
 
   def __init__(self, path):
     self._path = path

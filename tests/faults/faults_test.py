@@ -1,4 +1,4 @@
-"""Each row of the fault table, done for real."""
+"""Each row of the fault table, with real faults."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _NEEDS_ROOT = (
   "full_disk_where_it_goes_on",
   "full_disk_where_it_stops",
 )
-# Rows that the check leaves out: their fault is another row's in another place, or is
-# tested inside one process too. So are all overflows.
+# Rows that the check omits: another row has the same fault elsewhere, or a test within
+# one process covers it. So do all overflows.
 _THOROUGH = {
   "killed_on_one_replica",
   "killed_while_saving_class_centres",
@@ -49,19 +49,19 @@ def _row(name):
 
 
 @pytest.mark.parametrize("name", map(_row, ROWS))
-def test_a_fault_ends_as_the_table_says(runs, name):
+def test_fault_has_the_outcome_of_the_table(runs, name):
   if name in _NEEDS_ROOT and os.geteuid() != 0:
     pytest.skip("a disk of its own is mounted by root")
   outcome = ROWS[name](runs)
   assert outcome.seen == outcome.expected
 
 
-def test_the_rows_that_are_named_exist():
+def test_named_rows_exist():
   assert {*_NEEDS_ROOT, *_THOROUGH} <= set(ROWS)
 
 
-def test_every_number_of_a_run_changes_between_its_checkpoints(runs):
-  """Else a comparison of runs would find them equal for nothing."""
+def test_every_value_of_a_run_changes_between_its_checkpoints(runs):
+  """Otherwise a comparison of runs could pass without a change."""
   whole = runs.finished(1)
   newest = newest_step(whole)
   now, before = (values(whole, step) for step in (newest, newest - 4))

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL, again and again; the run must end as one that was not."""
+"""Repeated SIGKILLs; the run must end like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EQUAL = "0, every bit equal, each step once"
 
 
 def ended_as(status, model_dir, whole) -> str:
-  """What became of a run, in words: equal, or in what it differs."""
+  """Describes the result of a run: equal, or its differences."""
   found = runs_lib.differences(model_dir, whole)
   steps = [each["step"] for each in runs_lib.rows(model_dir)]
   if not found and steps == sorted(set(steps)):
@@ -30,7 +30,7 @@ def _logged_step(model_dir):
 
 
 def kill_at_random(runs: Runs, name, *, num_replicas, num_kills, seed):
-  """Kills a run so many times while it trains, and lets it end.
+  """Kills a run several times during training, then lets it finish.
 
   The moments are spread over the steps, and over the time that a step takes.
 
@@ -87,7 +87,7 @@ def killed_while_saving(runs: Runs) -> Outcome:
     running = runs.start("killed-saving")
     first = runs_lib.newest_step(model_dir)
     running.wait_until(lambda f=first: runs_lib.newest_step(model_dir) > f)
-    # The first time as soon as it writes, the second when the data is there.
+    # First as soon as writing starts, then after the data was written.
     looked_for = ("*", "ckpt-*.index")[number]
     running.wait_until(lambda pattern=looked_for: any(staging_dir.glob(pattern)))
     running.tell(signal.SIGKILL)
@@ -109,7 +109,7 @@ def killed_while_saving_class_centres(runs: Runs) -> Outcome:
     running = runs.start("killed-centres", flags=flags)
     first = runs_lib.newest_step(model_dir)
     running.wait_until(lambda f=first: runs_lib.newest_step(model_dir) > f)
-    # The first time as soon as a file is there, the second when its facts are, too.
+    # First as soon as a file exists, then after its facts were written.
     looked_for = ("ckpt-{}.centres-*", "ckpt-{}.centres-*.json")[number]
     running.wait_until(
       lambda pattern=looked_for: any(

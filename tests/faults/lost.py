@@ -1,4 +1,4 @@
-"""Workers that are lost, that stand still, or that never come."""
+"""Workers that are killed, suspended or never started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LONG = "NUM_STEPS = 100000"
 
 
 def _harmed(runs: Runs, name, number, *flags, is_fork):
-  """Two workers, of which the second gets a signal while they train."""
+  """Runs two workers; the second receives a signal during training."""
   model_dir = runs.folder / name
   chief, other = runs.start_workers(name, _LONG, flags=flags, is_fork=is_fork)
   try:

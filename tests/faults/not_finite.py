@@ -1,4 +1,4 @@
-"""A record whose pixels are NaN, and one that overflows inside of the network."""
+"""A record with NaN pixels, and one that overflows inside the network."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BAD_STEP = 13
 
 
 def _key_drawn(runs: Runs) -> str:
-  """The key of a record of the batch of a step, and of none before it."""
+  """Returns the key of a record that first occurs in the batch of a step."""
   index = RecordIndex.open(str(runs.folder / "digits"))
   names = [str(name) for name in index.class_names]
   classes = np.array(
@@ -110,12 +110,12 @@ def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
 
 
 def _notes(path):
-  """Step and digest of each update that a worker made."""
+  """Returns step and digest of each update of a worker."""
   with open(path, encoding="ascii") as lines:
     return [(int(step), digest) for step, digest in map(str.split, lines)]
 
 
-# A bank of ten batches, and half precision, whose largest number is 65,504.
+# A cross-batch memory of ten batches, and half precision with its maximum of 65,504.
 _OVERFLOWING = (
   "NUM_STEPS = 20",
   "LoopOptions.checkpoint_every_steps = 10",
@@ -124,7 +124,7 @@ _OVERFLOWING = (
   "CrossBatchMemory.size = 160",
   "CrossBatchMemory.warm_up_steps = 2",
 )
-# The steps of which the bank has entries at the end.
+# The steps with entries in the memory at the end.
 _REMEMBERED = {
   "stop": [*range(10)],
   "skip": [9, 10, 11, 12, *range(14, 20)],
@@ -144,7 +144,7 @@ _STATES = {
 
 
 def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop):
-  """A run in which one record overflows inside, and what each state is at its end."""
+  """Returns a run in which one record overflows internally, and its final states."""
   name = f"overflow-{policy}-{num_replicas}-{normalization}-{steps_per_loop}"
   running = runs.start(
     name,
@@ -168,7 +168,7 @@ def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop
 
 
 def _damaged_states(model_dir, remembered, newest) -> list[str]:
-  """The states of a run's checkpoints that are not as they must be, in words."""
+  """Returns descriptions of the wrong states in the checkpoints of a run."""
   found = [] if runs_lib.all_finite(model_dir) else ["not finite"]
   values, before = (runs_lib.values(model_dir, step) for step in (newest, 10))
 
@@ -184,7 +184,7 @@ def _damaged_states(model_dir, remembered, newest) -> list[str]:
   [steps] = [values[name] for name in of("cross_batch_memory/contents/steps")]
   if sorted(set(steps.tolist())) != remembered:
     found.append(f"memory bank of steps {sorted(set(steps.tolist()))}")
-  # The first scales are too large; after step 10 no gradient overflows.
+  # The initial scales are too large; after step 10 no gradient overflows.
   [scale] = of("current_loss_scale")
   if values[scale] != before[scale]:
     found.append(f"loss scale {before[scale]}, then {values[scale]}")

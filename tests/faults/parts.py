@@ -1,4 +1,4 @@
-"""Parts that do harm or tell of it; gin files import them with --allow_gin_import."""
+"""Parts that inject or record faults; gin files import them by --allow_gin_import."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 @gin.register
 class HarmfulDecoder:
-  """Decodes as another does, but for one record, and hangs while a file is there.
+  """Decodes like another decoder except for one record; hangs while a file exists.
 
   Args:
     decoder: the other.
@@ -58,7 +58,7 @@ class HarmfulDecoder:
 
 @gin.register
 def noting_weights(*, optimizer, file: str):
-  """An optimizer of one worker of several, which notes what weights it leaves.
+  """An optimizer of one of several workers that records its updated weights.
 
   Args:
     optimizer: makes the updates.

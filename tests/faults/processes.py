@@ -1,4 +1,4 @@
-"""Processes that run the task, started at no cost and ended by real signals.
+"""Processes that run the task, forked quickly and stopped by real signals.
 
 A fork server imports TensorFlow once, and uses no device; each run is a fork of it.
 Where the start or the end of a process itself matters, a run is a process of its own.
@@ -19,7 +19,7 @@ import time
 from tests.distribute.cluster_test import free_addresses
 
 ROOT = pathlib.Path(__file__).parents[2]
-_TIMEOUT_S = 600.0  # Of a machine that others use, too.
+_TIMEOUT_S = 600.0  # Long enough for a shared machine.
 
 
 def _context():
@@ -52,7 +52,7 @@ def _task(arguments, environment, output, errors, folder):
 
 
 class Running:
-  """A run of the task that has begun.
+  """A started run of the task.
 
   Args:
     arguments: of the command line.
@@ -103,19 +103,19 @@ class Running:
 
   @property
   def status(self):
-    """Exit status; None while it runs, −N where signal N ended it."""
+    """Exit status; None while it runs, −N if signal N ended it."""
     if isinstance(self._process, subprocess.Popen):
       return self._process.poll()
     return self._process.exitcode
 
   def tell(self, number):
-    """Sends a signal, from which the time to the end is taken."""
+    """Sends a signal and starts the timer of `wait`."""
     self._told_s = time.monotonic()
     if self.status is None:
       os.kill(self.pid, number)
 
   def wait(self, timeout_s=_TIMEOUT_S):
-    """Waits for the end: exit status and seconds since the last signal."""
+    """Waits for the exit; returns the status and seconds since the last signal."""
     deadline_s = time.monotonic() + timeout_s
     while self.status is None:
       if time.monotonic() > deadline_s:
@@ -125,7 +125,7 @@ class Running:
     return self.status, time.monotonic() - self._told_s
 
   def wait_until(self, condition_fn, timeout_s=_TIMEOUT_S):
-    """Waits until something is so; an end before it is an error."""
+    """Waits until a condition holds; an earlier exit is an error."""
     deadline_s = time.monotonic() + timeout_s
     while not condition_fn():
       if self.status is not None or time.monotonic() > deadline_s:
@@ -135,16 +135,16 @@ class Running:
       time.sleep(0.002)
 
   def said(self, words):
-    """Whether it has printed the words."""
+    """Returns whether it has printed the words."""
     return words in self.output.read_text(errors="replace")
 
   def last_line(self):
-    """The last line that it printed of its own."""
+    """Returns the last line that it printed itself."""
     lines = self.output.read_text(errors="replace").splitlines()
     return next((x for x in reversed(lines) if x.startswith("error:")), "")
 
   def end(self):
-    """Ends it for good, stopped or not."""
+    """Kills it, suspended or not."""
     if self.status is None:
       os.kill(self.pid, signal.SIGKILL)
       while self.status is None:
@@ -152,7 +152,7 @@ class Running:
 
 
 class ForkedTask:
-  """A run of the task in a fork, with the interface of `subprocess.Popen`.
+  """A forked run of the task, with the interface of `subprocess.Popen`.
 
   Args:
     command: as for a process of its own: Python, -m, trainer.task and its flags.
@@ -177,18 +177,18 @@ class ForkedTask:
     self.returncode = None
 
   def communicate(self, timeout=_TIMEOUT_S):
-    """Waits for the end; returns what was printed, also to standard error."""
+    """Waits for the exit; returns standard output and standard error."""
     self.returncode, _ = self._running.wait(timeout)
     return self._output.read_text(), self._errors.read_text()
 
   def kill(self):
-    """Ends it, if it runs."""
+    """Kills it if it runs."""
     self._running.end()
     self._place.cleanup()
 
 
 def run_task(command, environment=None):
-  """Runs the task in a fork to its end, as `subprocess.run` would."""
+  """Runs the task in a fork, like `subprocess.run`."""
   process = ForkedTask(command, environment)
   try:
     output, errors = process.communicate()
@@ -211,6 +211,6 @@ def workers(num_workers, start_fn):
 
 
 def tf_config(addresses, index):
-  """The TF_CONFIG of a worker."""
+  """Returns the TF_CONFIG of a worker."""
   task = {"type": "worker", "index": index}
   return json.dumps({"cluster": {"worker": list(addresses)}, "task": task})

@@ -1,4 +1,4 @@
-"""Stopped, and gone on with on another number of replicas."""
+"""Runs stopped and resumed on another number of replicas."""
 
 from __future__ import annotations
 

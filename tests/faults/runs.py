@@ -1,4 +1,4 @@
-"""Short runs of digits that take faults, and what they leave."""
+"""Short runs on digits for fault tests, and their results."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.faults.processes import ROOT, Running
 NUM_STEPS = 40
 _CENTRES = ROOT / "configs" / "runs" / "digits_class_centres.gin"
 _DIGITS = ROOT / "configs" / "runs" / "digits.gin"
-# Small, and with every state that must come back: moments, moving averages of batch
-# normalisation, averaged weights. Mining statistics take long to compile.
+# Small, with every state that must be restored: moments, moving averages of batch
+# normalisation, averaged weights. Mining statistics are slow to compile.
 _SMALL = (
   f"NUM_STEPS = {NUM_STEPS}",
   "LoopOptions.steps_per_loop = 2",
@@ -30,8 +30,8 @@ _SMALL = (
   "StepOptions.averaging_decay = 0.9",
   "PKSampler.samples_per_class = 4",
 )
-# A smooth loss, because a rounding error can tip a triplet over the margin. Batch
-# normalisation is of the replica's batch: another computation on another number.
+# A smooth loss, because a rounding error can move a triplet across the margin. Batch
+# normalisation uses the replica's batch, so it depends on the number of replicas.
 _SMOOTH = {
   "batch_all.gin": "supervised_contrastive.gin",
   "'../": f"'{ROOT}/configs/",
@@ -40,7 +40,7 @@ _TIMED = ("time", "train/images_per_second", "train/seconds_per_step")
 
 
 class Runs:
-  """Starts runs below a folder, on records that are ingested once.
+  """Starts runs below a folder, on records ingested once.
 
   Args:
     folder: an empty one.
@@ -54,7 +54,7 @@ class Runs:
     assert done.wait()[0] == 0, done.output.read_text()
 
   def smooth(self):
-    """Starts runs that have the same result on any number of replicas, to rounding."""
+    """Starts runs whose results on any number of replicas are equal up to rounding."""
     content = _DIGITS.read_text(encoding="utf-8")
     for old, new in _SMOOTH.items():
       assert old in content
@@ -64,7 +64,7 @@ class Runs:
     return self._others(gin_file, "ConvNet.normalization = 'none'", "NUM_STEPS = 80")
 
   def with_centres(self):
-    """Starts runs of a loss against class centres, of which a step reads some."""
+    """Starts runs with sampled class centres."""
     params = ("CENTRE_SAMPLING_RATE = 0.7", "RowSGD.momentum = 0.9")
     return self._others(_CENTRES, *params)
 
@@ -77,7 +77,7 @@ class Runs:
   def start(
     self, name, *params, mode="train", flags=(), environment=None, is_fork=True
   ) -> Running:
-    """Starts, or goes on with, the run of that name."""
+    """Starts or resumes the run of that name."""
     params = [*self._params, f"DATA_DIR = '{self.folder / 'digits'}'", *params]
     arguments = [
       *(f"--mode={mode}", f"--gin_file={self._gin_file}"),
@@ -91,7 +91,7 @@ class Runs:
     return Running(arguments, output, environment, is_fork=is_fork)
 
   def start_workers(self, name, *params, num_workers=2, **options):
-    """Starts the workers of a run; options are those of `start`."""
+    """Starts the workers of a run; takes the options of `start`."""
     return processes.workers(
       num_workers,
       lambda index, environment: self.start(
@@ -100,7 +100,7 @@ class Runs:
     )
 
   def finished(self, num_replicas=1):
-    """The folder of a run that nothing happened to; one for all that ask."""
+    """Returns the folder of an uninterrupted run, shared by all tests."""
     if num_replicas not in self._finished:
       name = f"whole-{num_replicas}-{self._gin_file.stem}"
       flag = f"--num_virtual_replicas={num_replicas}"
@@ -111,26 +111,26 @@ class Runs:
 
 
 def newest_step(model_dir) -> int:
-  """Step of the newest checkpoint that has a manifest; 0 where there is none."""
+  """Returns the step of the newest checkpoint with a manifest, or 0."""
   manifests = pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json")
   return max((int(path.stem[len("ckpt-") :]) for path in manifests), default=0)
 
 
 def claimed_by(model_dir) -> list[int]:
-  """The processes that say that they train in a folder."""
+  """Returns the processes that claim a folder for training."""
   claims = pathlib.Path(model_dir).glob(".in-use-*.json")
   return [json.loads(path.read_text())["pid"] for path in claims]
 
 
 def rows(model_dir) -> list[dict]:
-  """The rows of metrics.jsonl, without what a clock gave."""
+  """Returns the rows of metrics.jsonl without measured times."""
   lines = pathlib.Path(model_dir, "metrics.jsonl").read_text().splitlines()
   found = [json.loads(line) for line in lines]
   return [{k: v for k, v in row.items() if k not in _TIMED} for row in found]
 
 
 def values(model_dir, step=None) -> dict[str, np.ndarray]:
-  """All that the newest checkpoint has, by name."""
+  """Returns all values of the newest checkpoint, by name."""
   step = newest_step(model_dir) if step is None else step
   reader = tf.train.load_checkpoint(f"{model_dir}/checkpoints/ckpt-{step}")
   names = reader.get_variable_to_shape_map()
@@ -142,7 +142,7 @@ def values(model_dir, step=None) -> dict[str, np.ndarray]:
 
 
 def differences(model_dir, whole) -> list[str]:
-  """In what a run differs from one that nothing happened to, bit for bit."""
+  """Returns bitwise differences between a run and an uninterrupted one."""
   got, expected = values(model_dir), values(whole)
   if got.keys() != expected.keys():
     return ["names"]
@@ -155,7 +155,7 @@ def differences(model_dir, whole) -> list[str]:
 
 
 def largest_error(model_dir, whole) -> float:
-  """Largest relative difference of a weight, an average or a moment of the optimizer.
+  """Returns the largest relative difference of weights, averages and moments.
 
   It is relative to the largest of all weights, averages, first or second moments.
   The gradient of a bias or a temperature is a sum in which most terms cancel, and
@@ -165,7 +165,7 @@ def largest_error(model_dir, whole) -> float:
   assert got.keys() == expected.keys()
   floats = {n: value for n, value in expected.items() if value.dtype.kind == "f"}
   sizes = {name: np.abs(value).max() for name, value in floats.items()}
-  # Adam's variables are the first and the second moment of each weight in turn.
+  # The variables of Adam alternate between first and second moments.
   first, second = (rf"optimizer/_variables/\d*[{d}]/" for d in ("13579", "02468"))
   for kind in ("encoder", "averages", first, second):
     same = [name for name in floats if re.match(kind, name)]
@@ -178,7 +178,7 @@ def largest_error(model_dir, whole) -> float:
 
 
 def all_finite(model_dir) -> bool:
-  """Whether every number of every checkpoint is finite."""
+  """Returns whether every value of every checkpoint is finite."""
   manifests = list(pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json"))
   kept = [int(path.stem[len("ckpt-") :]) for path in manifests]
   numbers = [v for step in kept for v in values(model_dir, step).values()]

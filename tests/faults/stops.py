@@ -1,4 +1,4 @@
-"""Told to stop, by SIGTERM or SIGINT, wherever the run is."""
+"""Stop requests by SIGTERM or SIGINT, in every phase of a run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tests.faults.kills import EQUAL, ended_as
 from tests.faults.runs import NUM_STEPS, Runs
 from tests.faults.table import Outcome, row
 
-# So that a run is still training when it is told: it hangs at its input, and goes on.
+# Keeps a run in training until the signal: its input hangs, then continues.
 _HANGING = ("import tests.faults.parts", "Dataset.decoder = @HarmfulDecoder()")
 
 
 def harmful(**options) -> tuple[str, ...]:
-  """Bindings that put the harmful decoder in the place of the real one."""
+  """Returns bindings that replace the decoder by the harmful one."""
   return (
     *_HANGING,
     "HarmfulDecoder.decoder = @ImageDecoder()",
@@ -24,7 +24,7 @@ def harmful(**options) -> tuple[str, ...]:
 
 
 def _has_stopped(running, model_dir, status):
-  """In words: the status, and whether the last step that was logged is saved."""
+  """Describes the status and whether the last logged step is saved."""
   newest = runs_lib.newest_step(model_dir)
   is_saved = newest > 0 and runs_lib.rows(model_dir)[-1]["step"] == newest
   is_said = running.said(f"the newest checkpoint is of step {newest}")
@@ -109,7 +109,7 @@ def told_one_worker_while_all_evaluate(runs: Runs) -> Outcome:
 
 
 def _hanging(runs: Runs, name, *flags):
-  """A run whose input hangs after its first checkpoints, and the file that holds it."""
+  """Returns a run whose input hangs after its first checkpoints, and the held file."""
   model_dir = runs.folder / name
   file = runs.folder / f"{name}-hangs"
   running = runs.start(
@@ -118,7 +118,7 @@ def _hanging(runs: Runs, name, *flags):
   running.wait_until(lambda: runs_lib.newest_step(model_dir) >= 4)
   file.write_text("")
   seen, since_s = None, time.monotonic()
-  while time.monotonic() - since_s < 1.0:  # What was read ahead is used up.
+  while time.monotonic() - since_s < 1.0:  # Prefetched batches are used up.
     if seen != (seen := (model_dir / "metrics.jsonl").stat().st_size):
       since_s = time.monotonic()
     time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""The fault table: what is done to a run, what must come of it, and what did.
+"""The fault table: injected fault, expected outcome and observed outcome.
 
 A row is a function of `Runs` that gives an `Outcome`; its name and its docstring are
 the table's.
@@ -13,7 +13,7 @@ from tests.faults.runs import Runs
 
 
 class Outcome(NamedTuple):
-  """What came of a fault.
+  """The outcome of a fault.
 
   Attributes:
     expected: in words.
@@ -33,30 +33,30 @@ ROWS: dict[str, RowFn] = {}
 
 
 def row(row_fn: RowFn) -> RowFn:
-  """Puts a function into the table."""
+  """Registers a function in the table."""
   ROWS[row_fn.__name__] = row_fn
   return row_fn
 
 
 def fault_and_place(row_fn: RowFn) -> tuple[str, str]:
-  """The two columns that a row's docstring has: "fault; where"."""
+  """Returns the two columns in a row's docstring: "fault; where"."""
   fault, place = (inspect.getdoc(row_fn) or "").rstrip(".").split("; ", 1)
   return fault, place
 
 
 def line(columns) -> str:
-  """A row as text."""
+  """Returns a row as text."""
   widths = (30, 34, 52, 52, 9, 5)
   return " | ".join(f"{text!s:<{width}}" for text, width in zip(columns, widths))
 
 
 def header() -> str:
-  """The table's first line."""
+  """Returns the header of the table."""
   return line(("fault", "where", "expected", "seen", "seconds", "lost"))
 
 
 def as_text(name: str, outcome: Outcome) -> str:
-  """A row of the table as text."""
+  """Returns an outcome as a row of the table."""
   lost = "-" if outcome.lost_steps is None else outcome.lost_steps
   columns = (*fault_and_place(ROWS[name]), outcome.expected, outcome.seen)
   return line((*columns, f"{outcome.seconds:.2f}", lost))

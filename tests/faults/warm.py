@@ -1,4 +1,4 @@
-"""What runs of the task import, once, before they are forked."""
+"""Imports of the task, loaded once before forks."""
 
 import sklearn.manifold  # noqa: F401
 
