@@ -42,7 +42,7 @@ class Page:
       self.call(f"{domain}.enable")
 
   def call(self, method, **parameters):
-    """The answer to a command."""
+    """Returns the response to a command."""
     self._last_id += 1
     message = {"id": self._last_id, "method": method, "params": parameters}
     if self._session:
@@ -55,7 +55,7 @@ class Page:
         return answer["result"]
 
   def open(self, path, *, width=1280, height=900, is_dark=False, has_script=True):
-    """Loads a file in a window of that size."""
+    """Loads a file in a window of the given size."""
     self.resize(width, height)
     scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
     self.call("Emulation.setEmulatedMedia", features=[scheme])
@@ -67,7 +67,7 @@ class Page:
       self._receive()
 
   def resize(self, width, height):
-    """Gives the window another size."""
+    """Resizes the window."""
     self.call(
       "Emulation.setDeviceMetricsOverride",
       width=width,
@@ -77,7 +77,7 @@ class Page:
     )
 
   def evaluate(self, expression):
-    """The value of an expression in the page."""
+    """Returns the value of an expression in the page."""
     answer = self.call(
       "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
     )
@@ -85,11 +85,11 @@ class Page:
     return answer["result"].get("value")
 
   def point(self, x, y):
-    """Moves the mouse to a place in the window."""
+    """Moves the mouse to a position in the window."""
     self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
   def click(self, x, y):
-    """Clicks at a place in the window."""
+    """Clicks at a position in the window."""
     self.point(x, y)
     for kind in ("mousePressed", "mouseReleased"):
       self.call(
@@ -97,7 +97,7 @@ class Page:
       )
 
   def touch(self, x, y):
-    """Taps at a place in the window."""
+    """Taps at a position in the window."""
     self.call(
       "Input.dispatchTouchEvent", type="touchStart", touchPoints=[{"x": x, "y": y}]
     )
@@ -115,7 +115,7 @@ class Page:
       file.write(base64.b64decode(answer["data"]))
 
   def _receive(self):
-    """The next message; events are noted."""
+    """Returns the next message and records events."""
     deadline = time.monotonic() + _TIMEOUT_S
     while b"\0" not in self._buffer:
       assert self._process.poll() is None, "the browser has ended"
@@ -145,7 +145,7 @@ class Page:
 
 @contextlib.contextmanager
 def opened(profile):
-  """A browser with one page, for as long as it is needed.
+  """A browser with one page, as a context manager.
 
   Args:
     profile: folder for what the browser keeps.
@@ -159,8 +159,8 @@ def opened(profile):
   ]
   to_browser_end, to_browser = os.pipe()
   from_browser, from_browser_end = os.pipe()
-  # The browser reads from its descriptor 3 and writes to 4. A shell puts them there, as
-  # no function that runs between fork and exec is safe beside TensorFlow's threads.
+  # The browser reads descriptor 3 and writes descriptor 4. A shell opens them, because
+  # code between fork and exec is unsafe with the threads of TensorFlow.
   shell = f'exec "$@" 3<&{to_browser_end} 4>&{from_browser_end}'
   process = subprocess.Popen(
     ["/bin/bash", "-c", shell, "browser", *command],
@@ -175,7 +175,7 @@ def opened(profile):
   try:
     yield Page(process, to_browser, from_browser)
   finally:
-    # It ends by itself, with all its processes, when nobody is at the pipe.
+    # It exits, with all its processes, when the pipe is closed.
     os.close(to_browser)
     os.close(from_browser)
     try:

@@ -1,4 +1,4 @@
-"""Pages in headless Chromium: two widths, no error, no request, and pointing."""
+"""Pages in headless Chromium: two widths, no errors, no requests, and hovering."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def window(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quiet(window):
-  """Whatever a test does, nothing is asked of a network and nothing fails."""
+  """Checks after each test that no request was sent and no error occurred."""
   yield
   errors, requests = list(window.errors), list(window.requests)
   window.errors.clear()
@@ -55,7 +55,7 @@ def _quiet(window):
 
 
 def _center(window, selector):
-  """Scrolls an element into the window and gives its middle."""
+  """Scrolls an element into the window and returns its centre."""
   return window.evaluate(f"""(() => {{
     const element = document.querySelector({selector!r});
     element.scrollIntoView({{block: "center", behavior: "instant"}});
@@ -110,7 +110,7 @@ def test_results_need_no_scrolling(folder, window, width):
 
 @pytest.mark.parametrize("name", ["pictures/report.html", "sweep.html"])
 def test_text_has_enough_contrast_in_light_and_dark(folder, window, name):
-  """WCAG's 4.5:1, of all text against what is behind it."""
+  """WCAG requires 4.5:1 for all text against its background."""
   for is_dark in (False, True):
     window.open(folder / name, is_dark=is_dark)
     assert window.evaluate(_LOW_CONTRAST) == []
@@ -125,7 +125,7 @@ def test_dark_is_dark(folder, window):
   assert window.evaluate(grey) > 0.9
 
 
-def test_without_a_script_all_is_shown(folder, window):
+def test_page_without_javascript_shows_everything(folder, window):
   path = folder / "pictures" / "report.html"
   shown = "document.body.innerText.length"
   window.open(path)
@@ -139,9 +139,7 @@ def _mapped(folder, name="pictures"):
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
-def test_pointing_at_an_item_of_the_map_shows_its_class_and_picture(
-  folder, window, width
-):
+def test_hovering_an_item_of_the_map_shows_its_class_and_picture(folder, window, width):
   window.open(folder / "pictures" / "report.html", width=width)
   placed = _mapped(folder)
   for i in (0, 33):
@@ -155,7 +153,7 @@ def test_pointing_at_an_item_of_the_map_shows_its_class_and_picture(
   assert found == pytest.approx([100 * column / ends[0], 100 * row / ends[1]], abs=0.01)
 
 
-def test_the_map_can_be_touched(folder, window):
+def test_map_supports_touch(folder, window):
   window.open(folder / "pictures" / "report.html", width=390)
   placed = _mapped(folder)
   window.touch(*_center(window, f"#item-{placed.items[5]}"))
@@ -163,7 +161,7 @@ def test_the_map_can_be_touched(folder, window):
   assert f"item {placed.items[5]}" in _text(window, ".card")
 
 
-def test_what_was_pointed_at_stays_told_when_the_pointer_goes_to_it(folder, window):
+def test_tooltip_stays_when_the_pointer_moves_onto_it(folder, window):
   window.open(folder / "pictures" / "report.html")
   item = ReportData.read(str(folder / "pictures")).queries[0].item
   window.point(*_center(window, f"#item-{item}"))
@@ -181,7 +179,7 @@ def test_what_was_pointed_at_stays_told_when_the_pointer_goes_to_it(folder, wind
     ("ArrowDown", "y", -1),
   ],
 )
-def test_the_map_is_walked_by_the_arrow_keys(folder, window, key, axis, sign):
+def test_arrow_keys_move_between_items_of_the_map(folder, window, key, axis, sign):
   window.open(folder / "pictures" / "report.html")
   placed = _mapped(folder)
   places = [sign * value for value in getattr(placed, axis)]
@@ -197,14 +195,14 @@ def test_the_map_is_walked_by_the_arrow_keys(folder, window, key, axis, sign):
   assert window.evaluate("document.querySelector('circle.chosen')") is None
 
 
-def test_the_first_arrow_key_goes_into_the_map(folder, window):
+def test_first_arrow_key_selects_an_item_of_the_map(folder, window):
   window.open(folder / "pictures" / "report.html")
   window.evaluate("document.querySelector('.canvas').focus()")
   window.press("ArrowRight")
   assert window.evaluate("document.querySelectorAll('circle.chosen').length") == 1
 
 
-def test_items_of_many_classes_are_told_apart_when_pointed_at(folder, window):
+def test_items_of_many_classes_are_distinguished_on_hover(folder, window):
   window.open(folder / "vectors" / "report.html")
   placed = _mapped(folder, "vectors")
   window.point(*_center(window, f"#item-{placed.items[7]}"))
@@ -213,7 +211,7 @@ def test_items_of_many_classes_are_told_apart_when_pointed_at(folder, window):
   assert _text(window, ".card b") == placed.class_names[7]
 
 
-def test_a_query_leads_to_its_place_on_the_map(folder, window):
+def test_query_links_to_its_position_on_the_map(folder, window):
   window.open(folder / "pictures" / "report.html")
   item = ReportData.read(str(folder / "pictures")).queries[0].item
   window.evaluate(f"document.querySelector('#query-{item} h3 a').click()")
@@ -222,7 +220,7 @@ def test_a_query_leads_to_its_place_on_the_map(folder, window):
   assert window.evaluate("document.querySelector('.card a').hash") == f"#query-{item}"
 
 
-def test_pointing_at_a_curve_shows_the_value_there(folder, window):
+def test_hovering_a_curve_shows_the_value(folder, window):
   window.open(folder / "pictures" / "report.html")
   x, y = _center(window, "#training .plot")
   window.point(x, y)
@@ -231,7 +229,7 @@ def test_pointing_at_a_curve_shows_the_value_there(folder, window):
   assert _text(window, "#training output") == "0.006667"
 
 
-def test_the_arrow_keys_go_along_curves_of_several_runs(folder, window):
+def test_arrow_keys_move_along_curves_of_several_runs(folder, window):
   window.open(folder / "comparison.html")
   window.evaluate("document.querySelector('#training .plot').focus()")
   window.press("ArrowRight")

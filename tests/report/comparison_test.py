@@ -1,4 +1,4 @@
-"""Several runs side by side: in the terminal, on a page, and what is refused."""
+"""Comparison of runs: in the terminal, on a page, and refused inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.report import measured_runs
 
 @pytest.fixture
 def folders(tmp_path):
-  """Two runs, of which the second is worse and of another margin."""
+  """Two runs; the second is worse and has another margin."""
   example_run.make(tmp_path / "a", margin=0.2)
   example_run.make(tmp_path / "b", margin=0.4, has_report_data=False)
   path = tmp_path / "b" / "eval" / "metrics.json"
@@ -33,9 +33,7 @@ def _lines(folders, capsys):
   return capsys.readouterr().out.splitlines()
 
 
-def test_metrics_stand_in_columns_with_intervals_and_the_best_is_marked(
-  folders, capsys
-):
+def test_metrics_have_columns_with_intervals_and_the_best_is_marked(folders, capsys):
   lines = _lines(folders, capsys)
   assert lines[0].split() == ["a", "b"]
   assert "recall@1        0.7500 (0.7000 to 0.8000) *  0.5000" in lines
@@ -43,13 +41,13 @@ def test_metrics_stand_in_columns_with_intervals_and_the_best_is_marked(
   assert "*" not in equal
 
 
-def test_curves_are_on_one_scale(folders, capsys):
+def test_curves_share_one_scale(folders, capsys):
   lines = _lines(folders, capsys)
   place = lines.index("Loss by step, to 30; 0.006667 to 0.04")
   assert lines[place + 1 : place + 3] == ["  a  ▄▂▁  0.006667", "  b  █▄▂  0.01333"]
 
 
-def test_only_what_differs_of_the_configs_is_shown(folders, capsys):
+def test_only_config_differences_are_shown(folders, capsys):
   lines = _lines(folders, capsys)
   assert [line.split() for line in lines[-2:]] == [
     ["config", "a", "b"],
@@ -58,7 +56,7 @@ def test_only_what_differs_of_the_configs_is_shown(folders, capsys):
   assert not any("train.seed" in line for line in lines)
 
 
-def test_long_values_stand_in_lines_of_their_own(tmp_path, capsys):
+def test_long_values_are_on_separate_lines(tmp_path, capsys):
   long = repr(tuple(range(20)))
   folders = [example_run.make(tmp_path / n, has_report_data=False) for n in ("b", "c")]
   config = tmp_path / "c" / "config.gin"
@@ -67,16 +65,14 @@ def test_long_values_stand_in_lines_of_their_own(tmp_path, capsys):
   assert lines[-3:] == ["train.loss.margin", "  b  0.2", f"  c  {long}"]
 
 
-def test_equal_configs_are_told_to_be(tmp_path, capsys):
+def test_equal_configs_are_reported_as_equal(tmp_path, capsys):
   folders = [
     example_run.make(tmp_path / name, has_report_data=False) for name in ("a", "b")
   ]
   assert _lines(folders, capsys)[-1] == "The configs are the same."
 
 
-def test_the_page_has_results_curves_differences_and_links_to_the_reports(
-  folders, tmp_path
-):
+def test_page_has_results_curves_differences_and_report_links(folders, tmp_path):
   (tmp_path / "a" / "report.html").write_text("", encoding="utf-8")
   (tmp_path / "pages").mkdir()
   path = tmp_path / "pages" / "all.html"
@@ -106,7 +102,7 @@ def test_names_of_runs_and_settings_are_escaped_on_the_page(tmp_path):
   assert json.loads(plot)["series"][0]["name"] == names[0]
 
 
-def test_folders_of_one_name_are_told_by_their_paths(tmp_path):
+def test_folders_of_equal_names_are_distinguished_by_path(tmp_path):
   folders = [
     example_run.make(tmp_path / parent / "run", has_report_data=False)
     for parent in ("x", "y")
@@ -114,7 +110,7 @@ def test_folders_of_one_name_are_told_by_their_paths(tmp_path):
   assert [run.name for run in measured_runs.read_measured(folders)] == folders
 
 
-def test_one_folder_is_too_few(folders):
+def test_single_folder_is_refused(folders):
   with pytest.raises(UserError, match="1 folders given; two runs or more"):
     measured_runs.read_measured(folders[:1])
 
@@ -124,7 +120,7 @@ def test_a_folder_given_twice_is_refused(folders):
     measured_runs.read_measured([folders[0], folders[0] + "/"])
 
 
-def test_a_run_without_results_is_an_error_of_one_line(folders, tmp_path, capsys):
+def test_run_without_results_is_reported_in_one_line(folders, tmp_path, capsys):
   (tmp_path / "b" / "eval" / "metrics.json").unlink()
   assert compare.main(["compare", *folders]) == 2
   [line] = capsys.readouterr().err.splitlines()
@@ -134,16 +130,14 @@ def test_a_run_without_results_is_an_error_of_one_line(folders, tmp_path, capsys
   )
 
 
-def test_a_folder_of_no_run_is_an_error_of_one_line(folders, tmp_path, capsys):
+def test_folder_without_a_run_is_reported_in_one_line(folders, tmp_path, capsys):
   (tmp_path / "empty").mkdir()
   assert compare.main(["compare", folders[0], str(tmp_path / "empty")]) == 2
   [line] = capsys.readouterr().err.splitlines()
   assert "holds no config.gin, so no run" in line
 
 
-def test_a_page_that_cannot_be_written_is_an_error_of_one_line(
-  folders, tmp_path, capsys
-):
+def test_unwritable_page_is_reported_in_one_line(folders, tmp_path, capsys):
   output = tmp_path / "nowhere" / "page.html"
   assert compare.main(["compare", *folders, f"--output={output}"]) == 2
   [line] = capsys.readouterr().err.splitlines()
@@ -152,13 +146,13 @@ def test_a_page_that_cannot_be_written_is_an_error_of_one_line(
   )
 
 
-def test_an_unknown_flag_is_an_error_of_one_line(capsys):
+def test_unknown_flag_is_reported_in_one_line(capsys):
   assert compare.main(["compare", "--outptu=x"]) == 2
   [line] = capsys.readouterr().err.splitlines()
   assert line.startswith("error: Unknown command line flag 'outptu'")
 
 
-def test_help_answers_without_tensorflow():
+def test_help_does_not_load_tensorflow():
   code = "import sys; from trainer.cli import compare; compare.main(['', '--help']); "
   code += "sys.exit('tensorflow' in sys.modules)"
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

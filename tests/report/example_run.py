@@ -1,4 +1,4 @@
-"""A run's folder with all that a page can show."""
+"""A run folder with all contents of a page."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORST = ({"class": "a<b", "num_queries": 20, "recall_at_1": 0.5, "map_at_r": 0.2
 
 
 def make(folder, *, margin=0.2, has_report_data=True, num_classes=3, has_pictures=True):
-  """Fills the folder, which is made, and returns its path."""
+  """Creates and fills the folder; returns its path."""
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "config.gin").write_text(CONFIG.format(margin=margin), encoding="utf-8")
   results = Results(str(folder))
@@ -41,7 +41,7 @@ def make(folder, *, margin=0.2, has_report_data=True, num_classes=3, has_picture
 
 
 def report_data(num_classes=3, has_pictures=True):
-  """Evidence of sixty items, some of which are mistakes."""
+  """Returns report data of sixty items, some of them errors."""
   random = np.random.default_rng(3)
   labels = np.arange(60) % num_classes
   embeddings = random.normal(size=(60, 4)) + 2 * np.eye(num_classes, 4)[labels]

@@ -1,4 +1,4 @@
-"""Axes and curves: where values stand, what is written out, what is left out."""
+"""Axes and curves: positions, labels and omitted values."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from trainer.report import figures
 from trainer.retrieval.report_data import DistanceHistogram
 
 
-def test_linear_axis_writes_out_round_numbers():
+def test_linear_axis_labels_round_numbers():
   axis = figures.linear_axis([0.0, 300.0])
   assert axis.ticks == [0, 100, 200, 300]
   assert [axis.place(value) for value in (0, 150, 300)] == [0, 50, 100]
 
 
-def test_rounded_axis_begins_and_ends_at_round_numbers():
+def test_rounded_axis_starts_and_ends_at_round_numbers():
   axis = figures.linear_axis([0.181, 0.189], 3, is_rounded=True)
   assert (axis.low, axis.high) == pytest.approx((0.18, 0.19))
   assert list(axis.ticks) == pytest.approx([0.18, 0.185, 0.19])
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-12, 5e9])
-def test_axis_of_one_value_has_it_within(value):
+def test_axis_of_one_value_contains_it(value):
   axis = figures.linear_axis([value, value], is_rounded=True)
   assert axis.low < value < axis.high
   assert 0 <= axis.place(value) <= 100
@@ -40,7 +40,7 @@ def test_numbers_are_short(value, text):
   assert figures.short_number(value) == text
 
 
-def test_long_curve_keeps_its_ends_and_its_spikes():
+def test_long_curve_keeps_its_endpoints_and_spikes():
   points = [(float(x), 1.0) for x in range(10_000)]
   points[4321] = (4321.0, 9.0)
   points[8765] = (8765.0, -9.0)
@@ -55,7 +55,7 @@ def test_short_curve_is_kept_whole():
   assert figures.thinned_points(points) == points
 
 
-def test_curves_that_lack_a_value_where_another_has_one_say_so():
+def test_missing_values_of_a_curve_are_empty_on_hover():
   plot = figures.Plot(
     "Loss",
     [figures.Series("a", [(1, 0.5), (2, 0.25)]), figures.Series("b<", [(2, 1.0)])],
@@ -88,7 +88,7 @@ def test_histogram_of_one_kind_of_pairs_has_one_curve_and_one_median():
   assert plot.medians == {plot.series[0].color: 1.5}
 
 
-def test_histogram_without_pairs_is_left_out():
+def test_histogram_without_pairs_is_omitted():
   none = DistanceHistogram(0.0, 1.0, [0, 0], [0, 0], None, None)
   assert figures.histogram_plot(none) is None
 

@@ -1,4 +1,4 @@
-"""What metrics are called, and which are shown first."""
+"""Display names and order of metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from trainer.report import measured_runs
     ("eval/best_threshold", "best threshold"),
   ],
 )
-def test_metrics_are_called_as_the_field_does(name, title):
+def test_metrics_have_their_usual_names(name, title):
   assert measured_runs.metric_title(name) == title
 
 
-def test_what_is_no_metric_is_left_out_and_the_main_ones_come_first():
+def test_main_metrics_are_first_and_other_values_are_omitted():
   names = ["step", "eval/num_queries", "eval/map_at_r", "eval/recall_at_1"]
   assert measured_runs.ordered_metrics(names) == (
     ["eval/recall_at_1", "eval/map_at_r"],

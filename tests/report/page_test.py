@@ -1,4 +1,4 @@
-"""The page of a run: what it says, and that nothing is asked of a network."""
+"""The page of a run: contents, and no network access."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_results_have_intervals_and_the_change_against_before_training(text):
   assert _row(text, "MAP@R")[2] == ["\N{MINUS SIGN}0.0625"]
 
 
-def test_every_part_is_there_and_linked_to(text):
+def test_every_section_exists_and_is_linked(text):
   links = re.findall(r'<a href="#([^"]*)">', text.partition("</nav>")[0])
   expected = ["results", "confused-classes", "queries", "map", "training"]
   assert links == [*expected, "configuration"]
@@ -66,7 +66,7 @@ def test_page_is_the_same_for_the_same_files(model_dir, text):
   assert _page(model_dir) == text
 
 
-def test_every_link_inside_the_page_leads_somewhere(text):
+def test_every_internal_link_resolves(text):
   places = set(re.findall(r'id="([^"]*)"', text))
   links = re.findall(r'href="#([^"]*)"', text)
   assert any(link.startswith("query-") for link in links)
@@ -80,34 +80,34 @@ def test_confused_classes_link_to_their_query(text, model_dir):
     assert f"{confusion.num_mistakes:,} of {confusion.num_queries:,} queries" in text
 
 
-def test_wrong_neighbours_are_told_from_right_ones(text, model_dir):
+def test_wrong_and_right_neighbours_are_distinguished(text, model_dir):
   shown = [n for q in ReportData.read(model_dir).queries for n in q.neighbours]
   assert text.count('<li class="wrong"') == sum(not n.is_right for n in shown) > 0
   assert text.count('<li class="right"') == sum(n.is_right for n in shown) > 0
 
 
-def test_worst_classes_have_their_figures(text):
+def test_worst_classes_have_their_metrics(text):
   [row] = re.findall(r"<tr><th scope=row><a [^>]*>a&lt;b</a></th>(.*?)</tr>", text)
   assert re.findall("<td>(.*?)</td>", row) == ["20", "0.5000", "0.2500"]
 
 
-def test_curves_have_a_name_that_tells_their_ends(text):
+def test_curve_names_include_first_and_last_values(text):
   assert 'aria-label="Loss by step: 0.02 at 10 to 0.006667 at 30"' in text
 
 
-def test_what_the_user_wrote_is_escaped(text):
+def test_user_text_is_escaped(text):
   assert "&lt;script&gt;" in text and "'<script>'" not in text
   assert "a&lt;b" in text and "a<b" not in text
 
 
-def test_nothing_in_it_has_an_address_outside_of_it(text):
+def test_page_has_no_external_links(text):
   addresses = re.findall(r"""(?:src|href)\s*=\s*["']?([^"'\s>]*)""", text)
   assert addresses
   assert all(a.startswith(("data:", "#")) for a in addresses if not a.startswith("`"))
   assert not re.search(r"https?://|@import|url\((?!\$)", text)
 
 
-def test_a_sample_of_the_queries_is_told_to_be_one(tmp_path):
+def test_sampled_queries_are_reported_as_a_sample(tmp_path):
   model_dir = example_run.make(tmp_path / "run")
   path = tmp_path / "run" / "eval" / "metrics.json"
   results = json.loads(path.read_text())
@@ -125,7 +125,7 @@ def test_a_run_without_report_data_and_intervals_has_a_page(tmp_path):
   assert 'id="queries"' not in text
 
 
-def test_a_run_that_was_not_measured_has_a_page(tmp_path):
+def test_run_without_evaluation_has_a_page(tmp_path):
   (tmp_path / "config.gin").write_text("", encoding="utf-8")
   MetricsFile(str(tmp_path)).append(10, {"train/loss": 1.0})
   text = _page(str(tmp_path))
@@ -133,7 +133,7 @@ def test_a_run_that_was_not_measured_has_a_page(tmp_path):
   assert 'class="curve dot"' in text
 
 
-def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path):
+def test_nonfinite_values_are_omitted_from_curves(tmp_path):
   (tmp_path / "config.gin").write_text("", encoding="utf-8")
   file = MetricsFile(str(tmp_path))
   for step, loss in ((1, 1.0), (2, float("nan")), (3, 3.0), (4, float("inf"))):
@@ -141,20 +141,20 @@ def test_values_that_are_not_finite_are_left_out_of_a_curve(tmp_path):
   assert "Loss by step: 1 at 1 to 3 at 3" in _page(str(tmp_path))
 
 
-def test_more_classes_than_colours_are_coloured_when_pointed_at(tmp_path):
+def test_classes_beyond_the_palette_are_coloured_on_hover(tmp_path):
   text = _page(example_run.make(tmp_path / "run", num_classes=20))
   assert 'class="map plain"' in text
   assert "20 classes; the class of the selected item is coloured" in text
 
 
-def test_inputs_that_are_no_pictures_are_told_by_their_class(tmp_path):
+def test_inputs_without_pictures_are_shown_by_class(tmp_path):
   text = _page(example_run.make(tmp_path / "run", has_pictures=False))
   assert "<img" not in text
   assert '<span class="nopicture">a&lt;b</span>' in text
 
 
-def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
-  """Noise is what no format makes smaller."""
+def test_page_is_below_three_megabytes_for_any_pictures(tmp_path):
+  """Noise cannot be compressed by any format."""
   random = np.random.default_rng(0)
 
   def noise(items):
@@ -173,12 +173,12 @@ def test_page_stays_below_three_megabytes_whatever_the_pictures(tmp_path):
   assert os.path.getsize(page.write_page(str(tmp_path))) < 3e6
 
 
-def test_nothing_is_left_beside_the_page(model_dir, text):
+def test_no_other_files_are_written(model_dir, text):
   assert text
   assert not [name for name in os.listdir(model_dir) if name.endswith(".new")]
 
 
-def test_the_command_writes_the_page_again(tmp_path, capsys):
+def test_command_rewrites_the_page(tmp_path, capsys):
   model_dir = example_run.make(tmp_path / "run")
   assert command.main(["report", model_dir]) == 0
   path = os.path.join(model_dir, "report.html")
@@ -186,18 +186,18 @@ def test_the_command_writes_the_page_again(tmp_path, capsys):
   assert os.path.exists(path)
 
 
-def test_a_folder_that_is_missing_is_refused(tmp_path):
+def test_missing_folder_is_refused(tmp_path):
   with pytest.raises(UserError, match="nowhere is no folder; give the model_dir"):
     page.write_page(str(tmp_path / "nowhere"))
 
 
-def test_a_folder_without_a_run_is_an_error_of_one_line(tmp_path, capsys):
+def test_folder_without_a_run_is_reported_in_one_line(tmp_path, capsys):
   assert command.main(["report", str(tmp_path)]) == 2
   [line] = capsys.readouterr().err.splitlines()
   assert line.startswith("error: ") and "holds no config.gin, so no run" in line
 
 
-def test_the_command_wants_one_folder(capsys):
+def test_command_needs_exactly_one_folder(capsys):
   assert command.main(["report"]) == 2
   assert "0 folders given" in capsys.readouterr().err
 
