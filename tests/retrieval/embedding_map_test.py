@@ -35,7 +35,7 @@ def _sprite() -> Sprite:
 
 
 class _OneRun(provider.DataProvider):
-  """TensorBoard's view of a folder of events: one run, at its top."""
+  """TensorBoard's view of an event folder: one run at the top."""
 
   def list_runs(self, ctx=None, *, experiment_id):
     return [provider.Run(run_id=".", run_name=".", start_time=0.0)]
@@ -50,7 +50,7 @@ class _OneRun(provider.DataProvider):
 
 @pytest.fixture
 def ask(tmp_path):
-  """Answers of the plugin to a path, as bytes."""
+  """Returns the response of the plugin to a path, as bytes."""
   plugin = projector_plugin.ProjectorPlugin(
     base_plugin.TBContext(logdir=str(tmp_path), data_provider=_OneRun())
   )
@@ -83,7 +83,7 @@ def test_the_plugin_reads_vectors_metadata_and_sprite(tmp_path, ask):
   assert sprite.shape == (8, 12, 1)
 
 
-def test_without_pictures_there_is_no_sprite(tmp_path, ask):
+def test_no_sprite_without_pictures(tmp_path, ask):
   embedding_map.write_projector(str(tmp_path), _sample(), _EMBEDDINGS)
   [info] = json.loads(ask("/info", run="."))["embeddings"]
   assert "sprite" not in info

@@ -11,9 +11,9 @@ from trainer.retrieval import exact_distances
 
 @pytest.mark.parametrize("num_dimensions", [1, 3, 64, 512])
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
-def test_no_product_in_float32_is_off_by_more_than_the_bound(num_dimensions, scale):
+def test_error_of_float32_products_is_within_the_bound(num_dimensions, scale):
   rng = np.random.default_rng(num_dimensions)
-  # Of one sign, so that roundings don't cancel each other.
+  # Of equal sign, so that roundings do not cancel.
   queries, gallery = (
     (scale * rng.uniform(0.5, 1.5, [size, num_dimensions])).astype(np.float32)
     for size in (30, 300)
@@ -30,7 +30,7 @@ def test_no_product_in_float32_is_off_by_more_than_the_bound(num_dimensions, sca
   assert (bound < 1e3 * off.max()).all()
 
 
-def test_beyond_the_range_of_float32_the_bound_is_infinite():
+def test_bound_is_infinite_beyond_the_float32_range():
   bound = exact_distances.product_error(
     4, np.array([1.0, 1e19]), 1e18, exact_distances.ROUNDOFF_32
   )
@@ -57,7 +57,7 @@ def test_vectors_on_a_coarse_grid_need_no_rounding(vectors, is_exact):
     np.testing.assert_array_equal(products, np.float64(vectors) @ np.float64(vectors).T)
 
 
-def test_one_late_row_off_the_grid_is_seen():
+def test_single_row_off_the_grid_is_detected():
   vectors = np.ones((1000, 4), np.float32)
   vectors[-1, -1] = 0.1
   zero = np.zeros(4, np.float32)
@@ -65,14 +65,14 @@ def test_one_late_row_off_the_grid_is_seen():
 
 
 @pytest.mark.parametrize("spread", [1e-7, 1e-4, 1.0, 300.0])
-def test_offset_leaves_no_more_than_the_spread(spread):
+def test_offset_reduces_vectors_to_their_spread(spread):
   rng = np.random.default_rng(1)
   vectors = 100.0 * rng.normal(size=5) + spread * rng.normal(size=(10_000, 5))
   left = vectors.mean(axis=0) - exact_distances.common_offset(vectors)
   assert np.abs(left).max() <= max(spread, 1e-4)
 
 
-def test_offset_keeps_what_lies_around_zero_or_on_a_grid():
+def test_vectors_around_zero_or_on_a_grid_have_no_offset():
   rng = np.random.default_rng(2)
   around_zero = rng.normal(size=(500, 6)) / 6**0.5
   assert not exact_distances.common_offset(around_zero).any()
@@ -85,7 +85,7 @@ def test_offset_keeps_what_lies_around_zero_or_on_a_grid():
 @pytest.mark.parametrize("case", near_embeddings.CASES)
 @pytest.mark.parametrize("num_neighbours", [1, 7, 240])
 @pytest.mark.parametrize("is_loose", [False, True])
-def test_nearest_in_float64_are_those_of_differences(
+def test_float64_neighbours_equal_those_of_differences(
   case, num_neighbours, is_loose, monkeypatch
 ):
   monkeypatch.setattr(exact_distances, "_NUM_QUERIES", 10)

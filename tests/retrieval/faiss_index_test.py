@@ -1,4 +1,4 @@
-"""Indexes of FAISS: what they find, and what is refused."""
+"""FAISS indexes: results and refused inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _embeddings(num_items=2_000, num_dimensions=16):
   ("kind", "least_recall"),
   [("flat", 0.999), ("hnsw", 0.95), ("ivf_flat", 0.8), ("ivf_pq", 0.7)],
 )
-def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp_path):
+def test_every_index_type_has_high_recall(kind, least_recall, tmp_path):
   embeddings = _embeddings()
   index = faiss_index.build_index(embeddings, kind)
   measured = faiss_index.measure_index(index, embeddings)
@@ -42,10 +42,10 @@ def test_each_kind_finds_most_of_what_exact_search_finds(kind, least_recall, tmp
   assert kept.manifest["num_items"] == 2_000
 
 
-def test_the_item_that_asks_does_not_count_as_found():
+def test_query_item_is_excluded_from_its_results():
   class Itself:
     def search(self, queries, k):
-      """Finds the item that asks, and nothing else."""
+      """Finds only the query item."""
       found = np.full([len(queries), k], -1)
       found[:, 0] = np.arange(len(queries))
       return np.zeros([len(queries), k]), found
@@ -53,14 +53,14 @@ def test_the_item_that_asks_does_not_count_as_found():
   assert faiss_index.measure_index(Itself(), _embeddings(100))["recall_at_10"] == 0.0
 
 
-def test_a_single_item_has_nothing_to_measure():
+def test_recall_of_a_single_item_is_not_measured():
   embeddings = _embeddings(1)
   index = faiss_index.build_index(embeddings, "flat")
   assert faiss_index.measure_index(index, embeddings) == {}
 
 
 @pytest.mark.parametrize("kind", faiss_index.KINDS)
-def test_what_an_index_finds_has_the_order_and_distances_of_differences(kind, tmp_path):
+def test_results_have_the_order_and_distances_of_differences(kind, tmp_path):
   embeddings = near_embeddings.scattered(1e-4, num_items=1_000)
   queries = embeddings[:40] + np.float32(1e-5)
   index = faiss_index.build_index(embeddings, kind)
@@ -78,10 +78,10 @@ def test_what_an_index_finds_has_the_order_and_distances_of_differences(kind, tm
 @pytest.mark.parametrize(
   ("kind", "least_recall"), [("flat", 0.999), ("hnsw", 0.95), ("ivf_flat", 0.8)]
 )
-def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
+def test_index_of_a_collapsed_space_equals_one_around_zero(
   kind, least_recall, tmp_path
 ):
-  # At a distance of 1,000 times the spread float32 products have no digit left.
+  # At 1,000 times the spread from zero, float32 products have no correct digit.
   embeddings = np.round(_embeddings() * 2**10) / 2**10 + np.float32(4096.0)
   index = faiss_index.build_index(embeddings, kind)
   assert faiss_index.measure_index(index, embeddings)["recall_at_10"] >= least_recall
@@ -92,12 +92,12 @@ def test_an_index_of_a_collapsed_space_finds_what_one_around_zero_does(
   np.testing.assert_array_equal(read, index.search(embeddings[:50], 10)[1])
 
 
-def test_an_index_around_zero_is_what_faiss_calls_by_its_kind():
+def test_index_around_zero_is_the_faiss_index_of_its_type():
   index = faiss_index.build_index(_embeddings() - _embeddings().mean(axis=0), "hnsw")
   assert type(index).__name__ == "IndexHNSWFlat"
 
 
-def test_cells_with_fewer_items_than_asked_for_give_no_item_at_the_end(tmp_path):
+def test_results_are_padded_if_cells_have_too_few_items(tmp_path):
   embeddings = _embeddings(80)
   index = faiss_index.build_index(embeddings, "ivf_flat")
   faiss_index.write_index(str(tmp_path), index, {"kind": "ivf_flat"})
@@ -113,7 +113,7 @@ def test_cells_with_fewer_items_than_asked_for_give_no_item_at_the_end(tmp_path)
   ("num_items", "kind"),
   [(20_000, "flat"), (20_001, "ivf_flat"), (999_999, "ivf_flat"), (10**6, "ivf_pq")],
 )
-def test_the_kind_goes_by_the_number_of_items(num_items, kind):
+def test_default_index_type_depends_on_the_number_of_items(num_items, kind):
   assert faiss_index.choose_kind(num_items) == kind
 
 
@@ -123,7 +123,7 @@ def test_too_few_items_for_cells_are_refused(num_items, kind):
     faiss_index.build_index(_embeddings(num_items), kind)
 
 
-def test_an_unknown_kind_is_refused():
+def test_unknown_index_type_is_refused():
   with pytest.raises(UserError, match="'tree'"):
     faiss_index.build_index(_embeddings(30), "tree")
 
@@ -136,7 +136,7 @@ def folder(tmp_path):
   return tmp_path
 
 
-def test_a_flipped_byte_is_found(folder):
+def test_flipped_byte_is_detected(folder):
   content = bytearray((folder / "index.faiss").read_bytes())
   content[100] ^= 1
   (folder / "index.faiss").write_bytes(content)
@@ -145,18 +145,18 @@ def test_a_flipped_byte_is_found(folder):
 
 
 @pytest.mark.parametrize("content", ["", "[]", json.dumps({"num_items": 3})])
-def test_a_manifest_that_says_nothing_is_no_index(folder, content):
+def test_empty_manifest_is_refused(folder, content):
   (folder / "manifest.json").write_text(content)
   with pytest.raises(UserError, match="run --mode=index first"):
     StoredIndex(str(folder))
 
 
-def test_more_neighbours_than_items_are_refused(folder):
+def test_k_above_the_number_of_items_is_refused(folder):
   with pytest.raises(UserError, match="num_neighbours=51 exceeds the gallery size 50"):
     StoredIndex(str(folder)).nearest(_embeddings(2), _embeddings(50), num_neighbours=51)
 
 
-def test_queries_of_other_dimensions_are_refused(folder):
+def test_queries_of_different_dimensions_are_refused(folder):
   with pytest.raises(UserError, match=r"8 dimensions .* 16"):
     StoredIndex(str(folder)).nearest(
       _embeddings(2, 8), _embeddings(50), num_neighbours=1

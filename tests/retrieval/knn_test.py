@@ -46,7 +46,7 @@ def test_tiles_find_the_neighbours_of_brute_force(
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
 @pytest.mark.parametrize("offset", [0.0, 1000.0, 30_000.0])
-def test_neighbours_are_those_of_brute_force(mirrored, num_replicas, offset):
+def test_neighbours_equal_brute_force(mirrored, num_replicas, offset):
   queries, gallery = _random((23, 5), 1) + offset, _random((301, 5), 2) + offset
   with mirrored(num_replicas).scope():
     got = nearest(queries, gallery, num_neighbours=9)
@@ -71,7 +71,7 @@ def test_equal_distances_are_ordered_by_index(num_neighbours, max_items):
 
 
 @pytest.mark.parametrize("num_neighbours", [5, 1001])
-def test_copies_of_an_item_are_ordered_by_index_whatever_their_place(num_neighbours):
+def test_copies_of_an_item_are_ordered_by_index(num_neighbours):
   one = _random((1, 37), 6)
   copies = np.repeat(one, 1001, axis=0)
   by_tiles = _by_tiles(one, copies, num_neighbours, max_items=128)
@@ -80,7 +80,7 @@ def test_copies_of_an_item_are_ordered_by_index_whatever_their_place(num_neighbo
   np.testing.assert_array_equal(got.indices, [np.arange(num_neighbours)])
 
 
-def test_items_in_half_precision_are_taken_as_they_are():
+def test_half_precision_items_are_used_unchanged():
   gallery = _random((300, 8), 1).astype(np.float16)
   got = nearest(gallery[:20], gallery, num_neighbours=9)
   wanted = _by_sorting(gallery[:20], gallery, 9)
@@ -88,12 +88,10 @@ def test_items_in_half_precision_are_taken_as_they_are():
 
 
 @pytest.mark.parametrize("searches_by_faiss", [False, True])
-def test_what_is_certain_is_right_however_close_items_are(
-  searches_by_faiss, monkeypatch
-):
+def test_certain_neighbours_are_correct_for_close_items(searches_by_faiss, monkeypatch):
   monkeypatch.setattr(knn, "_NUM_ITEMS", 100)
   monkeypatch.setattr(knn, "is_faiss_used", lambda: searches_by_faiss)
-  # Items within the rounding error of each other, and beyond it.
+  # Distances below and above the rounding error.
   base = _random((60, 16), 3)
   spreads = np.repeat(10.0 ** -np.arange(8), 40)[:, None]
   gallery = (base[:1] + spreads * _random((320, 16), 4)).astype(np.float32)
@@ -114,7 +112,7 @@ def test_what_is_certain_is_right_however_close_items_are(
 @pytest.mark.parametrize("case", near_embeddings.CASES)
 @pytest.mark.parametrize("searches_by_faiss", [False, True])
 @pytest.mark.parametrize("num_neighbours", [1, 30, 240])
-def test_neighbours_and_distances_are_those_of_float64_differences(
+def test_neighbours_and_distances_equal_float64_differences(
   case, searches_by_faiss, num_neighbours, monkeypatch
 ):
   monkeypatch.setattr(knn, "is_faiss_used", lambda: searches_by_faiss)
@@ -130,9 +128,7 @@ def test_neighbours_and_distances_are_those_of_float64_differences(
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
-def test_near_duplicates_come_in_their_order_with_their_distances(
-  mirrored, num_replicas
-):
+def test_near_duplicates_are_ordered_with_exact_distances(mirrored, num_replicas):
   rng = np.random.default_rng(1)
 
   def unit(shape):
@@ -150,8 +146,8 @@ def test_near_duplicates_come_in_their_order_with_their_distances(
   np.testing.assert_allclose(got.distances, wanted, rtol=5e-3)
 
 
-def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
-  # As of TensorFloat-32: the tiles see 11 bits of each number.
+def test_low_precision_products_lose_no_neighbour(monkeypatch):
+  # Like TensorFloat-32: the tiles use 11 bits of each number.
   filled = knn._pad
 
   def rounded(*arguments):
@@ -166,7 +162,7 @@ def test_coarse_products_cost_time_and_no_neighbour(monkeypatch):
   np.testing.assert_array_equal(got.indices, _by_sorting(queries, gallery, 20))
 
 
-def test_vectors_in_double_precision_are_taken_as_single():
+def test_double_precision_vectors_are_cast_to_single():
   vectors = np.random.default_rng(3).normal(size=(90, 6)) + 1e3
   got = nearest(vectors[:9], vectors, num_neighbours=4)
   wanted = nearest(np.float32(vectors[:9]), np.float32(vectors), num_neighbours=4)
@@ -174,7 +170,7 @@ def test_vectors_in_double_precision_are_taken_as_single():
     np.testing.assert_array_equal(one, other)
 
 
-def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
+def test_second_search_of_equal_sizes_is_not_retraced(monkeypatch):
   traced = []
   merged = knn._merge_tile
   monkeypatch.setattr(
@@ -185,22 +181,22 @@ def test_a_second_search_of_the_same_sizes_is_not_traced_again(monkeypatch):
   assert len(traced) == 1
 
 
-def test_no_query_has_no_neighbours():
+def test_empty_queries_have_no_neighbours():
   got = nearest(_random((0, 4), 1), _random((9, 4), 2), num_neighbours=3)
   assert got.indices.shape == got.distances.shape == (0, 3)
 
 
-def test_more_neighbours_than_the_gallery_has_are_refused():
+def test_k_above_the_gallery_size_is_refused():
   with pytest.raises(UserError, match=r"num_neighbours=4 exceeds the gallery size 3"):
     nearest(_random((2, 4), 1), _random((3, 4), 2), num_neighbours=4)
 
 
-def test_a_gallery_of_other_dimensions_is_refused():
+def test_gallery_of_different_dimensions_is_refused():
   with pytest.raises(UserError, match=r"4 dimensions .* 5"):
     nearest(_random((2, 4), 1), _random((3, 5), 2), num_neighbours=1)
 
 
-def test_sampled_neighbours_leave_out_what_does_not_count():
+def test_sampled_neighbours_omit_excluded_items():
   labels = np.repeat(np.arange(10), 4)
   cameras = np.tile([0, 0, 1, 2], 10)
   everything = np.arange(40)

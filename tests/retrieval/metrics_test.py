@@ -37,13 +37,13 @@ def _ranks(hits):
     "ndcg_at_k",
   ],
 )
-def test_metrics_of_the_k_nearest_are_those_of_their_definitions(name, k):
+def test_metrics_at_k_equal_their_definitions(name, k):
   oracle, function = getattr(rank_oracles, name), getattr(metrics, name)
   for hits in _HITS:
     assert function(_ranks(hits), k) == pytest.approx(oracle(hits, k), rel=1e-12)
 
 
-def test_metrics_of_whole_rankings_are_those_of_their_definitions():
+def test_metrics_of_whole_rankings_equal_their_definitions():
   for hits in _HITS:
     wanted = rank_oracles.expected(hits, ())
     ranks = _ranks(hits)
@@ -62,12 +62,12 @@ def test_average_precision_at_r_of_a_worked_example():
 
 
 def test_ndcg_of_a_worked_example():
-  # Hits at ranks 1 and 3: 1 + 1/2, of at best 1 + 1/log2(3).
+  # Hits at ranks 1 and 3: 1 + 1/2; the maximum is 1 + 1/log2(3).
   best = 1 + 1 / np.log2(3)
   assert metrics.ndcg_at_k(np.array([1, 3]), 5) == pytest.approx(1.5 / best)
 
 
-def test_average_precision_and_ndcg_are_those_of_scikit_learn():
+def test_average_precision_and_ndcg_equal_scikit_learn():
   for hits in _HITS:
     scores = -np.arange(len(hits), dtype=float)
     ranks = _ranks(hits)
@@ -80,7 +80,7 @@ def test_average_precision_and_ndcg_are_those_of_scikit_learn():
 
 
 _RECORDED = np.load(pathlib.Path(__file__).parents[1] / "golden" / "pml_metrics.npz")
-# Its mean reciprocal rank is added up in float32.
+# Its mean reciprocal rank is summed in float32.
 _TOLERANCES = {
   "recall_at_1": 1e-12,
   "r_precision": 1e-12,

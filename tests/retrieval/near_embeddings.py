@@ -1,4 +1,4 @@
-"""Embeddings whose distances float32 products can't tell apart, and their true order.
+"""Embeddings with distances below float32 resolution, and their true order.
 
 Shapes: N items, D dimensions, Q queries, G gallery items.
 """
@@ -20,14 +20,14 @@ def _unit(vectors):
 
 
 def collapsed(spread, num_items=NUM_ITEMS):
-  """[N, D] float32 unit vectors around one point."""
+  """Returns [N, D] float32 unit vectors around one point."""
   point = _unit(_normal([1, NUM_DIMENSIONS], 1))
   moved = point + spread * _normal([num_items, NUM_DIMENSIONS], 2)
   return _unit(moved).astype(np.float32)
 
 
 def scattered(spread, num_items=NUM_ITEMS, num_points=6):
-  """[N, D] float32, around some points far from each other, each with many items."""
+  """Returns [N, D] float32 vectors around a few distant points."""
   points = _unit(_normal([num_points, NUM_DIMENSIONS], 3))
   chosen = np.random.default_rng(4).integers(0, num_points, num_items)
   moves = _normal([num_items, NUM_DIMENSIONS], 5)
@@ -75,11 +75,11 @@ CASES = {name: vectors.astype(np.float32) for name, vectors in _cases().items()}
 
 
 def true_distances(queries, gallery):
-  """[Q, G] float64, from differences in float64."""
+  """Returns [Q, G] float64 distances from float64 differences."""
   differences = queries[:, None].astype(np.float64) - gallery[None].astype(np.float64)
   return np.sqrt(np.einsum("qgd,qgd->qg", differences, differences))
 
 
 def true_order(queries, gallery):
-  """[Q, G] int64 items, nearest first; among equal ones the lower index first."""
+  """Returns [Q, G] int64 items, nearest first, ties by index."""
   return np.argsort(true_distances(queries, gallery), axis=1, kind="stable")

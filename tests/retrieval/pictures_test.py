@@ -1,4 +1,4 @@
-"""Pictures of records: as the encoder sees them, by position."""
+"""Pictures of records, as decoded for the encoder, by position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.retrieval.pictures import pictures_of
 
 
 class _Index:
-  """Records of pictures, each as grey as its number."""
+  """Records of pictures with their number as grey value."""
 
   def read(self, numbers):
     return [_record(number) for number in numbers]
@@ -23,7 +23,7 @@ def _record(number):
   return tf.train.Example(features=features).SerializeToString()
 
 
-def test_positions_give_the_pictures_of_their_records_in_their_order():
+def test_pictures_are_returned_in_the_order_of_positions():
   decoder = ImageDecoder(height=2, width=3, channels=3)
   record_numbers = np.arange(100, 250)
   files = pictures_of(_Index(), decoder, record_numbers)(np.array([149, 0, *range(70)]))

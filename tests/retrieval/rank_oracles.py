@@ -8,7 +8,7 @@ import numpy as np
 
 
 def hits_of(query, gallery, relevant, excluded):
-  """Whether each of the ranked gallery is relevant, nearest first."""
+  """Returns whether each gallery item is relevant, nearest first."""
   squares = [(float(((item - query) ** 2).sum()), n) for n, item in enumerate(gallery)]
   order = [place for _, place in sorted(squares) if place not in excluded]
   return [place in relevant for place in order]
@@ -47,7 +47,7 @@ def reciprocal_rank(hits):
 
 
 def expected(hits, ks):
-  """Every metric of one query, by name."""
+  """Returns every metric of one query, by name."""
   num_relevant = hits.count(True)
   found = {
     "eval/map": average_precision_at_k(hits, len(hits))
@@ -68,5 +68,5 @@ def expected(hits, ks):
 
 
 def means(rows):
-  """The mean of each metric over queries."""
+  """Returns the mean of each metric over queries."""
   return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}

@@ -40,7 +40,7 @@ def _got(embeddings, labels, **options):
 
 
 @pytest.mark.parametrize("max_distances", [1, 150, 100_000])
-def test_ranks_are_those_of_a_sort_for_any_tile(max_distances):
+def test_ranks_equal_those_of_a_sort_for_any_tile(max_distances):
   rng = np.random.default_rng(4)
   embeddings, labels = rng.normal(size=(60, 5)), rng.integers(0, 9, 60)
   got = _got(embeddings, labels, max_distances=max_distances)
@@ -48,7 +48,7 @@ def test_ranks_are_those_of_a_sort_for_any_tile(max_distances):
 
 
 @pytest.mark.parametrize("max_counted", [0, 1000])
-def test_equal_distances_rank_by_index_counted_or_sorted(max_counted, monkeypatch):
+def test_ties_rank_by_index_counted_or_sorted(max_counted, monkeypatch):
   monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
   # Small integers, so that distances are exact and many are equal.
   rng = np.random.default_rng(5)
@@ -62,7 +62,7 @@ def test_an_item_alone_in_its_class_has_no_ranks():
 
 
 @pytest.mark.parametrize("num_queries", [1, 3, 30])
-def test_copies_rank_by_index_however_many_ask(num_queries):
+def test_copies_rank_by_index_for_any_number_of_queries(num_queries):
   rng = np.random.default_rng(6)
   gallery = np.repeat(rng.normal(size=(1, 37)).astype(np.float32), 30, axis=0)
   ground_truth = LabelGroundTruth(
@@ -73,16 +73,16 @@ def test_copies_rank_by_index_however_many_ask(num_queries):
     np.testing.assert_array_equal(ranks, np.arange(1, 31))
 
 
-def test_a_common_offset_changes_no_rank():
+def test_common_offset_does_not_change_ranks():
   rng = np.random.default_rng(7)
   embeddings, labels = rng.normal(size=(90, 16)), rng.integers(0, 9, 90)
-  # Far away float32 has a grid of 2^-14 there, on which both stand.
+  # With the offset float32 has a grid of 2^-14, which represents both exactly.
   embeddings = np.round(embeddings * 2**10) / 2**10
   assert _got(embeddings + 1000.0, labels) == _got(embeddings, labels)
 
 
 def _true_ranks(embeddings, labels):
-  """Of each item, by its float64 differences from all others."""
+  """Returns the ranks of each item by float64 differences."""
   found = []
   for query, order in enumerate(near_embeddings.true_order(embeddings, embeddings)):
     others = order[order != query]
@@ -95,7 +95,7 @@ def _true_ranks(embeddings, labels):
   ("num_classes", "max_counted", "max_share"),
   [(60, 64, 1 / 32), (60, 0, 1.0), (3, 64, 1 / 32), (3, 64, 1.0), (3, 1000, 0.0)],
 )
-def test_ranks_are_those_of_float64_differences(
+def test_ranks_equal_those_of_float64_differences(
   case, num_classes, max_counted, max_share, monkeypatch
 ):
   monkeypatch.setattr(ranking, "_MAX_COUNTED", max_counted)
@@ -105,7 +105,7 @@ def test_ranks_are_those_of_float64_differences(
   assert _got(embeddings, labels) == _true_ranks(embeddings, labels)
 
 
-def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
+def test_separate_queries_have_ranks_of_float64_differences():
   gallery = near_embeddings.scattered(1e-4)
   queries = near_embeddings.scattered(3e-4, num_items=50) + np.float32(1e-3)
   labels = np.random.default_rng(9).integers(0, 20, 290)
@@ -118,7 +118,7 @@ def test_queries_apart_from_their_gallery_are_ranked_by_float64_differences():
     np.testing.assert_array_equal(ranks, np.flatnonzero(is_relevant) + 1)
 
 
-def test_excluded_items_are_not_counted_where_float32_decides_nothing():
+def test_excluded_items_are_not_counted_in_a_collapsed_space():
   embeddings, labels = near_embeddings.CASES["huge"], np.arange(240) % 6
   cameras = np.arange(240) % 4
   everything = np.arange(240)
@@ -156,7 +156,7 @@ def _labels(num_items, num_classes, seed=3):
 
 
 def _expected_of_rankings(embeddings, queries, gallery, is_relevant, is_excluded):
-  """Means by loops; the two functions take a query and a gallery item."""
+  """Returns means by loops; the two functions take a query and a gallery item."""
   rows = []
   for query in queries:
     kept = [item for item in gallery if not is_excluded(query, item)]
@@ -173,7 +173,7 @@ def _measured(embeddings, protocol, items):
   return found
 
 
-def test_each_item_looks_for_the_others_of_its_class():
+def test_relevant_items_are_the_others_of_the_class():
   embeddings, labels = _embeddings(50), _labels(50, 9)
   wanted = _expected_of_rankings(
     embeddings,
@@ -186,7 +186,7 @@ def test_each_item_looks_for_the_others_of_its_class():
   assert got == pytest.approx(wanted, rel=1e-9)
 
 
-def test_pairs_of_one_class_and_one_camera_do_not_count():
+def test_pairs_of_the_same_class_and_camera_are_excluded():
   embeddings, labels, cameras = _embeddings(60), _labels(60, 6), _labels(60, 3, seed=9)
   relevance = Relevance(excluded_feature="camera")
   items = _Items(labels, camera=[[f"camera {c}"] for c in cameras])
@@ -201,7 +201,7 @@ def test_pairs_of_one_class_and_one_camera_do_not_count():
   assert got == pytest.approx(wanted, rel=1e-9)
 
 
-def test_queries_look_in_a_gallery_of_others():
+def test_queries_are_ranked_in_a_separate_gallery():
   embeddings, labels = _embeddings(60), _labels(60, 5)
   roles = [("query", "gallery", "unused")[n % 3] for n in range(60)]
   wanted = _expected_of_rankings(
@@ -216,7 +216,7 @@ def test_queries_look_in_a_gallery_of_others():
   assert got == pytest.approx(wanted, rel=1e-9)
 
 
-def test_items_with_several_labels_are_relevant_where_they_share_one():
+def test_items_that_share_a_label_are_relevant():
   rng = np.random.default_rng(8)
   embeddings = _embeddings(40)
   tags = [[f"tag {t}" for t in set(rng.integers(0, 8, 2))] for _ in range(40)]
@@ -232,7 +232,7 @@ def test_items_with_several_labels_are_relevant_where_they_share_one():
   assert got == pytest.approx(wanted, rel=1e-9)
 
 
-def test_distractors_are_found_but_neither_ask_nor_are_relevant():
+def test_distractors_are_ranked_but_never_query_or_relevant():
   embeddings, labels = _embeddings(40), _labels(40, 4)
   queries = np.flatnonzero(labels != 2)
   wanted = _expected_of_rankings(
@@ -247,7 +247,7 @@ def test_distractors_are_found_but_neither_ask_nor_are_relevant():
   assert got == pytest.approx(wanted, rel=1e-9)
 
 
-def test_queries_without_a_relevant_item_are_told_and_left_out():
+def test_queries_without_a_relevant_item_are_reported_and_excluded():
   embeddings = np.eye(5, dtype=np.float32)
   found = rank(
     embeddings, LeaveOneOut().make_ground_truth(_Items([0, 1, 0, 0, 2])), ks=_KS
@@ -257,7 +257,7 @@ def test_queries_without_a_relevant_item_are_told_and_left_out():
   assert found.means()["eval/num_queries_without_relevant"] == 2
 
 
-def test_groups_come_with_the_worst_first():
+def test_groups_are_sorted_worst_first():
   embeddings = np.array([[0, 0], [0, 1], [9, 9], [0, 0.5], [9, 8]], np.float32)
   labels = np.array([0, 0, 1, 2, 1])
   found = rank(embeddings, LeaveOneOut().make_ground_truth(_Items(labels)), ks=_KS)
@@ -267,7 +267,7 @@ def test_groups_come_with_the_worst_first():
   assert rows[1] == {**rows[1], "num_queries": 2, "eval/recall_at_1": 1.0}
 
 
-def test_groups_have_the_means_of_their_own_queries():
+def test_group_metrics_are_means_over_their_queries():
   embeddings, labels, categories = _embeddings(60), _labels(60, 9), _labels(60, 4, 5)
   found = rank(embeddings, LeaveOneOut().make_ground_truth(_Items(labels)), ks=_KS)
   rows = found.by_group(categories)
@@ -287,7 +287,7 @@ def test_intervals_are_quantiles_of_resampled_means():
   assert [low, high] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.01)
 
 
-def test_intervals_hold_the_means_and_narrow_with_more_queries():
+def test_intervals_contain_the_means_and_narrow_with_more_queries():
   widths = []
   for num_items in (40, 640):
     labels = _labels(num_items, 4)
@@ -302,13 +302,13 @@ def test_intervals_hold_the_means_and_narrow_with_more_queries():
   assert widths[1] == pytest.approx(widths[0] / 4, rel=0.5)
 
 
-def test_nothing_to_find_is_refused():
+def test_missing_relevant_items_are_refused():
   ground_truth = LeaveOneOut().make_ground_truth(_Items([0, 1, 2]))
   with pytest.raises(UserError, match="at least two items"):
     rank(np.eye(3, dtype=np.float32), ground_truth, ks=_KS)
 
 
-def test_embeddings_that_are_not_finite_are_counted_and_refused():
+def test_nonfinite_embeddings_are_counted_and_refused():
   embeddings = np.zeros((4, 2), np.float32)
   embeddings[1, 0] = np.nan
   with pytest.raises(UserError, match="1 of 4 embeddings"):
@@ -322,7 +322,7 @@ def test_a_k_below_one_is_refused(ks):
     rank(np.eye(2, dtype=np.float32), ground_truth, ks=ks)
 
 
-def test_a_role_that_nothing_has_is_refused_with_those_there_are():
+def test_unknown_role_is_refused_with_the_existing_roles():
   items = _Items([0, 0], role=[["probe"], ["gallery"]])
   with pytest.raises(UserError, match="role='query'; the values are gallery, probe"):
     QueryAndGallery().make_ground_truth(items)

@@ -1,4 +1,4 @@
-"""The report data of an evaluation: equal to loops, bounded, and read as written."""
+"""Report data of an evaluation: equal to loops, bounded, and read as written."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _nearest(embeddings):
 
 
 def _pictures(items):
-  """Each item's picture has its number as grey value."""
+  """Returns a picture per item, with the item's number as grey value."""
   images = [np.full((8, 6, 1), item % 256, np.uint8) for item in items]
   return [tf.io.encode_png(image).numpy() for image in images]
 
@@ -54,7 +54,7 @@ def report_data():
   return _collect()
 
 
-def test_recall_at_every_k_is_that_of_a_loop(report_data):
+def test_recall_at_every_k_equals_a_loop(report_data):
   embeddings, labels = _items()
   nearest = _nearest(embeddings)
   for k in (1, 2, 7, 79):
@@ -65,7 +65,7 @@ def test_recall_at_every_k_is_that_of_a_loop(report_data):
   assert len(report_data.recall_at) == 79
 
 
-def test_confusions_are_those_that_a_loop_counts(report_data):
+def test_confusions_equal_those_of_a_loop(report_data):
   embeddings, labels = _items()
   first = _nearest(embeddings)[:, 0]
   counts = {}
@@ -83,7 +83,7 @@ def test_confusions_are_those_that_a_loop_counts(report_data):
     assert confusion.num_queries == (labels == _NAMES.index(confusion.class_name)).sum()
 
 
-def test_the_query_of_each_confusion_is_shown_and_mistakes_come_first(report_data):
+def test_query_of_each_confusion_is_shown_with_errors_first(report_data):
   shown = [query.item for query in report_data.queries]
   assert {confusion.query for confusion in report_data.confusions} <= set(shown)
   flags = [query.is_mistake for query in report_data.queries]
@@ -92,7 +92,7 @@ def test_the_query_of_each_confusion_is_shown_and_mistakes_come_first(report_dat
   assert len(set(shown)) == len(shown) == 24
 
 
-def test_neighbours_have_their_class_distance_and_judgement(report_data):
+def test_neighbours_have_class_distance_and_correctness(report_data):
   embeddings, labels = _items()
   nearest = _nearest(embeddings)
   for query in report_data.queries:
@@ -104,7 +104,7 @@ def test_neighbours_have_their_class_distance_and_judgement(report_data):
       assert neighbour.class_name == _NAMES[labels[neighbour.item]]
 
 
-def test_histogram_is_that_of_all_pairs_but_for_the_sampling(report_data):
+def test_histogram_estimates_that_of_all_pairs(report_data):
   embeddings, labels = _items()
   by_kind = {True: [], False: []}
   for i in range(len(labels)):
@@ -118,13 +118,13 @@ def test_histogram_is_that_of_all_pairs_but_for_the_sampling(report_data):
     edges = np.linspace(histogram.low, histogram.high, len(counts) + 1)
     expected, _ = np.histogram(by_kind[kind], edges)
     share = expected / len(by_kind[kind])
-    # Five standard deviations of a sampled share.
+    # Five standard deviations of a sampled fraction.
     assert np.abs(np.array(counts) / 50_000 - share).max() < 5 * np.sqrt(0.1 / 50_000)
   assert histogram.positive_median == pytest.approx(np.median(by_kind[True]), rel=0.02)
   assert histogram.negative_median == pytest.approx(np.median(by_kind[False]), rel=0.02)
 
 
-def test_map_has_each_item_once_with_its_class_and_whether_it_is_a_mistake(report_data):
+def test_map_has_each_item_once_with_class_and_correctness(report_data):
   embeddings, labels = _items()
   first = _nearest(embeddings)[:, 0]
   placed = report_data.embedding_map
@@ -151,7 +151,7 @@ def test_sprite_has_the_pictures_in_the_order_of_the_items(report_data):
     assert image[row * 8, column * 6, 0] == item
 
 
-def test_every_picture_that_is_shown_is_there(report_data):
+def test_every_shown_picture_exists(report_data):
   wanted = {str(q.item) for q in report_data.queries}
   wanted |= {str(n.item) for q in report_data.queries for n in q.neighbours}
   assert set(report_data.pictures) == wanted
@@ -160,7 +160,7 @@ def test_every_picture_that_is_shown_is_there(report_data):
   )
 
 
-def test_it_is_read_as_it_was_written(tmp_path, report_data):
+def test_report_data_is_read_as_it_was_written(tmp_path, report_data):
   report_data.write(str(tmp_path))
   assert ReportData.read(str(tmp_path)) == report_data
   content = json.loads((tmp_path / "eval" / "report_data.json").read_text())
@@ -168,16 +168,16 @@ def test_it_is_read_as_it_was_written(tmp_path, report_data):
   assert [path.name for path in (tmp_path / "eval").iterdir()] == ["report_data.json"]
 
 
-def test_a_run_without_report_data_reads_none(tmp_path):
+def test_run_without_report_data_returns_none(tmp_path):
   assert ReportData.read(str(tmp_path)) is None
 
 
-def test_the_same_seed_gives_the_same_sample_and_another_another(report_data):
+def test_sample_depends_on_the_seed(report_data):
   assert _collect(seed=0) == report_data
   assert _collect(seed=1).queries != report_data.queries
 
 
-def test_its_size_does_not_grow_with_the_gallery():
+def test_report_data_does_not_grow_with_the_gallery():
   num_items = 3000
   random = np.random.default_rng(1)
   labels = random.integers(1000, size=num_items)
@@ -194,7 +194,7 @@ def test_its_size_does_not_grow_with_the_gallery():
   assert len(report_data.recall_at) == 100
 
 
-def test_a_large_picture_is_made_small():
+def test_large_pictures_are_downsized():
   def photos(items):
     random = np.random.default_rng(0)
     shape = (90, 180, 3)
@@ -209,13 +209,13 @@ def test_a_large_picture_is_made_small():
   assert len(picture) < 4000
 
 
-def test_inputs_that_are_no_pictures_have_none():
+def test_non_image_inputs_have_no_pictures():
   report_data = _collect(pictures_fn=None)
   assert report_data.embedding_map.sprite is None
   assert report_data.pictures == {}
 
 
-def test_too_few_items_for_t_sne_are_laid_out_by_their_principal_components():
+def test_small_galleries_use_principal_components_instead_of_t_sne():
   embeddings = np.array([[0, 0, 0], [4, 0, 0], [0, 1, 0], [4, 1, 0]], np.float32)
   report_data = report_collector.collect_report_data(
     embeddings,
@@ -230,7 +230,7 @@ def test_too_few_items_for_t_sne_are_laid_out_by_their_principal_components():
   assert np.ptp(report_data.embedding_map.y) == pytest.approx(0.25)
 
 
-def test_collapsed_embeddings_are_shown_as_they_are():
+def test_collapsed_embeddings_are_shown_collapsed():
   report_data = report_collector.collect_report_data(
     np.ones((20, 4), np.float32),
     np.arange(20) % 2,
@@ -242,7 +242,7 @@ def test_collapsed_embeddings_are_shown_as_they_are():
   assert report_data.histogram.positive_median == 0.0
 
 
-def test_a_query_alone_in_its_class_is_left_out():
+def test_query_alone_in_its_class_is_excluded():
   embeddings = np.array([[0.0], [1.0], [5.0]], np.float32)
   report_data = report_collector.collect_report_data(
     embeddings,
@@ -257,7 +257,7 @@ def test_a_query_alone_in_its_class_is_left_out():
   assert list(report_data.embedding_map.is_mistake) == [False, False, None]
 
 
-def test_embeddings_that_are_not_finite_are_counted_and_refused():
+def test_nonfinite_embeddings_are_counted_and_refused():
   embeddings, labels = _items()
   nearest = _nearest(embeddings)
   embeddings[3, 0] = np.nan

@@ -1,4 +1,4 @@
-"""`eval/metrics.json`: what was measured, kept as plain JSON."""
+"""`eval/metrics.json`: metrics as plain JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_results_are_plain_json(tmp_path):
   assert Results(str(tmp_path)).by_moment == content == results.by_moment
 
 
-def test_the_table_has_a_column_for_each_moment(tmp_path):
+def test_table_has_a_column_per_evaluation(tmp_path):
   assert _results(tmp_path).rows() == [
     ["", "before training", "after training"],
     ["recall@1", "0.2500", "0.7500"],

@@ -22,7 +22,7 @@ def _items(num_items=40, spread=1.0, seed=1):
 
 
 def _distances(embeddings, labels, groups=None):
-  """Of positive pairs, but for those of one group, and of negative pairs."""
+  """Returns distances of positive pairs of different groups, and of negative pairs."""
   sides = {True: [], False: []}
   for one, other in itertools.combinations(range(len(labels)), 2):
     is_positive = bool(labels[one] == labels[other])
@@ -33,7 +33,7 @@ def _distances(embeddings, labels, groups=None):
   return sides[True], sides[False]
 
 
-def test_auc_is_the_share_of_pairs_of_pairs_in_order():
+def test_auc_is_the_fraction_of_correctly_ordered_pairs():
   embeddings, labels = _items()
   positives, negatives = _distances(embeddings, labels)
   wins = [(p < n) + (p == n) / 2 for p in positives for n in negatives]
@@ -57,7 +57,7 @@ def test_true_positive_rate_is_the_largest_a_threshold_allows(rate):
   assert got[f"eval/tpr_at_fpr_{rate:g}"] == pytest.approx(max(allowed))
 
 
-def test_the_best_threshold_is_that_of_the_best_balanced_accuracy():
+def test_best_threshold_maximizes_balanced_accuracy():
   embeddings, labels = _items()
   positives, negatives = (np.array(side) for side in _distances(embeddings, labels))
   accuracies = {
@@ -70,7 +70,7 @@ def test_the_best_threshold_is_that_of_the_best_balanced_accuracy():
   assert got["eval/best_threshold"] == pytest.approx(best, rel=1e-6)
 
 
-def test_pairs_that_are_drawn_give_about_what_all_give():
+def test_sampled_pairs_approximate_all_pairs():
   embeddings, labels = _items(300)
   whole = Verification().measure(embeddings, labels)
   drawn = Verification(max_pairs=10_000).measure(embeddings, labels)
@@ -78,13 +78,11 @@ def test_pairs_that_are_drawn_give_about_what_all_give():
   assert drawn["eval/roc_auc"] != whole["eval/roc_auc"]
 
 
-# From a few more than all pairs to a hundred times as many.
+# From slightly more than all pairs to a hundred times as many.
 @pytest.mark.parametrize("max_pairs", [30, 1_500, 4_500, 7_600])
 @pytest.mark.parametrize("is_reversed", [False, True])
-def test_the_order_of_the_items_does_not_change_what_is_measured(
-  max_pairs, is_reversed
-):
-  # Four classes lie on each other, twelve far apart; 7,680 negative pairs.
+def test_metrics_do_not_depend_on_the_order_of_items(max_pairs, is_reversed):
+  # Four classes coincide, twelve are far apart; 7,680 negative pairs.
   rng = np.random.default_rng(8)
   labels = np.repeat(np.arange(16), 8)
   centres = 10.0 * rng.normal(size=(16, 6))
@@ -134,7 +132,7 @@ def test_each_pair_is_drawn_equally_often_and_never_twice(max_pairs):
     assert np.abs(counts[kind][is_of_kind] - num_draws * share).max() <= 4.5 * deviation
 
 
-def test_pairs_of_many_items_are_drawn_in_memory_of_the_pairs():
+def test_memory_of_sampling_depends_only_on_the_number_of_pairs():
   labels = np.arange(60_000) // 3  # 1.8 billion negative pairs.
   positives, negatives = Verification(max_pairs=5_000)._pairs(labels)
   assert len(positives) == len(negatives) == 5_000
@@ -143,15 +141,17 @@ def test_pairs_of_many_items_are_drawn_in_memory_of_the_pairs():
   assert abs(negatives.mean() / 60_000 - 0.5) < 0.01
 
 
-def test_near_pairs_far_from_zero_are_measured_as_those_around_zero():
+def test_metrics_of_close_pairs_are_exact_far_from_zero():
   embeddings, labels = _items()
-  embeddings = np.round(embeddings * 2**10) / 2**10  # On a grid that both places have.
+  embeddings = (
+    np.round(embeddings * 2**10) / 2**10
+  )  # On a grid that is exact at both locations.
   near = Verification().measure(embeddings.astype(np.float32), labels)
   far = Verification().measure((embeddings + 4096.0).astype(np.float32), labels)
   assert far == pytest.approx(near, rel=1e-12)
 
 
-def test_no_items_have_no_pairs():
+def test_empty_galleries_have_no_pairs():
   found = Verification().measure(np.zeros([0, 3], np.float32), np.zeros(0, int))
   assert found == {}
 
@@ -160,23 +160,23 @@ def test_one_class_has_no_negative_pairs_to_verify():
   assert Verification().measure(np.eye(3, dtype=np.float32), np.zeros(3, int)) == {}
 
 
-def test_no_pairs_at_all_are_refused():
+def test_missing_pairs_are_refused():
   with pytest.raises(UserError, match="max_pairs=0"):
     Verification(max_pairs=0).measure(*_items())
 
 
-def test_clusters_that_are_the_classes_give_one():
+def test_clusters_equal_to_the_classes_score_one():
   embeddings, labels = _items(spread=0.001)
   assert Clustering().measure(embeddings, labels)["eval/nmi"] == pytest.approx(1.0)
 
 
-def test_clusters_of_a_collapsed_space_are_those_of_one_around_zero():
+def test_clustering_is_exact_in_a_collapsed_space():
   embeddings, labels = _items(spread=0.001)
   collapsed = (np.float64(embeddings) * 1e-4 + 0.5).astype(np.float32)
   assert Clustering().measure(collapsed, labels)["eval/nmi"] == pytest.approx(1.0)
 
 
-def test_clustering_is_the_mutual_information_of_its_definition():
+def test_clustering_score_equals_the_mutual_information():
   embeddings, labels = _items(60)
   clusters = KMeans(5, n_init=1, random_state=0).fit_predict(embeddings)
   joint = np.zeros([5, 5])
@@ -194,7 +194,7 @@ def test_clustering_is_the_mutual_information_of_its_definition():
   assert got == pytest.approx(2 * information / sum(entropies))
 
 
-def test_clusters_of_noise_tell_little_of_the_classes():
+def test_clusters_of_noise_have_a_low_score():
   labels = np.random.default_rng(2).integers(0, 5, 2000)
   embeddings = np.random.default_rng(3).normal(size=(2000, 4)).astype(np.float32)
   assert Clustering().measure(embeddings, labels)["eval/nmi"] < 0.02
@@ -212,7 +212,7 @@ def test_equal_embeddings_have_a_finite_threshold():
   assert found["eval/best_balanced_accuracy"] == 0.5
 
 
-def test_pairs_of_one_group_do_not_count():
+def test_pairs_of_the_same_group_are_excluded():
   embeddings, labels = _items()
   groups = np.arange(len(labels)) % 2
   positives, negatives = _distances(embeddings, labels, groups)
@@ -221,7 +221,7 @@ def test_pairs_of_one_group_do_not_count():
   assert got["eval/roc_auc"] == pytest.approx(np.mean(wins))
 
 
-def test_all_positive_pairs_count_where_they_are_few():
+def test_few_positive_pairs_are_all_used():
   embeddings, labels = _items(400)
   labels = np.arange(400) // 2  # 200 positive pairs, 79,600 negative.
   positives, _ = _distances(embeddings, labels)
