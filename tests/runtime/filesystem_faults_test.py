@@ -1,4 +1,4 @@
-"""Stores elsewhere that fail for a while, and copies of indexes."""
+"""Transient failures of remote storage, and local copies of indexes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trainer.runtime import filesystem
 
 @pytest.fixture
 def elsewhere(request, tmp_path, monkeypatch):
-  """A folder that is not of this machine's file system; copies are the test's own."""
+  """A remote folder, with local copies in a folder of the test."""
   monkeypatch.setattr(filesystem, "_WAITS_S", (0.001, 0.001))
   monkeypatch.setattr(index_arrays.tempfile, "tempdir", str(tmp_path))
   return "ram://faults-" + re.sub("[^a-z0-9]+", "-", request.node.name)
@@ -36,7 +36,7 @@ def _write(folder, num_records=8):
 
 
 def _failing(monkeypatch, num_failures, error_class):
-  """Has as many ranged reads fail; gives the list that counts all of them."""
+  """Makes the first ranged reads fail; returns the list of all reads."""
   from tensorflow.python.lib.io import _pywrap_file_io
 
   stream = _pywrap_file_io.BufferedInputStream
@@ -52,7 +52,7 @@ def _failing(monkeypatch, num_failures, error_class):
   return tried
 
 
-def test_a_read_that_fails_for_a_moment_is_tried_again(elsewhere, monkeypatch, caplog):
+def test_transient_read_failure_is_retried(elsewhere, monkeypatch, caplog):
   index = _write(elsewhere)
   expected = index.read([3])
   tried = _failing(monkeypatch, 2, tf.errors.UnavailableError)
@@ -61,9 +61,7 @@ def test_a_read_that_fails_for_a_moment_is_tried_again(elsewhere, monkeypatch, c
   assert "the store is busy; retrying in" in caplog.text
 
 
-def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(
-  elsewhere, monkeypatch
-):
+def test_persistent_read_failure_is_an_error_not_a_bad_record(elsewhere, monkeypatch):
   index = _write(elsewhere)
   replacements = Replacements(index, VectorDecoder(size=1))
   _failing(monkeypatch, 10_000, tf.errors.UnavailableError)
@@ -74,7 +72,7 @@ def test_a_read_that_fails_for_long_is_an_error_and_no_bad_record(
   assert replacements.num_bad == 0
 
 
-def test_what_will_not_pass_is_not_tried_again(elsewhere, monkeypatch):
+def test_permanent_failures_are_not_retried(elsewhere, monkeypatch):
   index = _write(elsewhere)
   tried = _failing(monkeypatch, 1, tf.errors.PermissionDeniedError)
   with pytest.raises(UnreadableError, match="can't be read: Permission denied"):
@@ -82,7 +80,7 @@ def test_what_will_not_pass_is_not_tried_again(elsewhere, monkeypatch):
   assert len(tried) == 1
 
 
-def test_a_missing_shard_is_an_error_and_no_bad_record(tmp_path):
+def test_missing_shard_is_an_error_not_a_bad_record(tmp_path):
   index = _write(str(tmp_path))
   (tmp_path / "records-00000.tfrecord").unlink()
   replacements = Replacements(index, VectorDecoder(size=1))
@@ -90,7 +88,7 @@ def test_a_missing_shard_is_an_error_and_no_bad_record(tmp_path):
     replacements.replace(np.arange(2))
 
 
-def test_an_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
+def test_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
   labels = np.array(_write(elsewhere).labels)
   monkeypatch.setattr(index_arrays, "_copy", None)
   again = RecordIndex.open(elsewhere)
@@ -98,7 +96,7 @@ def test_an_index_is_copied_to_the_machine_once(elsewhere, monkeypatch):
   assert isinstance(again.labels, np.memmap)
 
 
-def test_another_index_is_another_copy_and_the_old_one_goes(elsewhere, tmp_path):
+def test_new_index_replaces_the_old_copy(elsewhere, tmp_path):
   path = f"{elsewhere}/file"
   filesystem.make_folder(elsewhere)
   contents = [b"a" * 100, b"b" * 100, b"c" * 7]
@@ -113,7 +111,7 @@ def test_another_index_is_another_copy_and_the_old_one_goes(elsewhere, tmp_path)
   assert folder.stat().st_mode & 0o077 == 0
 
 
-def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp_path):
+def test_copy_folder_writable_by_others_is_refused(elsewhere, tmp_path):
   _write(elsewhere)
   [folder] = tmp_path.iterdir()
   folder.chmod(0o777)
@@ -121,7 +119,7 @@ def test_a_folder_of_copies_that_others_can_write_into_is_refused(elsewhere, tmp
     RecordIndex.open(elsewhere)
 
 
-def test_only_what_may_pass_is_io_error():
+def test_only_transient_failures_are_io_errors():
   def kind(error):
     with pytest.raises(OSError) as caught, filesystem.as_os_errors("ram://x"):
       raise error(None, None, "why")

@@ -1,4 +1,4 @@
-"""Paths elsewhere: the same data, read by ranges; in memory, and by S3's protocol."""
+"""Remote paths: equal data, ranged reads; in memory and by the S3 protocol."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _image(number):
 
 @pytest.fixture
 def elsewhere(request):
-  """A folder of its own that is not of this machine's file system."""
+  """A new remote folder."""
   name = re.sub("[^a-z0-9]+", "-", request.node.name)
   return os.environ.get(_FOLDER_VARIABLE, "ram://") + name
 
 
 @contextlib.contextmanager
 def _s3_server():
-  """A server of S3's protocol on this machine: the environment that leads to it."""
+  """Returns the environment to connect to a local S3 server."""
   with socket.socket() as free:
     free.bind(("127.0.0.1", 0))
     port = free.getsockname()[1]
@@ -79,7 +79,7 @@ def _make_bucket(address):
       time.sleep(0.2)
 
 
-# After S3 was used, tensorflow-io aborts while Python ends: see `leaving.leave`.
+# After S3 was used, tensorflow-io aborts when Python exits: see `leaving.leave`.
 _ALL_BY_S3 = """
 import os, sys, pytest
 status = pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1]])
@@ -94,7 +94,7 @@ os._exit(status)
 )
 @pytest.mark.skipif(_FOLDER_VARIABLE in os.environ, reason="this is it")
 @pytest.mark.thorough
-def test_all_of_this_file_holds_by_s3s_protocol():
+def test_all_tests_of_this_file_pass_with_s3():
   with _s3_server() as variables:
     done = subprocess.run(
       [sys.executable, "-c", _ALL_BY_S3, __file__],
@@ -124,7 +124,7 @@ def _ingested(folder):
   return RecordIndex.open(f"{folder}/records")
 
 
-def test_files_come_back_as_they_were_written(elsewhere):
+def test_files_are_read_as_they_were_written(elsewhere):
   path = f"{elsewhere}/deep/file"
   filesystem.make_folder(f"{elsewhere}/deep")
   filesystem.write_bytes(path, bytes(range(256)) * 40)
@@ -147,7 +147,7 @@ def test_a_missing_file_is_an_os_error(elsewhere):
   assert not filesystem.exists(f"{elsewhere}/gone")
 
 
-def test_images_are_ingested_and_read_elsewhere(elsewhere):
+def test_images_are_ingested_and_read_remotely(elsewhere):
   index = _ingested(elsewhere)
   assert list(index.class_names) == ["a", "b ü"]
   decoder = ImageDecoder(height=6, width=6, channels=1)
@@ -155,7 +155,7 @@ def test_images_are_ingested_and_read_elsewhere(elsewhere):
   np.testing.assert_allclose(images, [_image(n) for n in reversed(range(8))], atol=1e-3)
 
 
-def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, caplog):
+def test_remote_subfolders_of_class_folders_are_counted_or_read(elsewhere, caplog):
   folder = f"{elsewhere}/nested"
   for name in ("a/0.png", "b/1.png", "b/x/2.png", "b/x/notes.txt"):
     filesystem.make_folder(os.path.dirname(f"{folder}/{name}"))
@@ -166,7 +166,7 @@ def test_folders_below_class_folders_elsewhere_are_counted_or_read(elsewhere, ca
   assert [item.label for item in items] == ["a", "b", "b/x"]
 
 
-def test_batches_are_those_of_the_sampler(elsewhere):
+def test_batches_follow_the_sampler(elsewhere):
   index = _ingested(elsewhere)
   sampler = PKSampler(index, classes_per_batch=2, samples_per_class=2, seed=0)
   decoder = ImageDecoder(height=6, width=6, channels=1)
@@ -176,19 +176,19 @@ def test_batches_are_those_of_the_sampler(elsewhere):
     np.testing.assert_allclose(batch.inputs[..., 0], expected, atol=1e-6)
 
 
-def test_a_finished_ingest_is_left_as_it_is(elsewhere):
+def test_finished_ingest_is_not_repeated(elsewhere):
   before = _ingested(elsewhere).manifest
   assert _ingested(elsewhere).manifest == before
 
 
-def test_shards_elsewhere_are_indexed_in_place(elsewhere):
+def test_remote_shards_are_indexed_in_place(elsewhere):
   _ingested(elsewhere)
   filesystem.remove_folder(f"{elsewhere}/records/index")
   index = indexing.index_records(f"{elsewhere}/records", label_feature="label")
   assert index.num_records == len(index.read(np.arange(8))) == 8
 
 
-def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
+def test_truncated_remote_shard_is_named(elsewhere):
   index = _ingested(elsewhere)
   path = f"{elsewhere}/records/records-00001.tfrecord"
   filesystem.write_bytes(path, filesystem.read_bytes(path)[:-7])
@@ -200,7 +200,7 @@ def test_a_shard_cut_short_elsewhere_is_named(elsewhere):
     RecordIndex.open(f"{elsewhere}/records")
 
 
-def test_a_list_elsewhere_names_its_images(elsewhere):
+def test_remote_list_is_read_with_its_images(elsewhere):
   _write_images(f"{elsewhere}/images")
   text = "path,label\na/1.png,x\nb ü/0.png,y\n"
   filesystem.write_bytes(f"{elsewhere}/images/list.csv", text.encode())
@@ -209,7 +209,7 @@ def test_a_list_elsewhere_names_its_images(elsewhere):
   assert items[1].image == encode_png(_image(4))
 
 
-def test_ranged_reads_ask_for_the_record_and_no_more(elsewhere, monkeypatch):
+def test_ranged_reads_request_only_the_record(elsewhere, monkeypatch):
   from tensorflow.python.lib.io import _pywrap_file_io
 
   index = _ingested(elsewhere)

@@ -1,4 +1,4 @@
-"""Two processes that write into one folder, on one machine or two."""
+"""Leases of folders for one writer, on one machine or several."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.runtime.lease import Lease, holding_lease
 
 @pytest.fixture(params=["here", "elsewhere"])
 def folder(request, tmp_path):
-  """A folder of this machine's file system, and one that is not."""
+  """A local folder and a remote one."""
   name = re.sub("[^a-z0-9]+", "-", request.node.name)
   path = str(tmp_path) if request.param == "here" else f"ram://claims-{name}"
   filesystem.make_folder(path)
@@ -45,7 +45,7 @@ def _claims(folder):
 
 
 def _put(folder, name="other", **changes):
-  """The claim of another process, and its path; by default on another machine."""
+  """Writes the claim of another process, by default on another machine; its path."""
   own = Lease("other", "another machine", 7, "yesterday", "training in")
   content = json.dumps({**dataclasses.asdict(own), **changes})
   path = f"{folder}/.in-use-{name}.json"
@@ -60,14 +60,14 @@ def process():
     running.kill()
 
 
-def test_a_folder_is_claimed_while_it_is_used_and_no_longer(folder):
+def test_folder_is_claimed_only_while_it_is_used(folder):
   for _ in range(2):
     with holding_lease(folder, "training in"):
       assert len(_claims(folder)) == 1
     assert not _claims(folder)
 
 
-def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
+def test_running_local_process_is_named_immediately(folder, process):
   _put(folder, host="mine", machine=lease._machine(), pid=process.pid)
   words = f"process {process.pid} of mine is training in {folder} since yesterday; "
   with pytest.raises(UserError, match=words), holding_lease(folder, "training in"):
@@ -75,7 +75,7 @@ def test_a_running_process_of_this_machine_is_named_at_once(folder, process):
   assert _claims(folder) == [".in-use-other.json"]
 
 
-def test_who_touches_its_claim_from_another_machine_is_named(folder):
+def test_active_process_on_another_machine_is_named(folder):
   path = _put(folder)
   is_over = threading.Event()
   own = lease._OwnLease(folder, "training in")
@@ -92,20 +92,24 @@ def test_who_touches_its_claim_from_another_machine_is_named(folder):
     thread.join()
 
 
-def test_who_is_gone_from_this_machine_is_passed_over_at_once(
+def test_claim_of_an_exited_local_process_is_ignored_immediately(
   folder, process, caplog, monkeypatch
 ):
   monkeypatch.setattr(lease, "_EXPIRY_S", 3600.0)
   process.kill()
   process.wait()
-  for pid in (process.pid, os.getpid(), 2**80):  # A container counts anew.
+  for pid in (
+    process.pid,
+    os.getpid(),
+    2**80,
+  ):  # Containers have separate pid namespaces.
     _put(folder, str(pid), machine=lease._machine(), pid=pid)
   with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1
   assert caplog.text.count("of an ended process") == 3
 
 
-def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
+def test_old_claim_is_ignored_although_its_pid_is_reused(
   tmp_path, process, monkeypatch
 ):
   path = _put(tmp_path, machine=lease._machine(), pid=process.pid)
@@ -115,9 +119,7 @@ def test_a_claim_that_is_old_is_passed_over_though_another_has_its_number(
     assert not os.path.exists(path)
 
 
-def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
-  folder, monkeypatch
-):
+def test_inactive_claim_of_another_machine_expires(folder, monkeypatch):
   path = _put(folder)
   monkeypatch.setattr(lease, "_EXPIRY_S", 0.2)
   start_s = time.monotonic()
@@ -129,14 +131,14 @@ def test_who_is_silent_on_another_machine_is_waited_for_and_passed_over(
 @pytest.mark.parametrize(
   "content", [b"", b"[1]", b'{"pid": "x"}', b"\xff", b" " * 10**5]
 )
-def test_a_claim_that_says_nothing_ends_by_its_silence(folder, content, monkeypatch):
+def test_empty_claim_expires(folder, content, monkeypatch):
   monkeypatch.setattr(lease, "_EXPIRY_S", 0.1)
   filesystem.write_bytes(f"{folder}/.in-use-x.json", content)
   with holding_lease(folder, "training in"):
     assert len(_claims(folder)) == 1
 
 
-def test_a_claim_that_is_removed_by_hand_is_put_back(folder):
+def test_manually_removed_claim_is_restored(folder):
   with holding_lease(folder, "training in"):
     [name] = _claims(folder)
     filesystem.remove(f"{folder}/{name}")
@@ -146,8 +148,8 @@ def test_a_claim_that_is_removed_by_hand_is_put_back(folder):
       time.sleep(0.01)
 
 
-def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
-  """Threads that count as other machines."""
+def test_at_most_one_of_many_concurrent_processes_has_the_folder(folder):
+  """Threads stand for other machines."""
   start, inside, seen = threading.Barrier(8), [], []
 
   def come():
@@ -173,8 +175,8 @@ def test_of_many_that_come_at_once_one_at_most_has_the_folder(folder):
 
 
 @pytest.mark.parametrize("round_number", range(3))
-def test_of_threads_of_one_process_exactly_one_has_the_folder(folder, round_number):
-  """Those that come at once are refused, and none takes another's claim for stale."""
+def test_exactly_one_thread_of_a_process_has_the_folder(folder, round_number):
+  """Concurrent threads are refused, and no claim is considered stale."""
   del round_number
   start, refused, inside = threading.Barrier(6), [], []
   all_came = threading.Event()
@@ -201,7 +203,7 @@ def test_of_threads_of_one_process_exactly_one_has_the_folder(folder, round_numb
   assert not _claims(folder)
 
 
-def test_a_claim_that_is_not_settled_gives_way_to_one_whose_name_comes_first(folder):
+def test_unsettled_claim_yields_to_one_with_a_smaller_name(folder):
   path = _put(folder, "zzz", machine=lease._machine(), pid=1, is_settled=False)
   gone = threading.Timer(0.2, lambda: filesystem.remove(path))
   gone.start()
@@ -210,7 +212,7 @@ def test_a_claim_that_is_not_settled_gives_way_to_one_whose_name_comes_first(fol
   gone.join()
 
 
-def test_a_claim_whose_name_comes_first_is_left_though_it_is_not_settled(folder):
+def test_unsettled_claim_with_the_smallest_name_is_kept(folder):
   _put(folder, "", machine=lease._machine(), pid=1, is_settled=False)
   with (
     pytest.raises(UserError, match="process 1 of other"),
@@ -219,9 +221,7 @@ def test_a_claim_whose_name_comes_first_is_left_though_it_is_not_settled(folder)
     pass
 
 
-def test_a_folder_that_can_not_be_written_to_is_read_without_a_claim(
-  tmp_path, monkeypatch
-):
+def test_unwritable_folder_is_read_without_a_claim(tmp_path, monkeypatch):
   def refuse(path, content):
     raise OSError(errno.EROFS, "Read-only file system", path)
 
@@ -230,7 +230,7 @@ def test_a_folder_that_can_not_be_written_to_is_read_without_a_claim(
     assert not _claims(str(tmp_path))
 
 
-def test_a_lock_is_not_lost_to_those_who_look_whether_it_is_held(tmp_path):
+def test_checking_a_lock_does_not_release_it(tmp_path):
   path = str(tmp_path / "lock")
   with lease.try_lock(path):
     pass
@@ -255,7 +255,7 @@ def test_a_lock_is_not_lost_to_those_who_look_whether_it_is_held(tmp_path):
   assert lost == 0
 
 
-def test_a_lock_that_is_held_is_seen_and_refused(tmp_path):
+def test_held_lock_is_detected_and_refused(tmp_path):
   path = str(tmp_path / "lock")
   assert not lease.is_locked(path)
   with lease.try_lock(path):
@@ -264,7 +264,7 @@ def test_a_lock_that_is_held_is_seen_and_refused(tmp_path):
   assert not lease.is_locked(path)
 
 
-def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+def test_file_system_without_locks_is_reported(tmp_path, monkeypatch):
   def refuse(*_):
     raise OSError(errno.ENOLCK, "No locks available")
 
@@ -272,7 +272,7 @@ def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
   path = str(tmp_path / "lock")
   with pytest.raises(UserError, match=r"can't be locked \(No locks available"):
     lease.try_lock(path)
-  with lease.locked_folder(str(tmp_path), "embedding into"):  # Needs none.
+  with lease.locked_folder(str(tmp_path), "embedding into"):  # Needs no lock.
     assert len(_claims(str(tmp_path))) == 1
 
 
@@ -286,7 +286,7 @@ with lease.holding_lease(sys.argv[1], "training in"):
 """
 
 
-def test_a_process_that_stood_still_until_another_came_is_ended(tmp_path):
+def test_suspended_process_is_stopped_after_its_lease_was_taken(tmp_path):
   with subprocess.Popen(
     [sys.executable, "-c", _SCRIPT, str(tmp_path)],
     stdin=subprocess.PIPE,
@@ -304,7 +304,7 @@ def test_a_process_that_stood_still_until_another_came_is_ended(tmp_path):
   assert "error: this process was suspended and its lease expired: process" in words
 
 
-def test_a_second_writer_of_data_elsewhere_is_told_who_the_first_is():
+def test_second_writer_of_remote_data_is_refused_naming_the_first():
   folder = "ram://claimed-data"
   items = [
     Item(str(n), f"class {n % 2}", features={"vector": [float(n)]}) for n in range(8)

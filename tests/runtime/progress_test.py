@@ -1,4 +1,4 @@
-"""The progress bar of ingest: how far, how fast, and how long it will take."""
+"""The progress bar of ingest: completed items, speed and remaining time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _at(monkeypatch, seconds):
   monkeypatch.setattr(progress.time, "monotonic", lambda: seconds)
 
 
-def test_the_time_left_follows_from_what_is_done(monkeypatch):
+def test_remaining_time_is_estimated_from_completed_items(monkeypatch):
   _at(monkeypatch, 100.0)
   bar = Progress("ingesting", "items", 4000)
   _at(monkeypatch, 110.0)
@@ -27,7 +27,7 @@ def test_the_time_left_follows_from_what_is_done(monkeypatch):
   )
 
 
-def test_what_was_done_before_says_nothing_of_the_speed(monkeypatch):
+def test_speed_excludes_previously_completed_items(monkeypatch):
   _at(monkeypatch, 100.0)
   bar = Progress("ingesting", "items", 4000, done=3000)
   _at(monkeypatch, 110.0)
@@ -35,14 +35,14 @@ def test_what_was_done_before_says_nothing_of_the_speed(monkeypatch):
   assert bar.line().endswith("3,500/4,000 items  50 items/s  10 s left")
 
 
-def test_more_than_was_counted_is_no_negative_time():
+def test_remaining_time_is_never_negative():
   bar = Progress("ingesting", "items", 2)
   bar.advance(5)
   assert "[##############################] 5/2" in bar.line()
   assert bar.line().endswith(" 0 s left")
 
 
-def test_without_a_count_there_is_no_time_left():
+def test_no_remaining_time_without_a_total():
   bar = Progress("ingesting", "items")
   bar.advance(5)
   assert "left" not in bar.line()
@@ -61,7 +61,7 @@ class _Source(source_lib.Source):
       yield ItemLoader(item)
 
 
-def test_ingest_shows_each_item_of_all(tmp_path, monkeypatch, caplog):
+def test_ingest_shows_progress_for_each_item(tmp_path, monkeypatch, caplog):
   monkeypatch.setattr(progress, "_LOG_INTERVAL_S", 0.0)
   caplog.set_level("INFO", logger="absl")
   record_writer = ingestion.RecordWriter(

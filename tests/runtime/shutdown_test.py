@@ -1,4 +1,4 @@
-"""A process ends at once, whatever it still lets go of."""
+"""Processes exit without slow destructors and restore signal handlers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ shutdown.exit_process(3)
 """
 
 
-def test_leaving_waits_for_nothing_and_keeps_the_status():
+def test_exit_waits_for_no_destructor_and_keeps_the_status():
   start_s = time.monotonic()
   done = subprocess.run(
     [sys.executable, "-c", _SCRIPT], capture_output=True, text=True, timeout=_LONG_S
@@ -49,7 +49,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 @pytest.fixture
 def c_handler():
-  """Handlers set by the system's own call, as a program that embeds Python does."""
+  """Handlers set by the system call, as in a program that embeds Python."""
   received = []
   make = ctypes.CFUNCTYPE(None, ctypes.c_int)
   handler = make(received.append)
@@ -68,14 +68,14 @@ def _raise_all():
     os.kill(os.getpid(), number)
 
 
-def test_handlers_of_c_are_there_again_after_a_run(c_handler):
+def test_c_handlers_are_restored_after_a_run(c_handler):
   with shutdown.listening_for_signals(1.0):
     pass
   _raise_all()
   assert c_handler == [15, 2]
 
 
-def test_handlers_of_c_are_there_again_after_a_run_that_was_told_to_stop(c_handler):
+def test_c_handlers_are_restored_after_a_stopped_run(c_handler):
   with pytest.raises(shutdown.PreemptedError), shutdown.listening_for_signals(30.0):
     os.kill(os.getpid(), signal.SIGTERM)
     for _ in range(10_000_000):  # Until Python runs its handler.
@@ -85,7 +85,7 @@ def test_handlers_of_c_are_there_again_after_a_run_that_was_told_to_stop(c_handl
   assert c_handler == [15, 2]
 
 
-def test_a_handler_of_python_is_there_again_after_a_run():
+def test_python_handler_is_restored_after_a_run():
   received = []
   before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
   try:
@@ -114,8 +114,8 @@ print("after", flush=True)
 """
 
 
-def test_a_handler_that_python_never_knew_is_no_error(tmp_path):
-  """Set before Python starts, so that Python calls it None."""
+def test_handler_unknown_to_python_is_not_an_error(tmp_path):
+  """A handler set before Python starts, which Python reports as None."""
   source, library = tmp_path / "handler.c", tmp_path / "handler.so"
   source.write_text(_LIBRARY)
   build = ["cc", "-shared", "-fPIC", "-o", str(library), str(source)]

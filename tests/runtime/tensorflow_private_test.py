@@ -1,4 +1,4 @@
-"""Private attributes of TensorFlow: each is there, and no other module uses one."""
+"""Private attributes of TensorFlow: each exists, and no other module uses one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_stream_reads_from_an_offset(tmp_path):
   assert stream.read(4) == b"3456"
 
 
-def test_the_tensors_of_a_checkpoint_have_the_names_in_its_file(tmp_path):
+def test_checkpoint_tensors_have_the_names_in_its_file(tmp_path):
   checkpoint = tf.train.Checkpoint(weight=tf.Variable([1.0, 2.0]))
   found = tensorflow_private.serialized_tensors(checkpoint)
   prefix = checkpoint.save(str(tmp_path / "ckpt"))
@@ -38,7 +38,7 @@ def test_the_tensors_of_a_checkpoint_have_the_names_in_its_file(tmp_path):
   assert getattr(value, "tensor", value).numpy().tolist() == [1.0, 2.0]
 
 
-def test_strategies_number_their_collectives_from_the_given_key(monkeypatch):
+def test_collective_keys_of_strategies_start_at_the_given_key(monkeypatch):
   kind = tf.distribute.MirroredStrategy
   monkeypatch.setattr(kind, "_collective_key_base", kind._collective_key_base)
   tensorflow_private.number_collectives_from(123_000)
@@ -46,7 +46,7 @@ def test_strategies_number_their_collectives_from_the_given_key(monkeypatch):
   assert extended._collective_key_base == 123_000
 
 
-def test_a_replica_of_an_xla_program_knows_its_number():
+def test_replica_of_an_xla_program_has_its_number():
   program = tf.function(lambda: tensorflow_private.xla_replica_id() + 0)
   operations = program.get_concrete_function().graph.get_operations()
   assert "XlaReplicaId" in {operation.type for operation in operations}
@@ -60,7 +60,7 @@ def test_a_replica_of_an_xla_program_knows_its_number():
     (tf.keras.layers.Dense(1), False),
   ],
 )
-def test_layers_that_draw_random_numbers_are_known(layer, is_random):
+def test_layers_with_random_numbers_are_detected(layer, is_random):
   assert tensorflow_private.is_random_layer(layer) == is_random
 
 
@@ -95,7 +95,7 @@ class _Optimizer(tf.keras.optimizers.Optimizer):
     return {"learning_rate": rate}
 
 
-def test_an_optimizer_of_our_own_has_a_rate_and_knows_its_variables():
+def test_custom_optimizer_has_a_rate_and_tracks_its_variables():
   weights = [tf.Variable(1.0), tf.Variable(1.0)]
   optimizer = _built(_Optimizer(0.25), *weights)
   optimizer.apply_gradients([(tf.constant(1.0), weight) for weight in weights])
@@ -103,7 +103,7 @@ def test_an_optimizer_of_our_own_has_a_rate_and_knows_its_variables():
   assert optimizer.get_config() == {"learning_rate": 0.25}
 
 
-def test_a_constant_rate_is_a_variable_and_a_schedule_is_none():
+def test_constant_rate_is_a_variable_and_a_schedule_is_not():
   weight = tf.Variable(1.0)
   constant = _built(tf.keras.optimizers.Adam(0.25), weight)
   assert tensorflow_private.learning_rate_variable(constant).numpy() == 0.25
@@ -112,7 +112,7 @@ def test_a_constant_rate_is_a_variable_and_a_schedule_is_none():
   assert tensorflow_private.learning_rate_variable(scheduled) is None
 
 
-def test_a_legacy_optimizer_is_built_and_gives_its_rate_before_the_first_step():
+def test_legacy_optimizer_has_variables_and_rate_before_the_first_step():
   weight = tf.Variable([1.0, 2.0])
   optimizer = tf.keras.optimizers.legacy.Adam(0.25)
   assert optimizer.iterations == 0
@@ -123,7 +123,7 @@ def test_a_legacy_optimizer_is_built_and_gives_its_rate_before_the_first_step():
   assert set(found) == {"learning_rate", "decay", "beta_1", "beta_2"}
 
 
-def test_batch_normalisation_takes_its_moments_from_the_overridden_method():
+def test_batch_normalisation_uses_the_overridden_moments():
   calls = []
 
   class Norm(SynchronizedBatchNormalization):
@@ -135,7 +135,7 @@ def test_batch_normalisation_takes_its_moments_from_the_overridden_method():
   assert calls
 
 
-# Attributes with an underscore that are public, or of other packages.
+# Public attributes with an underscore, and those of other packages.
 _PUBLIC = {"_replace", "_asdict", "_fields", "_make", "_exit"}
 _OF_OTHERS = {"_REGISTRY", "_CONSTANTS", "_run_exitfuncs"}  # Of gin and atexit.
 _OVERRIDDEN = {"SynchronizedBatchNormalization": {"_calculate_mean_and_var"}}
@@ -152,7 +152,7 @@ def _is_private(name):
 
 
 def _defined(tree):
-  """Names that a module defines or assigns."""
+  """Returns names that a module defines or assigns."""
   for node in ast.walk(tree):
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
       yield node.name
@@ -164,7 +164,7 @@ def _defined(tree):
 
 
 def _attributes(tree):
-  """Private names that a module reads or sets, also by `getattr` and its relatives."""
+  """Returns private names that a module reads or sets, also by `getattr` etc."""
   for node in ast.walk(tree):
     if isinstance(node, ast.Attribute):
       yield node.attr
@@ -210,18 +210,18 @@ def test_no_other_module_uses_a_private_attribute():
     "import keras.src.layers",
   ],
 )
-def test_a_private_attribute_in_another_module_would_be_found(source):
+def test_private_attribute_in_another_module_is_detected(source):
   assert list(_private_uses(ast.parse(source), set()))
 
 
 def _foreign_bases(kind):
-  """Classes of TensorFlow and Keras that a class derives from."""
+  """Returns base classes from TensorFlow and Keras."""
   roots = ("tensorflow", "keras", "tf_keras")
   return [base for base in kind.__mro__ if base.__module__.split(".")[0] in roots]
 
 
 def _own_classes():
-  """Classes of the package in modules that use TensorFlow."""
+  """Returns classes of the package in modules that use TensorFlow."""
   for path, tree in _modules():
     names = [node.name for node in tree.body if isinstance(node, ast.ClassDef)]
     if names and "tf." in path.read_text("utf-8"):

@@ -1,4 +1,4 @@
-"""How long a run may stand still; that it is ended is shown in the fault table."""
+"""Deadlines of the watchdog; the fault table tests that it stops runs."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ def _watchdog(start_deadline_s=1800.0, step_deadline_s=None):
   )
 
 
-def test_until_the_first_steps_are_done_there_is_time_to_compile():
+def test_deadline_of_the_first_steps_includes_compilation():
   assert _watchdog(start_deadline_s=900.0).deadline_s == 900.0
   assert _watchdog(start_deadline_s=900.0, step_deadline_s=5.0).deadline_s == 900.0
 
 
-def test_the_deadline_follows_from_the_median_step_and_not_from_the_first_call():
+def test_deadline_depends_on_the_median_step_not_the_first_call():
   watchdog = _watchdog()
   for seconds in (500.0, 4.0, 5.0, 90.0):
     watchdog.record_step_time(seconds)
   assert watchdog.deadline_s == 100.0
 
 
-def test_fast_steps_have_a_minute():
+def test_deadline_of_fast_steps_is_one_minute():
   watchdog = _watchdog()
   for _ in range(3):
     watchdog.record_step_time(0.001)
   assert watchdog.deadline_s == 60.0
 
 
-def test_a_deadline_that_is_given_is_that_of_steps():
+def test_given_deadline_applies_to_steps():
   watchdog = _watchdog(step_deadline_s=7.0)
   watchdog.record_step_time(100.0)
   assert watchdog.deadline_s == 7.0
 
 
-def test_behind_the_steps_there_is_as_much_time_as_before():
+def test_deadline_after_the_steps_equals_that_before_them():
   watchdog = _watchdog(start_deadline_s=900.0)
   with watchdog.stepping(lambda: 0):
     for _ in range(3):
@@ -47,7 +47,7 @@ def test_behind_the_steps_there_is_as_much_time_as_before():
   assert watchdog.deadline_s == 900.0
 
 
-def test_a_run_whose_steps_move_is_not_ended():
+def test_run_with_progress_is_not_stopped():
   watchdog = _watchdog(start_deadline_s=0.2, step_deadline_s=0.2)
   moves = iter(range(10**6))
   with watchdog.watching(), watchdog.stepping(lambda: next(moves)):
@@ -55,7 +55,7 @@ def test_a_run_whose_steps_move_is_not_ended():
   assert next(moves) > 3
 
 
-def test_what_is_done_between_steps_has_as_much_time_as_a_start():
+def test_work_between_steps_has_the_deadline_of_a_start():
   watchdog = _watchdog(start_deadline_s=900.0, step_deadline_s=7.0)
   watchdog.record_step_time(1.0)
   with watchdog.acting():
