@@ -32,7 +32,7 @@ def main(topology_name: str = "v5e:2x2") -> None:
     except UserError as error:
       print(f"| {path.name} | {error} |")
       continue
-    # Of a P that does not divide, the nearest below: above there may be no classes.
+    # The largest divisible P below: above it there may be too few classes.
     num_classes = run.num_classes - run.num_classes % topology.num_replicas
     batch = run.replica_batch(num_classes, topology.num_replicas)
     program = replica_program.export_program(run.step, batch, topology.num_replicas)

@@ -14,7 +14,7 @@ _DIGITS = "configs/runs/digits.gin"
 
 @pytest.fixture
 def run(compiler_python, capsys, monkeypatch):
-  """Calls the command; its exit status, and what it printed to both streams."""
+  """Calls the command; returns its exit status and both output streams."""
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
 
   def call(*arguments):
@@ -31,7 +31,7 @@ def run(compiler_python, capsys, monkeypatch):
     [(_DIGITS, [])],
     [
       (_DIGITS, []),
-      # It has six classes; its statistics, which take long to compile, are digits'.
+      # It has six classes; its statistics, slow to compile, are those of digits.
       (
         "configs/runs/fashion_mnist.gin",
         ["PKSampler.classes_per_batch = 4", "TrainStep.mining_statistics = None"],
@@ -58,7 +58,7 @@ def test_a_run_compiles_for_a_tpu_without_its_data(run, run_file, changes):
   assert "Not checked: speed" in out
 
 
-def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
+def test_out_of_memory_is_reported_with_arrays_and_proposed_changes(run):
   status, out, _ = run(
     "configs/runs/glyphs.gin",
     "--topology=v5e:2x2",
@@ -74,7 +74,7 @@ def test_what_does_not_fit_is_told_with_its_arrays_and_what_to_change(run):
 
 
 @pytest.mark.thorough
-def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
+def test_largest_gpu_batch_is_found_and_reported_as_an_estimate(run):
   status, out, _ = run(
     _DIGITS,
     "--fit",
@@ -116,7 +116,7 @@ def test_the_largest_batch_for_gpus_is_searched_and_said_to_be_an_estimate(run):
     ),
   ],
 )
-def test_a_mistake_is_told_in_one_line(run, arguments, words):
+def test_user_error_is_reported_in_one_line(run, arguments, words):
   status, out, err = run(*arguments)
   assert status == 2
   [line] = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -124,7 +124,7 @@ def test_a_mistake_is_told_in_one_line(run, arguments, words):
   assert "COMPILES" not in out
 
 
-def test_a_compiler_that_is_not_there_is_told_how_to_make(capsys):
+def test_missing_compiler_is_reported_with_instructions(capsys):
   assert (
     __main__.main(
       ["", _DIGITS, "--topology=v5e:2x2", "--compiler_python=/nowhere/python"]

@@ -43,7 +43,7 @@ def test_the_largest_multiple_that_fits_is_found(start, unit, limit, expected):
   )
 
 
-def test_nothing_is_tried_twice_and_only_multiples_are():
+def test_only_multiples_are_tried_and_each_once():
   tried = []
 
   def fits(number):
@@ -80,7 +80,7 @@ def _bindings(lines):
   return [line.partition(":")[0] for line in lines]
 
 
-def test_activations_are_cached_halved_or_made_fewer():
+def test_micro_batches_bfloat16_and_smaller_batches_are_proposed():
   assert _bindings(_proposals([_ACTIVATION])) == [
     "StepOptions.num_micro_batches = 3",
     "Encoder.precision = 'mixed_bfloat16'",
@@ -88,7 +88,7 @@ def test_activations_are_cached_halved_or_made_fewer():
   ]
 
 
-def test_distances_are_streamed():
+def test_streaming_distances_is_proposed():
   assert _bindings(_proposals([_DISTANCES])) == [
     "BatchHardTripletLoss.rows_per_tile = 128",
     "PKSampler.classes_per_batch = 12",
@@ -96,12 +96,12 @@ def test_distances_are_streamed():
 
 
 @pytest.mark.parametrize(("share", "expected"), [(1.1, 2), (3.0, 4), (9.0, 12)])
-def test_more_micro_batches_are_proposed_the_more_is_missing(share, expected):
+def test_more_micro_batches_are_proposed_for_larger_excess(share, expected):
   first = _bindings(_proposals([_ACTIVATION], share=share))[0]
   assert first == f"StepOptions.num_micro_batches = {expected}"
 
 
-def test_what_a_run_has_already_is_not_proposed_again():
+def test_settings_already_in_use_are_not_proposed():
   lines = _proposals([_ACTIVATION], precision="mixed_bfloat16", m=4)
   assert _bindings(lines) == [
     "StepOptions.num_micro_batches = 12",
@@ -109,13 +109,13 @@ def test_what_a_run_has_already_is_not_proposed_again():
   ]
 
 
-def test_batch_normalisation_over_micro_batches_is_told_and_synchronised_left_alone():
+def test_batch_normalisation_limits_proposals_of_micro_batches():
   assert "uses micro-batches" in _proposals([_ACTIVATION], normalization="batch")[0]
   lines = _proposals([_ACTIVATION], normalization="synchronized_batch")
   assert not [line for line in lines if "num_micro_batches" in line]
 
 
-def test_a_batch_that_can_not_be_smaller_is_not_proposed():
+def test_smaller_batch_is_not_proposed_at_the_minimum():
   assert "PKSampler" not in " ".join(_proposals([_DISTANCES], share=100.0))
 
 
@@ -181,7 +181,7 @@ def _unsupported(function):
     (_transform, ("ImageProjectiveTransformV3",), "decoder or augmentation"),
   ],
 )
-def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
+def test_unsupported_operation_is_reported_with_layer_and_line(
   function, operations, advice
 ):
   refusal = _unsupported(function)
@@ -195,14 +195,14 @@ def test_an_operation_that_does_not_compile_is_told_with_its_layer_and_line(
   assert f"in {refusal.node.rpartition('/')[0]}, {refusal.line}" in str(refusal)
 
 
-def test_an_error_about_something_else_is_no_refusal():
+def test_unrelated_compiler_error_propagates():
   assert (
     compile_check.find_unsupported_operation(ValueError("Shapes must be equal rank"))
     is None
   )
 
 
-def test_memory_is_read_from_the_words_of_the_compiler():
+def test_memory_is_parsed_from_the_compiler_message():
   words = (
     "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total "
     "memory required for HLO temporaries (31.50G) exceeds available HBM (15.75G)."
@@ -211,6 +211,6 @@ def test_memory_is_read_from_the_words_of_the_compiler():
   assert compile_check.needed_share("INTERNAL: Mosaic failed") is None
 
 
-def test_words_of_the_compiler_become_one_line():
+def test_compiler_message_is_shortened_to_one_line():
   assert compile_check.shorten_message("INTERNAL:\n  x\n") == "INTERNAL: x"
   assert len(compile_check.shorten_message("x " * 1000)) < 320

@@ -43,13 +43,13 @@ def test_gpus_are_named_by_their_memory():
     ("gpu:0x16GB", "gpu:4x16GB"),
   ],
 )
-def test_a_name_that_means_nothing_is_told_what_is_needed(name, words):
+def test_unknown_device_is_refused_with_the_valid_forms(name, words):
   with pytest.raises(UserError, match=words):
     compiler.parse_topology(name)
 
 
-def test_no_program_may_have_more_than_its_chip_has():
-  # v5p: libtpu counts its 95 GB in another way.
+def test_memory_limit_is_at_most_that_of_the_chip():
+  # v5p: libtpu counts its 95 GB differently.
   others = {k: v for k, v in compiler.VERSIONS.items() if k != "v5p"}
   for version in others.values():
     assert version.replica_gib * version.replicas_per_chip < version.chip_gib

@@ -1,4 +1,4 @@
-"""What these tests get: the compiler, in the environment that the command makes."""
+"""Fixtures: the compiler, in the environment that the command creates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FOLDER = ".venv-tpu"
 
 @pytest.fixture(scope="session")
 def compiler_python(tmp_path_factory):
-  """Path of the Python with the compiler; made once, by the worker that is first."""
+  """Path of the Python with the compiler; installed once, by the first worker."""
   with open(tmp_path_factory.getbasetemp().parent / "tpu.lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     command = f". launch/python.sh; compiler_environment {_FOLDER}"

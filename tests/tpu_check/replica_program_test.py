@@ -1,4 +1,4 @@
-"""The exported program trains as the step does: run by XLA on virtual CPU devices.
+"""The exported program trains like the step: run by XLA on virtual CPU devices.
 
 That libtpu takes these programs too, with the statistics of the mining, is what
 `python -m tests.tpu_check.all_losses` shows, in a quarter of an hour.
@@ -52,7 +52,7 @@ def _make_step(normalization):
     loss=InfoNCELoss(temperature=LearnedTemperature(initial=0.5)),
     objective_fn=global_negatives,
     optimizer=tf.keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=0.5),
-    mining_statistics=None,  # They take most of the time, and change nothing.
+    mining_statistics=None,  # Slow to compile, without effect on the updates.
     cross_batch_memory=CrossBatchMemory(size=30, warm_up_steps=0),
     options=StepOptions(averaging_decay=0.9),
   )
@@ -61,7 +61,7 @@ def _make_step(normalization):
 
 
 def _run_on_replicas(compiler, normalization):
-  """New values of the variables by every replica, and one replica's by the step."""
+  """Returns new variables by every replica, and by the step on one replica."""
   step, batch = _make_step(normalization), _batch()
   size = len(batch.labels) // _NUM_REPLICAS
   specs = Batch(*(tf.TensorSpec([size, *v.shape[1:]], v.dtype) for v in batch))
@@ -80,7 +80,7 @@ def _run_on_replicas(compiler, normalization):
 
 
 def _largest_error(got, expected):
-  """Relative to the largest of all floats; infinite where integers differ."""
+  """Returns the error relative to the largest float; infinite for integers."""
   errors = {name: np.abs(got[name] - expected[name][None]).max() for name in expected}
   floats = {name for name in expected if expected[name].dtype == np.float32}
   scale = max(np.abs(expected[name]).max() for name in floats)
@@ -89,14 +89,14 @@ def _largest_error(got, expected):
   return max(errors[name] / scale for name in floats)
 
 
-def test_four_replicas_update_all_variables_as_one_with_the_whole_batch(compiler):
+def test_four_replicas_update_all_variables_like_one_replica(compiler):
   before, updated, expected = _run_on_replicas(compiler, "synchronized_batch")
   assert _largest_error(updated, expected) < 1e-5
   assert all(np.any(updated[name] != before[name]) for name in before)
   assert {len(value) for value in updated.values()} == {_NUM_REPLICAS}
 
 
-def test_replicas_that_do_not_speak_are_seen_to_differ(compiler):
+def test_replicas_without_collectives_differ(compiler):
   _, updated, expected = _run_on_replicas(compiler, "batch")
   assert _largest_error(updated, expected) > 1e-5
 
@@ -112,7 +112,7 @@ STEPS = LOSSES
 
 
 def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
-  """The program of a tiny step with this loss, serialized."""
+  """Returns the serialized program of a tiny step with this loss."""
   step = TrainStep(
     encoder=Encoder(backbone=Perceptron(hidden_units=(4,)), embedding_size=6),
     loss=make_loss(),
@@ -125,7 +125,7 @@ def lowered(make_loss, num_replicas, mining_statistics, optimizer=None):
 
 
 @pytest.mark.parametrize("num_candidates", [1024, 65_536])
-def test_tiles_are_those_of_an_accelerator_while_a_step_is_traced_for_one(
+def test_step_traced_for_an_accelerator_uses_its_tile_size(
   num_candidates,
 ):
   anchors = Anchors(tf.zeros([1024, 2]), tf.zeros([1024], tf.int32), tf.ones([1024]))
@@ -143,7 +143,7 @@ def test_tiles_are_those_of_an_accelerator_while_a_step_is_traced_for_one(
   assert tiled_loss._num_rows(anchors, candidates, None) == here
 
 
-# One of each class: its name begins with the class's.
+# One per class, whose name is a prefix.
 _ONE_OF_EACH = list({name.split("-")[0]: name for name in STEPS}.values())
 
 
@@ -180,7 +180,7 @@ _OPTIMIZERS = {
     backbone=optimizers.adam(learning_rate=0.1), head=optimizers.adam(learning_rate=0.1)
   ),
 }
-if sys.version_info < (3, 12):  # TensorFlow Addons goes no further.
+if sys.version_info < (3, 12):  # TensorFlow Addons supports no later version.
   _OPTIMIZERS.update(
     novograd=lambda: optimizers.novograd(learning_rate=0.1),
     rectified_adam=lambda: optimizers.rectified_adam(
