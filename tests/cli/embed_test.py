@@ -228,15 +228,15 @@ def test_unwritable_folder_is_reported(tmp_path):
 def test_workers_stop_if_the_chief_cannot_write(
   trained, tmp_path, monkeypatch, num_written
 ):
-  told = ["null", "null", "[0, false]"] if num_written is not None else []
-  told.append('["UserError", "the disk is full"]')
+  messages = ["null", "null", "[0, false]"] if num_written is not None else []
+  messages.append('["UserError", "the disk is full"]')
   workers = Workers()
   workers.index, workers.num_workers = 1, 2
-  workers.exchange = lambda own: [told.pop(0), own]
+  workers.exchange = lambda own: [messages.pop(0), own]
   monkeypatch.setattr(embed, "current_workers", lambda: workers)
   with pytest.raises(UserError, match=r"^worker 0: the disk is full$"):
     _embed(trained, tmp_path)
-  assert not told
+  assert not messages
 
 
 def test_integer_keys_are_read_as_text(tmp_path):
@@ -283,7 +283,7 @@ def test_key_offsets_outside_the_text_are_refused(written):
 
 
 def test_encoder_hash_is_the_same_on_any_number_of_replicas(mirrored):
-  def told(num_replicas, kernel):
+  def provenance(num_replicas, kernel):
     with mirrored(num_replicas).scope():
       encoder = Encoder(backbone=Perceptron(hidden_units=(3,)), embedding_size=2)
       encoder.create_variables((5,))
@@ -292,8 +292,8 @@ def test_encoder_hash_is_the_same_on_any_number_of_replicas(mirrored):
         variable.assign(tf.ones(variable.shape))
       return embedding_store.encoder_provenance(encoder, {"evaluate.encoder.a": "1"}, 3)
 
-  assert told(1, 0.1) == told(3, 0.1)
-  assert told(1, 0.1) != told(1, 0.2)
+  assert provenance(1, 0.1) == provenance(3, 0.1)
+  assert provenance(1, 0.1) != provenance(1, 0.2)
 
 
 def test_arrays_that_contradict_their_manifest_are_refused(written):

@@ -45,11 +45,11 @@ def _fail(error):
   return act
 
 
-def _two_workers(index, told_by_other):
+def _two_workers(index, other_message):
   workers = Workers()
   workers.index, workers.num_workers = index, 2
   workers.exchange = lambda own: (
-    [own, told_by_other] if index == 0 else [told_by_other, own]
+    [own, other_message] if index == 0 else [other_message, own]
   )
   return workers
 
@@ -71,11 +71,11 @@ def test_user_error_of_all_workers_names_no_worker():
 
 
 def test_user_error_has_the_same_class_on_all_workers():
-  told = '["TooFewExamplesError", "few"]'
+  error_message = '["TooFewExamplesError", "few"]'
   with pytest.raises(TooFewExamplesError, match=r"^worker 0: few$"):
-    _two_workers(1, told).run_on_all(lambda: 5)
+    _two_workers(1, error_message).run_on_all(lambda: 5)
   with pytest.raises(TooFewExamplesError, match=r"^few$"):
-    _two_workers(0, told).run_on_all(_fail(TooFewExamplesError("few")))
+    _two_workers(0, error_message).run_on_all(_fail(TooFewExamplesError("few")))
 
 
 def test_internal_error_of_the_chief_stops_the_others_in_one_line():
@@ -95,13 +95,13 @@ def test_stop_request_to_one_worker_stops_all():
 
 
 def test_signal_interrupts_nothing_and_is_exchanged_at_the_next_sync(monkeypatch):
-  told = shutdown.Preemption(30.0)
-  monkeypatch.setattr(shutdown, "_current", told)
-  told.coordinate_with(1)
-  told._handle(signal.SIGTERM, None)
+  preemption = shutdown.Preemption(30.0)
+  monkeypatch.setattr(shutdown, "_current", preemption)
+  preemption.coordinate_with(1)
+  preemption._handle(signal.SIGTERM, None)
   with pytest.raises(PreemptedError, match="SIGTERM: stopped with nothing new"):
     _two_workers(0, "null").run_on_all(lambda: 5)
-  with told.saving(lambda: "the newest"):  # The loop exchanges its flags itself.
+  with preemption.saving(lambda: "the newest"):  # The loop exchanges its flags itself.
     assert _two_workers(0, "null").run_on_all(lambda: 5) == 5
 
 

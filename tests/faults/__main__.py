@@ -1,7 +1,7 @@
 """python -m tests.faults [--only=NAME] [--soak=100]: the fault table, with real faults.
 
---soak kills runs so many times at random moments, ten times a run, on one and on two
-replicas in turn, and tells how many ended equal.
+--soak kills runs N times at random moments, ten times per run, alternating between one
+and two replicas, and prints how many ended equal.
 """
 
 from __future__ import annotations

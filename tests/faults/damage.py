@@ -98,7 +98,7 @@ def _on_full_disk(runs: Runs, name, policy):
 
 
 @row
-def full_disk_where_it_goes_on(runs: Runs) -> Outcome:
+def full_disk_with_continue(runs: Runs) -> Outcome:
   """No space left; while training, on_disk_full = 'continue'."""
   status, kept, is_good, equal, seconds = _on_full_disk(runs, "full-on", "continue")
   seen = f"{status}, last good stays: {is_good and kept > 0}, then equal: {equal}"
@@ -130,7 +130,7 @@ def full_disk_before_the_first_step(runs: Runs) -> Outcome:
 
 
 @row
-def full_disk_where_it_stops(runs: Runs) -> Outcome:
+def full_disk_with_stop(runs: Runs) -> Outcome:
   """No space left; while training, on_disk_full = 'stop'."""
   status, kept, is_good, equal, seconds = _on_full_disk(runs, "full-stop", "stop")
   seen = f"{status}, last good stays: {is_good and kept > 0}, then equal: {equal}"

@@ -11,8 +11,8 @@ from tests.faults.runs import Runs, newest_step, values
 
 _NEEDS_ROOT = (
   "full_disk_before_the_first_step",
-  "full_disk_where_it_goes_on",
-  "full_disk_where_it_stops",
+  "full_disk_with_continue",
+  "full_disk_with_stop",
 )
 # Rows that the check omits: another row has the same fault elsewhere, or a test within
 # one process covers it. So do all overflows.
@@ -21,17 +21,17 @@ _THOROUGH = {
   "killed_while_saving_class_centres",
   "another_number_of_replicas",
   "interrupted_twice",
-  "not_finite_that_is_gone_back_from",
-  "told_where_the_grace_is_over",
-  "told_while_evaluating",
-  "worker_that_stands_still",
-  "told_while_compiling",
-  "told_one_worker_while_all_evaluate",
+  "not_finite_with_restore",
+  "stopped_after_the_grace_period",
+  "stopped_while_evaluating",
+  "suspended_worker",
+  "stopped_while_compiling",
+  "stopped_on_one_worker_while_evaluating",
   "checkpoint_cut_short",
   "checkpoint_with_a_flipped_bit",
-  "full_disk_where_it_stops",
+  "full_disk_with_stop",
   "full_disk_before_the_first_step",
-  "not_finite_that_is_skipped",
+  "not_finite_with_skip",
 }
 
 
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 
 def _row(name):
-  is_short = name.startswith("killed") or name == "told_one_worker_of_two"
+  is_short = name.startswith("killed") or name == "stopped_on_one_worker_of_two"
   marks = [pytest.mark.resume] if is_short else []
   if name in _THOROUGH or name.startswith("overflow"):
     marks.append(pytest.mark.thorough)

@@ -32,7 +32,7 @@ def _harmed(runs: Runs, name, number, *flags, is_fork):
 
 
 @row
-def worker_that_is_killed(runs: Runs) -> Outcome:
+def worker_killed_while_training(runs: Runs) -> Outcome:
   """SIGKILL; training, worker 1 of 2; the other."""
   chief, _, status, seconds, lost = _harmed(
     runs, "killed-peer", signal.SIGKILL, is_fork=False
@@ -43,7 +43,7 @@ def worker_that_is_killed(runs: Runs) -> Outcome:
 
 
 @row
-def worker_that_stands_still(runs: Runs) -> Outcome:
+def suspended_worker(runs: Runs) -> Outcome:
   """SIGSTOP; training, worker 1 of 2; the other, --step_deadline_s=5."""
   _, model_dir, status, seconds, lost = _harmed(
     runs, "stopped-peer", signal.SIGSTOP, "--step_deadline_s=5", is_fork=True
@@ -54,7 +54,7 @@ def worker_that_stands_still(runs: Runs) -> Outcome:
 
 
 @row
-def worker_that_never_comes(runs: Runs) -> Outcome:
+def worker_that_never_starts(runs: Runs) -> Outcome:
   """Not started; worker 1 of 2; the other, --worker_timeout_s=2."""
   addresses = free_addresses(2)
   environment = {"TF_CONFIG": tf_config(addresses, 0)}

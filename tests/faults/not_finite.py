@@ -46,17 +46,17 @@ def _poisoned(runs: Runs, name, policy, *params):
 
 
 @row
-def not_finite_where_it_stops(runs: Runs) -> Outcome:
+def not_finite_with_stop(runs: Runs) -> Outcome:
   """A record of NaN; on_nonfinite = 'stop'."""
   running, model_dir, status, seconds = _poisoned(runs, "nan-stop", "stop")
   [path] = model_dir.glob("nonfinite-*.json")
-  told = json.loads(path.read_text())
+  diagnosis = json.loads(path.read_text())
   line = running.last_line()
   is_named = f"error: step {_BAD_STEP}: the inputs of rows" in line
-  is_named &= _key_drawn(runs) in told["keys"]
+  is_named &= _key_drawn(runs) in diagnosis["keys"]
   is_finite = runs_lib.all_finite(model_dir)
   seen = f"{status}, step and record named: {is_named}, saved is finite: {is_finite}"
-  lost = told["step"] - runs_lib.newest_step(model_dir)
+  lost = diagnosis["step"] - runs_lib.newest_step(model_dir)
   return Outcome(
     "5, step and record named: True, saved is finite: True", seen, seconds, lost
   )
@@ -73,7 +73,7 @@ def _passed_over(model_dir, status) -> tuple[str, str, int]:
 
 
 @row
-def not_finite_that_is_skipped(runs: Runs) -> Outcome:
+def not_finite_with_skip(runs: Runs) -> Outcome:
   """A record of NaN; on_nonfinite = 'skip'."""
   _, model_dir, status, seconds = _poisoned(
     runs, "nan-skip", "skip", "LoopOptions.max_nonfinite_steps = 100"
@@ -83,7 +83,7 @@ def not_finite_that_is_skipped(runs: Runs) -> Outcome:
 
 
 @row
-def not_finite_that_is_gone_back_from(runs: Runs) -> Outcome:
+def not_finite_with_restore(runs: Runs) -> Outcome:
   """A record of NaN; on_nonfinite = 'restore', two workers."""
   file = runs.folder / "weights"
   chief, other = runs.start_workers(
@@ -160,9 +160,9 @@ def _overflowing(runs: Runs, policy, num_replicas, normalization, steps_per_loop
   newest = 10 if policy == "stop" else 20
   parts = [f"{status}", f"step {runs_lib.newest_step(model_dir)}"]
   parts += _damaged_states(model_dir, _REMEMBERED[policy], newest)
-  told = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
-  if not told["what"].startswith("the output of layer "):
-    parts.append(f"said to be {told['what']}")
+  diagnosis = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
+  if not diagnosis["what"].startswith("the output of layer "):
+    parts.append(f"said to be {diagnosis['what']}")
   expected = f"{5 if policy == 'stop' else 0}, step {newest}"
   return Outcome(expected, ", ".join(parts), seconds)
 
@@ -227,8 +227,8 @@ def overflow_of_a_variance_alone(runs: Runs) -> Outcome:
   model_dir = runs.folder / "overflow-variance"
   values = runs_lib.values(model_dir)
   counters = [int(v) for name, v in sorted(values.items()) if "iteration" in name]
-  told = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
-  is_named = "moving_variance" in told["what"]
+  diagnosis = json.loads((model_dir / f"nonfinite-{_BAD_STEP}.json").read_text())
+  is_named = "moving_variance" in diagnosis["what"]
   is_finite = runs_lib.all_finite(model_dir)
   seen = f"{status}, finite: {is_finite}, named: {is_named}, counters {counters}"
   expected = "0, finite: True, named: True, counters [20, 20]"

@@ -1,7 +1,7 @@
 """Processes that run the task, forked quickly and stopped by real signals.
 
 A fork server imports TensorFlow once, and uses no device; each run is a fork of it.
-Where the start or the end of a process itself matters, a run is a process of its own.
+Tests of the start or exit of a process run it as a separate process.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ class Running:
 
   Args:
     arguments: of the command line.
-    output: file that gets what it prints.
+    output: file of the printed output.
     environment: variables that are set for it.
-    is_fork: false for a process of its own, from its import to its end.
-    errors: file that gets what it prints to standard error; None for `output`.
+    is_fork: false for a separate process, including its imports.
+    errors: file of the standard error; None for `output`.
     folder: where it runs.
   """
 
@@ -155,7 +155,7 @@ class ForkedTask:
   """A forked run of the task, with the interface of `subprocess.Popen`.
 
   Args:
-    command: as for a process of its own: Python, -m, trainer.task and its flags.
+    command: as for a separate process: Python, -m, trainer.task and its flags.
     environment: variables that are set for it.
     folder: where it runs.
   """

@@ -11,7 +11,7 @@ from tests.faults.table import Outcome, row
 
 @row
 def another_number_of_replicas(runs: Runs) -> Outcome:
-  """SIGTERM, twice; on 1 replica, gone on with on 2 workers, on 4 replicas."""
+  """SIGTERM, twice; on 1 replica, resumed on 2 workers, on 4 replicas."""
   smooth = runs.smooth()
   name, model_dir = "moved", runs.folder / "moved"
   at_step = _stop_after(smooth.start(name), model_dir, 0)

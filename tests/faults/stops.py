@@ -32,7 +32,7 @@ def _has_stopped(running, model_dir, status):
 
 
 @row
-def told_while_training(runs: Runs) -> Outcome:
+def stopped_while_training(runs: Runs) -> Outcome:
   """SIGINT; training, then again to the end."""
   model_dir = runs.folder / "told"
   running = runs.start("told")
@@ -46,7 +46,7 @@ def told_while_training(runs: Runs) -> Outcome:
 
 
 @row
-def told_one_worker_of_two(runs: Runs) -> Outcome:
+def stopped_on_one_worker_of_two(runs: Runs) -> Outcome:
   """SIGTERM; training, worker 1 of 2."""
   model_dir = runs.folder / "told-one"
   chief, other = runs.start_workers("told-one")
@@ -63,7 +63,7 @@ def told_one_worker_of_two(runs: Runs) -> Outcome:
 
 
 @row
-def told_while_importing(runs: Runs) -> Outcome:
+def stopped_while_importing(runs: Runs) -> Outcome:
   """SIGTERM; importing TensorFlow."""
   running = runs.start("told-early", is_fork=False)
   time.sleep(0.8)
@@ -74,7 +74,7 @@ def told_while_importing(runs: Runs) -> Outcome:
 
 
 @row
-def told_while_compiling(runs: Runs) -> Outcome:
+def stopped_while_compiling(runs: Runs) -> Outcome:
   """SIGTERM; building and compiling the first step."""
   running = runs.start("told-compiling")
   running.wait_until(lambda: running.said("writing to"))
@@ -85,7 +85,7 @@ def told_while_compiling(runs: Runs) -> Outcome:
 
 
 @row
-def told_while_evaluating(runs: Runs) -> Outcome:
+def stopped_while_evaluating(runs: Runs) -> Outcome:
   """SIGTERM; evaluating after the last step."""
   model_dir = runs.folder / "told-evaluating"
   running = runs.start("told-evaluating", mode="train_and_evaluate")
@@ -97,7 +97,7 @@ def told_while_evaluating(runs: Runs) -> Outcome:
 
 
 @row
-def told_one_worker_while_all_evaluate(runs: Runs) -> Outcome:
+def stopped_on_one_worker_while_evaluating(runs: Runs) -> Outcome:
   """SIGTERM; evaluating after the last step, worker 1 of 2."""
   name = "told-one-evaluating"
   chief, other = runs.start_workers(name, "NUM_STEPS = 4", mode="train_and_evaluate")
@@ -126,7 +126,7 @@ def _hanging(runs: Runs, name, *flags):
 
 
 @row
-def told_where_the_grace_is_over(runs: Runs) -> Outcome:
+def stopped_after_the_grace_period(runs: Runs) -> Outcome:
   """SIGTERM; the input hangs longer than --grace_s."""
   running, model_dir = _hanging(runs, "no-grace", "--grace_s=1")
   running.tell(signal.SIGTERM)

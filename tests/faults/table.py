@@ -1,7 +1,7 @@
 """The fault table: injected fault, expected outcome and observed outcome.
 
-A row is a function of `Runs` that gives an `Outcome`; its name and its docstring are
-the table's.
+A row is a function of `Runs` that returns an `Outcome`. The table prints its name and
+docstring.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class Outcome(NamedTuple):
   """The outcome of a fault.
 
   Attributes:
-    expected: in words.
-    seen: in words; equal where the promise is kept.
-    seconds: from the fault to the end of what it hit.
-    lost_steps: steps that were done and had to be done again; None where none can be.
+    expected: description.
+    seen: description; equal to `expected` on success.
+    seconds: from the fault to the exit of the affected process.
+    lost_steps: repeated steps; None if not applicable.
   """
 
   expected: str

@@ -1,7 +1,7 @@
 """A fake task of a worker: prints its cluster index and exits as requested.
 
-FAIL_INDEX's worker ends at once with FAIL_STATUS, "killed" for a signal, FAIL_TIMES
-times; the others wait until they are told to end if somebody fails, else they are done.
+The worker FAIL_INDEX exits at once with FAIL_STATUS ("killed" for a signal), FAIL_TIMES
+times. The others wait for a signal if a worker fails, otherwise they finish.
 """
 
 import json

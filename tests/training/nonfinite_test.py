@@ -103,11 +103,13 @@ def diagnose(tmp_path):
 
 def test_bad_records_are_named_and_all_are_written(diagnose, tmp_path):
   said = diagnose(decoder=_NaNDecoder)
-  told = json.loads((tmp_path / "nonfinite-2.json").read_text())
-  assert told["step"] == 2
-  assert len(told["keys"]) == 12
-  assert all(key.startswith("photo ") for key in told["keys"])
-  assert f"the batch has {told['keys'][0]}, " in said and "(12 records; all in " in said
+  facts = json.loads((tmp_path / "nonfinite-2.json").read_text())
+  assert facts["step"] == 2
+  assert len(facts["keys"]) == 12
+  assert all(key.startswith("photo ") for key in facts["keys"])
+  assert (
+    f"the batch has {facts['keys'][0]}, " in said and "(12 records; all in " in said
+  )
 
 
 def test_bad_inputs_are_named_by_their_rows(diagnose):
