@@ -31,7 +31,6 @@ import trainer.losses.objectives
 import trainer.mining.mined_examples
 import trainer.mining.mined_samplers
 import trainer.mining.miner
-import trainer.mining.negative_windows
 import trainer.mining.offline_mining
 import trainer.models.backbones
 import trainer.models.encoder

@@ -23,9 +23,8 @@ from trainer.data.index_arrays import MemberTable, members_from_labels
 from trainer.data.samplers import PKSampler
 from trainer.mining import corpus, corpus_search
 from trainer.mining.corpus_search import NearestItems, empty_neighbours
-from trainer.mining.mined_examples import ExampleMining
+from trainer.mining.mined_examples import ExampleMining, RankWindow
 from trainer.mining.mined_samplers import neighbouring_class_sampler
-from trainer.mining.negative_windows import RankWindow
 from trainer.retrieval import faiss_index
 
 _NUM_DIMENSIONS, _PER_CLASS, _DEPTH = 128, 20, 50

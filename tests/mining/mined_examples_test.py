@@ -19,8 +19,13 @@ from trainer.mining.corpus_search import (
   empty_neighbours,
   neighbours_on_disk,
 )
-from trainer.mining.mined_examples import ExampleMining, Positives
-from trainer.mining.negative_windows import MarginWindow, MislabelledFilter, RankWindow
+from trainer.mining.mined_examples import (
+  ExampleMining,
+  MarginWindow,
+  MislabelledFilter,
+  Positives,
+  RankWindow,
+)
 
 _SIZES = (14, 9, 1, 12, 7, 2, 15)
 

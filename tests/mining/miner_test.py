@@ -17,9 +17,8 @@ from trainer.data.sources.source import Item
 from trainer.errors import UserError
 from trainer.losses import InfoNCELoss
 from trainer.mining import corpus
-from trainer.mining.mined_examples import ExampleMining
+from trainer.mining.mined_examples import ExampleMining, MislabelledFilter, RankWindow
 from trainer.mining.miner import Miner, corpus_fingerprint
-from trainer.mining.negative_windows import MislabelledFilter, RankWindow
 from trainer.retrieval.ground_truth import RecordItems
 
 _NUM_RECORDS, _NUM_CLASSES, _SIZE = 90, 6, 4
