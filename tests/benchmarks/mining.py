@@ -21,8 +21,8 @@ import tensorflow as tf
 from tests.benchmarks import measure
 from trainer.data.index_arrays import MemberTable, members_from_labels
 from trainer.data.samplers import PKSampler
-from trainer.mining import corpus, corpus_search
-from trainer.mining.corpus_search import NearestItems, empty_neighbours
+from trainer.mining import corpus
+from trainer.mining.corpus import NearestItems, empty_neighbours
 from trainer.mining.mined_examples import ExampleMining, RankWindow
 from trainer.mining.mined_samplers import neighbouring_class_sampler
 from trainer.retrieval import faiss_index
@@ -137,7 +137,7 @@ def _classes(num_classes: int) -> None:
   found = {}
 
   def find():
-    found["neighbours"] = corpus_search.find_class_neighbours(
+    found["neighbours"] = corpus.find_class_neighbours(
       means,
       ids,
       num_classes=num_classes,

@@ -8,8 +8,12 @@ import pytest
 from tests.mining.corpora import Corpus
 from tests.retrieval import near_embeddings
 from trainer.errors import UserError
-from trainer.mining import corpus_search
-from trainer.mining.corpus_search import NearestItems, empty_neighbours
+from trainer.mining.corpus import (
+  NearestItems,
+  class_centroids,
+  empty_neighbours,
+  find_class_neighbours,
+)
 
 _SIZES = (4, 9, 1, 0, 7, 30)
 
@@ -48,8 +52,8 @@ def test_class_mean_does_not_depend_on_the_chunk_size(monkeypatch):
   rows = corpus.embeddings[items.record_numbers]
   expected = [rows[items.labels == label].mean(axis=0) for label in (0, 1, 2, 4, 5)]
   for num_added in (3, 10, 1000):
-    monkeypatch.setattr(corpus_search, "_NUM_SUMMED", num_added)
-    got = corpus_search.class_centroids(rows, items)
+    monkeypatch.setattr("trainer.mining.corpus._NUM_SUMMED", num_added)
+    got = class_centroids(rows, items)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -57,7 +61,7 @@ def test_class_mean_does_not_depend_on_the_chunk_size(monkeypatch):
 def test_neighbours_of_classes_are_the_nearest_means(num_neighbours, kind):
   means = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
   ids = np.array([1, 2, 5, 7, 8, 11], np.int32)
-  got = corpus_search.find_class_neighbours(
+  got = find_class_neighbours(
     means, ids, num_classes=13, num_neighbours=num_neighbours, kind=kind
   )
   assert got.shape == (13, num_neighbours)
@@ -75,13 +79,13 @@ def test_neighbours_of_classes_are_exact_in_a_collapsed_space(kind):
   items = corpus.items()
   rows = 0.3 + 1e-4 * np.random.default_rng(2).normal(size=(len(items.labels), 16))
   rows = rows.astype(np.float32)
-  means = corpus_search.class_centroids(rows, items)
+  means = class_centroids(rows, items)
   exact = [
     np.mean(rows[items.labels == label], axis=0, dtype=np.float64)
     for label in items.class_ids
   ]
   np.testing.assert_allclose(means, exact, rtol=1e-14)
-  got = corpus_search.find_class_neighbours(
+  got = find_class_neighbours(
     means, items.class_ids, num_classes=6, num_neighbours=4, kind=kind
   )
   for mean, class_id in zip(exact, items.class_ids):
@@ -110,7 +114,7 @@ def test_close_items_are_found_at_their_true_distances(kind, case):
 
 def test_a_single_class_has_no_neighbours():
   with pytest.raises(UserError, match="at least 2 classes"):
-    corpus_search.find_class_neighbours(
+    find_class_neighbours(
       np.ones((1, 3), np.float32),
       np.zeros(1, np.int32),
       num_classes=1,

@@ -13,8 +13,7 @@ import pytest
 from tests.mining.corpora import Corpus, distances
 from trainer.data.index_arrays import members_from_labels
 from trainer.errors import UserError
-from trainer.mining import corpus_search
-from trainer.mining.corpus_search import (
+from trainer.mining.corpus import (
   NearestItems,
   empty_neighbours,
   neighbours_on_disk,
@@ -231,8 +230,8 @@ def test_search_by_codes_is_the_same_in_chunks(monkeypatch):
   nearest = NearestItems(Corpus((90,) * 8, seed=5).embeddings, "ivf_pq")
   items = np.arange(720)
   whole = nearest.search(items, 20, empty_neighbours(720, 20))
-  monkeypatch.setattr(corpus_search, "_MIN_QUERIES", 7)
-  monkeypatch.setattr(corpus_search, "_TABLE_BYTES", 1)
+  monkeypatch.setattr("trainer.mining.corpus._MIN_QUERIES", 7)
+  monkeypatch.setattr("trainer.mining.corpus._TABLE_BYTES", 1)
   parts = nearest.search(items, 20, empty_neighbours(720, 20))
   np.testing.assert_array_equal(whole.indices, parts.indices)
 

@@ -19,8 +19,8 @@ import numpy as np
 
 from trainer.distribute.workers import current_workers
 from trainer.errors import TooFewExamplesError, UserError, check_choice
-from trainer.mining.corpus import CorpusItems
-from trainer.mining.corpus_search import (
+from trainer.mining.corpus import (
+  CorpusItems,
   NearestItems,
   empty_neighbours,
   neighbours_on_disk,

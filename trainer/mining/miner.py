@@ -20,9 +20,8 @@ from trainer.data import permutation
 from trainer.data.dataset import Dataset
 from trainer.distribute.workers import current_workers
 from trainer.errors import UserError, check_at_least, check_choice
-from trainer.mining import corpus, corpus_search
-from trainer.mining.corpus import CorpusItems
-from trainer.mining.corpus_search import NearestItems, check_kind
+from trainer.mining import corpus
+from trainer.mining.corpus import CorpusItems, NearestItems, check_kind
 from trainer.mining.mined_examples import ExampleMining, MinedExamples
 from trainer.retrieval.embedder import Embedder
 from trainer.retrieval.ground_truth import RecordItems
@@ -190,7 +189,7 @@ class Miner:
   def _class_neighbours(
     self, vectors: np.ndarray, class_ids: np.ndarray, dataset: Dataset
   ) -> np.ndarray:
-    return corpus_search.find_class_neighbours(
+    return corpus.find_class_neighbours(
       vectors,
       class_ids,
       num_classes=dataset.index.num_classes,
@@ -227,7 +226,7 @@ class Miner:
       )
     if self.num_class_neighbours and not self.uses_centres:
       arrays["class_neighbours"] = self._class_neighbours(
-        corpus_search.class_centroids(embeddings, items), items.class_ids, dataset
+        corpus.class_centroids(embeddings, items), items.class_ids, dataset
       )
     return RoundContent(arrays, metadata)
 
@@ -284,7 +283,7 @@ def class_means(
   )
   embeddings = _embedded(embedder, items.record_numbers)
   check_finite(embeddings)
-  means = corpus_search.class_centroids(embeddings, items)
+  means = corpus.class_centroids(embeddings, items)
   norms = np.linalg.norm(means, axis=1)
   has_direction = norms > 0
   vectors = means[has_direction] / norms[has_direction, None]
