@@ -7,7 +7,7 @@ import pytest
 
 from trainer.config.gin_statements import Binding, Reference
 from trainer.errors import UserError
-from trainer.sweep import domains
+from trainer.sweep import spec
 from trainer.sweep.spec import Constraint
 
 VALUES = {"P": 4, "PKSampler.samples_per_class": 16, "TrainStep.loss": "x"}
@@ -57,7 +57,7 @@ def test_invalid_condition_is_refused(text, words):
 
 
 def _read(kind, value):
-  return domains.read_domain(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
+  return spec.read_domain(Binding(kind, "MARGIN", "", value, "mine.gin:3"))
 
 
 def test_grid_of_a_choice_is_every_value():
@@ -80,7 +80,7 @@ def test_integer_bounds_give_distinct_integers():
 
 
 def _draw(domain, count):
-  drawn = domains.random_values({"MARGIN": domain}, seed=1)
+  drawn = spec.random_values({"MARGIN": domain}, seed=1)
   return [values["MARGIN"] for values in itertools.islice(drawn, count)]
 
 

@@ -11,8 +11,7 @@ from typing import Any, Optional
 from trainer.config import gin_resolution, run_config
 from trainer.config.gin_statements import Binding
 from trainer.errors import UserError
-from trainer.sweep import domains
-from trainer.sweep.spec import Spec
+from trainer.sweep.spec import Spec, random_values
 
 _ROOTS = {"train": ("train",), "train_and_evaluate": ("train", "evaluate")}
 _MAX_POINTS = 10_000
@@ -175,7 +174,7 @@ def _grid(spec: Spec) -> Iterator[Mapping[str, Any]]:
 
 def _random(spec: Spec) -> Iterator[Mapping[str, Any]]:
   wanted = spec.options.num_trials or 0
-  draws = domains.random_values(spec.domains, spec.options.search_seed)
+  draws = random_values(spec.domains, spec.options.search_seed)
   seen: set[str] = set()
   for assignment in itertools.islice(draws, wanted * _TRIES_PER_POINT):
     if repr(assignment) not in seen and spec.is_allowed(assignment):

@@ -18,10 +18,9 @@ from typing import NamedTuple, Optional, Union
 
 from trainer.errors import UserError
 from trainer.runtime import lease
-from trainer.sweep.domains import Choice
 from trainer.sweep.points import Point, PointBuilder
 from trainer.sweep.run_process import Ending, RunFolder
-from trainer.sweep.spec import Spec
+from trainer.sweep.spec import Choice, Spec
 
 try:
   import optuna
