@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 
 from trainer.config.run_config import Config
-from trainer.sweep import sweep_page
+from trainer.sweep import sweep_results
 from trainer.sweep.points import Point
 from trainer.sweep.spec import SweepOptions
 from trainer.sweep.sweep_results import RunRow, SweepRow
@@ -37,4 +37,4 @@ def write_page(rows, path, *, name="mine", metric="eval/map_at_r"):
   """Writes the page of rows, sorted best first."""
   options = SweepOptions(metric=metric, seeds=(1, 2))
   spec = types.SimpleNamespace(name=name, options=options)
-  sweep_page.write_sweep_page(rows, spec, str(path))
+  sweep_results.write_sweep_page(rows, spec, str(path))

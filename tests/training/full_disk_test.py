@@ -37,7 +37,7 @@ from trainer.retrieval.embedding_store import EmbeddingWriter
 from trainer.retrieval.results import Measurement, Results
 from trainer.runtime.lease import locked_folder
 from trainer.serving import saved_model
-from trainer.sweep import sweep_page, sweep_results
+from trainer.sweep import sweep_results
 from trainer.sweep.spec import SweepOptions
 from trainer.training import callbacks
 from trainer.training.callbacks import (
@@ -322,7 +322,7 @@ def _sweep_table(folder, version):
 def _sweep_page(folder, version):
   path = os.path.join(folder, "sweep.html")
   spec = type("Spec", (), {"name": f"version {version}", "options": SweepOptions()})
-  sweep_page.write_sweep_page([], spec, path)
+  sweep_results.write_sweep_page([], spec, path)
 
 
 REFUSES = {

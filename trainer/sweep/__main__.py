@@ -19,7 +19,7 @@ from trainer import errors, task
 from trainer.config import gin_statements
 from trainer.runtime import shutdown
 from trainer.sweep import points as points_lib
-from trainer.sweep import spec, sweep_page, sweep_results
+from trainer.sweep import spec, sweep_results
 from trainer.sweep.run_process import RunFolder
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
     _print_points(known, read, values.runs_dir)
     return errors.DONE
   folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
-  sweep_page.open_sweep_folder(read, folder)
+  sweep_results.open_sweep_folder(read, folder)
   _make(values.runs_dir, "runs_dir")
   machine = worker.Machine(
     runs_dir=values.runs_dir,
@@ -171,11 +171,11 @@ def _work(worker: Worker, study: SweepStudy, read: spec.Spec, folder: str) -> in
         _, left = concurrent.futures.wait(left, _REFRESH_S)
         live.show(collect_rows())
     rows = collect_rows()
-    sweep_page.write_results(rows, read, folder)
+    sweep_results.write_results(rows, read, folder)
   for future in futures:
     future.result()
   print(sweep_results.table_text(rows, read.options.metric))
-  for name in (sweep_page.CSV_FILE, sweep_page.PAGE_FILE):
+  for name in (sweep_results.CSV_FILE, sweep_results.PAGE_FILE):
     print(os.path.join(folder, name))
   if received:
     print("stopped; run the same command again to resume.", file=sys.stderr)
