@@ -23,8 +23,7 @@ from trainer.sweep import spec, sweep_results
 from trainer.sweep.run_process import RunFolder
 
 if TYPE_CHECKING:
-  from trainer.sweep.study import SweepStudy
-  from trainer.sweep.worker import Worker
+  from trainer.sweep.study import SweepStudy, Worker
 
 _USAGE = """python -m trainer.sweep SWEEP.gin [flags] [-- flags of trainer.task]
 
@@ -119,7 +118,7 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
   flags.FLAGS(["trainer"])
   logging.use_absl_handler()
   logging.set_verbosity(logging.WARNING)
-  from trainer.sweep import study, worker  # Late: both need Optuna, which is an extra.
+  from trainer.sweep import study  # Late: it needs Optuna, which is an extra.
 
   importlib.import_module("trainer.gin_registrations")
   read = spec.read_spec(path)
@@ -136,7 +135,7 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
   folder = values.sweep_dir or os.path.join("runs", "sweeps", read.name)
   sweep_results.open_sweep_folder(read, folder)
   _make(values.runs_dir, "runs_dir")
-  machine = worker.Machine(
+  machine = study.Machine(
     runs_dir=values.runs_dir,
     devices=values.devices or (None,) * values.num_parallel,
     task_flags=task_flags,
@@ -146,7 +145,7 @@ def _run(path: str, values: flags.FlagValues, task_flags: Sequence[str]) -> int:
     read, builder, folder, listed=listed, storage=values.storage
   )
   with contextlib.closing(shared):
-    own = worker.Worker(shared, read.options, machine)
+    own = study.Worker(shared, read.options, machine)
     if values.retry:
       for point in shared.points():
         own.folder(point).forget_failure()
