@@ -12,7 +12,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.projector import projector_plugin
 from werkzeug import test as werkzeug_test
 
-from trainer.retrieval import embedding_map, pictures
+from trainer.retrieval import pictures, report_collector
 from trainer.retrieval.report_data import EmbeddingMap, Sprite
 
 _EMBEDDINGS = np.random.default_rng(0).normal(size=(9, 5)).astype(np.float32)
@@ -65,7 +65,7 @@ def ask(tmp_path):
 
 
 def test_the_plugin_reads_vectors_metadata_and_sprite(tmp_path, ask):
-  embedding_map.write_projector(str(tmp_path), _sample(_sprite()), _EMBEDDINGS)
+  report_collector.write_projector(str(tmp_path), _sample(_sprite()), _EMBEDDINGS)
   [info] = json.loads(ask("/info", run="."))["embeddings"]
   assert info["tensorName"] == "embeddings"
   assert info["tensorShape"] == [3, 5]
@@ -84,7 +84,7 @@ def test_the_plugin_reads_vectors_metadata_and_sprite(tmp_path, ask):
 
 
 def test_no_sprite_without_pictures(tmp_path, ask):
-  embedding_map.write_projector(str(tmp_path), _sample(), _EMBEDDINGS)
+  report_collector.write_projector(str(tmp_path), _sample(), _EMBEDDINGS)
   [info] = json.loads(ask("/info", run="."))["embeddings"]
   assert "sprite" not in info
   assert not (tmp_path / "projector" / "sprite.png").exists()

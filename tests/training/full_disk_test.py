@@ -31,7 +31,7 @@ from trainer.mining.round import RoundLog
 from trainer.models.backbones import Perceptron
 from trainer.models.encoder import Encoder
 from trainer.report import page
-from trainer.retrieval import embedding_map, faiss_index
+from trainer.retrieval import faiss_index, report_collector
 from trainer.retrieval import results as results_lib
 from trainer.retrieval.embedding_store import EmbeddingWriter
 from trainer.retrieval.results import Measurement, Results
@@ -274,7 +274,9 @@ def _report(folder, version):
 
 def _projector(folder, version):
   sample = example_run.report_data().embedding_map
-  embedding_map.write_projector(folder, sample, np.full([60, 99], version, np.float32))
+  report_collector.write_projector(
+    folder, sample, np.full([60, 99], version, np.float32)
+  )
 
 
 def _embeddings(folder, version):

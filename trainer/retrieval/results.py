@@ -17,7 +17,7 @@ import numpy as np
 
 from trainer.data.dataset import Dataset
 from trainer.errors import UserError
-from trainer.retrieval import embedding_map, report_collector
+from trainer.retrieval import report_collector
 from trainer.retrieval.ground_truth import LabelGroundTruth, RecordItems
 from trainer.retrieval.pictures import pictures_of
 from trainer.retrieval.query import SampledResults, sample_results
@@ -213,7 +213,7 @@ class EvaluationResult(NamedTuple):
       ),
     )
     found.write(model_dir)
-    embedding_map.write_projector(model_dir, found.embedding_map, self.embeddings)
+    report_collector.write_projector(model_dir, found.embedding_map, self.embeddings)
 
 
 def class_rows(rankings: Rankings, items: RecordItems) -> list[dict]:
