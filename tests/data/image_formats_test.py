@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 from PIL import Image, ImageOps, PngImagePlugin
 
-from trainer.data import image_formats, orientation
+from trainer.data import image_formats
 from trainer.data.example_encoder import ExampleEncoder, Resize
 from trainer.data.images import ImageDecoder
 from trainer.data.sources.source import Item
@@ -303,7 +303,7 @@ def test_image_with_a_damaged_orientation_is_not_rotated(exif):
 
 def test_segment_beyond_the_file_ends_the_search():
   file = _JPEG[:2] + b"\xff\xe1\xff\xff" + bytes(3)
-  assert orientation.read_orientations(
+  assert image_formats.read_orientations(
     tf.constant([file, b"", b"\xff\xd8\xff"])
   ).numpy().tolist() == [1, 1, 1]
 
@@ -407,7 +407,7 @@ def test_rotated_image_is_resized_like_its_upright_copy(orientation_of_file):
   exif = _segment(0xE1, _exif(orientation_of_file))
   file = _JPEG[:2] + exif + _JPEG[2:]
   held = tf.io.decode_jpeg(_JPEG)
-  upright = orientation.turn_upright(held, tf.constant(orientation_of_file))
+  upright = image_formats.turn_upright(held, tf.constant(orientation_of_file))
   copy = tf.io.encode_png(upright).numpy()
   shape = (17, 12, 3)
   np.testing.assert_allclose(_decoded(file, shape), _decoded(copy, shape), atol=1)

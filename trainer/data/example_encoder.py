@@ -10,7 +10,7 @@ import gin
 import numpy as np
 import tensorflow as tf
 
-from trainer.data import image_formats, orientation
+from trainer.data import image_formats
 from trainer.data.sources.source import RECORD_FEATURES, Item, Value
 from trainer.errors import UserError, check_at_least
 
@@ -161,12 +161,12 @@ def _decode_native(file: bytes) -> tf.Tensor:
   image = tf.io.decode_image(file, channels=3 if is_cmyk else 0)
   if not image_formats.has_metadata(file):
     return image
-  return orientation.turn_upright(image, _orientation_in_training(tf.constant(file)))
+  return image_formats.turn_upright(image, _orientation_in_training(tf.constant(file)))
 
 
 @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
 def _orientation_in_training(file: tf.Tensor) -> tf.Tensor:
-  return orientation.read_orientations(file[tf.newaxis])[0]
+  return image_formats.read_orientations(file[tf.newaxis])[0]
 
 
 def _image_error(key: str, file: bytes, message: str) -> UserError:

@@ -17,7 +17,7 @@ import gin
 import tensorflow as tf
 from PIL import Image, ImageColor
 
-from trainer.data import orientation
+from trainer.data import image_formats
 from trainer.errors import UserError, check_at_least
 
 # Calls of the function in one graph. Starting an iterator takes 20 ms for each.
@@ -199,7 +199,7 @@ def read_image_info(
   heads = tf.io.decode_raw(files, tf.uint8, fixed_length=_INFO_HEAD_BYTES)
   heads = tf.cast(heads, tf.int32)
   declared = read_declared_size(files)
-  orientations = orientation.read_orientations(files)
+  orientations = image_formats.read_orientations(files)
   is_png = tf.reduce_all(heads[:, :4] == tf.constant(list(b"\x89PNG")), axis=1)
   is_bmp = tf.reduce_all(heads[:, :2] == tf.constant(list(b"BM")), axis=1)
   is_webp = tf.reduce_all(heads[:, 8:12] == tf.constant(list(b"WEBP")), axis=1)
@@ -397,7 +397,7 @@ class ImageDecoder:
       # Turned after resizing: turning a full photo costs as much as decoding it.
       height, width, _ = self.shape
       size = tf.where(orientation_of_file >= 5, [width, height], [height, width])
-      turned = orientation.turn_upright(_resize(image, size), orientation_of_file)
+      turned = image_formats.turn_upright(_resize(image, size), orientation_of_file)
       return tf.ensure_shape(turned, self.shape)
 
     others = tf.map_fn(
