@@ -7,17 +7,6 @@ from trainer.losses.centre_losses import (
   CosFaceLoss,
   NormFaceLoss,
 )
-from trainer.losses.centre_presets import (
-  insightface_arcface,
-  insightface_combined,
-  insightface_cosface,
-  pml_arcface,
-  pml_cosface,
-  pml_norm_face,
-  pml_proxy_anchor,
-  pml_soft_triple,
-  proxy_nca_plus_plus,
-)
 from trainer.losses.class_centres import ClassCentres
 from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances
@@ -34,11 +23,20 @@ from trainer.losses.presets import (
   batch_all_triplet_loss,
   batch_hard_triplet_loss,
   hermans_batch_hard,
+  insightface_arcface,
+  insightface_combined,
+  insightface_cosface,
   omoindrot_batch_all,
   omoindrot_batch_hard,
+  pml_arcface,
   pml_batch_all,
   pml_batch_hard,
+  pml_cosface,
+  pml_norm_face,
+  pml_proxy_anchor,
   pml_semi_hard,
+  pml_soft_triple,
+  proxy_nca_plus_plus,
   tfa_semi_hard,
 )
 from trainer.losses.proxy_losses import ProxyAnchorLoss, SoftTripleLoss
