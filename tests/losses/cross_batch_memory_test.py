@@ -16,12 +16,12 @@ from trainer.config import run_config
 from trainer.data.pipeline import PADDING_LABEL, PADDING_RECORD, Batch
 from trainer.distribute.collectives import OneReplica
 from trainer.errors import UserError
+from trainer.losses.composite_losses import JitteredLoss
 from trainer.losses.cross_batch_memory import (
   CrossBatchMemory,
   Entries,
 )
 from trainer.losses.distances import euclidean
-from trainer.losses.jitter import JitteredLoss
 from trainer.losses.loss_terms import Anchors, Candidates
 from trainer.losses.metric_accumulators import summarize
 from trainer.losses.objectives import MiningBatch, WithinGroups

@@ -8,9 +8,9 @@ from trainer.losses.centre_losses import (
   NormFaceLoss,
 )
 from trainer.losses.class_centres import ClassCentres
+from trainer.losses.composite_losses import JitteredLoss, SumOfLosses
 from trainer.losses.curriculum import AdaptivePace, CurriculumTripletLoss, LinearPace
 from trainer.losses.distances import pairwise_distances
-from trainer.losses.jitter import JitteredLoss
 from trainer.losses.keras_loss import KerasLoss
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.pairs import (
@@ -48,7 +48,6 @@ from trainer.losses.softmax import (
   SoftNearestNeighbourLoss,
   SupervisedContrastiveLoss,
 )
-from trainer.losses.sum_of_losses import SumOfLosses
 from trainer.losses.triplet import (
   BatchAllTripletLoss,
   BatchHardTripletLoss,
