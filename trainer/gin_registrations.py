@@ -35,7 +35,7 @@ import trainer.mining.offline_mining
 import trainer.models.backbones
 import trainer.models.encoder
 import trainer.retrieval.ground_truth
-import trainer.retrieval.verification
+import trainer.retrieval.metrics
 import trainer.training.learning_rates
 import trainer.training.optimizers
 import trainer.training.options

@@ -10,7 +10,7 @@ from sklearn.cluster import KMeans
 from sklearn.metrics import roc_auc_score
 
 from trainer.errors import UserError
-from trainer.retrieval.verification import Clustering, Verification
+from trainer.retrieval.metrics import Clustering, Verification
 
 
 def _items(num_items=40, spread=1.0, seed=1):

@@ -24,9 +24,9 @@ from trainer.retrieval.ground_truth import (
   LeaveOneOut,
   RecordItems,
 )
+from trainer.retrieval.metrics import Clustering, Verification
 from trainer.retrieval.ranking import Rankings, metric_names, rank
 from trainer.retrieval.results import EvaluationResult, Measurement, Results, class_rows
-from trainer.retrieval.verification import Clustering, Verification
 from trainer.run import Run, watching
 from trainer.training.checkpoint import Checkpoints
 

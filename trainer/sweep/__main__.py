@@ -204,14 +204,14 @@ def _stopped_by_signals(stop: threading.Event) -> Iterator[list[int]]:
 
 def _check_metric(name: str, point: points_lib.Point) -> None:
   """Raises if a metric is neither logged nor evaluated."""
-  from trainer.retrieval import ranking, verification
+  from trainer.retrieval import metrics, ranking
   from trainer.training import callbacks  # Imported late: --help does not need it.
 
   ks = ast.literal_eval(point.config.values.get("evaluate.ks", "(1, 5, 10)"))
   known = [
     *callbacks.LOGGED,
     *ranking.metric_names(ks),
-    *verification.Verification().metric_names(),
+    *metrics.Verification().metric_names(),
     "eval/nmi",
   ]
   if name not in known:
