@@ -12,8 +12,8 @@ from trainer.distribute.collectives import current_collectives
 from trainer.losses import SupervisedContrastiveLoss
 from trainer.losses.objectives import global_negatives
 from trainer.models.backbones import ConvNet, KerasApplication
-from trainer.models.batch_norm import SynchronizedBatchNormalization
 from trainer.models.encoder import Encoder
+from trainer.models.layers import SynchronizedBatchNormalization
 from trainer.training import parity
 from trainer.training.step import TrainStep
 

@@ -11,8 +11,8 @@ import tensorflow as tf
 from trainer.cli import train
 from trainer.errors import UserError
 from trainer.models.backbones import ConvNet, KerasApplication, Perceptron
-from trainer.models.dropout import example_scope
 from trainer.models.encoder import POOLINGS, Encoder, GeneralizedMean
+from trainer.models.layers import example_scope
 
 
 def _images(num_images, size, channels):

@@ -10,7 +10,7 @@ import pathlib
 import pytest
 import tensorflow as tf
 
-from trainer.models.batch_norm import SynchronizedBatchNormalization
+from trainer.models.layers import SynchronizedBatchNormalization
 from trainer.runtime import tensorflow_private
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -26,7 +26,7 @@ from trainer.losses.class_centres import ClassCentres, TrainingClasses
 from trainer.mining.miner import class_means
 from trainer.mining.offline_mining import OfflineMining
 from trainer.mining.rounds import ChangeRound, Rounds
-from trainer.models.dropout import set_seed
+from trainer.models.layers import set_seed
 from trainer.retrieval.embedder import Embedder
 from trainer.run import Run, watching
 from trainer.runtime import shutdown

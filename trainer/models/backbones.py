@@ -19,9 +19,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError, check_choice
-from trainer.models.batch_norm import SynchronizedBatchNormalization
-from trainer.models.dropout import Dropout
 from trainer.models.encoder import precision_of
+from trainer.models.layers import Dropout, SynchronizedBatchNormalization
 
 _NORMALIZATIONS = {
   "none": lambda: tf.keras.layers.Activation("linear"),

@@ -14,7 +14,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError, check_at_least, check_choice
-from trainer.models.dropout import Dropout
+from trainer.models.layers import Dropout
 from trainer.runtime import tensorflow_private
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")

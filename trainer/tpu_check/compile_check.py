@@ -14,7 +14,7 @@ from typing import Callable, NamedTuple, Optional, Union
 
 import tensorflow as tf
 
-from trainer.models.batch_norm import batch_norms, has_synchronized_batch_norm
+from trainer.models.layers import batch_norms, has_synchronized_batch_norm
 from trainer.tpu_check import replica_program
 from trainer.tpu_check.compiler import (
   Array,

@@ -21,7 +21,7 @@ from trainer.distribute.workers import current_workers
 from trainer.errors import NotFiniteError, UserError, short_reason
 from trainer.losses.class_centres import ClassCentres
 from trainer.losses.cross_batch_memory import CrossBatchMemory
-from trainer.models.batch_norm import make_replicas_equal
+from trainer.models.layers import make_replicas_equal
 from trainer.runtime import tensorflow_private
 from trainer.training import centre_shards, checkpoint_files
 from trainer.training.checkpoint_files import FOLDER

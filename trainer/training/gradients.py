@@ -12,7 +12,7 @@ import tensorflow as tf
 from absl import logging
 
 from trainer.errors import UserError
-from trainer.models.batch_norm import batch_norms, has_synchronized_batch_norm
+from trainer.models.layers import batch_norms, has_synchronized_batch_norm
 from trainer.runtime import tensorflow_private
 
 
@@ -62,7 +62,7 @@ def check_splittable_encoder(encoder: tf.keras.Model) -> None:
     if tensorflow_private.is_random_layer(layer):
       raise UserError(
         f"StepOptions.num_micro_batches embeds twice, and {type(layer).__name__} would "
-        "draw other numbers the second time; use trainer.models.dropout.Dropout."
+        "draw other numbers the second time; use trainer.models.layers.Dropout."
       )
   if has_synchronized_batch_norm(encoder):
     raise UserError(

@@ -9,7 +9,7 @@ import gin
 import tensorflow as tf
 
 from trainer.errors import UserError
-from trainer.models.batch_norm import has_synchronized_batch_norm
+from trainer.models.layers import has_synchronized_batch_norm
 
 COMPILED = ("nothing", "encoder", "step")
 _CHOICES = {

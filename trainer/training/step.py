@@ -22,7 +22,7 @@ from trainer.losses.keras_loss import InBatchLoss
 from trainer.losses.loss_terms import Anchors, MiningBatch, ReplicaLoss, WeightedMean
 from trainer.losses.mining_statistics import MiningStatistics
 from trainer.losses.objectives import ObjectiveFn
-from trainer.models.dropout import example_scope
+from trainer.models.layers import example_scope
 from trainer.training import gradients as gradients_lib
 from trainer.training.optimizers import AveragedWeights, MultiOptimizer
 from trainer.training.options import StepOptions
