@@ -19,7 +19,7 @@ from trainer.cli.evaluate import Evaluation
 from trainer.config import run_config
 from trainer.errors import UserError, check_at_least, check_choice
 from trainer.run import Run
-from trainer.serving import model_card, saved_model
+from trainer.serving import saved_model
 
 _FORMATS = ("saved_model", "tflite")
 # Shares of an embedding's length; TensorFlow Lite sums in another order.
@@ -28,7 +28,7 @@ _TITLES = {
   saved_model.FOLDER: "SavedModel",
   saved_model.LITE_FILE: "TensorFlow Lite",
   run_config.CONFIG_FILE: "configuration",
-  model_card.MODEL_CARD_FILE: "model card",
+  saved_model.MODEL_CARD_FILE: "model card",
 }
 
 
@@ -41,7 +41,7 @@ def main(run: Run) -> None:
   with saved_model.replacing_folder(folder) as staging_dir:
     _make(trained, export, staging_dir)
     run_config.save_config(run.config, staging_dir)
-    model_card.write_model_card(
+    saved_model.write_model_card(
       staging_dir, _card_info(run, trained, step), model_dir=run.model_dir
     )
   for name, title in _TITLES.items():
@@ -115,9 +115,9 @@ def check_error(name: str, error: float, largest: float) -> None:
   logging.info("%s: embeddings differ by at most %.1e of their length.", name, error)
 
 
-def _card_info(run: Run, trained: Evaluation, step: int) -> model_card.ModelCardInfo:
+def _card_info(run: Run, trained: Evaluation, step: int) -> saved_model.ModelCardInfo:
   dataset = trained.dataset
-  return model_card.ModelCardInfo(
+  return saved_model.ModelCardInfo(
     name=os.path.basename(os.path.abspath(run.model_dir)),
     step=step,
     checkpoint=trained.checkpoint,
