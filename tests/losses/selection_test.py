@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.losses.loss_terms import PairMasks
-from trainer.losses.selection import NEGATIVES, POSITIVES, DistanceWeightedNegatives
+from trainer.losses.triplet import NEGATIVES, POSITIVES, DistanceWeightedNegatives
 
 _DISTANCES = tf.constant([[0.0, 1.0, 1.5, 1.2, 3.0, 1.2]])
 _PAIRS = PairMasks(

@@ -40,7 +40,6 @@ from trainer.losses.presets import (
   tfa_semi_hard,
 )
 from trainer.losses.proxy_losses import ProxyAnchorLoss, SoftTripleLoss
-from trainer.losses.selection import DistanceWeightedNegatives
 from trainer.losses.softmax import (
   InfoNCELoss,
   LearnedTemperature,
@@ -51,6 +50,7 @@ from trainer.losses.softmax import (
 from trainer.losses.triplet import (
   BatchAllTripletLoss,
   BatchHardTripletLoss,
+  DistanceWeightedNegatives,
   InsideMarginTripletLoss,
   SemiHardTripletLoss,
   TripletLoss,
