@@ -22,6 +22,8 @@ _DATASET = types.SimpleNamespace(index=_INDEX, train_classes=np.arange(5))
 class _Miner:
   """A miner without hard examples at some steps."""
 
+  uses_centres = False
+
   def __init__(self, *bare_steps):
     self._bare_steps = bare_steps
 
@@ -31,7 +33,8 @@ class _Miner:
   def embedder(self, encoder, dataset):
     return None
 
-  def mine(self, embedder, dataset, step):
+  def mine(self, embedder, dataset, step, centres):
+    assert centres is None
     if step in self._bare_steps:
       raise TooFewExamplesError(f"nothing is hard in step {step}.")
     return RoundContent(example_arrays(), {"counts": {}})
