@@ -26,8 +26,8 @@ from trainer.losses.loss_terms import WeightedMean
 
 # Rows of a tile: with 256 examples its cosines take 2 MB, about the cache of a core.
 _ROWS_PER_TILE = 2048
-# Classes whose values are gathered together.
-_BLOCK = 4096
+# Rows that are gathered, or copied between host and device, together.
+_BLOCK, _NUM_COPIED = 4096, 65_536
 
 
 def num_tiles(num_rows: int) -> int:
@@ -426,7 +426,7 @@ class ClassCentres:
       centres and m moments.
     """
     return [
-      (first, np.stack([each.numpy()[: last - first] for each in tables], 1))
+      (first, _copied(tables, last - first))
       for first, last, tables in self._local_tables()
     ]
 
@@ -448,18 +448,20 @@ class ClassCentres:
     """Sets the rows of this worker's replicas.
 
     Args:
-      read_fn: returns [n, 1 + m, k·D] float32 for the first and last class, exclusive.
+      read_fn: returns [n, 1 + m, k·D] float32 for the first and last class, exclusive;
+        it is called for parts of the classes.
 
     Raises:
       UserError: the rows have another size, or another number of moments.
     """
     for first, last, tables in self._local_tables():
-      rows = read_fn(first, last)
-      self.check_row_shape(rows.shape[1:])
-      for number, table in enumerate(tables):
-        values = np.zeros(table.shape, np.float32)
-        values[: last - first] = rows[:, number]
-        table.assign(values)
+      for begin in range(first, last, _NUM_COPIED):
+        end = min(begin + _NUM_COPIED, last)
+        rows = read_fn(begin, end)
+        self.check_row_shape(rows.shape[1:])
+        places = tf.range(begin - first, end - first)
+        for number, table in enumerate(tables):
+          table.scatter_update(tf.IndexedSlices(rows[:, number], places))
 
   def assign_centres(self, labels: np.ndarray, centres: np.ndarray) -> None:
     """Sets centres of some classes; their moments stay.
@@ -552,6 +554,16 @@ class ClassCentres:
     )
     moments = [np.zeros_like(values)] * self._optimizer.num_moments
     return np.stack([values, *moments], 1)
+
+
+def _copied(tables: Sequence[tf.Variable], num_rows: int) -> np.ndarray:
+  """Copies rows of all tables to the host without a second copy, [n, 1 + m, k·D]."""
+  rows = np.empty([num_rows, len(tables), tables[0].shape[1]], np.float32)
+  for begin in range(0, num_rows, _NUM_COPIED):
+    places = tf.range(begin, min(begin + _NUM_COPIED, num_rows))
+    for number, table in enumerate(tables):
+      rows[begin : begin + _NUM_COPIED, number] = table.sparse_read(places)
+  return rows
 
 
 def _of_each_replica(initial_value: tf.Tensor) -> tf.Variable:
