@@ -324,7 +324,7 @@ def test_run_file_with_a_memory_trains():
     "TrainStep.mining_statistics = None",
   ]
   run_config.load([_RUN_FILE], small, needed=("train",))
-  run = replica_program.build_run_step()
+  run = replica_program.build_run_step(1)
   specs = run.replica_batch(run.num_classes, 1)
   inputs = tf.random.stateless_uniform(specs.inputs.shape, (1, 2))
   labels = tf.repeat(tf.range(2), run.num_samples)

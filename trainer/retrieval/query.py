@@ -184,12 +184,12 @@ def search(
 
 
 def _load_queries(name: str, stored: EmbeddingFolder, embed_fn: EmbedFn) -> list[Query]:
-  if os.path.isfile(name):
+  row = None if os.path.isfile(name) else stored.position(name)
+  if row is None and os.path.exists(name):
     if name.lower().endswith(".npy"):
       vectors = np.atleast_2d(_vectors(name))
       return [Query(f"{name}[{row}]", vector) for row, vector in enumerate(vectors)]
     return [Query(name, embed_fn(_content(name)))]
-  row = stored.position(name)
   if row is None:
     raise UserError(f"{name} is neither a file nor a key of the embeddings.")
   return [Query(name, np.asarray(stored.embeddings[row], np.float32), row)]
