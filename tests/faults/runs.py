@@ -112,7 +112,7 @@ class Runs:
 
 def newest_step(model_dir) -> int:
   """Returns the step of the newest checkpoint with a manifest, or 0."""
-  manifests = pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json")
+  manifests = pathlib.Path(model_dir, "checkpoints").glob("ckpt-*[0-9].json")
   return max((int(path.stem[len("ckpt-") :]) for path in manifests), default=0)
 
 
@@ -179,7 +179,7 @@ def largest_error(model_dir, whole) -> float:
 
 def all_finite(model_dir) -> bool:
   """Returns whether every value of every checkpoint is finite."""
-  manifests = list(pathlib.Path(model_dir, "checkpoints").glob("ckpt-*.json"))
+  manifests = list(pathlib.Path(model_dir, "checkpoints").glob("ckpt-*[0-9].json"))
   kept = [int(path.stem[len("ckpt-") :]) for path in manifests]
   numbers = [v for step in kept for v in values(model_dir, step).values()]
   return bool(kept) and all(np.isfinite(v).all() for v in numbers)
